@@ -1,0 +1,25 @@
+"""COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
+
+``train``, ``load`` and ``Trainer`` are imported when first used, so that ``import cosmos_ssl`` stays free of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cosmos_ssl.build import load, train
+    from cosmos_ssl.engine.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Trainer", "__version__", "load", "train"]
+
+_HOMES = {"train": "cosmos_ssl.build", "load": "cosmos_ssl.build", "Trainer": "cosmos_ssl.engine.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cosmos_ssl' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

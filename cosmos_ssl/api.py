@@ -1,0 +1,305 @@
+"""The plugin contract on one page: what each kind of part must do.
+
+A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its
+constructor takes one ``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise
+``ValueError`` there for values that make no sense. ``type: NAME`` picks a part, ``DIST:NAME`` says whose.
+
+A loss in full::
+
+    class Spread(Loss):
+        '''Mean squared distance of the student's image views from their sample's mean.'''
+
+        def __init__(self, spec: Spec, *, floor: float = 0.0) -> None:
+            super().__init__()
+            self.floor = floor
+
+        def requires(self) -> list[Need]:
+            return [Need(modality="image", kind="projected")]
+
+        def forward(self, ctx: StepContext) -> LossOutput:
+            x = ctx.student.stack("image")  # [V, B, D]
+            return LossOutput(terms={"spread": (x - x.mean(0)).square().mean().clamp_min(self.floor)})
+
+Shape letters as in ``cosmos_ssl.types``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
+from cosmos_ssl.types import (
+    ALL,
+    Evaluation,
+    Features,
+    GroupFeatures,
+    GroupPlan,
+    HeadOutput,
+    ImageCrops,
+    ImageGroup,
+    Kind,
+    LossOutput,
+    Modality,
+    Need,
+    ParameterRule,
+    Progress,
+    Role,
+    Sample,
+    SampleViews,
+    Spec,
+    StepContext,
+    TextGroup,
+    TowerSpec,
+    Views,
+    ViewSpec,
+    normalise,
+)
+
+__all__ = [
+    "ALL",
+    "API_VERSION",
+    "Augmenter",
+    "BadSample",
+    "DataError",
+    "Dataset",
+    "Encoder",
+    "Evaluation",
+    "Evaluator",
+    "Features",
+    "GroupFeatures",
+    "GroupPlan",
+    "Head",
+    "HeadOutput",
+    "ImageCrops",
+    "ImageGroup",
+    "Kind",
+    "Loss",
+    "LossOutput",
+    "Modality",
+    "Need",
+    "ParameterRule",
+    "Part",
+    "PluginError",
+    "Progress",
+    "Role",
+    "Sample",
+    "SampleViews",
+    "Spec",
+    "StepContext",
+    "Teacher",
+    "TextGroup",
+    "Tokenizer",
+    "Tower",
+    "TowerSpec",
+    "UserError",
+    "ViewSpec",
+    "Views",
+    "normalise",
+]
+
+API_VERSION = 1
+"""Raised when a part written for the version before would no longer work."""
+
+
+class Part:
+    """Base of all parts. ``part_name`` is what the config calls it, for messages and logs."""
+
+    part_name: str = ""
+
+
+class Augmenter(Part, ABC):
+    """Makes the views of one modality: crops in a worker, photometric work on the device."""
+
+    modality: ClassVar[Modality]
+
+    @abstractmethod
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """The view groups made, by name (``global``, ``local``, ...); groups without views are left out."""
+
+    @abstractmethod
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops] | Mapping[str, Sequence[str]]:
+        """Worker side: the views of one sample. All randomness comes from ``rng``; raise BadSample to replace it."""
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        """Device side, batched: uint8 crops to normalised float views. Texts pass as they are."""
+        return group
+
+
+class Tokenizer(Part, ABC):
+    """Turns strings into token ids."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids int64 [n, S], padded, and lengths int64 [n] up to and with the end-of-text token."""
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The readable piece of text behind each id (for pictures)."""
+        return [str(i) for i in ids]
+
+
+class Tower(Part, nn.Module, ABC):
+    """Encodes the view groups of one modality, all of them in one call."""
+
+    modality: ClassVar[Modality]
+    spec: TowerSpec
+    capabilities: frozenset[str] = frozenset()
+    """Of ``tokens``, ``masks`` (a mask token), ``packing``, ``pruning`` (last block only where read), ``csa``."""
+
+    @abstractmethod
+    def forward(self, groups: Mapping[str, Any], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
+        """Encode ``groups[name]`` (ImageGroup, float; or TextGroup) for every name in ``plan``."""
+
+    def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
+        """fnmatch patterns of parameters that this plan never reaches (they are frozen)."""
+        return ()
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Rules of the parameters, depth-dependent ones included."""
+        return ()
+
+
+class Head(Part, nn.Module, ABC):
+    """Features, or another head's output, to named outputs; runs on every role that a reader asks for."""
+
+    mixes_samples: ClassVar[bool] = False
+    """True where a sample's output depends on others of the batch (batch norm): bars exact accumulation."""
+
+    @abstractmethod
+    def outputs(self) -> Mapping[str, int]:
+        """Width of each named output."""
+
+    @abstractmethod
+    def requires(self) -> Sequence[Need]:
+        """What ``forward`` reads, of whichever role it runs on."""
+
+    @abstractmethod
+    def forward(self, features: Features, views: Views) -> HeadOutput:
+        """The outputs, [V, B, width] each, or [M, width] for masked patches."""
+
+    def respond(self, *args: Any, **kwargs: Any) -> HeadOutput:
+        """What a loss calls through ``StepContext.head`` for heads conditioned on other samples."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be called by a loss")
+
+    def after_step(self) -> None:
+        """Called once after every optimiser step, on student and teacher alike."""
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Rules of the parameters."""
+        return ()
+
+
+class Loss(Part, nn.Module, ABC):
+    """Scalar terms of a step's features. Runs exactly once an optimiser step; owns its scales and biases."""
+
+    calls_heads: ClassVar[bool] = False
+    """True where ``forward`` uses ``ctx.head``: bars exact accumulation."""
+
+    @abstractmethod
+    def requires(self) -> Sequence[Need]:
+        """What ``forward`` reads."""
+
+    @abstractmethod
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """The terms, each a scalar and a mean over this rank's samples."""
+
+    def after_step(self) -> None:
+        """Called once after every optimiser step, on student and teacher alike (clamp a scale here)."""
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Rules of the parameters."""
+        return ()
+
+
+class Teacher(Part, nn.Module, ABC):
+    """Owns a second model of the same config, or none. Never receives gradients."""
+
+    present: ClassVar[bool] = True
+    """False for the part that stands for 'no teacher'."""
+    model: nn.Module
+
+    def start(self, build: Callable[[], nn.Module], student: nn.Module) -> None:
+        """Make the teacher's model: rebuilt from the config, then loaded with the student's start values."""
+        self.model = build()
+        self.model.load_state_dict(student.state_dict())
+        self.model.requires_grad_(False).eval()
+
+    @abstractmethod
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        """Move the teacher once a step; return what is worth logging (the momentum)."""
+
+
+class Dataset(Part, ABC):
+    """Random access to training samples, laid out in shards (a flat set is one shard)."""
+
+    validation_data: str | None = None
+    """Held-out shards that belong to this set, for evaluators that are given none."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Write or index what is missing; called once, on one process, before any sample is read."""
+
+    @property
+    @abstractmethod
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples of each shard, int64 [shards]; sample indices run through the shards in order."""
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """Sample ``index``. Raises BadSample for a faulty one, OSError where storage fails."""
+
+    def describe(self, index: int) -> str:
+        """Where sample ``index`` lies (the shard's name), for counts and messages."""
+        return f"sample {index}"
+
+    def identity(self) -> Mapping[str, Any]:
+        """What makes this set this set (names, sizes and counts of shards), for the run's identity."""
+        return {"samples": int(self.shard_sizes.sum())}
+
+
+class Encoder(Protocol):
+    """One role's model as evaluators and users see it; features are unit vectors."""
+
+    spec: Spec
+    device: torch.device
+
+    def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> [B, D]."""
+        ...
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Token ids [B, S] -> [B, D]."""
+        ...
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures -> pooled features before the projection, [B, W]."""
+        ...
+
+    def preprocess(self, image: Any) -> Tensor:
+        """A PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised [3, H, W]."""
+        ...
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Strings -> token ids [n, S]."""
+        ...
+
+
+class Evaluator(Part, ABC):
+    """A model and data to named numbers and pictures. Reserved option: ``every_epochs``."""
+
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "text")
+    """The towers it needs."""
+
+    @abstractmethod
+    def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
+        """Evaluate one role's model; metric names as OpenCLIP's (``image_to_text_R@1``)."""

@@ -1,0 +1,5 @@
+"""The cosmos-ssl command."""
+
+
+def main() -> None:
+    """To be written."""

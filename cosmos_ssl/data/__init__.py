@@ -1,0 +1,1 @@
+"""Data: manifest, order, dataset reading, loader, captions, the procedural default set."""

@@ -1,0 +1,1 @@
+"""The engine: step, trainer, optimiser, checkpoints, distribution, metrics."""

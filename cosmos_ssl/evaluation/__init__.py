@@ -1,0 +1,1 @@
+"""Evaluation: retrieval, classification, nearest neighbours, attention maps, pictures."""

@@ -1,0 +1,1 @@
+"""Interop: checkpoints of other programs, read and written."""

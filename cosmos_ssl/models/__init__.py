@@ -1,0 +1,1 @@
+"""Models: attention and packing, transformer, the model of towers, heads and losses."""

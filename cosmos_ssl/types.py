@@ -1,0 +1,436 @@
+"""The data types a batch passes through, from tar member to loss.
+
+Shape letters: B samples on one rank, V views of one group, N image tokens, S text length,
+W tower width, D shared width, P photometric parameters, M masked patches of a whole group.
+Views are stacked view-major, [V, B, ...]. View groups are chosen by name, never by size or position.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosmos_ssl.errors import BadSample
+
+Modality: TypeAlias = Literal["image", "text"]
+Role: TypeAlias = Literal["student", "teacher"]
+Kind: TypeAlias = Literal["pooled", "projected", "tokens", "masked_tokens"]
+HeadOutput: TypeAlias = Mapping[str, Tensor]
+
+ALL = "*"
+"""In a ``Need``: every view group that the augmenter offers."""
+
+_T = TypeVar("_T")
+
+
+def _check(name: str, tensor: Tensor, shape: str, **sizes: int) -> None:
+    """Raise ValueError unless ``tensor`` has the dimensions named in ``shape``, of the given sizes."""
+    letters = shape.split()
+    wrong = tensor.dim() != len(letters) or any(
+        letter in sizes and sizes[letter] != size for letter, size in zip(letters, tensor.shape, strict=True)
+    )
+    if wrong:
+        known = ", ".join(f"{k}={v}" for k, v in sizes.items())
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]" + (f" with {known}" if known else ""))
+
+
+def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
+    """Apply ``function`` to every tensor inside the types of this module, mappings and sequences."""
+    if isinstance(value, Tensor):
+        return cast(_T, function(value))
+    if isinstance(value, Mapping):
+        return cast(_T, {key: map_tensors(item, function) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return cast(_T, type(value)(map_tensors(item, function) for item in value))
+    if isinstance(value, ImageGroup | TextGroup | Views | GroupFeatures | Features):
+        return cast(_T, replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)}))
+    return value
+
+
+# ---------------------------------------------------------------------------- one sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample as its data set holds it: encoded image, captions by field, whatever else was there."""
+
+    key: str
+    image: bytes | None = None
+    captions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Sentences of each caption field, such as ``raw_caption``; a plain caption is the field ``txt``."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """Labels, boxes and the like, by name."""
+    max_pixels: int = 1 << 26
+    """Larger pictures are refused before they are decoded."""
+
+    def sentences(self, caption_fields: Sequence[str] | None = None) -> list[str]:
+        """All sentences of the named fields (default: of every field), in order."""
+        chosen = self.captions if caption_fields is None else [f for f in caption_fields if f in self.captions]
+        return [sentence for name in chosen for sentence in self.captions[name]]
+
+    def decode(self) -> Tensor:
+        """Decode the image: uint8 [3, H, W] in RGB, laid out channels-last in memory.
+
+        Raises BadSample where there is none, it is too large, or it cannot be decoded.
+        """
+        if self.image is None:
+            raise BadSample("no image")
+        from PIL import Image  # here: text-only runs need no imaging library
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # corrupt EXIF, decompression bombs: judged below
+                with Image.open(io.BytesIO(self.image)) as picture:
+                    width, height = picture.size
+                    if width * height > self.max_pixels:
+                        raise BadSample("too large", f"{width}x{height} pixels")
+                    data = bytearray(picture.convert("RGB").tobytes())
+        except BadSample:
+            raise
+        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ...
+            raise BadSample("undecodable", str(error) or type(error).__name__) from error
+        return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageCrops:
+    """The image views of one group of one sample, as a worker makes them."""
+
+    pixels: Tensor
+    """uint8 [V, 3, H, W]."""
+    params: Tensor
+    """float32 [V, P], the photometric parameters that ``Augmenter.finish`` reads; P may be 0."""
+    masks: Tensor | None = None
+    """bool [V, N], True where a patch is hidden from the student."""
+
+    def __post_init__(self) -> None:
+        _check("pixels", self.pixels, "V C H W", C=3)
+        _check("params", self.params, "V P", V=self.pixels.shape[0])
+        if self.masks is not None:
+            _check("masks", self.masks, "V N", V=self.pixels.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleViews:
+    """All views of one sample: crops by group, and strings by group before they are tokenised."""
+
+    image: Mapping[str, ImageCrops] = field(default_factory=dict)
+    text: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------- one batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageGroup:
+    """One group of image views of a batch: uint8 as loaded, float after ``Augmenter.finish``."""
+
+    pixels: Tensor
+    """[V, B, 3, H, W]."""
+    params: Tensor
+    """float32 [V, B, P]."""
+    masks: Tensor | None = None
+    """bool [V, B, N]."""
+
+    def __post_init__(self) -> None:
+        _check("pixels", self.pixels, "V B C H W", C=3)
+        sizes = {"V": self.pixels.shape[0], "B": self.pixels.shape[1]}
+        _check("params", self.params, "V B P", **sizes)
+        if self.masks is not None:
+            _check("masks", self.masks, "V B N", **sizes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, B)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextGroup:
+    """One group of tokenised texts of a batch."""
+
+    tokens: Tensor
+    """int64 [V, B, S], padded."""
+    lengths: Tensor
+    """int64 [V, B]: tokens up to and with the end-of-text token; the rest are pads."""
+
+    def __post_init__(self) -> None:
+        _check("tokens", self.tokens, "V B S")
+        _check("lengths", self.lengths, "V B", V=self.tokens.shape[0], B=self.tokens.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, B)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """A batch: keys and extras of its samples and all their views by group."""
+
+    keys: Sequence[str]
+    image: Mapping[str, ImageGroup] = field(default_factory=dict)
+    text: Mapping[str, TextGroup] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, group in (*self.image.items(), *self.text.items()):
+            if group.shape[1] != len(self.keys):
+                raise ValueError(f"group '{name}' holds {group.shape[1]} samples, the batch {len(self.keys)}")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Views:
+        """The same batch on ``device``; asynchronous from pinned memory."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Views:
+        """The same batch in page-locked memory (the name that PyTorch's loader looks for)."""
+        return map_tensors(self, Tensor.pin_memory)
+
+    def slice(self, start: int, stop: int) -> Views:
+        """Samples ``start`` to ``stop`` of the batch."""
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            image={n: map_tensors(g, lambda t: t[:, start:stop]) for n, g in self.image.items()},
+            text={n: map_tensors(g, lambda t: t[:, start:stop]) for n, g in self.text.items()},
+            extras={n: v[start:stop] for n, v in self.extras.items()},
+        )
+
+
+# ---------------------------------------------------------------------------- features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFeatures:
+    """What a tower computed for one view group; what nobody asked for is None."""
+
+    views: tuple[int, ...]
+    """The views of the group that were encoded, in the order of the leading dimension."""
+    pooled: Tensor
+    """[V, B, W], before the projection."""
+    projected: Tensor | None = None
+    """[V, B, D], not normalised."""
+    tokens: Tensor | None = None
+    """[views asked for, B, N or S, W], after the final norm; image: patches alone."""
+    token_views: tuple[int, ...] = ()
+    """The views that ``tokens`` holds, in its order."""
+    masked_tokens: Tensor | None = None
+    """[M, W], the tokens at masked positions, in the order of ``masks[V, B, N]`` as a boolean index."""
+
+    def __post_init__(self) -> None:
+        _check("pooled", self.pooled, "V B W", V=len(self.views))
+        if self.projected is not None:
+            _check("projected", self.projected, "V B D", V=len(self.views), B=self.pooled.shape[1])
+        if self.tokens is not None:
+            _check("tokens", self.tokens, "V B N W", V=len(self.token_views))
+
+    @property
+    def unit(self) -> Tensor:
+        """``projected`` scaled to length one, float32 at least: [V, B, D]."""
+        assert self.projected is not None, "projected was not asked for: name it in requires()"
+        return normalise(self.projected)
+
+    def tokens_of(self, views: Sequence[int]) -> Tensor:
+        """The tokens of these views: [len(views), B, N or S, W]."""
+        assert self.tokens is not None, "tokens were not asked for: name them in requires()"
+        if tuple(views) == self.token_views:
+            return self.tokens
+        return self.tokens[[self.token_views.index(view) for view in views]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What one role computed for a batch: features by modality and group, head outputs by head."""
+
+    image: Mapping[str, GroupFeatures] = field(default_factory=dict)
+    text: Mapping[str, GroupFeatures] = field(default_factory=dict)
+    heads: Mapping[str, HeadOutput] = field(default_factory=dict)
+
+    def of(self, modality: Modality) -> Mapping[str, GroupFeatures]:
+        """The groups of one modality."""
+        return self.image if modality == "image" else self.text
+
+    def stack(self, modality: Modality, kind: Literal["pooled", "projected"] = "projected", group: str = ALL) -> Tensor:
+        """One group's features, or those of all groups one after the other: [V, B, W or D]."""
+        groups = self.of(modality)
+        chosen = list(groups.values()) if group == ALL else [groups[group]]
+        tensors = [getattr(features, kind) for features in chosen]
+        assert all(tensor is not None for tensor in tensors), f"{kind} was not asked for: name it in requires()"
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Scale the last dimension to length one, in float32 at least (half precision loses the small angles)."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------- what parts say of themselves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """One thing that a head or a loss reads. The union of all needs is the plan of a step.
+
+    Either features (``modality``, ``group``, ``views``, ``kind``) or a head's output (``head``).
+    A head runs on whichever role its readers ask for; ``role`` in a head's own needs is ignored.
+    """
+
+    role: Role = "student"
+    modality: Modality | None = None
+    group: str = ALL
+    views: tuple[int, ...] | None = None
+    """Which of the group's views; None is all of them."""
+    kind: Kind = "projected"
+    pads: bool = False
+    """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
+    head: str | None = None
+    gathered: bool = False
+    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place."""
+
+    def __post_init__(self) -> None:
+        if (self.head is None) == (self.modality is None):
+            raise ValueError("a Need names either a modality or a head")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """What a tower must compute for one view group."""
+
+    views: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+    """Views (a part of ``views``) whose tokens are read."""
+    pads: bool = False
+    projected: bool = True
+    hide_masked: bool = False
+    """Masked patches are replaced by the mask token (the student of masked image modelling)."""
+    masked_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSpec:
+    """One view group that an augmenter offers."""
+
+    views: int
+    size: int | None = None
+    """Side of the square image views, in pixels."""
+    masks: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSpec:
+    """What the rest of the model may know of a tower."""
+
+    width: int
+    image_size: int = 0
+    patch_size: int = 0
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What a part may know of the model around it: the first argument of every part's constructor.
+
+    Parts are built in the order tokenizer, towers, augmenters, heads (as listed), losses, teacher,
+    evaluators; each sees what was built before it.
+    """
+
+    embed_dim: int
+    batch_size: int = 1
+    """Samples of the global batch."""
+    steps_per_epoch: int = 1
+    epochs: int = 1
+    seed: int = 0
+    attention: str = "auto"
+    has_teacher: bool = False
+    context_length: int = 0
+    vocab_size: int = 0
+    image: TowerSpec | None = None
+    text: TowerSpec | None = None
+    image_views: Mapping[str, ViewSpec] = field(default_factory=dict)
+    text_views: Mapping[str, ViewSpec] = field(default_factory=dict)
+    heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Width of each output of each head built so far."""
+    validation_data: str | None = None
+    """Held-out shards that the training set knows of."""
+
+    def views(self, modality: Modality) -> Mapping[str, ViewSpec]:
+        """The view groups on offer in one modality."""
+        return self.image_views if modality == "image" else self.text_views
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where the run is: ``step`` counts optimiser steps from 0, the one under way."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, 0 at the first step."""
+        return self.step / max(1, self.total_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with fractions."""
+        return self.step / max(1, self.steps_per_epoch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterRule:
+    """What the optimiser should know of some parameters of a part.
+
+    ``match`` is an fnmatch pattern over parameter names as seen from the part. The last matching rule
+    that sets a value wins; factors multiply the run's own learning rate and weight decay.
+    """
+
+    match: str
+    lr_scale: float | None = None
+    weight_decay_scale: float | None = None
+    frozen_epochs: float | None = None
+    """No update before this epoch; ``math.inf`` freezes for good and saves the backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """What a loss returns: ``terms`` are summed and trained on, ``metrics`` are only logged.
+
+    Every value is a scalar tensor and a mean over this rank's samples.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """All that a loss may read in one step."""
+
+    views: Views
+    student: Features
+    teacher: Features | None
+    gathered: Mapping[Role, Features]
+    """Features asked for with ``gathered=True``: [V, ranks x B, ...] in rank order, gradients included."""
+    progress: Progress
+    head: Callable[..., HeadOutput]
+    """``head(name, *args, **kwargs)`` calls a head's ``respond`` method (heads conditioned on other samples)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluator found: named numbers, and pictures as uint8 [3, H, W]."""
+
+    metrics: Mapping[str, float]
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,5 @@
+"""The cosmos-launch command."""
+
+
+def main() -> None:
+    """To be written."""

@@ -1,0 +1,1 @@
+"""The built-in parts, on the public surface alone."""
