@@ -181,9 +181,10 @@ class Views:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, group in (*self.image.items(), *self.text.items()):
-            if group.shape[1] != len(self.keys):
-                raise ValueError(f"group '{name}' holds {group.shape[1]} samples, the batch {len(self.keys)}")
+        sizes = [(n, g.shape[1]) for n, g in self.image.items()] + [(n, g.shape[1]) for n, g in self.text.items()]
+        for name, size in sizes:
+            if size != len(self.keys):
+                raise ValueError(f"group '{name}' holds {size} samples, the batch {len(self.keys)}")
 
     def __len__(self) -> int:
         return len(self.keys)
