@@ -1,0 +1,129 @@
+"""The plan of a step: what each role computes, from the union of all needs of heads and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cosmos_ssl.api import ALL, GroupPlan, Head, Loss, Modality, Need, PluginError, Role, Spec, Tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolePlan:
+    """What one role computes: view groups by modality, heads in running order, needs to gather over ranks."""
+
+    image: Mapping[str, GroupPlan] = field(default_factory=dict)
+    text: Mapping[str, GroupPlan] = field(default_factory=dict)
+    heads: Sequence[str] = ()
+    gathered: Sequence[Need] = ()
+
+    def of(self, modality: Modality) -> Mapping[str, GroupPlan]:
+        """The groups of one modality."""
+        return self.image if modality == "image" else self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The step's plan by role."""
+
+    student: RolePlan
+    teacher: RolePlan | None = None
+
+
+def make_plan(
+    spec: Spec,
+    towers: Mapping[Modality, Tower],
+    heads: Mapping[str, Head],
+    losses: Mapping[str, Loss],
+    extra: Iterable[Need] = (),
+) -> Plan:
+    """Expand every need of the losses, and of the heads they read, into what each role computes.
+
+    Raises PluginError where a need is not on offer, naming who asked and what there is.
+    """
+    needs: dict[Role, list[tuple[str, Need]]] = {"student": [], "teacher": []}
+    running: dict[Role, set[str]] = {"student": set(), "teacher": set()}
+
+    def add(who: str, need: Need) -> None:
+        if need.role == "teacher" and not spec.has_teacher:
+            raise PluginError(f"{who} reads a teacher, and the config has none. Set teacher.type, for example to 'ema'")
+        needs[need.role].append((who, need))
+        if need.head is None:
+            return
+        if need.head not in heads:
+            raise PluginError(f"{who} reads the head '{need.head}', which the config does not have. Heads: {_listed(heads)}")
+        if need.head not in running[need.role]:
+            running[need.role].add(need.head)
+            for inner in heads[need.head].requires():
+                add(f"heads.{need.head}", replace(inner, role=need.role))
+
+    for name, loss in losses.items():
+        for need in loss.requires():
+            add(f"losses.{name}", need)
+    for need in extra:
+        add("the caller", need)
+
+    plans = {role: _role_plan(spec, towers, heads, needs[role], running[role]) for role in needs}
+    return Plan(student=plans["student"], teacher=plans["teacher"] if needs["teacher"] else None)
+
+
+def _role_plan(
+    spec: Spec, towers: Mapping[Modality, Tower], heads: Mapping[str, Head], needs: Sequence[tuple[str, Need]], running: set[str]
+) -> RolePlan:
+    groups: dict[Modality, dict[str, GroupPlan]] = {"image": {}, "text": {}}
+    for who, need in needs:
+        if need.modality is None:
+            continue
+        for name in _check(who, need, spec, towers):
+            old = groups[need.modality].get(name, GroupPlan(views=(), projected=False))
+            groups[need.modality][name] = _merge(old, need, spec.views(need.modality)[name].views)
+    ordered = {m: {n: groups[m][n] for n in spec.views(m) if n in groups[m]} for m in groups}
+    return RolePlan(
+        image=ordered["image"],
+        text=ordered["text"],
+        heads=tuple(name for name in heads if name in running),
+        gathered=tuple(dict.fromkeys(need for _, need in needs if need.gathered)),
+    )
+
+
+def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -> list[str]:
+    """The names of the groups that ``need`` speaks of, or PluginError."""
+    assert need.modality is not None
+    offered = spec.views(need.modality)
+    tower = towers.get(need.modality)
+    if tower is None:
+        raise PluginError(f"{who} reads {need.modality} features, and the config has no model.{need.modality}")
+    names = list(offered) if need.group == ALL else [need.group]
+    if not names or names[0] not in offered:
+        raise PluginError(
+            f"{who} reads the {need.modality} views '{need.group}', which augmenters.{need.modality} does not make. Offered: {_listed(offered)}"
+        )
+    for name in names:
+        if need.views is not None and max(need.views) >= offered[name].views:
+            raise PluginError(
+                f"{who} reads view {max(need.views) + 1} of the {need.modality} group '{name}', which has {offered[name].views}"
+            )
+        if need.kind == "masked_tokens" and not offered[name].masks:
+            raise PluginError(f"{who} reads masked patches of '{name}', and augmenters.{need.modality} draws no masks")
+    if need.kind in ("tokens", "masked_tokens") and "tokens" not in tower.capabilities:
+        raise PluginError(f"{who} reads tokens, and the {need.modality} tower '{tower.part_name}' gives none")
+    if need.kind == "masked_tokens" and need.role == "student" and "masks" not in tower.capabilities:
+        raise PluginError(f"{who} reads masked patches, and the {need.modality} tower '{tower.part_name}' has no mask token")
+    return names
+
+
+def _merge(plan: GroupPlan, need: Need, views: int) -> GroupPlan:
+    wanted = set(range(views)) if need.views is None else set(need.views)
+    masked = need.kind == "masked_tokens"
+    return GroupPlan(
+        views=tuple(sorted(wanted | set(plan.views))),
+        tokens=tuple(sorted(wanted | set(plan.tokens))) if need.kind == "tokens" else plan.tokens,
+        pads=plan.pads or need.pads,
+        projected=plan.projected or need.kind == "projected",
+        hide_masked=plan.hide_masked or (masked and need.role == "student"),
+        masked_tokens=plan.masked_tokens or masked,
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
