@@ -1,0 +1,233 @@
+"""The training step: from a batch of views to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import Features, GroupFeatures, HeadOutput, LossOutput, Need, PluginError, Progress, Role, StepContext, Views
+from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.functional import gather_many, rank
+from cosmos_ssl.types import map_tensors
+
+_DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step leaves behind besides gradients; all scalars, detached."""
+
+    loss: Tensor
+    logs: Mapping[str, Tensor]
+
+
+class Step:
+    """Forward and backward over one global batch's share; gradients stay in ``.grad``.
+
+    ``micro_batch_size`` bounds the samples that towers and heads encode at once. It changes memory, not
+    the result: losses see the whole batch's outputs once, then towers and heads encode each
+    micro-batch again and receive the gradients of their outputs.
+    """
+
+    def __init__(
+        self, assembly: Assembly, *, precision: str = "fp32", micro_batch_size: int | None = None, device: torch.device | None = None
+    ) -> None:
+        self.assembly = assembly
+        self.model = assembly.model
+        self.teacher = assembly.teacher
+        self.plan = assembly.plan
+        self.dtype = _DTYPES[precision]
+        self.micro_batch_size = micro_batch_size
+        self.device = device or torch.device("cpu")
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        if micro_batch_size is not None:
+            _refuse_accumulation(assembly)
+
+    def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
+        """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
+        self.model.zero_grad(set_to_none=True)
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._seed(progress, 0)
+        views = self.finish(views)
+        teacher = self.teacher_features(views)
+        if self.micro_batch_size is None or self.micro_batch_size >= len(views):
+            student = self.encode(views)
+            result = self.losses(views, student, teacher, progress)
+            _backward(result.loss, scaler)
+        else:
+            result = self._accumulate(views, teacher, progress, scaler)
+        return StepResult(loss=result.loss.detach(), logs=result.logs)
+
+    # ------------------------------------------------------------------ stages
+
+    @torch.no_grad()
+    def finish(self, views: Views) -> Views:
+        """Photometric work on the device: uint8 crops to normalised float views."""
+        augmenter = self.assembly.augmenters.get("image")
+        if augmenter is None:
+            return views
+        return replace(views, image={n: g if g.pixels.is_floating_point() else augmenter.finish(g) for n, g in views.image.items()})
+
+    @torch.no_grad()
+    def teacher_features(self, views: Views) -> Features | None:
+        """What the plan wants of the teacher."""
+        if self.plan.teacher is None:
+            return None
+        with self._autocast():
+            return self.teacher.model.encode(views, self.plan.teacher)  # type: ignore[operator, no-any-return]
+
+    def encode(self, views: Views) -> Features:
+        """The student's towers and heads."""
+        with self._autocast():
+            return self.model.encode(views, self.plan.student)
+
+    def losses(self, views: Views, student: Features, teacher: Features | None, progress: Progress) -> StepResult:
+        """Every loss once, and the weighted total. The loss still carries its graph."""
+        context = StepContext(
+            views=views, student=student, teacher=teacher, gathered=self._gather(student, teacher), progress=progress, head=self._call_head
+        )
+        outputs = self.model.compute_losses(context)
+        weights = self.assembly.loss_weights
+        total = torch.stack(
+            [weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device)) for name, output in outputs.items()]
+        ).sum()
+        return StepResult(loss=total, logs=_logs(total, outputs) | _spread(student))
+
+    def restore_buffers(self) -> None:
+        """Undo what the last step moved in buffers (for a step that is skipped)."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+
+    # ------------------------------------------------------------------ exact accumulation
+
+    def _accumulate(self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None) -> StepResult:
+        """Encode micro-batches without graph, losses once, encode again with the outputs' gradients."""
+        assert self.micro_batch_size is not None
+        starts = range(0, len(views), self.micro_batch_size)
+        parts = [views.slice(start, start + self.micro_batch_size) for start in starts]
+        encoded: list[Features] = []
+        with torch.no_grad():
+            for number, part in enumerate(parts):
+                self._seed(progress, number)
+                encoded.append(self.encode(part))
+        student = map_tensors(_join(encoded), lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
+        result = self.losses(views, student, teacher, progress)
+        _backward(result.loss, scaler)
+        for number, part in enumerate(parts):
+            self._seed(progress, number)
+            outputs = list(_tensors(self.encode(part)))
+            leaves = list(_tensors(student))
+            start = starts[number]
+            pairs = [
+                (output, leaf.grad[:, start : start + output.shape[1]])
+                for output, leaf in zip(outputs, leaves, strict=True)
+                if leaf.grad is not None and output.requires_grad
+            ]
+            torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        return result
+
+    # ------------------------------------------------------------------ what the stages stand on
+
+    def _gather(self, student: Features, teacher: Features | None) -> dict[Role, Features]:
+        """The planned features of all ranks, in one collective."""
+        sources: dict[Role, Features | None] = {"student": student, "teacher": teacher}
+        places: list[tuple[Role, Need, str, GroupFeatures]] = []
+        for role, plan in (("student", self.plan.student), ("teacher", self.plan.teacher)):
+            for need in plan.gathered if plan is not None else ():
+                places += [(role, need, *item) for item in _gathered_groups(need, sources[role])]  # type: ignore[arg-type]
+        wanted = [getattr(features, need.kind) for _, need, _, features in places]
+        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {}
+        for (role, need, group, _), tensor in zip(places, gather_many(wanted, dim=1), strict=True):
+            assert need.modality is not None
+            found.setdefault(role, {}).setdefault(need.modality, {}).setdefault(group, {})[need.kind] = tensor
+        return {role: _gathered_features(sources[role], groups) for role, groups in found.items()}
+
+    def _call_head(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
+        with self._autocast():
+            return self.model.respond(name, *args, **kwargs)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _seed(self, progress: Progress, micro_batch: int) -> None:
+        """Device randomness is a function of (seed, step, micro-batch, rank): nothing of it needs storing."""
+        torch.manual_seed(hash((self.assembly.spec.seed, progress.step, micro_batch, rank())) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def _logs(total: Tensor, outputs: Mapping[str, LossOutput]) -> dict[str, Tensor]:
+    """``loss``, ``loss/NAME``, ``loss/NAME/TERM`` where there are several, ``NAME/METRIC``."""
+    logs = {"loss": total.detach()}
+    for name, output in outputs.items():
+        terms = {term: value.detach() for term, value in output.terms.items()}
+        logs[f"loss/{name}"] = torch.stack(list(terms.values())).sum()
+        if len(terms) > 1:
+            logs |= {f"loss/{name}/{term}": value for term, value in terms.items()}
+        logs |= {f"{name}/{metric}": value.detach() for metric, value in output.metrics.items()}
+    return logs
+
+
+@torch.no_grad()
+def _spread(student: Features) -> dict[str, Tensor]:
+    """Collapse signs: standard deviation of unit features over the batch x sqrt(D); 1 is isotropic, 0 collapsed."""
+    found = {}
+    for modality, groups in (("image", student.image), ("text", student.text)):
+        features = next((g for g in groups.values() if g.projected is not None), None)
+        if features is not None:
+            unit = features.unit[0]
+            found[f"spread/{modality}"] = unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5
+    return found
+
+
+def _gathered_groups(need: Need, features: Features) -> Iterator[tuple[str, GroupFeatures]]:
+    if need.head is not None or need.kind not in ("pooled", "projected"):
+        raise PluginError("gathered=True is for pooled and projected features; gather others with cosmos_ssl.functional.gather")
+    assert need.modality is not None
+    for name, group in features.of(need.modality).items():
+        if need.group in ("*", name):
+            yield name, group
+
+
+def _gathered_features(source: Features | None, groups: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> Features:
+    assert source is not None
+    made: dict[str, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
+    for modality, by_group in groups.items():
+        for name, kinds in by_group.items():
+            views = source.of(modality)[name].views  # type: ignore[arg-type]
+            pooled = kinds.get("pooled", kinds.get("projected"))
+            assert pooled is not None
+            made[modality][name] = GroupFeatures(views=views, pooled=pooled, projected=kinds.get("projected"))
+    return Features(image=made["image"], text=made["text"])
+
+
+def _tensors(features: Features) -> Iterator[Tensor]:
+    """Every tensor of ``features``, in a fixed order."""
+    found: list[Tensor] = []
+    map_tensors(features, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return iter(found)
+
+
+def _join(parts: Sequence[Features]) -> Features:
+    """Micro-batches of features to one: every tensor is [V, b, ...] and is joined along its samples."""
+    columns = [list(_tensors(part)) for part in parts]
+    joined = iter([torch.cat(column, dim=1) for column in zip(*columns, strict=True)])
+    return map_tensors(parts[0], lambda _: next(joined))
+
+
+def _refuse_accumulation(assembly: Assembly) -> None:
+    """Name the parts that cannot work on micro-batches."""
+    model = assembly.model
+    mixing = [f"heads.{name} mixes samples" for name in assembly.plan.student.heads if model.head(name).mixes_samples]
+    moving = [f"heads.{name} moves buffers" for name in assembly.plan.student.heads if list(model.head(name).buffers())]
+    calling = [f"losses.{name} calls a head" for name in model.losses if model.loss(name).calls_heads]
+    masked = ["masked patches are read" for group in assembly.plan.student.image.values() if group.masked_tokens]
+    reasons = mixing + moving + calling + masked[:1]
+    if reasons:
+        raise PluginError(f"training.micro_batch_size: exact accumulation is impossible here: {'; '.join(reasons)}. Leave it out")

@@ -1,0 +1,169 @@
+"""Losses over the global batch and the collectives behind them, for authors of losses.
+
+One process is the world of size one: the same functions, no communication. With several ranks each
+computes the rows of its own samples only; the few views of one side are gathered (by the engine, for
+every ``Need`` with ``gathered=True``), and the other direction costs one sum of exponentials.
+
+Shape letters: V, U views; B samples on this rank; N samples of all ranks; D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK = 1 << 24
+"""Logits held at once, in elements."""
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where no process group was started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 where no process group was started."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, without gradient (running statistics, counts)."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks along the first dimension; the gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        rows = grad.shape[0] // world_size()
+        if dist.get_backend() == "nccl":
+            out = grad.new_empty(rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(out, grad)
+            return out
+        dist.all_reduce(grad)  # gloo has no reduce-scatter
+        return grad[rank() * rows : (rank() + 1) * rows]
+
+
+def gather(x: Tensor, *, dim: int = 0) -> Tensor:
+    """Concatenate ``x`` over ranks along ``dim``, in rank order; gradients reach every rank's share, summed."""
+    return gather_many([x], dim=dim)[0]
+
+
+def gather_many(tensors: Sequence[Tensor], *, dim: int = 0) -> list[Tensor]:
+    """``gather`` for several tensors of equal length along ``dim`` in a single collective."""
+    if world_size() == 1 or not tensors:
+        return list(tensors)
+    rows = [x.movedim(dim, 0) for x in tensors]
+    flat = [x.reshape(x.shape[0], -1) for x in rows]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in flat) else torch.float32
+    merged = cast(Tensor, _Gather.apply(torch.cat([x.to(dtype) for x in flat], dim=1)))
+    parts = merged.split([x.shape[1] for x in flat], dim=1)
+    return [part.reshape(part.shape[0], *x.shape[1:]).to(x.dtype).movedim(0, dim) for part, x in zip(parts, rows, strict=True)]
+
+
+class _InfoNCE(torch.autograd.Function):
+    """InfoNCE in chunks of rows: nothing of size B x N outlives its chunk, forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, weights: Tensor, chunk: int) -> Tensor:
+        (v, rows, _), (u, columns, _) = a.shape, b.shape
+        start = rank() * rows
+        row_lse = a.new_empty(v, rows, u)
+        column_lse = a.new_full((v, u, columns), -torch.inf)
+        for part in _chunks(rows, v * u * columns, chunk):
+            logits = _logits(a[:, part], b, scale)
+            row_lse[:, part] = logits.logsumexp(3)
+            column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
+        if world_size() > 1:  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
+            sums = (column_lse - scale).double().exp()
+            dist.all_reduce(sums)
+            column_lse = sums.log().to(a.dtype) + scale
+        own = slice(start, start + rows)
+        positive = torch.einsum("vbd,ubd->vbu", a, b[:, own]) * scale
+        ctx.save_for_backward(a, b, scale, weights, row_lse, column_lse)
+        ctx.chunk, ctx.start = chunk, start
+        per_pair = (row_lse + column_lse[:, :, own].transpose(1, 2) - 2 * positive).mean(1)
+        return (weights * per_pair).sum() / 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        a, b, scale, weights, row_lse, column_lse = ctx.saved_tensors
+        (v, rows, d), (u, columns, _) = a.shape, b.shape
+        grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
+        grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
+        grad_scale = torch.zeros_like(scale)
+        weight = (weights * (grads[0] / (2 * rows))).view(v, 1, u, 1)
+        for part in _chunks(rows, v * u * columns, ctx.chunk):
+            logits = _logits(a[:, part], b, scale)
+            g = (logits - row_lse[:, part].unsqueeze(3)).exp_()
+            g += (logits - column_lse.unsqueeze(1)).exp_()
+            m = torch.arange(g.shape[1], device=a.device)
+            g[:, m, :, m + ctx.start + part.start] -= 2  # the positive of each row, once a direction
+            g *= weight
+            grad_scale += (g * logits).sum() / scale
+            g = g.view(-1, u * columns) * scale
+            if grad_a is not None:
+                grad_a[:, part] = (g @ b.view(-1, d)).view(v, -1, d)
+            if grad_b is not None:
+                grad_b += (g.T @ a[:, part].reshape(-1, d)).view(u, columns, d)
+        return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None
+
+
+def _chunks(rows: int, elements_a_row: int, chunk: int) -> list[slice]:
+    step = max(1, chunk // elements_a_row)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _logits(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """[V, m, D], [U, N, D] -> scaled similarities [V, m, U, N]."""
+    (v, m, d), (u, n, _) = a.shape, b.shape
+    return (a.reshape(-1, d) @ b.reshape(-1, d).T).mul_(scale).view(v, m, u, n)
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    *,
+    a_weights: Sequence[float] | None = None,
+    b_weights: Sequence[float] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Symmetric InfoNCE over the global batch, averaged over all pairs of views.
+
+    Sample m of every view of ``a`` belongs to global sample ``rank * B + m`` of every view of ``b``.
+    Cross-entropy of ``scale * a b^T`` in both directions (CLIP, arXiv 2103.00020, figure 3; over view
+    pairs: COSMOS, arXiv 2412.01814, section 3).
+
+    Args:
+        a: unit vectors of this rank, [V, B, D].
+        b: unit vectors of all ranks, gathered with gradients, [U, N, D].
+        scale: the inverse temperature, a scalar of at most 300.
+        a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
+        chunk: logits held at once, in elements.
+
+    Returns:
+        A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
+        are gradients that are averaged over ranks.
+    """
+    wa = torch.full((a.shape[0],), 1 / a.shape[0]) if a_weights is None else torch.tensor(a_weights)
+    wb = torch.full((b.shape[0],), 1 / b.shape[0]) if b_weights is None else torch.tensor(b_weights)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    weights = torch.outer(wa, wb).to(a.device, dtype)
+    return cast(Tensor, _InfoNCE.apply(a.to(dtype).contiguous(), b.to(dtype).contiguous(), scale.to(dtype), weights, chunk))

@@ -1,0 +1,46 @@
+"""CLIP's contrastive loss over all pairs of global image views and text views."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from cosmos_ssl.api import ALL, Loss, LossOutput, Need, Spec, StepContext, normalise
+from cosmos_ssl.functional import info_nce
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class Clip(Loss):
+    """Symmetric InfoNCE of image and text features (CLIP, arXiv 2103.00020), averaged over view pairs.
+
+    Local image crops are left out: with them the model overfits (COSMOS, arXiv 2412.01814).
+    """
+
+    def __init__(self, spec: Spec, *, init_logit_scale: float = 1 / 0.07) -> None:
+        """``init_logit_scale`` is the inverse temperature at the start; it is learned, and kept within 1..100."""
+        super().__init__()
+        if not 1 <= init_logit_scale <= 100:
+            raise ValueError(f"init_logit_scale: {init_logit_scale:g} is outside 1..100")
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+
+    def requires(self) -> list[Need]:
+        """Global image views of all ranks, own text views."""
+        return [
+            Need(modality="image", group="global", kind="projected", gathered=True),
+            Need(modality="text", group=ALL, kind="projected"),
+        ]
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """One term, and the scale."""
+        images = normalise(ctx.gathered["student"].stack("image", group="global"))
+        texts = normalise(ctx.student.stack("text"))
+        scale = self.logit_scale.exp()
+        return LossOutput(terms={"contrastive": info_nce(texts, images, scale)}, metrics={"logit_scale": scale})
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the log-scale within 0..ln 100."""
+        self.logit_scale.clamp_(0, MAX_LOG_SCALE)

@@ -1,0 +1,40 @@
+"""A teacher that follows the student by exponential moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from cosmos_ssl.api import Progress, Spec, Teacher
+
+
+class Ema(Teacher):
+    """Every parameter moves as t <- m t + (1 - m) s (mean teacher, arXiv 1703.01780).
+
+    The momentum is fixed, or rises by a cosine to ``final_momentum_teacher`` (DINO, arXiv 2104.14294).
+    """
+
+    def __init__(self, spec: Spec, *, momentum_teacher: float = 0.999, final_momentum_teacher: float | None = None) -> None:
+        """Raises ValueError for a momentum outside 0..1."""
+        super().__init__()
+        for name, value in (("momentum_teacher", momentum_teacher), ("final_momentum_teacher", final_momentum_teacher)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: {value:g} is outside 0..1")
+        self.start_momentum = momentum_teacher
+        self.final_momentum = momentum_teacher if final_momentum_teacher is None else final_momentum_teacher
+
+    def momentum(self, progress: Progress) -> float:
+        """The momentum at this step."""
+        return self.final_momentum - (self.final_momentum - self.start_momentum) * (1 + math.cos(math.pi * progress.fraction)) / 2
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        """Move all parameters in one fused pass; buffers are copied."""
+        momentum = self.momentum(progress)
+        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
+        for own, other in zip(self.model.buffers(), student.buffers(), strict=True):
+            own.copy_(other)
+        return {"momentum": momentum}
