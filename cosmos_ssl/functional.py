@@ -72,7 +72,7 @@ def gather_many(tensors: Sequence[Tensor], *, dim: int = 0) -> list[Tensor]:
     rows = [x.movedim(dim, 0) for x in tensors]
     flat = [x.reshape(x.shape[0], -1) for x in rows]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in flat) else torch.float32
-    merged = cast(Tensor, _Gather.apply(torch.cat([x.to(dtype) for x in flat], dim=1)))
+    merged = cast(Tensor, _Gather.apply(torch.cat([x.to(dtype) for x in flat], dim=1)))  # type: ignore[no-untyped-call]
     parts = merged.split([x.shape[1] for x in flat], dim=1)
     return [part.reshape(part.shape[0], *x.shape[1:]).to(x.dtype).movedim(0, dim) for part, x in zip(parts, rows, strict=True)]
 
@@ -162,8 +162,12 @@ def info_nce(
         A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
         are gradients that are averaged over ranks.
     """
-    wa = torch.full((a.shape[0],), 1 / a.shape[0]) if a_weights is None else torch.tensor(a_weights)
-    wb = torch.full((b.shape[0],), 1 / b.shape[0]) if b_weights is None else torch.tensor(b_weights)
+    wa = _shares(a.shape[0], a_weights)
+    wb = _shares(b.shape[0], b_weights)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = torch.outer(wa, wb).to(a.device, dtype)
-    return cast(Tensor, _InfoNCE.apply(a.to(dtype).contiguous(), b.to(dtype).contiguous(), scale.to(dtype), weights, chunk))
+    return cast(Tensor, _InfoNCE.apply(a.to(dtype).contiguous(), b.to(dtype).contiguous(), scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+
+
+def _shares(views: int, weights: Sequence[float] | None) -> Tensor:
+    return torch.tensor([1 / views] * views if weights is None else weights, dtype=torch.float64)

@@ -217,8 +217,8 @@ class GroupFeatures:
 
     views: tuple[int, ...]
     """The views of the group that were encoded, in the order of the leading dimension."""
-    pooled: Tensor
-    """[V, B, W], before the projection."""
+    pooled: Tensor | None = None
+    """[V, B, W], before the projection; towers always give it."""
     projected: Tensor | None = None
     """[V, B, D], not normalised."""
     tokens: Tensor | None = None
@@ -229,9 +229,10 @@ class GroupFeatures:
     """[M, W], the tokens at masked positions, in the order of ``masks[V, B, N]`` as a boolean index."""
 
     def __post_init__(self) -> None:
-        _check("pooled", self.pooled, "V B W", V=len(self.views))
+        if self.pooled is not None:
+            _check("pooled", self.pooled, "V B W", V=len(self.views))
         if self.projected is not None:
-            _check("projected", self.projected, "V B D", V=len(self.views), B=self.pooled.shape[1])
+            _check("projected", self.projected, "V B D", V=len(self.views))
         if self.tokens is not None:
             _check("tokens", self.tokens, "V B N W", V=len(self.token_views))
 

@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Features, GroupFeatures, HeadOutput, LossOutput, Need, PluginError, Progress, Role, StepContext, Views
+from cosmos_ssl.api import (
+    ALL,
+    Features,
+    GroupFeatures,
+    HeadOutput,
+    LossOutput,
+    Modality,
+    Need,
+    PluginError,
+    Progress,
+    Role,
+    StepContext,
+    Views,
+)
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.functional import gather_many, rank
 from cosmos_ssl.types import map_tensors
@@ -134,17 +148,16 @@ class Step:
 
     def _gather(self, student: Features, teacher: Features | None) -> dict[Role, Features]:
         """The planned features of all ranks, in one collective."""
-        sources: dict[Role, Features | None] = {"student": student, "teacher": teacher}
-        places: list[tuple[Role, Need, str, GroupFeatures]] = []
-        for role, plan in (("student", self.plan.student), ("teacher", self.plan.teacher)):
-            for need in plan.gathered if plan is not None else ():
-                places += [(role, need, *item) for item in _gathered_groups(need, sources[role])]  # type: ignore[arg-type]
-        wanted = [getattr(features, need.kind) for _, need, _, features in places]
-        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {}
-        for (role, need, group, _), tensor in zip(places, gather_many(wanted, dim=1), strict=True):
-            assert need.modality is not None
-            found.setdefault(role, {}).setdefault(need.modality, {}).setdefault(group, {})[need.kind] = tensor
-        return {role: _gathered_features(sources[role], groups) for role, groups in found.items()}
+        places: list[tuple[Role, Modality, str, str, GroupFeatures]] = []
+        if self.plan.teacher is not None and teacher is not None:
+            places += _gathered_places("teacher", self.plan.teacher.gathered, teacher)
+        places += _gathered_places("student", self.plan.student.gathered, student)
+        found: dict[Role, dict[Modality, dict[str, GroupFeatures]]] = {role: {"image": {}, "text": {}} for role in ("student", "teacher")}
+        tensors = gather_many([getattr(features, kind) for *_, kind, features in places], dim=1)
+        for (role, modality, group, kind, features), tensor in zip(places, tensors, strict=True):
+            old = found[role][modality].get(group, GroupFeatures(views=features.views))
+            found[role][modality][group] = replace(old, **cast(dict[str, Any], {kind: tensor}))
+        return {role: Features(image=groups["image"], text=groups["text"]) for role, groups in found.items()}
 
     def _call_head(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
         with self._autocast():
@@ -186,25 +199,16 @@ def _spread(student: Features) -> dict[str, Tensor]:
     return found
 
 
-def _gathered_groups(need: Need, features: Features) -> Iterator[tuple[str, GroupFeatures]]:
-    if need.head is not None or need.kind not in ("pooled", "projected"):
-        raise PluginError("gathered=True is for pooled and projected features; gather others with cosmos_ssl.functional.gather")
-    assert need.modality is not None
-    for name, group in features.of(need.modality).items():
-        if need.group in ("*", name):
-            yield name, group
-
-
-def _gathered_features(source: Features | None, groups: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> Features:
-    assert source is not None
-    made: dict[str, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
-    for modality, by_group in groups.items():
-        for name, kinds in by_group.items():
-            views = source.of(modality)[name].views  # type: ignore[arg-type]
-            pooled = kinds.get("pooled", kinds.get("projected"))
-            assert pooled is not None
-            made[modality][name] = GroupFeatures(views=views, pooled=pooled, projected=kinds.get("projected"))
-    return Features(image=made["image"], text=made["text"])
+def _gathered_places(role: Role, needs: Sequence[Need], features: Features) -> Iterator[tuple[Role, Modality, str, str, GroupFeatures]]:
+    """Where the gathered needs of one role lie: (role, modality, group, kind, features), each once."""
+    seen = set()
+    for need in needs:
+        if need.modality is None or need.kind not in ("pooled", "projected"):
+            raise PluginError("gathered=True is for pooled and projected features; gather others with cosmos_ssl.functional.gather")
+        for name, group in features.of(need.modality).items():
+            if need.group in (ALL, name) and (need.modality, name, need.kind) not in seen:
+                seen.add((need.modality, name, need.kind))
+                yield role, need.modality, name, need.kind, group
 
 
 def _tensors(features: Features) -> Iterator[Tensor]:

@@ -51,7 +51,8 @@ class Ask(nn.Module):
         if lengths is not None:
             hidden = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
             logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
-        return logits.softmax(-1).mean(1).transpose(0, 1)
+        weights: Tensor = logits.softmax(-1).mean(1).transpose(0, 1)
+        return weights
 
 
 class CrossAttention(Head):

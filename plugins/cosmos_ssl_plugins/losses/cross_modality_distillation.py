@@ -47,7 +47,7 @@ class CrossModalityDistillation(Loss):
         cross = ctx.student.heads[self.head]
         teacher = ctx.gathered["teacher"]
         students = [normalise(cross["image"]), normalise(cross["text"])]
-        teachers = [normalise(teacher.stack(m, group="global")) for m in ("image", "text")]  # type: ignore[arg-type]
+        teachers = [normalise(teacher.stack(m, group="global")) for m in ("image", "text")]
         scale = self.logit_scale.exp()
         # one call for the mean of four means: a view weighs half of its side's share
         loss = info_nce(torch.cat(students), torch.cat(teachers), scale, a_weights=_halves(students), b_weights=_halves(teachers))
