@@ -1,0 +1,223 @@
+"""The pre-norm transformer of our own towers, on packed sequences.
+
+Shape letters: T rows of all sequences laid end to end, R rows that the last block answers, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cosmos_ssl.api import ParameterRule
+from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How sequences lie in a packed tensor, and which of its rows the last block answers."""
+
+    packing: Packing
+    read: Tensor | None
+    """Rows of [T, W] that the last block keeps; None is all of them."""
+    read_packing: Packing
+    _rank: Ints
+
+    def rows(self, packed_rows: Ints) -> Tensor:
+        """Where these packed rows, all of them read, lie in the last block's output, on the device."""
+        return torch.from_numpy(self._rank[packed_rows]).to(self.packing.device, non_blocking=True)
+
+
+def lay_out(
+    lengths: Ints, keep: NDArray[np.bool_], *, causal: bool = False, device: torch.device | str = "cpu", backend: str = "auto"
+) -> Layout:
+    """Lay sequences of these lengths end to end; ``keep``, bool [T], marks the rows that anyone reads.
+
+    Every sequence has at least one such row; of a causal sequence they are its last row or all of its rows.
+    """
+    packing = Packing(lengths, causal=causal, device=device, backend=backend)
+    rank = np.cumsum(keep) - 1
+    if keep.all():
+        return Layout(packing, None, packing, rank)
+    query_lengths = np.add.reduceat(keep, np.cumsum(lengths) - lengths, dtype=np.int64)
+    read = torch.from_numpy(np.flatnonzero(keep)).to(device, non_blocking=True)
+    return Layout(packing, read, Packing(lengths, query_lengths, causal=causal, device=device, backend=backend), rank)
+
+
+class SelfAttention(nn.Module):
+    """The linear maps of self-attention: queries, keys and values from one matrix, in this order, and out."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def ask(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, W] -> queries, keys and values [T, H, d]."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        return q, k, v
+
+    def ask_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, W] -> queries [R, H, d] of these rows alone, keys and values [T, H, d] of all."""
+        sizes = [x.shape[-1], 2 * x.shape[-1]]
+        q_weight, kv_weight = self.qkv.weight.split_with_sizes(sizes)
+        q_bias, kv_bias = self.qkv.bias.split_with_sizes(sizes)
+        k, v = F.linear(x, kv_weight, kv_bias).view(len(x), 2, self.heads, -1).unbind(1)
+        return F.linear(take_rows(x, rows), q_weight, q_bias).view(len(rows), self.heads, -1), k, v
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU (the exact one) between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return cast(Tensor, self.fc2(self.act(self.fc1(x))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor of each channel of a residual branch (CaiT, section 2)."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    ``drop_path`` is the probability with which a branch of a whole sequence is left out in training, the
+    others being scaled up (stochastic depth); it draws from the device's own random state.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, *, layer_scale: float | None = None, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, hidden)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor, packing: Packing, rows: Tensor | None = None, csa: bool = False) -> Tensor:
+        """[T, W] -> [T, W]; with ``rows`` only these are computed, [R, W], and ``packing`` has them as queries.
+
+        ``csa``: softmax(q q^T / sqrt d) v + softmax(k k^T / sqrt d) v (SCLIP, Wang et al. 2024, section 3.2).
+        """
+        q, k, v = self.ask(x, rows)
+        attended = packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing) if csa else packed_attention(q, k, v, packing)
+        factors = None
+        if self.training and self.drop_path:
+            share = 1 - self.drop_path
+            drawn = torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype).bernoulli_(share).div_(share)
+            factors = drawn[packing.sequence_of_query]
+        return self.answer(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+
+    def ask(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the attention: queries, keys and values."""
+        normed = self.norm1(x)
+        return self.attn.ask(normed) if rows is None else self.attn.ask_rows(normed, rows)
+
+    def answer(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Tensor:
+        """What comes after it; ``factors`` [R, 2, 1] of the two branches, from drop path."""
+        branch = self.ls1(self.attn.proj(attended))
+        x = x + (branch if factors is None else branch * factors[:, 0])
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return cast(Tensor, x + (branch if factors is None else branch * factors[:, 1]))
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a tower, one after the other; the last computes only the rows that are read."""
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        """``drop_path`` is the last block's rate; it grows linearly from 0. Raises ValueError for impossible sizes."""
+        check_sizes(width=width, layers=layers, heads=heads)
+        if width % heads:
+            raise ValueError(f"heads: {heads} heads cannot share a width of {width}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path: {drop_path:g} is no share below 1")
+        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+        hidden = int(width * mlp_ratio)
+        super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
+        self.grad_checkpointing = grad_checkpointing
+
+    def __iter__(self) -> Iterator[Block]:
+        return cast(Iterator[Block], super().__iter__())
+
+    def forward(self, x: Tensor, layout: Layout, *, csa: bool = False) -> Tensor:
+        """[T, W] -> [R, W], or [T, W] where every row is read; ``csa`` changes the last block's attention."""
+        last = len(self) - 1
+        for i, block in enumerate(self):
+            ends = i == last
+            arguments = (x, layout.read_packing if ends else layout.packing, layout.read if ends else None, csa and ends)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return x
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Have torch compile all blocks under ``module``, except for their attention, whose lengths differ at each step."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.ask = torch.compile(block.ask, dynamic=True)  # type: ignore[method-assign]
+            block.answer = torch.compile(block.answer, dynamic=True)  # type: ignore[method-assign]
+
+
+def check_sizes(**sizes: float) -> None:
+    """Raise ValueError for an option that is not above zero."""
+    for name, size in sizes.items():
+        if not size > 0:
+            raise ValueError(f"{name}: {size:g} is not above zero")
+
+
+def pick_views(x: Tensor, views: Sequence[int]) -> Tensor:
+    """These views of [V, ...], without a copy where they are all, or neighbours in order."""
+    if tuple(views) == tuple(range(views[0], views[0] + len(views))):
+        return x[views[0] : views[0] + len(views)]
+    return x[list(views)]
+
+
+def layer_of(name: str, head: int) -> int:
+    """The depth of a tower's parameter: 0 before the blocks, N + 1 in ``blocks.N``, ``head`` after them."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]) + 1
+    return head if parts[0] in ("norm", "projection") else 0
+
+
+def tower_rules(frozen: bool) -> list[ParameterRule]:
+    """The rules of a frozen tower, whose projection still learns; none of any other."""
+    if not frozen:
+        return []
+    return [ParameterRule(match="*", frozen_epochs=math.inf), ParameterRule(match="projection", frozen_epochs=0)]

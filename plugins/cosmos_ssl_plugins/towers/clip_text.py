@@ -1,0 +1,161 @@
+"""The text tower of CLIP: a causal transformer in which a caption costs its own length.
+
+Shape letters: n captions, S context length, T rows of all captions laid end to end, W width, D shared width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, ParameterRule, Spec, TextGroup, Tower, TowerSpec
+from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
+from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views, tower_rules
+
+
+class ClipText(Tower):
+    """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
+
+    Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
+    keep them. ``frozen`` fixes all but the projection. Raises ValueError for sizes that do not fit.
+    """
+
+    modality: ClassVar[Modality] = "text"
+    capabilities = frozenset({"tokens", "packing", "pruning"})
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        grad_checkpointing: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(width=width)
+        self.spec = TowerSpec(width=width)
+        self.attention = spec.attention
+        self.frozen = frozen
+        self.layer_count = layers + 1
+        self.token_embedding = nn.Embedding(spec.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
+        self.blocks = Blocks(
+            layers, width, heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path, grad_checkpointing=grad_checkpointing
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Parameter(torch.empty(width, spec.embed_dim))
+        self._start(width, layers)
+
+    def _start(self, width: int, layers: int) -> None:
+        """CLIP's start values."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+        nn.init.normal_(self.projection, std=width**-0.5)
+        for block in self.blocks:
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.zeros_(block.attn.qkv.bias)
+            nn.init.zeros_(block.attn.proj.bias)
+
+    def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
+        """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B]."""
+        if not plan:
+            return {}
+        captions = _Captions(groups, plan)
+        ids = torch.cat([pick_views(groups[name].tokens, wanted.views).flatten() for name, wanted in plan.items()])
+        index, positions = (torch.from_numpy(x).to(ids.device, non_blocking=True) for x in (captions.index, captions.positions))
+        x = self.token_embedding(ids[index]) + F.embedding(positions, self.position_embedding)
+        layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
+        x = self.norm(self.blocks(x, layout))
+        return {name: self._features(x, layout, captions, name, wanted) for name, wanted in plan.items()}
+
+    def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
+        """The projection, where no group reads it."""
+        if not plan:
+            return ("*",)
+        return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Frozen for good, where asked for."""
+        return tower_rules(self.frozen)
+
+    def layer_of(self, name: str) -> int:
+        """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""
+        return layer_of(name, self.layer_count)
+
+    def _features(self, out: Tensor, layout: Layout, captions: _Captions, name: str, wanted: GroupPlan) -> GroupFeatures:
+        views, batch, context = captions.shapes[name]
+        pooled = take_rows(out, layout.rows(captions.pooled[name])).view(views, batch, -1)
+        tokens = None
+        if wanted.tokens:
+            rows, places = captions.tokens[name]
+            total = len(wanted.tokens) * batch * context
+            tokens = take_rows(out, layout.rows(rows))
+            if len(rows) < total:
+                tokens = put_rows(tokens, torch.from_numpy(places).to(out.device, non_blocking=True), total)
+            tokens = tokens.view(len(wanted.tokens), batch, context, -1)
+        return GroupFeatures(
+            views=wanted.views,
+            pooled=pooled,
+            projected=pooled @ self.projection if wanted.projected else None,
+            tokens=tokens,
+            token_views=wanted.tokens,
+        )
+
+
+class _Captions:
+    """Where the captions of all groups lie in the packed tensor: ordered by length, so that equal lengths are neighbours.
+
+    ``index`` [T] are the places of the packed rows in all groups' ids laid end to end, ``positions`` [T] their
+    places in their captions, ``keep`` [T] the rows that are read; ``pooled`` and ``tokens`` are packed rows by group.
+    """
+
+    def __init__(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> None:
+        self.shapes: dict[str, tuple[int, int, int]] = {}
+        ends, lengths, whole, bases = [], [], [], []
+        base = 0
+        for name, wanted in plan.items():
+            views, (batch, context) = len(wanted.views), groups[name].tokens.shape[1:]
+            self.shapes[name] = views, batch, context
+            end: Ints = pick_views(groups[name].lengths, wanted.views).cpu().numpy()
+            asked = np.isin(wanted.views, wanted.tokens)[:, None].repeat(batch, 1)
+            ends.append(end.ravel())
+            whole.append(asked.ravel())
+            lengths.append(np.where(asked & wanted.pads, context, end).ravel())
+            bases.append(base + context * np.arange(views * batch))
+            base += views * batch * context
+        end, length, all_read, start = (np.concatenate(x) for x in (ends, lengths, whole, bases))
+        order = np.lexsort((all_read, length))
+        self.lengths: Ints = length[order]
+        packed = np.empty_like(length)
+        packed[order] = np.cumsum(self.lengths) - self.lengths
+        self.index = ranges(start[order], self.lengths)
+        self.positions = ranges(np.zeros_like(self.lengths), self.lengths)
+        self.keep = np.repeat(all_read[order], self.lengths)
+        self.keep[packed + end - 1] = True
+        self._read(plan, packed, length, end)
+
+    def _read(self, plan: Mapping[str, GroupPlan], packed: Ints, length: Ints, end: Ints) -> None:
+        self.pooled: dict[str, Ints] = {}
+        self.tokens: dict[str, tuple[Ints, Ints]] = {}
+        first = 0
+        for name, wanted in plan.items():
+            views, batch, context = self.shapes[name]
+            here = slice(first, first + views * batch)
+            first += views * batch
+            self.pooled[name] = packed[here] + end[here] - 1
+            chosen = [wanted.views.index(view) for view in wanted.tokens]
+            starts, counts = (x[here].reshape(views, batch)[chosen].ravel() for x in (packed, length))
+            self.tokens[name] = ranges(starts, counts), ranges(context * np.arange(len(starts)), counts)

@@ -1,0 +1,197 @@
+"""The image tower of CLIP: a vision transformer that encodes views of all sizes in one packed pass.
+
+Shape letters: n images, N patches of one image, P rows before them (class token, registers), W width, D shared width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, ParameterRule, Spec, Tower, TowerSpec
+from cosmos_ssl.models.attention import Ints, take_rows
+from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views, tower_rules
+
+
+class ClipViT(Tower):
+    """CLIP's vision transformer: pre-norm blocks, class token, learned positions (Radford et al. 2021, section 2.4).
+
+    ``heads`` is width / 64 unless given. ``pre_norm`` is the LayerNorm before the blocks. Off unless asked
+    for: ``mask_token`` (masked image modelling), ``registers`` (so many free tokens), ``layer_scale`` (its start
+    value), ``drop_path`` (rate of the last block), ``grad_checkpointing``; ``frozen`` fixes all but the
+    projection (LiT). Raises ValueError for sizes that do not fit.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        width: int = 768,
+        layers: int = 12,
+        patch_size: int = 16,
+        image_size: int = 224,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        mask_token: bool = False,
+        pre_norm: bool = True,
+        grad_checkpointing: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(width=width, patch_size=patch_size)
+        if heads is None and width % 64:
+            raise ValueError(f"heads: must be given, since width {width} is no multiple of 64")
+        if image_size < patch_size:
+            raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
+        if registers < 0:
+            raise ValueError(f"registers: {registers} is below zero")
+        self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
+        self.capabilities = frozenset({"tokens", "packing", "pruning", "csa"} | ({"masks"} if mask_token else set()))
+        self.attention = spec.attention
+        self.frozen = frozen
+        self.prefix = 1 + registers
+        self.layer_count = layers + 1
+        self.grid = image_size // patch_size
+
+        scale = width**-0.5
+        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_token = nn.Parameter(scale * torch.randn(width))
+        self.position_embedding = nn.Parameter(scale * torch.randn(1 + self.grid**2, width))
+        self.register_tokens = nn.Parameter(scale * torch.randn(registers, width)) if registers else None
+        self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
+        self.norm_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.blocks = Blocks(
+            layers,
+            width,
+            heads or width // 64,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+            grad_checkpointing=grad_checkpointing,
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Parameter(scale * torch.randn(width, spec.embed_dim))
+        for block in self.blocks:  # the rest are the defaults of PyTorch's own multi-head attention
+            nn.init.xavier_uniform_(block.attn.qkv.weight)
+            nn.init.zeros_(block.attn.qkv.bias)
+            nn.init.zeros_(block.attn.proj.bias)
+
+    def forward(self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
+        """Encode the views in ``plan``; pixels float [V, B, 3, H, W], cropped to whole patches."""
+        parts, reads = [], []
+        start = 0
+        for name, wanted in plan.items():
+            pixels = pick_views(groups[name].pixels, wanted.views)
+            masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
+            masks = None if masks is None else pick_views(masks, wanted.views)
+            x = self._embed(pixels.flatten(0, 1), masks.flatten(0, 1) if masks is not None and wanted.hide_masked else None)
+            reads.append(_Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None))
+            parts.append(x.flatten(0, 1))
+            start += len(parts[-1])
+        if not parts:
+            return {}
+        packed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        layout = self._lay_out(reads, start, packed.device)
+        packed = self.norm(self.blocks(self.norm_pre(packed), layout))
+        return {name: self._features(packed, layout, read) for name, read in zip(plan, reads, strict=True)}
+
+    def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense inference: pixels [B, 3, H, W] of any size -> normed tokens [B, N, W] and pooled [B, W], not projected.
+
+        ``csa``: the last block attends by queries and by keys to themselves (SCLIP, Wang et al. 2024).
+        """
+        x = self._embed(pixels, None)
+        lengths = np.full(len(x), x.shape[1])
+        layout = lay_out(lengths, np.ones(lengths.sum(), bool), device=x.device, backend=self.attention)
+        out = self.norm(self.blocks(self.norm_pre(x.flatten(0, 1)), layout, csa=csa)).view_as(x)
+        return out[:, self.prefix :], out[:, 0]
+
+    def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
+        """The projection and the mask token, where no group reads them."""
+        if not plan:
+            return ("*",)
+        used = {
+            "projection": any(wanted.projected for wanted in plan.values()),
+            "mask_token": any(wanted.hide_masked for wanted in plan.values()),
+        }
+        return tuple(name for name, read in used.items() if not read and getattr(self, name) is not None)
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Frozen for good, where asked for."""
+        return tower_rules(self.frozen)
+
+    def layer_of(self, name: str) -> int:
+        """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""
+        return layer_of(name, self.layer_count)
+
+    def _embed(self, pixels: Tensor, masks: Tensor | None) -> Tensor:
+        """Images [n, 3, H, W] -> rows [n, P + N, W]; the patch convolution as one matrix product."""
+        n, _, height, width = pixels.shape
+        p = self.spec.patch_size
+        rows, columns = height // p, width // p
+        patches = pixels[..., : rows * p, : columns * p].reshape(n, 3, rows, p, columns, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
+        x = F.linear(patches, self.patch_embed.weight.flatten(1))
+        if masks is not None:
+            assert self.mask_token is not None
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        positions = self._positions(rows, columns)
+        first = [(self.class_token + positions[0]).expand(n, 1, -1)]
+        if self.register_tokens is not None:
+            first.append(self.register_tokens.expand(n, -1, -1))
+        return torch.cat([*first, x + positions[1:]], 1)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """Positions of a rows x columns grid, [1 + N, W]: bicubic by scale factor (DINO's rule: + 0.1 before the division)."""
+        if (rows, columns) == (self.grid, self.grid):
+            return self.position_embedding
+        grid = self.position_embedding[1:].view(self.grid, self.grid, -1).permute(2, 0, 1)[None]
+        factor = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
+        grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
+        assert grid.shape[-2:] == (rows, columns)
+        return torch.cat([self.position_embedding[:1], grid[0].flatten(1).t()])
+
+    def _lay_out(self, reads: Sequence[_Read], total: int, device: torch.device) -> Layout:
+        keep = np.zeros(total, bool)
+        for read in reads:
+            keep[read.pooled] = True
+            keep[read.tokens] = True
+            keep[read.masked] = True
+        lengths = np.concatenate([np.full(len(read.pooled), read.length) for read in reads])
+        return lay_out(lengths, keep, device=device, backend=self.attention)
+
+    def _features(self, out: Tensor, layout: Layout, read: _Read) -> GroupFeatures:
+        wanted, batch = read.wanted, read.batch
+        pooled = take_rows(out, layout.rows(read.pooled)).view(len(wanted.views), batch, -1)
+        tokens = None
+        if wanted.tokens:
+            tokens = take_rows(out, layout.rows(read.tokens)).view(len(wanted.tokens), batch, -1, out.shape[1])
+        return GroupFeatures(
+            views=wanted.views,
+            pooled=pooled,
+            projected=pooled @ self.projection if wanted.projected else None,
+            tokens=tokens,
+            token_views=wanted.tokens,
+            masked_tokens=take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None,
+        )
+
+
+class _Read:
+    """The packed rows of one group that are read: class tokens, patches of its token views, masked patches."""
+
+    def __init__(self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None) -> None:
+        self.wanted, self.batch, self.length = wanted, batch, length
+        self.pooled: Ints = start + length * np.arange(len(wanted.views) * batch)
+        patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
+        self.tokens: Ints = patches[[wanted.views.index(view) for view in wanted.tokens]].ravel()
+        self.masked: Ints = patches[masks.cpu().numpy()] if masks is not None else patches[:0].ravel()

@@ -1,0 +1,235 @@
+"""CLIP's image tower: recorded values, packing, pruning, options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import GroupPlan, ImageGroup, ParameterRule, Spec
+
+Towers = Callable[..., tuple[ClipViT, ClipText]]
+SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 16}
+
+
+def group(pixels: Tensor, masks: Tensor | None = None) -> ImageGroup:
+    return ImageGroup(pixels=pixels, params=pixels.new_zeros(*pixels.shape[:2], 0), masks=masks)
+
+
+def small(**options: Any) -> ClipViT:
+    torch.manual_seed(0)
+    return ClipViT(Spec(embed_dim=8), **SMALL | options).double()
+
+
+def random_groups(masked: bool = False) -> dict[str, ImageGroup]:
+    g = torch.Generator().manual_seed(1)
+    masks = torch.rand(2, 3, 16, generator=g) < 0.4 if masked else None
+    return {
+        "global": group(torch.randn(2, 3, 3, 16, 16, generator=g, dtype=torch.float64), masks),
+        "local": group(torch.randn(4, 3, 3, 8, 12, generator=g, dtype=torch.float64)),
+    }
+
+
+def plain(vit: ClipViT, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
+    """A straight vision transformer with this tower's weights, a size at a time: [n, 3, H, W] -> [n, P + N, W]."""
+    x = F.conv2d(pixels, vit.patch_embed.weight, stride=vit.spec.patch_size)
+    rows, columns = x.shape[-2:]
+    x = x.flatten(2).transpose(1, 2)
+    if masks is not None:
+        x = torch.where(masks[..., None], vit.mask_token, x)
+    table = vit.position_embedding
+    grid = table[1:].T.reshape(1, -1, vit.grid, vit.grid)
+    if (rows, columns) != (vit.grid, vit.grid):
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / vit.grid, (columns + 0.1) / vit.grid), mode="bicubic")
+    x = x + grid.flatten(2).transpose(1, 2)
+    first = (vit.class_token + table[0]).expand(len(x), 1, -1)
+    registers = [] if vit.register_tokens is None else [vit.register_tokens.expand(len(x), -1, -1)]
+    x = vit.norm_pre(torch.cat([first, *registers, x], 1))
+    for block in vit.blocks:
+        y = block.norm1(x)
+        attn = block.attn
+        y, _ = F.multi_head_attention_forward(
+            y.transpose(0, 1),
+            y.transpose(0, 1),
+            y.transpose(0, 1),
+            y.shape[-1],
+            attn.heads,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            None,
+            None,
+            False,
+            0.0,
+            attn.proj.weight,
+            attn.proj.bias,
+            need_weights=False,
+        )
+        x = x + block.ls1(y.transpose(0, 1))
+        x = x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x)))))
+    return vit.norm(x)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_student_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers, backend: str) -> None:
+    vit, _ = official_towers("student", backend)
+    pixels = [golden[f"image.{i}"] for i in range(8)]
+    groups = {"global": group(torch.stack(pixels[:2])), "local": group(torch.stack(pixels[2:]))}
+    features = vit(groups, {"global": GroupPlan(views=(0, 1)), "local": GroupPlan(views=tuple(range(6)))})
+    found = torch.cat([features[name].unit for name in ("global", "local")]).flatten(0, 1)
+    torch.testing.assert_close(found, golden["student.image_features"], atol=1e-5, rtol=0)
+
+
+def test_teacher_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers) -> None:
+    vit, _ = official_towers("teacher")
+    groups = {"global": group(torch.stack([golden["image.0"], golden["image.1"]]))}
+    features = vit(groups, {"global": GroupPlan(views=(0, 1))})
+    torch.testing.assert_close(features["global"].unit.flatten(0, 1), golden["teacher.image_features"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("csa", [False, True])
+@pytest.mark.parametrize("size", ["32x32", "32x40", "48x32"])
+def test_dense_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers, size: str, csa: bool) -> None:
+    vit, _ = official_towers("teacher")
+    tokens, pooled = vit.dense(golden[f"dense.{size}.image"], csa=csa)
+    for name, found in (("tokens", tokens), ("pooled", pooled)):
+        torch.testing.assert_close(found @ vit.projection, golden[f"dense.{size}.{name}.csa{int(csa)}"], atol=1e-5, rtol=0)
+
+
+OPTIONS = [
+    {},
+    {"registers": 2, "layer_scale": 0.3, "pre_norm": False},
+    {"grad_checkpointing": True},
+    {"layers": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed_and_pruned_is_a_plain_transformer_of_each_size(options: dict[str, Any]) -> None:
+    vit = small(**options)
+    groups = random_groups()
+    plan = {"global": GroupPlan(views=(0, 1), tokens=(1,)), "local": GroupPlan(views=(3, 1))}
+    features = vit(groups, plan)
+    glob, local = (plain(vit, groups[name].pixels[list(plan[name].views)].flatten(0, 1)).unflatten(0, (2, 3)) for name in plan)
+    expected = [glob[:, :, 0], glob[1:, :, vit.prefix :], local[:, :, 0]]
+    found = [features["global"].pooled, features["global"].tokens, features["local"].pooled]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    torch.testing.assert_close(features["local"].projected, local[:, :, 0] @ vit.projection)
+    assert features["global"].token_views == (1,)
+    assert features["local"].tokens is None
+
+    weights = [torch.randn_like(x) for x in expected]
+    parameters = {n: p for n, p in vit.named_parameters() if n != "projection"}
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(xs, weights, strict=True)), list(parameters.values()))
+        for xs in (found, expected)
+    ]
+    for name, a, b in zip(parameters, *gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("tokens", [(), (0,)])
+def test_masked_patches(tokens: tuple[int, ...]) -> None:
+    vit = small(mask_token=True)
+    nn.init.normal_(vit.mask_token)
+    groups = random_groups(masked=True)
+    masks = groups["global"].masks
+    hidden = GroupPlan(views=(0, 1), tokens=tokens, hide_masked=True, masked_tokens=True)
+    features = vit(groups, {"global": hidden, "local": GroupPlan(views=(0,), projected=False)})
+    pixels = groups["global"].pixels.flatten(0, 1)
+    expected = plain(vit, pixels, masks.flatten(0, 1))
+    torch.testing.assert_close(features["global"].masked_tokens, expected[:, 1:].unflatten(0, (2, 3))[masks], atol=1e-10, rtol=0)
+    torch.testing.assert_close(features["global"].pooled, expected[:, 0].unflatten(0, (2, 3)), atol=1e-10, rtol=0)
+    # the teacher's side of the same: nothing hidden, the same places read, one view alone
+    features = vit(groups, {"global": GroupPlan(views=(1,), masked_tokens=True)})
+    expected = plain(vit, pixels)[:, 1:].unflatten(0, (2, 3))[1:]
+    torch.testing.assert_close(features["global"].masked_tokens, expected[masks[1:]], atol=1e-10, rtol=0)
+
+
+def test_last_block_computes_only_what_is_read() -> None:
+    vit = small()
+    seen = []
+    for block in vit.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    vit(random_groups(), {"global": GroupPlan(views=(0, 1), tokens=(1,)), "local": GroupPlan(views=(0, 1))})
+    assert seen == [6 * 17 + 6 * 7, 3 + 3 * 17 + 6]
+
+
+def test_options_are_off_by_default() -> None:
+    vit = small()
+    assert not [n for n, _ in vit.named_parameters() if "ls" in n or "mask" in n or "register" in n]
+    assert isinstance(vit.norm_pre, nn.LayerNorm)
+    plan = {"local": GroupPlan(views=(0, 1))}
+    first, again = (vit.train()(random_groups(), plan)["local"].pooled for _ in range(2))
+    assert torch.equal(first, again)
+    assert vit.capabilities == {"tokens", "packing", "pruning", "csa"}
+    assert "masks" in small(mask_token=True).capabilities
+
+
+def test_drop_path_leaves_out_whole_samples_in_training_alone() -> None:
+    vit = small(layers=1, drop_path=0.5, pre_norm=False)
+    assert vit.blocks[0].drop_path == 0
+    vit.blocks[0].drop_path = 0.5
+    pixels = torch.randn(1, 1, 3, 16, 16, dtype=torch.float64).expand(1, 64, -1, -1, -1)
+    plan = {"global": GroupPlan(views=(0,), tokens=(0,))}
+    still = vit.eval()({"global": group(pixels)}, plan)["global"].tokens[0]
+    moving = vit.train()({"global": group(pixels)}, plan)["global"].tokens[0]
+    assert len(torch.unique(still.round(decimals=8), dim=0)) == 1
+    assert len(torch.unique(moving.round(decimals=8), dim=0)) == 4  # two branches, kept or not
+
+
+def test_start_values() -> None:
+    torch.manual_seed(0)
+    vit = ClipViT(Spec(embed_dim=64), width=128, layers=1, patch_size=16, image_size=224)
+    bound = math.sqrt(6 / (128 + 3 * 128))  # xavier_uniform over the whole [3W, W]
+    attn = vit.blocks[0].attn
+    assert attn.qkv.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert attn.proj.weight.abs().max().item() == pytest.approx(128**-0.5, rel=1e-3)
+    assert not attn.qkv.bias.any()
+    assert not attn.proj.bias.any()
+    assert vit.blocks[0].mlp.fc1.bias.any()
+    for parameter in (vit.class_token, vit.position_embedding, vit.projection):
+        assert parameter.std().item() == pytest.approx(128**-0.5, rel=0.2)
+
+
+def test_what_a_plan_leaves_unread() -> None:
+    vit = small(mask_token=True)
+    assert set(vit.unread({"global": GroupPlan(views=(0,), projected=False)})) == {"projection", "mask_token"}
+    assert vit.unread({"global": GroupPlan(views=(0,), hide_masked=True)}) == ()
+    assert small().unread({"global": GroupPlan(views=(0,))}) == ()
+    assert vit.unread({}) == ("*",)
+    assert vit({}, {}) == {}
+
+
+def test_depths_and_rules() -> None:
+    vit = small(frozen=True)
+    depths = {name: vit.layer_of(name) for name, _ in vit.named_parameters()}
+    assert {depths[n] for n in ("class_token", "position_embedding", "patch_embed.weight", "norm_pre.bias")} == {0}
+    assert depths["blocks.1.mlp.fc1.weight"] == 2
+    assert depths["norm.weight"] == depths["projection"] == vit.layer_count == 3
+    assert vit.parameter_rules() == [ParameterRule(match="*", frozen_epochs=math.inf), ParameterRule(match="projection", frozen_epochs=0)]
+    assert small().parameter_rules() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads: 3 heads cannot share a width of 32"),
+        ({"heads": None}, "heads: must be given"),
+        ({"width": 0}, "width: 0 is not above zero"),
+        ({"layers": 0}, "layers: 0 is not above zero"),
+        ({"image_size": 3}, "image_size: 3 is smaller than a patch of 4"),
+        ({"registers": -1}, "registers: -1 is below zero"),
+        ({"drop_path": 1.0}, "drop_path: 1 is no share below 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)
