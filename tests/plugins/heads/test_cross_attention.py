@@ -1,0 +1,75 @@
+"""COSMOS's cross-attention head against torch.nn.MultiheadAttention, and what it asks for."""
+
+import pytest
+import torch
+from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
+from torch import nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import Features, GroupFeatures, Spec, TextGroup, TowerSpec, Views, ViewSpec
+
+SPEC = Spec(
+    embed_dim=16,
+    image=TowerSpec(width=12),
+    text=TowerSpec(width=10),
+    image_views={"global": ViewSpec(views=2, size=32), "local": ViewSpec(views=3, size=16)},
+    text_views={"global": ViewSpec(views=2)},
+)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    features = Features(
+        image={
+            "global": GroupFeatures(views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 6, 12), token_views=(0,)),
+            "local": GroupFeatures(views=(0, 1, 2), projected=torch.randn(3, 4, 16)),
+        },
+        text={"global": GroupFeatures(views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 7, 10), token_views=(0,))},
+    )
+    lengths = torch.tensor([[3, 7, 1, 5], [2, 2, 2, 2]])
+    views = Views(keys=list("abcd"), text={"global": TextGroup(tokens=torch.zeros(2, 4, 7, dtype=torch.int64), lengths=lengths)})
+    return features, views
+
+
+def expected(ask, query, tokens, hidden=None):
+    """The published form: one call of the usual module a view, keys repeated, result added to the query."""
+    reference = nn.MultiheadAttention(16, 8, batch_first=True)
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(ask.qkv.weight)
+        reference.in_proj_bias.copy_(ask.qkv.bias)
+        reference.out_proj.load_state_dict(ask.proj.state_dict())
+    kv = ask.norm_kv(tokens)
+    found = [reference(ask.norm_q(x)[:, None], kv, kv, key_padding_mask=hidden) for x in query]
+    features = torch.stack([F.normalize(x + out[:, 0], dim=-1) for x, (out, _) in zip(query, found, strict=True)])
+    return features, torch.stack([weights[:, 0] for _, weights in found])
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_equals_the_usual_module_called_view_by_view(batch, mask):
+    features, views = batch
+    head = CrossAttention(SPEC, num_heads=8, mask_padding=mask)
+    nn.init.normal_(head.image_asks_text.qkv.bias)
+    out = head(features, views)
+    hidden = torch.arange(7) >= views.text["global"].lengths[0][:, None] if mask else None
+    text_tokens = head.text_tokens(features.text["global"].tokens[0])
+    image, image_weights = expected(head.image_asks_text, features.stack("image"), text_tokens, hidden)
+    text, text_weights = expected(head.text_asks_image, features.stack("text"), head.image_tokens(features.image["global"].tokens[0]))
+    torch.testing.assert_close(out["image"], image, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out["text"], text, rtol=1e-5, atol=1e-6)
+    weights = head.attention_weights(features, views, mask_padding=mask)
+    torch.testing.assert_close(weights["image"], image_weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights["text"], text_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_pads_are_asked_for_unless_masked():
+    pads = [need.pads for need in CrossAttention(SPEC).requires() if need.modality == "text" and need.kind == "tokens"]
+    masked = [need.pads for need in CrossAttention(SPEC, mask_padding=True).requires() if need.modality == "text" and need.kind == "tokens"]
+    assert (pads, masked) == ([True], [False])
+
+
+def test_impossible_options_are_named():
+    with pytest.raises(ValueError, match=r"num_heads: .*16.* not a multiple of 5"):
+        CrossAttention(SPEC, num_heads=5)
+    with pytest.raises(ValueError, match=r"model\.image and model\.text"):
+        CrossAttention(Spec(embed_dim=16, text=TowerSpec(width=10)))
