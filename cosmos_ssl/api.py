@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
+from cosmos_ssl.registry import API_VERSION
 from cosmos_ssl.types import (
     ALL,
     Evaluation,
@@ -104,10 +105,6 @@ __all__ = [
     "normalise",
 ]
 
-API_VERSION = 1
-"""Raised when a part written for the version before would no longer work."""
-
-
 class Part:
     """Base of all parts. ``part_name`` is what the config calls it, for messages and logs."""
 
@@ -142,6 +139,11 @@ class Tokenizer(Part, ABC):
     @abstractmethod
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids int64 [n, S], padded, and lengths int64 [n] up to and with the end-of-text token."""
+
+    def lengths(self, ids: Tensor) -> Tensor:
+        """Tokens of padded texts [..., S] up to and with the end of each, at least 1: what follows are pads."""
+        places = torch.arange(1, ids.shape[-1] + 1, device=ids.device)
+        return torch.where(ids != self.pad_id, places, 1).amax(-1)
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """The readable piece of text behind each id (for pictures)."""

@@ -1,13 +1,24 @@
-"""The validated config tree: every section, its keys, types and defaults.
+"""The config: every section with its keys, types and defaults, and how a YAML file becomes one.
 
-Options of parts are not here: they are the arguments of the part's constructor (see ``build``).
+Options of parts are not here: they are the arguments of the part's constructor, checked in a second stage
+(``build``) that imports the parts. The first stage, ``load_config``, imports none.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cosmos_ssl import registry
+from cosmos_ssl.config_source import Node, fault, find_config, from_plain, merge, parse_overrides, read_file
+from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -160,3 +171,215 @@ class Config(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``output_dir``, or ``runs/NAME``."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def lanes(self) -> int:
+        """``loader.lanes``, by default the largest divisor of the batch up to 256."""
+        return self.loader.lanes or max(n for n in range(1, 257) if self.training.batch_size % n == 0)
+
+
+# ---------------------------------------------------------------------------- parts
+
+_SINGLE = {
+    "model.image": "towers",
+    "model.text": "towers",
+    "tokenizer": "tokenizers",
+    "augmenters.image": "augmenters",
+    "augmenters.text": "augmenters",
+    "teacher": "teachers",
+    "data": "datasets",
+}
+_NAMED = ("heads", "losses", "evaluators")
+
+
+def part_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Key path, group and keys of every part of a plain tree, whether or not the tree is valid."""
+    for path, group in _SINGLE.items():
+        value: Any = tree
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            yield path, group, value
+    for group in _NAMED:
+        named = tree.get(group)
+        for name, value in named.items() if isinstance(named, Mapping) else ():
+            if isinstance(value, Mapping):
+                yield f"{group}.{name}", group, value
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A config that passed the first stage, and where its values were written."""
+
+    config: Config
+    tree: dict[str, Any]
+    """All values, defaults of the sections included, as plain dicts, lists and scalars."""
+    root: Node
+    path: Path | None = None
+
+    def origin(self, path: str) -> str:
+        """Where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
+        node = self.root.at(path.split("."))
+        return node.origin if node is not None else "default"
+
+    def fault(self, path: str, message: str) -> str:
+        """A fault of the value under a key path, as ConfigError wants it."""
+        return fault(locate(self, path), path, message)
+
+
+def locate(loaded: LoadedConfig, path: str) -> str:
+    """Where a key path, or the nearest section above it that was written down, was written."""
+    return _locate(loaded.root, path.split(".") if path else [])
+
+
+def _locate(root: Node, keys: Sequence[str]) -> str:
+    for length in range(len(keys), 0, -1):
+        node = root.at(keys[:length])
+        if node is not None:
+            return node.origin
+    return root.origin
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read, merge and check a config without importing a part.
+
+    ``source`` is a file, the name of a config that comes with cosmos-ssl (``quickstart``, ``cosmos/vitb16_cc3m``),
+    or the tree itself; ``overrides`` are ``key.sub=value``. Raises UserError where there is no such file, and
+    ConfigError with all faults of the keys, values, part names and their agreement.
+    """
+    faults: list[str] = []
+    if isinstance(source, Mapping):
+        path, written = None, from_plain(source, "config")
+    else:
+        path = find_config(source)
+        written = read_file(path, faults)
+    root = merge(written, parse_overrides(overrides, faults))
+    tree: dict[str, Any] = root.plain()
+    if path is not None:
+        tree.setdefault("name", path.stem)
+    config, found = _validate(tree)
+    found += _part_faults(tree)
+    if config is not None:
+        found += _agreement_faults(config)
+    faults += [fault(_locate(root, keys), ".".join(keys), message) for keys, message in found]
+    if faults or config is None:
+        raise ConfigError(faults)
+    return LoadedConfig(config, config.model_dump(), root, path)
+
+
+Found = list[tuple[list[str], str]]
+"""Faults before they are located: the keys that lead there, and the message."""
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
+    """Validate ``tree``; a null where None is no value is taken out of it (``key: null`` removes a key)."""
+    while True:
+        try:  # JSON's rules: lists may become tuples while all else stays strict
+            return Config.model_validate_json(json.dumps(tree)), []
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        nulls = [found["loc"] for found in errors if _is_null(tree, found["loc"])]
+        if not nulls:
+            return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
+        for loc in nulls:
+            holder: Any = tree
+            for step in loc[:-1]:
+                holder = holder[step]
+            del holder[loc[-1]]
+
+
+def _is_null(tree: Any, loc: tuple[int | str, ...]) -> bool:
+    for step in loc[:-1]:
+        tree = tree[step]
+    return isinstance(tree, dict) and loc[-1] in tree and tree[loc[-1]] is None
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    *above, key = (str(step) for step in error["loc"])
+    if error["type"] == "extra_forbidden":
+        accepted = _keys(above)
+        return f"unknown key.{did_you_mean(key, accepted)} Accepts: {', '.join(accepted)}"
+    if error["type"] == "missing":
+        return "missing: name a part" if key == "type" else "missing"
+    return registry.describe_errors([{**error, "loc": ()}], error["input"])[0][1]
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """The keys of the section under ``path``."""
+    section: Any = Config
+    for key in path:
+        section = section.model_fields[key].annotation if _is_section(section) else typing.get_args(section)[-1]
+        if type(None) in typing.get_args(section):
+            section = typing.get_args(section)[0]
+    return [*([] if path else ["extends"]), *section.model_fields]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _part_faults(tree: Mapping[str, Any]) -> Found:
+    """Part names that no installed distribution offers, and names of parts that cannot be used as such."""
+    found: Found = []
+    for path, group, keys in part_paths(tree):
+        steps = path.split(".", 1) if group in _NAMED else path.split(".")
+        if group in _NAMED and not re.fullmatch(r"[A-Za-z_][\w-]*", steps[1]):
+            found.append((steps, f"'{steps[1]}' is no name: use letters, digits, - and _"))
+        if isinstance(keys.get("type"), str):
+            try:
+                registry.find(group, keys["type"])
+            except PluginError as error:
+                found.append(([*steps, "type"], str(error)))
+    return found
+
+
+def _agreement_faults(config: Config) -> Found:
+    """Sections that do not fit one another."""
+    found: Found = []
+    batch, micro, lanes = config.training.batch_size, config.training.micro_batch_size, config.loader.lanes
+    if micro is not None and batch % micro:
+        found.append((["training", "micro_batch_size"], f"{micro} does not divide training.batch_size ({batch})"))
+    if lanes is not None and batch % lanes:
+        found.append((["loader", "lanes"], f"{lanes} does not divide training.batch_size ({batch})"))
+    if config.model.image is None and config.model.text is None:
+        found.append((["model"], "needs a tower: give model.image, model.text or both"))
+    if config.model.text is not None and config.tokenizer is None:
+        found.append((["model", "text"], "a text tower needs a tokenizer: give tokenizer, for example {type: clip}"))
+    for modality in ("image", "text"):
+        tower, augmenter = getattr(config.model, modality), getattr(config.augmenters, modality)
+        if tower is not None and augmenter is None:
+            found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
+        if augmenter is not None and tower is None:
+            found.append((["augmenters", modality], f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"))
+    if not config.losses:
+        found.append((["losses"], "there is nothing to train on: give at least one loss"))
+    return found
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def possible_ranks(config: Config) -> list[int]:
+    """The numbers of ranks that can share the batch: they divide the lanes, and micro-batches divide a rank's share."""
+    batch, micro = config.training.batch_size, config.training.micro_batch_size or 1
+    return [ranks for ranks in range(1, config.lanes + 1) if config.lanes % ranks == 0 and batch // ranks % micro == 0]
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raise ConfigError, with the possible numbers, unless ``ranks`` can share the batch."""
+    possible = possible_ranks(config)
+    if ranks not in possible:
+        micro = config.training.micro_batch_size
+        means = f"loader.lanes: {config.lanes}" + (f", training.micro_batch_size: {micro}" if micro else "")
+        listed = ", ".join(map(str, possible))
+        raise ConfigError(
+            [f"training.batch_size: {config.training.batch_size} cannot be shared by {ranks} ranks ({means}). Possible: {listed}."]
+        )

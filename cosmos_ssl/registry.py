@@ -1,0 +1,370 @@
+"""Finds parts by the metadata of installed distributions, loads the named ones, and checks their options.
+
+Listing reads metadata alone; a part is imported by ``load``. Nothing here imports torch: the base class of
+a group is looked up in ``cosmos_ssl.api`` when a part of it is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, metadata
+from types import SimpleNamespace
+from typing import Any
+
+from cosmos_ssl import __version__
+from cosmos_ssl.errors import PluginError, did_you_mean
+
+OWN = "cosmos-ssl"
+
+API_VERSION = 1
+"""Raised when a part written for the version before would no longer work."""
+
+DISABLE_VARIABLE = "COSMOS_DISABLE_PLUGINS"
+
+NOT_INSTALLED = "This clone is not installed, so no parts are registered. Run: pip install -e ."
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One kind of part: what people call it, its base class in ``cosmos_ssl.api``, the keys that are not its options."""
+
+    noun: str
+    base: str
+    reserved: tuple[str, ...] = ()
+
+
+GROUPS: Mapping[str, Group] = {
+    "augmenters": Group("augmenter", "Augmenter"),
+    "heads": Group("head", "Head"),
+    "losses": Group("loss", "Loss", ("loss_weight",)),
+    "teachers": Group("teacher", "Teacher", ("update_when",)),
+    "towers": Group("tower", "Tower"),
+    "tokenizers": Group("tokenizer", "Tokenizer"),
+    "datasets": Group("data set", "Dataset"),
+    "evaluators": Group("evaluator", "Evaluator", ("every_epochs",)),
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Record:
+    """One registered part, as the metadata of its distribution describes it."""
+
+    group: str
+    name: str
+    distribution: str
+    version: str
+    object_path: str
+
+    @property
+    def source(self) -> str:
+        """The distribution and its version, such as ``my-losses 0.3.1``."""
+        return f"{self.distribution} {self.version}"
+
+    @property
+    def own(self) -> bool:
+        """Whether cosmos-ssl itself offers it."""
+        return canonical(self.distribution) == OWN
+
+    @property
+    def qualified(self) -> str:
+        """The name that says whose: ``DIST:NAME``."""
+        return f"{self.distribution}:{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.name} ({self.source}, {self.object_path})"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a part: a constructor argument after ``spec``. ``default`` is ``inspect.Parameter.empty`` where it must be given."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str = ""
+
+    @property
+    def required(self) -> bool:
+        """Whether the config must give it."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def type_name(self) -> str:
+        """The type as it is written in Python."""
+        return type_name(self.type)
+
+
+def canonical(distribution: str) -> str:
+    """A distribution's name in the one spelling that packaging tools compare."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+# ---------------------------------------------------------------------------- discovery
+
+
+def records() -> tuple[Record, ...]:
+    """All registered parts, sorted by group and name; under ``COSMOS_DISABLE_PLUGINS=1`` cosmos-ssl's own alone."""
+    own_only = os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+    found = _discover(tuple(sys.path))
+    return tuple(record for record in found if record.own) if own_only else found
+
+
+def forget() -> None:
+    """Read the metadata again at the next look-up (a distribution was installed meanwhile)."""
+    _discover.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _discover(path: tuple[str, ...]) -> tuple[Record, ...]:
+    seen: set[str] = set()
+    found: set[Record] = set()
+    for distribution in metadata.distributions(path=list(path)):
+        text = distribution.read_text("entry_points.txt")
+        if not text or "cosmos_ssl." not in text:
+            continue
+        name = distribution.metadata["Name"]
+        if canonical(name) in seen:
+            continue  # the first one on the path is the one that imports
+        seen.add(canonical(name))
+        for entry in distribution.entry_points:
+            prefix, _, group = entry.group.rpartition(".")
+            if prefix == "cosmos_ssl" and group in GROUPS:
+                found.add(Record(group, entry.name, name, distribution.version, entry.value))
+    return tuple(sorted(found))
+
+
+def find(group: str, name: str) -> Record:
+    """The part that ``name`` (bare, or ``DIST:NAME``) means in ``group``.
+
+    A bare name means cosmos-ssl's own part if there is one. Raises PluginError where nothing or more than
+    one part answers to it.
+    """
+    known = [record for record in records() if record.group == group]
+    if not any(record.own for record in records()):
+        raise PluginError(NOT_INSTALLED)
+    distribution, _, bare = name.rpartition(":")
+    matches = [record for record in known if record.name == bare]
+    if distribution:
+        matches = [record for record in matches if canonical(record.distribution) == canonical(distribution)]
+    else:
+        matches = [record for record in matches if record.own] or matches
+    if len(matches) > 1:
+        offered = " and ".join(record.source for record in matches)
+        choice = " or ".join(f"'{record.qualified}'" for record in matches)
+        raise PluginError(f"{group}/{name} is offered by {offered}. Write {choice}.")
+    if not matches:
+        spellings = {spelling(record): record for record in known}
+        listed = ", ".join(text if record.own else f"{text} ({record.source})" for text, record in spellings.items())
+        hint = did_you_mean(name, list(spellings))
+        raise PluginError(f"no {GROUPS[group].noun} named '{name}'.{hint}\nAvailable: {listed or 'none'}")
+    return matches[0]
+
+
+def spelling(record: Record) -> str:
+    """How a config names this part: its bare name where that means it, else ``DIST:NAME``."""
+    rivals = [other for other in records() if (other.group, other.name) == (record.group, record.name) and other != record]
+    return record.name if record.own or not rivals else record.qualified
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def load(record: Record) -> type[Any]:
+    """Import a part and hold it to the contract.
+
+    Raises PluginError where its distribution needs another cosmos-ssl, it cannot be imported, is not a concrete
+    subclass of its group's base, or its constructor does not have the form of the contract.
+    """
+    _check_bound(record)
+    try:
+        found: Any = metadata.EntryPoint(name=record.name, value=record.object_path, group=record.group).load()
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{record} cannot be imported: {first_line(error)}") from error
+    wanted = GROUPS[record.group].base
+    base = getattr(import_module("cosmos_ssl.api"), wanted)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {_described(found)}")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise PluginError(f"{record} is an incomplete {wanted}: it does not define {missing}")
+    reserved = {"type", *GROUPS[record.group].reserved}
+    for option in options(found):
+        if option.name in reserved:
+            raise PluginError(f"{record} has an option named '{option.name}', which is reserved for the config. Rename it")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _described(found: object) -> str:
+    return f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
+
+
+def _check_bound(record: Record) -> None:
+    """Hold a distribution to its own requirement on cosmos-ssl."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in metadata.distribution(record.distribution).requires or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue  # its installer's concern
+        if canonical(requirement.name) != OWN or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        if not requirement.specifier.contains(__version__, prereleases=True):
+            raise PluginError(
+                f"{record} needs cosmos-ssl {requirement.specifier}, and this is {__version__}. "
+                f"Install a fitting cosmos-ssl or another {record.distribution}"
+            )
+
+
+# ---------------------------------------------------------------------------- options
+
+
+def options(cls: type[Any]) -> list[Option]:
+    """The options of a part: its constructor's arguments after ``spec``, in their order.
+
+    Raises PluginError where the constructor does not have the form of the contract.
+    """
+    constructor = cls.__init__
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
+    if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        raise PluginError(f"{_path(cls)}: the first argument of the constructor must be the spec")
+    docs = _option_docs(cls)
+    found = []
+    for parameter in parameters[1:]:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            raise PluginError(f"{_path(cls)}: '{parameter.name}' must be keyword-only: options are typed arguments after '*'")
+        annotation = _resolved(cls, parameter)
+        found.append(Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, "")))
+    return found
+
+
+def _path(cls: type[Any]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _resolved(cls: type[Any], parameter: inspect.Parameter) -> Any:
+    """The type of one option; each by itself, since the spec's may be imported for type checkers alone."""
+    if parameter.annotation is inspect.Parameter.empty:
+        raise PluginError(f"{_path(cls)}: the option '{parameter.name}' has no type")
+    holder = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    scope = getattr(cls.__init__, "__globals__", {})
+    try:
+        return typing.get_type_hints(holder, globalns=scope, include_extras=True)[parameter.name]
+    except Exception as error:
+        raise PluginError(f"{_path(cls)}: the type of the option '{parameter.name}' cannot be read: {first_line(error)}") from error
+
+
+def _option_docs(cls: type[Any]) -> dict[str, str]:
+    """What the docstrings of a class and its constructor say of options, in lines of the form ``name: text``."""
+    text = "\n".join(inspect.cleandoc(doc) for doc in (cls.__doc__, cls.__init__.__doc__) if doc)
+    docs: dict[str, str] = {}
+    name, indent = "", 0
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        match = re.match(r"[\s*-]*`{0,2}(\w+)`{0,2}(?:\s*\([^)]*\))?:\s+(\S.*)$", line)
+        if match:
+            name, indent = match[1], depth
+            docs.setdefault(name, match[2].strip())
+        elif name and line.strip() and depth > indent:
+            docs[name] += f" {line.strip()}"
+        else:
+            name = ""
+    return docs
+
+
+def type_name(annotation: Any) -> str:
+    """A type as it is written in Python, without module names."""
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__ if annotation is not type(None) else "None"
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_name(typing.get_args(annotation)[0])
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation).replace("NoneType", "None"))
+
+
+def check_options(record: Record, cls: type[Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Hold the options of a config against the constructor's signature.
+
+    Returns the values in the argument's types (an int for a float, a list for a tuple are converted, nothing
+    else is; a null where None is no value stands for the default), and the faults as (key, message); a key may
+    reach into a value (``scale.1``) and is empty where no key of the config is at fault.
+    """
+    known = {option.name: option for option in options(cls)}
+    values: dict[str, Any] = {}
+    faults: list[tuple[str, str]] = []
+    for key, value in given.items():
+        if key not in known:
+            faults.append((key, _unknown(record, cls, key, list(known))))
+            continue
+        converted, found = _convert(record, known[key], value)
+        if not found:
+            values[key] = converted
+        elif value is not None:
+            faults.extend(found)
+    for option in known.values():
+        if option.required and option.name not in values and not any(key.split(".")[0] == option.name for key, _ in faults):
+            faults.append(("", f"{cls.__name__} ({record.source}) needs the option '{option.name}' ({option.type_name})"))
+    return values, faults
+
+
+def _unknown(record: Record, cls: type[Any], key: str, known: Sequence[str]) -> str:
+    reserved = GROUPS[record.group].reserved
+    accepted = "; and ".join(text for text in (", ".join(known), ", ".join(reserved)) if text)
+    hint = did_you_mean(key, [*known, *reserved])
+    return f"unknown option of {cls.__name__} ({record.source}).{hint} Accepts: {accepted or 'none'}"
+
+
+def _convert(record: Record, option: Option, value: Any) -> tuple[Any, list[tuple[str, str]]]:
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(option.type)
+    except PydanticUserError as error:
+        raise PluginError(f"{record}: the option '{option.name}' has the type {option.type_name}, which no config can hold") from error
+    try:  # JSON's rules, because there a list may become a tuple while all else stays strict
+        return adapter.validate_json(json.dumps(value), strict=True), []
+    except ValidationError as error:
+        return None, [(".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)]
+
+
+def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tuple[tuple[str, ...], str]]:
+    """Pydantic's errors on ``value`` as (path into the value, message); the branches of a union become one message."""
+    wanted: dict[tuple[str, ...], list[str]] = {}
+    found: dict[tuple[str, ...], Any] = {}
+    for error in errors:
+        path, inner = [], value
+        for step in error["loc"]:  # steps that name a branch of a union are no keys of the value
+            inside = isinstance(inner, Mapping) and step in inner
+            if inside or (isinstance(inner, list) and isinstance(step, int) and step < len(inner)):
+                path.append(str(step))
+                inner = inner[step]
+        wanted.setdefault(tuple(path), []).append(_plain_words(error["msg"]))
+        found[tuple(path)] = inner
+    return [(path, f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}") for path, words in wanted.items()]
+
+
+def _plain_words(message: str) -> str:
+    """What pydantic expected, in a config's words."""
+    words = message.removeprefix("Input should be ").removeprefix("Value error, ").partition(", got ")[0]
+    words = re.sub(r"\ba valid (?=[aeiou])", "an ", words).replace("a valid ", "a ")
+    return re.sub(r"\ban object|\ba dictionary", "a mapping", words)
+
+
+def shown(value: Any) -> str:
+    """A value as a config would write it, cut to a line's length."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
