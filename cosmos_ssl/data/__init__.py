@@ -1,1 +1,26 @@
-"""Data: manifest, order, dataset reading, loader, captions, the procedural default set."""
+"""Data: manifest, order, reading of samples, loader, captions, and the procedural default set."""
+
+from cosmos_ssl.data.budget import BadSampleBudget, Replacement
+from cosmos_ssl.data.captions import caption_schema, check_captions, split_sentences
+from cosmos_ssl.data.dataset import Shards, open_shards
+from cosmos_ssl.data.loader import LoadedBatch, Loader
+from cosmos_ssl.data.manifest import Manifest, load_manifest
+from cosmos_ssl.data.order import Order, sample_rng
+from cosmos_ssl.data.scan import expand
+
+__all__ = [
+    "BadSampleBudget",
+    "LoadedBatch",
+    "Loader",
+    "Manifest",
+    "Order",
+    "Replacement",
+    "Shards",
+    "caption_schema",
+    "check_captions",
+    "expand",
+    "load_manifest",
+    "open_shards",
+    "sample_rng",
+    "split_sentences",
+]

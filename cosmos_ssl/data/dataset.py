@@ -1,0 +1,174 @@
+"""Samples of shards by index: one read of a sample's neighbouring members."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.api import BadSample, Dataset, Sample
+from cosmos_ssl.data.captions import caption_schema, check_captions
+from cosmos_ssl.data.manifest import Manifest, Progress, load_manifest, notices
+from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
+from cosmos_ssl.data.tar import TarFault, members, sample_key
+
+_LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
+_log = logging.getLogger("cosmos_ssl.data")
+
+
+class Shards(Dataset):
+    """Webdataset shards with random access.
+
+    ``caption_schema`` as in ``cosmos_ssl.data.captions``. With ``full`` a sample also carries the whole JSON in
+    ``extras['json']``; ``extras['cls']`` is there whenever the shards hold one. ``cache_dir`` holds manifests
+    and blocks of remote shards (at most ``cache_gib``).
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        caption_schema: str | None = "all",
+        cache_dir: str | None = None,
+        cache_gib: float = 32.0,
+        max_pixels: int = 1 << 26,
+        full: bool = False,
+    ) -> None:
+        self._urls = urls
+        self._schema_name = caption_schema
+        self._cache_dir = cache_dir
+        self._max_pixels = max_pixels
+        self._full = full
+        self._manifest: Manifest | None = None
+        self._use_schema(caption_schema)
+        blocks = (Path(cache_dir).expanduser() if cache_dir else cache_root()) / "blocks"
+        self._reader = Reader(BlockCache(blocks, int(cache_gib * 2**30)))
+
+    def _use_schema(self, name: str | None) -> None:
+        self._captions = caption_schema(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_captions"}  # a closure cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._use_schema(self._schema_name)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Where every sample lies; made when first asked for."""
+        if self._manifest is None:
+            self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir)
+        return self._manifest
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""
+        if self._manifest is None:
+            self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir, progress=progress)
+        for line in notices(self._manifest):
+            _log.warning(line)
+        if self._schema_name is not None:
+            check_captions(self._schema_name, self._look())
+
+    def _look(self) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+        """Shard, JSON and text of a few samples of each shard (of evenly spread ones, where there are very many)."""
+        sizes = self.manifest.sizes
+        filled = np.flatnonzero(sizes)
+        chosen = filled[np.linspace(0, len(filled) - 1, min(len(filled), _LOOK_SHARDS)).astype(int)]
+        starts = np.cumsum(sizes) - sizes
+        indices = [int(starts[s] + i) for s in chosen for i in np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int))]
+        with ThreadPoolExecutor(16) as threads:
+            for index, found in zip(indices, threads.map(self._members, indices), strict=True):
+                try:
+                    yield self.describe(index), _table(found[1]), _text(found[1])
+                except BadSample:  # counted when it is met in training
+                    continue
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples of each shard, int64 [shards]."""
+        return self.manifest.sizes
+
+    def describe(self, index: int) -> str:
+        """Name of the shard that holds sample ``index``."""
+        return self.manifest.shards[self.manifest.shard_of(index)].name
+
+    def identity(self) -> Mapping[str, Any]:
+        """Samples, shards, and a digest over name, size and count of each shard."""
+        shards = self.manifest.shards
+        lines = "\n".join(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
+        return {"samples": len(self), "shards": len(shards), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index``. Raises BadSample for unreadable JSON, OSError where storage fails, IndexError."""
+        key, parts = self._members(index)
+        image = next((parts[e] for e in parts if e in IMAGE_EXTENSIONS), None)
+        wants_table = self._full or (self._schema_name not in (None, "txt"))
+        table = _table(parts) if wants_table else {}
+        extras: dict[str, Any] = {}
+        if "cls" in parts:
+            extras["cls"] = _label(parts["cls"])
+        if self._full:
+            extras["json"] = table
+            extras |= {name: body for name, body in parts.items() if name not in (*IMAGE_EXTENSIONS, "json", "txt", "cls")}
+        return Sample(key=key, image=image, captions=self._captions(table, _text(parts)), extras=extras, max_pixels=self._max_pixels)
+
+    def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members of one sample by extension, in one read."""
+        shard, offset, length = self.manifest.locate(index)
+        data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
+        try:
+            found = [(*sample_key(m.name), data[m.data : m.end]) for m in members(lambda at, count: data[at : at + count], length)]
+        except TarFault as error:
+            raise OSError(f"{shard.url} has changed since it was indexed ({error} at sample {index})") from error
+        return found[0][0], {extension: body for _, extension, body in found}
+
+
+def open_shards(
+    urls: str | Sequence[str],
+    *,
+    caption_schema: str | None = "all",
+    cache_dir: str | None = None,
+    max_pixels: int = 1 << 26,
+) -> Shards:
+    """Shards for evaluation and tools: ``len``, ``read(i)``, with every caption field and extra of a sample.
+
+    Captions by the schema ``all``: field ``txt`` from the text member, and every string or list of strings of the JSON under
+    its key. Extras: ``cls`` (int, or the string that stands there), ``json``, and the bytes of other members
+    (``mask.png``). Raises DataError as ``load_manifest`` does.
+    """
+    shards = Shards(urls, caption_schema=caption_schema, cache_dir=cache_dir, max_pixels=max_pixels, full=True)
+    len(shards)  # indexes them: a mistake shows here
+    return shards
+
+
+def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:
+    if "json" not in parts:
+        return {}
+    try:
+        table = json.loads(parts["json"])
+    except ValueError as error:
+        raise BadSample("unreadable json", str(error)) from error
+    if not isinstance(table, dict):
+        raise BadSample("unreadable json", "not a table")
+    return table
+
+
+def _text(parts: Mapping[str, bytes]) -> str | None:
+    return parts["txt"].decode("utf-8", "replace") if "txt" in parts else None
+
+
+def _label(body: bytes) -> int | str:
+    text = body.decode("utf-8", "replace").strip()
+    return int(text) if text.lstrip("-").isdecimal() else text

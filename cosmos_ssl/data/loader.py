@@ -1,0 +1,289 @@
+"""Batches: the samples of a step read, cropped and tokenised whole inside one worker process.
+
+What a batch holds is a pure function of (seed, step, rank): workers, prefetching and restarts change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import pickle
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from cosmos_ssl.api import (
+    Augmenter,
+    BadSample,
+    Dataset,
+    ImageCrops,
+    ImageGroup,
+    PluginError,
+    Sample,
+    SampleViews,
+    TextGroup,
+    Tokenizer,
+    Views,
+)
+from cosmos_ssl.data.budget import Replacement
+from cosmos_ssl.data.order import Order, replacement, sample_rng
+from cosmos_ssl.data.workers import Failure, WorkerStart, lost, raise_file_limit
+from cosmos_ssl.errors import TrainingError
+
+MAX_ATTEMPTS = 32
+"""Bad samples in a row at one position before the data as a whole is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedBatch:
+    """One rank's share of a step."""
+
+    step: int
+    views: Views
+    """uint8 crops [V, B, 3, H, W] as the augmenter made them, token ids [V, B, S]; extras as lists of B."""
+    replaced: tuple[Replacement, ...] = ()
+    """The bad samples met on the way, to be counted when the batch is consumed."""
+
+    def pin_memory(self) -> LoadedBatch:
+        """The same batch in page-locked memory (the name that PyTorch's loader looks for)."""
+        return replace(self, views=self.views.pin_memory())
+
+
+class Loader:
+    """Makes the batches of one rank. ``workers`` 0 works in this process and gives the same batches.
+
+    Raises UserError where ``world`` ranks cannot share the batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        image: Augmenter | None = None,
+        text: Augmenter | None = None,
+        tokenizer: Tokenizer | None = None,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        order.check_ranks(world)
+        self.dataset = dataset
+        self.order = order
+        self.workers = workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory
+        self._stop = multiprocessing.get_context().Event()
+        self._batches = _Batches(_SampleViewer(dataset, order, image, text), order, tokenizer, rank, world, self._stop)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[LoadedBatch]:
+        """The batches of steps ``start_step`` to ``stop_step`` (not included), in order.
+
+        Raises OSError where storage fails, StorageError where a worker is killed, TrainingError where an augmenter
+        or a data set fails or no sample can be used.
+        """
+        if start_step >= stop_step:
+            return
+        if self.workers == 0:
+            yield from (_opened(self._batches[step]) for step in range(start_step, stop_step))
+            return
+        self._stop.clear()
+        raise_file_limit()
+        iterator = _start(self._torch_loader(range(start_step, stop_step)))
+        processes = iterator._workers
+        try:
+            for _ in range(start_step, stop_step):
+                try:
+                    result = next(iterator)
+                except RuntimeError as error:  # errors of samples come as values: this is the loader's own
+                    raise lost(processes, error) from error
+                yield _opened(result)
+        finally:
+            self._stop.set()
+            iterator._shutdown_workers()
+            for process in processes:  # stuck in a read: they ignore the polite signal
+                if process.is_alive():
+                    process.kill()
+
+    def _torch_loader(self, steps: range) -> DataLoader[LoadedBatch | Failure]:
+        return DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=min(self.workers, len(steps)),
+            prefetch_factor=self._prefetch,
+            pin_memory=self._pin_memory,
+            collate_fn=_same,
+            worker_init_fn=WorkerStart(),
+            generator=torch.Generator(),  # the global one must not depend on the number of restarts
+        )
+
+
+def _start(loader: DataLoader[Any]) -> Any:
+    """Start the workers, without PyTorch's handler that raises in the midst of a step when one of them dies."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _opened(result: LoadedBatch | Failure) -> LoadedBatch:
+    if isinstance(result, Failure):
+        result.raise_()
+    return cast(LoadedBatch, result)
+
+
+def _same(result: Any) -> Any:
+    return result
+
+
+class _Batches(TorchDataset["LoadedBatch | Failure"]):
+    """Step -> batch, or the error that prevented it."""
+
+    def __init__(self, viewer: _SampleViewer, order: Order, tokenizer: Tokenizer | None, rank: int, world: int, stop: Any) -> None:
+        self.viewer, self.order, self.tokenizer = viewer, order, tokenizer
+        self.rank, self.world, self.stop = rank, world, stop
+
+    def __getitem__(self, step: int) -> LoadedBatch | Failure:
+        try:
+            return self._build(step)
+        except Exception as error:
+            worker = get_worker_info()
+            where = f"step {step:,}" if worker is None else f"loader worker {worker.id}, step {step:,}"
+            return Failure.of(error, f"data: {where}, {self.viewer.at}")
+
+    def _build(self, step: int) -> LoadedBatch:
+        epoch, _ = self.order.epoch_of(step)
+        indices = self.order.rank_batch(step, self.rank, self.world)
+        positions = self.order.rank_positions(step, self.rank, self.world)
+        batch = _Collector(len(indices))
+        replaced: list[Replacement] = []
+        for index, position in zip(indices.tolist(), positions.tolist(), strict=True):
+            if self.stop.is_set() and get_worker_info() is not None:
+                raise TrainingError("the loader is being closed")  # nobody waits for it
+            sample, views = self.viewer.make(index, epoch, position, replaced)
+            batch.add(sample, views)
+        self.viewer.at = "collecting the batch"
+        return LoadedBatch(step=step, views=batch.views(self.tokenizer), replaced=tuple(replaced))
+
+
+class _SampleViewer:
+    """One position of an epoch -> the views there. ``at`` says what is being worked on, for messages."""
+
+    def __init__(self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None) -> None:
+        self.dataset, self.order, self.image, self.text = dataset, order, image, text
+        self.at = ""
+
+    def make(self, index: int, epoch: int, position: int, replaced: list[Replacement]) -> tuple[Sample, SampleViews]:
+        """Read and crop sample ``index``, or those that stand in for it. Raises TrainingError when none can be used."""
+        seed = self.order.seed
+        for attempt in range(MAX_ATTEMPTS):
+            if attempt:
+                index = replacement(seed, epoch, position, attempt, self.order.samples)
+            shard = self.dataset.describe(index)
+            self.at = f"reading sample {index} of {shard}"
+            sample = None
+            try:
+                sample = self.dataset.read(index)
+                return sample, self._views(sample, shard, epoch, position, attempt)
+            except BadSample as error:
+                key = sample.key if sample is not None else ""
+                replaced.append(Replacement(shard=shard, index=index, key=key, reason=error.reason, detail=error.detail))
+        last = replaced[-1]
+        raise TrainingError(
+            f"data: {MAX_ATTEMPTS} samples in a row could not be used, the last one {last.key or last.index} of {last.shard}"
+            f" ({last.reason}{': ' * bool(last.detail)}{last.detail}). 'cosmos-ssl data check' lists what is wrong"
+        )
+
+    def _views(self, sample: Sample, shard: str, epoch: int, position: int, attempt: int) -> SampleViews:
+        crops: dict[str, Mapping[str, Any]] = {}
+        for augmenter in (self.text, self.image):  # texts first: they are cheap, and may show that the sample is bad
+            if augmenter is not None:
+                self.at = f"augmenter {augmenter.part_name or type(augmenter).__name__} on sample {sample.key} of {shard}"
+                is_text = augmenter.modality == "text"
+                if is_text and not any(sample.captions.values()):
+                    raise BadSample("no caption")
+                rng = sample_rng(self.order.seed, epoch, position, attempt, text=is_text)
+                crops[augmenter.modality] = augmenter.crop(sample, rng)
+        return SampleViews(image=crops.get("image", {}), text=crops.get("text", {}))
+
+
+class _Collector:
+    """Writes the views of one sample after another into the tensors of the batch."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.samples: list[Sample] = []
+        self.image: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.text: dict[str, list[Sequence[str]]] = {}
+
+    def add(self, sample: Sample, views: SampleViews) -> None:
+        """The views of the next sample. Raises PluginError where they are of another shape than the first ones."""
+        slot = len(self.samples)
+        self.samples.append(sample)
+        for name, crops in views.image.items():
+            if slot == 0:
+                self.image[name] = self._room(crops)
+            for room, part in zip(self.image[name], (crops.pixels, crops.params, crops.masks), strict=True):
+                if room is None or part is None:
+                    continue
+                if room[:, slot].shape != part.shape:
+                    raise PluginError(
+                        f"image views '{name}' are {list(part.shape)}, those of the batch's first sample {list(room[:, 0].shape)}"
+                    )
+                room[:, slot] = part
+        for name, texts in views.text.items():
+            self.text.setdefault(name, []).append(texts)
+
+    def _room(self, crops: ImageCrops) -> tuple[Tensor, Tensor, Tensor | None]:
+        def like(tensor: Tensor) -> Tensor:
+            return _empty((tensor.shape[0], self.size, *tensor.shape[1:]), tensor.dtype)
+
+        return like(crops.pixels), like(crops.params), None if crops.masks is None else like(crops.masks)
+
+    def views(self, tokenizer: Tokenizer | None) -> Views:
+        """The finished batch. Raises PluginError where extras cannot travel between processes."""
+        shared = set.intersection(*(set(sample.extras) for sample in self.samples))
+        extras = {name: [sample.extras[name] for sample in self.samples] for name in sorted(shared)}
+        try:
+            pickle.dumps(extras)  # what cannot be sent would be lost on the way, and the trainer left waiting
+        except Exception as error:
+            raise PluginError(f"the data set's extras ({', '.join(extras)}) cannot be pickled: {error}") from error
+        return Views(
+            keys=[sample.key for sample in self.samples],
+            image={n: ImageGroup(pixels=pixels, params=params, masks=masks) for n, (pixels, params, masks) in self.image.items()},
+            text=self._tokens(tokenizer) if self.text else {},
+            extras=extras,
+        )
+
+    def _tokens(self, tokenizer: Tokenizer | None) -> dict[str, TextGroup]:
+        """All texts of all groups in one call, view-major."""
+        if tokenizer is None:
+            raise PluginError("a text augmenter needs a tokenizer")
+        groups = {name: [text for view in zip(*texts, strict=True) for text in view] for name, texts in self.text.items()}
+        tokens, lengths = tokenizer([text for texts in groups.values() for text in texts])
+        counts = [len(texts) for texts in groups.values()]
+        return {
+            name: TextGroup(tokens=ids.reshape(-1, self.size, ids.shape[1]), lengths=length.reshape(-1, self.size))
+            for name, ids, length in zip(groups, tokens.split(counts), lengths.split(counts), strict=True)
+        }
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for a tensor; in a worker in shared memory from the start, so that nothing is copied to send it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    empty = torch.empty(0, dtype=dtype)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape) * empty.element_size())
+    return empty.set_(storage).view(shape)

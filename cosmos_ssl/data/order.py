@@ -1,0 +1,161 @@
+"""The order of samples: a pure function (seed, epoch, position) -> sample, the same for any number of ranks and workers.
+
+Shards are shuffled and laid end to end, the tail is dropped, the sequence is cut into equal lanes and each lane is
+shuffled within windows; every batch takes the same number of samples from each lane. All permutations sort
+raw Philox numbers, whose stream NumPy guarantees, so that an order never changes with NumPy's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.errors import DataError, UserError
+
+MAX_LANES = 256
+_SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE = range(5)  # one stream of random numbers for each use
+
+
+def _philox(use: int, seed: int, *counter: int) -> np.random.Philox:
+    """A stream of its own for every (use, seed, up to three numbers)."""
+    words = (0, *counter, 0, 0)[:4]  # the lowest word counts the draws
+    return np.random.Philox(key=np.array([seed, use], np.uint64), counter=np.array(words, np.uint64))
+
+
+def _permutations(bits: np.random.Philox, rows: int, size: int) -> NDArray[np.int64]:
+    """Independent permutations of ``size`` numbers, int64 [rows, size]."""
+    numbers: NDArray[np.uint64] = bits.random_raw(rows * size).reshape(rows, size)
+    return np.argsort(numbers, axis=1, kind="stable")
+
+
+def sample_rng(seed: int, epoch: int, position: int, attempt: int = 0, *, text: bool = False) -> np.random.Generator:
+    """The randomness of one sample's views. Images and texts have streams of their own.
+
+    ``position`` counts samples of the epoch; ``attempt`` is not 0 for a replacement.
+    """
+    return np.random.Generator(_philox(_SAMPLE, seed, position, epoch, 2 * attempt + text))
+
+
+def replacement(seed: int, epoch: int, position: int, attempt: int, samples: int) -> int:
+    """The sample (of ``samples``) that stands in for a bad one, from ``attempt`` 1 on."""
+    return int(_philox(_REPLACE, seed, position, epoch, attempt).random_raw() % samples)
+
+
+class Order:
+    """Which samples each step takes. Steps count from 0 over the whole run.
+
+    ``lanes`` defaults to the largest divisor of the batch up to 256; windows hold ``shuffle_samples`` / lanes samples
+    each, and a set of no more than ``shuffle_samples`` is permuted whole. Raises UserError where the lanes do not
+    divide the batch, DataError where the samples do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int] | NDArray[np.int64],
+        batch_size: int,
+        *,
+        lanes: int | None = None,
+        shuffle_samples: int = 262_144,
+        seed: int,
+    ) -> None:
+        sizes = np.asarray(shard_sizes, np.int64)
+        self.samples = int(sizes.sum())
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = self.samples // batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). Give more or a smaller batch"
+            )
+        divisors = [n for n in range(1, min(batch_size, MAX_LANES) + 1) if batch_size % n == 0]
+        self.lanes = lanes or divisors[-1]
+        if batch_size % self.lanes:
+            raise UserError(
+                f"loader.lanes: {lanes} does not divide training.batch_size: {batch_size}. Possible: {', '.join(map(str, divisors))}"
+            )
+        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
+        self._per_batch = batch_size // self.lanes
+        self._lane_length = self.steps_per_epoch * self._per_batch
+        # a window holds whole batches, so that a batch never lies across two
+        self._window = max(shuffle_samples // self.lanes // self._per_batch, 1) * self._per_batch
+        self._small = self.samples <= shuffle_samples
+        self._shuffle_samples = shuffle_samples
+        # caches of the instance: a method's lru_cache would keep every instance alive
+        self._laid_out = lru_cache(maxsize=2)(self._lay_out)
+        self._whole_order = lru_cache(maxsize=2)(lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), 1, self.samples)[0])
+        self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (
+            self._sizes,
+            self.batch_size,
+            self.lanes,
+            self._window * self.lanes if not self._small else self.samples,
+            self.seed,
+        )
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and the number of the step within it."""
+        return divmod(step, self.steps_per_epoch)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Sample indices of the global batch of ``step``, int64 [batch], lane after lane."""
+        epoch, step = self.epoch_of(step)
+        first = step * self._per_batch
+        lanes = np.arange(self.lanes)[:, None] * self._lane_length
+        if self._small:
+            places = lanes + np.arange(first, first + self._per_batch)
+            whole: NDArray[np.int64] = self._whole_order(epoch)[places.ravel()]
+            return whole
+        window = first // self._window
+        inside = self._window_order(epoch, window)[:, first - window * self._window :][:, : self._per_batch]
+        return self._resolve(epoch, (lanes + window * self._window + inside).ravel())
+
+    def rank_positions(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
+        """Positions within the epoch of the samples that ``rank`` takes in ``step``: int64 [batch / world].
+
+        A rank owns whole lanes, so its share is one span of the global batch.
+        """
+        share = self.batch_size // world
+        start = self.epoch_of(step)[1] * self.batch_size + rank * share
+        return np.arange(start, start + share)
+
+    def rank_batch(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
+        """The sample indices at ``rank_positions``."""
+        share = self.batch_size // world
+        return self.batch(step)[rank * share : (rank + 1) * share]
+
+    def possible_ranks(self) -> list[int]:
+        """Numbers of ranks that share the lanes evenly."""
+        return [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
+
+    def check_ranks(self, world: int) -> None:
+        """Raise UserError unless ``world`` ranks can share a batch."""
+        if self.lanes % world:
+            what = f"training.batch_size: {self.batch_size} cannot be shared by {world} ranks (loader.lanes: {self.lanes})"
+            raise UserError(f"{what}. Possible: {', '.join(map(str, self.possible_ranks()))}.")
+
+    def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch's order of shards, and where each of them ends in the sequence."""
+        order = _permutations(_philox(_SHARDS, self.seed, epoch), 1, len(self._sizes))[0]
+        return order, np.cumsum(self._sizes[order])
+
+    def _shuffle_window(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """A permutation of one window for each lane, int64 [lanes, samples of the window]."""
+        size = min(self._window, self._lane_length - window * self._window)
+        return _permutations(_philox(_WINDOWS, self.seed, epoch, window), self.lanes, size)
+
+    def _resolve(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples at these places of the epoch's sequence of shards."""
+        order, ends = self._laid_out(epoch)
+        at = np.searchsorted(ends, places, side="right")
+        shard = order[at]
+        found: NDArray[np.int64] = self._starts[shard] + places - (ends[at] - self._sizes[shard])
+        return found
+
+
+def _rebuild(sizes: NDArray[np.int64], batch_size: int, lanes: int, shuffle_samples: int, seed: int) -> Order:
+    return Order(sizes, batch_size, lanes=lanes, shuffle_samples=shuffle_samples, seed=seed)

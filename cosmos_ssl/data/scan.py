@@ -1,0 +1,161 @@
+"""From a list of URLs to what the headers of each shard say: braces, patterns, one scan a shard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.data.storage import fetch, filesystem, is_local, local_path
+from cosmos_ssl.data.tar import BLOCK, Member, TarFault, members, sample_key
+from cosmos_ssl.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSIONS = ("json", "txt")
+EXAMPLES = 3
+"""Names shown in a message before the dots."""
+
+
+def expand(urls: str | Sequence[str]) -> list[str]:
+    """A list of shards from ``a-{0000..0009}.tar::b-*.tar`` or several such strings, local or fsspec URLs.
+
+    Braces expand in order, ``*`` and ``?`` match existing files in sorted order. Raises DataError where a pattern
+    matches nothing or a shard is named twice.
+    """
+    from braceexpand import braceexpand
+
+    found: list[str] = []
+    for text in [urls] if isinstance(urls, str) else urls:
+        for part in filter(None, (p.strip() for p in text.split("::"))):
+            try:
+                names = list(braceexpand(part))
+            except ValueError as error:  # UnbalancedBracesError
+                raise DataError(f"data: '{part}': braces do not match") from error
+            found += [url for name in names for url in _glob(name)]
+    if not found:
+        raise DataError("data: no shards are named. Give a path such as 'train-{0000..0009}.tar'")
+    if len(set(found)) < len(found):
+        twice = next(url for i, url in enumerate(found) if url in found[:i])
+        raise DataError(f"data: {twice} is named twice")
+    return found
+
+
+def _glob(url: str) -> list[str]:
+    if is_local(url):
+        if not set("*?") & set(url):
+            return [str(local_path(url))]
+        path = local_path(url).absolute()
+        matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    elif "*" in url:
+        system, path_there = filesystem(url)
+        matches = sorted(system.unstrip_protocol(p) for p in system.glob(path_there))
+    else:
+        return [url]
+    if not matches:
+        raise DataError(f"data: no file matches {url}")
+    return matches
+
+
+class Scan(NamedTuple):
+    """What the headers of one shard say."""
+
+    offsets: NDArray[np.int64]
+    """Where each sample's first header begins, in bytes."""
+    lengths: NDArray[np.uint32]
+    """Bytes from there to the end of its last member."""
+    notes: Notes
+    fault: str = ""
+    """Why the shard cannot be read to its end."""
+
+
+@dataclass(slots=True)
+class Notes:
+    """What is odd in a shard but stops nothing: counts, and names of a few members as examples."""
+
+    keys: int = 0
+    """Distinct neighbouring keys, with or without an image."""
+    imageless: int = 0
+    imageless_examples: list[str] = field(default_factory=list)
+    bare: int = 0
+    bare_examples: list[str] = field(default_factory=list)
+
+
+def scan(url: str, size: int) -> Scan:
+    """Walk the headers of one shard. Raises OSError where storage fails; a damaged archive is a ``fault``."""
+    offsets: list[int] = []
+    lengths: list[int] = []
+    notes, fault = Notes(), ""
+    groups = _grouped(members(_header_reader(url, size), size))
+    try:
+        for group in groups:
+            extensions = {sample_key(m.name)[1] for m in group}
+            notes.keys += 1
+            if extensions.isdisjoint(IMAGE_EXTENSIONS):
+                notes.imageless += 1
+                notes.imageless_examples += [group[0].name] * (notes.imageless <= EXAMPLES)
+                continue
+            if extensions.isdisjoint(CAPTION_EXTENSIONS):
+                notes.bare += 1
+                notes.bare_examples += [group[0].name] * (notes.bare <= EXAMPLES)
+            offsets.append(group[0].start)
+            lengths.append(group[-1].end - group[0].start)
+    except TarFault as error:
+        fault = str(error)
+    return Scan(np.array(offsets, np.int64), np.array(lengths, np.uint32), notes, fault)
+
+
+def _grouped(found: Iterator[Member]) -> Iterator[list[Member]]:
+    """Neighbouring members of one key."""
+    group: list[Member] = []
+    last = ""
+    for member in found:
+        key = sample_key(member.name)[0]
+        if group and key != last:
+            yield group
+            group = []
+        group.append(member)
+        last = key
+    if group:
+        yield group
+
+
+def _header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
+    """Reads with a small look-ahead where seeking is cheap, and by megabytes where each read is a request."""
+    if is_local(url):
+        file = local_path(url).open("rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):  # bodies are skipped: no read-ahead
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        chunk = 8 * BLOCK
+
+        def more(offset: int, count: int) -> bytes:
+            return os.pread(file.fileno(), count, offset)
+    else:
+        chunk = 4 << 20
+
+        def more(offset: int, count: int) -> bytes:
+            return fetch(url, offset, offset + count)
+
+    first, buffer = 0, b""
+
+    def read(offset: int, count: int) -> bytes:
+        nonlocal first, buffer
+        if not first <= offset <= offset + count <= first + len(buffer):
+            first, buffer = offset, more(offset, min(max(count, chunk), size - offset))
+        return buffer[offset - first : offset - first + count]
+
+    return read
+
+
+def pool(tasks: int, *, local: bool = True) -> Executor:
+    """Processes where there is much to do on this machine, else threads (object stores wait, they do not compute)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if local and cores > 1 and tasks >= 64 and "fork" in get_all_start_methods():
+        return ProcessPoolExecutor(min(cores, tasks, 64), mp_context=get_context("fork"))
+    return ThreadPoolExecutor(max(1, min(32, tasks)))

@@ -1,0 +1,103 @@
+"""What a loader's worker process needs: signals, death with its parent, errors handed over instead of raised."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStart:
+    """Called in each new worker. The trainer decides what a signal means; a worker only dies with it."""
+
+    parent: int = field(default_factory=os.getpid)
+    # the kernel's notice comes when the *thread* that forked ends: of use from the main thread alone
+    from_main_thread: bool = field(default_factory=lambda: threading.current_thread() is threading.main_thread())
+
+    def __call__(self, worker: int) -> None:
+        """Set up the process of worker number ``worker``."""
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if sys.platform == "linux" and self.from_main_thread:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self.parent:  # it died before the call above
+                os._exit(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+
+
+class Failure(NamedTuple):
+    """An error on its way from a worker to the trainer, with the traceback it had."""
+
+    error: Exception
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception, where: str) -> Failure:
+        """The error as the trainer should see it: storage and our own errors keep their kind, others name the culprit."""
+        if isinstance(error, OSError) and not isinstance(error, CosmosError):
+            handed: Exception = OSError(error.errno, f"{where}: {error.strerror or error}")
+        elif isinstance(error, CosmosError) and _survives(error):
+            handed = error
+        else:
+            handed = TrainingError(f"{where}: {type(error).__name__}: {error}")
+        return cls(handed, traceback.format_exc())
+
+    def raise_(self) -> None:
+        """Raise the error in this process; the worker's traceback stays with it as a note."""
+        self.error.add_note(self.trace)
+        raise self.error
+
+
+def _survives(error: Exception) -> bool:
+    """Whether an error can be pickled and made again; one that cannot would be lost and leave the trainer waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a plugin's error class does
+        return False
+    return True
+
+
+class Process(Protocol):
+    """The part of a worker's process that is read here."""
+
+    exitcode: int | None
+    pid: int | None
+
+
+def lost(workers: list[Process], error: Exception) -> StorageError:
+    """The error for a worker that is gone, with the signal that took it."""
+    dead = [w for w in workers if w.exitcode]
+    if not dead:
+        return StorageError(f"data: the loader failed: {error}")
+    code = dead[0].exitcode or 0
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    hint = {"SIGKILL": "; out of memory? Lower loader.workers", "SIGBUS": "; /dev/shm is full? Enlarge it, or lower loader.workers"}.get(
+        name, ""
+    )
+    return StorageError(f"data: a loader worker was lost (process {dead[0].pid}, {name}{hint})")
+
+
+def raise_file_limit() -> None:
+    """Lift this process's limit of open files as far as allowed: every tensor under way between processes holds one."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # macOS refuses its own 'unlimited'
+            return

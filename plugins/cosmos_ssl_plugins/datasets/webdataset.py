@@ -1,0 +1,32 @@
+"""Training data in webdataset shards."""
+
+from __future__ import annotations
+
+from cosmos_ssl.api import Spec
+from cosmos_ssl.data import Shards
+
+
+class WebDataset(Shards):
+    """Image-text shards: ``KEY.jpg`` (jpeg, png, webp) beside ``KEY.json`` or ``KEY.txt``, and ``KEY.cls`` if there are labels.
+
+    ``train_data`` names the shards (braces, ``*``, ``::`` between lists; paths or fsspec URLs). ``caption_schema``: ``dreamlip``,
+    ``pixelprose``, ``txt``, ``json:KEY``, ``all``, or null for pictures alone. ``validation_data`` is for evaluators that
+    name no shards. ``cache_dir`` holds the manifest and, for remote shards, blocks of up to ``cache_gib`` GiB; without it the manifest lies
+    beside the shards or in the user's cache folder. Pictures of more than ``max_pixels`` are bad samples.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        train_data: str | list[str],
+        caption_schema: str | None = "dreamlip",
+        validation_data: str | None = None,
+        cache_dir: str | None = None,
+        cache_gib: float = 32.0,
+        max_pixels: int = 1 << 26,
+    ) -> None:
+        if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used
+            caption_schema = None
+        super().__init__(train_data, caption_schema=caption_schema, cache_dir=cache_dir, cache_gib=cache_gib, max_pixels=max_pixels)
+        self.validation_data = validation_data
