@@ -1,0 +1,104 @@
+"""Multi-crop: large global views and small local ones of one picture, each with its own photometric changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
+from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish
+
+
+class MultiCrop(Augmenter):
+    """Groups ``global`` and ``local`` of square views, as SwAV, DINO and COSMOS cut them (arXiv 2412.01814, section A).
+
+    Workers decode once, cut and resize, and draw the photometric parameters; the device flips, jitters the colours
+    (in random order), takes the colour away, blurs, solarises and normalises, all on 8-bit values.
+    The three numbers of ``gaussian_blur_probs`` and ``solarize_probs`` are for the first global view, the other
+    global views and the local views. Blur radii are standard deviations in pixels.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        global_crops_number: int = 2,
+        global_crops_size: int = 224,
+        global_crops_scale: tuple[float, float] = (0.4, 1.0),
+        local_crops_number: int = 6,
+        local_crops_size: int = 96,
+        local_crops_scale: tuple[float, float] = (0.05, 0.4),
+        crops_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_prob: float = 0.5,
+        color_jitter_prob: float = 0.8,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        grayscale_prob: float = 0.2,
+        gaussian_blur_probs: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        gaussian_blur_radius: tuple[float, float] = (0.1, 2.0),
+        solarize_probs: tuple[float, float, float] = (0.0, 0.2, 0.0),
+        solarize_threshold: int = 128,
+    ) -> None:
+        if global_crops_number < 1 or local_crops_number < 0:
+            raise ValueError("multi_crop needs at least one global view and no negative number of local views")
+        check_crops("global_crops", global_crops_size, global_crops_scale, crops_ratio)
+        check_crops("local_crops", local_crops_size, local_crops_scale, crops_ratio)
+        check_shares(flip_prob, color_jitter_prob, grayscale_prob, *gaussian_blur_probs, *solarize_probs)
+        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+            raise ValueError("brightness, contrast, saturation and hue cannot be negative, nor hue above 0.5 (half a turn)")
+        if not 0 < gaussian_blur_radius[0] <= gaussian_blur_radius[1]:
+            raise ValueError(f"gaussian_blur_radius: {list(gaussian_blur_radius)} is not a range of radii above 0")
+        tower = spec.image or TowerSpec(width=0)
+        self.mean, self.std = tower.mean, tower.std
+        self.ratio = crops_ratio
+        first = Strengths(
+            flip=flip_prob,
+            jitter=color_jitter_prob,
+            factors=(brightness, contrast, saturation, hue),
+            grey=grayscale_prob,
+            blur=gaussian_blur_probs[0],
+            blur_radius=gaussian_blur_radius,
+            solarize=solarize_probs[0],
+            solarize_threshold=solarize_threshold,
+        )
+        other, local = (replace(first, blur=gaussian_blur_probs[i], solarize=solarize_probs[i]) for i in (1, 2))
+        strengths = {"global": [first] + [other] * (global_crops_number - 1), "local": [local] * local_crops_number}
+        self._draws = {name: Draw(views) for name, views in strengths.items() if views}
+        self._scales = {"global": global_crops_scale, "local": local_crops_scale}
+        sizes = {"global": global_crops_size, "local": local_crops_size}
+        self._offers = {name: ViewSpec(views=len(strengths[name]), size=sizes[name]) for name in self._draws}
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """``global``, and ``local`` unless its number is 0."""
+        return self._offers
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        """Crops as uint8 [V, 3, size, size] and their parameter rows, by group. Raises BadSample as ``decode`` does."""
+        image = sample.decode()
+        height, width = image.shape[-2:]
+        crops = {}
+        for name, view in self._offers.items():
+            boxes = crop_boxes(view.views, height, width, self._scales[name], self.ratio, rng)
+            params = self._draws[name](rng)
+            crops[name] = ImageCrops(pixels=resized_crops(image, boxes, view.size or 0), params=params)
+        return crops
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
+        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
+        return replace(group, pixels=pixels.view(group.pixels.shape))
+
+
+def check_shares(*shares: float) -> None:
+    """Raise ValueError for a probability outside 0..1."""
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"{share} is no probability: give a number between 0 and 1")

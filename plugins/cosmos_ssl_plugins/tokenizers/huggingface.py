@@ -1,0 +1,56 @@
+"""Tokenizers of Hugging Face, by name or from a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import Spec, Tokenizer, UserError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The tokenizer ``name`` (of the hub, or a folder with its files), cut and padded to ``context_length``.
+
+    Lengths count what the attention mask counts, special tokens included. Code that comes with a tokenizer is
+    never run. Raises UserError where it cannot be loaded or has nothing to pad with.
+    """
+
+    def __init__(self, spec: Spec, *, name: str, context_length: int = 77) -> None:
+        if context_length < 3:
+            raise ValueError(f"context_length: {context_length} leaves no room between the special tokens")
+        self.context_length = context_length
+        self._tokenizer = _load(name)
+        if self._tokenizer.pad_token_id is None:
+            if self._tokenizer.eos_token_id is None:
+                raise UserError(f"tokenizer huggingface: '{name}' has neither a padding nor an end token. Name another one.")
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"
+        self.pad_id = int(self._tokenizer.pad_token_id)
+        self.vocab_size = len(self._tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids int64 [n, S] and lengths int64 [n]; a text without any token counts one pad."""
+        batch = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.context_length)
+        lengths = torch.tensor(batch["attention_mask"], dtype=torch.int64).sum(dim=1).clamp(min=1)
+        return torch.tensor(batch["input_ids"], dtype=torch.int64), lengths
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The piece of text behind each id."""
+        return [str(self._tokenizer.decode([int(number)])).strip() for number in ids]
+
+
+def _load(name: str) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, ImportError and more: whatever keeps it from loading
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"tokenizer huggingface: cannot load '{name}' ({reason}). Give a folder with its files or a name on the hub."
+        ) from error
