@@ -185,7 +185,7 @@ class Config(Section):
 
 # ---------------------------------------------------------------------------- parts
 
-_SINGLE = {
+SINGLE_PARTS = {
     "model.image": "towers",
     "model.text": "towers",
     "tokenizer": "tokenizers",
@@ -194,18 +194,21 @@ _SINGLE = {
     "teacher": "teachers",
     "data": "datasets",
 }
-_NAMED = ("heads", "losses", "evaluators")
+"""Key path of each part there is at most one of -> its group."""
+
+NAMED_GROUPS = ("heads", "losses", "evaluators")
+"""Sections, named as their groups, that hold any number of parts by name."""
 
 
 def part_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Key path, group and keys of every part of a plain tree, whether or not the tree is valid."""
-    for path, group in _SINGLE.items():
+    for path, group in SINGLE_PARTS.items():
         value: Any = tree
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if isinstance(value, Mapping):
             yield path, group, value
-    for group in _NAMED:
+    for group in NAMED_GROUPS:
         named = tree.get(group)
         for name, value in named.items() if isinstance(named, Mapping) else ():
             if isinstance(value, Mapping):
@@ -330,8 +333,8 @@ def _part_faults(tree: Mapping[str, Any]) -> Found:
     """Part names that no installed distribution offers, and names of parts that cannot be used as such."""
     found: Found = []
     for path, group, keys in part_paths(tree):
-        steps = path.split(".", 1) if group in _NAMED else path.split(".")
-        if group in _NAMED and not re.fullmatch(r"[A-Za-z_][\w-]*", steps[1]):
+        steps = path.split(".", 1) if group in NAMED_GROUPS else path.split(".")
+        if group in NAMED_GROUPS and not re.fullmatch(r"[A-Za-z_][\w-]*", steps[1]):
             found.append((steps, f"'{steps[1]}' is no name: use letters, digits, - and _"))
         if isinstance(keys.get("type"), str):
             try:

@@ -279,6 +279,19 @@ def read_file(path: Path, faults: list[str], above: tuple[Path, ...] = ()) -> No
     return own if merged is None else merge(merged, own)
 
 
+def copy_text(path: Path) -> str:
+    """The text of a config that comes with cosmos-ssl, such that it works in any folder: ``extends`` as it is named there."""
+    text = path.read_text(encoding="utf-8")
+    root = _Composer(text).get_single_node()
+    names = {file.resolve(): name for name, file in packaged_configs().items()}
+    for key, value in root.value if isinstance(root, MappingNode) else ():
+        if key.value == "extends":
+            for node in reversed(value.value if isinstance(value, SequenceNode) else [value]):
+                name = names[find_config(node.value, path.parent).resolve()]
+                text = f"{text[: node.start_mark.index]}{name}.yaml{text[node.end_mark.index :]}"
+    return text
+
+
 # ---------------------------------------------------------------------------- overrides
 
 

@@ -1,5 +1,42 @@
-"""The cosmos-ssl command."""
+"""The ``cosmos-ssl`` command: a table of commands, each in a file of its own that is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from cosmos_ssl import __version__
+from cosmos_ssl.cli.common import DEBUG, execute, parse
+
+COMMANDS = {
+    "plugins": "list the parts that are installed, show one, check all",
+    "config": "check, show, list or copy configs; JSON Schema for editors",
+    "data": "index, check and make training data",
+    "info": "versions, devices and attention backends, for bug reports",
+}
+"""Command -> what it is for. ``cosmos_ssl.cli.COMMAND`` offers ``add_parser(subparsers)``, which sets ``run``."""
 
 
-def main() -> None:
-    """To be written."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return execute(lambda: _run(arguments), debug=DEBUG in arguments)
+
+
+def _run(argv: Sequence[str]) -> int:
+    called = next((text for text in argv if not text.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="cosmos-ssl",
+        description="Parts, configs and data of cosmos-ssl. Training is started by cosmos-launch.",
+    )
+    parser.add_argument("--version", action="version", version=f"cosmos-ssl {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, purpose in COMMANDS.items():
+        if name == called:
+            import_module(f"cosmos_ssl.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=purpose)
+    arguments = parse(parser, argv)
+    return int(arguments.run(arguments))

@@ -1,0 +1,70 @@
+"""``cosmos-ssl info``: versions, devices and attention backends, for bug reports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from cosmos_ssl import __version__, registry
+from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.errors import EXIT_DONE
+
+_LIBRARIES = ("torch", "torchvision", "xformers", "timm", "transformers", "open_clip_torch", "lightly", "webdataset", "pydantic", "numpy")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("info", help="versions, devices and attention backends, for bug reports")
+    add_json(parser)
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    facts = {"versions": _versions(), "devices": _devices(), "attention": _attention(), "plugins": _plugins()}
+    for title, rows in facts.items():
+        print(title)
+        print(table([(name, text) for name, text in rows.items()] or [("none", "")], indent="  "), end="")
+    if arguments.json:
+        write_json(arguments.json, facts)
+    return EXIT_DONE
+
+
+def _versions() -> dict[str, str]:
+    found = {"cosmos-ssl": f"{__version__} (plugin API {registry.API_VERSION})", "python": platform.python_version()}
+    found["system"] = platform.platform()
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    if not torch.cuda.is_available():
+        found["cuda"] = f"none (PyTorch was built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
+    return found
+
+
+def _attention() -> dict[str, str]:
+    from cosmos_ssl.models.attention import backend_report
+
+    return backend_report()
+
+
+def _plugins() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for record in registry.records():
+        if not record.own:
+            found.setdefault(record.source, "")
+            found[record.source] += f"{', ' if found[record.source] else ''}{record.group}/{record.name}"
+    return found
