@@ -207,7 +207,7 @@ def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, pro
             if shard.size == now.size and shard.stamp == now.stamp:
                 found[i] = Scan(*known.part(i), shard.notes)
     todo = [i for i in range(len(urls)) if i not in found]
-    with pool(len(todo), local=is_local(urls[0])) as executor:
+    with pool(len(todo), processes=len(todo) >= 64 and is_local(urls[0])) as executor:
         for done, (i, result) in enumerate(
             zip(todo, executor.map(scan, [urls[i] for i in todo], [stats[i].size for i in todo]), strict=True)
         ):

@@ -153,9 +153,9 @@ def _header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
     return read
 
 
-def pool(tasks: int, *, local: bool = True) -> Executor:
-    """Processes where there is much to do on this machine, else threads (object stores wait, they do not compute)."""
+def pool(tasks: int, *, processes: bool) -> Executor:
+    """One process a core for what computes (where processes can be forked), else threads, for what waits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if local and cores > 1 and tasks >= 64 and "fork" in get_all_start_methods():
-        return ProcessPoolExecutor(min(cores, tasks, 64), mp_context=get_context("fork"))
+    if processes and cores > 1 and "fork" in get_all_start_methods():
+        return ProcessPoolExecutor(max(1, min(cores, tasks, 64)), mp_context=get_context("fork"))
     return ThreadPoolExecutor(max(1, min(32, tasks)))

@@ -1,0 +1,166 @@
+"""The default data set: procedural scenes written once as real shards, the same on every run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.data.scan import pool
+from cosmos_ssl.data.scene_pictures import CLASS_NAMES, caption, draw, make_scene, sentences
+from cosmos_ssl.data.storage import cache_root
+from cosmos_ssl.errors import DataError, UserError
+
+__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
+
+_VERSION = 1
+"""Raised when the same options would give other shards than before."""
+_NOTE = "scenes.json"
+_SPLITS = ("train", "val")
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneOptions:
+    """What the shards hold. Raises UserError for values that make no sense."""
+
+    train_samples: int = 4096
+    validation_samples: int = 512
+    image_size: int = 64
+    seed: int = 0
+    shard_samples: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.image_size < 16:
+            raise UserError(f"scenes: image_size: {self.image_size} is too small to draw in, 16 is the least")
+        for name in ("train_samples", "validation_samples", "shard_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"scenes: {name}: {getattr(self, name)} is not positive")
+
+    def samples(self, split: Split) -> int:
+        """Samples of one split."""
+        return self.train_samples if split == "train" else self.validation_samples
+
+    def shards(self, split: Split) -> int:
+        """Shards of one split."""
+        return -(-self.samples(split) // self.shard_samples)
+
+    def pattern(self, folder: Path, split: Split) -> str:
+        """The URL pattern of one split's shards."""
+        return str(folder / f"{split}-{{0000..{self.shards(split) - 1:04d}}}.tar")
+
+
+def default_folder(options: SceneOptions) -> Path:
+    """Where scenes of these options lie in the cache folder."""
+    digest = hashlib.sha256(json.dumps([_VERSION, asdict(options)]).encode()).hexdigest()[:12]
+    return cache_root() / "scenes" / digest
+
+
+def write_scenes(folder: Path, options: SceneOptions) -> Path:
+    """Write the shards ``train-*.tar`` and ``val-*.tar`` into ``folder``, unless they are there; all or nothing.
+
+    Raises DataError where the folder cannot be written or holds something else.
+    """
+    from filelock import FileLock
+
+    if _written(folder, options):
+        return folder
+    part = folder.parent / f".{folder.name}.part"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if _written(folder, options):
+                return folder
+            shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
+            part.mkdir()
+            _write_all(part, options)
+            part.replace(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise DataError(f"scenes: {folder} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _written(folder: Path, options: SceneOptions) -> bool:
+    note = {"version": _VERSION, **asdict(options)}
+    if (folder / _NOTE).exists():
+        if json.loads((folder / _NOTE).read_text()) == note:
+            return True
+    elif not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    raise DataError(f"scenes: {folder} holds something else. Give another folder, or delete it")
+
+
+def _write_all(folder: Path, options: SceneOptions) -> None:
+    tries: dict[Split, Sequence[int]] = {"train": [0] * options.train_samples, "val": _distinct(options)}
+    jobs = [
+        (folder / f"{split}-{shard:04d}.tar", split, first, tries[split][first : first + options.shard_samples], options)
+        for split in tries
+        for shard, first in enumerate(range(0, options.samples(split), options.shard_samples))
+    ]
+    with pool(len(jobs), processes=len(jobs) > 1) as executor:
+        counts = list(executor.map(_write_shard, *zip(*jobs, strict=True)))
+    sizes = {job[0].name: count for job, count in zip(jobs, counts, strict=True)}
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1))
+    (folder / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    (folder / _NOTE).write_text(json.dumps({"version": _VERSION, **asdict(options)}))
+
+
+def _rng(options: SceneOptions, split: str, index: int, attempt: int) -> np.random.Generator:
+    key = np.array([options.seed, _SPLITS.index(split)], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, index, attempt, 0], np.uint64)))
+
+
+def _distinct(options: SceneOptions) -> list[int]:
+    """Which draw of each validation scene to use, so that no two scenes have one caption."""
+    seen: set[str] = set()
+    tries = []
+    for index in range(options.validation_samples):
+        attempt = 0
+        while (text := caption(make_scene(_rng(options, "val", index, attempt)))) in seen:
+            attempt += 1
+        seen.add(text)
+        tries.append(attempt)
+    return tries
+
+
+def _write_shard(path: Path, split: Split, first: int, tries: Sequence[int], options: SceneOptions) -> int:
+    from webdataset import TarWriter
+
+    with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+        for index, attempt in enumerate(tries, first):
+            writer.write(_sample(f"{split}-{index:07d}", _rng(options, split, index, attempt), options.image_size))
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    return len(tries)
+
+
+def _sample(key: str, rng: np.random.Generator, size: int) -> dict[str, Any]:
+    scene = make_scene(rng)
+    picture, mask = draw(scene, size)
+    return {
+        "__key__": key,
+        "png": _png(picture),
+        "mask.png": _png(mask),
+        "json": json.dumps(sentences(scene, rng)).encode(),
+        "txt": caption(scene).encode(),
+        "cls": str(scene.things[0].label).encode(),
+    }
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png", compress_level=4)
+    return buffer.getvalue()

@@ -1,0 +1,40 @@
+"""The default data set: procedural scenes, written once into a cache folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos_ssl.api import Spec
+from cosmos_ssl.data import Manifest, Shards
+from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
+
+
+class Scenes(Shards):
+    """Pictures of coloured, textured shapes with true sentences, labels and masks; no download.
+
+    ``folder`` is where the shards lie (by default in the user's cache folder, by options); ``caption_schema`` as for
+    ``webdataset``. Its held-out shards are ``validation_data``.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        train_samples: int = 4096,
+        validation_samples: int = 512,
+        image_size: int = 64,
+        seed: int = 0,
+        folder: str | None = None,
+        caption_schema: str | None = "dreamlip",
+    ) -> None:
+        self._options = SceneOptions(train_samples=train_samples, validation_samples=validation_samples, image_size=image_size, seed=seed)
+        self._folder = Path(folder).expanduser() if folder else default_folder(self._options)
+        self.validation_data = self._options.pattern(self._folder, "val")
+        super().__init__(self._options.pattern(self._folder, "train"), caption_schema=caption_schema)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Where every sample lies; written and indexed when first asked for."""
+        if self._manifest is None:
+            write_scenes(self._folder, self._options)
+        return super().manifest
