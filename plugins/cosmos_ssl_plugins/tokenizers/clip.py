@@ -52,6 +52,10 @@ class ClipTokenizer(Tokenizer):
             lengths[row] = tokens.index(pairs.end) + 1  # a text that spells the end token ends there
         return torch.from_numpy(ids), torch.from_numpy(lengths)
 
+    def lengths(self, ids: Tensor) -> Tensor:
+        """The end token has the largest id: this holds whatever another tokenizer of this vocabulary pads with."""
+        return ids.argmax(-1) + 1
+
     def decode(self, ids: Sequence[int]) -> list[str]:
         """The piece of text behind each id; bytes that are no character by themselves become U+FFFD."""
         pairs = _byte_pairs()
