@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from cosmos_ssl import registry
-from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Spec, Teacher, Tokenizer, Tower
-from cosmos_ssl.config import Config, LoadedConfig, load_config
-from cosmos_ssl.config import Part as PartConfig
+from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
+from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
-from cosmos_ssl.errors import ConfigError, CosmosError, PluginError
+from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
+from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.engine.trainer import Trainer
+from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, PluginError
+from cosmos_ssl.interop.official import read_official
+from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
-
-if TYPE_CHECKING:
-    from cosmos_ssl.models.encoder import ModelEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,13 @@ class Builder:
         """Import the named parts and check their options. Raises ConfigError with every fault."""
         chosen: dict[str, Chosen] = {}
         faults: list[str] = []
-        for path, group, part in self._named():
+        for path, group, keys in part_paths(self.loaded.tree):
+            reserved = {"type", *registry.GROUPS[group].reserved}
             try:
-                record = registry.find(group, part.type)
+                record = registry.find(group, keys["type"])
                 cls = registry.load(record)
-                options, wrong = registry.check_options(record, cls, part.options)
+                given = {key: value for key, value in keys.items() if key not in reserved}
+                options, wrong = registry.check_options(record, cls, given)
             except PluginError as error:
                 faults.append(self._fault(f"{path}.type", str(error)))
                 continue
@@ -71,23 +74,6 @@ class Builder:
         if faults:
             raise ConfigError(faults)
         return chosen
-
-    def _named(self) -> Iterator[tuple[str, str, PartConfig]]:
-        """(key path, registry group, part) of every part in the config."""
-        config = self.config
-        single = [
-            ("data", "datasets", config.data),
-            ("tokenizer", "tokenizers", config.tokenizer),
-            ("model.image", "towers", config.model.image),
-            ("model.text", "towers", config.model.text),
-            ("augmenters.image", "augmenters", config.augmenters.image),
-            ("augmenters.text", "augmenters", config.augmenters.text),
-            ("teacher", "teachers", config.teacher),
-        ]
-        yield from ((path, group, part) for path, group, part in single if part is not None)
-        for group in ("heads", "losses", "evaluators"):
-            for name, part in getattr(config, group).items():
-                yield f"{group}.{name}", group, part
 
     def _fault(self, path: str, message: str) -> str:
         return self.loaded.fault(path, message)
@@ -105,22 +91,19 @@ class Builder:
             message = self._fault(f"{path}.type", str(error))
         except ValueError as error:
             key, _, rest = str(error).partition(": ")
-            inside = rest and key.split(".")[0] in chosen.options | self.config_options(path)
-            message = self._fault(f"{path}.{key}", rest) if inside else self._fault(path, str(error))
+            known = {option.name for option in registry.options(chosen.cls)}
+            message = self._fault(f"{path}.{key}", rest) if rest and key in known else self._fault(path, str(error))
         if faults is None:
             raise ConfigError([message])
         faults.append(message)
         return None
 
-    def config_options(self, path: str) -> dict[str, Any]:
-        """Every option that the part at ``path`` has, given or not."""
-        return dict.fromkeys(option.name for option in registry.options(self.chosen[path].cls))
-
-    def assemble(self, *, meta: bool = False, prepare: Callable[[Dataset], None] | None = None) -> Assembly:
+    def assemble(self, *, meta: bool = False, prepare: bool = True) -> Assembly:
         """Build and wire everything.
 
-        ``meta`` builds towers, heads and losses without memory and touches no data (a check). ``prepare`` is
-        called with the data set before its size is read. Raises ConfigError with all faults of a layer.
+        ``meta`` builds towers, heads and losses without memory (a check). ``prepare`` writes or indexes the
+        data and reads its size; a check, or a model without its data, does not. Raises ConfigError with all
+        faults of a layer.
         """
         config = self.config
         spec = Spec(
@@ -131,11 +114,12 @@ class Builder:
             attention=config.training.attention,
             has_teacher=self.chosen["teacher"].cls.present,
         )
-        dataset: Dataset = self._make("data", spec)
-        if not meta:
-            (prepare or type(dataset).prepare)(dataset)
-            spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
-        spec = replace(spec, validation_data=dataset.validation_data)
+        dataset: Dataset | None = self._make("data", spec)
+        if dataset is not None:
+            if prepare and not meta:
+                dataset.prepare()
+                spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
+            spec = replace(spec, validation_data=dataset.validation_data)
         tokenizer: Tokenizer | None = self._make("tokenizer", spec)
         if tokenizer is not None:
             spec = replace(spec, context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size)
@@ -216,7 +200,18 @@ class Builder:
 
 def check(loaded: LoadedConfig) -> Assembly:
     """Stage two: import the named parts, check their options and what they require, on the meta device."""
+    if loaded.config.data is None:
+        raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
     return Builder(loaded).assemble(meta=True)
+
+
+def run(loaded: LoadedConfig) -> dict[str, float]:
+    """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint."""
+    folder = loaded.config.folder
+    with RunFolder(folder).locked():
+        pass  # writable, and nobody else's: said now rather than after the data is ready
+    assembly = Builder(loaded).assemble()
+    return Trainer(assembly, loaded.config, folder).train()
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -225,4 +220,30 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ())
     ``overrides`` are ``key.sub=value`` strings. The same call again resumes. Raises UserError for a config,
     data or a run folder that cannot be used.
     """
-    return run(load_config(config, overrides))
+    loaded = load_config(config, overrides)
+    check(loaded)
+    return run(loaded)
+
+
+def load(
+    checkpoint: str | Path, which: Role = "student", *, device: torch.device | str = "cpu", overrides: Sequence[str] = ()
+) -> ModelEncoder:
+    """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
+
+    ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, or an official COSMOS file;
+    ``which`` the role to take. ``overrides`` reach what an official file does not say, such as
+    ``model.text.heads=4``. Raises CheckpointError for anything else, or where weights do not fit.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        official = read_official(path, which)
+        loaded, state = load_config(official.config, overrides), official.state
+    else:
+        folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
+        if folder is None:
+            raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint and no official file")
+        loaded, state = load_config(folder.parent.parent / "config.yaml", ["evaluators=null", *overrides]), load_tensors(folder, which)
+    assembly = Builder(loaded).assemble(prepare=False)
+    load_exactly(assembly.model, state, str(path))
+    assembly.model.requires_grad_(False).eval()
+    return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)

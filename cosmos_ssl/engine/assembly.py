@@ -24,7 +24,8 @@ class Assembly:
     """The built parts of a run. ``build_model`` makes another model of the same config (for the teacher)."""
 
     spec: Spec
-    dataset: Dataset
+    dataset: Dataset | None
+    """None for a model that only encodes."""
     tokenizer: Tokenizer | None
     augmenters: Mapping[Modality, Augmenter]
     model: Model
