@@ -5,7 +5,6 @@ Shape letters: T rows of all sequences laid end to end, R rows that the last blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cosmos_ssl.api import ParameterRule
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 
@@ -214,10 +212,3 @@ def layer_of(name: str, head: int) -> int:
     if parts[0] == "blocks":
         return int(parts[1]) + 1
     return head if parts[0] in ("norm", "projection") else 0
-
-
-def tower_rules(frozen: bool) -> list[ParameterRule]:
-    """The rules of a frozen tower, whose projection still learns; none of any other."""
-    if not frozen:
-        return []
-    return [ParameterRule(match="*", frozen_epochs=math.inf), ParameterRule(match="projection", frozen_epochs=0)]

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, ParameterRule, Spec, TextGroup, Tower, TowerSpec
+from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, Spec, TextGroup, Tower, TowerSpec
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views, tower_rules
+from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
 
 class ClipText(Tower):
     """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
 
     Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
-    keep them. ``frozen`` fixes all but the projection. Raises ValueError for sizes that do not fit.
+    keep them. Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -39,13 +39,11 @@ class ClipText(Tower):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: bool = False,
-        frozen: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(width=width)
         self.spec = TowerSpec(width=width)
         self.attention = spec.attention
-        self.frozen = frozen
         self.layer_count = layers + 1
         self.token_embedding = nn.Embedding(spec.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
@@ -86,10 +84,6 @@ class ClipText(Tower):
         if not plan:
             return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
-
-    def parameter_rules(self) -> Sequence[ParameterRule]:
-        """Frozen for good, where asked for."""
-        return tower_rules(self.frozen)
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, ParameterRule, Spec, Tower, TowerSpec
+from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, Spec, Tower, TowerSpec
 from cosmos_ssl.models.attention import Ints, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views, tower_rules
+from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
 
 class ClipViT(Tower):
@@ -23,8 +23,7 @@ class ClipViT(Tower):
 
     ``heads`` is width / 64 unless given. ``pre_norm`` is the LayerNorm before the blocks. Off unless asked
     for: ``mask_token`` (masked image modelling), ``registers`` (so many free tokens), ``layer_scale`` (its start
-    value), ``drop_path`` (rate of the last block), ``grad_checkpointing``; ``frozen`` fixes all but the
-    projection (LiT). Raises ValueError for sizes that do not fit.
+    value), ``drop_path`` (rate of the last block), ``grad_checkpointing``. Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -45,7 +44,6 @@ class ClipViT(Tower):
         mask_token: bool = False,
         pre_norm: bool = True,
         grad_checkpointing: bool = False,
-        frozen: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(width=width, patch_size=patch_size)
@@ -58,7 +56,6 @@ class ClipViT(Tower):
         self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
         self.capabilities = frozenset({"tokens", "packing", "pruning", "csa"} | ({"masks"} if mask_token else set()))
         self.attention = spec.attention
-        self.frozen = frozen
         self.prefix = 1 + registers
         self.layer_count = layers + 1
         self.grid = image_size // patch_size
@@ -125,10 +122,6 @@ class ClipViT(Tower):
             "mask_token": any(wanted.hide_masked for wanted in plan.values()),
         }
         return tuple(name for name, read in used.items() if not read and getattr(self, name) is not None)
-
-    def parameter_rules(self) -> Sequence[ParameterRule]:
-        """Frozen for good, where asked for."""
-        return tower_rules(self.frozen)
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""

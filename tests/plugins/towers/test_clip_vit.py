@@ -13,7 +13,7 @@ from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupPlan, ImageGroup, ParameterRule, Spec
+from cosmos_ssl.api import GroupPlan, ImageGroup, Spec
 
 Towers = Callable[..., tuple[ClipViT, ClipText]]
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 16}
@@ -127,10 +127,8 @@ def test_packed_and_pruned_is_a_plain_transformer_of_each_size(options: dict[str
 
     weights = [torch.randn_like(x) for x in expected]
     parameters = {n: p for n, p in vit.named_parameters() if n != "projection"}
-    gradients = [
-        torch.autograd.grad(sum((x * w).sum() for x, w in zip(xs, weights, strict=True)), list(parameters.values()))
-        for xs in (found, expected)
-    ]
+    sums = [sum((x * w).sum() for x, w in zip(xs, weights, strict=True)) for xs in (found, expected)]
+    gradients = [torch.autograd.grad(total, list(parameters.values())) for total in sums]
     for name, a, b in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -208,14 +206,12 @@ def test_what_a_plan_leaves_unread() -> None:
     assert vit({}, {}) == {}
 
 
-def test_depths_and_rules() -> None:
-    vit = small(frozen=True)
+def test_depths() -> None:
+    vit = small()
     depths = {name: vit.layer_of(name) for name, _ in vit.named_parameters()}
     assert {depths[n] for n in ("class_token", "position_embedding", "patch_embed.weight", "norm_pre.bias")} == {0}
     assert depths["blocks.1.mlp.fc1.weight"] == 2
     assert depths["norm.weight"] == depths["projection"] == vit.layer_count == 3
-    assert vit.parameter_rules() == [ParameterRule(match="*", frozen_epochs=math.inf), ParameterRule(match="projection", frozen_epochs=0)]
-    assert small().parameter_rules() == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""BERT- and RoBERTa-like text encoders of Hugging Face as text towers, run as they are: one pass for each view group."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, Spec, TextGroup, Tower, TowerSpec, UserError
+from cosmos_ssl.models.transformer import pick_views
+
+
+class HuggingFaceText(Tower):
+    """A bidirectional text encoder of the transformers library, with a projection behind it.
+
+    Either ``model``, a folder or a name on the hub (its weights are loaded only with ``pretrained``), or
+    ``architecture`` with ``config``, such as ``bert`` with ``{hidden_size: 256}``, which needs no hub. ``pooling``:
+    the first token's feature or the mean over the text; Code
+    from the hub is never run. Raises UserError where the hub cannot be reached, ValueError for options that do not fit.
+    """
+
+    modality: ClassVar[Modality] = "text"
+    capabilities = frozenset({"tokens"})
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        model: str | None = None,
+        pretrained: bool = False,
+        architecture: str | None = None,
+        config: dict[str, Any] | None = None,
+        pooling: Literal["cls", "mean"] = "cls",
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (architecture is None):
+            raise ValueError("give either model (a folder or a name on the hub) or architecture (such as bert)")
+        if pretrained and model is None:
+            raise ValueError("pretrained: needs a model, not an architecture")
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling: '{pooling}' is neither cls nor mean")
+        self.pooling = pooling
+        known = _named_config(model, config or {}) if model is not None else _own_config(str(architecture), config or {}, spec.vocab_size)
+        _check_sizes(known, spec)
+        self.pad_id = int(known.pad_token_id or 0)
+        # a plan built on the meta device only asks for shapes
+        self.model = _create(model if pretrained and torch.get_default_device().type != "meta" else None, known)
+        self.model.pooler = None  # nobody reads it, and it would stay without gradient
+        if grad_checkpointing:
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        width = int(known.hidden_size)
+        self.spec = TowerSpec(width=width)
+        self.layer_count = int(known.num_hidden_layers) + 1
+        self.projection = nn.Parameter(width**-0.5 * torch.randn(width, spec.embed_dim))
+
+    def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
+        """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B]. Pads are never attended to."""
+        return {name: self._encode(groups[name], wanted) for name, wanted in plan.items()}
+
+    def _encode(self, group: TextGroup, wanted: GroupPlan) -> GroupFeatures:
+        ids, lengths = pick_views(group.tokens, wanted.views), pick_views(group.lengths, wanted.views)
+        views, batch, context = ids.shape
+        used = context if wanted.tokens and wanted.pads else int(lengths.max())
+        real = torch.arange(used, device=ids.device) < lengths.flatten()[:, None]  # [V B, S]
+        ids = ids.flatten(0, 1)[:, :used].where(real, self.pad_id)
+        out: Tensor = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        pooled = out[:, 0] if self.pooling == "cls" else (out * real[..., None]).sum(1) / lengths.flatten()[:, None]
+        pooled = pooled.view(views, batch, -1)
+        tokens = None
+        if wanted.tokens:
+            kept = out if wanted.pads else F.pad(out * real[..., None], (0, 0, 0, context - used))
+            tokens = kept.view(views, batch, context, -1)[[wanted.views.index(view) for view in wanted.tokens]]
+        return GroupFeatures(
+            views=wanted.views,
+            pooled=pooled,
+            projected=pooled @ self.projection if wanted.projected else None,
+            tokens=tokens,
+            token_views=wanted.tokens,
+        )
+
+    def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
+        """The projection, where no group reads it."""
+        if not plan:
+            return ("*",)
+        return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+
+    def layer_of(self, name: str) -> int:
+        """The depth of a parameter: 0 embeddings, 1 .. layers, ``layer_count`` what follows them."""
+        layer = re.search(r"\.layers?\.(\d+)\.", name)
+        if layer:
+            return int(layer[1]) + 1
+        return 0 if "embeddings" in name else self.layer_count
+
+
+def _own_config(architecture: str, config: dict[str, Any], vocab_size: int) -> Any:
+    """The library's configuration of an architecture, sizes from ``config``."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if architecture not in CONFIG_MAPPING_NAMES:
+        close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING_NAMES), n=1)
+        raise ValueError(f"architecture: transformers has no '{architecture}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    _check_keys(AutoConfig.for_model(architecture), config)
+    return AutoConfig.for_model(architecture, **{"vocab_size": vocab_size} | config)
+
+
+def _named_config(model: str, config: dict[str, Any]) -> Any:
+    """The configuration of a folder or of a name on the hub, with changes."""
+    from transformers import AutoConfig
+
+    try:
+        known = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise _unreachable(model, "configuration", error) from error
+    _check_keys(known, config)
+    known.update(config)
+    return known
+
+
+def _check_keys(known: Any, config: dict[str, Any]) -> None:
+    """transformers would take any key and ignore it."""
+    for key in config:
+        if not hasattr(known, key):
+            close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
+            raise ValueError(f"config: {known.model_type} has no '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+
+
+def _check_sizes(known: Any, spec: Spec) -> None:
+    """Raise ValueError unless the tokenizer's ids and lengths fit."""
+    if known.is_encoder_decoder:
+        raise ValueError(f"a text encoder is needed, but {known.model_type} is an encoder with a decoder")
+    if known.vocab_size < spec.vocab_size:
+        raise ValueError(f"the tokenizer has {spec.vocab_size} ids, the text encoder {known.vocab_size}: use the tokenizer made for it")
+    # RoBERTa's family counts positions from after the pad's id
+    shift = known.pad_token_id + 1 if "roberta" in known.model_type else 0
+    positions = known.max_position_embeddings - shift
+    if positions < spec.context_length:
+        raise ValueError(f"tokenizer.context_length: {spec.context_length} is more than the text encoder's {positions} positions")
+
+
+def _create(weights: str | None, known: Any) -> Any:
+    from transformers import AutoModel
+
+    if weights is None:
+        return AutoModel.from_config(known, trust_remote_code=False)
+    try:
+        return AutoModel.from_pretrained(weights, config=known, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:
+        raise _unreachable(weights, "weights", error) from error
+
+
+def _unreachable(model: str, what: str, error: Exception) -> UserError:
+    """The hub's client, sockets and files raise many kinds of error; one line for all."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"model: the {what} of '{model}' cannot be loaded: {reason} Reach the hub once, give a folder, or use architecture and config"
+    )

@@ -1,0 +1,152 @@
+"""Attention: every backend and every cut into calls equals a plain loop, forward and gradient."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import UserError
+from cosmos_ssl.models import attention as module
+from cosmos_ssl.models.attention import Packing, attention, backend_report, packed_attention, put_rows, ranges, resolve_backend, take_rows
+
+RNG = np.random.default_rng(0)
+RAGGED = RNG.integers(1, 9, 30)
+# key lengths, query lengths (None: every key asks)
+LENGTHS: dict[str, tuple[list[int], list[int] | None]] = {
+    "one": ([5], None),
+    "equal": ([4] * 6, None),
+    "two runs": ([9] * 20 + [3] * 60, None),
+    "sorted": (sorted(RAGGED.tolist()), None),
+    "unsorted": (RAGGED.tolist(), None),
+    "one asks": (sorted(RAGGED.tolist()), [1] * 30),
+    "one or all": ([4] * 50 + [4] * 3 + [7] * 40 + [7] * 2, [1] * 50 + [4] * 3 + [1] * 40 + [7] * 2),
+    "last few": ([5, 5, 8, 8, 8], [2, 2, 3, 3, 8]),
+}
+
+
+def inputs(rows: list[int], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """q, k and v as strided views, as one linear map makes them."""
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(n, 3, 2, 8, generator=g, dtype=torch.float64).to(device, dtype) for n in rows]
+    return [t.requires_grad_()[:, i] for i, t in enumerate(x)]
+
+
+def outcome(function: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of a weighted sum of it."""
+    out = function()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("limit", [1, 64, 10_000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_packed_is_a_loop(monkeypatch: pytest.MonkeyPatch, name: str, causal: bool, limit: int) -> None:
+    monkeypatch.setitem(module._BUCKET_ROWS, "cpu", limit)
+    keys, queries = (None if n is None else np.array(n) for n in LENGTHS[name])
+    rows = [int((keys if queries is None else queries).sum()), int(keys.sum()), int(keys.sum())]
+    qkv = inputs(rows, torch.float64)
+    results = []
+    for backend in ("sdpa", "reference"):
+        packing = Packing(keys, queries, causal=causal, backend=backend)
+        results.append(outcome(lambda packing=packing: packed_attention(*qkv, packing), qkv))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_reference_is_the_formula() -> None:
+    q, k, v = (x.detach() for x in inputs([3, 5, 5], torch.float64))
+    out = packed_attention(q, k, v, Packing(np.array([2, 3]), np.array([1, 2]), causal=True, backend="reference"))
+    for row, last_key, start in ((0, 2, 0), (1, 4, 2), (2, 5, 2)):  # the last query sees all, the one before all but one
+        for head in range(2):
+            weights = (k[start:last_key, head] @ q[row, head] / 8**0.5).softmax(0)
+            torch.testing.assert_close(out[row, head], weights @ v[start:last_key, head])
+
+
+def test_calls_are_few() -> None:
+    """A run of equal lengths is one call without copies, and short runs share one."""
+    images = Packing(np.repeat([197, 37], [16, 48]))
+    assert [(b.count, b.keys, b.key_index) for b in images.buckets] == [(16, 197, None), (48, 37, None)]
+    few = Packing(np.array([3, 4, 5, 6]), causal=True)
+    assert [(b.count, b.keys, b.mask) for b in few.buckets] == [(4, 6, None)]
+    captions = np.sort(RNG.integers(5, 40, 512))
+    assert len(Packing(captions, causal=True).buckets) <= 35
+    assert len(Packing(captions, causal=True, device="meta").buckets) <= 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_lengths(causal: bool, masked: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    queries = 5 if causal else 3
+    q, k, v = (torch.randn(4, n, 2, 8, generator=g, dtype=dtype, requires_grad=True) for n in (queries, 5, 5))
+    lengths = torch.tensor([1, 5, 3, 2]) if masked else None
+    results = [
+        outcome(lambda b=backend: attention(q, k, v, causal=causal, key_lengths=lengths, backend=b), [q, k, v])
+        for backend in ("auto", "reference")
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 if dtype == torch.float32 else 1e-11, rtol=0)
+    if masked and not causal:
+        alone = attention(q[2:3], k[2:3, :3], v[2:3, :3])
+        torch.testing.assert_close(results[0][0][2:3], alone, atol=1e-5, rtol=0)
+
+
+def test_rows_and_ranges() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([4, 0, 5])
+    assert torch.equal(take_rows(x, rows), x[rows])
+    assert torch.equal(put_rows(x[:3], rows, 7), torch.zeros(7, 2, dtype=x.dtype).index_copy(0, rows, x[:3]))
+    assert torch.autograd.gradcheck(lambda y: take_rows(y, rows), x)
+    assert torch.autograd.gradcheck(lambda y: put_rows(y, rows, 7), x[:3])
+    assert ranges(np.array([5, 0, 2]), np.array([2, 0, 3])).tolist() == [5, 6, 2, 3, 4]
+    assert ranges(np.array([], int), np.array([], int)).tolist() == []
+
+
+def test_backends_that_cannot_run_say_why() -> None:
+    assert resolve_backend("auto", "cpu") == "sdpa"
+    assert resolve_backend("reference", torch.device("cpu")) == "reference"
+    with pytest.raises(UserError, match="xformers was asked for, but xformers has no operator for the device 'cpu'"):
+        resolve_backend("xformers", "cpu")
+    with pytest.raises(UserError, match=r"no backend named 'xformer'\. Did you mean 'xformers'\?"):
+        resolve_backend("xformer", "cpu")
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(UserError, match="xformers"):
+        attention(q, q, q, backend="xformers")
+    with pytest.raises(UserError, match="xformers"):
+        packed_attention(q[0], q[0], q[0], Packing(np.array([2]), backend="xformers"))
+    report = backend_report()
+    assert set(report) == {"auto", "xformers", "sdpa"}
+    assert report["auto"] in ("sdpa", "xformers")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
+def test_xformers_is_quiet() -> None:
+    """Its import warning is not shown; what it said is in the report."""
+    code = "from cosmos_ssl.models.attention import _xformers; _xformers()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout + run.stderr == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xformers_is_sdpa(name: str, causal: bool, dtype: torch.dtype) -> None:
+    keys, queries = (None if n is None else np.array(n) for n in LENGTHS[name])
+    rows = [int((keys if queries is None else queries).sum()), int(keys.sum()), int(keys.sum())]
+    qkv = inputs(rows, dtype, "cuda")
+    results = []
+    for backend in ("xformers", "sdpa"):
+        packing = Packing(keys, queries, causal=causal, device="cuda", backend=backend)
+        results.append(outcome(lambda packing=packing: packed_attention(*qkv, packing), qkv))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 3e-2, rtol=1e-2)

@@ -1,0 +1,131 @@
+"""The packed transformer: pruning, checkpointing, drop path, csa, layouts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_ssl.models.attention import Packing
+from cosmos_ssl.models.transformer import Blocks, LayerScale, compile_blocks, lay_out, layer_of, pick_views
+
+LENGTHS = np.array([3, 3, 5, 7])
+WIDTH = 16
+
+
+def blocks(**options: object) -> Blocks:
+    torch.manual_seed(0)
+    return Blocks(3, WIDTH, 2, **options).double()  # type: ignore[arg-type]
+
+
+def rows(seed: int = 1) -> Tensor:
+    return torch.randn(int(LENGTHS.sum()), WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+
+
+def gradients(model: Blocks, out: Tensor) -> list[Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    return list(torch.autograd.grad((out * weight).sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_the_last_block_keeps_is_what_all_rows_would_be(causal: bool) -> None:
+    model, x = blocks(), rows()
+    keep = np.zeros(len(x), bool)
+    keep[np.cumsum(LENGTHS) - 1] = True
+    keep[6:11] = True  # one sequence as a whole
+    if not causal:
+        keep[[0, 2, 12, 13]] = True
+    read, every = lay_out(LENGTHS, keep, causal=causal), lay_out(LENGTHS, np.ones(len(x), bool), causal=causal)
+    assert every.read is None
+    pruned, whole = model(x, read), model(x, every)[torch.from_numpy(keep)]
+    torch.testing.assert_close(pruned, whole, atol=1e-12, rtol=0)
+    for a, b in zip(gradients(model, pruned), gradients(model, whole), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    places = np.flatnonzero(keep)[[3, 1]]
+    torch.testing.assert_close(pruned[read.rows(places)], model(x, every)[torch.from_numpy(places)], atol=1e-12, rtol=0)
+
+
+def test_sequences_do_not_see_one_another() -> None:
+    model, x = blocks(), rows().detach()
+    out = model(x, lay_out(LENGTHS, np.ones(len(x), bool)))
+    for part, expected in zip(x.split(LENGTHS.tolist()), out.split(LENGTHS.tolist()), strict=True):
+        alone = model(part, lay_out(np.array([len(part)]), np.ones(len(part), bool)))
+        torch.testing.assert_close(alone, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_gradient_checkpointing_gives_equal_gradients(drop_path: float) -> None:
+    keep = np.zeros(int(LENGTHS.sum()), bool)
+    keep[np.cumsum(LENGTHS) - 1] = True
+    found = []
+    for on in (False, True):
+        model = blocks(drop_path=drop_path, layer_scale=0.5, grad_checkpointing=on)
+        torch.manual_seed(3)
+        found.append(gradients(model, model(rows(), lay_out(LENGTHS, keep))))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_sequences() -> None:
+    model = blocks(drop_path=0.4)
+    assert [round(block.drop_path, 2) for block in model] == [0, 0.2, 0.4]
+    block = model[2]
+    count = 4000
+    x = torch.randn(3, WIDTH, dtype=torch.float64).repeat(count, 1)
+    packing = Packing(np.full(count, 3))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        branch = block.train()(x, packing)[:, 0].view(count, 3) - x[:3, 0]
+        block.norm2.weight.zero_()  # the second branch is now the same for all
+        block.norm2.bias.zero_()
+        second = block.mlp(torch.zeros(1, WIDTH, dtype=torch.float64))[0, 0]
+        first = block.eval()(x[:3], Packing(np.array([3])))[:, 0] - x[:3, 0] - second
+        drawn = (block.train()(x, packing)[:, 0].view(count, 3) - x[:3, 0]).mean(0)
+    torch.testing.assert_close(drawn, first + second, atol=0.05, rtol=0.1)
+    kept = (branch - branch[:, :1]).abs().sum(1)
+    assert len(torch.unique(branch.round(decimals=9), dim=0)) == 4
+    assert kept.isfinite().all()
+
+
+def test_layer_scale_scales_both_branches() -> None:
+    model = blocks(layer_scale=1e-9)
+    assert isinstance(model[0].ls1, LayerScale)
+    x = rows().detach()
+    torch.testing.assert_close(model(x, lay_out(LENGTHS, np.ones(len(x), bool))), x, atol=1e-7, rtol=0)
+
+
+def test_csa_is_its_formula_in_the_last_block_alone() -> None:
+    model = blocks()
+    x = rows().detach()[:5]
+    layout = lay_out(np.array([5]), np.ones(5, bool))
+    before = model[1](model[0](x, layout.packing), layout.packing)
+    block = model[2]
+    q, k, v = block.attn.qkv(block.norm1(before)).view(5, 3, 2, -1).permute(1, 2, 0, 3)
+    scale = q.shape[-1] ** -0.5
+    attended = ((q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)) @ v
+    after = before + block.attn.proj(attended.transpose(0, 1).flatten(1))
+    after = after + block.mlp(block.norm2(after))
+    torch.testing.assert_close(model(x, layout, csa=True), after, atol=1e-12, rtol=0)
+
+
+def test_names_are_those_of_the_checkpoints() -> None:
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    assert {n for n, _ in blocks().named_parameters()} == {f"{i}.{p}.{w}" for i in range(3) for p in parts for w in ("weight", "bias")}
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **options: torch._dynamo.optimize("eager", **options)(f))
+    model, x = blocks(), rows()
+    keep = np.arange(len(x)) % 2 == 0
+    expected = model(x, lay_out(LENGTHS, keep))
+    compile_blocks(model)
+    torch.testing.assert_close(model(x, lay_out(LENGTHS, keep)), expected)
+
+
+def test_layers_and_views() -> None:
+    assert [layer_of(n, 4) for n in ("class_token", "norm_pre.weight", "blocks.2.norm1.bias", "norm.bias", "projection")] == [0, 0, 3, 4, 4]
+    x = torch.arange(5)
+    assert pick_views(x, (1, 2, 3)).tolist() == [1, 2, 3]
+    assert pick_views(x, (3, 1)).tolist() == [3, 1]
+    assert pick_views(x, (0, 1, 2, 3, 4)).data_ptr() == x.data_ptr()

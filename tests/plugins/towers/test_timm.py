@@ -1,0 +1,94 @@
+"""timm's vision transformers as towers, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from cosmos_ssl_plugins.towers.timm import TimmImage
+
+from cosmos_ssl.api import GroupPlan, ImageGroup, Spec, UserError
+
+SPEC = Spec(embed_dim=8)
+# name and options of small members of several families
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("vit_tiny_patch16_224", {"image_size": 64}),
+    ("deit_tiny_distilled_patch16_224", {"image_size": 64}),
+    ("eva02_tiny_patch14_224", {"image_size": 56}),
+    ("vit_small_patch14_reg4_dinov2", {"image_size": 56}),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Any use of the network fails at once."""
+    import socket
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+
+
+def group(views: int, batch: int, size: int) -> ImageGroup:
+    return ImageGroup(pixels=torch.randn(views, batch, 3, size, size), params=torch.zeros(views, batch, 0))
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_families_encode_views_of_several_sizes(name: str, options: dict[str, Any]) -> None:
+    tower = TimmImage(SPEC, model=name, **options).eval()
+    size, patch = tower.spec.image_size, tower.spec.patch_size
+    groups = {"global": group(2, 1, size), "local": group(2, 1, 2 * patch)}
+    plan = {"global": GroupPlan(views=(0, 1), tokens=(1,)), "local": GroupPlan(views=(1,), projected=False)}
+    features = tower(groups, plan)
+    whole = tower.model.forward_features(groups["global"].pixels[1])
+    torch.testing.assert_close(features["global"].tokens[0], whole[:, tower.model.num_prefix_tokens :], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features["global"].pooled[1], tower.model(groups["global"].pixels[1]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features["global"].projected, features["global"].pooled @ tower.projection)
+    assert features["local"].pooled.shape == (1, 1, tower.spec.width)
+    assert features["local"].projected is None
+
+    features["global"].projected.square().sum().backward()
+    assert [n for n, p in tower.named_parameters() if p.grad is None] == []
+    depths = {tower.layer_of(n) for n, _ in tower.named_parameters()}
+    assert depths == set(range(tower.layer_count + 1))
+    assert tower.layer_of("projection") == tower.layer_count
+
+
+def test_one_size_alone_is_said() -> None:
+    tower = TimmImage(SPEC, model="cait_xxs24_224", image_size=32)
+    assert not tower.dynamic
+    with pytest.raises(UserError, match="takes images of 32x32 alone, not 16x16"):
+        tower({"local": group(1, 1, 16)}, {"local": GroupPlan(views=(0,))})
+
+
+def test_options() -> None:
+    tower = TimmImage(SPEC, model="test_vit", drop_path=0.2, grad_checkpointing=True)
+    assert tower.model.grad_checkpointing
+    assert tower.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert tower.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection",)
+    assert tower.unread({"global": GroupPlan(views=(0,))}) == ()
+
+
+def test_faults_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"timm has no 'vit_bas_patch16_224'\. Did you mean 'vit_base_patch16_224'\?"):
+        TimmImage(SPEC, model="vit_bas_patch16_224")
+    with pytest.raises(UserError, match="'resnet18' has no patch tokens"):
+        TimmImage(SPEC, model="resnet18")
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to the hub\nand more")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=r"^model: timm's 'vit_tiny_patch16_224' cannot be fetched: no route to the hub\. Reach .*$"):
+        TimmImage(SPEC, model="vit_tiny_patch16_224", pretrained=True)
+
+
+def test_weights_are_not_fetched_for_shapes_alone() -> None:
+    with torch.device("meta"):
+        tower = TimmImage(SPEC, model="vit_tiny_patch16_224", pretrained=True)
+    assert tower.spec.width == 192
