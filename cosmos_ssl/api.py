@@ -273,7 +273,11 @@ class Encoder(Protocol):
     """One role's model as evaluators and users see it; features are unit vectors."""
 
     spec: Spec
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
 
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, D]."""

@@ -1,0 +1,36 @@
+"""Where a process stands: its device, and its place among the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cosmos_ssl.errors import UserError
+from cosmos_ssl.functional import rank, world_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process's place among the ranks of a run."""
+
+    rank: int
+    size: int
+
+
+def find_world() -> World:
+    """The world this process belongs to; of size one where no process group was started."""
+    return World(rank=rank(), size=world_size())
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process for ``training.device``. Raises UserError where it is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device: cuda was asked for, and this machine has no CUDA device. Set it to auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def be_deterministic() -> None:
+    """Refuse every CUDA kernel whose result depends on timing (``training.deterministic``)."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,65 @@
+"""Evaluation during training: every due evaluator on student and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import Evaluation, Role
+from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
+from cosmos_ssl.engine.signals import Signals
+from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.models.model import Model
+
+
+class WatchedEncoder(ModelEncoder):
+    """An encoder that ends an evaluation when a signal has come, between two batches."""
+
+    signals: Signals
+
+    def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
+        """As ``ModelEncoder``. Raises Interrupted."""
+        self.signals.check()
+        return super().encode_image(pixels, normalize=normalize)
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """As ``ModelEncoder``. Raises Interrupted."""
+        self.signals.check()
+        return super().encode_text(tokens, normalize=normalize)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """As ``ModelEncoder``. Raises Interrupted."""
+        self.signals.check()
+        return super().image_features(pixels)
+
+
+def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch: int, total_steps: int) -> list[str]:
+    """Names of the evaluators that run after ``step`` steps."""
+
+    def is_due(every_epochs: int | None) -> bool:
+        return step == total_steps or (every_epochs is not None and step > 0 and step % (every_epochs * steps_per_epoch) == 0)
+
+    return [name for name, scheduled in evaluators.items() if is_due(scheduled.every_epochs)]
+
+
+def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype | None) -> Evaluation:
+    """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. Raises Interrupted."""
+    metrics: dict[str, float] = {}
+    pictures: dict[str, Tensor] = {}
+    for role, model in _roles(assembly):
+        encoder = WatchedEncoder(model, assembly.spec, assembly.tokenizer, dtype=dtype)
+        encoder.signals = signals
+        torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
+        found = assembly.evaluators[name].evaluator.evaluate(encoder, pictures=True)
+        metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
+        pictures |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
+    return Evaluation(metrics=metrics, pictures=pictures)
+
+
+def _roles(assembly: Assembly) -> Iterator[tuple[Role, Model]]:
+    yield "student", assembly.model
+    if assembly.teacher.present:
+        yield "teacher", cast(Model, assembly.teacher.model)

@@ -1,0 +1,339 @@
+"""The training loop and what stands around it: run folder, resuming, checkpoints, metrics, evaluation, signals."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cosmos_ssl.api import Progress, Views
+from cosmos_ssl.config import Config, check_ranks
+from cosmos_ssl.data.loader import LoadedBatch, Loader
+from cosmos_ssl.data.order import Order
+from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.engine.background import CheckpointWriter
+from cosmos_ssl.engine.checkpoint import latest_checkpoint
+from cosmos_ssl.engine.distributed import be_deterministic, find_world, pick_device
+from cosmos_ssl.engine.evaluate import due, evaluate
+from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
+from cosmos_ssl.engine.run_folder import RunFolder, versions
+from cosmos_ssl.engine.signals import Interrupted, Signals
+from cosmos_ssl.engine.state import RunState
+from cosmos_ssl.engine.step import Step
+from cosmos_ssl.engine.watch import Clock, Watch, lines
+from cosmos_ssl.errors import StorageError, TrainingError
+from cosmos_ssl.identity import identity
+
+log = logging.getLogger(__name__)
+
+_AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+class Trainer:
+    """Trains an assembly into a run folder; called again on the same folder, it goes on where it stood."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        config: Config,
+        run_dir: Path | str,
+        *,
+        device: torch.device | None = None,
+        console: Console | None = None,
+        writers: Sequence[Writer] = (),
+    ) -> None:
+        """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError."""
+        self.assembly = assembly
+        self.config = config
+        self.folder = RunFolder(Path(run_dir))
+        self.world = find_world()
+        self.device = device or pick_device(config.training.device)
+        self.console = console or Console()
+        self.extra_writers = writers
+        check_ranks(config, self.world.size)
+        assert assembly.dataset is not None, "a model built to be read, not trained"
+        self.dataset = assembly.dataset
+        loader = config.loader
+        self.order = Order(
+            self.dataset.shard_sizes,
+            config.training.batch_size,
+            lanes=loader.lanes,
+            shuffle_samples=loader.shuffle_samples,
+            seed=config.training.seed,
+        )
+        self.loader = Loader(
+            self.dataset,
+            self.order,
+            image=assembly.augmenters.get("image"),
+            text=assembly.augmenters.get("text"),
+            tokenizer=assembly.tokenizer,
+            workers=loader.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+            prefetch=loader.prefetch,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.steps_per_epoch = self.order.steps_per_epoch
+        wanted = config.schedule.epochs * self.steps_per_epoch
+        self.total_steps = min(wanted, config.schedule.max_steps or wanted)
+        if config.training.deterministic:
+            be_deterministic()
+
+    # ------------------------------------------------------------------ from start to end
+
+    def train(self) -> dict[str, float]:
+        """Train to the end and return the final metrics.
+
+        Raises UserError for a run folder that is another's or in use, Interrupted after a signal (saved),
+        TrainingError where going on makes no sense, StorageError where starting again may help.
+        """
+        with lines(self.console), self.folder.locked():
+            self.folder.belong(self.config, self.dataset.identity())
+            result = self.folder.result()
+            if result is not None and result["step"] == self.total_steps:
+                log.info("run %s is finished (step %s)", self.folder.path, f"{self.total_steps:,}")
+                return dict(result["metrics"])
+            with self.folder.logged():
+                try:
+                    return self._run()
+                except BaseException as error:
+                    log.info("the run ended: %s", error or type(error).__name__, exc_info=True, extra={"file_only": True})
+                    raise
+
+    def _run(self) -> dict[str, float]:
+        """Start or resume, loop, finish."""
+        with ExitStack() as stack:
+            self._start(stack)
+            self.between_steps = True
+            try:
+                self._evaluate()  # what a resumed run still owes
+                self._loop()
+            except Interrupted as error:
+                self._save_now()
+                raise Interrupted(error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there.") from None
+            except Exception as error:
+                if self.between_steps and not isinstance(error, TrainingError):
+                    self._save_now()
+                if isinstance(error, OSError):
+                    raise StorageError(f"storage failed at step {self.state.step:,}: {error}") from error
+                raise
+            self.checkpoints.wait(self.total_steps)
+            return self._finish()
+
+    def _start(self, stack: ExitStack) -> None:
+        """Make all that a run needs, as new or as the newest sound checkpoint left it."""
+        self.folder.record(self.config, self.assembly.parts)
+        newest = latest_checkpoint(self.folder.path)
+        self.state = RunState(self.assembly, self.config, self.device)
+        self.state.model.train()
+        training = self.config.training
+        self.step = Step(self.assembly, precision=training.precision, micro_batch_size=training.micro_batch_size, device=self.device)
+        saved = self.state.restore(newest) if newest is not None else None
+        cut_rows(self.folder.metrics, self.state.step)
+        self.evaluated = {
+            name for name in self.assembly.evaluators for row in self._rows() if any(k.startswith(f"{name}/student/") for k in row)
+        }
+        self._announce(saved)
+        self.writers = Writers(list(self._make_writers()))
+        stack.callback(self.writers.close)
+        settings = self.config.checkpoints
+        self.checkpoints = CheckpointWriter(
+            self.folder.path, keep_last=settings.keep_last, keep=self._stays, sound=None if saved is None else self.state.step
+        )
+        stack.callback(self.checkpoints.close)
+        self.owed, self.saved_at = False, time.monotonic()
+        self.signals = stack.enter_context(Signals())
+        self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch)
+        stack.enter_context(self.watch.showing(self.state.step))
+        self.clock = Clock()
+
+    def _finish(self) -> dict[str, float]:
+        """Mark the run as finished and show its final table."""
+        self.writers.sync()
+        metrics = {name: value for row in self._rows() for name, value in row.items() if name != "step" and value is not None}
+        self.folder.finish(self.total_steps, metrics)
+        self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
+        log.info("finished %s", self._place())
+        return metrics
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        """Batch, schedules, step, teacher and optimiser, hooks; then log, checkpoint, evaluate."""
+        for batch in self._batches():
+            self.between_steps = False
+            progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+            numbers = self._update(batch.views.to(self.device), progress)
+            self.state.step += 1
+            self.state.budget.add(batch.replaced, len(batch.views))
+            self.between_steps = True
+            self._log(numbers)
+            self._checkpoint()
+            self._evaluate()
+            self.signals.check()
+
+    def _batches(self) -> Iterator[LoadedBatch]:
+        """The batches that are left, timing the wait for each."""
+        batches = self.loader.batches(self.state.step, self.total_steps)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.clock.waited(time.perf_counter() - start)
+            yield batch
+
+    def _update(self, views: Views, progress: Progress) -> dict[str, Tensor | float]:
+        """One step on one batch; an update that is not finite is left out. Returns what may be logged."""
+        state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
+        optimizer.set(progress)
+        result = self.step(views, progress, scaler)
+        if scaler is not None:
+            scaler.unscale_(optimizer.torch)
+        optimizer.drop_frozen(progress)
+        norm = optimizer.clip(self.config.training.clip_grad_norm)
+        moved: Mapping[str, float] = {}
+        if self._is_sound(result.loss, norm, views.keys):
+            moved = state.move(progress)
+        else:
+            self.step.restore_buffers()
+        numbers: dict[str, Tensor | float] = {**result.logs, "lr": optimizer.lr, "grad_norm": norm}
+        numbers |= {f"teacher/{name}": value for name, value in moved.items()}
+        if scaler is not None:
+            numbers["loss_scale"] = scaler.get_scale()
+            scaler.update()
+        return numbers
+
+    def _is_sound(self, loss: Tensor, norm: Tensor, keys: Sequence[str]) -> bool:
+        """Whether loss and gradient are finite; counts what is not. Raises TrainingError after too many in a row."""
+        counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
+        finite_loss, finite_norm = torch.stack([loss.isfinite(), norm.isfinite()]).tolist()  # the one wait for the device of a step
+        if finite_loss and finite_norm:
+            counters.nonfinite_in_a_row = 0
+            return True
+        scaler = self.state.scaler
+        if finite_loss and scaler is not None and scaler.get_scale() > 1:
+            counters.overflowed_steps += 1
+            return False
+        counters.nonfinite_steps += 1
+        counters.nonfinite_in_a_row += 1
+        step = self.state.step + 1
+        what = "the gradient" if finite_loss else "the loss"
+        log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
+        if counters.nonfinite_in_a_row >= limit:
+            raise TrainingError(
+                f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
+                f"Samples of this step: {_listed(keys)}. Those of the others are in {self.folder.log}"
+            )
+        log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys))
+        return False
+
+    # ------------------------------------------------------------------ log, checkpoint, evaluate
+
+    def _log(self, numbers: Mapping[str, Tensor | float]) -> None:
+        """Write a row, every so many steps and at the last."""
+        step = self.state.step
+        self.watch.stepped(step)
+        if step % self.config.logging.every_steps and step != self.total_steps:
+            return
+        rates, seconds_a_step = self.clock.read(self.config.training.batch_size)
+        counters = self.state.counters
+        row = {"epoch": step / self.steps_per_epoch}
+        row |= {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        row |= rates | {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
+        self.writers.scalars(step, row)
+        self.watch.logged(step, row, seconds_a_step)
+
+    def _checkpoint(self) -> None:
+        """Start writing a checkpoint where one is due; one that would have to wait is owed to the next step."""
+        step, settings = self.state.step, self.config.checkpoints
+        on_time = settings.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
+        self.owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)
+        must = step == self.total_steps or self._stays(step)
+        if must or (not self.checkpoints.busy and self.owed):
+            self._save()
+
+    def _stays(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is kept for good."""
+        every = self.config.checkpoints.keep_every_epochs
+        return every is not None and step % (every * self.steps_per_epoch) == 0
+
+    def _save(self) -> None:
+        """Hand a snapshot to the writer."""
+        self.writers.sync()
+        about = {
+            "samples": self.state.step * self.config.training.batch_size,
+            "epoch": self.state.step / self.steps_per_epoch,
+            "ranks": self.world.size,
+            "identity": {"config": identity(self.config), "data": dict(self.dataset.identity())},
+            "versions": versions(self.assembly.parts),
+        }
+        self.checkpoints.write(self.state.snapshot(about))
+        self.owed, self.saved_at = False, time.monotonic()
+
+    def _save_now(self) -> None:
+        """Save where the run stands and wait for it. Raises StorageError."""
+        step = self.state.step
+        if not self.checkpoints.has(step):
+            self._save()
+        self.checkpoints.wait(step)
+
+    def _evaluate(self) -> None:
+        """Run the evaluators that are due and have not run at this step."""
+        step = self.state.step
+        for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
+            if name in self.evaluated:
+                continue
+            log.info("evaluating: %s", name)
+            with self.clock.paused():
+                found = evaluate(name, self.assembly, self.signals, _AUTOCAST[self.config.training.precision])
+                self.writers.pictures(step, found.pictures)
+                self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
+                self.writers.sync()
+        self.evaluated = set()
+
+    # ------------------------------------------------------------------ small things
+
+    def _make_writers(self) -> Iterator[Writer]:
+        yield PngFiles(self.folder.pictures)
+        if self.config.logging.tensorboard:
+            yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)
+        yield JsonLines(self.folder.metrics)
+        yield from self.extra_writers
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl that were written at this step."""
+        return [row for row in read_rows(self.folder.metrics) if row["step"] == self.state.step]
+
+    def _place(self) -> str:
+        step = self.state.step
+        return (
+            f"{self.folder.path} at step {step:,} (sample {step * self.config.training.batch_size:,}, epoch {step // self.steps_per_epoch})"
+        )
+
+    def _announce(self, saved: Mapping[str, Any] | None) -> None:
+        """Say what is trained on what, from where on."""
+        if saved is None:
+            size = sum(parameter.numel() for parameter in self.state.model.parameters())
+            training = self.config.training
+            log.info(
+                "training %s (%s parameters) into %s: %s steps, %s an epoch, batch %s, %s on %s",
+                *(self.config.name, f"{size:,}", self.folder.path, f"{self.total_steps:,}", f"{self.steps_per_epoch:,}"),
+                *(f"{training.batch_size:,}", training.precision, self.device),
+            )
+        else:
+            moved = f" on {self.world.size} ranks; it was saved on {saved['ranks']}" if saved["ranks"] != self.world.size else ""
+            log.info("resuming %s%s.", self._place(), moved)
+        if self.assembly.frozen:
+            log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

@@ -1,0 +1,144 @@
+"""What a person sees of a run: lines, a progress bar on a terminal, a table at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records as plain lines above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        text = self.format(record)
+        line = text if record.levelno < logging.WARNING else f"warning: {text}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Watch:
+    """Shows a run of ``total_steps`` on ``console`` from the start to the end of ``showing``."""
+
+    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int) -> None:
+        self.console = console
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._seconds_a_step: float | None = None
+
+    @contextmanager
+    def showing(self, step: int) -> Iterator[None]:
+        """Draw the bar, on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(*columns, console=self.console, refresh_per_second=4) as self._progress:
+            self._task = self._progress.add_task("", total=self.total_steps, completed=step)
+            yield
+        self._progress = None
+
+    def stepped(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step)
+
+    def logged(self, step: int, row: Mapping[str, float], seconds_a_step: float) -> None:
+        """Show a logged step: beside the bar, or as a line."""
+        old = self._seconds_a_step
+        self._seconds_a_step = seconds_a_step if old is None else 0.7 * old + 0.3 * seconds_a_step
+        text = describe(row, (self.total_steps - step) * self._seconds_a_step)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, description=text)
+        else:
+            width = len(f"{self.total_steps:,}")
+            self.console.print(f"step {step:>{width},} of {self.total_steps:,}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, metrics: Mapping[str, float]) -> None:
+        """Show the final evaluation: a row a metric, a column a role."""
+        rows: dict[str, dict[str, float]] = {}
+        for name, value in metrics.items():
+            evaluator, _, rest = name.partition("/")
+            role, _, metric = rest.partition("/")
+            if role in ("student", "teacher"):
+                rows.setdefault(f"{evaluator} {metric}", {})[role] = value
+        if not rows:
+            return
+        roles = [role for role in ("student", "teacher") if any(role in row for row in rows.values())]
+        table = Table(title=title, title_justify="left")
+        table.add_column("metric")
+        for role in roles:
+            table.add_column(role, justify="right")
+        for name, row in rows.items():
+            table.add_row(name, *(f"{row[role]:.4g}" if role in row else "" for role in roles))
+        self.console.print(table)
+
+
+def describe(row: Mapping[str, float], seconds_left: float) -> str:
+    """One line of a logged step."""
+    terms = "  ".join(
+        f"{name.partition('/')[2]} {value:.3f}" for name, value in row.items() if name.count("/") == 1 and name[:5] == "loss/"
+    )
+    return (
+        f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  {row['samples_per_second']:,.0f} samples/s  "
+        f"data wait {row['data_wait']:.0%}  left {timedelta(seconds=round(seconds_left))}"
+    )
+
+
+@contextmanager
+def lines(console: Console) -> Iterator[None]:
+    """Show on ``console`` what the project logs, from the level of information on."""
+    logger = logging.getLogger("cosmos_ssl")
+    handler, level, propagate = _ConsoleHandler(console), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a root handler would print every line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class Clock:
+    """Samples a second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._paused = 0.0
+        self._steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """The loop waited so long for a batch, and goes on with a step."""
+        self._waited += seconds
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that belongs to no step (an evaluation)."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def read(self, batch_size: int) -> tuple[dict[str, float], float]:
+        """The numbers of a row, and seconds a step; then start anew."""
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rates = {"samples_per_second": self._steps * batch_size / seconds, "data_wait": self._waited / seconds}
+        seconds_a_step = seconds / max(self._steps, 1)
+        self.__init__()  # type: ignore[misc]
+        return rates, seconds_a_step
