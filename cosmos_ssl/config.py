@@ -162,7 +162,7 @@ class Config(Section):
     heads: dict[str, Part] = {}
     losses: dict[str, LossPart] = {}
     teacher: TeacherPart = TeacherPart(type="none")
-    data: Part
+    data: Part | None = None
     loader: LoaderConfig = LoaderConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -256,8 +256,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     ``source`` is a file, the name of a config that comes with cosmos-ssl (``quickstart``, ``cosmos/vitb16_cc3m``),
     or the tree itself; ``overrides`` are ``key.sub=value``. Raises UserError where there is no such file, and
-    ConfigError with all faults of the keys, values, part names and their agreement.
+    ConfigError with all faults of the keys, values, part names and their agreement; PluginError in a clone that
+    is not installed.
     """
+    registry.check_installed()
     faults: list[str] = []
     if isinstance(source, Mapping):
         path, written = None, from_plain(source, "config")

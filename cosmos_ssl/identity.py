@@ -21,7 +21,7 @@ _IGNORED = (
     "training.max_nonfinite_steps",
 )
 
-_PATH_KEY = re.compile(r"(?:^|_)(?:data|root|folder|dir|path|file|cache|url)s?$")
+_PATH_KEY = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")
 
 _ABSENT = object()
 

@@ -141,15 +141,20 @@ def _discover(path: tuple[str, ...]) -> tuple[Record, ...]:
     return tuple(sorted(found))
 
 
+def check_installed() -> None:
+    """Raise PluginError where not even cosmos-ssl's own parts are registered."""
+    if not any(record.own for record in records()):
+        raise PluginError(NOT_INSTALLED)
+
+
 def find(group: str, name: str) -> Record:
     """The part that ``name`` (bare, or ``DIST:NAME``) means in ``group``.
 
     A bare name means cosmos-ssl's own part if there is one. Raises PluginError where nothing or more than
     one part answers to it.
     """
+    check_installed()
     known = [record for record in records() if record.group == group]
-    if not any(record.own for record in records()):
-        raise PluginError(NOT_INSTALLED)
     distribution, _, bare = name.rpartition(":")
     matches = [record for record in known if record.name == bare]
     if distribution:
@@ -352,19 +357,22 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
             if inside or (isinstance(inner, list) and isinstance(step, int) and step < len(inner)):
                 path.append(str(step))
                 inner = inner[step]
-        wanted.setdefault(tuple(path), []).append(_plain_words(error["msg"]))
+        wanted.setdefault(tuple(path), []).append(_plain_words(error))
         found[tuple(path)] = inner
     return [(path, f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}") for path, words in wanted.items()]
 
 
-def _plain_words(message: str) -> str:
+def _plain_words(error: Mapping[str, Any]) -> str:
     """What pydantic expected, in a config's words."""
-    words = message.removeprefix("Input should be ").removeprefix("Value error, ").partition(", got ")[0]
+    if error["type"] == "missing":
+        step = error["loc"][-1]
+        return f"at least {step + 1} values" if isinstance(step, int) else f"a value for '{step}'"
+    words = re.sub(r"^[\w ]+ should (?:be|have) ", "", error["msg"]).partition(", got ")[0].partition(" after validation")[0]
     words = re.sub(r"\ba valid (?=[aeiou])", "an ", words).replace("a valid ", "a ")
-    return re.sub(r"\ban object|\ba dictionary", "a mapping", words)
+    return re.sub(r"\ban object|\ba dictionary", "a mapping", words).replace("an array", "a list")
 
 
 def shown(value: Any) -> str:
     """A value as a config would write it, cut to a line's length."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

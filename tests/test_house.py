@@ -18,7 +18,7 @@ FILES = sorted(path for package, root in SOURCES.items() for path in (root / pac
 ORDER = "errors registry config identity types api functional data models evaluation interop engine build testing cli".split()
 NO_TORCH = ("cosmos_ssl.errors", "cosmos_ssl.registry", "cosmos_ssl.config", "cosmos_ssl.identity", "cosmos_ssl_launch")
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")
-LAUNCH_MAY = ("errors", "registry", "config", "build")
+LAUNCH_MAY = ("errors", "registry", "config", "build", "cli")
 HEAVY = ("torch", "torchvision", "timm", "transformers", "open_clip", "lightly", "xformers", "submitit", "tensorboard", "fvcore")
 
 

@@ -98,6 +98,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a report. Raises UserError where the file cannot be written."""
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error

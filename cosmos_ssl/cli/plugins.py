@@ -32,10 +32,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _installed() -> tuple[registry.Record, ...]:
-    records = registry.records()
-    if not any(record.own for record in records):
-        raise PluginError(registry.NOT_INSTALLED)
-    return records
+    registry.check_installed()
+    return registry.records()
 
 
 def _as_json(record: registry.Record) -> dict[str, str]:
@@ -96,7 +94,10 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"\n{title}")
         print("".join(f"  {line}\n" for line in lines or ["nothing"]), end="")
     if arguments.json:
-        described = [{"name": o.name, "type": o.type_name, "required": o.required, "default": _default(o), "doc": o.doc} for o in options]
+        described = [
+            {"name": o.name, "type": o.type_name, "required": o.required, "default": None if o.required else o.default, "doc": o.doc}
+            for o in options
+        ]
         write_json(arguments.json, {**_as_json(record), "options": described, **{title.lower(): lines for title, lines in facts.items()}})
     return EXIT_DONE
 
@@ -121,7 +122,9 @@ def _named(text: str) -> registry.Record:
 def _default(option: registry.Option) -> str:
     if option.required:
         return "(required)"
-    return registry.shown(list(option.default) if isinstance(option.default, tuple) else option.default)
+    if isinstance(option.default, float):
+        return f"{option.default:.6g}"
+    return registry.shown(option.default)
 
 
 def _facts(cls: type[Any]) -> dict[str, list[str]]:
@@ -146,7 +149,7 @@ def _facts(cls: type[Any]) -> dict[str, list[str]]:
             part = cls(spec)
             facts: dict[str, list[str]] = {}
             if hasattr(part, "requires"):
-                facts["Requires"] = [_need(need) for need in part.requires()]
+                facts["Requires"] = [_need(need, of_head=hasattr(part, "outputs")) for need in part.requires()]
             if hasattr(part, "offers"):
                 facts["Offers"] = list(_views(part.offers()))
             if hasattr(part, "outputs"):
@@ -158,14 +161,15 @@ def _facts(cls: type[Any]) -> dict[str, list[str]]:
         return {}
 
 
-def _need(need: Any) -> str:
+def _need(need: Any, *, of_head: bool) -> str:
     if need.head is not None:
         text = f"the output of head '{need.head}'"
     else:
         group = "all groups" if need.group == "*" else f"group '{need.group}'"
         views = "" if need.views is None else f", view {', '.join(str(view + 1) for view in need.views)}"
         text = f"{need.modality} {need.kind} of {group}{views}"
-    return f"{need.role}: {text}{', with pads' if need.pads else ''}{', gathered over ranks' if need.gathered else ''}"
+    role = "" if of_head else f"{need.role}: "  # a head runs on the role of its reader
+    return f"{role}{text}{', with pads' if need.pads else ''}{', gathered over ranks' if need.gathered else ''}"
 
 
 def _views(offered: Mapping[str, Any]) -> Iterable[str]:
