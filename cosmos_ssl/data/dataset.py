@@ -41,13 +41,14 @@ class Shards(Dataset):
         cache_gib: float = 32.0,
         max_pixels: int = 1 << 26,
         full: bool = False,
+        manifest: Manifest | None = None,
     ) -> None:
         self._urls = urls
         self._schema_name = caption_schema
         self._cache_dir = cache_dir
         self._max_pixels = max_pixels
         self._full = full
-        self._manifest: Manifest | None = None
+        self._manifest = manifest
         self._use_schema(caption_schema)
         blocks = (Path(cache_dir).expanduser() if cache_dir else cache_root()) / "blocks"
         self._reader = Reader(BlockCache(blocks, int(cache_gib * 2**30)))

@@ -177,6 +177,10 @@ def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
 
 
 def _writable(folder: Path) -> bool:
+    """Whether files can be made there. A folder marked read-only is left alone, even by root."""
+    there = next((f for f in (folder, *folder.parents) if f.exists()), folder)
+    if not there.stat().st_mode & 0o222:
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -236,7 +240,7 @@ def _checked(manifest: Manifest) -> Manifest:
         what = "hold no image" if any(shard.notes.keys for shard in empty) else "are empty"
         names = ", ".join(shard.name for shard in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
         raise DataError(f"data: no samples: all {len(empty)} shards {what} ({names})")
-    told = _told_sizes(manifest)
+    told = told_sizes([s.url for s in manifest.shards])
     wrong = [(s, told[s.url]) for s in manifest.shards if s.url in told and told[s.url] not in (s.samples, s.notes.keys)]
     if wrong:
         shard, count = wrong[0]
@@ -247,21 +251,25 @@ def _checked(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _told_sizes(manifest: Manifest) -> dict[str, int]:
-    """What ``sizes.json`` beside the shards says, by URL."""
+def told_sizes(urls: Sequence[str]) -> dict[str, int]:
+    """What ``sizes.json`` beside the shards says of them, by URL."""
     told: dict[str, Mapping[str, int]] = {}
-    for shard in manifest.shards:
-        folder = shard.url[: -len(shard.name)]
+    found = {}
+    for url in urls:
+        name = shard_name(url)
+        folder = url[: -len(name)]
         if folder not in told:
             told[folder] = _sizes_json(folder + "sizes.json")
-    return {s.url: told[f][s.name] for s in manifest.shards if s.name in told[f := s.url[: -len(s.name)]]}
+        if name in told[folder]:
+            found[url] = told[folder][name]
+    return found
 
 
 def _sizes_json(url: str) -> Mapping[str, int]:
     try:
         size = stat(url).size
         text = local_path(url).read_bytes() if is_local(url) else fetch(url, 0, size)
-    except (OSError, KeyError):  # none there, or a store that lists nothing
+    except OSError:  # none there
         return {}
     try:
         sizes = json.loads(text)

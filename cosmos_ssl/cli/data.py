@@ -1,0 +1,134 @@
+"""``cosmos-ssl data``: index and check shards, write the procedural scenes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, StorageError
+
+if TYPE_CHECKING:
+    from cosmos_ssl.data.check import ShardReport
+
+_URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its sub-commands."""
+    parser = subparsers.add_parser("data", help="index, check and make training data")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    index = commands.add_parser("index", help="scan shards once, so that runs start at once")
+    index.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
+    index.add_argument(
+        "--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the shards, or the user's cache folder)"
+    )
+    add_json(index)
+    index.set_defaults(run=_index)
+
+    check = commands.add_parser("check", help="decode every sample; exit code 3 where faults were found")
+    check.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
+    check.add_argument("--captions", metavar="SCHEMA", help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all")
+    check.add_argument("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are faults (default: %(default)s)")
+    add_json(check)
+    check.set_defaults(run=_check)
+
+    scenes = commands.add_parser("scenes", help="write the procedural default data set")
+    scenes.add_argument("--output", type=Path, metavar="DIR", help="where the shards go (default: the user's cache folder)")
+    for name, default in (("train-samples", 4096), ("validation-samples", 512), ("image-size", 64), ("seed", 0), ("shard-samples", 1024)):
+        scenes.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
+    scenes.set_defaults(run=_scenes)
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.manifest import load_manifest, notices
+
+    with _storage(), _progress("shards indexed") as progress:
+        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=progress)
+    size = sum(shard.size for shard in manifest.shards)
+    print(f"{len(manifest.shards):,} shards, {len(manifest):,} samples, {size:,} bytes")
+    print(f"manifest: {manifest.path or 'kept nowhere: no folder can be written'}")
+    for line in notices(manifest):
+        print(line)
+    if arguments.json:
+        shards = [{"name": s.name, "samples": s.samples, "bytes": s.size} for s in manifest.shards]
+        write_json(arguments.json, {"shards": len(shards), "samples": len(manifest), "bytes": size, "by_shard": shards})
+    return EXIT_DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.check import check_shards
+
+    with _storage(), _progress("shards checked") as progress:
+        reports = check_shards(arguments.urls, captions=arguments.captions, max_pixels=arguments.max_pixels, progress=progress)
+    totals = _totals(reports)
+    samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
+    print(f"{len(reports):,} shards, {samples:,} samples, {size:,} bytes")
+    rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
+    if rows:
+        print(table([("SHARD", "REASON", "COUNT", "FIRST"), *rows]), end="")
+        print(f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items()))
+    else:
+        print("no faults")
+    if arguments.json:
+        report = {"shards": len(reports), "samples": samples, "bytes": size, "faults": totals, "by_shard": [asdict(r) for r in reports]}
+        write_json(arguments.json, report)
+    return EXIT_FAULTS if rows else EXIT_DONE
+
+
+def _totals(reports: Sequence[ShardReport]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for report in reports:
+        for reason, count in report.faults.items():
+            totals[reason] = totals.get(reason, 0) + count
+    return totals
+
+
+def _scenes(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
+
+    options = SceneOptions(
+        train_samples=arguments.train_samples,
+        validation_samples=arguments.validation_samples,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        shard_samples=arguments.shard_samples,
+    )
+    folder = write_scenes((arguments.output or default_folder(options)).absolute(), options)
+    print(f"train: {options.pattern(folder, 'train')}  ({options.train_samples:,} samples)")
+    print(f"val:   {options.pattern(folder, 'val')}  ({options.validation_samples:,} samples)")
+    return EXIT_DONE
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    """Storage that fails is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"data: storage fails: {error}") from error
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line at every tenth of the work that takes long."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+
+    def line(done: int, total: int) -> None:
+        if total >= 20 and done * 10 // total > (done - 1) * 10 // total:
+            print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
+
+    yield line
