@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -14,7 +15,7 @@ from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish
 
 
 class MultiCrop(Augmenter):
-    """Groups ``global`` and ``local`` of square views, as SwAV, DINO and COSMOS cut them (arXiv 2412.01814, section A).
+    """Groups ``global`` and ``local`` of square views, as SwAV, DINO and COSMOS cut them (arXiv 2412.01814).
 
     Workers decode once, cut and resize, and draw the photometric parameters; the device flips, jitters the colours
     (in random order), takes the colour away, blurs, solarises and normalises, all on 8-bit values.
@@ -47,13 +48,22 @@ class MultiCrop(Augmenter):
         solarize_probs: tuple[float, float, float] = (0.0, 0.2, 0.0),
         solarize_threshold: int = 128,
     ) -> None:
-        if global_crops_number < 1 or local_crops_number < 0:
-            raise ValueError("multi_crop needs at least one global view and no negative number of local views")
+        if global_crops_number < 1:
+            raise ValueError(f"global_crops_number: {global_crops_number} leaves no global view; give at least 1")
+        if local_crops_number < 0:
+            raise ValueError(f"local_crops_number: {local_crops_number} is no number of views")
         check_crops("global_crops", global_crops_size, global_crops_scale, crops_ratio)
         check_crops("local_crops", local_crops_size, local_crops_scale, crops_ratio)
-        check_shares(flip_prob, color_jitter_prob, grayscale_prob, *gaussian_blur_probs, *solarize_probs)
-        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
-            raise ValueError("brightness, contrast, saturation and hue cannot be negative, nor hue above 0.5 (half a turn)")
+        check_range("flip_prob", flip_prob)
+        check_range("color_jitter_prob", color_jitter_prob)
+        check_range("grayscale_prob", grayscale_prob)
+        check_range("gaussian_blur_probs", *gaussian_blur_probs)
+        check_range("solarize_probs", *solarize_probs)
+        check_range("brightness", brightness, most=math.inf)
+        check_range("contrast", contrast, most=math.inf)
+        check_range("saturation", saturation, most=math.inf)
+        check_range("hue", hue, most=0.5)
+        check_range("solarize_threshold", solarize_threshold, most=255)
         if not 0 < gaussian_blur_radius[0] <= gaussian_blur_radius[1]:
             raise ValueError(f"gaussian_blur_radius: {list(gaussian_blur_radius)} is not a range of radii above 0")
         tower = spec.image or TowerSpec(width=0)
@@ -97,8 +107,8 @@ class MultiCrop(Augmenter):
         return replace(group, pixels=pixels.view(group.pixels.shape))
 
 
-def check_shares(*shares: float) -> None:
-    """Raise ValueError for a probability outside 0..1."""
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ValueError(f"{share} is no probability: give a number between 0 and 1")
+def check_range(option: str, *values: float, most: float = 1) -> None:
+    """Raise ValueError for a value outside 0..``most``."""
+    for value in values:
+        if not 0 <= value <= most:
+            raise ValueError(f"{option}: {value} is not between 0 and {most}" if most < math.inf else f"{option}: {value} is below 0")

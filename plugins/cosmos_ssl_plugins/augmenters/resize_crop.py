@@ -15,7 +15,7 @@ from cosmos_ssl_plugins.augmenters.photometric import mirror, standardise
 
 
 class ResizeCrop(Augmenter):
-    """Group ``global`` of one square view (arXiv 2103.00020, section 2.4; OpenCLIP's defaults)."""
+    """Group ``global`` of one square view (arXiv 2103.00020; OpenCLIP's default scale and ratio)."""
 
     modality: ClassVar[Modality] = "image"
 

@@ -11,7 +11,7 @@ from cosmos_ssl.api import Augmenter, BadSample, Modality, Sample, Spec, ViewSpe
 
 
 class TextCrop(Augmenter):
-    """Groups ``global`` and ``local`` of texts, as COSMOS draws them (arXiv 2412.01814, section 3.2).
+    """Groups ``global`` and ``local`` of texts, as COSMOS draws them (arXiv 2412.01814).
 
     ``num_sampled_captions`` texts in all, ``num_global_captions`` of them global (fewer if there are not as many).
     A global text joins 1 to ``max_sentences`` sentences; a local text is one sentence, no sentence twice. With
@@ -31,8 +31,10 @@ class TextCrop(Augmenter):
         caption_fields: list[str] | None = None,
         join: bool = True,
     ) -> None:
-        if min(num_sampled_captions, num_global_captions, max_sentences) < 1:
-            raise ValueError("num_sampled_captions, num_global_captions and max_sentences must each be at least 1")
+        numbers = {"num_sampled_captions": num_sampled_captions, "num_global_captions": num_global_captions, "max_sentences": max_sentences}
+        for option, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{option}: {number} leaves no text; give at least 1")
         if caption_fields is not None and not caption_fields:
             raise ValueError("caption_fields: an empty list leaves no captions; leave it out to use all of them")
         self.globals = min(num_sampled_captions, num_global_captions)

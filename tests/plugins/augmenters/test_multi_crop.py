@@ -125,13 +125,14 @@ def test_bad_pictures_are_bad_samples() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_crops_number": 0}, "at least one global view"),
-        ({"local_crops_number": -1}, "at least one global view"),
+        ({"global_crops_number": 0}, "global_crops_number: 0"),
+        ({"local_crops_number": -1}, "local_crops_number: -1"),
         ({"local_crops_scale": (0.5, 0.4)}, "local_crops_scale"),
-        ({"grayscale_prob": 1.5}, "1.5 is no probability"),
-        ({"gaussian_blur_probs": (1.0, -0.1, 0.5)}, "-0.1 is no probability"),
-        ({"hue": 0.6}, "hue"),
-        ({"brightness": -0.1}, "brightness"),
+        ({"grayscale_prob": 1.5}, "grayscale_prob: 1.5"),
+        ({"gaussian_blur_probs": (1.0, -0.1, 0.5)}, "gaussian_blur_probs: -0.1"),
+        ({"hue": 0.6}, "hue: 0.6 is not between 0 and 0.5"),
+        ({"brightness": -0.1}, "brightness: -0.1 is below 0"),
+        ({"solarize_threshold": 256}, "solarize_threshold: 256"),
         ({"gaussian_blur_radius": (0.0, 2.0)}, "gaussian_blur_radius"),
     ],
 )

@@ -74,7 +74,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError) as offline:
         HuggingFaceTokenizer(SPEC, name="nobody/nothing")
     for error in (empty, offline):
-        assert "\n" not in str(error.value) and "cannot load" in str(error.value)
+        assert "\n" not in str(error.value) and "cannot be loaded" in str(error.value)
     assert "couldn't connect" in str(offline.value)
 
 
