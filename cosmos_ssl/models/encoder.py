@@ -62,7 +62,7 @@ class ModelEncoder:
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, D], unit vectors unless told otherwise."""
         with self._reading():
-            return _projected(self._image(pixels, GroupPlan(views=(0,))), normalize)
+            return _projected(self._image(self._pixels(pixels), GroupPlan(views=(0,))), normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Token ids [B, S] -> [B, D], unit vectors unless told otherwise."""
@@ -72,7 +72,9 @@ class ModelEncoder:
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> pooled features before the projection [B, W]."""
         with self._reading():
-            return self._image(pixels, GroupPlan(views=(0,), projected=False)).pooled[0].float()
+            pooled = self._image(self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
+        assert pooled is not None
+        return pooled[0].float()
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Patch tokens in the shared space [B, N, D] and the pooled feature [B, D], neither normalised.
@@ -99,8 +101,8 @@ class ModelEncoder:
         with self._reading():
             image, text = self._pixels(pixels), self._texts(tokens)
             plan = GroupPlan(views=(0,), tokens=(0,))
-            features = Features(image={_GROUP: self._image(pixels, plan)}, text={_GROUP: self._text(text, plan)})
-            views = Views(keys=range(len(pixels)), image={_GROUP: image}, text={_GROUP: text})  # type: ignore[arg-type]
+            features = Features(image={_GROUP: self._image(image, plan)}, text={_GROUP: self._text(text, plan)})
+            views = Views(keys=[""] * len(pixels), image={_GROUP: image}, text={_GROUP: text})
             weights = cast(Any, head).attention_weights(features, views)
         return {name: cast(Tensor, weight[0]).float() for name, weight in weights.items()}
 
@@ -152,8 +154,8 @@ class ModelEncoder:
         tokens = tokens.to(self.device)
         return TextGroup(tokens=tokens[None], lengths=self.lengths(tokens)[None])
 
-    def _image(self, pixels: Tensor, plan: GroupPlan) -> GroupFeatures:
-        return cast(dict[str, GroupFeatures], self._tower("image")({_GROUP: self._pixels(pixels)}, {_GROUP: plan}))[_GROUP]
+    def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
+        return cast(dict[str, GroupFeatures], self._tower("image")({_GROUP: pictures}, {_GROUP: plan}))[_GROUP]
 
     def _text(self, texts: TextGroup, plan: GroupPlan) -> GroupFeatures:
         return cast(dict[str, GroupFeatures], self._tower("text")({_GROUP: texts}, {_GROUP: plan}))[_GROUP]

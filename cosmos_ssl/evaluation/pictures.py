@@ -1,0 +1,133 @@
+"""Pictures of an evaluation, drawn with PIL and its own font: uint8 [3, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_ssl.evaluation.attention_maps import AttentionMap
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+SIDE, GAP, LINE = 112, 8, 16  # pixels: a picture's side, the space around it, a line of text
+_TEXT_WIDTH = 420
+_INK, _GREY, _GREEN, _RED = (30, 30, 30), (110, 110, 110), (0, 120, 60), (200, 50, 40)
+_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # five steps of 'inferno'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """A picture and the texts found for it, best first: (text, score, whether it is the picture's own)."""
+
+    picture: Tensor
+    found: Sequence[tuple[str, float, bool]]
+    note: str
+
+
+def draw_matches(matches: Sequence[Match]) -> Tensor:
+    """One row a picture: its best texts with their scores, its own in green, and a note."""
+    canvas, draw = _canvas(GAP + SIDE + GAP + _TEXT_WIDTH + GAP, GAP + len(matches) * (SIDE + GAP))
+    for row, match in enumerate(matches):
+        top, left = GAP + row * (SIDE + GAP), GAP + SIDE + GAP
+        canvas.paste(_thumbnail(match.picture), (GAP, top))
+        for line, (text, score, own) in enumerate(match.found):
+            _write(draw, (left, top + line * (LINE + 6)), f"{score:.2f}  {text}", _GREEN if own else _INK)
+        _write(draw, (left, top + SIDE - LINE), match.note, _GREY)
+    return _tensor(canvas)
+
+
+def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]) -> Tensor:
+    """One row a picture: itself, then its nearest neighbours, framed green where the label is the same and red where not."""
+    widest = max(len(found) for _, found in rows)
+    canvas, draw = _canvas(2 * GAP + SIDE + widest * (SIDE + GAP) + GAP, GAP + len(rows) * (SIDE + GAP))
+    for row, (picture, found) in enumerate(rows):
+        top = GAP + row * (SIDE + GAP)
+        canvas.paste(_thumbnail(picture), (GAP, top))
+        for column, (neighbour, same) in enumerate(found):
+            left = 3 * GAP + SIDE + column * (SIDE + GAP)
+            canvas.paste(_thumbnail(neighbour), (left, top))
+            draw.rectangle((left - 2, top - 2, left + SIDE + 1, top + SIDE + 1), outline=_GREEN if same else _RED, width=2)
+    return _tensor(canvas)
+
+
+def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap]) -> Tensor:
+    """One row a picture: itself, the text's look at it, and its look at the words (darker is more).
+
+    ``pictures`` are uint8 [3, H, W], cut as the model saw them.
+    """
+    canvas, draw = _canvas(GAP + 2 * (SIDE + GAP) + _TEXT_WIDTH + GAP, GAP + len(maps) * (SIDE + GAP))
+    for row, (picture, found) in enumerate(zip(pictures, maps, strict=True)):
+        top = GAP + row * (SIDE + GAP)
+        canvas.paste(_thumbnail(picture), (GAP, top))
+        canvas.paste(_thumbnail(overlay(picture, found.patches)), (2 * GAP + SIDE, top))
+        _draw_words(draw, 3 * GAP + 2 * SIDE, top, found.words)
+    return _tensor(canvas)
+
+
+def overlay(picture: Tensor, weights: Tensor) -> Tensor:
+    """A picture, uint8 [3, H, W], under the colours of weights in 0..1 [rows, columns]: uint8 [3, H, W]."""
+    from PIL import Image
+
+    height, width = picture.shape[-2:]
+    smooth = Image.fromarray(weights.float().numpy()).resize((width, height), Image.Resampling.BILINEAR)
+    place = np.clip(np.asarray(smooth), 0, 1) * (len(_HEAT) - 1)
+    step = np.minimum(place.astype(int), len(_HEAT) - 2)
+    part = (place - step)[..., None]
+    colours = torch.from_numpy(_HEAT[step] * (1 - part) + _HEAT[step + 1] * part).permute(2, 0, 1)
+    return picture.float().lerp(colours, 0.55).round().to(torch.uint8)
+
+
+def _draw_words(draw: ImageDraw.ImageDraw, left: int, top: int, words: Sequence[tuple[str, float]]) -> None:
+    """Pieces of a text on shaded ground, in lines; what does not fit into the row's height is left out."""
+    x, y = left, top
+    for piece, weight in words:
+        width = int(_font().getlength(piece)) + 6
+        if x + width > left + _TEXT_WIDTH:
+            x, y = left, y + LINE + 6
+        if y + LINE > top + SIDE:
+            return
+        shade = round(255 - 170 * weight)
+        draw.rectangle((x, y, x + width - 2, y + LINE), fill=(255, shade, round(255 - 200 * weight)))
+        draw.text((x + 2, y + 1), piece, fill=_INK, font=_font())
+        x += width
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
+    """One line of text, cut to the width of the text column."""
+    text = " ".join(text.split())[:300]
+    while text and _font().getlength(text) > _TEXT_WIDTH:
+        text = text.removesuffix("...")[:-2].rstrip() + "..."
+    draw.text(place, text, fill=colour, font=_font())
+
+
+@cache
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(13)
+
+
+def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    from PIL import Image, ImageDraw
+
+    canvas = Image.new("RGB", (width, height), "white")
+    return canvas, ImageDraw.Draw(canvas)
+
+
+def _thumbnail(picture: Tensor) -> Image.Image:
+    """uint8 [3, H, W] fitted into a grey square of ``SIDE`` pixels."""
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return ImageOps.pad(image, (SIDE, SIDE), color=(225, 225, 225))
+
+
+def _tensor(canvas: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()

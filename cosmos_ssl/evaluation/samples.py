@@ -1,0 +1,165 @@
+"""The samples that evaluators work on: shards read, decoded and brought to size by a few threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
+from cosmos_ssl.data import Shards, expand, open_shards
+
+_AHEAD = 2  # batches that are decoded while one is encoded
+_log = logging.getLogger("cosmos_ssl.evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples that could be decoded, and their normalised pictures [B, 3, H, W]."""
+
+    samples: Sequence[Sample]
+    pixels: Tensor
+    indices: Sequence[int]
+    """Where the samples lie in the shards, for reading them again."""
+
+
+class EvaluationData:
+    """Shards of an evaluator, indexed when first read.
+
+    ``given`` are the user's shards and ``fallback`` those that the training set knows of; ``option`` is the
+    key that a message names. ``max_samples`` takes evenly spread ones. Raises ValueError where there are no
+    shards, and DataError at once where local ones that the user gave are missing.
+    """
+
+    def __init__(
+        self,
+        given: str | Sequence[str] | None,
+        *,
+        fallback: str | None = None,
+        option: str = "data",
+        workers: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples: {max_samples} is not above zero")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: {workers} is not above zero")
+        urls = given or fallback
+        if not urls:
+            raise ValueError(f"{option}: name the shards to evaluate on, since the training data has no validation shards")
+        if given:
+            _check_local(given, option)
+        self.urls: str | Sequence[str] = urls
+        self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.max_samples = max_samples
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The shards. Raises DataError."""
+        return open_shards(self.urls)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the first shard."""
+        return Path(expand(self.urls)[0]).parent
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index`` of the shards."""
+        return self.shards.read(index)
+
+    def batches(self, encoder: Encoder, batch_size: int) -> Iterator[Batch]:
+        """All samples in order; bad ones are left out and told of. Raises DataError if none is left."""
+        count = len(self.shards)
+        chosen = range(count)
+        if self.max_samples is not None and self.max_samples < count:
+            chosen = np.linspace(0, count - 1, self.max_samples).round().astype(int).tolist()
+        bad: Counter[str] = Counter()
+        found = 0
+        for batch in _decoded(self.shards, chosen, encoder.preprocess, batch_size, self.workers, bad):
+            found += len(batch.samples)
+            yield batch
+        if bad:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common())
+            _log.warning("%s: %d of %d samples left out of the evaluation (%s)", self._name, bad.total(), len(chosen), reasons)
+        if not found:
+            raise DataError(f"{self._name}: not one picture can be used. Run: cosmos-ssl data check")
+
+    @property
+    def _name(self) -> str:
+        return self.urls if isinstance(self.urls, str) else self.urls[0]
+
+
+def _check_local(urls: str | Sequence[str], option: str) -> None:
+    try:
+        missing = [url for url in expand(urls) if "://" not in url and not Path(url).exists()]
+    except DataError as error:
+        raise DataError(f"{option}: {str(error).removeprefix('data: ')}") from error
+    if missing:
+        more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+        raise DataError(f"{option}: {missing[0]}{more} not exist")
+
+
+def _decoded(
+    shards: Shards, chosen: Sequence[int], preprocess: Callable[[Tensor], Tensor], batch_size: int, workers: int, bad: Counter[str]
+) -> Iterator[Batch]:
+    """Batches of decoded samples; threads work a little ahead. Reasons of bad samples are counted in ``bad``."""
+
+    def load(index: int) -> tuple[Sample, Tensor] | str:
+        try:
+            sample = shards.read(index)
+            return sample, preprocess(sample.decode())
+        except BadSample as error:
+            return error.reason
+
+    threads = ThreadPoolExecutor(workers)
+    ahead: deque[tuple[Sequence[int], list[Future[tuple[Sample, Tensor] | str]]]] = deque()
+    starts = iter(range(0, len(chosen), batch_size))
+    try:
+        while True:
+            while len(ahead) <= _AHEAD and (start := next(starts, None)) is not None:
+                part = chosen[start : start + batch_size]
+                ahead.append((part, [threads.submit(load, index) for index in part]))
+            if not ahead:
+                return
+            part, futures = ahead.popleft()
+            results = [(index, future.result()) for index, future in zip(part, futures, strict=True)]
+            bad.update(result for _, result in results if isinstance(result, str))
+            good = [(index, *result) for index, result in results if not isinstance(result, str)]
+            if good:
+                indices, samples, pixels = zip(*good, strict=True)
+                yield Batch(samples, torch.stack(pixels), indices)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Strings -> unit features [n, D] on the encoder's device."""
+    starts = range(0, len(texts), batch_size)
+    return torch.cat([encoder.encode_text(encoder.tokenize(texts[start : start + batch_size])) for start in starts])
+
+
+def label_of(sample: Sample, name: str) -> object:
+    """The label ``name`` of a sample: a member of its own, or a key of its JSON. Raises DataError without one."""
+    table = sample.extras.get("json") or {}
+    if name in sample.extras and name != "json":
+        return sample.extras[name]
+    if name not in table:
+        there = sorted({*sample.extras, *table} - {"json"})
+        raise DataError(f"sample {sample.key} has no label '{name}'. It has: {', '.join(there) or 'none'}")
+    return table[name]
+
+
+def check_positive(**sizes: float) -> None:
+    """Raise ValueError for an option that is not above zero."""
+    for name, size in sizes.items():
+        if not size > 0:
+            raise ValueError(f"{name}: {size:g} is not above zero")

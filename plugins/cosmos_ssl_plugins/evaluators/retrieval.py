@@ -1,0 +1,91 @@
+"""Image-text retrieval on shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Sample, Spec
+from cosmos_ssl.evaluation.attention_maps import attention_maps
+from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
+from cosmos_ssl.evaluation.retrieval import retrieval_metrics
+from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, encode_texts
+from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
+
+SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
+
+
+class Retrieval(Evaluator):
+    """Finds the texts of each picture among all texts, and the picture of each text among all pictures.
+
+    ``data`` are shards (None: the training set's validation shards). ``texts`` is ``txt``, the text member, or a list of
+    the JSON; a picture may have several texts and is found if any of them is. Pictures without one are left
+    out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        data: str | list[str] | None = None,
+        texts: str = "txt",
+        batch_size: int = 256,
+        workers: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        check_positive(batch_size=batch_size)
+        self.data = EvaluationData(data, fallback=spec.validation_data, workers=workers, max_samples=max_samples)
+        self.texts = texts
+        self.batch_size = batch_size
+
+    def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
+        """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""
+        features: list[Tensor] = []
+        texts: list[str] = []
+        owners: list[int] = []
+        places: list[int] = []
+        for batch in self.data.batches(encoder, self.batch_size):
+            told = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
+            if not told and not places:
+                raise DataError(self._no_texts(batch.samples[0]))
+            if not told:
+                continue
+            features.append(encoder.encode_image(batch.pixels[told]))
+            for n in told:
+                own = batch.samples[n].captions[self.texts]
+                owners += [len(places)] * len(own)
+                places.append(batch.indices[n])
+                texts += own
+        images = torch.cat(features)
+        encoded = encode_texts(encoder, texts, self.batch_size)
+        metrics = retrieval_metrics(images, encoded, torch.tensor(owners))
+        drawn = self._draw(encoder, images, encoded, texts, owners, places) if pictures else {}
+        return Evaluation(metrics=metrics, pictures=drawn)
+
+    def _no_texts(self, sample: Sample) -> str:
+        there = ", ".join(sample.captions) or "none"
+        return f"texts: samples such as {sample.key} have no texts '{self.texts}'. They have: {there}"
+
+    def _draw(
+        self, encoder: Encoder, images: Tensor, encoded: Tensor, texts: list[str], owners: list[int], places: list[int]
+    ) -> dict[str, Tensor]:
+        """The best texts of a few pictures; and, where a head of the model can say, where it looks."""
+        shown = torch.linspace(0, len(places) - 1, min(SHOWN, len(places))).round().long().tolist()
+        samples = [self.data.read(places[n]).decode() for n in shown]
+        matches = []
+        for picture, n in zip(samples, shown, strict=True):
+            scores = (images[n] @ encoded.T).cpu()
+            best = scores.topk(min(BEST, len(texts))).indices.tolist()
+            own = [i for i, owner in enumerate(owners) if owner == n]
+            rank = int((scores > scores[own].max()).sum()) + 1
+            found = [(texts[i], float(scores[i]), owners[i] == n) for i in best]
+            matches.append(Match(picture=picture, found=found, note=f"own text at rank {rank}: {texts[own[0]]}"))
+        drawn = {"matches": draw_matches(matches)}
+        if isinstance(encoder, ModelEncoder) and encoder.spec.image is not None:
+            few = shown[:: max(1, len(shown) // SHOWN_ATTENTION)][:SHOWN_ATTENTION]
+            cut = [resize_crop(samples[shown.index(n)], encoder.spec.image.image_size) for n in few]
+            pixels = torch.stack([encoder.preprocess(picture) for picture in cut])
+            maps = attention_maps(encoder, pixels, [texts[owners.index(n)] for n in few])
+            if maps is not None:
+                drawn["attention"] = draw_attention(cut, maps)
+        return drawn
