@@ -104,7 +104,9 @@ def test_no_heavy_library_where_answers_must_be_quick(path: Path) -> None:
 
 
 def test_commands_start_without_torch() -> None:
-    code = "import sys, cosmos_ssl, cosmos_ssl.cli, cosmos_ssl_launch, cosmos_ssl.registry, cosmos_ssl.config; print('torch' in sys.modules)"
+    code = (
+        "import sys, cosmos_ssl, cosmos_ssl.cli, cosmos_ssl_launch, cosmos_ssl.registry, cosmos_ssl.config; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
