@@ -130,7 +130,10 @@ class Shards(Dataset):
         shard, offset, length = self.manifest.locate(index)
         data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
         try:
-            found = [(*sample_key(m.name), data[m.data : m.end]) for m in members(lambda at, count: data[at : at + count], length)]
+            found = [
+                (*sample_key(m.name), data[m.data : m.data + m.size])
+                for m in members(lambda at, count: data[at : at + count], length, whole=False)
+            ]
         except TarFault as error:
             raise OSError(f"{shard.url} has changed since it was indexed ({error} at sample {index})") from error
         return found[0][0], {extension: body for _, extension, body in found}

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
-from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, local_path, shard_name, stat
+from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, local_path, lock, shard_name, stat
 from cosmos_ssl.errors import DataError
 
 _MAGIC = b"cosmos-manifest-1\n"
@@ -125,8 +125,6 @@ def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = N
     cannot be written. Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample
     at all, OSError where storage fails.
     """
-    from filelock import FileLock
-
     names = expand(urls)
     stats = _stat_all(names)
     places = _places(names, cache_dir)
@@ -138,7 +136,7 @@ def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = N
     if not writable:
         return _checked(_scan_all(names, stats, None, progress))
     path = writable[0]
-    with FileLock(path.with_suffix(".lock")):
+    with lock(path.with_suffix(".lock")):
         manifest = _fresh(path, names, stats)
         if manifest is None:
             manifest = _scan_all(names, stats, path, progress)

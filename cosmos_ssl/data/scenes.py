@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import pool
 from cosmos_ssl.data.scene_pictures import CLASS_NAMES, caption, draw, make_scene, sentences
-from cosmos_ssl.data.storage import cache_root
+from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
@@ -70,23 +70,24 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
 
     Raises DataError where the folder cannot be written or holds something else.
     """
-    from filelock import FileLock
-
     if _written(folder, options):
         return folder
-    part = folder.parent / f".{folder.name}.part"
+    part = folder.parent / f".{folder.name}.{os.getpid()}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
+        with lock(folder.parent / f".{folder.name}.lock"):
             if _written(folder, options):
                 return folder
-            shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
+            shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
             part.mkdir()
             _write_all(part, options)
             part.replace(folder)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+        if _written(folder, options):  # another process was quicker, where the file system has no locks
+            return folder
         raise DataError(f"scenes: {folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -8,8 +8,8 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,9 +81,28 @@ def retrying(read: Callable[[], _T], what: str) -> _T:
             raise
         except Exception as error:  # object stores raise errors of their own for a lost connection
             if wait is None:
-                raise OSError(errno.EIO, f"{what}: {error or type(error).__name__} ({len(RETRY_SECONDS) + 1} attempts)") from error
+                said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise OSError(errno.EIO, f"{what}: {said} ({len(RETRY_SECONDS) + 1} attempts)") from error
             time.sleep(wait)
     raise AssertionError
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock file, so that work is done once; where the file system has no locks it may be done twice."""
+    from filelock import FileLock
+
+    held = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except (OSError, NotImplementedError):  # no permission, a full disk; a Lustre without flock
+        yield
+        return
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class _File:
@@ -122,7 +141,7 @@ class Reader:
         file = self._files.pop(url, None) or _File(local_path(url))
         data = os.pread(file.handle, count, offset)
         if len(data) < count:  # the next attempt opens the file again
-            raise OSError(errno.EIO, f"ends at byte {offset + len(data):,}, {offset + count:,} were indexed")
+            raise OSError(errno.EIO, f"byte {offset + count:,} was indexed and is not there")
         self._files[url] = file
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
@@ -169,22 +188,13 @@ class BlockCache:
         data = self._stored(name, start, stop)
         if data is not None:
             return data
-        with self._lock(name):  # several workers want the same block at once: one fetches it
+        with lock(self._folder / f"{int(name[:2], 16) % 64}.lock"):  # several workers want the same block at once: one fetches it
             data = self._stored(name, start, stop)
             if data is None:
                 block = fetch(url, first, last)
                 self._store(name, block)
                 data = block[start:stop]
         return data
-
-    def _lock(self, name: str) -> AbstractContextManager[Any]:
-        from filelock import FileLock
-
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(self._folder / f"{int(name[:2], 16) % 64}.lock").acquire()
-        except OSError:
-            return nullcontext()
 
     def _stored(self, name: str, start: int, stop: int) -> bytes | None:
         path = self._folder / f"{name}.block"
@@ -222,5 +232,5 @@ class BlockCache:
                         break
                     Path(path).unlink()
                     total -= size
-        except (Timeout, OSError):
+        except (Timeout, OSError, NotImplementedError):
             return

@@ -22,15 +22,15 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """One past the last byte of the body, padding left out."""
-        return self.data + self.size
+        """Where the next header begins."""
+        return _padded(self.data + self.size)
 
 
-def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
+def members(read: Callable[[int, int], bytes], size: int, *, whole: bool = True) -> Iterator[Member]:
     """Yield the regular files of the archive of ``size`` bytes that ``read(offset, count)`` gives.
 
-    Knows the POSIX, GNU and pax forms. Raises TarFault at the first header that cannot be right, and
-    where the archive ends inside a member.
+    Knows the POSIX, GNU and pax forms. Raises TarFault at the first header that cannot be right, where the archive
+    ends inside a member, and where a ``whole`` one lacks the zeros that every writer puts at the end.
     """
     position = 0
     start: int | None = None
@@ -53,9 +53,9 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
             if kind in (b"0", b"\0"):
                 yield Member(pax.get("path") or _name(header), start, body, count)
             start, pax = None, {}
-        position = body + (count + BLOCK - 1) // BLOCK * BLOCK
-    if position < size:
-        raise TarFault(f"{size:,} of at least {position + BLOCK:,} bytes")
+        position = _padded(body + count)
+    if position != size or (whole and size):
+        raise TarFault(f"{size:,} of at least {position + 2 * BLOCK * whole:,} bytes")
 
 
 def sample_key(name: str) -> tuple[str, str]:
@@ -63,6 +63,10 @@ def sample_key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
+
+
+def _padded(position: int) -> int:
+    return -(-position // BLOCK) * BLOCK
 
 
 def _check(header: bytes, position: int) -> bytes:
