@@ -268,8 +268,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         written = read_file(path, faults)
     root = merge(written, parse_overrides(overrides, faults))
     tree: dict[str, Any] = root.plain()
-    if path is not None:
-        tree.setdefault("name", path.stem)
+    if path is not None and tree.get("name") is None:
+        tree["name"] = path.stem
     config, found = _validate(tree)
     found += _part_faults(tree)
     if config is not None:

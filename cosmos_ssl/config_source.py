@@ -90,7 +90,7 @@ def merge(parent: Node, child: Node) -> Node:
     merged = dict(parent.value)
     for key, node in child.value.items():
         merged[key] = merge(merged[key], node) if key in merged else node
-    return Node(merged, child.origin)
+    return Node(merged, parent.origin if child.origin == COMMAND_LINE else child.origin)
 
 
 # ---------------------------------------------------------------------------- YAML
@@ -316,7 +316,7 @@ def _override_value(text: str, path: str, faults: list[str]) -> Node:
     braces = text.startswith("{") and ":" not in text and text != "{}"
     found: list[str] = []
     try:
-        parsed = None if braces else _Composer(text).get_single_node()
+        parsed = None if braces or text.startswith(("&", "!")) else _Composer(text).get_single_node()
         if parsed is None:
             return Node(None if text == "" else text, COMMAND_LINE)
         if isinstance(parsed, ScalarNode) or text[0] in "[{":

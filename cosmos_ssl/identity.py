@@ -79,7 +79,7 @@ def _mathematics(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_path(key: str, value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and (bool(_PATH_KEY.search(key)) or "/" in text or ".tar" in text) for text in texts)
+    return bool(_PATH_KEY.search(key)) or any(isinstance(text, str) and ("/" in text or ".tar" in text) for text in texts)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

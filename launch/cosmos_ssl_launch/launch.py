@@ -22,13 +22,14 @@ def launch(config: str, overrides: Sequence[str], *, profile: str | None = None,
 
     from cosmos_ssl import build  # after stage one, which needs no torch
 
+    build.check(loaded)
     if dry_run:
-        build.check(loaded)
         print(dump_yaml(loaded.tree), end="")
-        print(f"# checked: both stages. Without --dry-run this trains here, in one process, into {loaded.config.folder}")
+        print(f"# both stages of checks passed. Without --dry-run this trains here, in one process, into {loaded.config.folder}")
         return EXIT_DONE
     print(f"training here, in one process, into {loaded.config.folder}", flush=True)
-    return build.run(loaded)
+    build.run(loaded)
+    return EXIT_DONE
 
 
 def _check_world(loaded: LoadedConfig, place: Profile) -> None:
