@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,19 +171,24 @@ class Writers:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+    """The rows of a metrics.jsonl; a line that a crash cut off is left out."""
+    yield from (row for _, row in _lines(path))
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Drop the rows after ``step``, and a cut-off last line."""
+    """Drop the rows after ``step``, and lines that a crash cut off."""
     if not path.exists():
         return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(line for line, row in _lines(path) if row["step"] <= step))
     temporary.rename(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                with suppress(ValueError):
+                    yield line, json.loads(line)

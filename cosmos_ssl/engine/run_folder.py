@@ -38,14 +38,6 @@ class RunFolder:
         self._result = path / "result.json"
         self._identity = path / "identity.json"
 
-    def make(self) -> None:
-        """Make the folder. Raises UserError where it cannot be written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").open("a").close()
-        except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}. Give another output_dir") from error
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold it. Raises UserError where it cannot be written or a live run holds it.
@@ -55,8 +47,11 @@ class RunFolder:
         key = self.path.resolve()
         if key in _held:  # the kernel's lock does not stand between two trainers of one process, and would end with a second handle
             raise self._in_use("this very process")
-        self.make()
-        handle = os.open(self.path / ".lock", os.O_RDWR)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}. Give another output_dir") from error
         try:
             self._claim(handle, key)
             try:

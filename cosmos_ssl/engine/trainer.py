@@ -291,12 +291,14 @@ class Trainer:
         for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
             if name in self.evaluated:
                 continue
-            log.info("evaluating: %s", name)
+            start = time.monotonic()
             with self.clock.paused():
                 found = evaluate(name, self.assembly, self.signals, _AUTOCAST[self.config.training.precision])
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
+            first = ", ".join(f"{metric} {value:.4g}" for metric, value in list(found.metrics.items())[:6])
+            log.info("evaluated after step %s in %.1f s: %s", f"{step:,}", time.monotonic() - start, first)
         self.evaluated = set()
 
     # ------------------------------------------------------------------ small things

@@ -1,0 +1,108 @@
+"""SIGKILL at every stage of a checkpoint, SIGTERM and Ctrl-C in real processes."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
+
+
+def train_and_die(tiny, run_dir, kill_at):
+    """Train in a forked child that kills itself at file operation ``kill_at`` under checkpoints/; True if it got there."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and "checkpoints" in str(arguments[0]):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            tiny.make_trainer(run_dir, tiny.make_config(checkpoints={"every_steps": 2, "keep_last": 1})).train()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole").train()
+    expected = rows(tmp_path / "whole")
+    stages = 0
+    for kill_at in range(1, 60, 2):
+        run_dir = tmp_path / f"cut{kill_at}"
+        if not train_and_die(tiny, run_dir, kill_at):
+            break
+        stages += 1
+        found = checkpoint_folders(run_dir)
+        assert not found or any(find_fault(path) is None for path in found), kill_at
+        tiny.make_trainer(run_dir, tiny.make_config(checkpoints={"every_steps": 2, "keep_last": 1})).train()
+        assert rows(run_dir) == expected, kill_at
+    assert stages > 12
+
+
+def test_killed_again_and_again(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole").train()
+    for kill_at in (9, 17, 21, 13, 30):
+        train_and_die(tiny, tmp_path / "cut", kill_at)
+    tiny.make_trainer(tmp_path / "cut", tiny.make_config(checkpoints={"every_steps": 2, "keep_last": 1})).train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def logged(run_dir, step):
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= step
+
+
+ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
+
+
+@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_saves_and_leaves(tiny, start_tiny, tmp_path, number, code, cause):
+    process = start_tiny(tmp_path, loader={"workers": 1}, **ENDLESS)
+    wait_for(lambda: logged(tmp_path, 3))
+    with pytest.raises(Exception, match="in use by a live run \\(process "):
+        tiny.make_trainer(tmp_path, tiny.make_config(**ENDLESS), evaluators={"mean": tiny.Mean()}).train()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    step = int(checkpoint_folders(tmp_path)[-1].name[5:])
+    assert f"{cause}: saved {tmp_path} at step {step:,} (sample {4 * step:,}, epoch {step // 5})" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_is_seen_during_evaluation(start_tiny, tmp_path):
+    process = start_tiny(tmp_path, evaluation_seconds=500)
+    wait_for(lambda: logged(tmp_path, 5))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert checkpoint_folders(tmp_path)[-1].name == "step_00000005"
+
+
+def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
+    process = start_tiny(tmp_path, loader={"workers": 0}, stall=True, **ENDLESS)
+    wait_for(lambda: logged(tmp_path, 2))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Ctrl-C: saving; Ctrl-C again leaves at once" in said
+    assert not checkpoint_folders(tmp_path)

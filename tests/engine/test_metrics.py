@@ -1,0 +1,70 @@
+"""Rows, TensorBoard and pictures, also on a full disk and after a crash."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writers, cut_rows, read_rows
+
+
+def test_rows_keep_every_bit_and_have_no_nan(tmp_path):
+    writer = JsonLines(tmp_path / "m.jsonl")
+    value = torch.tensor(0.1).item()
+    writer.scalars(3, {"loss": value, "bad": float("nan")})
+    writer.close()
+    assert list(read_rows(tmp_path / "m.jsonl")) == [{"step": 3, "loss": value, "bad": None}]
+
+
+def test_cutting_back_drops_later_rows_and_broken_lines(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 2, 3)) + '{"step": 1, "lo')
+    cut_rows(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2}\n'
+    cut_rows(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_full_disk_keeps_rows_waiting(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "m.jsonl"
+    writers = Writers([JsonLines(path)])
+    writers.scalars(1, {"loss": 1.0})
+    real = os.write
+
+    def half(handle, data):
+        real(handle, data[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half)
+    writers.scalars(2, {"loss": 2.0})
+    writers.scalars(3, {"loss": 3.0})
+    assert [row["step"] for row in read_rows(path)] == [1]
+    assert path.read_bytes().endswith(b"\n")
+    monkeypatch.setattr(os, "write", real)
+    writers.scalars(4, {"loss": 4.0})
+    writers.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+    assert caplog.text.count("No space left") == 1
+
+
+def test_tensorboard_shows_no_step_twice(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for purge, steps, value in ((1, (1, 2, 3, 4), 0.0), (3, (3, 4, 5), 1.0)):
+        writer = TensorBoard(tmp_path, purge_step=purge)
+        for step in steps:
+            writer.scalars(step, {"loss": value})
+        writer.pictures(steps[-1], {"grid": torch.zeros(3, 4, 4, dtype=torch.uint8)})
+        writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0), (5, 1.0)]
+    assert [e.step for e in events.Images("grid")] == [5]
+
+
+def test_pictures_are_png_files(tmp_path):
+    picture = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    PngFiles(tmp_path).pictures(7, {"retrieval/student/grid": picture})
+    found = Image.open(tmp_path / "step_00000007/retrieval-student-grid.png")
+    assert np.array_equal(np.array(found), picture.permute(1, 2, 0).numpy())

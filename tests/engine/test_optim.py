@@ -1,0 +1,171 @@
+"""Rules, schedules, and the optimiser's state by name."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cosmos_ssl.api import Progress
+from cosmos_ssl.config import OptimizerConfig, RuleConfig, ScheduleConfig
+from cosmos_ssl.engine.optim import Optimizer, learning_rate, settings, weight_decay
+from cosmos_ssl.errors import CheckpointError, UserError
+from cosmos_ssl.models.model import Model
+
+GOLDEN = Path(__file__).parents[1] / "data/golden"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tiny):
+    torch.manual_seed(0)
+    return Model({"image": tiny.Flat()}, {}, {"match": tiny.Match()})
+
+
+def optimizer_for(model, **options):
+    return Optimizer(model, OptimizerConfig(**options), ScheduleConfig(epochs=1, warmup_steps=0), CPU)
+
+
+def fill_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_learning_rate_is_the_recorded_one():
+    meta = json.loads((GOLDEN / "meta.json").read_text())
+    recorded = load_file(GOLDEN / "golden.safetensors")["trajectory"][:, meta["trajectory_columns"].index("lr")]
+    told = meta["optimizer"]
+    config, schedule = OptimizerConfig(lr=told["lr"]), ScheduleConfig(warmup_steps=told["warmup_steps"])
+    ours = [learning_rate(config, schedule, step, told["total_steps"]) for step in range(told["total_steps"])]
+    assert ours == pytest.approx(recorded.tolist(), rel=1e-12)
+
+
+def test_final_lr_and_weight_decay_are_approached_by_a_cosine():
+    config, schedule = OptimizerConfig(lr=1.0, weight_decay=0.04, weight_decay_end=0.4), ScheduleConfig(warmup_steps=0, final_lr=0.1)
+    assert learning_rate(config, schedule, 5, 10) == pytest.approx(0.55)
+    assert [weight_decay(config, step, 10) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
+    assert weight_decay(OptimizerConfig(weight_decay=0.5), 7, 10) == 0.5
+
+
+def test_only_matrices_decay(model):
+    optimizer = optimizer_for(model, lr=1.0, weight_decay=0.5)
+    optimizer.set(Progress(step=0, total_steps=10))
+    decays = {id(p): group["weight_decay"] for group in optimizer.torch.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "image.stem.weight": 0.5,
+        "image.stem.bias": 0.0,
+        "image.projection.weight": 0.5,
+        "image.projection.bias": 0.0,
+        "losses.match.scale": 0.0,
+    }
+
+
+def test_rules_of_parts_config_and_depth_meet(model):
+    rules = [
+        RuleConfig(match="image.*", weight_decay_scale=0.1),
+        RuleConfig(match="image.stem.*", lr_scale=0.25, frozen_epochs=1.5),
+        RuleConfig(match="losses.match.scale", frozen=True),
+    ]
+    found = settings(model, OptimizerConfig(layer_decay=0.5, rules=rules))
+    stem, projection = found["image.stem.bias"], found["image.projection.weight"]
+    assert stem.lr_scale == 0.25 * 0.5**2  # the config's rule beats the part's, depth multiplies
+    assert settings(model, OptimizerConfig(layer_decay=0.5))["image.stem.bias"].lr_scale == 0.5 * 0.5**2
+    assert (projection.lr_scale, projection.weight_decay_scale) == (1.0, 0.1)
+    assert (stem.weight_decay_scale, stem.frozen_epochs) == (0.1, 1.5)
+    assert found["losses.match.scale"].frozen_epochs == math.inf
+
+
+def test_a_rule_without_a_parameter_is_named(model):
+    with pytest.raises(
+        UserError, match=r"optimizer\.rules\.0\.match: 'image\.stem\.wieght' matches no parameter\. Did you mean 'image\.stem\.weight'"
+    ):
+        settings(model, OptimizerConfig(rules=[RuleConfig(match="image.stem.wieght")]))
+
+
+def test_layer_decay_wants_a_tower_that_tells_its_layers(model):
+    del model.image.layer_count
+    model.image.part_name = "flat"
+    with pytest.raises(UserError, match="layer_decay: the image tower 'flat'"):
+        settings(model, OptimizerConfig(layer_decay=0.5))
+
+
+def test_frozen_parameters_do_not_move(model):
+    rules = [RuleConfig(match="image.stem.*", frozen=True), RuleConfig(match="image.projection.*", frozen_epochs=1)]
+    optimizer = optimizer_for(model, lr=0.1, weight_decay=0.5, rules=rules)
+    assert not model.image.stem.weight.requires_grad
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def moved_at(step):
+        fill_gradients(model, step)
+        progress = Progress(step=step, total_steps=10, steps_per_epoch=2)
+        optimizer.set(progress)
+        optimizer.drop_frozen(progress)
+        optimizer.step()
+        return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+    assert moved_at(1) == {"losses.match.scale"}  # not even decayed
+    assert moved_at(2) == {"losses.match.scale", "image.projection.weight", "image.projection.bias"}
+
+
+def test_everything_frozen_is_refused(model):
+    with pytest.raises(UserError, match="nothing to train"):
+        optimizer_for(model, rules=[RuleConfig(match="*", frozen=True)])
+
+
+def test_clipping_returns_the_norm_before_it(model):
+    fill_gradients(model, 0)
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    optimizer = optimizer_for(model)
+    assert optimizer.clip(None).item() == pytest.approx(expected.item())
+    assert optimizer.clip(0.5).item() == pytest.approx(expected.item())
+    assert optimizer.clip(None).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_state_goes_through_names_to_the_last_bit(tiny, model):
+    other = Model({"image": tiny.Flat()}, {}, {"match": tiny.Match()})
+    first, second = optimizer_for(model, lr=0.1), optimizer_for(other, lr=0.1)
+    for step in range(3):
+        fill_gradients(model, step)
+        first.step()
+    other.load_state_dict(model.state_dict())
+    second.load({name: value.clone() for name, value in first.tensors().items()})
+    for step in range(3, 6):
+        for each, optimizer in ((model, first), (other, second)):
+            fill_gradients(each, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert set(first.tensors()) >= {"image.stem.weight.exp_avg", "losses.match.scale.step"}
+
+
+def test_a_state_of_another_model_is_refused(model):
+    with pytest.raises(CheckpointError, match=r"not trained here: image\.other\.exp_avg"):
+        optimizer_for(model).load({"image.other.exp_avg": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"image\.stem\.bias is incomplete"):
+        optimizer_for(model).load({"image.stem.bias.exp_avg": torch.zeros(6)})
+
+
+def test_fused_agrees_with_the_plain_rule(model):
+    optimizer = optimizer_for(model, lr=0.1, weight_decay=0.5)
+    twin = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p], "weight_decay": 0.5 if p.dim() > 1 else 0.0, "lr": 0.05 if name == "image.stem.bias" else 0.1}
+            for name, p in twin.items()
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        foreach=False,
+    )
+    for step in range(4):
+        fill_gradients(model, step)
+        for own, other in zip(model.parameters(), twin.values(), strict=True):
+            other.grad = own.grad.clone()
+        optimizer.set(Progress(step=0, total_steps=10))
+        optimizer.step()
+        plain.step()
+    for own, other in zip(model.parameters(), twin.values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)

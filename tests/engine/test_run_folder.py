@@ -1,0 +1,45 @@
+"""A run's folder: whose it is, and that one job alone holds it."""
+
+import pytest
+
+from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.errors import UserError
+
+
+def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
+    with RunFolder(tmp_path / "a").locked():
+        with pytest.raises(UserError, match="in use by a live run"), RunFolder(tmp_path / "a").locked():
+            pass
+        with RunFolder(tmp_path / "b").locked():
+            pass
+    with RunFolder(tmp_path / "a").locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=f"output_dir: {tmp_path}/file/run cannot be written: Not a directory"),
+        RunFolder(tmp_path / "file/run").locked(),
+    ):
+        pass
+
+
+def test_a_folder_belongs_to_one_config_and_one_data_set(tiny, tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.belong(tiny.make_config(), {"samples": 20})
+    folder.belong(tiny.make_config(loader={"workers": 3}, logging={"every_steps": 9}), {"samples": 20})
+    with pytest.raises(
+        UserError, match=rf"run folder {tmp_path} belongs to another config \(optimizer.lr: 0.05 -> 0.1\). Give another output_dir."
+    ):
+        folder.belong(tiny.make_config(optimizer={"lr": 0.1}), {"samples": 20})
+    with pytest.raises(UserError, match=r"belongs to another data set \(data, samples: 20 -> 24\)"):
+        folder.belong(tiny.make_config(), {"samples": 24})
+
+
+def test_changed_versions_are_told(tiny, tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    folder.record(tiny.make_config(), {"losses.match": "match (mine 1.0)"})
+    assert not caplog.text
+    folder.record(tiny.make_config(), {"losses.match": "match (mine 1.1)"})
+    assert "losses.match: match (mine 1.0) -> match (mine 1.1)" in caplog.text

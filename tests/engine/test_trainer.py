@@ -1,0 +1,267 @@
+"""The trainer in one process: resuming, skipping, order of teacher and optimiser, evaluation, the end."""
+
+import io
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors, read_state
+from cosmos_ssl.engine.metrics import read_rows
+from cosmos_ssl.errors import CheckpointError, StorageError, TrainingError, UserError
+
+
+def weights(run_dir):
+    newest = checkpoint_folders(run_dir)[-1]
+    return {f"{role}.{name}": value for role in ("student", "teacher", "optimizer") for name, value in load_tensors(newest, role).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stop(Exception):
+    """What a test throws into a run."""
+
+
+class Halt:
+    """A writer that ends the run once ``step`` is logged, as a crash would: nothing is saved after it."""
+
+    def __init__(self, trainer_of, step):
+        self.trainer_of, self.step = trainer_of, step
+
+    def scalars(self, step, values):
+        if step == self.step:
+            self.trainer_of().between_steps = False
+            raise Stop
+
+    def pictures(self, step, pictures):
+        pass
+
+    sync = close = lambda self: None
+
+
+def crash(tiny, run_dir, at, config=None, **options):
+    """Train until step ``at`` is logged, then fail."""
+    halt = Halt(lambda: trainer, at)
+    trainer = tiny.make_trainer(run_dir, config, writers=[halt], **options)
+    with pytest.raises(Stop):
+        trainer.train()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_crashed_and_resumed_equals_never_crashed(tiny, rows, tmp_path, before):
+    evaluators = lambda: {"mean": tiny.Mean()}  # noqa: E731
+    tiny.make_trainer(tmp_path / "whole", evaluators=evaluators(), before=before).train()
+    for at in (2, 5, 8):  # before any checkpoint; at an epoch's end, evaluation done or not; between two checkpoints
+        crash(tiny, tmp_path / "cut", at, evaluators=evaluators(), before=before)
+    tiny.make_trainer(tmp_path / "cut", evaluators=evaluators(), before=before).train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_workers_change_nothing(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "none").train()
+    tiny.make_trainer(tmp_path / "two", tiny.make_config(loader={"workers": 2})).train()
+    assert rows(tmp_path / "none") == rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
+def test_half_precision_resumes_exactly(tiny, rows, tmp_path, precision):
+    config = tiny.make_config(training={"precision": precision, "batch_size": 4, "device": "cpu"})
+    tiny.make_trainer(tmp_path / "whole", config).train()
+    crash(tiny, tmp_path / "cut", 8, config)
+    tiny.make_trainer(tmp_path / "cut", config).train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert ("loss_scale" in rows(tmp_path / "cut")[0]) == (precision == "amp_fp16")
+
+
+def test_without_a_teacher(tiny, tmp_path):
+    metrics = tiny.make_trainer(tmp_path, teacher=False, evaluators={"mean": tiny.Mean()}).train()
+    assert "mean/student/mean" in metrics and not any("teacher" in name for name in metrics)
+    assert not (checkpoint_folders(tmp_path)[-1] / "teacher.safetensors").exists()
+
+
+def test_the_teacher_moves_when_it_was_asked_to(tiny, tmp_path):
+    def first_step(before):
+        folder = tmp_path / str(before)
+        config = tiny.make_config(schedule={"max_steps": 1, "epochs": 2, "warmup_steps": 0})
+        trainer = tiny.make_trainer(folder, config, before=before)
+        start = {name: value.clone() for name, value in trainer.assembly.model.state_dict().items()}
+        trainer.train()
+        return start, load_tensors(checkpoint_folders(folder)[-1], "student"), load_tensors(checkpoint_folders(folder)[-1], "teacher")
+
+    start, _, teacher = first_step(before=True)
+    assert torch.equal(teacher["image.stem.weight"], start["image.stem.weight"])
+    start, student, teacher = first_step(before=False)
+    torch.testing.assert_close(teacher["image.stem.weight"], 0.9 * start["image.stem.weight"] + 0.1 * student["image.stem.weight"])
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tiny, rows, tmp_path, monkeypatch, fault):
+    """A run whose third step is poisoned has, after it, the weights and buffers of a run that ended before it."""
+    short = tiny.make_config(schedule={"max_steps": 2, "epochs": 9, "warmup_steps": 100})
+    longer = tiny.make_config(schedule={"max_steps": 3, "epochs": 9, "warmup_steps": 100})
+    tiny.make_trainer(tmp_path / "short", short).train()
+    monkeypatch.setattr(tiny.Match, "poison", {2: fault})
+    tiny.make_trainer(tmp_path / "longer", longer).train()
+    assert same(weights(tmp_path / "short"), weights(tmp_path / "longer"))
+    assert weights(tmp_path / "longer")["student.losses.match.calls"] == 2
+    last = rows(tmp_path / "longer")[-1]
+    assert (last["step"], last["skipped_steps"]) == (3, 1)
+    assert (last["loss"] is None) == (fault == "loss")
+    said = (tmp_path / "longer/log.txt").read_text()
+    assert f"step 3: the {fault} is not finite, so the update is skipped (samples s" in said
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.Match, "poison", {1: "loss", 3: "loss", 4: "loss", 5: "loss"})
+    config = tiny.make_config(training={"batch_size": 4, "precision": "fp32", "device": "cpu", "max_nonfinite_steps": 3})
+    with pytest.raises(
+        TrainingError, match=r"step 6: the loss is not finite, 3 steps in a row .* Samples of this step: s\d+, s\d+, s\d+, s\d+\."
+    ):
+        tiny.make_trainer(tmp_path, config).train()
+
+
+def test_an_overflow_of_fp16_is_no_fault(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.Match, "poison", dict.fromkeys(range(5), "gradient"))
+    training = {"batch_size": 4, "precision": "amp_fp16", "device": "cpu", "max_nonfinite_steps": 1}
+    tiny.make_trainer(tmp_path, tiny.make_config(training=training)).train()
+    counters = read_state(checkpoint_folders(tmp_path)[-1])["counters"]
+    assert counters["overflowed_steps"] >= 5 and counters["nonfinite_steps"] == 0
+    scales = [row["loss_scale"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert scales[5] == scales[0] / 2**5
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path):
+    evaluator = tiny.Mean()
+    first = tiny.make_trainer(tmp_path, evaluators={"mean": evaluator}).train()
+    calls, said = evaluator.calls, io.StringIO()
+    again = tiny.make_trainer(tmp_path, console=Console(file=said, width=200), evaluators={"mean": evaluator}).train()
+    assert again == first and evaluator.calls == calls
+    assert said.getvalue() == f"run {tmp_path} is finished (step 10)\n"
+
+
+def test_a_folder_of_another_config_is_refused(tiny, tmp_path):
+    tiny.make_trainer(tmp_path).train()
+    with pytest.raises(UserError, match=r"belongs to another config \(optimizer.lr: 0.05 -> 0.1\)"):
+        tiny.make_trainer(tmp_path, tiny.make_config(optimizer={"lr": 0.1})).train()
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole").train()
+    crash(tiny, tmp_path / "cut", 8)
+    os.truncate(tmp_path / "cut/checkpoints/step_00000006/student.safetensors", 100)
+    said = io.StringIO()
+    tiny.make_trainer(tmp_path / "cut", console=Console(file=said, width=300)).train()
+    assert f"resuming {tmp_path}/cut at step 3 (sample 12, epoch 0)." in said.getvalue()
+    assert "step_00000006 is damaged (student.safetensors has 100 bytes" in said.getvalue()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
+    crash(tiny, tmp_path, 5)
+    monkeypatch.setattr(tiny, "WIDTH", 9)
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: image.stem.weight is \[6, 12\], the model's \[9, 12\]; .* and 1 more"
+    ):
+        tiny.make_trainer(tmp_path).train()
+
+
+def test_a_full_disk_does_not_end_training(tiny, rows, tmp_path, monkeypatch):
+    tiny.make_trainer(tmp_path / "whole").train()
+    real = os.fsync
+
+    def full(handle):
+        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+        if ".tmp" in path and "step_00000010" not in path:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    tiny.make_trainer(tmp_path / "full").train()
+    assert rows(tmp_path / "full") == rows(tmp_path / "whole")
+    assert "could not be written: [Errno 28] No space left on device; training goes on" in (tmp_path / "full/log.txt").read_text()
+
+
+def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole").train()
+    trainer = tiny.make_trainer(tmp_path / "cut")
+    good = trainer.dataset.read
+    trainer.dataset.read = lambda index: good(index) if trainer.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    with pytest.raises(StorageError, match=r"storage failed at step 4: .*Input/output error"):
+        trainer.train()
+    assert checkpoint_folders(tmp_path / "cut")[-1].name == "step_00000004"
+    tiny.make_trainer(tmp_path / "cut").train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_an_evaluation_cut_short_is_made_up_for(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole", evaluators={"mean": tiny.Mean(), "more": tiny.Mean()}).train()
+
+    class Failing(tiny.Mean):
+        def evaluate(self, encoder, *, pictures=False):
+            raise Stop
+
+    with pytest.raises(Stop):
+        tiny.make_trainer(tmp_path / "cut", evaluators={"mean": tiny.Mean(), "more": Failing()}).train()
+    assert checkpoint_folders(tmp_path / "cut")[-1].name == "step_00000005"
+    done, owed = tiny.Mean(), tiny.Mean()
+    tiny.make_trainer(tmp_path / "cut", evaluators={"mean": done, "more": owed}).train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert (done.calls, owed.calls) == (2, 4)  # two roles each, at one epoch and at two
+
+
+def test_bad_samples_are_counted_through_a_restart(tiny, rows, tmp_path):
+    crash(tiny, tmp_path, 8, bad=(3,))
+    tiny.make_trainer(tmp_path, bad=(3,)).train()
+    assert rows(tmp_path)[-1]["bad_samples"] == 2
+    assert read_state(checkpoint_folders(tmp_path)[-1])["bad_samples"]["counts"] == {"sample 3": {"undecodable": 2}}
+
+
+def test_epoch_checkpoints_stay(tiny, tmp_path):
+    tiny.make_trainer(tmp_path, tiny.make_config(checkpoints={"every_steps": 1, "keep_last": 1, "keep_every_epochs": 1})).train()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000005", "step_00000010"]
+
+
+def test_clipped_gradients_are_logged_unclipped(tiny, rows, tmp_path):
+    training = {"batch_size": 4, "precision": "fp32", "device": "cpu", "seed": 3}
+    tiny.make_trainer(tmp_path / "free").train()
+    tiny.make_trainer(tmp_path / "clipped", tiny.make_config(training=training | {"clip_grad_norm": 1e-3})).train()
+    free, clipped = rows(tmp_path / "free"), rows(tmp_path / "clipped")
+    assert clipped[0]["grad_norm"] == free[0]["grad_norm"] > 1e-3
+    assert clipped[0]["match/scale"] == pytest.approx(free[0]["match/scale"], rel=1e-4)  # AdamW's first step knows signs alone
+    assert clipped[3]["loss"] != free[3]["loss"]
+
+
+def test_logging_leaves_no_trace_behind(tiny, tmp_path):
+    logger = logging.getLogger("cosmos_ssl")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    tiny.make_trainer(tmp_path).train()
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_the_console_shows_lines_and_a_table(tiny, tmp_path):
+    said = io.StringIO()
+    tiny.make_trainer(tmp_path, console=Console(file=said, width=200), evaluators={"mean": tiny.Mean()}).train()
+    text = said.getvalue()
+    assert f"training tiny (121 parameters) into {tmp_path}: 10 steps, 5 an epoch, batch 4, fp32 on cpu" in text
+    assert "step  1 of 10  epoch 0.20  loss 2.193  match 2.193  lr 2.50e-02" in text
+    assert "student" in text and "teacher" in text and f"finished {tmp_path} at step 10 (sample 40, epoch 2)" in text
+
+
+def test_a_terminal_gets_a_bar(tiny, tmp_path):
+    said = io.StringIO()
+    tiny.make_trainer(tmp_path, console=Console(file=said, width=160, force_terminal=True)).train()
+    assert "10/10" in said.getvalue() and "data wait" in said.getvalue()
+
+
+def test_unread_parameters_are_named(tiny, tmp_path):
+    said = io.StringIO()
+    trainer = tiny.make_trainer(tmp_path, console=Console(file=said, width=200))
+    object.__setattr__(trainer.assembly, "frozen", ["image.a", "image.b"])
+    trainer.train()
+    assert "frozen, since no loss reads them: image.a, image.b" in said.getvalue()

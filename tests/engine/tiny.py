@@ -1,0 +1,224 @@
+"""A run small enough for a test, of parts made for it. Also a program: python tiny.py RUN_DIR CONFIG_JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from cosmos_ssl_plugins.teachers.ema import Ema
+from cosmos_ssl_plugins.teachers.none import NoTeacher
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api import (
+    Augmenter,
+    BadSample,
+    Dataset,
+    Evaluation,
+    Evaluator,
+    GroupFeatures,
+    ImageCrops,
+    ImageGroup,
+    Loss,
+    LossOutput,
+    Need,
+    ParameterRule,
+    Sample,
+    Spec,
+    Tower,
+    TowerSpec,
+    ViewSpec,
+)
+from cosmos_ssl.config import Config
+from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
+from cosmos_ssl.engine.trainer import Trainer
+from cosmos_ssl.errors import CosmosError
+from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.plan import make_plan
+
+SAMPLES = 20
+WIDTH = 6
+
+
+class Numbers(Dataset):
+    """Samples that are their own index; ``bad`` ones cannot be used."""
+
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
+    def prepare(self):
+        pass
+
+    @property
+    def shard_sizes(self):
+        return np.array([SAMPLES // 2, SAMPLES - SAMPLES // 2])
+
+    def read(self, index):
+        if index in self.bad:
+            raise BadSample("undecodable")
+        return Sample(key=f"s{index}", extras={"index": index})
+
+
+class Noise(Augmenter):
+    """Two views: the sample's index and noise."""
+
+    modality = "image"
+
+    def offers(self):
+        return {"global": ViewSpec(views=2, size=2)}
+
+    def crop(self, sample, rng):
+        noise = torch.from_numpy(rng.integers(0, 100, (2, 3, 2, 2), dtype=np.uint8))
+        return {"global": ImageCrops(pixels=noise + sample.extras["index"], params=torch.zeros(2, 0))}
+
+    def finish(self, group):
+        return ImageGroup(pixels=group.pixels.float() / 255, params=group.params)
+
+
+class Flat(Tower):
+    """Two linear maps with dropout between them, which draws on the device's randomness."""
+
+    modality = "image"
+
+    def __init__(self):
+        super().__init__()
+        self.layer_count = 2
+        self.spec = TowerSpec(width=WIDTH, image_size=2, patch_size=1)
+        self.stem = nn.Linear(12, WIDTH)
+        self.projection = nn.Linear(WIDTH, WIDTH)
+
+    def layer_of(self, name):
+        return 0 if name.startswith("stem") else 2
+
+    def parameter_rules(self):
+        return [ParameterRule(match="stem.bias", lr_scale=0.5)]
+
+    def forward(self, groups, plan):
+        found = {}
+        for name, group in plan.items():
+            pooled = torch.tanh(self.stem(groups[name].pixels[list(group.views)].flatten(2)))
+            projected = self.projection(F.dropout(pooled, 0.2, self.training))
+            found[name] = GroupFeatures(views=group.views, pooled=pooled, projected=projected)
+        return found
+
+
+class Match(Loss):
+    """Pull the views of a sample together and towards the teacher; a buffer counts the calls; poisoned steps give NaN."""
+
+    poison: Mapping[int, str] = {}
+    stall_at = -1
+
+    def __init__(self, teacher=True):
+        super().__init__()
+        self.teacher = teacher
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def requires(self):
+        return [Need(modality="image"), *([Need(role="teacher", modality="image")] if self.teacher else [])]
+
+    def forward(self, ctx):
+        self.calls += 1
+        while ctx.progress.step == self.stall_at:
+            time.sleep(0.01)
+        x = ctx.student.image["global"].unit
+        y = ctx.teacher.image["global"].unit if self.teacher else x.detach()
+        loss = (1 - (x[0] * y[1]).sum(-1)).mean() * self.scale + (x.mean(1).square().sum() - 0.5).square()
+        if ctx.progress.step in self.poison:
+            loss = {"loss": loss * float("nan"), "gradient": loss + ((self.scale - self.scale.detach()).clamp_min(0).sqrt() * 0).sum()}[
+                self.poison[ctx.progress.step]
+            ]
+        return LossOutput(terms={"pull": loss}, metrics={"scale": self.scale})
+
+    @torch.no_grad()
+    def after_step(self):
+        self.scale.clamp_(0, 2)
+
+
+class Mean(Evaluator):
+    """The mean feature's length; draws random numbers, and stays ``seconds`` so that a signal can find it."""
+
+    modalities = ("image",)
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+        self.calls = 0
+
+    def evaluate(self, encoder, *, pictures=False):
+        self.calls += 1
+        end = time.monotonic() + self.seconds
+        while True:
+            features = encoder.encode_image(torch.rand(4, 3, 2, 2))
+            if time.monotonic() >= end:
+                break
+        grid = torch.zeros(3, 4, 4, dtype=torch.uint8)
+        return Evaluation(metrics={"mean": features.mean(0).norm().item()}, pictures={"grid": grid} if pictures else {})
+
+
+def make_config(**sections) -> Config:
+    """A config of 5 steps an epoch and 2 epochs, with ``sections`` merged over it."""
+    tree = {
+        "name": "tiny",
+        "data": {"type": "numbers"},
+        "training": {"batch_size": 4, "precision": "fp32", "device": "cpu", "seed": 3},
+        "schedule": {"epochs": 2, "warmup_steps": 2},
+        "optimizer": {"lr": 0.05, "weight_decay": 0.1},
+        "loader": {"workers": 0},
+        "checkpoints": {"every_steps": 3, "every_minutes": None},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+    return Config.model_validate_json(json.dumps(tree))
+
+
+def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True) -> Assembly:
+    """The parts, wired by hand."""
+    torch.manual_seed(config.training.seed)
+    augmenter = Noise()
+    spec = Spec(embed_dim=WIDTH, seed=config.training.seed, has_teacher=teacher, image_views=augmenter.offers())
+
+    def build():
+        return Model({"image": Flat()}, {}, {"match": Match(teacher)})
+
+    model = build()
+    return Assembly(
+        spec=spec,
+        dataset=Numbers(bad),
+        tokenizer=None,
+        augmenters={"image": augmenter},
+        model=model,
+        build_model=build,
+        teacher=Ema(spec, momentum_teacher=0.9) if teacher else NoTeacher(spec),
+        update_when="before_optimizer_step" if before else "after_optimizer_step",
+        plan=make_plan(spec, model.towers, {}, {"match": model.loss("match")}),
+        loss_weights={"match": 1.0},
+        evaluators={name: ScheduledEvaluator(evaluator=e, every_epochs=1) for name, e in (evaluators or {}).items()},
+        parts={"losses.match": "match (tests)"},
+    )
+
+
+def make_trainer(run_dir, config=None, console=None, writers=(), **options) -> Trainer:
+    """A trainer into ``run_dir``; ``options`` as of ``make_assembly``."""
+    config = config or make_config()
+    return Trainer(make_assembly(config, **options), config, run_dir, console=console or Console(file=io.StringIO()), writers=writers)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = json.loads(sys.argv[2])
+    if options.pop("stall", False):
+        Match.stall_at = 2
+    evaluators = {"mean": Mean(options.pop("evaluation_seconds", 0.0))}
+    try:
+        make_trainer(Path(sys.argv[1]), make_config(**options), Console(), evaluators=evaluators).train()
+    except CosmosError as error:
+        print(error)
+        sys.exit(error.exit_code)
