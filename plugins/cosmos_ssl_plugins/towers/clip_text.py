@@ -22,7 +22,7 @@ class ClipText(Tower):
     """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
 
     Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
-    keep them. Raises ValueError for sizes that do not fit.
+    keep them. ``vocab_size`` is the tokenizer's unless given. Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -35,17 +35,18 @@ class ClipText(Tower):
         width: int = 512,
         layers: int = 12,
         heads: int = 8,
+        vocab_size: int | None = None,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(width=width)
+        check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
         self.spec = TowerSpec(width=width)
         self.attention = spec.attention
         self.layer_count = layers + 1
-        self.token_embedding = nn.Embedding(spec.vocab_size, width)
+        self.token_embedding = nn.Embedding(vocab_size or spec.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
         self.blocks = Blocks(
             layers, width, heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path, grad_checkpointing=grad_checkpointing

@@ -1,0 +1,204 @@
+"""Checkpoints of the official COSMOS program: names, sizes and values, to our form and back."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import Role
+from cosmos_ssl.errors import CheckpointError
+
+ROLES: tuple[Role, ...] = ("student", "teacher")
+_DDP = "module."
+_CROSS_HEADS = 8  # fixed in the official program, and not to be read from a tensor
+_CLIP_VOCABULARY = 49_408
+
+
+def _modules(*pairs: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Weight and bias of each pair of modules."""
+    for ours, theirs in pairs:
+        for leaf in ("weight", "bias"):
+            yield f"{ours}.{leaf}", f"{theirs}.{leaf}"
+
+
+def _attention(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    yield f"{ours}.qkv.weight", f"{theirs}.in_proj_weight"
+    yield f"{ours}.qkv.bias", f"{theirs}.in_proj_bias"
+    yield from _modules((f"{ours}.proj", f"{theirs}.out_proj"))
+
+
+def _block(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    yield from _modules((f"{ours}.norm1", f"{theirs}.ln_1"), (f"{ours}.norm2", f"{theirs}.ln_2"))
+    yield from _modules((f"{ours}.mlp.fc1", f"{theirs}.mlp.c_fc"), (f"{ours}.mlp.fc2", f"{theirs}.mlp.c_proj"))
+    yield from _attention(f"{ours}.attn", f"{theirs}.attn")
+
+
+def _ask(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    yield from _modules((f"{ours}.norm_q", f"{theirs}.ln_q"), (f"{ours}.norm_kv", f"{theirs}.ln_k"))
+    yield from _attention(ours, f"{theirs}.attn")
+
+
+NAMES: tuple[tuple[str, str], ...] = (
+    ("image.patch_embed.weight", "visual.conv1.weight"),
+    ("image.class_token", "visual.class_embedding"),
+    ("image.position_embedding", "visual.positional_embedding"),
+    ("image.projection", "visual.proj"),
+    *_modules(("image.norm_pre", "visual.ln_pre"), ("image.norm", "visual.ln_post")),
+    *_block("image.blocks.#", "visual.transformer.resblocks.#"),
+    ("text.token_embedding.weight", "token_embedding.weight"),
+    ("text.position_embedding", "positional_embedding"),
+    ("text.projection", "text_projection"),
+    *_modules(("text.norm", "ln_final")),
+    *_block("text.blocks.#", "transformer.resblocks.#"),
+    *_modules(("heads.cross.image_tokens", "image_token_mapping"), ("heads.cross.text_tokens", "text_token_mapping")),
+    *_ask("heads.cross.image_asks_text", "text_attn_cross_pool"),
+    *_ask("heads.cross.text_asks_image", "visual.attn_cross_pool"),
+    ("losses.clip.logit_scale", "logit_scale"),
+    ("losses.distill.logit_scale", "distill_logit_scale"),
+)
+"""Our name and theirs of every tensor; ``#`` is the number of a block."""
+
+_OURS = {theirs: ours for ours, theirs in NAMES}
+_THEIRS = dict(NAMES)
+_NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    number = _NUMBER.search(name)
+    found = table.get(_NUMBER.sub("#", name))
+    return found.replace("#", number[0]) if found is not None and number is not None else found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfficialCheckpoint:
+    """One role of an official file in our form."""
+
+    state: Mapping[str, Tensor]
+    """Tensors by our names."""
+    config: Mapping[str, Any]
+    """A config of that model, for ``load_config``; its sizes were read from the tensors."""
+    missing: tuple[str, ...] = ()
+    """Official names that the file lacks (of a partial reading)."""
+    unexpected: tuple[str, ...] = ()
+    """Names in the file that are not of the official program (of a partial reading)."""
+
+
+def read_official(path: str | Path, role: Role, *, partial: bool = False) -> OfficialCheckpoint:
+    """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
+
+    The number of attention heads stands in no tensor: it is width / 64 where that is whole, else the config
+    asks for ``model.image.heads`` and ``model.text.heads``. Raises CheckpointError where the file cannot be
+    read, lacks the role, or is another program's; with ``partial`` missing and unknown tensors are told instead.
+    """
+    path = Path(path)
+    content = _read(path)
+    tensors = _role(content, role, path)
+    pairs = {name: _translate(name, _OURS) for name in tensors}
+    state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
+    unexpected = tuple(name for name, ours in pairs.items() if ours is None)
+    missing = tuple(name for name in _expected(state) if name not in tensors)
+    if (missing or unexpected) and not (partial and state):
+        faults = [f"{name} is missing" for name in missing] + [f"{name} is not one of its tensors" for name in unexpected]
+        raise CheckpointError(f"{path} is no official COSMOS checkpoint: {_listed(faults, '; ')}")
+    config = {"name": str(content.get("name") or path.stem), **_config(state, path)}
+    return OfficialCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our names to tensors by official names, without ``module.``.
+
+    Raises CheckpointError for a tensor that the official program does not know.
+    """
+    pairs = {name: _translate(name, _THEIRS) for name in state}
+    strangers = [name for name, theirs in pairs.items() if theirs is None]
+    if strangers:
+        raise CheckpointError(f"the official form has no place for {_listed(strangers)}")
+    return {theirs: state[name] for name, theirs in pairs.items() if theirs is not None}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, or is no torch file; it is not opened, since that could run code"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:  # cut files fail in many ways
+        raise CheckpointError(
+            f"{path} cannot be read as a torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the table of an official COSMOS checkpoint")
+    return content
+
+
+def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tensor]:
+    """The tensors of one role, without the prefix that data parallelism leaves."""
+    if role not in content:
+        there = [name for name in ROLES if name in content]
+        if there:
+            raise CheckpointError(f"{path} holds no {role}, only the {there[0]}")
+        raise CheckpointError(
+            f"{path} is no official COSMOS checkpoint: it has neither student nor teacher, but {_listed(map(str, content))}"
+        )
+    tensors = content[role]
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path}: its {role} is no table of tensors")
+    return {str(name).removeprefix(_DDP): value for name, value in tensors.items()}
+
+
+def _expected(state: Mapping[str, Tensor]) -> list[str]:
+    """Official names of a model with as many blocks as ``state`` has."""
+    blocks = {modality: range(_layers(state, modality)) for modality in ("image", "text")}
+    return [theirs.replace("#", str(number)) for ours, theirs in NAMES for number in (blocks[ours.split(".")[0]] if "#" in ours else (0,))]
+
+
+def _layers(state: Mapping[str, Tensor], modality: str) -> int:
+    numbers = [int(found[0]) for name in state if name.startswith(f"{modality}.") and (found := _NUMBER.search(name))]
+    return max(numbers, default=-1) + 1
+
+
+def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The config of the model that these tensors are of, with the method's own parts around it."""
+    try:
+        width, embed_dim = state["image.projection"].shape
+        places, text_width = state["text.position_embedding"].shape
+        patch = state["image.patch_embed.weight"].shape[-1]
+        patches = len(state["image.position_embedding"]) - 1
+        vocabulary = len(state["text.token_embedding.weight"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the sizes of the model cannot be told from its tensors ({error})") from error
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise CheckpointError(f"{path}: {patches} image positions are no square")
+    image = {"type": "clip_vit", "width": width, "layers": _layers(state, "image"), "patch_size": patch, "image_size": side * patch}
+    text = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
+    if vocabulary != _CLIP_VOCABULARY:
+        text["vocab_size"] = vocabulary
+    return {
+        "model": {"embed_dim": embed_dim, "image": image | _heads(width), "text": text | _heads(text_width)},
+        "tokenizer": {"type": "clip", "context_length": places},
+        "augmenters": {"image": {"type": "multi_crop", "global_crops_size": side * patch}, "text": {"type": "text_crop"}},
+        "heads": {"cross": {"type": "cross_attention", "num_heads": _CROSS_HEADS}},
+        "losses": {"clip": {"type": "clip"}, "distill": {"type": "cross_modality_distillation", "head": "cross"}},
+        "teacher": {"type": "ema", "update_when": "before_optimizer_step"},
+    }
+
+
+def _heads(width: int) -> dict[str, Any]:
+    return {"heads": width // 64 if width % 64 == 0 else "give them: the file does not tell"}
+
+
+def _listed(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    found = list(names)
+    return separator.join(found[:limit]) + (f"{separator}and {len(found) - limit} more" if len(found) > limit else "")
