@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Trainer:
         Raises UserError for a run folder that is another's or in use, Interrupted after a signal (saved),
         TrainingError where going on makes no sense, StorageError where starting again may help.
         """
-        with lines(self.console), self.folder.locked():
+        with lines(self.console), self.folder.locked(), _storage_errors():
             self.folder.belong(self.config, self.dataset.identity())
             result = self.folder.result()
             if result is not None and result["step"] == self.total_steps:
@@ -121,8 +121,6 @@ class Trainer:
             except Exception as error:
                 if self.between_steps and not isinstance(error, TrainingError):
                     self._save_now()
-                if isinstance(error, OSError):
-                    raise StorageError(f"storage failed at step {self.state.step:,}: {error}") from error
                 raise
             self.checkpoints.wait(self.total_steps)
             return self._finish()
@@ -335,6 +333,15 @@ class Trainer:
             log.info("resuming %s%s.", self._place(), moved)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Let OSError mean that storage was lost, which starting again may mend."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"storage failed: {error}") from error
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:

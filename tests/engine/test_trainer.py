@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -153,12 +154,15 @@ def test_a_folder_of_another_config_is_refused(tiny, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(tiny, rows, tmp_path):
     tiny.make_trainer(tmp_path / "whole").train()
-    crash(tiny, tmp_path / "cut", 8)
-    os.truncate(tmp_path / "cut/checkpoints/step_00000006/student.safetensors", 100)
+    config = tiny.make_config(checkpoints={"every_steps": None, "keep_every_epochs": 1})
+    crash(tiny, tmp_path / "cut", 8, config)
+    sound = tmp_path / "cut/checkpoints/step_00000005"
+    shutil.copytree(sound, sound.with_name("step_00000007"))
+    os.truncate(sound.with_name("step_00000007") / "student.safetensors", 100)
     said = io.StringIO()
-    tiny.make_trainer(tmp_path / "cut", console=Console(file=said, width=300)).train()
-    assert f"resuming {tmp_path}/cut at step 3 (sample 12, epoch 0)." in said.getvalue()
-    assert "step_00000006 is damaged (student.safetensors has 100 bytes" in said.getvalue()
+    tiny.make_trainer(tmp_path / "cut", config, console=Console(file=said, width=300)).train()
+    assert f"resuming {tmp_path}/cut at step 5 (sample 20, epoch 1)." in said.getvalue()
+    assert "step_00000007 is damaged (student.safetensors has 100 bytes" in said.getvalue()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
@@ -166,7 +170,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
     crash(tiny, tmp_path, 5)
     monkeypatch.setattr(tiny, "WIDTH", 9)
     with pytest.raises(
-        CheckpointError, match=r"does not fit the model: image.stem.weight is \[6, 12\], the model's \[9, 12\]; .* and 1 more"
+        CheckpointError, match=r"does not fit the model: image.stem.weight is \[6, 12\], the model's \[9, 12\]; image.stem.bias"
     ):
         tiny.make_trainer(tmp_path).train()
 
@@ -177,7 +181,7 @@ def test_a_full_disk_does_not_end_training(tiny, rows, tmp_path, monkeypatch):
 
     def full(handle):
         path = str(Path(f"/proc/self/fd/{handle}").readlink())
-        if ".tmp" in path and "step_00000010" not in path:
+        if "checkpoints" in path and ".tmp" in path and "step_00000010" not in path:
             raise OSError(28, "No space left on device")
         real(handle)
 
@@ -192,7 +196,7 @@ def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):
     trainer = tiny.make_trainer(tmp_path / "cut")
     good = trainer.dataset.read
     trainer.dataset.read = lambda index: good(index) if trainer.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
-    with pytest.raises(StorageError, match=r"storage failed at step 4: .*Input/output error"):
+    with pytest.raises(StorageError, match=r"storage failed: .*Input/output error"):
         trainer.train()
     assert checkpoint_folders(tmp_path / "cut")[-1].name == "step_00000004"
     tiny.make_trainer(tmp_path / "cut").train()
