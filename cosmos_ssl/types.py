@@ -96,7 +96,7 @@ class Sample:
         except BadSample:
             raise
         except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ...
-            raise BadSample("undecodable", str(error) or type(error).__name__) from error
+            raise BadSample("undecodable", str(error).partition(" <_io.")[0] or type(error).__name__) from error
         return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -98,7 +99,9 @@ class Loader:
             return
         self._stop.clear()
         raise_file_limit()
-        iterator = _start(self._torch_loader(range(start_step, stop_step)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's choice
+            iterator = _start(self._torch_loader(range(start_step, stop_step)))
         processes = iterator._workers
         try:
             for _ in range(start_step, stop_step):

@@ -1,0 +1,278 @@
+"""Batches: the same for any workers and ranks; bad samples replaced; failures told, never waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosmos_ssl.api import BadSample, Sample
+from cosmos_ssl.data import LoadedBatch, Loader, Order, Shards
+from cosmos_ssl.errors import PluginError, StorageError, TrainingError, UserError
+
+Make = Callable[..., str]
+
+
+def loader(pattern: str, views: dict[str, Any], batch: int = 8, dataset: Any = None, **options: Any) -> Loader:
+    """A loader over all of these shards; options of Loader."""
+    dataset = dataset or Shards(pattern, caption_schema="dreamlip")
+    return Loader(dataset, Order(dataset.shard_sizes, batch, seed=5), **views, **{"workers": 0, **options})
+
+
+def same(a: LoadedBatch, b: LoadedBatch) -> bool:
+    """Whether two batches hold the same to the last bit."""
+    one, two = a.views, b.views
+    image = all(torch.equal(getattr(one.image[n], f), getattr(two.image[n], f)) for n in one.image for f in ("pixels", "params", "masks"))
+    text = all(torch.equal(getattr(one.text[n], f), getattr(two.text[n], f)) for n in one.text for f in ("tokens", "lengths"))
+    return (
+        image and text and a.step == b.step and list(one.keys) == list(two.keys) and one.extras == two.extras and a.replaced == b.replaced
+    )
+
+
+def test_a_batch_holds_what_the_augmenters_made(shards: Make, views: dict[str, Any]) -> None:
+    (batch,) = loader(shards(20), views).batches(1, 2)
+    group = batch.views.image["global"]
+    assert group.pixels.shape == (2, 8, 3, 8, 8) and group.pixels.dtype == torch.uint8
+    assert group.params.shape == (2, 8, 3) and group.masks is not None and group.masks.shape == (2, 8, 4)
+    assert batch.views.text["global"].tokens.shape == (2, 8, 12) and batch.views.text["local"].tokens.shape == (1, 8, 12)
+    for slot, key in enumerate(batch.views.keys):
+        number = int(key.removeprefix("key"))
+        assert group.pixels[:, slot, 0].unique().tolist() == [number], "crops and keys belong together"
+        text = bytes(batch.views.text["global"].tokens[1, slot].tolist()).rstrip(b"\0").decode()
+        assert text.split()[1] == str(number), "so do texts"
+        assert batch.views.extras["cls"][slot] == number % 5
+    assert torch.equal(batch.views.text["local"].lengths, (batch.views.text["local"].tokens > 0).sum(2))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(shards: Make, views: dict[str, Any], workers: int) -> None:
+    plain = loader(shards(30, 20), views)
+    expected = list(plain.batches(0, 14))
+    found = list(loader(shards(30, 20), views, workers=workers).batches(0, 14))
+    assert len(found) == 14 and all(map(same, expected, found))
+    assert same(next(iter(plain.batches(9, 14))), expected[9]), "resumed in the second epoch"
+
+
+def test_ranks_change_nothing(shards: Make, views: dict[str, Any]) -> None:
+    pattern = shards(40)
+    (whole,) = loader(pattern, views).batches(3, 4)
+    parts = [next(loader(pattern, views, rank=r, world=4).batches(3, 4)) for r in range(4)]
+    assert [key for part in parts for key in part.views.keys] == list(whole.views.keys)
+    assert torch.equal(torch.cat([part.views.image["global"].pixels for part in parts], 1), whole.views.image["global"].pixels)
+    assert torch.equal(torch.cat([part.views.text["global"].tokens for part in parts], 1), whole.views.text["global"].tokens)
+    with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
+        loader(pattern, views, world=3)
+
+
+def test_one_modality_alone(shards: Make, views: dict[str, Any]) -> None:
+    pattern = shards(9, change=lambda number, members: [members.pop("json"), members.pop("txt")])
+    (batch,) = loader(pattern, {"image": views["image"]}).batches(0, 1)
+    assert not batch.views.text and not batch.replaced and len(batch.views) == 8
+
+
+def test_crops_come_in_shared_memory(shards: Make, views: dict[str, Any]) -> None:
+    (batch,) = loader(shards(9), views, workers=1).batches(0, 1)
+    assert batch.views.image["global"].pixels.is_shared()
+
+
+def test_the_global_random_state_is_left_alone(shards: Make, views: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    list(loader(shards(9), views, workers=1).batches(0, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------- bad samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_and_reported(shards: Make, views: dict[str, Any], workers: int) -> None:
+    def change(number: int, members: dict[str, bytes]) -> None:
+        if number in (3, 17):
+            members["png"] = b"no picture"
+        if number == 5:
+            members["json"] = b"{}"
+
+    batches = list(loader(shards(10, 10, change=change), views, batch=20, workers=workers).batches(0, 1))
+    found = {(r.shard, r.key, r.reason) for r in batches[0].replaced}
+    assert {
+        ("a-000.tar", "key00003", "undecodable"),
+        ("a-001.tar", "key00017", "undecodable"),
+        ("a-000.tar", "key00005", "no caption"),
+    } <= found
+    keys = set(batches[0].views.keys)
+    assert len(batches[0].views) == 20 and keys.isdisjoint({"key00003", "key00017", "key00005"})
+    assert all(r.detail for r in batches[0].replaced if r.reason == "undecodable")
+
+
+def test_a_replacement_depends_on_the_position_alone(shards: Make, views: dict[str, Any]) -> None:
+    pattern = shards(20, change=lambda number, members: members.update(png=b"") if number < 5 else None)
+    (whole,) = loader(pattern, views, batch=20).batches(0, 1)
+    parts = [next(loader(pattern, views, batch=20, rank=r, world=2).batches(0, 1)) for r in (0, 1)]
+    assert [key for part in parts for key in part.views.keys] == list(whole.views.keys)
+    assert parts[0].replaced + parts[1].replaced == whole.replaced
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_usable_stops_the_run(shards: Make, views: dict[str, Any], workers: int) -> None:
+    pattern = shards(20, change=lambda number, members: members.update(png=b""))
+    with pytest.raises(TrainingError, match=r"32 samples in a row could not be used.* of a-000\.tar \(undecodable: "):
+        list(loader(pattern, views, workers=workers).batches(0, 1))
+
+
+# ---------------------------------------------------------------------------- failures
+
+
+class Failing(Shards):
+    """Raises what it is told to when sample 13 is read."""
+
+    def __init__(self, pattern: str, error: Exception) -> None:
+        super().__init__(pattern, caption_schema="dreamlip")
+        self.error = error
+
+    def read(self, index: int) -> Sample:
+        if index == 13:
+            raise self.error
+        return super().read(index)
+
+
+class Odd(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("odd")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(5, "Input/output error"), OSError, r"step \d+, reading sample 13 of a-001\.tar: Input/output error"),
+        (ZeroDivisionError("a bug"), TrainingError, r"reading sample 13 of a-001\.tar: ZeroDivisionError: a bug"),
+        (Odd(1, 2), TrainingError, "Odd: odd"),
+        (TrainingError("as it is"), TrainingError, "as it is"),
+    ],
+)
+def test_errors_reach_the_trainer(
+    shards: Make, views: dict[str, Any], workers: int, error: Exception, kind: type[Exception], words: str
+) -> None:
+    pattern = shards(10, 10)
+    with pytest.raises(kind, match=words) as caught:
+        list(loader(pattern, views, dataset=Failing(pattern, error), workers=workers).batches(0, 4))
+    assert "Traceback" in "".join(caught.value.__notes__), "the worker's traceback is kept for --debug"
+
+
+def test_a_failing_augmenter_is_named(shards: Make, views: dict[str, Any]) -> None:
+    views["image"].crop = None
+    views["image"].part_name = "mine"
+    with pytest.raises(TrainingError, match=r"augmenter mine on sample key\d+ of a-000\.tar: TypeError"):
+        list(loader(shards(9), views).batches(0, 1))
+
+
+def test_views_of_changing_shape_are_refused(shards: Make, views: dict[str, Any]) -> None:
+    crop, calls = views["image"].crop, []
+
+    def changing(sample: Sample, rng: Any) -> Any:
+        calls.append(sample)
+        found = crop(sample, rng)
+        if len(calls) == 3:
+            found["global"] = type(found["global"])(pixels=found["global"].pixels[..., :4], params=found["global"].params)
+        return found
+
+    views["image"].crop = changing
+    with pytest.raises(PluginError, match=r"image views 'global' are \[2, 3, 8, 4\], those of the batch's first sample \[2, 3, 8, 8\]"):
+        list(loader(shards(9), views).batches(0, 1))
+
+
+class Labelled(Shards):
+    """Carries what cannot be pickled."""
+
+    def read(self, index: int) -> Sample:
+        sample = super().read(index)
+        return Sample(key=sample.key, image=sample.image, captions=sample.captions, extras={"what": lambda: None})
+
+
+def test_extras_that_cannot_travel_are_refused(shards: Make, views: dict[str, Any]) -> None:
+    pattern = shards(9)
+    with pytest.raises(PluginError, match=r"extras \(what\) cannot be pickled"):
+        list(loader(pattern, views, dataset=Labelled(pattern), workers=1).batches(0, 1))
+
+
+def _start(batches: Iterator[LoadedBatch]) -> list[int]:
+    next(batches)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_worker_is_lost_storage(shards: Make, views: dict[str, Any]) -> None:
+    batches = loader(shards(40), views, workers=2, prefetch=1).batches(0, 1000)
+    before = signal.getsignal(signal.SIGCHLD)
+    workers = _start(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before, "PyTorch's handler would raise in the midst of a step"
+    os.kill(workers[0], signal.SIGKILL)
+    with pytest.raises(StorageError, match=r"a loader worker was lost \(process \d+, SIGKILL; out of memory\?"):
+        list(batches)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_ignore_polite_signals_and_end_with_the_iterator(shards: Make, views: dict[str, Any]) -> None:
+    batches = loader(shards(40), views, workers=2).batches(0, 1000)
+    workers = _start(batches)
+    for worker in workers:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker, name)
+    assert len([next(batches) for _ in range(20)]) == 20
+    start = time.perf_counter()
+    batches.close()
+    assert time.perf_counter() - start < 4 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+ORPHANS = """
+import os, sys
+from cosmos_ssl.api import Augmenter, ImageCrops
+from cosmos_ssl.data import Loader, Order, Shards
+import torch
+class Crops(Augmenter):
+    modality = "image"
+    def offers(self): return {}
+    def crop(self, sample, rng): return {"g": ImageCrops(pixels=torch.zeros(1, 3, 4, 4, dtype=torch.uint8), params=torch.zeros(1, 0))}
+data = Shards(sys.argv[1], caption_schema=None)
+batches = Loader(data, Order(data.shard_sizes, 4, seed=0), image=Crops(), workers=2).batches(0, 10**6)
+next(batches)
+print(open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's notice is Linux's")
+def test_workers_die_with_their_parent(shards: Make) -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHANS, shards(9)], stdout=subprocess.PIPE, text=True, timeout=60)
+    workers = done.stdout.split()
+    assert done.returncode == -9 and len(workers) == 2
+    deadline = time.time() + 5
+    while any(_runs(worker) for worker in workers) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not any(_runs(worker) for worker in workers)
+
+
+def _runs(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_bad_sample_errors_travel_whole() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BadSample("too large", "9x9")))
+    assert (error.reason, error.detail) == ("too large", "9x9")
