@@ -9,7 +9,6 @@ import pytest
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
 
-
 OFTEN = {"every_steps": 2, "keep_last": 1, "keep_every_epochs": 1}
 
 
