@@ -41,7 +41,7 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
 def _stdout_is_closed() -> bool:
     """Whether the reader of our output has gone (``| head``); if so, nothing more is written to it."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
@@ -52,34 +52,29 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Parse arguments; ``key.sub=value`` may stand anywhere for commands that set ``overrides``, ``--debug`` for all."""
     parser.add_argument(DEBUG, action="store_true", help="show tracebacks of errors")
     words = [text for text in argv if text != DEBUG]
-    plain, overrides = _split_overrides(parser, words)
-    if not overrides:
+    chain = _called(parser, words)
+    if chain[-1].get_default("overrides") is None:
         return parser.parse_args(words)
+    takes_value = {name for inner in chain for action in inner._actions if action.nargs != 0 for name in action.option_strings}
+    plain: list[str] = []
+    overrides: list[str] = []
+    for text in words:
+        is_value = bool(plain) and plain[-1] in takes_value
+        (overrides if _OVERRIDE.match(text) and not is_value else plain).append(text)
     arguments = parser.parse_args(plain)
-    if "overrides" not in arguments:
-        return parser.parse_args(words)  # this command takes none: let argparse say so
     arguments.overrides = overrides
     return arguments
 
 
-def _split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    takes_value = _options_with_values(parser)
-    plain: list[str] = []
-    overrides: list[str] = []
+def _called(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[argparse.ArgumentParser]:
+    """The parser and those of the command and action that ``argv`` names."""
+    chain = [parser]
     for text in argv:
-        is_value = bool(plain) and plain[-1] in takes_value
-        (overrides if _OVERRIDE.match(text) and not is_value else plain).append(text)
-    return plain, overrides
-
-
-def _options_with_values(parser: argparse.ArgumentParser) -> set[str]:
-    found: set[str] = set()
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found.update(*(_options_with_values(inner) for inner in action.choices.values()))
-        elif action.nargs != 0:
-            found.update(action.option_strings)
-    return found
+        for action in chain[-1]._actions:
+            if isinstance(action, argparse._SubParsersAction) and text in action.choices:
+                chain.append(action.choices[text])
+                break
+    return chain
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
