@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cosmos_ssl.api import Spec
 from cosmos_ssl.data import Manifest, Shards
+from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
 
 
@@ -38,3 +39,8 @@ class Scenes(Shards):
         if self._manifest is None:
             write_scenes(self._folder, self._options)
         return super().manifest
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Write the scenes that are missing, then as for any shards."""
+        write_scenes(self._folder, self._options)
+        super().prepare(progress)
