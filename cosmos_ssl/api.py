@@ -36,30 +36,21 @@ from torch import Tensor, nn
 
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
 from cosmos_ssl.registry import API_VERSION
+from cosmos_ssl.specs import Evaluation, GroupPlan, LossOutput, Need, ParameterRule, Progress, Spec, StepContext, TowerSpec, ViewSpec
 from cosmos_ssl.types import (
     ALL,
-    Evaluation,
     Features,
     GroupFeatures,
-    GroupPlan,
     HeadOutput,
     ImageCrops,
     ImageGroup,
     Kind,
-    LossOutput,
     Modality,
-    Need,
-    ParameterRule,
-    Progress,
     Role,
     Sample,
     SampleViews,
-    Spec,
-    StepContext,
     TextGroup,
-    TowerSpec,
     Views,
-    ViewSpec,
     normalise,
 )
 
@@ -104,6 +95,7 @@ __all__ = [
     "Views",
     "normalise",
 ]
+
 
 class Part:
     """Base of all parts. ``part_name`` is what the config calls it, for messages and logs."""
