@@ -61,8 +61,8 @@ def _xformers() -> tuple[ModuleType, ModuleType]:
 
 
 @functools.cache
-def _xformers_fault(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why xformers' attention cannot run on this kind of device, found by trying; None where it can."""
+def _xformers_fault(device_type: str, dtype: torch.dtype, head_width: int, deterministic: bool) -> str | None:
+    """Why xformers' attention cannot run so, found by trying it forward and back; None where it can."""
     if device_type != "cuda":
         return f"xformers has no operator for the device '{device_type}'"
     if not torch.cuda.is_available():
@@ -70,27 +70,28 @@ def _xformers_fault(device_type: str, dtype: torch.dtype) -> str | None:
     try:
         ops, masks = _xformers()
         device = torch.device("cuda", torch.cuda.current_device())
-        with torch.enable_grad(), _quiet_xformers():
-            x = torch.zeros(1, 3, 1, 16, device=device, dtype=dtype, requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False), _quiet_xformers():
+            x = torch.zeros(1, 3, 1, head_width, device=device, dtype=dtype, requires_grad=True)
             mask = masks.BlockDiagonalMask.from_seqlens([1, 2], [1, 2], device=device).make_causal_from_bottomright()
             ops.memory_efficient_attention(x, x, x, attn_bias=mask).sum().backward()
     except Exception as error:  # a wheel of another torch, CUDA or GPU fails in many ways
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return f"xformers cannot run with torch {torch.__version__} in {str(dtype).removeprefix('torch.')}: {reason[0]}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide" + (", deterministic" if deterministic else "")
+        return f"xformers does not run with torch {torch.__version__} ({mode}): {reason}"
     return None
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float16) -> str:
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float16, head_width: int = 64) -> str:
     """Which backend serves ``name`` on a device: ``xformers``, ``sdpa`` or ``reference``.
 
-    ``auto`` is xformers where it runs in ``dtype``, else sdpa. Raises UserError for a name that is no
-    backend, and for ``xformers`` where it cannot run, with the reason.
+    ``auto`` is xformers where it runs (in this precision, for heads of this width), else sdpa. Raises UserError
+    for a name that is no backend, and for ``xformers`` where it cannot run, with the reason.
     """
     if name not in BACKENDS:
         raise UserError(f"training.attention: no backend named '{name}'.{did_you_mean(name, BACKENDS)} Available: {', '.join(BACKENDS)}")
     if name in ("sdpa", "reference"):
         return name
-    fault = _xformers_fault(torch.device(device).type, dtype)
+    fault = _xformers_fault(torch.device(device).type, dtype, head_width, torch.are_deterministic_algorithms_enabled())
     if fault is None:
         return "xformers"
     if name == "xformers":
@@ -103,7 +104,7 @@ def backend_report() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "auto": resolve_backend("auto", device),
-        "xformers": _xformers_fault(device, torch.float16) or "available",
+        "xformers": _xformers_fault(device, torch.float16, 64, False) or "available",
         "sdpa": "available",
     }
 
@@ -271,7 +272,7 @@ def attention(
     Raises UserError where ``backend`` cannot run.
     """
     assert not causal or q.shape[1] == k.shape[1]
-    chosen = resolve_backend(backend, q.device, q.dtype)
+    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if chosen == "xformers" and key_lengths is None:
         ops, masks = _xformers()
         return cast(Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None))
@@ -289,7 +290,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
 
     Exact on every backend. Raises UserError where the packing's backend cannot run.
     """
-    chosen = resolve_backend(packing.backend, q.device, q.dtype)
+    chosen = resolve_backend(packing.backend, q.device, q.dtype, q.shape[-1])
     if chosen == "xformers":
         ops, _ = _xformers()
         return cast(Tensor, ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=packing.bias)[0])

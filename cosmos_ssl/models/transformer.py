@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -168,6 +168,12 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
         self.grad_checkpointing = grad_checkpointing
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""
+        for block in self:
+            block.ask = torch.compile(block.ask, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
+            block.answer = torch.compile(block.answer, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
+
     def __iter__(self) -> Iterator[Block]:
         return cast(Iterator[Block], super().__iter__())
 
@@ -182,14 +188,6 @@ class Blocks(nn.ModuleList):
             else:
                 x = block(*arguments)
         return x
-
-
-def compile_blocks(module: nn.Module) -> None:
-    """Have torch compile all blocks under ``module``, except for their attention, whose lengths differ at each step."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.ask = torch.compile(block.ask, dynamic=True)  # type: ignore[method-assign]
-            block.answer = torch.compile(block.answer, dynamic=True)  # type: ignore[method-assign]
 
 
 def check_sizes(**sizes: float) -> None:

@@ -137,6 +137,7 @@ def test_xformers_is_quiet() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ Shape letters: n captions, S context length, T rows of all captions laid end to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -85,6 +85,10 @@ class ClipText(Tower):
         if not plan:
             return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks alone, in place: what surrounds them plans on the host and is quick."""
+        self.blocks.compile(*args, **kwargs)
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""

@@ -6,7 +6,7 @@ Shape letters: n images, N patches of one image, P rows before them (class token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -123,6 +123,10 @@ class ClipViT(Tower):
         }
         return tuple(name for name, read in used.items() if not read and getattr(self, name) is not None)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks alone, in place: what surrounds them plans on the host and is quick."""
+        self.blocks.compile(*args, **kwargs)
+
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""
         return layer_of(name, self.layer_count)
@@ -145,14 +149,18 @@ class ClipViT(Tower):
         return torch.cat([*first, x + positions[1:]], 1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Positions of a rows x columns grid, [1 + N, W]: bicubic by scale factor (DINO's rule: + 0.1 before the division)."""
+        """Positions of a rows x columns grid, [1 + N, W], bicubic.
+
+        Bicubic interpolation is linear and separable, so it is done by two matrix products: unlike
+        PyTorch's own, their gradient is deterministic on CUDA.
+        """
+        table = self.position_embedding
         if (rows, columns) == (self.grid, self.grid):
-            return self.position_embedding
-        grid = self.position_embedding[1:].view(self.grid, self.grid, -1).permute(2, 0, 1)[None]
-        factor = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
-        grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
-        assert grid.shape[-2:] == (rows, columns)
-        return torch.cat([self.position_embedding[:1], grid[0].flatten(1).t()])
+            return table
+        with torch.autocast(table.device.type, enabled=False):
+            down, across = (_bicubic(self.grid, size, table) for size in (rows, columns))
+            grid = across @ (down @ table[1:].view(self.grid, -1)).view(rows, self.grid, -1)  # [rows, columns, W]
+            return torch.cat([table[:1], grid.flatten(0, 1)])
 
     def _lay_out(self, reads: Sequence[_Read], total: int, device: torch.device) -> Layout:
         keep = np.zeros(total, bool)
@@ -177,6 +185,15 @@ class ClipViT(Tower):
             token_views=wanted.tokens,
             masked_tokens=take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None,
         )
+
+
+@torch.no_grad()
+def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
+    """The matrix [target, source] of bicubic interpolation by DINO's rule: the scale factor is (target + 0.1) / source."""
+    unit = torch.eye(source, device=like.device, dtype=like.dtype)[None, :, :, None]
+    resized = F.interpolate(unit, scale_factor=((target + 0.1) / source, 1.0), mode="bicubic")
+    assert resized.shape[2] == target
+    return resized[0, :, :, 0].t()
 
 
 class _Read:

@@ -229,3 +229,27 @@ def test_depths() -> None:
 def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_half_precision_inference_mode_and_micro_batches() -> None:
+    vit = small().float()
+    groups = {name: group(g.pixels.float()) for name, g in random_groups().items()}
+    plan = {"global": GroupPlan(views=(0, 1), tokens=(0,)), "local": GroupPlan(views=(0, 1, 2, 3))}
+    exact = vit(groups, plan)
+    with torch.inference_mode():
+        assert torch.equal(vit(groups, plan)["local"].pooled, exact["local"].pooled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = vit(groups, plan)
+    torch.testing.assert_close(rough["local"].pooled.float(), exact["local"].pooled, atol=0.1, rtol=0.1)
+    rough["global"].projected.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in vit.parameters())
+    part = vit({name: group(g.pixels[:, 1:3]) for name, g in groups.items()}, plan)
+    torch.testing.assert_close(part["global"].tokens, exact["global"].tokens[:, 1:3], atol=1e-5, rtol=0)
+
+
+def test_sizes_that_are_no_whole_number_of_patches_are_cropped() -> None:
+    vit = small()
+    pixels = torch.randn(1, 3, 19, 14, dtype=torch.float64)
+    tokens, _ = vit.dense(pixels)
+    assert tokens.shape == (1, 4 * 3, 32)
+    torch.testing.assert_close(tokens, vit.dense(pixels[..., :16, :12])[0])
