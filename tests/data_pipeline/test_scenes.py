@@ -59,8 +59,6 @@ def test_labels_and_masks_are_of_the_objects(tmp_path: Path) -> None:
         text = sample.captions["txt"][0]
         words = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text)
         named = {CLASS_NAMES.index(f"{colour} {shape}") + 1 for colour, shape in words}
-            CLASS_NAMES.index(f"{colour} {shape}") + 1 for colour, shape in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text)
-        }
         assert set(np.unique(mask).tolist()) == {0} | named
         assert text.startswith("a large") and text.split(" at ")[0].endswith(CLASS_NAMES[sample.extras["cls"]])
 
