@@ -130,14 +130,18 @@ def _discover(path: tuple[str, ...]) -> tuple[Record, ...]:
         text = distribution.read_text("entry_points.txt")
         if not text or "cosmos_ssl." not in text:
             continue
-        name = distribution.metadata["Name"]
-        if canonical(name) in seen:
-            continue  # the first one on the path is the one that imports
+        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        if not name or canonical(name) in seen:
+            continue  # half removed, or shadowed: the first one on the path is the one that imports
         seen.add(canonical(name))
-        for entry in distribution.entry_points:
+        try:
+            entries = distribution.entry_points
+        except (TypeError, ValueError):
+            continue  # a file that is no list of entry points harms nobody else
+        for entry in entries:
             prefix, _, group = entry.group.rpartition(".")
             if prefix == "cosmos_ssl" and group in GROUPS:
-                found.add(Record(group, entry.name, name, distribution.version, entry.value))
+                found.add(Record(group, entry.name, name, version or "?", entry.value))
     return tuple(sorted(found))
 
 

@@ -321,6 +321,16 @@ def test_sections_must_agree(load: Load, text: str, fault: str) -> None:
     assert any(found.startswith(fault) for found in faults_of(load, text))
 
 
+def test_parts_of_others_are_named_by_distribution(load: Load, install: Callable[..., Path]) -> None:
+    install("my-losses", "0.3.1", entries={"losses/triplet": "a:T"})
+    install("other-losses", "1.0", entries={"losses/triplet": "b:T"})
+    assert load("losses: {t: {type: my-losses:triplet, margin: 1}}\n").config.losses["t"].options == {"margin": 1}
+    assert faults_of(load, "losses:\n  t: {type: triplet}\n") == (
+        "x.yaml:3  losses.t.type: losses/triplet is offered by my-losses 0.3.1 and other-losses 1.0. "
+        "Write 'my-losses:triplet' or 'other-losses:triplet'.",
+    )
+
+
 def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
     faults = faults_of(load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1")
     assert len(faults) == 5 and [text.split(":")[0] for text in faults].count("x.yaml") == 4

@@ -113,6 +113,21 @@ def test_unknown_groups_and_second_copies_are_left_out(install: Install, tmp_pat
     assert [str(r) for r in registry.records() if not r.own] == ["losses/triplet (my-losses 2.0, new:X)"]
 
 
+def test_damaged_metadata_harms_nobody(install: Install) -> None:
+    site = install("my-losses", "2.0", entries={"losses/triplet": "new:X"})
+    for name, metadata, entries in [
+        ("nameless", "", "[cosmos_ssl.losses]\na = b:C\n"),
+        ("garbled", "Name: garbled\nVersion: 1\n", "[cosmos_ssl.losses]\nno equals sign\n"),
+        ("versionless", "Name: versionless\n", "[cosmos_ssl.losses]\nx = b:C\n"),
+    ]:
+        info = site / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(metadata)
+        (info / "entry_points.txt").write_text(entries)
+    registry.forget()
+    assert [str(r) for r in registry.records() if not r.own] == ["losses/triplet (my-losses 2.0, new:X)", "losses/x (versionless ?, b:C)"]
+
+
 # ---------------------------------------------------------------------------- names
 
 

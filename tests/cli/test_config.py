@@ -23,7 +23,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check(command: Command) -> None:
-    code, out, err = command("config", "check", "cosmos/vitb32_cc3m", "training.seed=3")
+    code, out, err = command("config", "check", "cosmos/vitb32_cc3m", "training.seed=3", "evaluators=null")
     assert code == 0 and out.endswith("configs/cosmos/vitb32_cc3m.yaml: ok\n") and not err
 
 
