@@ -17,8 +17,8 @@ class TimmImage(Tower):
     """A vision transformer by its timm name (ViT, DeiT, EVA, DINOv2, BEiT, ...), with a projection behind it.
 
     ``pooled`` is what timm feeds its classifier. Weights are fetched only with ``pretrained``; ``image_size``
-    None is the model's own. Raises UserError where the name is
-    unknown, the model has no patch tokens, or the weights cannot be fetched.
+    None is the model's own. Raises UserError where the name is unknown, the model has no patch tokens, or
+    the weights cannot be fetched.
     """
 
     modality: ClassVar[Modality] = "image"
