@@ -59,6 +59,15 @@ def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype
     return Evaluation(metrics=metrics, pictures=pictures)
 
 
+def summary(evaluation: Evaluation, each: int = 3) -> str:
+    """The first few numbers of every role, on one line."""
+    roles: dict[str, list[str]] = {}
+    for name, value in evaluation.metrics.items():
+        _, role, metric = name.split("/", 2)
+        roles.setdefault(role, []).append(f"{metric} {value:.4g}")
+    return "; ".join(f"{role} {', '.join(shown[:each])}" for role, shown in roles.items())
+
+
 def _roles(assembly: Assembly) -> Iterator[tuple[Role, Model]]:
     yield "student", assembly.model
     if assembly.teacher.present:

@@ -100,7 +100,7 @@ def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: in
 
 
 def weight_decay(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Fixed, or a cosine to ``weight_decay_end`` over all steps (DINO, arXiv 2104.14294)."""
+    """Fixed, or a cosine to ``weight_decay_end`` over all steps (arXiv 2104.14294, section 3)."""
     if optimizer.weight_decay_end is None:
         return optimizer.weight_decay
     end = optimizer.weight_decay_end

@@ -21,7 +21,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
 from cosmos_ssl.engine.distributed import be_deterministic, find_world, pick_device
-from cosmos_ssl.engine.evaluate import due, evaluate
+from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import Interrupted, Signals
@@ -295,8 +295,7 @@ class Trainer:
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
-            first = ", ".join(f"{metric} {value:.4g}" for metric, value in list(found.metrics.items())[:6])
-            log.info("evaluated after step %s in %.1f s: %s", f"{step:,}", time.monotonic() - start, first)
+            log.info("%s after step %s (%.1f s): %s", name, f"{step:,}", time.monotonic() - start, summary(found))
         self.evaluated = set()
 
     # ------------------------------------------------------------------ small things
