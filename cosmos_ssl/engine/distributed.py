@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def be_deterministic() -> None:
-    """Refuse every CUDA kernel whose result depends on timing (``training.deterministic``)."""
+    """Refuse every CUDA kernel whose result depends on timing (``training.deterministic``); before CUDA's first use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
 from cosmos_ssl.engine.watch import Clock, Watch, lines
-from cosmos_ssl.errors import StorageError, TrainingError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.identity import identity
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ class Trainer:
                 try:
                     return self._run()
                 except BaseException as error:
-                    log.info("the run ended: %s", error or type(error).__name__, exc_info=True, extra={"file_only": True})
+                    unforeseen = not isinstance(error, CosmosError)
+                    log.info("the run ended: %s", error or type(error).__name__, exc_info=unforeseen, extra={"file_only": True})
                     raise
 
     def _run(self) -> dict[str, float]:
@@ -135,9 +136,7 @@ class Trainer:
         self.step = Step(self.assembly, precision=training.precision, micro_batch_size=training.micro_batch_size, device=self.device)
         saved = self.state.restore(newest) if newest is not None else None
         cut_rows(self.folder.metrics, self.state.step)
-        self.evaluated = {
-            name for name in self.assembly.evaluators for row in self._rows() if any(k.startswith(f"{name}/student/") for k in row)
-        }
+        self.evaluated = self._evaluated_here()
         self._announce(saved)
         self.writers = Writers(list(self._make_writers()))
         stack.callback(self.writers.close)
@@ -165,19 +164,20 @@ class Trainer:
 
     def _loop(self) -> None:
         """Batch, schedules, step, teacher and optimiser, hooks; then log, checkpoint, evaluate."""
-        for batch in self._batches():
-            self.between_steps = False
-            progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
-            numbers = self._update(batch.views.to(self.device), progress)
-            self.state.step += 1
-            self.state.budget.add(batch.replaced, len(batch.views))
-            self.between_steps = True
-            self._log(numbers)
-            self._checkpoint()
-            self._evaluate()
-            self.signals.check()
+        with closing(self._batches()) as batches:  # whatever ends the loop, workers do not outlive it
+            for batch in batches:
+                self.between_steps = False
+                progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+                numbers = self._update(batch.views.to(self.device), progress)
+                self.state.step += 1
+                self.state.budget.add(batch.replaced, len(batch.views))
+                self.between_steps = True
+                self._log(numbers)
+                self._checkpoint()
+                self._evaluate()
+                self.signals.check()
 
-    def _batches(self) -> Iterator[LoadedBatch]:
+    def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
         batches = self.loader.batches(self.state.step, self.total_steps)
         while True:
@@ -205,7 +205,6 @@ class Trainer:
         numbers: dict[str, Tensor | float] = {**result.logs, "lr": optimizer.lr, "grad_norm": norm}
         numbers |= {f"teacher/{name}": value for name, value in moved.items()}
         if scaler is not None:
-            numbers["loss_scale"] = scaler.get_scale()
             scaler.update()
         return numbers
 
@@ -246,6 +245,8 @@ class Trainer:
         row = {"epoch": step / self.steps_per_epoch}
         row |= {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
         row |= rates | {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
+        if self.state.scaler is not None:
+            row["loss_scale"] = self.state.scaler.get_scale()
         self.writers.scalars(step, row)
         self.watch.logged(step, row, seconds_a_step)
 
@@ -310,6 +311,11 @@ class Trainer:
     def _rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl that were written at this step."""
         return [row for row in read_rows(self.folder.metrics) if row["step"] == self.state.step]
+
+    def _evaluated_here(self) -> set[str]:
+        """The evaluators that left a row at this step."""
+        names = {name for row in self._rows() for name in row}
+        return {own for own in self.assembly.evaluators if any(name.startswith(f"{own}/student/") for name in names)}
 
     def _place(self) -> str:
         step = self.state.step

@@ -37,7 +37,7 @@ def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
     tiny.make_trainer(tmp_path / "whole").train()
     expected = rows(tmp_path / "whole")
     stages = 0
-    for kill_at in range(1, 60, 2):
+    for kill_at in range(1, 60, 3):
         run_dir = tmp_path / f"cut{kill_at}"
         if not train_and_die(tiny, run_dir, kill_at):
             break
@@ -46,7 +46,7 @@ def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
         assert not found or any(find_fault(path) is None for path in found), kill_at
         tiny.make_trainer(run_dir, tiny.make_config(checkpoints=OFTEN)).train()
         assert rows(run_dir) == expected, kill_at
-    assert stages > 8  # two checkpoints are waited for, the others depend on how fast the disk is
+    assert stages > 5  # two checkpoints are waited for, the others depend on how fast the disk is
 
 
 def test_killed_again_and_again(tiny, rows, tmp_path):
