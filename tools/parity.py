@@ -159,7 +159,7 @@ def _stacked(groups: Mapping[str, GroupFeatures]) -> Tensor:
 def dense(recording: Recording) -> dict[str, Tensor]:
     """The teacher's dense inference of every recorded picture, plain and with csa."""
     encoder = ModelEncoder(recording.teacher, recording.assembly.spec)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in [name for name in recording.values if name.startswith("dense.") and name.endswith(".image")]:
         size = name.removesuffix(".image")
         for csa in (0, 1):
@@ -183,7 +183,7 @@ def train(recording: Recording) -> tuple[list[dict[str, float]], list[str]]:
             without = list(to_official({n: p for n, p in recording.assembly.model.named_parameters() if p.grad is None}))
         state.move(progress)
         scales = {name: loss.get_parameter("logit_scale").detach() for name, loss in recording.assembly.model.losses.items()}
-        row = {
+        row: dict[str, Tensor | float] = {
             "distill_loss": logs["loss/distill"],
             "clip_loss": logs["loss/clip"],
             "grad_norm": norm,

@@ -77,9 +77,9 @@ def overlay(picture: Tensor, weights: Tensor) -> Tensor:
 
     height, width = picture.shape[-2:]
     smooth = Image.fromarray(weights.float().numpy()).resize((width, height), Image.Resampling.BILINEAR)
-    place = np.clip(np.asarray(smooth), 0, 1) * (len(_HEAT) - 1)
+    place = np.clip(np.asarray(smooth, np.float32), 0, 1) * (len(_HEAT) - 1)
     step = np.minimum(place.astype(int), len(_HEAT) - 2)
-    part = (place - step)[..., None]
+    part = (place - step.astype(np.float32))[..., None]
     colours = torch.from_numpy(_HEAT[step] * (1 - part) + _HEAT[step + 1] * part).permute(2, 0, 1)
     return picture.float().lerp(colours, 0.55).round().to(torch.uint8)
 

@@ -1,0 +1,36 @@
+"""The zero-shot classification evaluator on real shards."""
+
+import pytest
+from cosmos_ssl_plugins.evaluators.classification import Classification
+
+from cosmos_ssl.api import DataError
+
+NAMES = ["red", "green", "blue"]
+
+
+def test_top1(encoder, spec, write_shard):
+    shard = write_shard("a.tar", [("red", {"cls": "0"}), ("blue", {"cls": "2"}), ("green", {"cls": "2"}), ("blue", {"cls": "2"})])
+    found = Classification(spec, data=shard, class_names=NAMES, templates=["a {}", "one {}"]).evaluate(encoder, pictures=True)
+    assert found.metrics == pytest.approx({"top1": 3 / 4, "top5": 1, "mean_per_class_top1": 5 / 6})
+    assert list(found.pictures) == ["classes"]
+
+
+def test_names_beside_the_shards_and_labels_by_name(encoder, spec, write_shard, tmp_path):
+    shard = write_shard("a.tar", [("red", {"json": {"kind": "red"}}), ("green", {"json": {"kind": 1}})])
+    evaluator = Classification(spec, data=shard, label="kind")
+    with pytest.raises(DataError, match=r"class_names: give them, since .* holds none of classes.txt, classnames.txt"):
+        evaluator.evaluate(encoder)
+    (tmp_path / "classnames.txt").write_text("red\ngreen\n")
+    assert evaluator.evaluate(encoder).metrics["top1"] == 1
+
+
+def test_faults(encoder, spec, write_shard):
+    shard = write_shard("a.tar", [("red", {"cls": "7"})])
+    with pytest.raises(DataError, match="sample 0000 has the label '7', which is none of the 3 classes"):
+        Classification(spec, data=shard, class_names=NAMES).evaluate(encoder)
+    with pytest.raises(DataError, match="sample 0000 has no label 'kind'. It has: cls"):
+        Classification(spec, data=shard, class_names=NAMES, label="kind").evaluate(encoder)
+    with pytest.raises(ValueError, match="^templates: 'photo' has no {}"):
+        Classification(spec, data=shard, class_names=NAMES, templates="photo")
+    with pytest.raises(ValueError, match="^class_names: nowhere.txt cannot be read"):
+        Classification(spec, data=shard, class_names="nowhere.txt")

@@ -1,0 +1,27 @@
+"""The nearest-neighbour evaluator on real shards."""
+
+import pytest
+from cosmos_ssl_plugins.evaluators.knn import KNearestNeighbours
+
+from cosmos_ssl.api import DataError
+
+
+def test_labels_pictures_by_their_neighbours(encoder, spec, write_shard):
+    train = write_shard("train.tar", [("red", {"cls": "5"}), ("green", {"cls": "green"}), ("blue", {"cls": "6"})] * 4)
+    test = write_shard("test.tar", [("red", {"cls": "5"}), ("green", {"cls": "green"}), ("blue", {"cls": "5"}), ("red", {"cls": "new"})])
+    found = KNearestNeighbours(spec, train_data=train, data=test, k=3).evaluate(encoder, pictures=True)
+    assert found.metrics["top1"] == pytest.approx(2 / 4)
+    assert found.pictures["neighbours"].shape[0] == 3
+    assert KNearestNeighbours.modalities == ("image",)
+
+
+def test_faults(encoder, spec, write_shard):
+    shard = write_shard("a.tar", [("red", {"json": {"kind": ["list"]}})])
+    with pytest.raises(DataError, match=r"^train_data: .*nothing.tar does not exist"):
+        KNearestNeighbours(spec, train_data="nothing.tar", data=shard)
+    with pytest.raises(ValueError, match="^temperature: 0 is not above zero"):
+        KNearestNeighbours(spec, train_data=shard, data=shard, temperature=0)
+    with pytest.raises(DataError, match="sample 0000 has no label 'cls'. It has: kind"):
+        KNearestNeighbours(spec, train_data=shard, data=shard).evaluate(encoder)
+    with pytest.raises(DataError, match="holds? a list|has a list"):
+        KNearestNeighbours(spec, train_data=shard, data=shard, label="kind").evaluate(encoder)

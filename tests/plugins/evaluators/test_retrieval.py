@@ -1,0 +1,77 @@
+"""The retrieval evaluator on real shards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cosmos_ssl_plugins.evaluators.retrieval import Retrieval
+
+from cosmos_ssl.api import DataError
+
+
+def samples(*colours, **more):
+    return [
+        (colour, {"txt": f"a {colour} thing", "json": {"short": [f"{colour}"], "long": [f"so {colour}", "yellow"]}, **more})
+        for colour in colours
+    ]
+
+
+def test_finds_colours(encoder, spec, write_shard):
+    evaluator = Retrieval(spec, data=write_shard("a.tar", samples("red", "green", "blue")), batch_size=2)
+    found = evaluator.evaluate(encoder)
+    assert found.metrics["image_to_text_R@1"] == found.metrics["text_to_image_R@1"] == 1
+    assert found.metrics["image_to_text_mean_rank"] == 1
+    assert not found.pictures
+
+
+def test_any_text_of_a_list_counts(encoder, spec, write_shard):
+    """With two texts an image is found by the better one, while each text is asked by itself."""
+    evaluator = Retrieval(spec, data=write_shard("a.tar", samples("red", "green", "blue")), texts="long")
+    found = evaluator.evaluate(encoder).metrics
+    assert found["image_to_text_R@1"] == 1
+    # 'yellow' is nearest to red and green alike (the first of them counts) and never to blue
+    assert found["text_to_image_R@1"] == pytest.approx(4 / 6)
+
+
+def test_bad_and_untold_pictures_are_left_out(encoder, spec, write_shard, caplog):
+    mixed = [*samples("red"), (None, {"txt": "a green thing"}), ("blue", {"json": {}}), *samples("green")]
+    found = Retrieval(spec, data=write_shard("a.tar", mixed)).evaluate(encoder).metrics
+    assert found["image_to_text_R@1"] == 1
+    assert "1 of 4 samples left out of the evaluation (1 undecodable)" in caplog.text
+
+
+def test_pictures(encoder, spec, write_shard):
+    pictures = Retrieval(spec, data=write_shard("a.tar", samples("red", "green", "blue"))).evaluate(encoder, pictures=True).pictures
+    assert list(pictures) == ["matches"]
+    picture = pictures["matches"]
+    assert picture.dtype == torch.uint8
+    assert picture.shape[0] == 3
+    corner = picture[:, 20, 20], picture[:, 140, 20]
+    assert [c.tolist() for c in corner] == [[255, 0, 0], [0, 255, 0]]
+
+
+def test_evenly_spread_samples(encoder, spec, write_shard):
+    shard = write_shard("a.tar", samples(*["red"] * 5, *["green"] * 5, *["blue"] * 5))
+    few = Retrieval(spec, data=shard, max_samples=3).evaluate(encoder).metrics
+    assert few["image_to_text_R@1"] == 1  # of fifteen, equal ones would beat one another
+
+
+def test_validation_shards_of_the_data_set(encoder, spec, write_shard):
+    known = replace(spec, validation_data=write_shard("a.tar", samples("red", "blue")))
+    assert Retrieval(known).evaluate(encoder).metrics["image_to_text_R@1"] == 1
+    Retrieval(replace(spec, validation_data="not-yet-written.tar"))  # a data set that is not prepared
+
+
+def test_faults(encoder, spec, write_shard, tmp_path):
+    with pytest.raises(ValueError, match="^data: name the shards"):
+        Retrieval(spec)
+    with pytest.raises(DataError, match=r"^data: .*none-0000.tar and 1 more do not exist"):
+        Retrieval(spec, data=f"{tmp_path}/none-{{0000..0001}}.tar")
+    with pytest.raises(ValueError, match="^batch_size: 0"):
+        Retrieval(spec, data=write_shard("a.tar", samples("red")), batch_size=0)
+    with pytest.raises(ValueError, match="^max_samples: 0"):
+        Retrieval(spec, data=write_shard("a.tar", samples("red")), max_samples=0)
+    with pytest.raises(DataError, match=r"have no texts 'raw'. They have: txt, short, long"):
+        Retrieval(spec, data=write_shard("a.tar", samples("red")), texts="raw").evaluate(encoder)
+    with pytest.raises(DataError, match="not one picture can be used"):
+        Retrieval(spec, data=write_shard("b.tar", [(None, {"txt": "red"})])).evaluate(encoder)
