@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
@@ -43,6 +45,27 @@ class Chosen:
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         cast(Part, part).part_name = name
         return part
+
+
+class _NoDraws(TorchFunctionMode):
+    """Start values need no drawing on the meta device, where the first draw would import torch's compiler (2 s)."""
+
+    _DRAWS = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in self._DRAWS:
+            tensor: Tensor = args[0] if args else kwargs["tensor"]  # torch.nn.init passes names
+            if tensor.is_meta:
+                return tensor
+        return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Modules built here have shapes, and neither memory nor start values."""
+    with torch.device("meta"), _NoDraws():
+        yield
 
 
 class Builder:
@@ -114,22 +137,23 @@ class Builder:
             attention=config.training.attention,
             has_teacher=self.chosen["teacher"].cls.present,
         )
+        tokenizer: Tokenizer | None = self._make("tokenizer", spec)
+        if tokenizer is not None:
+            spec = replace(spec, context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size)
+        torch.manual_seed(spec.seed)
+        with meta_device() if meta else nullcontext():
+            towers = self._towers(spec)
+            spec = replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in towers.items()}))
+            augmenters = self._augmenters(spec)
+            views = {f"{modality}_views": augmenter.offers() for modality, augmenter in augmenters.items()}
+            spec = replace(spec, **cast(dict[str, Any], views))
         dataset: Dataset | None = self._make("data", spec)
         if dataset is not None:
             if prepare and not meta:
                 dataset.prepare()
                 spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
             spec = replace(spec, validation_data=dataset.validation_data)
-        tokenizer: Tokenizer | None = self._make("tokenizer", spec)
-        if tokenizer is not None:
-            spec = replace(spec, context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size)
-        torch.manual_seed(spec.seed)
-        with torch.device("meta") if meta else nullcontext():
-            towers = self._towers(spec)
-            spec = replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in towers.items()}))
-            augmenters = self._augmenters(spec)
-            views = {f"{modality}_views": augmenter.offers() for modality, augmenter in augmenters.items()}
-            spec = replace(spec, **cast(dict[str, Any], views))
+        with meta_device() if meta else nullcontext():
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
         model = Model(towers, heads, losses)

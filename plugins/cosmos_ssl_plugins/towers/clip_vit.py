@@ -60,11 +60,13 @@ class ClipViT(Tower):
         self.layer_count = layers + 1
         self.grid = image_size // patch_size
 
-        scale = width**-0.5
+        def start(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.normal_(torch.empty(shape), std=width**-0.5))
+
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_token = nn.Parameter(scale * torch.randn(width))
-        self.position_embedding = nn.Parameter(scale * torch.randn(1 + self.grid**2, width))
-        self.register_tokens = nn.Parameter(scale * torch.randn(registers, width)) if registers else None
+        self.class_token = start(width)
+        self.position_embedding = start(1 + self.grid**2, width)
+        self.register_tokens = start(registers, width) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
         self.norm_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
         self.blocks = Blocks(
@@ -77,7 +79,7 @@ class ClipViT(Tower):
             grad_checkpointing=grad_checkpointing,
         )
         self.norm = nn.LayerNorm(width)
-        self.projection = nn.Parameter(scale * torch.randn(width, spec.embed_dim))
+        self.projection = start(width, spec.embed_dim)
         for block in self.blocks:  # the rest are the defaults of PyTorch's own multi-head attention
             nn.init.xavier_uniform_(block.attn.qkv.weight)
             nn.init.zeros_(block.attn.qkv.bias)

@@ -58,7 +58,7 @@ class HuggingFaceText(Tower):
         width = int(known.hidden_size)
         self.spec = TowerSpec(width=width)
         self.layer_count = int(known.num_hidden_layers) + 1
-        self.projection = nn.Parameter(width**-0.5 * torch.randn(width, spec.embed_dim))
+        self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
 
     def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B]. Pads are never attended to."""

@@ -56,7 +56,7 @@ class TimmImage(Tower):
             mean=tuple(known["mean"]),
             std=tuple(known["std"]),
         )
-        self.projection = nn.Parameter(width**-0.5 * torch.randn(width, spec.embed_dim))
+        self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
         self._depths = _depths(self.model)
         self.layer_count = max(self._depths.values()) + 1
 
