@@ -52,14 +52,14 @@ def test_given_templates():
     assert load_templates(["a {}"]) == ["a {}"]
     assert load_templates("the {} here") == ["the {} here"]
     for wrong in ("opnai", ["a {}", "a cat"], []):
-        with pytest.raises(ValueError, match="^templates: .*simple, openai"):
+        with pytest.raises(ValueError, match=r"^templates: .*simple, openai"):
             load_templates(wrong)
 
 
 def test_class_names_of_a_file(tmp_path):
     (tmp_path / "names").write_text("cat\n\n  red fox \n")
     assert load_class_names(str(tmp_path / "names")) == ["cat", "red fox"]
-    with pytest.raises(ValueError, match="class_names: .*nothing cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"class_names: .*nothing cannot be read: No such file"):
         load_class_names(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="at least 2"):
         load_class_names(["cat"])

@@ -28,9 +28,9 @@ def test_faults(encoder, spec, write_shard):
     shard = write_shard("a.tar", [("red", {"cls": "7"})])
     with pytest.raises(DataError, match="sample 0000 has the label '7', which is none of the 3 classes"):
         Classification(spec, data=shard, class_names=NAMES).evaluate(encoder)
-    with pytest.raises(DataError, match="sample 0000 has no label 'kind'. It has: cls"):
+    with pytest.raises(DataError, match=r"sample 0000 has no label 'kind'. It has: cls"):
         Classification(spec, data=shard, class_names=NAMES, label="kind").evaluate(encoder)
-    with pytest.raises(ValueError, match="^templates: 'photo' has no {}"):
+    with pytest.raises(ValueError, match=r"^templates: 'photo' has no {}"):
         Classification(spec, data=shard, class_names=NAMES, templates="photo")
-    with pytest.raises(ValueError, match="^class_names: nowhere.txt cannot be read"):
+    with pytest.raises(ValueError, match=r"^class_names: nowhere.txt cannot be read"):
         Classification(spec, data=shard, class_names="nowhere.txt")

@@ -63,13 +63,13 @@ def test_validation_shards_of_the_data_set(encoder, spec, write_shard):
 
 
 def test_faults(encoder, spec, write_shard, tmp_path):
-    with pytest.raises(ValueError, match="^data: name the shards"):
+    with pytest.raises(ValueError, match=r"^data: name the shards"):
         Retrieval(spec)
     with pytest.raises(DataError, match=r"^data: .*none-0000.tar and 1 more do not exist"):
         Retrieval(spec, data=f"{tmp_path}/none-{{0000..0001}}.tar")
-    with pytest.raises(ValueError, match="^batch_size: 0"):
+    with pytest.raises(ValueError, match=r"^batch_size: 0"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), batch_size=0)
-    with pytest.raises(ValueError, match="^max_samples: 0"):
+    with pytest.raises(ValueError, match=r"^max_samples: 0"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), max_samples=0)
     with pytest.raises(DataError, match=r"have no texts 'raw'. They have: txt, short, long"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), texts="raw").evaluate(encoder)

@@ -1,0 +1,154 @@
+"""The encoder: preprocessing as in OpenCLIP, features, what it leaves as it was, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
+from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
+from PIL import Image
+
+from cosmos_ssl.api import Spec, TowerSpec, UserError
+from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
+from cosmos_ssl.models.model import Model
+
+WORDS = ["a cat", "two small dogs on a red sofa", ""]
+
+
+def make(*, text=True, heads=True, image_size=32):
+    torch.manual_seed(0)
+    tokenizer = ClipTokenizer(Spec(embed_dim=16), context_length=12)
+    spec = Spec(
+        embed_dim=16,
+        context_length=12,
+        vocab_size=tokenizer.vocab_size,
+        image=TowerSpec(width=24, image_size=image_size, patch_size=8),
+        text=TowerSpec(width=16),
+    )
+    towers = {"image": ClipViT(spec, width=24, layers=2, heads=2, patch_size=8, image_size=image_size)}
+    if text:
+        towers["text"] = ClipText(spec, width=16, layers=1, heads=2)
+    cross = {"cross": CrossAttention(spec, num_heads=4)} if heads else {}
+    return ModelEncoder(Model(towers, cross, {}), spec, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make()
+
+
+def picture(width, height):
+    rng = np.random.default_rng(width)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(48, 64), (97, 33), (32, 32), (20, 31), (32, 45), (301, 300)])
+def test_preprocess_equals_openclip(encoder, size):
+    from open_clip.transform import image_transform
+
+    expected = image_transform(32, is_train=False)(picture(*size))
+    torch.testing.assert_close(encoder.preprocess(picture(*size)), expected, rtol=0, atol=1e-6)
+
+
+def test_preprocess_of_a_tensor_is_that_of_the_picture(encoder):
+    image = picture(50, 40)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(encoder.preprocess(pixels), encoder.preprocess(image))
+    assert resize_crop(pixels, 16).shape == (3, 16, 16)
+
+
+def test_preprocess_of_other_colour_modes(encoder):
+    grey = picture(40, 40).convert("L")
+    assert torch.equal(encoder.preprocess(grey), encoder.preprocess(grey.convert("RGB")))
+
+
+def test_features_are_unit_unless_told_otherwise(encoder):
+    pixels, tokens = torch.randn(3, 3, 32, 32), encoder.tokenize(WORDS)
+    for encode, given in ((encoder.encode_image, pixels), (encoder.encode_text, tokens)):
+        raw = encode(given, normalize=False)
+        assert raw.shape == (3, 16)
+        assert not raw.requires_grad
+        torch.testing.assert_close(encode(given), torch.nn.functional.normalize(raw, dim=-1))
+    features = encoder.image_features(pixels)
+    torch.testing.assert_close(features @ encoder.model.image.projection, encoder.encode_image(pixels, normalize=False))
+
+
+def test_a_text_does_not_depend_on_its_neighbours(encoder):
+    together = encoder.encode_text(encoder.tokenize(WORDS))
+    for row, words in zip(together, WORDS, strict=True):
+        torch.testing.assert_close(encoder.encode_text(encoder.tokenize(words))[0], row)
+
+
+def test_lengths(encoder):
+    tokens = encoder.tokenize(WORDS)
+    _, lengths = encoder.tokenizer(WORDS)
+    assert torch.equal(encoder.lengths(tokens), lengths)
+    padded = torch.where(torch.arange(12) < lengths[:, None], tokens, tokens.max())  # as Hugging Face pads CLIP's texts
+    assert torch.equal(encoder.lengths(padded), lengths)
+    without = ModelEncoder(encoder.model, encoder.spec)
+    assert torch.equal(without.lengths(tokens), lengths)
+
+
+def test_training_mode_comes_back(encoder):
+    model = encoder.model
+    model.train()
+    encoder.encode_image(torch.randn(1, 3, 32, 32))
+    assert model.training
+    assert model.image.blocks[0].training
+    with pytest.raises(ValueError, match="pixels has shape"):
+        encoder.encode_image(torch.randn(1, 32, 32))
+    assert model.training
+    model.eval()
+    encoder.encode_image(torch.randn(1, 3, 32, 32))
+    assert not model.training
+
+
+def test_autocast_gives_float32_near_the_exact_features(encoder):
+    rough = ModelEncoder(encoder.model, encoder.spec, encoder.tokenizer, dtype=torch.bfloat16)
+    pixels = torch.randn(4, 3, 32, 32)
+    features = rough.encode_image(pixels)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, encoder.encode_image(pixels), rtol=0, atol=0.05)
+    assert not torch.equal(features, encoder.encode_image(pixels))
+
+
+def test_dense(encoder):
+    pixels = torch.randn(2, 3, 24, 40)
+    tokens, pooled = encoder.dense(pixels)
+    assert tokens.shape == (2, 15, 16)
+    torch.testing.assert_close(pooled, encoder.encode_image(pixels, normalize=False))
+    other, _ = encoder.dense(pixels, csa=True)
+    assert not torch.allclose(tokens, other)
+
+
+def test_cross_attention(encoder):
+    pixels, tokens = torch.randn(3, 3, 32, 32), encoder.tokenize(WORDS)
+    weights = encoder.cross_attention(pixels, tokens)
+    assert weights["image"].shape == (3, 12)
+    assert weights["text"].shape == (3, 16)
+    for weight in weights.values():
+        torch.testing.assert_close(weight.sum(1), torch.ones(3))
+    pads = torch.arange(12) >= encoder.lengths(tokens)[:, None]
+    assert (weights["image"][pads] == 0).all()
+    alone = encoder.cross_attention(pixels[1:2], tokens[1:2])  # each picture asks its own text
+    torch.testing.assert_close(alone["image"][0], weights["image"][1])
+    assert make(heads=False).cross_attention(pixels, tokens) is None
+
+
+def test_refusals(encoder):
+    mute = make(text=False, heads=False)
+    with pytest.raises(UserError, match="has no text tower"):
+        mute.encode_text(encoder.tokenize("a"))
+    with pytest.raises(UserError, match="no tokenizer"):
+        ModelEncoder(encoder.model, encoder.spec).tokenize("a")
+    plain = make(heads=False)
+    plain.model.image.capabilities = frozenset()
+    plain.model.image.part_name = "other"
+    with pytest.raises(UserError, match="image tower 'other' has no dense inference"):
+        plain.dense(torch.randn(1, 3, 32, 32))
+
+
+def test_device_is_where_the_model_is(encoder):
+    assert encoder.device == torch.device("cpu")
+    assert ModelEncoder(encoder.model, encoder.spec, device="cpu").device == torch.device("cpu")
