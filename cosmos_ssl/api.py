@@ -298,6 +298,9 @@ class Evaluator(Part, ABC):
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "text")
     """The towers it needs."""
 
+    def prepare(self) -> None:
+        """Look at the data, once before training: a missing file is better found now. Raises DataError."""
+
     @abstractmethod
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """Evaluate one role's model; metric names as OpenCLIP's (``image_to_text_R@1``)."""

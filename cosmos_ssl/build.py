@@ -19,7 +19,7 @@ from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.trainer import Trainer
-from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, PluginError
+from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.interop.official import read_official
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -101,6 +101,12 @@ class Builder:
     def _fault(self, path: str, message: str) -> str:
         return self.loaded.fault(path, message)
 
+    def _option_fault(self, path: str, error: ValueError) -> str:
+        """A part's own error; one that begins with ``OPTION: `` is located at that option."""
+        key, _, rest = str(error).partition(": ")
+        known = {option.name for option in registry.options(self.chosen[path].cls)}
+        return self._fault(f"{path}.{key}", rest) if rest and key in known else self._fault(path, str(error))
+
     # ------------------------------------------------------------------ building
 
     def _make(self, path: str, spec: Spec, faults: list[str] | None = None) -> Any:
@@ -113,9 +119,7 @@ class Builder:
         except PluginError as error:
             message = self._fault(f"{path}.type", str(error))
         except ValueError as error:
-            key, _, rest = str(error).partition(": ")
-            known = {option.name for option in registry.options(chosen.cls)}
-            message = self._fault(f"{path}.{key}", rest) if rest and key in known else self._fault(path, str(error))
+            message = self._option_fault(path, error)
         if faults is None:
             raise ConfigError([message])
         faults.append(message)
@@ -170,7 +174,7 @@ class Builder:
             update_when=config.teacher.update_when,
             plan=plan,
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
-            evaluators=self._evaluators(spec, towers),
+            evaluators=self._evaluators(spec, towers, prepare and not meta),
             frozen=model.freeze_unread(plan),
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
         )
@@ -201,7 +205,7 @@ class Builder:
     def _losses(self, spec: Spec) -> dict[str, Loss]:
         return cast(dict[str, Loss], self._layer({name: f"losses.{name}" for name in self.config.losses}, spec))
 
-    def _evaluators(self, spec: Spec, towers: Mapping[Modality, Tower]) -> dict[str, ScheduledEvaluator]:
+    def _evaluators(self, spec: Spec, towers: Mapping[Modality, Tower], prepare: bool) -> dict[str, ScheduledEvaluator]:
         made = cast(dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec))
         missing = [
             self._fault(f"evaluators.{name}.type", f"needs model.{modality}, which the config does not have")
@@ -209,6 +213,11 @@ class Builder:
             for modality in evaluator.modalities
             if modality not in towers
         ]
+        for name, evaluator in made.items() if prepare else ():
+            try:
+                evaluator.prepare()
+            except DataError as error:
+                missing.append(self._option_fault(f"evaluators.{name}", error))
         if missing:
             raise ConfigError(missing)
         return {name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs) for name, e in made.items()}

@@ -36,8 +36,7 @@ class EvaluationData:
     """Shards of an evaluator, indexed when first read.
 
     ``given`` are the user's shards and ``fallback`` those that the training set knows of; ``option`` is the
-    key that a message names. ``max_samples`` takes evenly spread ones. Raises ValueError where there are no
-    shards, and DataError at once where local ones that the user gave are missing.
+    key that a message names. ``max_samples`` takes evenly spread ones. Raises ValueError where there are no shards.
     """
 
     def __init__(
@@ -56,9 +55,8 @@ class EvaluationData:
         urls = given or fallback
         if not urls:
             raise ValueError(f"{option}: name the shards to evaluate on, since the training data has no validation shards")
-        if given:
-            _check_local(given, option)
         self.urls: str | Sequence[str] = urls
+        self.option = option
         self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.max_samples = max_samples
 
@@ -66,6 +64,16 @@ class EvaluationData:
     def shards(self) -> Shards:
         """The shards. Raises DataError."""
         return open_shards(self.urls)
+
+    def check(self) -> None:
+        """Raise DataError where local shards are missing."""
+        try:
+            missing = [url for url in expand(self.urls) if "://" not in url and not Path(url).exists()]
+        except DataError as error:
+            raise DataError(f"{self.option}: {str(error).removeprefix('data: ')}") from error
+        if missing:
+            more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+            raise DataError(f"{self.option}: {missing[0]}{more} not exist")
 
     @property
     def folder(self) -> Path:
@@ -96,16 +104,6 @@ class EvaluationData:
     @property
     def _name(self) -> str:
         return self.urls if isinstance(self.urls, str) else self.urls[0]
-
-
-def _check_local(urls: str | Sequence[str], option: str) -> None:
-    try:
-        missing = [url for url in expand(urls) if "://" not in url and not Path(url).exists()]
-    except DataError as error:
-        raise DataError(f"{option}: {str(error).removeprefix('data: ')}") from error
-    if missing:
-        more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
-        raise DataError(f"{option}: {missing[0]}{more} not exist")
 
 
 def _decoded(

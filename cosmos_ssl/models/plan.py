@@ -95,9 +95,8 @@ def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -
         raise PluginError(f"{who} reads {need.modality} features, and the config has no model.{need.modality}")
     names = list(offered) if need.group == ALL else [need.group]
     if not names or names[0] not in offered:
-        raise PluginError(
-            f"{who} reads the {need.modality} views '{need.group}', which augmenters.{need.modality} does not make. Offered: {_listed(offered)}"
-        )
+        maker = f"augmenters.{need.modality}"
+        raise PluginError(f"{who} reads the {need.modality} views '{need.group}', which {maker} does not make. Offered: {_listed(offered)}")
     for name in names:
         if need.views is not None and max(need.views) >= offered[name].views:
             raise PluginError(

@@ -41,6 +41,10 @@ class Classification(Evaluator):
         self.label = label
         self.batch_size = batch_size
 
+    def prepare(self) -> None:
+        """Look for the shards. Raises DataError."""
+        self.data.check()
+
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``classes``. Raises DataError."""
         names = self.names if self.names is not None else self._names_beside()

@@ -49,6 +49,11 @@ class KNearestNeighbours(Evaluator):
         self.label = label
         self.batch_size = batch_size
 
+    def prepare(self) -> None:
+        """Look for the shards. Raises DataError."""
+        self.train_data.check()
+        self.data.check()
+
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``neighbours``. Raises DataError."""
         train, train_labels, train_places = self._features(encoder, self.train_data)

@@ -38,6 +38,10 @@ class Retrieval(Evaluator):
         self.texts = texts
         self.batch_size = batch_size
 
+    def prepare(self) -> None:
+        """Look for the shards. Raises DataError."""
+        self.data.check()
+
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""
         features: list[Tensor] = []

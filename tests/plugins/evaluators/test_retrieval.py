@@ -66,7 +66,7 @@ def test_faults(encoder, spec, write_shard, tmp_path):
     with pytest.raises(ValueError, match=r"^data: name the shards"):
         Retrieval(spec)
     with pytest.raises(DataError, match=r"^data: .*none-0000.tar and 1 more do not exist"):
-        Retrieval(spec, data=f"{tmp_path}/none-{{0000..0001}}.tar")
+        Retrieval(spec, data=f"{tmp_path}/none-{{0000..0001}}.tar").prepare()
     with pytest.raises(ValueError, match=r"^batch_size: 0"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), batch_size=0)
     with pytest.raises(ValueError, match=r"^max_samples: 0"):
