@@ -164,10 +164,10 @@ def _texture(name: str, u: Array, v: Array) -> Where:
 
 
 def caption(scene: Scene) -> str:
-    """The caption that tells the scene apart: every object in full, and where it is."""
+    """The caption that tells the scene apart: the large object in full, the others by name."""
     main, *others = scene.things
-    rest = " and ".join(f"{_relation(main, other)} a {other.full_name}" for other in others)
-    return f"a {main.full_name} at the {PLACES[main.place]} {rest} on a {scene.background} background"
+    rest = " and ".join(f"a {thing.name}" for thing in others)
+    return f"a {main.full_name} at the {PLACES[main.place]} with {rest} on {scene.background}"
 
 
 def sentences(scene: Scene, rng: np.random.Generator) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from cosmos_ssl.errors import DataError, UserError
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the same options would give other shards than before."""
 _NOTE = "scenes.json"
 _SPLITS = ("train", "val")
