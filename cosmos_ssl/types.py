@@ -136,7 +136,7 @@ class ImageGroup:
     pixels: Tensor
     """[V, B, 3, H, W]."""
     params: Tensor
-    """float32 [V, B, P]."""
+    """float32 [V, B, P], on the host."""
     masks: Tensor | None = None
     """bool [V, B, N]."""
 
@@ -160,7 +160,7 @@ class TextGroup:
     tokens: Tensor
     """int64 [V, B, S], padded."""
     lengths: Tensor
-    """int64 [V, B]: tokens up to and with the end-of-text token; the rest are pads."""
+    """int64 [V, B], on the host: tokens up to and with the end-of-text token; the rest are pads."""
 
     def __post_init__(self) -> None:
         _check("tokens", self.tokens, "V B S")
@@ -191,8 +191,16 @@ class Views:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Views:
-        """The same batch on ``device``; asynchronous from pinned memory."""
-        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on ``device``; asynchronous from pinned memory.
+
+        Photometric parameters and text lengths stay on the host, where they are read: a step waits for no copy.
+        """
+        moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(
+            moved,
+            image={name: replace(group, params=self.image[name].params) for name, group in moved.image.items()},
+            text={name: replace(group, lengths=self.text[name].lengths) for name, group in moved.text.items()},
+        )
 
     def pin_memory(self) -> Views:
         """The same batch in page-locked memory (the name that PyTorch's loader looks for)."""

@@ -55,6 +55,7 @@ class Trainer:
         self.folder = RunFolder(Path(run_dir))
         self.world = find_world()
         self.device = device or pick_device(config.training.device)
+        resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
         self.console = console or Console()
         self.extra_writers = writers
         check_ranks(config, self.world.size)

@@ -278,7 +278,7 @@ def attention(
         return cast(Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None))
     mask = None
     if key_lengths is not None:
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None])[:, None, None]
+        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device, non_blocking=True)[:, None])[:, None, None]
     if causal and (mask is not None or chosen == "reference"):
         triangle = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         mask = triangle if mask is None else mask & triangle

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, encode
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
 SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
+_log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 class Retrieval(Evaluator):
@@ -48,27 +51,31 @@ class Retrieval(Evaluator):
         texts: list[str] = []
         owners: list[int] = []
         places: list[int] = []
+        untold: list[Sample] = []
         for batch in self.data.batches(encoder, self.batch_size):
             told = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
-            if not told and not places:
-                raise DataError(self._no_texts(batch.samples[0]))
-            if not told:
-                continue
-            features.append(encoder.encode_image(batch.pixels[told]))
+            untold += [sample for sample in batch.samples if not sample.captions.get(self.texts)]
+            if told:
+                features.append(encoder.encode_image(batch.pixels[told]))
             for n in told:
                 own = batch.samples[n].captions[self.texts]
                 owners += [len(places)] * len(own)
                 places.append(batch.indices[n])
                 texts += own
+        self._tell_of(untold, len(places))
         images = torch.cat(features)
         encoded = encode_texts(encoder, texts, self.batch_size)
         metrics = retrieval_metrics(images, encoded, torch.tensor(owners))
         drawn = self._draw(encoder, images, encoded, texts, owners, places) if pictures else {}
         return Evaluation(metrics=metrics, pictures=drawn)
 
-    def _no_texts(self, sample: Sample) -> str:
-        there = ", ".join(sample.captions) or "none"
-        return f"texts: samples such as {sample.key} have no texts '{self.texts}'. They have: {there}"
+    def _tell_of(self, untold: list[Sample], told: int) -> None:
+        """Warn of samples without a text; raise DataError if there are no others."""
+        if untold and not told:
+            there = ", ".join(untold[0].captions) or "none"
+            raise DataError(f"texts: samples such as {untold[0].key} have no texts '{self.texts}'. They have: {there}")
+        if untold:
+            _log.warning("%d of %d samples have no texts '%s' and are left out", len(untold), len(untold) + told, self.texts)
 
     def _draw(
         self, encoder: Encoder, images: Tensor, encoded: Tensor, texts: list[str], owners: list[int], places: list[int]

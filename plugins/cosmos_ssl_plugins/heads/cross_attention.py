@@ -49,7 +49,7 @@ class Ask(nn.Module):
         q, k, _ = self.project(query, tokens)
         logits = torch.einsum("bvhd,bnhd->bhvn", q, k) * q.shape[-1] ** -0.5
         if lengths is not None:
-            hidden = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+            hidden = torch.arange(k.shape[1], device=k.device) >= lengths.to(k.device)[:, None]
             logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
         weights: Tensor = logits.softmax(-1).mean(1).transpose(0, 1)
         return weights

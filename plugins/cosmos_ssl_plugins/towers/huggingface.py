@@ -66,8 +66,9 @@ class HuggingFaceText(Tower):
 
     def _encode(self, group: TextGroup, wanted: GroupPlan) -> GroupFeatures:
         ids, lengths = pick_views(group.tokens, wanted.views), pick_views(group.lengths, wanted.views)
+        longest, lengths = int(lengths.max()), lengths.to(ids.device, non_blocking=True)
         views, batch, context = ids.shape
-        used = context if wanted.tokens and wanted.pads else int(lengths.max())
+        used = context if wanted.tokens and wanted.pads else longest
         real = torch.arange(used, device=ids.device) < lengths.flatten()[:, None]  # [V B, S]
         ids = ids.flatten(0, 1)[:, :used].where(real, self.pad_id)
         out: Tensor = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
