@@ -30,6 +30,7 @@ from cosmos_ssl.engine.step import Step
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.identity import identity
+from cosmos_ssl.models.attention import resolve_backend
 
 log = logging.getLogger(__name__)
 

@@ -182,10 +182,20 @@ def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     side = math.isqrt(patches)
     if side**2 != patches:
         raise CheckpointError(f"{path}: {patches} image positions are no square")
-    image = {"type": "clip_vit", "width": width, "layers": _layers(state, "image"), "patch_size": patch, "image_size": side * patch}
-    text = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
+    image: dict[str, Any] = {
+        "type": "clip_vit",
+        "width": width,
+        "layers": _layers(state, "image"),
+        "patch_size": patch,
+        "image_size": side * patch,
+    }
+    text: dict[str, Any] = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
     if vocabulary != _CLIP_VOCABULARY:
         text["vocab_size"] = vocabulary
+    for modality, tower in (("image", image), ("text", text)):
+        hidden = state.get(f"{modality}.blocks.0.mlp.fc1.weight")
+        if hidden is not None and len(hidden) != 4 * tower["width"]:
+            tower["mlp_ratio"] = len(hidden) / tower["width"]
     return {
         "model": {"embed_dim": embed_dim, "image": image | _heads(width), "text": text | _heads(text_width)},
         "tokenizer": {"type": "clip", "context_length": places},
