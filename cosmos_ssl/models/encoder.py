@@ -148,11 +148,10 @@ class ModelEncoder:
         return self._tower("image").spec
 
     def _pixels(self, pixels: Tensor) -> ImageGroup:
-        return ImageGroup(pixels=pixels.to(self.device)[None], params=torch.zeros(1, len(pixels), 0, device=self.device))
+        return ImageGroup(pixels=pixels.to(self.device)[None], params=torch.empty(1, len(pixels), 0))
 
     def _texts(self, tokens: Tensor) -> TextGroup:
-        tokens = tokens.to(self.device)
-        return TextGroup(tokens=tokens[None], lengths=self.lengths(tokens)[None])
+        return TextGroup(tokens=tokens.to(self.device)[None], lengths=self.lengths(tokens).cpu()[None])
 
     def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
         return cast(dict[str, GroupFeatures], self._tower("image")({_GROUP: pictures}, {_GROUP: plan}))[_GROUP]

@@ -42,8 +42,10 @@ class Classification(Evaluator):
         self.batch_size = batch_size
 
     def prepare(self) -> None:
-        """Look for the shards. Raises DataError."""
+        """Look for the shards, and for the names where they are to lie there. Raises DataError."""
         self.data.check()
+        if self.names is None:
+            self._names_beside()
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``classes``. Raises DataError."""

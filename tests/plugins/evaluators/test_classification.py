@@ -19,8 +19,9 @@ def test_names_beside_the_shards_and_labels_by_name(encoder, spec, write_shard, 
     shard = write_shard("a.tar", [("red", {"json": {"kind": "red"}}), ("green", {"json": {"kind": 1}})])
     evaluator = Classification(spec, data=shard, label="kind")
     with pytest.raises(DataError, match=r"class_names: give them, since .* holds none of classes.txt, classnames.txt"):
-        evaluator.evaluate(encoder)
+        evaluator.prepare()
     (tmp_path / "classnames.txt").write_text("red\ngreen\n")
+    evaluator.prepare()
     assert evaluator.evaluate(encoder).metrics["top1"] == 1
 
 
