@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 248  # images of one tile; below 256, so that a count fits a byte
+_COLUMNS = 8192  # texts of one tile, at most
 
 
 def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -55,14 +56,14 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tens
         best[r0:r1], true[c0:c1], *beaten = _own_tile(scores, owners[c0:c1] - r0)
         image_ranks[r0:r1] -= beaten[0]
         text_ranks[c0:c1] -= beaten[1]
-    for i, (r0, r1) in enumerate(rows):
-        for k, (c0, c1) in enumerate(columns):
-            if i == k:
-                continue
-            scores = images[r0:r1] @ texts[c0:c1].T
-            # the stable order: texts of later images lose to an equal score, and so do later images
-            image_ranks[r0:r1] -= _counts(scores, best[r0:r1, None], equal=k > i, dim=1)
-            text_ranks[c0:c1] -= _counts(scores, true[c0:c1], equal=i > k, dim=0)
+    for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):
+        for start, stop, later in ((0, c0, False), (c1, len(texts), True)):  # texts of earlier images, and of later ones
+            for k0 in range(start, stop, _COLUMNS):
+                k1 = min(k0 + _COLUMNS, stop)
+                scores = images[r0:r1] @ texts[k0:k1].T
+                # the stable order: at equal scores the later text loses, and the later image
+                image_ranks[r0:r1] -= _counts(scores, best[r0:r1, None], equal=later, dim=1)
+                text_ranks[k0:k1] -= _counts(scores, true[k0:k1], equal=not later, dim=0)
     return image_ranks, torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
 
 

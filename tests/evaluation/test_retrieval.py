@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalRecall
 
+from cosmos_ssl.evaluation import retrieval
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics, retrieval_ranks
 
 
@@ -52,6 +53,14 @@ def test_hand_worked():
 def test_equals_a_stable_sort(count, texts, rounded):
     """Across the borders of tiles, with few and with many equal scores."""
     images, encoded, owners = some(count, texts, rounded)
+    for found, expected in zip(retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_small_tiles(monkeypatch):
+    monkeypatch.setattr(retrieval, "_ROWS", 5)
+    monkeypatch.setattr(retrieval, "_COLUMNS", 7)
+    images, encoded, owners = some(23, 90, rounded=True)
     for found, expected in zip(retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True):
         assert torch.equal(found, expected)
 
