@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,9 +22,12 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.interop.official import read_official
+from cosmos_ssl.interop.partial import load_partial
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,8 @@ class Builder:
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
         model = Model(towers, heads, losses)
+        if config.model.pretrained is not None and prepare and not meta:
+            start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
         plan = make_plan(spec, towers, heads, losses)
         return Assembly(
@@ -267,16 +273,39 @@ def load(
     ``which`` the role to take. ``overrides`` reach what an official file does not say, such as
     ``model.text.heads=4``. Raises CheckpointError for anything else, or where weights do not fit.
     """
+    source, state = read_weights(checkpoint, which)
+    loaded = load_config(source, ["evaluators=null", *overrides])
+    assembly = Builder(loaded).assemble(prepare=False)
+    load_exactly(assembly.model, state, str(checkpoint))
+    assembly.model.requires_grad_(False).eval()
+    return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)
+
+
+def read_weights(checkpoint: str | Path, which: Role) -> tuple[Path | Mapping[str, Any], Mapping[str, Tensor]]:
+    """The config and the tensors of one role of a run folder, of a checkpoint, or of an official COSMOS file.
+
+    Raises CheckpointError for anything else.
+    """
     path = Path(checkpoint)
     if path.is_file():
         official = read_official(path, which)
-        loaded, state = load_config(official.config, overrides), official.state
-    else:
-        folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
-        if folder is None:
-            raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint and no official file")
-        loaded, state = load_config(folder.parent.parent / "config.yaml", ["evaluators=null", *overrides]), load_tensors(folder, which)
-    assembly = Builder(loaded).assemble(prepare=False)
-    load_exactly(assembly.model, state, str(path))
-    assembly.model.requires_grad_(False).eval()
-    return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)
+        return official.config, official.state
+    folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
+    if folder is None:
+        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint and no official file")
+    return folder.parent.parent / "config.yaml", load_tensors(folder, which)
+
+
+def start_from(model: Model, checkpoint: str, *, partial: bool) -> None:
+    """Start a model from the student of a checkpoint, and log what was taken over.
+
+    The towers must be there whole unless ``partial``; heads and losses are taken where they fit. Raises CheckpointError.
+    """
+    _, state = read_weights(checkpoint, "student")
+    report = load_partial(model, state, f"model.pretrained: {checkpoint}")
+    left = [name for name in (*report.missing, *report.other_shapes) if not name.startswith(("heads.", "losses."))]
+    if left and not partial:
+        raise CheckpointError(
+            f"model.pretrained: {checkpoint} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits"
+        )
+    log.info("starting from %s: %s", checkpoint, report)

@@ -62,12 +62,13 @@ class EvaluatorPart(Part):
 
 
 class ModelConfig(Section):
-    """The towers. ``pretrained`` starts them from a checkpoint."""
+    """The towers. ``pretrained`` starts them from a run folder, a checkpoint or an official file."""
 
     embed_dim: Positive = 512
     image: Part | None = None
     text: Part | None = None
     pretrained: str | None = None
+    pretrained_partial: bool = False
 
 
 class AugmentersConfig(Section):

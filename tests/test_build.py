@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import cosmos_ssl
-from cosmos_ssl.build import check
+from cosmos_ssl.build import Builder, check
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.checkpoint import load_tensors
 from cosmos_ssl.errors import CheckpointError, ConfigError, DataError, UserError
@@ -151,3 +151,17 @@ def test_nothing_unread_stays_trainable_in_an_image_only_run():
     assembly = check(load_config("quickstart", overrides))
     assert set(assembly.frozen) == {name for name, _ in assembly.model.named_parameters() if name.startswith("heads.cross.")}
     assert check(load_config("quickstart")).frozen == []
+
+
+def test_a_run_starts_from_trained_towers(trained, tmp_path):
+    run, _ = trained
+    config = tmp_path / "next.yaml"
+    config.write_text(json.dumps({**TINY, "evaluators": None}))
+    start = [f"model.pretrained={run}", f"data.folder={run.parent}/scenes"]
+    model = Builder(load_config(config, start)).assemble().model
+    source = cosmos_ssl.load(run).model.state_dict()
+    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit the towers: .* of another shape"):
+        Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
+    partial = Builder(load_config(config, [*start, "model.image.patch_size=8", "model.pretrained_partial=true"])).assemble().model
+    assert torch.equal(partial.text.projection, source["text.projection"])
