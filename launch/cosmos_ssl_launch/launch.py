@@ -20,6 +20,8 @@ def launch(config: str, overrides: Sequence[str], *, profile: str | None = None,
     place = read_profile(profile or loaded.config.profile or os.environ.get(PROFILE_VARIABLE) or "local", values)
     _check_world(loaded, place)
 
+    # Before torch starts its threads: spinning ones slow a run many times over where anything else uses the processors
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cosmos_ssl import build  # after stage one, which needs no torch
 
     build.check(loaded)
