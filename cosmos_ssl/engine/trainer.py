@@ -20,7 +20,7 @@ from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.engine.distributed import be_deterministic, find_world, pick_device
+from cosmos_ssl.engine.distributed import be_deterministic, find_world, keep_freed_memory, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
 from cosmos_ssl.engine.run_folder import RunFolder, versions
@@ -56,6 +56,8 @@ class Trainer:
         self.folder = RunFolder(Path(run_dir))
         self.world = find_world()
         self.device = device or pick_device(config.training.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
         self.console = console or Console()
         self.extra_writers = writers
