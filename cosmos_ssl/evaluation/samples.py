@@ -36,7 +36,7 @@ class EvaluationData:
     """Shards of an evaluator, indexed when first read.
 
     ``given`` are the user's shards and ``fallback`` those that the training set knows of; ``option`` is the
-    key that a message names. ``max_samples`` takes evenly spread ones. Raises ValueError where there are no shards.
+    key that a message names. ``max_samples`` takes evenly spread ones.
     """
 
     def __init__(
@@ -52,10 +52,7 @@ class EvaluationData:
             raise ValueError(f"max_samples: {max_samples} is not above zero")
         if workers is not None and workers < 1:
             raise ValueError(f"workers: {workers} is not above zero")
-        urls = given or fallback
-        if not urls:
-            raise ValueError(f"{option}: name the shards to evaluate on, since the training data has no validation shards")
-        self.urls: str | Sequence[str] = urls
+        self.urls: str | Sequence[str] = given or fallback or ()
         self.option = option
         self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.max_samples = max_samples
@@ -66,7 +63,9 @@ class EvaluationData:
         return open_shards(self.urls)
 
     def check(self) -> None:
-        """Raise DataError where local shards are missing."""
+        """Raise DataError where there are no shards, or local ones are missing."""
+        if not self.urls:
+            raise DataError(f"{self.option}: name the shards to evaluate on, since the training data has no validation shards")
         try:
             missing = [url for url in expand(self.urls) if "://" not in url and not Path(url).exists()]
         except DataError as error:

@@ -64,8 +64,8 @@ def test_validation_shards_of_the_data_set(encoder, spec, write_shard):
 
 
 def test_faults(encoder, spec, write_shard, tmp_path):
-    with pytest.raises(ValueError, match=r"^data: name the shards"):
-        Retrieval(spec)
+    with pytest.raises(DataError, match=r"^data: name the shards"):
+        Retrieval(spec).prepare()
     with pytest.raises(DataError, match=r"^data: .*none-0000.tar and 1 more do not exist"):
         Retrieval(spec, data=f"{tmp_path}/none-{{0000..0001}}.tar").prepare()
     with pytest.raises(ValueError, match=r"^batch_size: 0"):
