@@ -20,8 +20,9 @@ def launch(config: str, overrides: Sequence[str], *, profile: str | None = None,
     place = read_profile(profile or loaded.config.profile or os.environ.get(PROFILE_VARIABLE) or "local", values)
     _check_world(loaded, place)
 
-    # Before torch starts its threads: spinning ones slow a run many times over where anything else uses the processors
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch starts its threads: a short spin between two operations is quick, while GNU OpenMP's long one slows
+    # a run many times over wherever anything else uses the processors
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from cosmos_ssl import build  # after stage one, which needs no torch
 
     build.check(loaded)
