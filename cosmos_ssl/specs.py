@@ -77,8 +77,8 @@ class TowerSpec:
 class Spec:
     """What a part may know of the model around it: the first argument of every part's constructor.
 
-    Parts are built in the order tokenizer, towers, augmenters, heads (as listed), losses, teacher,
-    evaluators; each sees what was built before it.
+    Parts are built in the order tokenizer, towers, augmenters, data set, heads (as listed), losses,
+    teacher, evaluators; each sees what was built before it.
     """
 
     embed_dim: int

@@ -94,8 +94,8 @@ class OfficialCheckpoint:
 def read_official(path: str | Path, role: Role, *, partial: bool = False) -> OfficialCheckpoint:
     """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
 
-    The number of attention heads stands in no tensor: it is width / 64 where that is whole, else the config
-    asks for ``model.image.heads`` and ``model.text.heads``. Raises CheckpointError where the file cannot be
+    The number of attention heads stands in no tensor: the config leaves it to the towers, which take
+    width / 64 where that is whole and ask for ``heads`` elsewhere. Raises CheckpointError where the file cannot be
     read, lacks the role, or is another program's; with ``partial`` missing and unknown tensors are told instead.
     """
     path = Path(path)
@@ -197,17 +197,13 @@ def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         if hidden is not None and len(hidden) != 4 * tower["width"]:
             tower["mlp_ratio"] = len(hidden) / tower["width"]
     return {
-        "model": {"embed_dim": embed_dim, "image": image | _heads(width), "text": text | _heads(text_width)},
+        "model": {"embed_dim": embed_dim, "image": image, "text": text},
         "tokenizer": {"type": "clip", "context_length": places},
         "augmenters": {"image": {"type": "multi_crop", "global_crops_size": side * patch}, "text": {"type": "text_crop"}},
         "heads": {"cross": {"type": "cross_attention", "num_heads": _CROSS_HEADS}},
         "losses": {"clip": {"type": "clip"}, "distill": {"type": "cross_modality_distillation", "head": "cross"}},
         "teacher": {"type": "ema", "update_when": "before_optimizer_step"},
     }
-
-
-def _heads(width: int) -> dict[str, Any]:
-    return {"heads": width // 64 if width % 64 == 0 else "give them: the file does not tell"}
 
 
 def _listed(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:

@@ -150,14 +150,18 @@ class Blocks(nn.ModuleList):
         self,
         layers: int,
         width: int,
-        heads: int,
+        heads: int | None,
         *,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
-        """``drop_path`` is the last block's rate; it grows linearly from 0. Raises ValueError for impossible sizes."""
+        """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0. Raises ValueError."""
+        if heads is None:
+            if width % 64:
+                raise ValueError(f"heads: must be given, since width {width} is no multiple of 64")
+            heads = width // 64
         check_sizes(width=width, layers=layers, heads=heads)
         if width % heads:
             raise ValueError(f"heads: {heads} heads cannot share a width of {width}")

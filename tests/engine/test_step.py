@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
-from cosmos_ssl_plugins.losses.clip import Clip
-from cosmos_ssl_plugins.losses.cross_modality_distillation import CrossModalityDistillation
-from cosmos_ssl_plugins.teachers.ema import Ema
-from cosmos_ssl_plugins.towers.clip_text import ClipText
-from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 from cosmos_ssl.api import Head, ImageGroup, Loss, LossOutput, Need, PluginError, Progress, Spec, TextGroup, Views, ViewSpec
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.step import Step
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
+from cosmos_ssl_plugins.losses.clip import Clip
+from cosmos_ssl_plugins.losses.cross_modality_distillation import CrossModalityDistillation
+from cosmos_ssl_plugins.teachers.ema import Ema
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 PROGRESS = Progress(step=3, total_steps=10)
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cosmos_ssl_plugins.teachers.ema import Ema
-from cosmos_ssl_plugins.teachers.none import NoTeacher
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +40,8 @@ from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+from cosmos_ssl_plugins.teachers.ema import Ema
+from cosmos_ssl_plugins.teachers.none import NoTeacher
 
 SAMPLES = 20
 WIDTH = 6

@@ -88,7 +88,7 @@ def test_loads_into_an_encoder(content):
 
 
 def test_heads_that_the_file_does_not_tell_are_asked_for():
-    with pytest.raises(ConfigError, match=r"model.image.heads: .*give them[^\n]*\n.*model.text.heads"):
+    with pytest.raises(ConfigError, match=r"model.image.heads: must be given[^\n]*\n.*model.text.heads: must be given"):
         cosmos_ssl.load(GOLDEN)
 
 

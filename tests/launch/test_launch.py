@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cosmos_ssl_launch import main
 
 from cosmos_ssl import build
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.errors import StorageError
+from cosmos_ssl_launch import main
 
 Launch = Callable[..., tuple[int, str, str]]
 

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
-from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
-from cosmos_ssl_plugins.towers.clip_text import ClipText
-from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 from PIL import Image
 
 from cosmos_ssl.api import Spec, TowerSpec, UserError
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.models.model import Model
+from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
+from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 WORDS = ["a cat", "two small dogs on a red sofa", ""]
 

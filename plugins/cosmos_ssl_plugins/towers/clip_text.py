@@ -22,7 +22,7 @@ class ClipText(Tower):
     """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
 
     Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
-    keep them. ``vocab_size`` is the tokenizer's unless given. Raises ValueError for sizes that do not fit.
+    keep them. ``heads`` is width / 64 and ``vocab_size`` the tokenizer's unless given. Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -34,7 +34,7 @@ class ClipText(Tower):
         *,
         width: int = 512,
         layers: int = 12,
-        heads: int = 8,
+        heads: int | None = None,
         vocab_size: int | None = None,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,

@@ -47,8 +47,6 @@ class ClipViT(Tower):
     ) -> None:
         super().__init__()
         check_sizes(width=width, patch_size=patch_size)
-        if heads is None and width % 64:
-            raise ValueError(f"heads: must be given, since width {width} is no multiple of 64")
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
         if registers < 0:
@@ -72,7 +70,7 @@ class ClipViT(Tower):
         self.blocks = Blocks(
             layers,
             width,
-            heads or width // 64,
+            heads,
             mlp_ratio=mlp_ratio,
             layer_scale=layer_scale,
             drop_path=drop_path,

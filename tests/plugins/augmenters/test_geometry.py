@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from cosmos_ssl_plugins.augmenters.geometry import TRIES, check_crops, crop_boxes, resized_crops
 from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
+
+from cosmos_ssl_plugins.augmenters.geometry import TRIES, check_crops, crop_boxes, resized_crops
 
 RATIO = (3 / 4, 4 / 3)
 

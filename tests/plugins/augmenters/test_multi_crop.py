@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cosmos_ssl_plugins.augmenters import photometric as ph
-from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
-from cosmos_ssl_plugins.augmenters.resize_crop import ResizeCrop
 from PIL import Image
 
 from cosmos_ssl.api import BadSample, ImageGroup, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl_plugins.augmenters import photometric as ph
+from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
+from cosmos_ssl_plugins.augmenters.resize_crop import ResizeCrop
 
 SPEC = Spec(embed_dim=8)
 

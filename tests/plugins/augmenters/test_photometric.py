@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cosmos_ssl_plugins.augmenters import photometric as ph
 from numpy.typing import NDArray
 from PIL import ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
+
+from cosmos_ssl_plugins.augmenters import photometric as ph
 
 PUBLISHED = ph.Strengths(
     flip=0.5,

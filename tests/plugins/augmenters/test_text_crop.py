@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cosmos_ssl_plugins.augmenters.text_crop import TextCrop, draw_sentences
 
 from cosmos_ssl.api import BadSample, Sample, Spec, ViewSpec
+from cosmos_ssl_plugins.augmenters.text_crop import TextCrop, draw_sentences
 
 SPEC = Spec(embed_dim=8)
 MANY = {"raw_caption": [f"r{i}" for i in range(4)], "longIB_captions": [f"l{i}" for i in range(16)]}

@@ -7,10 +7,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from cosmos_ssl_plugins.datasets.scenes import Scenes
-from cosmos_ssl_plugins.datasets.webdataset import WebDataset
 
 from cosmos_ssl.api import DataError, Dataset, Spec, UserError, ViewSpec
+from cosmos_ssl_plugins.datasets.scenes import Scenes
+from cosmos_ssl_plugins.datasets.webdataset import WebDataset
 
 SPEC = Spec(embed_dim=8)
 

@@ -1,9 +1,9 @@
 """The zero-shot classification evaluator on real shards."""
 
 import pytest
-from cosmos_ssl_plugins.evaluators.classification import Classification
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl_plugins.evaluators.classification import Classification
 
 NAMES = ["red", "green", "blue"]
 

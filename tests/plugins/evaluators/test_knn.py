@@ -1,9 +1,9 @@
 """The nearest-neighbour evaluator on real shards."""
 
 import pytest
-from cosmos_ssl_plugins.evaluators.knn import KNearestNeighbours
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl_plugins.evaluators.knn import KNearestNeighbours
 
 
 def test_labels_pictures_by_their_neighbours(encoder, spec, write_shard):

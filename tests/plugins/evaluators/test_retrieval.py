@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cosmos_ssl_plugins.evaluators.retrieval import Retrieval
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl_plugins.evaluators.retrieval import Retrieval
 
 
 def samples(*colours, **more):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
 from torch import nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, GroupFeatures, Spec, TextGroup, TowerSpec, Views, ViewSpec
+from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
 
 SPEC = Spec(
     embed_dim=16,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cosmos_ssl_plugins.teachers.ema import Ema
-from cosmos_ssl_plugins.teachers.none import NoTeacher
 from torch import nn
 
 from cosmos_ssl.api import Progress, Spec
+from cosmos_ssl_plugins.teachers.ema import Ema
+from cosmos_ssl_plugins.teachers.none import NoTeacher
 
 SPEC = Spec(embed_dim=4)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cosmos_ssl_plugins.tokenizers import clip
-from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
 
 from cosmos_ssl.api import Spec, UserError
+from cosmos_ssl_plugins.tokenizers import clip
+from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
 
 SPEC = Spec(embed_dim=8)
 TEXTS = [

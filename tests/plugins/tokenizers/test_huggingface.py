@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cosmos_ssl_plugins.tokenizers.huggingface import HuggingFaceTokenizer
 
 from cosmos_ssl.api import Spec, UserError
+from cosmos_ssl_plugins.tokenizers.huggingface import HuggingFaceTokenizer
 
 SPEC = Spec(embed_dim=8)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "##s", "dog", "[MASK]"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos_ssl_plugins.towers.clip_text import ClipText
-from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cosmos_ssl.api import Spec
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos_ssl_plugins.towers.clip_text import ClipText
-from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.api import GroupPlan, Spec, TextGroup
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 Towers = Callable[..., tuple[ClipViT, ClipText]]
 CONTEXT = 12

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos_ssl_plugins.towers.clip_text import ClipText
-from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api import GroupPlan, ImageGroup, Spec
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 Towers = Callable[..., tuple[ClipViT, ClipText]]
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 16}

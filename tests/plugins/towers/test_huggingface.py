@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos_ssl_plugins.towers.huggingface import HuggingFaceText
 
 from cosmos_ssl.api import GroupPlan, Spec, TextGroup, UserError
+from cosmos_ssl_plugins.towers.huggingface import HuggingFaceText
 
 SPEC = Spec(embed_dim=8, vocab_size=100, context_length=12)
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

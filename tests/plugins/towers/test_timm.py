@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from cosmos_ssl_plugins.towers.timm import TimmImage
 
 from cosmos_ssl.api import GroupPlan, ImageGroup, Spec, UserError
+from cosmos_ssl_plugins.towers.timm import TimmImage
 
 SPEC = Spec(embed_dim=8)
 # name and options of small members of several families
