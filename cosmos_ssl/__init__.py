@@ -1,6 +1,6 @@
 """COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
 
-``train``, ``load`` and ``Trainer`` are imported when first used, so that ``import cosmos_ssl`` stays free of torch.
+``train``, ``load``, ``make_trainer`` and ``Trainer`` are imported when first used, so that ``import cosmos_ssl`` stays free of torch.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cosmos_ssl.build import load, train
+    from cosmos_ssl.build import load, make_trainer, train
     from cosmos_ssl.engine.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__", "load", "train"]
+__all__ = ["Trainer", "__version__", "load", "make_trainer", "train"]
 
-_HOMES = {"train": "cosmos_ssl.build", "load": "cosmos_ssl.build", "Trainer": "cosmos_ssl.engine.trainer"}
+_BUILD = "cosmos_ssl.build"
+_HOMES = {"train": _BUILD, "load": _BUILD, "make_trainer": _BUILD, "Trainer": "cosmos_ssl.engine.trainer"}
 
 
 def __getattr__(name: str) -> Any:

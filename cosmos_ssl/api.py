@@ -26,7 +26,7 @@ Shape letters as in ``cosmos_ssl.types``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -98,9 +98,10 @@ __all__ = [
 
 
 class Part:
-    """Base of all parts. ``part_name`` is what the config calls it, for messages and logs."""
+    """Base of all parts. For messages: what the config calls it, and, of other packages' parts, the package and its version."""
 
     part_name: str = ""
+    part_source: str = ""
 
 
 class Augmenter(Part, ABC):
@@ -164,7 +165,10 @@ class Tower(Part, nn.Module, ABC):
 
 
 class Head(Part, nn.Module, ABC):
-    """Features, or another head's output, to named outputs; runs on every role that a reader asks for."""
+    """Features, or another head's output, to named outputs; runs on every role that a reader asks for.
+
+    Readers name the outputs that they want (``Need.outputs``), and only those are computed.
+    """
 
     mixes_samples: ClassVar[bool] = False
     """True where a sample's output depends on others of the batch (batch norm): bars exact accumulation."""
@@ -174,12 +178,16 @@ class Head(Part, nn.Module, ABC):
         """Width of each named output."""
 
     @abstractmethod
-    def requires(self) -> Sequence[Need]:
-        """What ``forward`` reads, of whichever role it runs on."""
+    def requires(self, outputs: Collection[str]) -> Sequence[Need]:
+        """What ``forward`` reads for these outputs, of whichever role it runs on."""
 
     @abstractmethod
-    def forward(self, features: Features, views: Views) -> HeadOutput:
-        """The outputs, [V, B, width] each, or [M, width] for masked patches."""
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        """These outputs, [V, B, width] each, or [M, width] for masked patches."""
+
+    def unread(self, outputs: Collection[str]) -> Sequence[str]:
+        """fnmatch patterns of parameters that these outputs never reach (they are frozen)."""
+        return ()
 
     def respond(self, *args: Any, **kwargs: Any) -> HeadOutput:
         """What a loss calls through ``StepContext.head`` for heads conditioned on other samples."""
@@ -191,6 +199,23 @@ class Head(Part, nn.Module, ABC):
     def parameter_rules(self) -> Sequence[ParameterRule]:
         """Rules of the parameters."""
         return ()
+
+    # For methods in which a picture and a text match otherwise than by the dot product of their features:
+
+    matches: ClassVar[bool] = False
+    """True where ``match`` is the score of a picture and a text; retrieval then goes by it."""
+
+    def match_needs(self, modality: Modality) -> Sequence[Need]:
+        """What ``match_input`` reads of one modality: its group ``global``, with a single view."""
+        return ()
+
+    def match_input(self, features: Features, modality: Modality) -> Tensor:
+        """What ``match`` wants to know of each picture or text, [B, ...]."""
+        raise NotImplementedError
+
+    def match(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores [B, T] of pictures [B, ...] and texts [T, ...]; memory beyond them is this method's care."""
+        raise NotImplementedError
 
 
 class Loss(Part, nn.Module, ABC):
@@ -281,6 +306,18 @@ class Encoder(Protocol):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pictures -> pooled features before the projection, [B, W]."""
+        ...
+
+    def match_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures -> what ``match`` wants to know of each, [B, ...]; unit vectors where no head says otherwise."""
+        ...
+
+    def match_text(self, tokens: Tensor) -> Tensor:
+        """Token ids -> what ``match`` wants to know of each text, [T, ...]; unit vectors where no head says otherwise."""
+        ...
+
+    def match(self, images: Tensor, texts: Tensor) -> Tensor:
+        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: a head's ``match``, by default the dot product."""
         ...
 
     def preprocess(self, image: Any) -> Tensor:

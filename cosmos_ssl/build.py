@@ -18,6 +18,7 @@ from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, 
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
+from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
@@ -47,7 +48,9 @@ class Chosen:
             raise
         except Exception as error:
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
-        cast(Part, part).part_name = name
+        part = cast(Part, part)
+        part.part_name = name
+        part.part_source = "" if self.record.own else f"'{self.record.name}' of {self.record.source}"
         return part
 
 
@@ -246,15 +249,18 @@ def check(loaded: LoadedConfig) -> Assembly:
 
 def run(loaded: LoadedConfig) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint."""
+    return _trainer(loaded).train()
+
+
+def _trainer(loaded: LoadedConfig, writers: Sequence[Writer] = ()) -> Trainer:
     folder = loaded.config.folder
     with RunFolder(folder).locked():
         pass  # writable, and nobody else's: said now rather than after the data is ready
-    assembly = Builder(loaded).assemble()
-    return Trainer(assembly, loaded.config, folder).train()
+    return Trainer(Builder(loaded).assemble(), loaded.config, folder, writers=writers)
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Train what ``config`` says (a file, a packaged name or a mapping) and return the final metrics.
+    """Train what ``config`` says (a file, a packaged name, or a mapping in which classes may stand for parts); the final metrics.
 
     ``overrides`` are ``key.sub=value`` strings. The same call again resumes. Raises UserError for a config,
     data or a run folder that cannot be used.
@@ -262,6 +268,13 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ())
     loaded = load_config(config, overrides)
     check(loaded)
     return run(loaded)
+
+
+def make_trainer(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, writers: Sequence[Writer] = ()) -> Trainer:
+    """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics. Raises as ``train`` does."""
+    loaded = load_config(config, overrides)
+    check(loaded)
+    return _trainer(loaded, writers)
 
 
 def load(

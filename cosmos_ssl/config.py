@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cosmos_ssl import registry
-from cosmos_ssl.config_source import Node, fault, find_config, from_plain, merge, parse_overrides, read_file
+from cosmos_ssl.config_source import Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
 from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
 
 Positive = Annotated[int, Field(gt=0)]
@@ -255,15 +255,15 @@ def _locate(root: Node, keys: Sequence[str]) -> str:
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read, merge and check a config without importing a part.
 
-    ``source`` is a file, the name of a config that comes with cosmos-ssl (``quickstart``, ``cosmos/vitb16_cc3m``),
-    or the tree itself; ``overrides`` are ``key.sub=value``. Raises UserError where there is no such file, and
-    ConfigError with all faults of the keys, values, part names and their agreement; PluginError in a clone that
-    is not installed.
+    ``source`` is a file, the name of a config that comes with cosmos-ssl (``quickstart``, ``cosmos/vitb16_cc3m``), or
+    the tree itself, where a part's ``type`` may be its class; ``overrides`` are ``key.sub=value``. Raises UserError
+    where there is no such file, ConfigError with all faults of the keys, values, part names and their agreement, and
+    PluginError in a clone that is not installed.
     """
     registry.check_installed()
     faults: list[str] = []
     if isinstance(source, Mapping):
-        path, written = None, from_plain(source, "config")
+        path, written = None, read_mapping(source, faults)
     else:
         path = find_config(source)
         written = read_file(path, faults)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import yaml
 from yaml.composer import Composer
@@ -19,6 +19,7 @@ from yaml.scanner import Scanner
 
 import cosmos_ssl
 from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
+from cosmos_ssl.registry import class_name
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 
@@ -77,7 +78,7 @@ def from_plain(value: Any, origin: str) -> Node:
         return Node({str(key): from_plain(item, origin) for key, item in value.items()}, origin)
     if isinstance(value, list | tuple):
         return Node([from_plain(item, origin) for item in value], origin)
-    return Node(value, origin)
+    return Node(class_name(value) if isinstance(value, type) else value, origin)
 
 
 def merge(parent: Node, child: Node) -> Node:
@@ -258,17 +259,27 @@ def read_file(path: Path, faults: list[str], above: tuple[Path, ...] = ()) -> No
     root = parse_yaml(text, str(path), faults)
     if not isinstance(root.value, dict):
         raise ConfigError([fault(root.origin, "", "a config is a mapping of keys to values")])
-    own = Node({key: node for key, node in root.value.items() if key != "extends"}, root.origin)
-    extends = root.value.get("extends")
+    return _extended(root, path.parent, faults, (*above, path.resolve()))
+
+
+def read_mapping(tree: Mapping[str, Any], faults: list[str]) -> Node:
+    """A config given as Python objects, merged over what it extends; a part's ``type`` may be its class."""
+    return _extended(from_plain(tree, "config"), Path(), faults, ())
+
+
+def _extended(root: Node, folder: Path, faults: list[str], seen: tuple[Path, ...]) -> Node:
+    """``root`` over the configs that its key ``extends`` names; ``seen`` are the files that led here."""
+    values = cast(dict[str, Node], root.value)
+    own = Node({key: node for key, node in values.items() if key != "extends"}, root.origin)
+    extends = values.get("extends")
     if extends is None:
         return own
-    seen = (*above, path.resolve())
     merged: Node | None = None
     for name in extends.plain() if isinstance(extends.value, list) else [extends.value]:
         if not isinstance(name, str):
             raise ConfigError([fault(extends.origin, "extends", "expected the name of a config, or a list of names")])
         try:
-            base = find_config(name, path.parent)
+            base = find_config(name, folder)
         except UserError as error:
             raise ConfigError([fault(extends.origin, "extends", str(error))]) from error
         if base.resolve() in seen:

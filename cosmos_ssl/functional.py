@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK = 1 << 24
 """Logits held at once, in elements."""
@@ -37,6 +38,15 @@ def all_sum(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Largest value over ranks, elementwise, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    most = x.detach().clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most
 
 
 class _Gather(torch.autograd.Function):
@@ -104,7 +114,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         a, b, scale, weights, row_lse, column_lse = ctx.saved_tensors
-        (v, rows, d), (u, columns, _) = a.shape, b.shape
+        (v, rows, _), (u, columns, _) = a.shape, b.shape
         grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
         grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
         grad_scale = torch.zeros_like(scale)
@@ -117,12 +127,53 @@ class _InfoNCE(torch.autograd.Function):
             g[:, m, :, m + ctx.start + part.start] -= 2  # the positive of each row, once a direction
             g *= weight
             grad_scale += (g * logits).sum() / scale
-            g = g.view(-1, u * columns) * scale
-            if grad_a is not None:
-                grad_a[:, part] = (g @ b.view(-1, d)).view(v, -1, d)
-            if grad_b is not None:
-                grad_b += (g.T @ a[:, part].reshape(-1, d)).view(u, columns, d)
+            _pull(g.view(-1, u * columns) * scale, a, b, part, grad_a, grad_b)
         return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    """The pairwise sigmoid loss in chunks of rows, like ``_InfoNCE``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, chunk: int) -> Tensor:
+        (v, rows, _), (u, columns, _) = a.shape, b.shape
+        start = rank() * rows
+        sums = a.new_zeros(v, u)
+        for part in _chunks(rows, v * u * columns, chunk):
+            sums += F.softplus(_logits(a[:, part], b, scale).add_(bias)).sum((1, 3))
+        positive = torch.einsum("vbd,ubd->vu", a, b[:, start : start + rows]) * scale + rows * bias
+        ctx.save_for_backward(a, b, scale, bias, weights)
+        ctx.chunk, ctx.start = chunk, start
+        return (weights * (sums - positive)).sum() / rows  # softplus(-x) = softplus(x) - x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        a, b, scale, bias, weights = ctx.saved_tensors
+        (v, rows, _), (u, columns, _) = a.shape, b.shape
+        grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
+        grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
+        grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        weight = (weights * (grads[0] / rows)).view(v, 1, u, 1)
+        for part in _chunks(rows, v * u * columns, ctx.chunk):
+            logits = _logits(a[:, part], b, scale)
+            g = (logits + bias).sigmoid_()
+            m = torch.arange(g.shape[1], device=a.device)
+            g[:, m, :, m + ctx.start + part.start] -= 1
+            g *= weight
+            grad_scale += (g * logits).sum() / scale
+            grad_bias += g.sum()
+            _pull(g.view(-1, u * columns) * scale, a, b, part, grad_a, grad_b)
+        needed = ctx.needs_input_grad
+        return grad_a, grad_b, grad_scale if needed[2] else None, grad_bias if needed[3] else None, None, None
+
+
+def _pull(g: Tensor, a: Tensor, b: Tensor, part: slice, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
+    """Gradients of the similarities of some rows, [V x m, U x N], to those of both sides."""
+    d = a.shape[-1]
+    if grad_a is not None:
+        grad_a[:, part] = (g @ b.view(-1, d)).view(a.shape[0], -1, d)
+    if grad_b is not None:
+        grad_b += (g.T @ a[:, part].reshape(-1, d)).view(b.shape)
 
 
 def _chunks(rows: int, elements_a_row: int, chunk: int) -> list[slice]:
@@ -167,6 +218,38 @@ def info_nce(
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = torch.outer(wa, wb).to(a.device, dtype)
     return cast(Tensor, _InfoNCE.apply(a.to(dtype).contiguous(), b.to(dtype).contiguous(), scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+
+
+def sigmoid_loss(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    a_weights: Sequence[float] | None = None,
+    b_weights: Sequence[float] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """The pairwise sigmoid loss over the global batch, averaged over all pairs of views.
+
+    -log sigmoid(z (scale a b^T + bias)), z = 1 for a sample and itself and -1 for two samples, summed over the
+    columns and averaged over the rows (SigLIP, arXiv 2303.15343, algorithm 1). No collective is needed.
+
+    Args:
+        a: unit vectors of this rank, [V, B, D].
+        b: unit vectors of all ranks, gathered with gradients, [U, N, D].
+        scale, bias: scalars.
+        a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
+        chunk: logits held at once, in elements.
+
+    Returns:
+        A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
+        are gradients that are averaged over ranks.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    weights = torch.outer(_shares(a.shape[0], a_weights), _shares(b.shape[0], b_weights)).to(a.device, dtype)
+    a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    return cast(Tensor, _Sigmoid.apply(a, b, scale.to(dtype), bias.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
 
 
 def _shares(views: int, weights: Sequence[float] | None) -> Tensor:

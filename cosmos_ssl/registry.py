@@ -29,6 +29,9 @@ API_VERSION = 1
 
 DISABLE_VARIABLE = "COSMOS_DISABLE_PLUGINS"
 
+CODE = "python"
+"""In the place of a distribution: ``python:MODULE.CLASS`` is a class that no distribution offers."""
+
 NOT_INSTALLED = "This clone is not installed, so no parts are registered. Run: pip install -e ."
 
 
@@ -66,7 +69,7 @@ class Record:
     @property
     def source(self) -> str:
         """The distribution and its version, such as ``my-losses 0.3.1``."""
-        return f"{self.distribution} {self.version}"
+        return f"{self.distribution} {self.version}".strip()
 
     @property
     def own(self) -> bool:
@@ -145,6 +148,16 @@ def _discover(path: tuple[str, ...]) -> tuple[Record, ...]:
     return tuple(sorted(found))
 
 
+_given: dict[str, type[Any]] = {}
+
+
+def class_name(cls: type[Any]) -> str:
+    """The name by which a config calls this class: ``python:MODULE.CLASS``. It holds in this process, and wherever it can be imported."""
+    name = f"{CODE}:{cls.__module__}.{cls.__qualname__}"
+    _given[name] = cls
+    return name
+
+
 def check_installed() -> None:
     """Raise PluginError where not even cosmos-ssl's own parts are registered."""
     if not any(record.own for record in records()):
@@ -160,6 +173,9 @@ def find(group: str, name: str) -> Record:
     check_installed()
     known = [record for record in records() if record.group == group]
     distribution, _, bare = name.rpartition(":")
+    if distribution == CODE:
+        module, _, cls = bare.rpartition(".")
+        return Record(group, bare, CODE, "", f"{module}:{cls}")
     matches = [record for record in known if record.name == bare]
     if distribution:
         matches = [record for record in matches if canonical(record.distribution) == canonical(distribution)]
@@ -192,9 +208,11 @@ def load(record: Record) -> type[Any]:
     Raises PluginError where its distribution needs another cosmos-ssl, it cannot be imported, is not a concrete
     subclass of its group's base, or its constructor does not have the form of the contract.
     """
-    _check_bound(record)
+    if record.distribution != CODE:
+        _check_bound(record)
     try:
-        found: Any = metadata.EntryPoint(name=record.name, value=record.object_path, group=record.group).load()
+        entry = metadata.EntryPoint(name=record.name, value=record.object_path, group=record.group)
+        found: Any = _given[record.qualified] if record.qualified in _given else entry.load()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{record} cannot be imported: {first_line(error)}") from error
     wanted = GROUPS[record.group].base

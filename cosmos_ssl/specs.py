@@ -30,12 +30,16 @@ class Need:
     pads: bool = False
     """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
     head: str | None = None
+    outputs: tuple[str, ...] | None = None
+    """Which of the head's outputs; None is all of them."""
     gathered: bool = False
-    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place."""
+    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for masked patches."""
 
     def __post_init__(self) -> None:
         if (self.head is None) == (self.modality is None):
             raise ValueError("a Need names either a modality or a head")
+        if self.outputs is not None and self.head is None:
+            raise ValueError("a Need names outputs of a head only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

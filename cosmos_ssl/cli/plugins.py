@@ -148,8 +148,11 @@ def _facts(cls: type[Any]) -> dict[str, list[str]]:
         with torch.device("meta"):
             part = cls(spec)
             facts: dict[str, list[str]] = {}
-            if hasattr(part, "requires"):
-                facts["Requires"] = [_need(need, of_head=hasattr(part, "outputs")) for need in part.requires()]
+            if hasattr(part, "outputs"):
+                needs = {name: part.requires([name]) for name in part.outputs()}
+                facts["Requires"] = [f"for {name}: {_need(need, of_head=True)}" for name in needs for need in needs[name]]
+            elif hasattr(part, "requires"):
+                facts["Requires"] = [_need(need, of_head=False) for need in part.requires()]
             if hasattr(part, "offers"):
                 facts["Offers"] = list(_views(part.offers()))
             if hasattr(part, "outputs"):
@@ -163,7 +166,8 @@ def _facts(cls: type[Any]) -> dict[str, list[str]]:
 
 def _need(need: Any, *, of_head: bool) -> str:
     if need.head is not None:
-        text = f"the output of head '{need.head}'"
+        outputs = "all outputs" if need.outputs is None else " and ".join(f"'{name}'" for name in need.outputs)
+        text = f"{outputs} of head '{need.head}'"
     else:
         group = "all groups" if need.group == "*" else f"group '{need.group}'"
         views = "" if need.views is None else f", view {', '.join(str(view + 1) for view in need.views)}"

@@ -58,6 +58,7 @@ class Step:
         self.micro_batch_size = micro_batch_size
         self.device = device or torch.device("cpu")
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._reached = False
         if micro_batch_size is not None:
             _refuse_accumulation(assembly)
 
@@ -74,6 +75,8 @@ class Step:
             _backward(result.loss, scaler)
         else:
             result = self._accumulate(views, teacher, progress, scaler)
+        if not self._reached:
+            self._check_reached()
         return StepResult(loss=result.loss.detach(), logs=result.logs)
 
     # ------------------------------------------------------------------ stages
@@ -116,6 +119,19 @@ class Step:
         for buffer, before in self._buffers:
             buffer.copy_(before)
 
+    def _check_reached(self) -> None:
+        """Raise PluginError, at the first step, for trained parameters without a gradient: data parallelism would wait for it."""
+        missed = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        if missed:
+            parts = self.model.parts().items()
+            owners = [described for prefix, described in parts if any(name.startswith(f"{prefix}.") for name in missed)]
+            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            raise PluginError(
+                f"{', '.join(owners)}: no gradient reaches {missed[0]}{more}. Let a loss read what they compute, or freeze them: "
+                f"optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
+            )
+        self._reached = True
+
     # ------------------------------------------------------------------ exact accumulation
 
     def _accumulate(self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None) -> StepResult:
@@ -147,17 +163,17 @@ class Step:
     # ------------------------------------------------------------------ what the stages stand on
 
     def _gather(self, student: Features, teacher: Features | None) -> dict[Role, Features]:
-        """The planned features of all ranks, in one collective."""
-        places: list[tuple[Role, Modality, str, str, GroupFeatures]] = []
+        """The planned features and head outputs of all ranks, in one collective."""
+        places: dict[tuple[Role, str, str, str], Tensor] = {}
         if self.plan.teacher is not None and teacher is not None:
-            places += _gathered_places("teacher", self.plan.teacher.gathered, teacher)
-        places += _gathered_places("student", self.plan.student.gathered, student)
-        found: dict[Role, dict[Modality, dict[str, GroupFeatures]]] = {role: {"image": {}, "text": {}} for role in ("student", "teacher")}
-        tensors = gather_many([getattr(features, kind) for *_, kind, features in places], dim=1)
-        for (role, modality, group, kind, features), tensor in zip(places, tensors, strict=True):
-            old = found[role][modality].get(group, GroupFeatures(views=features.views))
-            found[role][modality][group] = replace(old, **cast(dict[str, Any], {kind: tensor}))
-        return {role: Features(image=groups["image"], text=groups["text"]) for role, groups in found.items()}
+            places |= {("teacher", *place): tensor for place, tensor in _gathered_places(self.plan.teacher.gathered, teacher)}
+        places |= {("student", *place): tensor for place, tensor in _gathered_places(self.plan.student.gathered, student)}
+        roles: tuple[Role, ...] = ("student", "teacher")
+        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {role: {"image": {}, "text": {}, "heads": {}} for role in roles}
+        for (role, section, name, kind), tensor in zip(places, gather_many(list(places.values()), dim=1), strict=True):
+            found[role][section].setdefault(name, {})[kind] = tensor
+        local = {"student": student, "teacher": teacher}
+        return {role: _features(sections, local[role]) for role, sections in found.items()}
 
     def _call_head(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
         with self._autocast():
@@ -199,16 +215,29 @@ def _spread(student: Features) -> dict[str, Tensor]:
     return found
 
 
-def _gathered_places(role: Role, needs: Sequence[Need], features: Features) -> Iterator[tuple[Role, Modality, str, str, GroupFeatures]]:
-    """Where the gathered needs of one role lie: (role, modality, group, kind, features), each once."""
-    seen = set()
+def _gathered_places(needs: Sequence[Need], features: Features) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
+    """Where the gathered needs of one role lie: (modality or ``heads``, group or head, kind or output), and what lies there."""
     for need in needs:
-        if need.modality is None or need.kind not in ("pooled", "projected"):
-            raise PluginError("gathered=True is for pooled and projected features; gather others with cosmos_ssl.functional.gather")
+        if need.head is not None:
+            given = features.heads[need.head]
+            for output in given if need.outputs is None else need.outputs:
+                if given[output].dim() == 3:
+                    yield ("heads", need.head, output), given[output]
+            continue
+        assert need.modality is not None
         for name, group in features.of(need.modality).items():
-            if need.group in (ALL, name) and (need.modality, name, need.kind) not in seen:
-                seen.add((need.modality, name, need.kind))
-                yield role, need.modality, name, need.kind, group
+            if need.group in (ALL, name):
+                yield (need.modality, name, need.kind), getattr(group, need.kind)
+
+
+def _features(sections: Mapping[str, Mapping[str, Mapping[str, Tensor]]], local: Features | None) -> Features:
+    """Gathered tensors as features, with the views of the local ones."""
+    groups: dict[Modality, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
+    for modality, found in groups.items():
+        for name, kinds in sections[modality].items():
+            assert local is not None
+            found[name] = GroupFeatures(views=local.of(modality)[name].views, **cast(Any, kinds))
+    return Features(image=groups["image"], text=groups["text"], heads=sections["heads"])
 
 
 def _tensors(features: Features) -> Iterator[Tensor]:

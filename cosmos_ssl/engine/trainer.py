@@ -26,7 +26,7 @@ from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, 
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
-from cosmos_ssl.engine.step import Step
+from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.identity import identity
@@ -108,7 +108,7 @@ class Trainer:
                 try:
                     return self._run()
                 except BaseException as error:
-                    unforeseen = not isinstance(error, CosmosError)
+                    unforeseen = not isinstance(error, CosmosError) or error.__cause__ is not None
                     log.info("the run ended: %s", error or type(error).__name__, exc_info=unforeseen, extra={"file_only": True})
                     raise
 
@@ -202,7 +202,7 @@ class Trainer:
         optimizer.drop_frozen(progress)
         norm = optimizer.clip(self.config.training.clip_grad_norm)
         moved: Mapping[str, float] = {}
-        if self._is_sound(result.loss, norm, views.keys):
+        if self._is_sound(result, norm, views.keys):
             moved = state.move(progress)
         else:
             self.step.restore_buffers()
@@ -212,10 +212,10 @@ class Trainer:
             scaler.update()
         return numbers
 
-    def _is_sound(self, loss: Tensor, norm: Tensor, keys: Sequence[str]) -> bool:
+    def _is_sound(self, result: StepResult, norm: Tensor, keys: Sequence[str]) -> bool:
         """Whether loss and gradient are finite; counts what is not. Raises TrainingError after too many in a row."""
         counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
-        finite_loss, finite_norm = torch.stack([loss.isfinite(), norm.isfinite()]).tolist()  # the one wait for the device of a step
+        finite_loss, finite_norm = torch.stack([result.loss.isfinite(), norm.isfinite()]).tolist()  # the one wait for the device of a step
         if finite_loss and finite_norm:
             counters.nonfinite_in_a_row = 0
             return True
@@ -226,7 +226,7 @@ class Trainer:
         counters.nonfinite_steps += 1
         counters.nonfinite_in_a_row += 1
         step = self.state.step + 1
-        what = "the gradient" if finite_loss else "the loss"
+        what = "the gradient" if finite_loss else self._broken(result.logs)
         log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
         if counters.nonfinite_in_a_row >= limit:
             raise TrainingError(
@@ -235,6 +235,12 @@ class Trainer:
             )
         log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys))
         return False
+
+    def _broken(self, logs: Mapping[str, Tensor]) -> str:
+        """The losses that are not finite."""
+        parts = self.assembly.model.parts()
+        values = {place: logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")}
+        return ", ".join(parts[place] for place, value in values.items() if not value.isfinite()) or "the weighted sum of the losses"
 
     # ------------------------------------------------------------------ log, checkpoint, evaluate
 

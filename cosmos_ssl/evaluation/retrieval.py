@@ -1,27 +1,37 @@
 """Image-text retrieval: ranks by counting, and the metrics of them under OpenCLIP's names.
 
-Shape letters: N images, M texts (any number of them an image), D shared width.
+Shape letters: N images, M texts (any number of them an image); "..." is what a score wants to know of one, by default a vector [D].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
+
+Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Images [n, ...] and texts [m, ...] -> scores [n, m]."""
 
 _ROWS = 248  # images of one tile; below 256, so that a count fits a byte
 _COLUMNS = 8192  # texts of one tile, at most
 
 
-def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def dot(images: Tensor, texts: Tensor) -> Tensor:
+    """The usual score."""
+    return images @ texts.T
+
+
+def retrieval_metrics(
+    images: Tensor, texts: Tensor, owners: Tensor, ks: Sequence[int] = (1, 5, 10), *, score: Score = dot
+) -> dict[str, float]:
     """Recall and ranks both ways: ``image_to_text_R@1``, ``text_to_image_mean_rank``, ...
 
-    ``images`` [N, D], ``texts`` [M, D], ``owners`` int [M]: the image of each text. R@k is a share (0..1); ranks
+    ``images`` [N, ...], ``texts`` [M, ...], ``owners`` int [M]: the image of each text. R@k is a share (0..1); ranks
     begin at 1, and the median is rounded down (OpenCLIP's). Raises ValueError as ``retrieval_ranks`` does.
     """
-    found = retrieval_ranks(images, texts, owners)
+    found = retrieval_ranks(images, texts, owners, score=score)
     metrics: dict[str, float] = {}
     for name, ranks in zip(("image_to_text", "text_to_image"), found, strict=True):
         metrics[f"{name}_mean_rank"] = ranks.double().mean().item() + 1
@@ -31,10 +41,10 @@ def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor, ks: Sequenc
 
 
 @torch.no_grad()
-def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Score = dot) -> tuple[Tensor, Tensor]:
     """How many candidates stand before the right one: of each image's best text int64 [N], of each text's image [M].
 
-    The score is the dot product. The result is that of a stable sort by falling score: of equal scores the
+    The result is that of a stable sort by falling score: of equal scores the
     earlier candidate comes first (texts in the order of their images); one that is not a number beats all.
     Every score is computed once, in tiles, so memory does not grow with N x M.
     Raises ValueError where an image has no text.
@@ -52,7 +62,7 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tens
     best, true = images.new_empty(len(images)), images.new_empty(len(texts))
     image_ranks, text_ranks = torch.full_like(counts, len(texts) - 1), torch.full_like(owners, len(images) - 1)
     for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):  # tiles that hold the right answers
-        scores = images[r0:r1] @ texts[c0:c1].T
+        scores = score(images[r0:r1], texts[c0:c1])
         best[r0:r1], true[c0:c1], *beaten = _own_tile(scores, owners[c0:c1] - r0)
         image_ranks[r0:r1] -= beaten[0]
         text_ranks[c0:c1] -= beaten[1]
@@ -60,7 +70,7 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tens
         for start, stop, later in ((0, c0, False), (c1, len(texts), True)):  # texts of earlier images, and of later ones
             for k0 in range(start, stop, _COLUMNS):
                 k1 = min(k0 + _COLUMNS, stop)
-                scores = images[r0:r1] @ texts[k0:k1].T
+                scores = score(images[r0:r1], texts[k0:k1])
                 # the stable order: at equal scores the later text loses, and the later image
                 image_ranks[r0:r1] -= _counts(scores, best[r0:r1, None], equal=later, dim=1)
                 text_ranks[k0:k1] -= _counts(scores, true[k0:k1], equal=not later, dim=0)

@@ -138,10 +138,11 @@ def _decoded(
         threads.shutdown(cancel_futures=True)
 
 
-def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Strings -> unit features [n, D] on the encoder's device."""
+def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, *, to_match: bool = False) -> Tensor:
+    """Strings -> unit features [n, D] on the encoder's device; ``to_match``: what ``encoder.match`` takes, [n, ...]."""
+    encode = encoder.match_text if to_match else encoder.encode_text
     starts = range(0, len(texts), batch_size)
-    return torch.cat([encoder.encode_text(encoder.tokenize(texts[start : start + batch_size])) for start in starts])
+    return torch.cat([encode(encoder.tokenize(texts[start : start + batch_size])) for start in starts])
 
 
 def label_of(sample: Sample, name: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,8 +15,10 @@ from cosmos_ssl.api import (
     Features,
     GroupFeatures,
     GroupPlan,
+    Head,
     ImageGroup,
     Modality,
+    Need,
     Spec,
     TextGroup,
     Tokenizer,
@@ -23,9 +26,11 @@ from cosmos_ssl.api import (
     TowerSpec,
     UserError,
     Views,
+    ViewSpec,
     normalise,
 )
 from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.plan import make_plan
 
 _GROUP = "global"  # the group that heads know as whole pictures and whole texts
 
@@ -75,6 +80,38 @@ class ModelEncoder:
             pooled = self._image(self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
         assert pooled is not None
         return pooled[0].float()
+
+    def match_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> what ``match`` wants to know of each, [B, ...]."""
+        return self._match_input("image", Views(keys=[""] * len(pixels), image={_GROUP: self._pixels(pixels)}))
+
+    def match_text(self, tokens: Tensor) -> Tensor:
+        """Token ids [T, S] -> what ``match`` wants to know of each text, [T, ...]."""
+        return self._match_input("text", Views(keys=[""] * len(tokens), text={_GROUP: self._texts(tokens)}))
+
+    def match(self, images: Tensor, texts: Tensor) -> Tensor:
+        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: the head's rule, by default the dot product."""
+        head = self._matching
+        if head is None:
+            return images @ texts.T
+        with self._reading():
+            return head.match(images.to(self.device), texts.to(self.device)).float()
+
+    @property
+    def _matching(self) -> Head | None:
+        heads = (self.model.head(name) for name in self.model.heads)
+        return next((head for head in heads if head.matches), None)
+
+    def _match_input(self, modality: Modality, views: Views) -> Tensor:
+        head = self._matching
+        needs = [Need(modality=modality)] if head is None else head.match_needs(modality)
+        offered = {_GROUP: ViewSpec(views=1)}
+        spec = replace(self.spec, image_views=offered, text_views=offered, has_teacher=False)
+        heads = {name: self.model.head(name) for name in self.model.heads}
+        plan = make_plan(spec, self.model.towers, heads, {}, extra=needs)
+        with self._reading():
+            features = self.model.encode(views, plan.student)
+            return features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Patch tokens in the shared space [B, N, D] and the pooled feature [B, D], neither normalised.

@@ -10,11 +10,11 @@ from cosmos_ssl.api import ALL, GroupPlan, Head, Loss, Modality, Need, PluginErr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolePlan:
-    """What one role computes: view groups by modality, heads in running order, needs to gather over ranks."""
+    """What one role computes: view groups by modality, outputs of heads in running order, needs to gather over ranks."""
 
     image: Mapping[str, GroupPlan] = field(default_factory=dict)
     text: Mapping[str, GroupPlan] = field(default_factory=dict)
-    heads: Sequence[str] = ()
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gathered: Sequence[Need] = ()
 
     def of(self, modality: Modality) -> Mapping[str, GroupPlan]:
@@ -42,33 +42,38 @@ def make_plan(
     Raises PluginError where a need is not on offer, naming who asked and what there is.
     """
     needs: dict[Role, list[tuple[str, Need]]] = {"student": [], "teacher": []}
-    running: dict[Role, set[str]] = {"student": set(), "teacher": set()}
+    running: dict[Role, dict[str, set[str]]] = {"student": {}, "teacher": {}}
 
-    def add(who: str, need: Need) -> None:
+    def add(who: str, need: Need, above: Sequence[str]) -> None:
         if need.role == "teacher" and not spec.has_teacher:
             raise PluginError(f"{who} reads a teacher, and the config has none. Set teacher.type, for example to 'ema'")
         needs[need.role].append((who, need))
         if need.head is None:
             return
-        if need.head not in heads:
-            raise PluginError(f"{who} reads the head '{need.head}', which the config does not have. Heads: {_listed(heads)}")
-        if need.head not in running[need.role]:
-            running[need.role].add(need.head)
-            for inner in heads[need.head].requires():
-                add(f"heads.{need.head}", replace(inner, role=need.role))
+        wanted = _outputs(who, need, heads, above)
+        known = running[need.role].setdefault(need.head, set())
+        if not wanted <= known:
+            known |= wanted
+            before = above[: above.index(need.head)]
+            for inner in heads[need.head].requires(sorted(known)):
+                add(f"heads.{need.head}", replace(inner, role=need.role), before)
 
     for name, loss in losses.items():
         for need in loss.requires():
-            add(f"losses.{name}", need)
+            add(f"losses.{name}", need, list(heads))
     for need in extra:
-        add("the caller", need)
+        add("the caller", need, list(heads))
 
     plans = {role: _role_plan(spec, towers, heads, needs[role], running[role]) for role in needs}
     return Plan(student=plans["student"], teacher=plans["teacher"] if needs["teacher"] else None)
 
 
 def _role_plan(
-    spec: Spec, towers: Mapping[Modality, Tower], heads: Mapping[str, Head], needs: Sequence[tuple[str, Need]], running: set[str]
+    spec: Spec,
+    towers: Mapping[Modality, Tower],
+    heads: Mapping[str, Head],
+    needs: Sequence[tuple[str, Need]],
+    running: Mapping[str, set[str]],
 ) -> RolePlan:
     groups: dict[Modality, dict[str, GroupPlan]] = {"image": {}, "text": {}}
     for who, need in needs:
@@ -81,14 +86,30 @@ def _role_plan(
     return RolePlan(
         image=ordered["image"],
         text=ordered["text"],
-        heads=tuple(name for name in heads if name in running),
+        heads={name: tuple(o for o in head.outputs() if o in running[name]) for name, head in heads.items() if name in running},
         gathered=tuple(dict.fromkeys(need for _, need in needs if need.gathered)),
     )
+
+
+def _outputs(who: str, need: Need, heads: Mapping[str, Head], above: Sequence[str]) -> set[str]:
+    """The outputs of a head that ``need`` speaks of, or PluginError."""
+    assert need.head is not None
+    if need.head not in heads:
+        raise PluginError(f"{who} reads the head '{need.head}', which the config does not have. Heads: {_listed(heads)}")
+    if need.head not in above:
+        raise PluginError(f"{who} reads the head '{need.head}', which runs after it. List '{need.head}' above it in heads")
+    offered = heads[need.head].outputs()
+    strangers = [name for name in need.outputs or () if name not in offered]
+    if strangers:
+        raise PluginError(f"{who} reads '{strangers[0]}' of the head '{need.head}', which gives: {_listed(offered)}")
+    return set(offered if need.outputs is None else need.outputs)
 
 
 def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -> list[str]:
     """The names of the groups that ``need`` speaks of, or PluginError."""
     assert need.modality is not None
+    if need.gathered and need.kind not in ("pooled", "projected"):
+        raise PluginError(f"{who} wants {need.kind} gathered, which is for pooled and projected features and for heads' outputs")
     offered = spec.views(need.modality)
     tower = towers.get(need.modality)
     if tower is None:

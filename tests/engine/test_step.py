@@ -179,10 +179,10 @@ class Mixing(Head):
     def outputs(self):
         return {"image": 16}
 
-    def requires(self):
+    def requires(self, outputs):
         return [Need(modality="image", group="global")]
 
-    def forward(self, features, views):
+    def forward(self, features, views, outputs):
         x = features.image["global"].projected
         return {"image": x - x.mean((0, 1))}
 
@@ -210,7 +210,7 @@ def returns(value):
     ("value", "message"),
     [
         (torch.tensor(1.0), r"losses\.faulty returned Tensor, expected LossOutput"),
-        (LossOutput(terms={"a": torch.ones(3)}), r"losses\.faulty: 'a' has shape \[3\], expected a scalar"),
+        (LossOutput(terms={"a": torch.ones(3)}), r"losses\.faulty returned 'a' of shape \[3\], expected a scalar"),
         (LossOutput(terms={}), r"losses\.faulty returned no terms"),
     ],
 )

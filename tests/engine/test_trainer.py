@@ -116,14 +116,15 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tiny, rows, tmp_p
     assert (last["step"], last["skipped_steps"]) == (3, 1)
     assert (last["loss"] is None) == (fault == "loss")
     said = (tmp_path / "longer/log.txt").read_text()
-    assert f"step 3: the {fault} is not finite, so the update is skipped (samples s" in said
+    what = "losses.match" if fault == "loss" else "the gradient"
+    assert f"step 3: {what} is not finite, so the update is skipped (samples s" in said
 
 
 def test_too_many_such_steps_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.Match, "poison", {1: "loss", 3: "loss", 4: "loss", 5: "loss"})
     config = tiny.make_config(training={"batch_size": 4, "precision": "fp32", "device": "cpu", "max_nonfinite_steps": 3})
     with pytest.raises(
-        TrainingError, match=r"step 6: the loss is not finite, 3 steps in a row .* Samples of this step: s\d+, s\d+, s\d+, s\d+\."
+        TrainingError, match=r"step 6: losses\.match is not finite, 3 steps in a row .* Samples of this step: s\d+, s\d+, s\d+, s\d+\."
     ):
         tiny.make_trainer(tmp_path, config).train()
 

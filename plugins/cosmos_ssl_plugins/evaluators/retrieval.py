@@ -21,6 +21,7 @@ _log = logging.getLogger("cosmos_ssl.evaluation")
 class Retrieval(Evaluator):
     """Finds the texts of each picture among all texts, and the picture of each text among all pictures.
 
+    The score is the dot product of unit features, or the rule of a head that has one (``Head.match``).
     ``data`` are shards (None: the training set's validation shards). ``texts`` is ``txt``, the text member, or a list of
     the JSON; a picture may have several texts and is found if any of them is. Pictures without one are left
     out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode.
@@ -56,7 +57,7 @@ class Retrieval(Evaluator):
             told = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
             untold += [sample for sample in batch.samples if not sample.captions.get(self.texts)]
             if told:
-                features.append(encoder.encode_image(batch.pixels[told]))
+                features.append(encoder.match_image(batch.pixels[told]))
             for n in told:
                 own = batch.samples[n].captions[self.texts]
                 owners += [len(places)] * len(own)
@@ -64,8 +65,8 @@ class Retrieval(Evaluator):
                 texts += own
         self._tell_of(untold, len(places))
         images = torch.cat(features)
-        encoded = encode_texts(encoder, texts, self.batch_size)
-        metrics = retrieval_metrics(images, encoded, torch.tensor(owners))
+        encoded = encode_texts(encoder, texts, self.batch_size, to_match=True)
+        metrics = retrieval_metrics(images, encoded, torch.tensor(owners), score=encoder.match)
         drawn = self._draw(encoder, images, encoded, texts, owners, places) if pictures else {}
         return Evaluation(metrics=metrics, pictures=drawn)
 
@@ -85,7 +86,7 @@ class Retrieval(Evaluator):
         samples = [self.data.read(places[n]).decode() for n in shown]
         matches = []
         for picture, n in zip(samples, shown, strict=True):
-            scores = (images[n] @ encoded.T).cpu()
+            scores = encoder.match(images[n : n + 1], encoded)[0].cpu()
             best = scores.topk(min(BEST, len(texts))).indices.tolist()
             own = [i for i, owner in enumerate(owners) if owner == n]
             rank = int((scores > scores[own].max()).sum()) + 1

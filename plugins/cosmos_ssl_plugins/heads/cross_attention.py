@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -85,34 +85,45 @@ class CrossAttention(Head):
         """``image`` and ``text``, both of the shared width."""
         return {"image": self.width, "text": self.width}
 
-    def requires(self) -> list[Need]:
-        """Projected features of all views; tokens of the first global view of each modality."""
-        return [
-            Need(modality="image", group=ALL, kind="projected"),
-            Need(modality="text", group=ALL, kind="projected"),
-            Need(modality="image", group="global", views=(0,), kind="tokens"),
-            Need(modality="text", group="global", views=(0,), kind="tokens", pads=not self.mask_padding),
-        ]
+    def requires(self, outputs: Collection[str]) -> list[Need]:
+        """Projected features of all views of a modality; tokens of the first global view of the other."""
+        needs = []
+        if "image" in outputs:
+            needs.append(Need(modality="image", group=ALL, kind="projected"))
+            needs.append(Need(modality="text", group="global", views=(0,), kind="tokens", pads=not self.mask_padding))
+        if "text" in outputs:
+            needs.append(Need(modality="text", group=ALL, kind="projected"))
+            needs.append(Need(modality="image", group="global", views=(0,), kind="tokens"))
+        return needs
 
-    def _inputs(self, features: Features, views: Views, *, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries and mapped tokens of image and text, and the text's lengths where pads are hidden."""
-        image_tokens = self.image_tokens(features.image["global"].tokens_of((0,))[0])
-        text_tokens = self.text_tokens(features.text["global"].tokens_of((0,))[0])
-        lengths = views.text["global"].lengths[0] if mask else None
-        return features.stack("image"), features.stack("text"), image_tokens, text_tokens, lengths
+    def unread(self, outputs: Collection[str]) -> list[str]:
+        """The asking module of an output that nobody reads, and the map of the tokens that it would ask."""
+        patterns = {"image": ["image_asks_text.*", "text_tokens.*"], "text": ["text_asks_image.*", "image_tokens.*"]}
+        return [pattern for name, own in patterns.items() if name not in outputs for pattern in own]
 
-    def forward(self, features: Features, views: Views) -> HeadOutput:
+    def _image_asks(self, features: Features, views: Views, *, mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image queries [V, B, D], the text's tokens [B, S, D], and its lengths where pads are hidden."""
+        tokens = self.text_tokens(features.text["global"].tokens_of((0,))[0])
+        return features.stack("image"), tokens, views.text["global"].lengths[0] if mask else None
+
+    def _text_asks(self, features: Features) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Text queries [T, B, D] and the image's tokens [B, N, D]."""
+        return features.stack("text"), self.image_tokens(features.image["global"].tokens_of((0,))[0]), None
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
         """Unit cross features of every view."""
-        image, text, image_tokens, text_tokens, lengths = self._inputs(features, views, mask=self.mask_padding)
-        return {
-            "image": normalise(image + self.image_asks_text(image, text_tokens, lengths)),
-            "text": normalise(text + self.text_asks_image(text, image_tokens, None)),
-        }
+        found = {}
+        if "image" in outputs:
+            image, tokens, lengths = self._image_asks(features, views, mask=self.mask_padding)
+            found["image"] = normalise(image + self.image_asks_text(image, tokens, lengths))
+        if "text" in outputs:
+            text, tokens, lengths = self._text_asks(features)
+            found["text"] = normalise(text + self.text_asks_image(text, tokens, lengths))
+        return found
 
     def attention_weights(self, features: Features, views: Views, *, mask_padding: bool = True) -> dict[str, Tensor]:
         """Where each view looks, averaged over heads: ``image`` over words [V, B, S], ``text`` over patches [T, B, N]."""
-        image, text, image_tokens, text_tokens, lengths = self._inputs(features, views, mask=mask_padding)
         return {
-            "image": self.image_asks_text.weights(image, text_tokens, lengths),
-            "text": self.text_asks_image.weights(text, image_tokens, None),
+            "image": self.image_asks_text.weights(*self._image_asks(features, views, mask=mask_padding)),
+            "text": self.text_asks_image.weights(*self._text_asks(features)),
         }

@@ -37,7 +37,7 @@ class CrossModalityDistillation(Loss):
     def requires(self) -> list[Need]:
         """The head on the student; the teacher's global features of all ranks."""
         return [
-            Need(head=self.head),
+            Need(head=self.head, outputs=("image", "text")),
             Need(role="teacher", modality="image", group="global", kind="projected", gathered=True),
             Need(role="teacher", modality="text", group="global", kind="projected", gathered=True),
         ]

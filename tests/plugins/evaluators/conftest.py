@@ -33,6 +33,15 @@ class ColourEncoder:
     def tokenize(self, texts):
         return torch.tensor([[name in text for name in COLOURS] for text in texts]).long()
 
+    def match_image(self, pixels):
+        return self.encode_image(pixels)
+
+    def match_text(self, tokens):
+        return self.encode_text(tokens)
+
+    def match(self, images, texts):
+        return images @ texts.T
+
     def encode_text(self, tokens, *, normalize=True):
         return F.normalize(tokens.float() @ torch.tensor(list(COLOURS.values())).float() / 255, dim=-1)
 

@@ -1,5 +1,7 @@
 """COSMOS's cross-attention head against torch.nn.MultiheadAttention, and what it asks for."""
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ def test_equals_the_usual_module_called_view_by_view(batch, mask):
     features, views = batch
     head = CrossAttention(SPEC, num_heads=8, mask_padding=mask)
     nn.init.normal_(head.image_asks_text.qkv.bias)
-    out = head(features, views)
+    out = head(features, views, ("image", "text"))
     hidden = torch.arange(7) >= views.text["global"].lengths[0][:, None] if mask else None
     text_tokens = head.text_tokens(features.text["global"].tokens[0])
     image, image_weights = expected(head.image_asks_text, features.stack("image"), text_tokens, hidden)
@@ -63,9 +65,24 @@ def test_equals_the_usual_module_called_view_by_view(batch, mask):
 
 
 def test_pads_are_asked_for_unless_masked():
-    pads = [need.pads for need in CrossAttention(SPEC).requires() if need.modality == "text" and need.kind == "tokens"]
-    masked = [need.pads for need in CrossAttention(SPEC, mask_padding=True).requires() if need.modality == "text" and need.kind == "tokens"]
-    assert (pads, masked) == ([True], [False])
+    heads = CrossAttention(SPEC), CrossAttention(SPEC, mask_padding=True)
+    assert [[need.pads for need in head.requires(["image"]) if need.kind == "tokens"] for head in heads] == [[True], [False]]
+
+
+@pytest.mark.parametrize(("output", "other"), [("image", "text"), ("text", "image")])
+def test_an_output_alone_is_the_same_and_asks_for_less(batch, output, other):
+    features, views = batch
+    head = CrossAttention(SPEC)
+    both = head(features, views, ("image", "text"))
+    alone = head(features, views, (output,))
+    assert set(alone) == {output}
+    assert torch.equal(alone[output], both[output])
+    needs = head.requires((output,))
+    assert {(need.modality, need.kind) for need in needs} == {(output, "projected"), (other, "tokens")}
+    alone[output].sum().backward()
+    unread = head.unread((output,))
+    reached = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in head.named_parameters() if not any(fnmatchcase(name, pattern) for pattern in unread)}
 
 
 def test_impossible_options_are_named():
