@@ -213,7 +213,8 @@ class _SampleViewer:
         crops: dict[str, Mapping[str, Any]] = {}
         for augmenter in (self.text, self.image):  # texts first: they are cheap, and may show that the sample is bad
             if augmenter is not None:
-                self.at = f"augmenter {augmenter.part_name or type(augmenter).__name__} on sample {sample.key} of {shard}"
+                whose = f" ({augmenter.part_source})" * bool(augmenter.part_source)
+                self.at = f"augmenters.{augmenter.modality}{whose} on sample {sample.key} of {shard}"
                 is_text = augmenter.modality == "text"
                 if is_text and not any(sample.captions.values()):
                     raise BadSample("no caption")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from cosmos_ssl.api import Evaluation, Role
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.signals import Signals
 from cosmos_ssl.models.encoder import ModelEncoder
-from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.model import Model, blaming
 
 
 class WatchedEncoder(ModelEncoder):
@@ -20,20 +21,12 @@ class WatchedEncoder(ModelEncoder):
 
     signals: Signals
 
-    def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
         """As ``ModelEncoder``. Raises Interrupted."""
         self.signals.check()
-        return super().encode_image(pixels, normalize=normalize)
-
-    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
-        """As ``ModelEncoder``. Raises Interrupted."""
-        self.signals.check()
-        return super().encode_text(tokens, normalize=normalize)
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """As ``ModelEncoder``. Raises Interrupted."""
-        self.signals.check()
-        return super().image_features(pixels)
+        with super().reading():
+            yield
 
 
 def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch: int, total_steps: int) -> list[str]:
@@ -53,7 +46,9 @@ def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype
         encoder = WatchedEncoder(model, assembly.spec, assembly.tokenizer, dtype=dtype)
         encoder.signals = signals
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
-        found = assembly.evaluators[name].evaluator.evaluate(encoder, pictures=True)
+        evaluator = assembly.evaluators[name].evaluator
+        with blaming(evaluator, f"evaluators.{name}"):
+            found = evaluator.evaluate(encoder, pictures=True)
         metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
         pictures |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
     return Evaluation(metrics=metrics, pictures=pictures)

@@ -16,7 +16,7 @@ from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
-from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.model import Model, blaming
 
 _MODEL = "model."
 _TEACHER = "teacher."
@@ -58,13 +58,17 @@ class RunState:
     def move(self, progress: Progress) -> dict[str, float]:
         """One update from the gradients that are there: teacher and optimiser in the order asked for, then the hooks."""
         before = self.assembly.update_when == "before_optimizer_step"
-        moved = dict(self.teacher.update(self.model, progress)) if before else {}
+        moved = self._move_teacher(progress) if before else {}
         self.optimizer.step()
-        moved |= {} if before else self.teacher.update(self.model, progress)
+        moved |= {} if before else self._move_teacher(progress)
         self.model.after_step()
         if self.teacher_model is not None:
             self.teacher_model.after_step()
         return moved
+
+    def _move_teacher(self, progress: Progress) -> dict[str, float]:
+        with blaming(self.teacher, "teacher"):
+            return dict(self.teacher.update(self.model, progress))
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""

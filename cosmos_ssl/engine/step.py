@@ -26,6 +26,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.functional import gather_many, rank
+from cosmos_ssl.models.model import blaming
 from cosmos_ssl.types import map_tensors
 
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -87,7 +88,8 @@ class Step:
         augmenter = self.assembly.augmenters.get("image")
         if augmenter is None:
             return views
-        return replace(views, image={n: g if g.pixels.is_floating_point() else augmenter.finish(g) for n, g in views.image.items()})
+        with blaming(augmenter, "augmenters.image"):
+            return replace(views, image={n: g if g.pixels.is_floating_point() else augmenter.finish(g) for n, g in views.image.items()})
 
     @torch.no_grad()
     def teacher_features(self, views: Views) -> Features | None:

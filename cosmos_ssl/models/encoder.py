@@ -66,17 +66,17 @@ class ModelEncoder:
 
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, D], unit vectors unless told otherwise."""
-        with self._reading():
+        with self.reading():
             return _projected(self._image(self._pixels(pixels), GroupPlan(views=(0,))), normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Token ids [B, S] -> [B, D], unit vectors unless told otherwise."""
-        with self._reading():
+        with self.reading():
             return _projected(self._text(self._texts(tokens), GroupPlan(views=(0,))), normalize)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> pooled features before the projection [B, W]."""
-        with self._reading():
+        with self.reading():
             pooled = self._image(self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
         assert pooled is not None
         return pooled[0].float()
@@ -94,7 +94,7 @@ class ModelEncoder:
         head = self._matching
         if head is None:
             return images @ texts.T
-        with self._reading():
+        with self.reading():
             return head.match(images.to(self.device), texts.to(self.device)).float()
 
     @property
@@ -109,7 +109,7 @@ class ModelEncoder:
         spec = replace(self.spec, image_views=offered, text_views=offered, has_teacher=False)
         heads = {name: self.model.head(name) for name in self.model.heads}
         plan = make_plan(spec, self.model.towers, heads, {}, extra=needs)
-        with self._reading():
+        with self.reading():
             features = self.model.encode(views, plan.student)
             return features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
 
@@ -122,7 +122,7 @@ class ModelEncoder:
         tower = cast(Any, self._tower("image"))
         if "csa" not in tower.capabilities:
             raise UserError(f"the image tower '{tower.part_name}' has no dense inference; clip_vit has")
-        with self._reading():
+        with self.reading():
             tokens, pooled = tower.dense(pixels.to(self.device), csa=csa)
             return (tokens @ tower.projection).float(), (pooled @ tower.projection).float()
 
@@ -135,7 +135,7 @@ class ModelEncoder:
         head = next((head for head in self.model.heads.values() if hasattr(head, "attention_weights")), None)
         if head is None:
             return None
-        with self._reading():
+        with self.reading():
             image, text = self._pixels(pixels), self._texts(tokens)
             plan = GroupPlan(views=(0,), tokens=(0,))
             features = Features(image={_GROUP: self._image(image, plan)}, text={_GROUP: self._text(text, plan)})
@@ -164,7 +164,8 @@ class ModelEncoder:
     # ------------------------------------------------------------------ what these stand on
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
+        """What every method works in: evaluation mode, no gradients, the precision asked for."""
         training = self.model.training
         if training:
             self.model.eval()

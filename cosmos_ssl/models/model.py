@@ -66,13 +66,13 @@ class Model(nn.Module):
         towers: dict[Modality, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
         for modality, tower in self.towers.items():
             if plan.of(modality):
-                with _blaming(tower, f"model.{modality}"):
+                with blaming(tower, f"model.{modality}"):
                     towers[modality] = tower(views.image if modality == "image" else views.text, plan.of(modality))
         heads: dict[str, HeadOutput] = {}
         features = Features(image=towers["image"], text=towers["text"], heads=heads)
         for name, outputs in plan.heads.items():
             head = self.head(name)
-            with _blaming(head, f"heads.{name}"):
+            with blaming(head, f"heads.{name}"):
                 heads[name] = _checked_outputs(head, outputs, head(features, views, outputs))
         return features
 
@@ -80,13 +80,13 @@ class Model(nn.Module):
         """Phase two: every loss once."""
         outputs = {}
         for name in self.losses:
-            with _blaming(self.loss(name), f"losses.{name}"):
+            with blaming(self.loss(name), f"losses.{name}"):
                 outputs[name] = _checked_loss(self.loss(name)(context))
         return outputs
 
     def respond(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
         """Call a head on behalf of a loss."""
-        with _blaming(self.head(name), f"heads.{name}"):
+        with blaming(self.head(name), f"heads.{name}"):
             return self.head(name).respond(*args, **kwargs)
 
     def after_step(self) -> None:
@@ -108,7 +108,7 @@ class Model(nn.Module):
 
 
 @contextmanager
-def _blaming(part: Part, place: str) -> Iterator[None]:
+def blaming(part: Part, place: str) -> Iterator[None]:
     """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback."""
     try:
         yield

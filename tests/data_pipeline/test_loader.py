@@ -172,8 +172,8 @@ def test_errors_reach_the_trainer(
 
 def test_a_failing_augmenter_is_named(shards: Make, views: dict[str, Any]) -> None:
     views["image"].crop = None
-    views["image"].part_name = "mine"
-    with pytest.raises(TrainingError, match=r"augmenter mine on sample key\d+ of a-000\.tar: TypeError"):
+    views["image"].part_source = "'mine' of my-crops 0.3.1"
+    with pytest.raises(TrainingError, match=r"augmenters\.image \('mine' of my-crops 0\.3\.1\) on sample key\d+ of a-000\.tar: TypeError"):
         list(loader(shards(9), views).batches(0, 1))
 
 
