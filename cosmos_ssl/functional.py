@@ -140,11 +140,11 @@ class _Sigmoid(torch.autograd.Function):
         start = rank() * rows
         sums = a.new_zeros(v, u)
         for part in _chunks(rows, v * u * columns, chunk):
-            sums += F.softplus(_logits(a[:, part], b, scale).add_(bias)).sum((1, 3))
-        positive = torch.einsum("vbd,ubd->vu", a, b[:, start : start + rows]) * scale + rows * bias
+            logits = _turn_own(_logits(a[:, part], b, scale).add_(bias), start + part.start)
+            sums -= F.logsigmoid(logits.neg_()).sum((1, 3))
         ctx.save_for_backward(a, b, scale, bias, weights)
         ctx.chunk, ctx.start = chunk, start
-        return (weights * (sums - positive)).sum() / rows  # softplus(-x) = softplus(x) - x
+        return (weights * sums).sum() / rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -156,15 +156,21 @@ class _Sigmoid(torch.autograd.Function):
         weight = (weights * (grads[0] / rows)).view(v, 1, u, 1)
         for part in _chunks(rows, v * u * columns, ctx.chunk):
             logits = _logits(a[:, part], b, scale)
-            g = (logits + bias).sigmoid_()
-            m = torch.arange(g.shape[1], device=a.device)
-            g[:, m, :, m + ctx.start + part.start] -= 1
+            first = ctx.start + part.start
+            g = _turn_own(_turn_own(logits + bias, first).sigmoid_(), first)
             g *= weight
             grad_scale += (g * logits).sum() / scale
             grad_bias += g.sum()
             _pull(g.view(-1, u * columns) * scale, a, b, part, grad_a, grad_b)
         needed = ctx.needs_input_grad
         return grad_a, grad_b, grad_scale if needed[2] else None, grad_bias if needed[3] else None, None, None
+
+
+def _turn_own(logits: Tensor, first: int) -> Tensor:
+    """Change the sign where row m meets column ``first + m`` of [V, m, U, N], in place: a sample and itself."""
+    m = torch.arange(logits.shape[1], device=logits.device)
+    logits[:, m, :, m + first] *= -1
+    return logits
 
 
 def _pull(g: Tensor, a: Tensor, b: Tensor, part: slice, grad_a: Tensor | None, grad_b: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from cosmos_ssl.functional import gather, gather_many, info_nce
+from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, sigmoid_loss
 
 
 def dense(a, b, scale):
@@ -18,6 +18,12 @@ def dense(a, b, scale):
             logits = scale * x @ y.T
             losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
     return torch.stack(losses).mean()
+
+
+def dense_sigmoid(a, b, scale, bias):
+    """Mean over view pairs of algorithm 1 of the SigLIP paper: summed over the columns, averaged over the rows."""
+    signs = 2 * torch.eye(a.shape[1], dtype=a.dtype) - 1
+    return torch.stack([-F.logsigmoid(signs * (scale * x @ y.T + bias)).sum() / len(x) for x in a for y in b]).mean()
 
 
 def unit(*shape, seed=0):
@@ -92,3 +98,94 @@ def test_ranks_share_the_global_batch_exactly(world, tmp_path):
 def test_gather_alone_returns_its_input():
     x = torch.randn(3, 2)
     assert gather(x) is x
+
+
+# ---------------------------------------------------------------------------- the sigmoid loss
+
+
+def with_gradients(function, a, b, scale=14.3, bias=-2.1):
+    """The loss and its gradients in a, b, scale and bias, of a multiple of it."""
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    leaves += [torch.tensor(value, dtype=a.dtype, requires_grad=True) for value in (scale, bias)]
+    loss = function(*leaves)
+    return loss, *torch.autograd.grad(1.7 * loss, leaves)
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
+def test_sigmoid_loss_equals_dense_loss_and_gradients(chunk):
+    a, b = unit(3, 7, 5), unit(2, 7, 5, seed=1)
+    chunked = with_gradients(lambda *x: sigmoid_loss(*x, chunk=chunk), a, b)
+    for ours, plain in zip(chunked, with_gradients(dense_sigmoid, a, b), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_sigmoid_loss_passes_the_numerical_check_of_its_gradients():
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (7.0, -1.5))
+    inputs = (unit(2, 3, 4).requires_grad_(), unit(2, 3, 4, seed=1).requires_grad_(), scale, bias)
+    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, chunk=20), inputs)
+
+
+def test_sigmoid_loss_weighs_views():
+    a, b = unit(3, 6, 4), unit(2, 6, 4, seed=1)
+    scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (10.0, -3.0))
+    weighted = sigmoid_loss(a, b, scale, bias, a_weights=[0.5, 0.25, 0.25], b_weights=[1.0, 0.0])
+    plain = 0.5 * dense_sigmoid(a[:1], b[:1], scale, bias) + 0.5 * dense_sigmoid(a[1:], b[:1], scale, bias)
+    torch.testing.assert_close(weighted, plain)
+
+
+def test_sigmoid_loss_without_gradient_to_some_inputs():
+    a = unit(1, 4, 3).requires_grad_()
+    sigmoid_loss(a, unit(1, 4, 3, seed=1), torch.tensor(5.0, dtype=torch.float64), torch.tensor(-5.0)).backward()
+    assert a.grad is not None
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, -80.0), (30.0, -15.0)])
+def test_sigmoid_loss_keeps_small_losses_and_gradients_in_float32(scale, bias):
+    """Sure matches: what is left of the loss (1e-8 in one case) must not drown in what cancels."""
+    b = unit(1, 64, 128)
+    a = F.normalize(b + 0.01 * unit(1, 64, 128, seed=1), dim=-1)
+    exact = with_gradients(dense_sigmoid, a, b, scale, bias)
+    for ours, value in zip(with_gradients(sigmoid_loss, a.float(), b.float(), scale, bias), exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - value).norm() <= 1e-4 * value.norm()
+
+
+def test_sigmoid_loss_of_half_precision_is_computed_in_float32():
+    a, b = unit(2, 8, 16).bfloat16(), unit(2, 8, 16, seed=1).bfloat16()
+    loss = sigmoid_loss(a, b, torch.tensor(14.0), torch.tensor(-2.0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), dense_sigmoid(a.double(), b.double(), 14.0, -2.0), rtol=1e-5, atol=1e-5)
+
+
+def _sigmoid_rank(rank, world, path, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    shares = unit(3, 8, 5)[:, share], unit(2, 8, 5, seed=1)[:, share]
+    found = with_gradients(lambda a, b, *scalars: sigmoid_loss(a, gather(b, dim=1), *scalars, chunk=50), *shares)
+    results[rank] = [x.detach().clone() for x in found]
+    numbers = torch.tensor([rank, -rank, 3.0 * rank], requires_grad=True)
+    results[f"most {rank}"] = all_max(numbers), all_sum(numbers), numbers.detach().clone()
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_sigmoid_loss_exactly(tmp_path):
+    """Averaged over two ranks, losses and gradients are those of the whole batch on one; so are sums and maxima."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_sigmoid_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
+        ranks = [results[r] for r in range(2)]
+        reduced = [results[f"most {r}"] for r in range(2)]
+    loss, grad_a, grad_b, grad_scale, grad_bias = with_gradients(dense_sigmoid, unit(3, 8, 5), unit(2, 8, 5, seed=1))
+    exact = {"rtol": 1e-10, "atol": 1e-12}
+    for number, expected in ((0, loss), (3, grad_scale), (4, grad_bias)):
+        torch.testing.assert_close((ranks[0][number] + ranks[1][number]) / 2, expected, **exact)
+    torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1) / 2, grad_a, **exact)
+    torch.testing.assert_close(torch.cat([r[2] for r in ranks], 1) / 2, grad_b, **exact)
+    for rank, (most, total, own) in enumerate(reduced):
+        assert most.tolist() == [1, 0, 3] and total.tolist() == [1, -1, 3] and not most.requires_grad
+        assert own.tolist() == [rank, -rank, 3 * rank]  # left as it was
+
+
+def test_largest_value_alone_is_the_value():
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    assert torch.equal(all_max(x), x.detach()) and not all_max(x).requires_grad
