@@ -21,6 +21,7 @@ from typing import Any
 
 from cosmos_ssl import __version__
 from cosmos_ssl.errors import PluginError, did_you_mean
+from cosmos_ssl.registry_docs import option_docs
 
 OWN = "cosmos-ssl"
 
@@ -269,7 +270,7 @@ def options(cls: type[Any]) -> list[Option]:
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
     if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
         raise PluginError(f"{_path(cls)}: the first argument of the constructor must be the spec")
-    docs = _option_docs(cls)
+    docs = option_docs(cls, [parameter.name for parameter in parameters[1:]])
     found = []
     for parameter in parameters[1:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -293,24 +294,6 @@ def _resolved(cls: type[Any], parameter: inspect.Parameter) -> Any:
         return typing.get_type_hints(holder, globalns=scope, include_extras=True)[parameter.name]
     except Exception as error:
         raise PluginError(f"{_path(cls)}: the type of the option '{parameter.name}' cannot be read: {first_line(error)}") from error
-
-
-def _option_docs(cls: type[Any]) -> dict[str, str]:
-    """What the docstrings of a class and its constructor say of options, in lines of the form ``name: text``."""
-    text = "\n".join(inspect.cleandoc(doc) for doc in (cls.__doc__, cls.__init__.__doc__) if doc)
-    docs: dict[str, str] = {}
-    name, indent = "", 0
-    for line in text.splitlines():
-        depth = len(line) - len(line.lstrip())
-        match = re.match(r"[\s*-]*`{0,2}(\w+)`{0,2}(?:\s*\([^)]*\))?:\s+(\S.*)$", line)
-        if match:
-            name, indent = match[1], depth
-            docs.setdefault(name, match[2].strip())
-        elif name and line.strip() and depth > indent:
-            docs[name] += f" {line.strip()}"
-        else:
-            name = ""
-    return docs
 
 
 def type_name(annotation: Any) -> str:
