@@ -1,0 +1,128 @@
+"""Any number of view groups of one picture, each cut and changed in its own way."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
+from cosmos_ssl_plugins.augmenters.multi_crop import check_range
+from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish, standardise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewGroup:
+    """One group of square views; by default one random resized crop and nothing else.
+
+    ``scale`` is a range of shares of the picture's area; the options of the changes mean what ``multi_crop``'s do.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
+
+    number: int = 1
+    size: int = 224
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_prob: float = 0.0
+    color_jitter_prob: float = 0.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    gaussian_blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarize_prob: float = 0.0
+    solarize_threshold: int = 128
+
+    def check(self) -> None:
+        """Raise ValueError for values that make no sense."""
+        if self.number < 1:
+            raise ValueError(f"number: {self.number} leaves no view; give at least 1")
+        check_crops("", self.size, self.scale, self.ratio)
+        for option in ("flip_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "solarize_prob"):
+            check_range(option, getattr(self, option))
+        for option, most in {
+            "brightness": math.inf,
+            "contrast": math.inf,
+            "saturation": math.inf,
+            "hue": 0.5,
+            "solarize_threshold": 255,
+        }.items():
+            check_range(option, getattr(self, option), most=most)
+        if not 0 < self.gaussian_blur_radius[0] <= self.gaussian_blur_radius[1]:
+            raise ValueError(f"gaussian_blur_radius: {list(self.gaussian_blur_radius)} is not a range of radii above 0")
+
+    @property
+    def draw(self) -> Draw | None:
+        """What draws the parameters of its views; None where they stay as they are cut."""
+        strengths = Strengths(
+            flip=self.flip_prob,
+            jitter=self.color_jitter_prob,
+            factors=(self.brightness, self.contrast, self.saturation, self.hue),
+            grey=self.grayscale_prob,
+            blur=self.gaussian_blur_prob,
+            blur_radius=self.gaussian_blur_radius,
+            solarize=self.solarize_prob,
+            solarize_threshold=self.solarize_threshold,
+        )
+        changed = any((strengths.flip, strengths.jitter, strengths.grey, strengths.blur, strengths.solarize))
+        return Draw([strengths] * self.number) if changed else None
+
+
+class ViewGroups(Augmenter):
+    """View groups by name, such as one weakly changed view for CLIP and two strongly changed ones for SimCLR (SLIP, arXiv 2112.12750).
+
+    A group's views of a sample depend on its own name and options alone: another group, or another order, changes nothing.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    def __init__(self, spec: Spec, *, groups: dict[str, ViewGroup | None]) -> None:
+        """Raises ValueError for values that make no sense.
+
+        groups: options of each group by its name; a null takes a group out (of a config that is extended).
+        """
+        self._groups = {name: group for name, group in groups.items() if group is not None}
+        if not self._groups:
+            raise ValueError("groups: no group is left; give at least one")
+        for name, group in self._groups.items():
+            try:
+                group.check()
+            except ValueError as error:
+                raise ValueError(f"groups.{name}.{error}") from None
+        tower = spec.image or TowerSpec(width=0)
+        self.mean, self.std = tower.mean, tower.std
+        self._draws = {name: group.draw for name, group in self._groups.items()}
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """The groups, in the order of the config."""
+        return {name: ViewSpec(views=group.number, size=group.size) for name, group in self._groups.items()}
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        """Crops as uint8 [V, 3, size, size] by group, with parameter rows where they change. Raises BadSample as ``decode`` does."""
+        image = sample.decode()
+        height, width = image.shape[-2:]
+        base = int(rng.integers(1 << 63))
+        crops = {}
+        for name, group in self._groups.items():
+            own = np.random.default_rng((base, zlib.crc32(name.encode())))
+            boxes = crop_boxes(group.number, height, width, group.scale, group.ratio, own)
+            draw = self._draws[name]
+            params = torch.empty(group.number, 0) if draw is None else draw(own)
+            crops[name] = ImageCrops(pixels=resized_crops(image, boxes, group.size), params=params)
+        return crops
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
+        if not group.params.shape[-1]:
+            return replace(group, pixels=standardise(group.pixels, self.mean, self.std))
+        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
+        return replace(group, pixels=pixels.view(group.pixels.shape))
