@@ -15,7 +15,12 @@ from cosmos_ssl_plugins.augmenters.photometric import mirror, standardise
 
 
 class ResizeCrop(Augmenter):
-    """Group ``global`` of one square view (arXiv 2103.00020; OpenCLIP's default scale and ratio)."""
+    """Group ``global`` of one square view (arXiv 2103.00020; OpenCLIP's default scale and ratio).
+
+    ``size``: side of the view, in pixels.
+    ``scale``, ``ratio``: ranges of the crop's area, as a share of the picture, and of its width over its height.
+    ``flip``: mirror every other view, on average.
+    """
 
     modality: ClassVar[Modality] = "image"
 

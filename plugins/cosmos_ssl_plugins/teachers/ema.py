@@ -14,7 +14,7 @@ from cosmos_ssl.api import Progress, Spec, Teacher
 class Ema(Teacher):
     """Every parameter moves as t <- m t + (1 - m) s (mean teacher, arXiv 1703.01780).
 
-    The momentum is fixed, or rises by a cosine to ``final_momentum_teacher`` (DINO, arXiv 2104.14294).
+    The momentum m is ``momentum_teacher``, or rises from it by a cosine to ``final_momentum_teacher`` (DINO, arXiv 2104.14294).
     """
 
     def __init__(self, spec: Spec, *, momentum_teacher: float = 0.999, final_momentum_teacher: float | None = None) -> None:

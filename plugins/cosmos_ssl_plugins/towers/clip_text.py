@@ -22,7 +22,16 @@ class ClipText(Tower):
     """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
 
     Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
-    keep them. ``heads`` is width / 64 and ``vocab_size`` the tokenizer's unless given. Raises ValueError for sizes that do not fit.
+    keep them.
+
+    ``width``, ``layers``, ``heads``: size of the transformer; heads are width / 64 unless given.
+    ``vocab_size``: rows of the embedding; the tokenizer's unless given.
+    ``mlp_ratio``: width inside a block's MLP over the tower's.
+    ``layer_scale``: start value of a scale on each branch; None is no scale.
+    ``drop_path``: rate of the last block, growing linearly from 0 at the first.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+
+    Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "text"

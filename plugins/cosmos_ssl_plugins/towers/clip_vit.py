@@ -21,9 +21,17 @@ from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, 
 class ClipViT(Tower):
     """CLIP's vision transformer: pre-norm blocks, class token, learned positions (Radford et al. 2021, section 2.4).
 
-    ``heads`` is width / 64 unless given. ``pre_norm`` is the LayerNorm before the blocks. Off unless asked
-    for: ``mask_token`` (masked image modelling), ``registers`` (so many free tokens), ``layer_scale`` (its start
-    value), ``drop_path`` (rate of the last block), ``grad_checkpointing``. Raises ValueError for sizes that do not fit.
+    ``width``, ``layers``, ``heads``: size of the transformer; heads are width / 64 unless given.
+    ``mlp_ratio``: width inside a block's MLP over the tower's.
+    ``image_size``, ``patch_size``: sides of a picture and of a patch in pixels; they set the grid of positions.
+    ``pre_norm``: a LayerNorm before the blocks.
+    ``registers``: so many free tokens (arXiv 2309.16588).
+    ``mask_token``: a learned token for hidden patches (masked image modelling).
+    ``layer_scale``: start value of a scale on each branch; None is no scale.
+    ``drop_path``: rate of the last block, growing linearly from 0 at the first.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+
+    Raises ValueError for sizes that do not fit.
     """
 
     modality: ClassVar[Modality] = "image"

@@ -18,10 +18,16 @@ from cosmos_ssl.models.transformer import pick_views
 class HuggingFaceText(Tower):
     """A bidirectional text encoder of the transformers library, with a projection behind it.
 
-    Either ``model``, a folder or a name on the hub (its weights are loaded only with ``pretrained``), or
-    ``architecture`` with ``config``, such as ``bert`` with ``{hidden_size: 256}``, which needs no hub. ``pooling``:
-    the first token's feature or the mean over the text; Code
-    from the hub is never run. Raises UserError where the hub cannot be reached, ValueError for options that do not fit.
+    Either ``model`` or ``architecture``. Code from the hub is never run.
+
+    ``model``: a folder, or a name on the hub.
+    ``pretrained``: start from the model's weights.
+    ``architecture``: the kind of a model that needs no hub, such as ``bert``.
+    ``config``: values of its configuration, such as ``{hidden_size: 256}``; of a ``model``, those to change.
+    ``pooling``: the first token's feature (``cls``) or the mean over the text.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+
+    Raises UserError where the hub cannot be reached, ValueError for options that do not fit.
     """
 
     modality: ClassVar[Modality] = "text"

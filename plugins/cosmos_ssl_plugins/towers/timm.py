@@ -16,9 +16,15 @@ from cosmos_ssl.models.transformer import pick_views
 class TimmImage(Tower):
     """A vision transformer by its timm name (ViT, DeiT, EVA, DINOv2, BEiT, ...), with a projection behind it.
 
-    ``pooled`` is what timm feeds its classifier. Weights are fetched only with ``pretrained``; ``image_size``
-    None is the model's own. Raises UserError where the name is unknown, the model has no patch tokens, or
-    the weights cannot be fetched.
+    ``pooled`` is what timm feeds its classifier.
+
+    ``model``: its name, such as ``vit_base_patch16_224``.
+    ``pretrained``: start from its published weights, which are fetched.
+    ``image_size``: side of a picture in pixels; None is the model's own.
+    ``drop_path``: timm's rate of the last block.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+
+    Raises UserError where the name is unknown, the model has no patch tokens, or the weights cannot be fetched.
     """
 
     modality: ClassVar[Modality] = "image"
