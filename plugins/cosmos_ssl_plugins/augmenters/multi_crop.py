@@ -11,6 +11,7 @@ import numpy as np
 
 from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
 from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
+from cosmos_ssl_plugins.augmenters.masks import BlockMasks
 from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish
 
 
@@ -21,6 +22,12 @@ class MultiCrop(Augmenter):
     (in random order), takes the colour away, blurs, solarises and normalises, all on 8-bit values.
     The three numbers of ``gaussian_blur_probs`` and ``solarize_probs`` are for the first global view, the other
     global views and the local views. Blur radii are standard deviations in pixels.
+
+    Global views may carry masks of their patches, for masked image modelling (iBOT, arXiv 2111.07832):
+
+    mask_probability: how likely a global view is masked; 0 draws no masks.
+    mask_ratio: range of the share of its patches that is then hidden, by blocks.
+    mask_aspect: range of a block's height / width.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -47,6 +54,9 @@ class MultiCrop(Augmenter):
         gaussian_blur_radius: tuple[float, float] = (0.1, 2.0),
         solarize_probs: tuple[float, float, float] = (0.0, 0.2, 0.0),
         solarize_threshold: int = 128,
+        mask_probability: float = 0.0,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_aspect: tuple[float, float] = (0.3, 1 / 0.3),
     ) -> None:
         if global_crops_number < 1:
             raise ValueError(f"global_crops_number: {global_crops_number} leaves no global view; give at least 1")
@@ -54,14 +64,9 @@ class MultiCrop(Augmenter):
             raise ValueError(f"local_crops_number: {local_crops_number} is no number of views")
         check_crops("global_crops", global_crops_size, global_crops_scale, crops_ratio)
         check_crops("local_crops", local_crops_size, local_crops_scale, crops_ratio)
-        check_range("flip_prob", flip_prob)
-        check_range("color_jitter_prob", color_jitter_prob)
-        check_range("grayscale_prob", grayscale_prob)
-        check_range("gaussian_blur_probs", *gaussian_blur_probs)
-        check_range("solarize_probs", *solarize_probs)
-        check_range("brightness", brightness, most=math.inf)
-        check_range("contrast", contrast, most=math.inf)
-        check_range("saturation", saturation, most=math.inf)
+        _check_shares(flip_prob=flip_prob, color_jitter_prob=color_jitter_prob, grayscale_prob=grayscale_prob)
+        _check_shares(gaussian_blur_probs=gaussian_blur_probs, solarize_probs=solarize_probs)
+        _check_shares(most=math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
         check_range("hue", hue, most=0.5)
         check_range("solarize_threshold", solarize_threshold, most=255)
         if not 0 < gaussian_blur_radius[0] <= gaussian_blur_radius[1]:
@@ -84,14 +89,16 @@ class MultiCrop(Augmenter):
         self._draws = {name: Draw(views) for name, views in strengths.items() if views}
         self._scales = {"global": global_crops_scale, "local": local_crops_scale}
         sizes = {"global": global_crops_size, "local": local_crops_size}
-        self._offers = {name: ViewSpec(views=len(strengths[name]), size=sizes[name]) for name in self._draws}
+        self._masks = _masks(global_crops_size, tower.patch_size, mask_probability, mask_ratio, mask_aspect)
+        masked = {"global"} if self._masks else set[str]()
+        self._offers = {name: ViewSpec(views=len(strengths[name]), size=sizes[name], masks=name in masked) for name in self._draws}
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """``global``, and ``local`` unless its number is 0."""
         return self._offers
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
-        """Crops as uint8 [V, 3, size, size] and their parameter rows, by group. Raises BadSample as ``decode`` does."""
+        """Crops as uint8 [V, 3, size, size], their parameter rows and masks, by group. Raises BadSample as ``decode`` does."""
         image = sample.decode()
         height, width = image.shape[-2:]
         crops = {}
@@ -99,12 +106,27 @@ class MultiCrop(Augmenter):
             boxes = crop_boxes(view.views, height, width, self._scales[name], self.ratio, rng)
             params = self._draws[name](rng)
             crops[name] = ImageCrops(pixels=resized_crops(image, boxes, view.size or 0), params=params)
+        if self._masks is not None:  # last, so that the views are those of a run without masks
+            crops["global"] = replace(crops["global"], masks=self._masks(self._offers["global"].views, rng))
         return crops
 
     def finish(self, group: ImageGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
         return replace(group, pixels=pixels.view(group.pixels.shape))
+
+
+def _masks(size: int, patch: int, probability: float, ratio: tuple[float, float], aspect: tuple[float, float]) -> BlockMasks | None:
+    """What draws the masks of views of this size; None at probability 0. Raises ValueError."""
+    if probability == 0:
+        return None
+    return BlockMasks(grid=size // patch if patch else 0, probability=probability, ratio=ratio, aspect=aspect)
+
+
+def _check_shares(*, most: float = 1, **options: float | tuple[float, ...]) -> None:
+    """Raise ValueError for an option with a value outside 0..``most``."""
+    for option, value in options.items():
+        check_range(option, *(value if isinstance(value, tuple) else (value,)), most=most)
 
 
 def check_range(option: str, *values: float, most: float = 1) -> None:

@@ -1,0 +1,83 @@
+"""DINO's self-distillation: the student's views against the teacher's global views.
+
+Shape letters: T the teacher's views, S the student's, B samples, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext
+from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
+
+
+class Dino(Loss):
+    """Cross-entropy of every student view to every other global view of the teacher (DINO, arXiv 2104.14294, section 3.1).
+
+    The mean over pairs of two different views. The teacher's logits are centred by their running mean or, as in DINOv2
+    (arXiv 2304.07193, section 4), by Sinkhorn-Knopp; both over the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        head: str,
+        centering: Centering = "center",
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: float = 0,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        sinkhorn_iterations: int = 3,
+    ) -> None:
+        """Raises ValueError for a head without the output ``global``, fewer than two views, and impossible values.
+
+        head: the head that gives logits of each view group, such as a ``dino_projection``.
+        centering: ``center`` (running mean) or ``sinkhorn``.
+        warmup_teacher_temp: the teacher's temperature at the start.
+        teacher_temp: the teacher's temperature after its warm-up.
+        warmup_teacher_temp_epochs: epochs in which it changes, linearly.
+        student_temp: the student's temperature.
+        center_momentum: how much of the running mean stays at each step.
+        sinkhorn_iterations: rounds of Sinkhorn-Knopp.
+        """
+        super().__init__()
+        check_positive(student_temp=student_temp)
+        able = [name for name, outputs in spec.heads.items() if "global" in outputs]
+        if head not in able:
+            raise ValueError(f"head: no head '{head}' with an output 'global'. Heads that have it: {', '.join(able) or 'none'}")
+        others = [name for name in spec.image_views if name != "global" and name in spec.heads[head]]
+        self.groups = ("global", *others)
+        if sum(spec.image_views[name].views for name in self.groups) < 2:
+            raise ValueError("needs two views of a picture: give augmenters.image a second global view, or local ones")
+        self.head = head
+        self.student_temp = student_temp
+        self.targets = TeacherTargets(
+            spec.heads[head]["global"],
+            centering=centering,
+            warmup_teacher_temp=warmup_teacher_temp,
+            teacher_temp=teacher_temp,
+            warmup_teacher_temp_epochs=warmup_teacher_temp_epochs,
+            center_momentum=center_momentum,
+            sinkhorn_iterations=sinkhorn_iterations,
+        )
+
+    def requires(self) -> list[Need]:
+        """The head on all views of the student and on the teacher's global ones."""
+        return [Need(head=self.head, outputs=self.groups), Need(role="teacher", head=self.head, outputs=("global",))]
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """One term; entropy and temperature of the teacher as metrics."""
+        assert ctx.teacher is not None
+        shown = ctx.teacher.heads[self.head]["global"]  # [T, B, K]
+        targets = self.targets(shown.flatten(0, 1), ctx.progress).view(shown.shape)
+        logits = torch.cat([ctx.student.heads[self.head][name] for name in self.groups])
+        log_p = (exact(logits) / self.student_temp).log_softmax(-1)  # [S, B, K]
+        pairs = -torch.einsum("tbk,sbk->bts", targets, log_p).mean(0)
+        others = 1 - torch.eye(*pairs.shape, device=pairs.device, dtype=pairs.dtype)  # the same view is left out
+        metrics = {
+            "teacher_entropy": entropy(targets.flatten(0, 1)),
+            "teacher_temp": pairs.new_full((), self.targets.temperature(ctx.progress)),
+        }
+        return LossOutput(terms={"distillation": (pairs * others).sum() / (pairs.numel() - len(pairs))}, metrics=metrics)

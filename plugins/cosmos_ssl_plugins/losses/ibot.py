@@ -1,0 +1,87 @@
+"""iBOT's masked image modelling: the student's hidden patches against what the teacher sees there.
+
+Shape letters: V views, B samples, N patches of a view, M masked patches of the group, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext
+from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
+
+OUTPUT = "global_masked"
+
+
+class Ibot(Loss):
+    """Cross-entropy at the masked patches of global views, teacher unmasked (iBOT, arXiv 2111.07832, section 3.1).
+
+    The mean over the masked patches of a view, then over all views; a view without masked patches counts 0, as in DINOv2.
+    Centring as in the loss ``dino``, over the masked patches of all ranks.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        head: str,
+        centering: Centering = "center",
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.07,
+        warmup_teacher_temp_epochs: float = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        sinkhorn_iterations: int = 3,
+    ) -> None:
+        """Raises ValueError for a head without the output ``global_masked``, and impossible values.
+
+        head: the head that gives logits of masked patches, such as a ``dino_projection``.
+        centering: ``center`` (running mean) or ``sinkhorn``.
+        warmup_teacher_temp: the teacher's temperature at the start.
+        teacher_temp: the teacher's temperature after its warm-up.
+        warmup_teacher_temp_epochs: epochs in which it changes, linearly.
+        student_temp: the student's temperature.
+        center_momentum: how much of the running mean stays at each step.
+        sinkhorn_iterations: rounds of Sinkhorn-Knopp.
+        """
+        super().__init__()
+        check_positive(student_temp=student_temp)
+        able = [name for name, outputs in spec.heads.items() if OUTPUT in outputs]
+        if head not in able:
+            hint = (
+                ""
+                if any(view.masks for view in spec.image_views.values())
+                else ". No masks are drawn: set augmenters.image.mask_probability"
+            )
+            raise ValueError(f"head: no head '{head}' with an output '{OUTPUT}'. Heads that have it: {', '.join(able) or 'none'}{hint}")
+        self.head = head
+        self.student_temp = student_temp
+        self.targets = TeacherTargets(
+            spec.heads[head][OUTPUT],
+            centering=centering,
+            warmup_teacher_temp=warmup_teacher_temp,
+            teacher_temp=teacher_temp,
+            warmup_teacher_temp_epochs=warmup_teacher_temp_epochs,
+            center_momentum=center_momentum,
+            sinkhorn_iterations=sinkhorn_iterations,
+        )
+
+    def requires(self) -> list[Need]:
+        """The head at masked patches, on student (which does not see them) and teacher (which does)."""
+        return [Need(head=self.head, outputs=(OUTPUT,)), Need(role="teacher", head=self.head, outputs=(OUTPUT,))]
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """One term; entropy and temperature of the teacher and the share of masked patches as metrics."""
+        masks = ctx.views.image["global"].masks  # [V, B, N]
+        assert ctx.teacher is not None and masks is not None
+        targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
+        log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
+        counts = masks.sum(-1).flatten()  # [V B]
+        weights = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts, output_size=len(log_p))  # waits for no device
+        loss = -(weights * torch.einsum("mk,mk->m", targets, log_p)).sum() / len(counts)
+        metrics = {
+            "teacher_entropy": entropy(targets),
+            "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
+            "masked": masks.float().mean(),
+        }
+        return LossOutput(terms={"patches": loss}, metrics=metrics)

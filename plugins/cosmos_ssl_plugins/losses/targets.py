@@ -1,0 +1,110 @@
+"""A teacher's logits as targets: their temperature, and the centring that keeps them from collapsing.
+
+Shape letters: n rows of this rank (they may differ in number from rank to rank), K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_ssl.api import Progress
+from cosmos_ssl.functional import all_max, all_sum
+
+Centering = Literal["center", "sinkhorn"]
+ROWS_FOR_ENTROPY = 64
+
+
+class TeacherTargets(nn.Module):
+    """Teacher logits [n, K] to distributions over prototypes, centred over the rows of all ranks.
+
+    ``center``: softmax((x - c) / t), and then c <- m c + (1 - m) mean x (DINO, arXiv 2104.14294, section 3.1); c is a
+    buffer that a batch without rows, or with values that are not finite, leaves as it is. ``sinkhorn``: as the function
+    below. The temperature t rises linearly over the first epochs.
+    """
+
+    center: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        centering: Centering,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: float,
+        center_momentum: float,
+        sinkhorn_iterations: int,
+    ) -> None:
+        """The arguments are options of losses. Raises ValueError."""
+        super().__init__()
+        check_positive(warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, sinkhorn_iterations=sinkhorn_iterations)
+        if warmup_teacher_temp_epochs < 0:
+            raise ValueError(f"warmup_teacher_temp_epochs: {warmup_teacher_temp_epochs:g} is no number of epochs")
+        if not 0 <= center_momentum < 1:
+            raise ValueError(f"center_momentum: {center_momentum:g} is outside 0..1, or never moves")
+        self.start_temp, self.end_temp, self.warmup = warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs
+        self.momentum = center_momentum
+        self.iterations = sinkhorn_iterations
+        self.register_buffer("center", torch.zeros(width) if centering == "center" else None)
+
+    def temperature(self, progress: Progress) -> float:
+        """The temperature at this step."""
+        done = min(1.0, progress.epoch / self.warmup) if self.warmup else 1.0
+        return self.start_temp + (self.end_temp - self.start_temp) * done
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, progress: Progress) -> Tensor:
+        """Distributions [n, K], float32 at least; moves the centre."""
+        x = exact(logits)
+        if self.center is None:
+            return sinkhorn(x / self.temperature(progress), self.iterations)
+        targets = ((x - self.center) / self.temperature(progress)).softmax(-1)
+        total = all_sum(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
+        mean, count = (total[:-1] / total[-1]).to(self.center.dtype), total[-1]
+        moved = self.center * self.momentum + mean * (1 - self.momentum)
+        self.center.copy_(torch.where((count > 0) & mean.isfinite().all(), moved, self.center))
+        return targets
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
+    """Distributions [n, K] from scores [n, K]: prototypes get equal shares of the rows of all ranks, rows sum to one.
+
+    Sinkhorn-Knopp on exp(scores), so many rounds (SwAV, arXiv 2006.09882, section 3.1; as in DINOv2). The matrix is
+    kept as diag(a) E diag(b) with the largest entry of each row of E at 1, so a round is two products of E and a vector,
+    and nothing overflows.
+    """
+    least = scores.shape[1] * torch.finfo(scores.dtype).tiny  # of a prototype's mass: below it, products with E would overflow
+    peaks = scores.amax(1) if len(scores) else scores.new_empty(0)
+    highest = all_max(peaks.amax() if len(scores) else scores.new_full((), -torch.inf))
+    matrix = (scores - peaks[:, None]).exp_()
+    a = (peaks - highest).exp_()
+    b = scores.new_ones(scores.shape[1])
+    for _ in range(iterations):
+        b = all_sum(a @ matrix).clamp_min(least).reciprocal()
+        a = (matrix @ b).reciprocal()
+    shares: Tensor = matrix.mul_(b).mul_(a[:, None])
+    return shares
+
+
+def exact(x: Tensor) -> Tensor:
+    """The same values in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def entropy(targets: Tensor) -> Tensor:
+    """Mean entropy, in nats, of some distributions [n, K]: 0 is one sure prototype, ln K all alike; 0 without rows."""
+    some = targets[:ROWS_FOR_ENTROPY]
+    mean: Tensor = torch.special.entr(some).sum() / max(1, len(some))
+    return mean
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for an option that is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}: {value:g} is not above zero")
