@@ -20,14 +20,20 @@ class MultiCrop(Augmenter):
 
     Workers decode once, cut and resize, and draw the photometric parameters; the device flips, jitters the colours
     (in random order), takes the colour away, blurs, solarises and normalises, all on 8-bit values.
-    The three numbers of ``gaussian_blur_probs`` and ``solarize_probs`` are for the first global view, the other
-    global views and the local views. Blur radii are standard deviations in pixels.
 
-    Global views may carry masks of their patches, for masked image modelling (iBOT, arXiv 2111.07832):
-
-    mask_probability: how likely a global view is masked; 0 draws no masks.
-    mask_ratio: range of the share of its patches that is then hidden, by blocks.
-    mask_aspect: range of a block's height / width.
+    ``global_crops_number``, ``local_crops_number``: views of each group; without local views there is no such group.
+    ``global_crops_size``, ``local_crops_size``: side of the views in pixels.
+    ``global_crops_scale``, ``local_crops_scale``: range of the share of the picture that a view covers.
+    ``crops_ratio``: range of a crop's width / height before it is resized.
+    ``flip_prob``, ``color_jitter_prob``, ``grayscale_prob``: how likely a view is mirrored, changes its colours, loses them.
+    ``brightness``, ``contrast``, ``saturation``: the jitter's factor is within 1 +- this.
+    ``hue``: the jitter's turn of the colour circle is within +- this.
+    ``gaussian_blur_probs``, ``solarize_probs``: for the first global view, the other global views and the local views.
+    ``gaussian_blur_radius``: range of the blur's standard deviation in pixels.
+    ``solarize_threshold``: 8-bit values from here on are inverted.
+    ``mask_probability``: how likely a global view carries a mask of its patches, for masked image modelling; 0 draws no masks.
+    ``mask_ratio``: range of the share of the patches that a mask hides, by blocks (iBOT, arXiv 2111.07832, section 3.2).
+    ``mask_aspect``: range of a block's height / width.
     """
 
     modality: ClassVar[Modality] = "image"

@@ -13,8 +13,11 @@ from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
 class Scenes(Shards):
     """Pictures of coloured, textured shapes with true sentences, labels and masks; no download.
 
-    ``folder`` is where the shards lie (by default in the user's cache folder, by options); ``caption_schema`` as for
-    ``webdataset``. Its held-out shards are ``validation_data``.
+    ``train_samples``, ``validation_samples``: how many; the held-out ones are for evaluators that name no data.
+    ``image_size``: side of a picture, in pixels.
+    ``seed``: other scenes.
+    ``folder``: where the shards lie (by default in the user's cache folder, by options).
+    ``caption_schema``: as for ``webdataset``.
     """
 
     def __init__(
