@@ -1,4 +1,4 @@
-"""``cosmos-ssl data``: index and check shards, write the procedural scenes."""
+"""``cosmos-ssl data``: index and check shards or a folder of pictures, write the procedural scenes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, StorageError
 if TYPE_CHECKING:
     from cosmos_ssl.data.check import ShardReport
 
-_URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::"
+_URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::; or one folder of pictures"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,17 +24,19 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="index, check and make training data")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    index = commands.add_parser("index", help="scan shards once, so that runs start at once")
+    index = commands.add_parser("index", help="scan shards or a folder once, so that runs start at once")
     index.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
-    index.add_argument(
-        "--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the shards, or the user's cache folder)"
-    )
+    index.add_argument("--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the data, or the user's cache folder)")
     add_json(index)
     index.set_defaults(run=_index)
 
     check = commands.add_parser("check", help="decode every sample; exit code 3 where faults were found")
     check.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
-    check.add_argument("--captions", metavar="SCHEMA", help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all")
+    check.add_argument(
+        "--captions",
+        metavar="SCHEMA",
+        help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt",
+    )
     check.add_argument("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are faults (default: %(default)s)")
     add_json(check)
     check.set_defaults(run=_check)
@@ -47,8 +49,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.folder import picture_folder
     from cosmos_ssl.data.manifest import load_manifest, notices
 
+    folder = picture_folder(arguments.urls)
+    if folder is not None:
+        return _index_folder(folder, arguments)
     with _storage(), _progress("shards indexed") as progress:
         manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=progress)
     size = sum(shard.size for shard in manifest.shards)
@@ -62,22 +68,42 @@ def _index(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.check import check_shards
+def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.folder import folder_notices, load_folder
 
-    with _storage(), _progress("shards checked") as progress:
-        reports = check_shards(arguments.urls, captions=arguments.captions, max_pixels=arguments.max_pixels, progress=progress)
+    with _storage(), _progress("folders listed") as progress:
+        index = load_folder(folder, cache_dir=arguments.cache_dir, progress=progress)
+    print(f"{len(index):,} pictures, {len(index.classes):,} class folders, {len(index.folders()):,} folders in all")
+    print(f"index: {index.path or 'kept nowhere: no folder can be written'}")
+    for line in folder_notices(index):
+        print(line)
+    if arguments.json:
+        classes = [{"name": name, "samples": size} for name, size in zip(index.classes, index.class_sizes().tolist(), strict=True)]
+        write_json(arguments.json, {"samples": len(index), "by_class": classes})
+    return EXIT_DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.check import check_folder, check_shards
+    from cosmos_ssl.data.folder import picture_folder
+
+    folder = picture_folder(arguments.urls)
+    noun = "shard" if folder is None else "folder"
+    with _storage(), _progress("shards checked" if folder is None else "parts checked") as progress:
+        options: dict[str, Any] = {"captions": arguments.captions, "max_pixels": arguments.max_pixels, "progress": progress}
+        reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
     totals = _totals(reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
-    print(f"{len(reports):,} shards, {samples:,} samples, {size:,} bytes")
+    print(f"{len(reports):,} {noun}s, {samples:,} samples, {size:,} bytes")
     rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
     if rows:
-        print(table([("SHARD", "REASON", "COUNT", "FIRST"), *rows]), end="")
+        print(table([(noun.upper(), "REASON", "COUNT", "FIRST"), *rows]), end="")
         print(f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items()))
     else:
         print("no faults")
     if arguments.json:
-        report = {"shards": len(reports), "samples": samples, "bytes": size, "faults": totals, "by_shard": [asdict(r) for r in reports]}
+        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals}
+        report = {**by_noun, f"by_{noun}": [asdict(r) for r in reports]}
         write_json(arguments.json, report)
     return EXIT_FAULTS if rows else EXIT_DONE
 

@@ -1,4 +1,4 @@
-"""The samples that evaluators work on: shards read, decoded and brought to size by a few threads."""
+"""The samples that evaluators work on: shards or a folder read, decoded and brought to size by a few threads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
 from cosmos_ssl.data import Shards, expand, open_shards
+from cosmos_ssl.data.folder import Folder, picture_folder, similar
 
 _AHEAD = 2  # batches that are decoded while one is encoded
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -29,14 +30,15 @@ class Batch:
     samples: Sequence[Sample]
     pixels: Tensor
     indices: Sequence[int]
-    """Where the samples lie in the shards, for reading them again."""
+    """Where the samples lie in the data, for reading them again."""
 
 
 class EvaluationData:
-    """Shards of an evaluator, indexed when first read.
+    """Shards of an evaluator, or a folder of pictures, indexed when first read.
 
-    ``given`` are the user's shards and ``fallback`` those that the training set knows of; ``option`` is the
-    key that a message names. ``max_samples`` takes evenly spread ones.
+    ``given`` is what the user names and ``fallback`` what the training set knows of; ``option`` is the key that a message
+    names. ``max_samples`` takes evenly spread ones. Where this and ``numbered_by`` are folders, a class has the number that it
+    has there, whichever classes this one holds.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EvaluationData:
         option: str = "data",
         workers: int | None = None,
         max_samples: int | None = None,
+        numbered_by: EvaluationData | None = None,
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples: {max_samples} is not above zero")
@@ -56,42 +59,56 @@ class EvaluationData:
         self.option = option
         self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.max_samples = max_samples
+        self._numbered_by = numbered_by
 
     @cached_property
-    def shards(self) -> Shards:
-        """The shards. Raises DataError."""
-        return open_shards(self.urls)
+    def samples(self) -> Shards | Folder:
+        """The shards or the folder. Raises DataError."""
+        folder = picture_folder(self.urls)
+        if folder is None:
+            return open_shards(self.urls)
+        return Folder(folder, classes=None if self._numbered_by is None else self._numbered_by.class_names or None)
 
-    def check(self) -> None:
-        """Raise DataError where there are no shards, or local ones are missing."""
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without class folders."""
+        return self.samples.class_names if isinstance(self.samples, Folder) else ()
+
+    def check(self, *, label: str | None = None) -> None:
+        """Raise DataError where there is no data, or local shards are missing; of a folder, where it cannot be used or has no ``label``."""
         if not self.urls:
-            raise DataError(f"{self.option}: name the shards to evaluate on, since the training data has no validation shards")
+            raise DataError(f"{self.option}: name the shards or the folder to evaluate on, since the training data has no validation data")
         try:
+            if picture_folder(self.urls) is not None:
+                sample = self.samples.read(0)
+                if label is not None:
+                    label_of(sample, label)
+                return
             missing = [url for url in expand(self.urls) if "://" not in url and not Path(url).exists()]
         except DataError as error:
             raise DataError(f"{self.option}: {str(error).removeprefix('data: ')}") from error
         if missing:
             more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
-            raise DataError(f"{self.option}: {missing[0]}{more} not exist")
+            raise DataError(f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix("."))
 
     @property
     def folder(self) -> Path:
-        """The folder of the first shard."""
-        return Path(expand(self.urls)[0]).parent
+        """The folder of pictures, or that of the first shard."""
+        return picture_folder(self.urls) or Path(expand(self.urls)[0]).parent
 
     def read(self, index: int) -> Sample:
-        """Sample ``index`` of the shards."""
-        return self.shards.read(index)
+        """Sample ``index``."""
+        return self.samples.read(index)
 
     def batches(self, encoder: Encoder, batch_size: int) -> Iterator[Batch]:
         """All samples in order; bad ones are left out and told of. Raises DataError if none is left."""
-        count = len(self.shards)
+        count = len(self.samples)
         chosen = range(count)
         if self.max_samples is not None and self.max_samples < count:
             chosen = np.linspace(0, count - 1, self.max_samples).round().astype(int).tolist()
         bad: Counter[str] = Counter()
         found = 0
-        for batch in _decoded(self.shards, chosen, encoder.preprocess, batch_size, self.workers, bad):
+        for batch in _decoded(self.samples, chosen, encoder.preprocess, batch_size, self.workers, bad):
             found += len(batch.samples)
             yield batch
         if bad:
@@ -106,13 +123,13 @@ class EvaluationData:
 
 
 def _decoded(
-    shards: Shards, chosen: Sequence[int], preprocess: Callable[[Tensor], Tensor], batch_size: int, workers: int, bad: Counter[str]
+    data: Shards | Folder, chosen: Sequence[int], preprocess: Callable[[Tensor], Tensor], batch_size: int, workers: int, bad: Counter[str]
 ) -> Iterator[Batch]:
     """Batches of decoded samples; threads work a little ahead. Reasons of bad samples are counted in ``bad``."""
 
     def load(index: int) -> tuple[Sample, Tensor] | str:
         try:
-            sample = shards.read(index)
+            sample = data.read(index)
             return sample, preprocess(sample.decode())
         except BadSample as error:
             return error.reason

@@ -1,4 +1,4 @@
-"""Zero-shot classification on shards."""
+"""Zero-shot classification on shards or a folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SHOWN, BEST = 8, 3
 class Classification(Evaluator):
     """Pictures against class names put into templates.
 
-    ``data`` are shards (None: the training set's validation shards). ``class_names`` is a list in the order of the labels, a
-    text file with one a line, ``imagenet``, or None: ``classes.txt`` or ``classnames.txt`` beside the shards. ``templates`` is a list
-    with ``{}`` for the name, ``simple``, or ``openai`` (the 80 of CLIP). ``label`` names the member or the JSON key
-    with each sample's class: its number from 0, or its name. ``max_samples`` takes evenly spread ones; ``workers`` are threads
-    that decode.
+    ``data`` are shards or a folder with one folder a class (None: the training set's validation data). ``class_names`` is a list in the
+    order of the labels, a text file with one a line, ``imagenet``, or None: ``classes.txt`` or ``classnames.txt`` beside the shards or in
+    the folder, else the names of its class folders. ``templates`` is a list with ``{}`` for the name, ``simple``, or ``openai`` (the 80
+    of CLIP). ``label`` names the member or the JSON key with each sample's class: its number from 0, or its name. ``max_samples`` takes
+    evenly spread ones; ``workers`` are threads that decode.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Classification(Evaluator):
         self.batch_size = batch_size
 
     def prepare(self) -> None:
-        """Look for the shards, and for the names where they are to lie there. Raises DataError."""
-        self.data.check()
+        """Look for the data, and for the names where they are to lie there. Raises DataError."""
+        self.data.check(label=self.label)
         if self.names is None:
             self._names_beside()
 
@@ -70,6 +70,8 @@ class Classification(Evaluator):
     def _names_beside(self) -> list[str]:
         paths = [self.data.folder / name for name in CLASS_FILES]
         found = next((path for path in paths if path.is_file()), None)
+        if found is None and len(self.data.class_names) > 1:
+            return list(self.data.class_names)
         if found is None:
             raise DataError(f"class_names: give them, since {self.data.folder} holds none of {', '.join(CLASS_FILES)}")
         return load_class_names(str(found))

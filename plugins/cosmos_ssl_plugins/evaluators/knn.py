@@ -1,4 +1,4 @@
-"""Classification by nearest neighbours on shards, for runs with and without text."""
+"""Classification by nearest neighbours, for runs with and without text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SHOWN, NEAREST = 6, 6
 class KNearestNeighbours(Evaluator):
     """Labels pictures of ``data`` by the nearest ones of ``train_data`` in the frozen tower's features before the projection.
 
-    ``data`` None is the training set's validation shards. ``k`` neighbours vote with weight exp(cosine / ``temperature``)
-    (DINO, arXiv 2104.14294). ``label`` names the member or the JSON key with each sample's class. ``max_samples`` and
-    ``max_train_samples`` take evenly spread ones; ``workers`` are threads that decode.
+    Both are shards or a folder with one folder a class; ``data`` None is the training set's validation data. ``k`` neighbours vote with
+    weight exp(cosine / ``temperature``) (DINO, arXiv 2104.14294). ``label`` names the member or the JSON key with each sample's class;
+    classes of two folders are the same if their names are. ``max_samples`` and ``max_train_samples`` take evenly spread ones;
+    ``workers`` are threads that decode.
     """
 
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
@@ -43,16 +44,18 @@ class KNearestNeighbours(Evaluator):
     ) -> None:
         check_positive(k=k, temperature=temperature, batch_size=batch_size)
         self.train_data = EvaluationData(train_data, option="train_data", workers=workers, max_samples=max_train_samples)
-        self.data = EvaluationData(data, fallback=spec.validation_data, workers=workers, max_samples=max_samples)
+        self.data = EvaluationData(
+            data, fallback=spec.validation_data, workers=workers, max_samples=max_samples, numbered_by=self.train_data
+        )
         self.k = k
         self.temperature = temperature
         self.label = label
         self.batch_size = batch_size
 
     def prepare(self) -> None:
-        """Look for the shards. Raises DataError."""
-        self.train_data.check()
-        self.data.check()
+        """Look for the data. Raises DataError."""
+        self.train_data.check(label=self.label)
+        self.data.check(label=self.label)
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``neighbours``. Raises DataError."""

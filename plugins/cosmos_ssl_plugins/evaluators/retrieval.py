@@ -1,4 +1,4 @@
-"""Image-text retrieval on shards."""
+"""Image-text retrieval on shards or a folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Retrieval(Evaluator):
     """Finds the texts of each picture among all texts, and the picture of each text among all pictures.
 
     The score is the dot product of unit features, or the rule of a head that has one (``Head.match``).
-    ``data`` are shards (None: the training set's validation shards). ``texts`` is ``txt``, the text member, or a list of
-    the JSON; a picture may have several texts and is found if any of them is. Pictures without one are left
-    out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode.
+    ``data`` are shards, or a folder of pictures with text files beside them (None: the training set's validation data). ``texts`` is
+    ``txt``, the text member or file, or a list of the JSON; a picture may have several texts and is found if any of them is. Pictures
+    without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Retrieval(Evaluator):
         self.batch_size = batch_size
 
     def prepare(self) -> None:
-        """Look for the shards. Raises DataError."""
+        """Look for the data. Raises DataError."""
         self.data.check()
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:

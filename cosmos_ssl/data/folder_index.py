@@ -1,0 +1,377 @@
+"""The index of a folder of pictures: which there are and of what class, as memory-mapped columns made by one scan.
+
+14 million pictures are their names, end to end, and where each ends (8 bytes), never Python objects. A cached index is one
+file, replaced as a whole. It is good as long as no folder below the root was changed, which the times of each
+folder tell: files that are added, removed or renamed change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.data.manifest import Progress, _writable
+from cosmos_ssl.data.scan import EXAMPLES
+from cosmos_ssl.data.storage import cache_root, lock, retrying
+from cosmos_ssl.errors import DataError, did_you_mean
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+TEXT_EXTENSION = "txt"
+_MAGIC = b"cosmos-folder-1\n"
+_THREADS = 16
+_AT_ONCE = 1 << 20
+"""Names of one folder that are Python objects at a time."""
+_YOUNG = 2_000_000_000
+"""Nanoseconds: a folder changed so shortly before it was listed may change again without another time."""
+_COLUMNS = {
+    "names": np.uint8,  # of all pictures, folder after folder, each in byte order and ended by a NUL
+    "name_ends": np.int64,  # where the NUL of each picture stands
+    "folders": np.uint8,  # paths of all folders from the root, '/' between, each ended by a NUL
+    "folder_ends": np.int64,
+    "picture_ends": np.int64,  # pictures up to and with each folder
+    "classes": np.int32,  # number of each folder's class, -1 where it has none
+    "stamps": np.int64,  # what the times of each folder's last change make, -1 where they cannot be relied on
+}
+
+
+def shown(path: bytes) -> str:
+    """A path for people and for JSON; bytes that are no UTF-8 come as ``\\xff``."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+@dataclass(slots=True)
+class FolderNotes:
+    """What is left out or odd but stops nothing: counts, and a few paths as examples."""
+
+    texts: int = 0
+    """Text files, which may hold captions."""
+    others: int = 0
+    """Files that are no pictures, and links to nothing."""
+    other_examples: list[str] = field(default_factory=list)
+    loose: int = 0
+    """Pictures beside the class folders, in none of them."""
+    loose_examples: list[str] = field(default_factory=list)
+    empty: int = 0
+    """Class folders without pictures."""
+    empty_examples: list[str] = field(default_factory=list)
+
+
+class FolderIndex:
+    """The pictures below one root, sorted by class, folder and name in byte order. Pickled copies map the file again.
+
+    Classes are the folders directly below the root, numbered in byte order, with or without pictures (torchvision's
+    numbers); where all pictures lie in the root itself there are none.
+    """
+
+    def __init__(self, head: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], path: Path | None = None) -> None:
+        self.path = path
+        self.classes: tuple[str, ...] = tuple(head["classes"])
+        self.digest: str = head["digest"]
+        """Of all names and classes."""
+        self.notes = FolderNotes(**head["notes"])
+        self.written: int = head["written"]
+        self.columns = columns
+        self._head = head
+
+    def __len__(self) -> int:
+        return len(self.columns["name_ends"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path is not None:
+            return FolderIndex.open, (self.path, self.digest)
+        return FolderIndex, (self._head, self.columns)
+
+    def locate(self, index: int) -> tuple[bytes, bytes, int]:
+        """Folder (from the root), name and class (or -1) of picture ``index``. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        folder = int(np.searchsorted(self.columns["picture_ends"], index, side="right"))
+        name = _piece(self.columns["names"], self.columns["name_ends"], index)
+        return _piece(self.columns["folders"], self.columns["folder_ends"], folder), name, int(self.columns["classes"][folder])
+
+    def folders(self) -> list[bytes]:
+        """Paths of all folders from the root."""
+        return self.columns["folders"].tobytes().split(b"\0")[:-1]
+
+    def class_sizes(self) -> NDArray[np.int64]:
+        """Pictures of each class, int64 [classes]."""
+        sizes = np.zeros(len(self.classes), np.int64)
+        has_class = self.columns["classes"] >= 0
+        np.add.at(sizes, self.columns["classes"][has_class], np.diff(self.columns["picture_ends"], prepend=0)[has_class])
+        return sizes
+
+    @classmethod
+    def open(cls, path: Path, digest: str | None = None) -> Self:
+        """Map an index file. Raises OSError or ValueError where there is none of this form, or it has another digest."""
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ValueError(f"{path} is no index of a folder")
+            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+        if digest not in (None, head["digest"]):
+            raise ValueError(f"{path} is of other pictures")
+        whole = np.asarray(np.memmap(path, np.uint8, "r"))  # one map for all columns
+        columns = {}
+        for name, dtype in _COLUMNS.items():
+            start = -(-start // 64) * 64
+            stop = start + head["lengths"][name] * np.dtype(dtype).itemsize
+            if stop > len(whole):
+                raise ValueError(f"{path} is cut short")
+            columns[name] = whole[start:stop].view(dtype)
+            start = stop
+        return cls(head, columns, path)
+
+    def save(self, path: Path) -> None:
+        """Write the index under a temporary name, then rename it."""
+        head = json.dumps(self._head).encode()
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            try:
+                file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+                for column in self.columns.values():
+                    file.write(bytes(-file.tell() % 64))
+                    file.write(np.ascontiguousarray(column).data)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).chmod(0o644)
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+
+def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> bytes:
+    start = int(ends[number - 1]) + 1 if number else 0
+    return texts[start : int(ends[number])].tobytes()
+
+
+# ---------------------------------------------------------------------------- from the cache, or by a scan
+
+
+def load_folder(
+    root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None, progress: Progress | None = None
+) -> FolderIndex:
+    """The index of a folder: from its cache, or by a scan under a lock.
+
+    The cache lies in ``cache_dir``; by default in ``.cosmos_ssl`` beside the folder, and in the user's cache folder where that
+    cannot be written. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError
+    where storage fails.
+    """
+    began = time.time_ns()
+    if not root.is_dir():
+        raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")
+    places = _places(root, extensions, cache_dir)
+    for path in places:
+        cached = _fresh(path, root, began)
+        if cached is not None:
+            return cached
+    writable = [path for path in places if _writable(path.parent)]
+    if not writable:
+        return scan_folder(root, extensions, progress)
+    path = writable[0]
+    with lock(path.with_suffix(".lock")):
+        index = _fresh(path, root, began)
+        if index is None:
+            scan_folder(root, extensions, progress).save(path)
+            index = FolderIndex.open(path)
+    return index
+
+
+def similar(path: Path) -> str:
+    """For a path that does not exist: `` Did you mean 'x'?`` if its first missing part is much like something there, or an empty string."""
+    path = path.absolute()
+    missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
+    try:
+        return did_you_mean(missing.name, sorted(p.name for p in missing.parent.iterdir()))
+    except OSError:  # a folder that cannot be listed
+        return ""
+
+
+def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
+    """Where an index may lie, best first. Never in the folder itself, where other programs would take it for a class."""
+    root = root.resolve()
+
+    def named(text: str) -> str:
+        return f"folder-{hashlib.sha256(' '.join((text, *extensions)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.bin"
+
+    if cache_dir is not None:
+        return [Path(cache_dir).expanduser() / named(str(root))]
+    return [root.parent / ".cosmos_ssl" / named(root.name), cache_root() / "manifests" / named(str(root))]
+
+
+def _fresh(path: Path, root: Path, began: int) -> FolderIndex | None:
+    """The cached index if it is of the folder as it is now."""
+    try:
+        index = FolderIndex.open(path)
+    except (OSError, ValueError, KeyError):
+        return None
+    if index.written >= began:  # another process made it while this one waited
+        return index
+    folders, stamps = index.folders(), index.columns["stamps"]
+    above = os.fsencode(root)
+
+    def same(start: int) -> bool:
+        part = slice(start, start + 1024)
+        return all(_stamp(above, folder) == stamp for folder, stamp in zip(folders[part], stamps[part].tolist(), strict=True))
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return index if all(threads.map(same, range(0, len(folders), 1024))) else None
+
+
+def _stamp(root: bytes, folder: bytes) -> int:
+    try:
+        return _mark(os.stat(root + b"/" + folder))  # noqa: PTH116  (a Path holds no bytes)
+    except OSError:
+        return -2
+
+
+def _mark(found: os.stat_result) -> int:
+    """Both times in one number: unpacking an archive puts back the time of change, but not that of the entry itself."""
+    return (found.st_mtime_ns + found.st_ctime_ns) & (2**63 - 1)
+
+
+class _Listing(NamedTuple):
+    """One folder: its stamp, the file it is, the folders in it, its pictures packed, and how many there are of what."""
+
+    stamp: int
+    file: tuple[int, int]
+    folders: list[bytes]
+    names: bytes
+    pictures: int
+    texts: int
+    others: int
+    other_examples: list[bytes]
+
+
+def _list(root: bytes, folder: bytes, extensions: frozenset[bytes]) -> _Listing:
+    folders, others, packs = list[bytes](), list[bytes](), list[NDArray[np.bytes_]]()
+    names = list[bytes]()
+    texts = other_count = 0
+    path = root + b"/" + folder if folder else root
+    try:
+        now, found = time.time_ns(), os.stat(path)  # noqa: PTH116
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b"."):
+                    continue
+                link = entry.is_symlink()
+                if os.path.isdir(entry.path) if link else entry.is_dir():  # noqa: PTH112
+                    folders.append(name)
+                    continue
+                extension = name.rpartition(b".")[2].lower()
+                if extension in extensions and (not link or os.path.isfile(entry.path)):  # noqa: PTH113
+                    names.append(name)
+                    if len(names) == _AT_ONCE:
+                        packs.append(np.array(names))
+                        names.clear()
+                elif extension == TEXT_EXTENSION.encode():
+                    texts += 1
+                else:
+                    other_count += 1
+                    others += [name] * (other_count <= EXAMPLES)
+    except PermissionError as error:
+        raise DataError(f"data: the folder {shown(path)} cannot be read: {error.strerror}") from error
+    packed, count = _pack([*packs, np.array(names)] if names else packs)
+    young = abs(now - found.st_ctime_ns) < _YOUNG
+    file = (found.st_dev, found.st_ino)
+    return _Listing(-1 if young else _mark(found), file, folders, packed, count, texts, other_count, others)
+
+
+def _pack(packs: Sequence[NDArray[np.bytes_]]) -> tuple[bytes, int]:
+    """Names in byte order, each ended by a NUL (which no name holds), and how many."""
+    if not packs:
+        return b"", 0
+    names = np.sort(np.concatenate(packs))
+    table = names.astype(f"S{names.itemsize + 1}").view(np.uint8).reshape(len(names), -1)
+    kept = table != 0
+    kept[:, 1:] |= kept[:, :-1]  # and the first NUL after each name
+    return table[kept].tobytes(), len(names)
+
+
+def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> Iterator[tuple[bytes, _Listing]]:
+    """Every folder below the root once, level by level; of several links to one folder the first in byte order counts."""
+    above, wanted = os.fsencode(root), frozenset(os.fsencode(e.lower()) for e in extensions)
+    seen = set[tuple[int, int]]()
+    level, known = [b""], 1
+    # threads: a folder on a network file system is waited for
+    with ThreadPoolExecutor(_THREADS) as threads:
+        while level:
+            listings = threads.map(lambda f: retrying(lambda: _list(above, f, wanted), shown(above + b"/" + f)), level)
+            below = list[bytes]()
+            for done, (folder, listing) in enumerate(zip(level, listings, strict=True), known - len(level) + 1):
+                if progress is not None:
+                    progress(done, known)
+                if listing.file in seen:
+                    continue
+                seen.add(listing.file)
+                below += [folder + b"/" + name if folder else name for name in listing.folders]
+                yield folder, listing
+            level = sorted(below)
+            known += len(level)
+
+
+def scan_folder(root: Path, extensions: Sequence[str] = EXTENSIONS, progress: Progress | None = None) -> FolderIndex:
+    """List every folder below the root; hidden files and folders are left out. Raises as ``load_folder`` does."""
+    found = list(_walk(root, extensions, progress))
+    found.sort(key=lambda item: (item[0].partition(b"/")[0], item[0]))
+    (_, top), below = found[0], found[1:]
+    notes = FolderNotes(texts=sum(listing.texts for _, listing in found), others=sum(listing.others for _, listing in found))
+    examples = (shown(f + b"/" * bool(f) + name) for f, listing in found for name in listing.other_examples)
+    notes.other_examples = [example for _, example in zip(range(EXAMPLES), examples, strict=False)]
+    classes = list[bytes]()
+    if any(listing.pictures for _, listing in below):
+        classes = sorted(top.folders)
+        notes.loose, notes.loose_examples = top.pictures, [shown(name) for name in top.names.split(b"\0", EXAMPLES)[:EXAMPLES] if name]
+        found[0] = b"", top._replace(names=b"", pictures=0)
+        filled = {folder.partition(b"/")[0] for folder, listing in below if listing.pictures}
+        empty = [shown(name) for name in classes if name not in filled]
+        notes.empty, notes.empty_examples = len(empty), empty[:EXAMPLES]
+    if not sum(listing.pictures for _, listing in found):
+        looked = ", ".join(f".{extension}" for extension in extensions)
+        there = f" It holds {notes.others:,} other files ({', '.join(notes.other_examples)})" if notes.others else ""
+        raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}")
+    return _built(found, classes, notes)
+
+
+def _built(found: list[tuple[bytes, _Listing]], classes: Sequence[bytes], notes: FolderNotes) -> FolderIndex:
+    """The columns of these folders, which are used up (names are held once and a bit, not twice)."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    folders = np.frombuffer(b"".join(folder + b"\0" for folder, _ in found), np.uint8)
+    columns: dict[str, NDArray[Any]] = {
+        "names": np.empty(sum(len(listing.names) for _, listing in found), np.uint8),
+        "name_ends": np.empty(sum(listing.pictures for _, listing in found), np.int64),
+        "folders": folders,
+        "folder_ends": np.flatnonzero(folders == 0).astype(np.int64),
+        "picture_ends": np.cumsum([listing.pictures for _, listing in found], dtype=np.int64),
+        "classes": np.array([numbers.get(folder.partition(b"/")[0], -1) for folder, _ in found], np.int32),
+        "stamps": np.array([listing.stamp for _, listing in found], np.int64),
+    }
+    digest = hashlib.sha256(b"\0".join(classes))
+    at = place = 0
+    for number, (folder, listing) in enumerate(found):
+        names = np.frombuffer(listing.names, np.uint8)
+        columns["names"][at : at + len(names)] = names
+        columns["name_ends"][place : place + listing.pictures] = np.flatnonzero(names == 0) + at
+        if listing.pictures:
+            digest.update(b"\0\0" + folder + b"\0" + listing.names)
+        at, place = at + len(names), place + listing.pictures
+        found[number] = folder, listing._replace(names=b"")
+    head = {
+        "classes": [shown(name) for name in classes],
+        "digest": digest.hexdigest()[:16],
+        "notes": asdict(notes),
+        "written": time.time_ns(),
+        "lengths": {name: len(column) for name, column in columns.items()},
+    }
+    return FolderIndex(head, columns)
