@@ -18,6 +18,7 @@ from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, 
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
+from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.trainer import Trainer
@@ -160,7 +161,7 @@ class Builder:
             spec = replace(spec, **cast(dict[str, Any], views))
         dataset: Dataset | None = self._make("data", spec)
         if dataset is not None:
-            if prepare and not meta:
+            if prepare:
                 dataset.prepare()
                 spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
             spec = replace(spec, validation_data=dataset.validation_data)
@@ -183,7 +184,7 @@ class Builder:
             update_when=config.teacher.update_when,
             plan=plan,
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
-            evaluators=self._evaluators(spec, towers, prepare and not meta),
+            evaluators=self._evaluators(spec, towers, prepare),
             frozen=model.freeze_unread(plan),
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
         )
@@ -244,19 +245,31 @@ def check(loaded: LoadedConfig) -> Assembly:
     """Stage two: import the named parts, check their options and what they require, on the meta device."""
     if loaded.config.data is None:
         raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
-    return Builder(loaded).assemble(meta=True)
+    return Builder(loaded).assemble(meta=True, prepare=False)
+
+
+def prepare(loaded: LoadedConfig) -> None:
+    """Look for all that a run needs outside its config, before several processes do: the run folder and the data."""
+    _claim(loaded.config.folder)
+    Builder(loaded).assemble(meta=True)
+
+
+def _claim(folder: Path) -> None:
+    """Raise UserError unless a run could write into ``folder`` now."""
+    with RunFolder(folder).locked():
+        pass
 
 
 def run(loaded: LoadedConfig) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint."""
-    return _trainer(loaded).train()
+    with joined_world(loaded.config.training.device):
+        return _trainer(loaded).train()
 
 
 def _trainer(loaded: LoadedConfig, writers: Sequence[Writer] = ()) -> Trainer:
-    folder = loaded.config.folder
-    with RunFolder(folder).locked():
-        pass  # writable, and nobody else's: said now rather than after the data is ready
-    return Trainer(Builder(loaded).assemble(), loaded.config, folder, writers=writers)
+    if World().first:
+        _claim(loaded.config.folder)  # said now rather than after the data is ready
+    return Trainer(Builder(loaded).assemble(), loaded.config, loaded.config.folder, writers=writers)
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:

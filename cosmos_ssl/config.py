@@ -7,6 +7,7 @@ Options of parts are not here: they are the arguments of the part's constructor,
 from __future__ import annotations
 
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -371,6 +372,13 @@ def _agreement_faults(config: Config) -> Found:
 
 
 # ---------------------------------------------------------------------------- ranks
+
+
+def started_ranks() -> int:
+    """Ranks of the world that torchrun, srun or cosmos-launch started this process in; 1 outside of one."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
 
 
 def possible_ranks(config: Config) -> list[int]:

@@ -74,6 +74,13 @@ class BadSample(CosmosError, ValueError):
         return type(self), (self.reason, self.detail)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone (PyTorch has no one class for it)."""
+    return type(error).__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest candidate, or an empty string."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)

@@ -62,7 +62,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         rows = grad.shape[0] // world_size()
-        if dist.get_backend() == "nccl":
+        if grad.is_cuda:
             out = grad.new_empty(rows, *grad.shape[1:])
             dist.reduce_scatter_tensor(out, grad)
             return out

@@ -1,36 +1,171 @@
-"""Where a process stands: its device and memory, and its place among the ranks."""
+"""Where a process stands: its device and memory, its place among the ranks, and what ranks tell one another."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.config import started_ranks
+from cosmos_ssl.errors import CosmosError, StorageError, UserError
 from cosmos_ssl.functional import rank, world_size
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: longer than a save or a look-up on slow storage takes."""
+
+BUCKET = 25 << 20
+"""Bytes of gradients that are averaged in one collective."""
+
+
+@contextmanager
+def joined_world(device: str) -> Iterator[None]:
+    """Be a member of the started world while entered: gloo for host tensors, NCCL for those on CUDA devices.
+
+    Raises StorageError where the others cannot be reached.
+    """
+    if started_ranks() == 1 or dist.is_initialized():
+        yield
+        return
+    if "WORLD_SIZE" not in os.environ:  # srun alone
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export()
+    cuda = pick_device(device).type == "cuda"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    except (dist.DistError, RuntimeError) as error:
+        raise StorageError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 class World:
-    """This process's place among the ranks of a run."""
+    """This process's place among the ranks of a run, and what they tell one another about it (by way of the host)."""
 
-    rank: int
-    size: int
+    def __init__(self) -> None:
+        self.rank = rank()
+        self.size = world_size()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
+        return self.rank == 0
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over ranks."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return cast(list[float], numbers.tolist())
+
+    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each number over ranks; all ranks give the same names."""
+        if self.size == 1:
+            return dict(numbers)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        dist.all_reduce(values)
+        return dict(zip(numbers, (values / self.size).tolist(), strict=True))
+
+    def all(self, value: T) -> list[T]:
+        """What each rank gives, in rank order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on the first rank, on all; an error of ours that it raises there is raised on all."""
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None, None]
+        error: BaseException | None = None
+        if self.first:
+            try:
+                told[0] = make()
+            except CosmosError as caught:
+                error = told[1] = caught
+        dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise error or told[1]
+        return cast(T, told[0])
 
 
-def find_world() -> World:
-    """The world this process belongs to; of size one where no process group was started."""
-    return World(rank=rank(), size=world_size())
+class GradientMean:
+    """Averages gradients over ranks while the backward pass runs, in buckets that never change.
+
+    PyTorch's own wrapper lays its buckets anew after the first step, so that a resumed run adds in another order
+    than one that was never stopped. Here the order of the parameters alone decides, and the same sums come out.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        """``parameters``: all that are trained, in an order that is the same on every rank."""
+        self.on = True
+        self.buckets: list[list[Tensor]] = [[]]
+        for parameter in reversed(list(parameters)):  # backward reaches the last ones first
+            full = sum(p.numel() * p.element_size() for p in self.buckets[-1]) >= BUCKET
+            other = bool(self.buckets[-1]) and self.buckets[-1][0].dtype != parameter.dtype
+            if full or other:
+                self.buckets.append([])
+            self.buckets[-1].append(parameter)
+        self._left = [len(bucket) for bucket in self.buckets]
+        self._next = 0
+        self._running: list[tuple[list[Tensor], Tensor, Any]] = []
+        for number, bucket in enumerate(self.buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(self._hook(number))
+
+    def _hook(self, number: int) -> Callable[[Tensor], None]:
+        def reached(parameter: Tensor) -> None:
+            if self.on:
+                self._left[number] -= 1
+                self._send()
+
+        return reached
+
+    def _send(self, *, whole: bool = False) -> None:
+        """Start the buckets that are complete, in their order; ``whole``: all of them."""
+        while self._next < len(self.buckets) and (whole or self._left[self._next] == 0):
+            bucket = self.buckets[self._next]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(world_size())
+            self._running.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            self._next += 1
+
+    def finish(self) -> None:
+        """Start what is left, wait for all, and put the means into ``grad``."""
+        self._send(whole=True)
+        for bucket, flat, work in self._running:
+            work.wait()
+            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = mean.view_as(parameter)
+        self._left = [len(bucket) for bucket in self.buckets]
+        self._next = 0
+        self._running.clear()
 
 
 def pick_device(wanted: str) -> torch.device:
     """The device of this process for ``training.device``. Raises UserError where it is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device: cuda was asked for, and this machine has no CUDA device. Set it to auto or cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def be_deterministic() -> None:

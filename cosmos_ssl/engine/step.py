@@ -25,7 +25,8 @@ from cosmos_ssl.api import (
     Views,
 )
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.functional import gather_many, rank
+from cosmos_ssl.engine.distributed import GradientMean
+from cosmos_ssl.functional import gather_many, rank, world_size
 from cosmos_ssl.models.model import blaming
 from cosmos_ssl.types import map_tensors
 
@@ -60,6 +61,7 @@ class Step:
         self.device = device or torch.device("cpu")
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._reached = False
+        self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
         if micro_batch_size is not None:
             _refuse_accumulation(assembly)
 
@@ -78,6 +80,8 @@ class Step:
             result = self._accumulate(views, teacher, progress, scaler)
         if not self._reached:
             self._check_reached()
+        if self._mean is not None:
+            self._mean.finish()
         return StepResult(loss=result.loss.detach(), logs=result.logs)
 
     # ------------------------------------------------------------------ stages
@@ -139,6 +143,8 @@ class Step:
     def _accumulate(self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None) -> StepResult:
         """Encode micro-batches without graph, losses once, encode again with the outputs' gradients."""
         assert self.micro_batch_size is not None
+        if self._mean is not None:
+            self._mean.on = False  # gradients add up here first, and are averaged once
         starts = range(0, len(views), self.micro_batch_size)
         parts = [views.slice(start, start + self.micro_batch_size) for start in starts]
         encoded: list[Features] = []

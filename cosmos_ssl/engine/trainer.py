@@ -20,7 +20,7 @@ from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.engine.distributed import be_deterministic, find_world, keep_freed_memory, pick_device
+from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
 from cosmos_ssl.engine.run_folder import RunFolder, versions
@@ -28,7 +28,7 @@ from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.watch import Clock, Watch, lines
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, is_lost_rank
 from cosmos_ssl.identity import identity
 from cosmos_ssl.models.attention import resolve_backend
 
@@ -53,13 +53,13 @@ class Trainer:
         """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError."""
         self.assembly = assembly
         self.config = config
-        self.folder = RunFolder(Path(run_dir))
-        self.world = find_world()
+        self.world = World()
+        self.folder = RunFolder(Path(run_dir), self.world.rank)
         self.device = device or pick_device(config.training.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
-        self.console = console or Console()
+        self.console = console or Console(quiet=not self.world.first)
         self.extra_writers = writers
         check_ranks(config, self.world.size)
         assert assembly.dataset is not None, "a model built to be read, not trained"
@@ -98,9 +98,12 @@ class Trainer:
         Raises UserError for a run folder that is another's or in use, Interrupted after a signal (saved),
         TrainingError where going on makes no sense, StorageError where starting again may help.
         """
-        with lines(self.console), self.folder.locked(), _storage_errors():
-            self.folder.belong(self.config, self.dataset.identity())
-            result = self.folder.result()
+        with ExitStack() as stack:
+            stack.enter_context(lines(self.console))
+            self.world.from_first(lambda: stack.enter_context(self.folder.locked()))
+            stack.enter_context(_losses_of_machines())
+            self.world.from_first(lambda: self.folder.belong(self.config, self.dataset.identity()))
+            result = self.world.from_first(self.folder.result)
             if result is not None and result["step"] == self.total_steps:
                 log.info("run %s is finished (step %s)", self.folder.path, f"{self.total_steps:,}")
                 return dict(result["metrics"])
@@ -127,28 +130,31 @@ class Trainer:
                 if self.between_steps and not isinstance(error, TrainingError):
                     self._save_now()
                 raise
-            self.checkpoints.wait(self.total_steps)
+            self._save_now()
             return self._finish()
 
     def _start(self, stack: ExitStack) -> None:
         """Make all that a run needs, as new or as the newest sound checkpoint left it."""
-        self.folder.record(self.config, self.assembly.parts)
-        newest = latest_checkpoint(self.folder.path)
+        if self.world.first:
+            self.folder.record(self.config, self.assembly.parts)
+        newest = self.world.from_first(lambda: latest_checkpoint(self.folder.path))
         self.state = RunState(self.assembly, self.config, self.device)
         self.state.model.train()
         training = self.config.training
         self.step = Step(self.assembly, precision=training.precision, micro_batch_size=training.micro_batch_size, device=self.device)
         saved = self.state.restore(newest) if newest is not None else None
-        cut_rows(self.folder.metrics, self.state.step)
-        self.evaluated = self._evaluated_here()
+        if self.world.first:
+            cut_rows(self.folder.metrics, self.state.step)
+        self.evaluated = self.world.from_first(self._evaluated_here)
         self._announce(saved)
         self.writers = Writers(list(self._make_writers()))
         stack.callback(self.writers.close)
         settings = self.config.checkpoints
-        self.checkpoints = CheckpointWriter(
-            self.folder.path, keep_last=settings.keep_last, keep=self._stays, sound=None if saved is None else self.state.step
-        )
-        stack.callback(self.checkpoints.close)
+        if self.world.first:
+            self.checkpoints = CheckpointWriter(
+                self.folder.path, keep_last=settings.keep_last, keep=self._stays, sound=None if saved is None else self.state.step
+            )
+            stack.callback(self.checkpoints.close)
         self.owed, self.saved_at = False, time.monotonic()
         self.signals = stack.enter_context(Signals())
         self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch)
@@ -158,8 +164,9 @@ class Trainer:
     def _finish(self) -> dict[str, float]:
         """Mark the run as finished and show its final table."""
         self.writers.sync()
-        metrics = {name: value for row in self._rows() for name, value in row.items() if name != "step" and value is not None}
-        self.folder.finish(self.total_steps, metrics)
+        metrics = self.world.from_first(self._final_metrics)
+        if self.world.first:
+            self.folder.finish(self.total_steps, metrics)
         self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
         log.info("finished %s", self._place())
         return metrics
@@ -171,10 +178,11 @@ class Trainer:
         with closing(self._batches()) as batches:  # whatever ends the loop, workers do not outlive it
             for batch in batches:
                 self.between_steps = False
+                self.replaced = len(batch.replaced)
                 progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
                 numbers = self._update(batch.views.to(self.device), progress)
                 self.state.step += 1
-                self.state.budget.add(batch.replaced, len(batch.views))
+                self._count(batch)
                 self.between_steps = True
                 self._log(numbers)
                 self._checkpoint()
@@ -213,9 +221,15 @@ class Trainer:
         return numbers
 
     def _is_sound(self, result: StepResult, norm: Tensor, keys: Sequence[str]) -> bool:
-        """Whether loss and gradient are finite; counts what is not. Raises TrainingError after too many in a row."""
+        """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in a row.
+
+        Signals travel along, so that all ranks see one at the same step, and so do counts of bad samples.
+        """
         counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
-        finite_loss, finite_norm = torch.stack([result.loss.isfinite(), norm.isfinite()]).tolist()  # the one wait for the device of a step
+        faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device of a step
+        *faults, signal, replaced = self.world.most([*faults, self.signals.received or 0, self.replaced])
+        self.signals.received, self.replaced = int(signal) or None, int(replaced)
+        finite_loss, finite_norm = (not fault for fault in faults)
         if finite_loss and finite_norm:
             counters.nonfinite_in_a_row = 0
             return True
@@ -253,8 +267,9 @@ class Trainer:
         rates, seconds_a_step = self.clock.read(self.config.training.batch_size)
         counters = self.state.counters
         row = {"epoch": step / self.steps_per_epoch}
-        row |= {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
-        row |= rates | {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
+        row |= self.world.mean({name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()})
+        row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True))
+        row |= {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
         self.writers.scalars(step, row)
@@ -262,6 +277,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Start writing a checkpoint where one is due; one that would have to wait is owed to the next step."""
+        if not self.world.first:
+            return
         step, settings = self.state.step, self.config.checkpoints
         on_time = settings.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
         self.owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)
@@ -290,6 +307,8 @@ class Trainer:
     def _save_now(self) -> None:
         """Save where the run stands and wait for it. Raises StorageError."""
         step = self.state.step
+        if not self.world.first:
+            return
         if not self.checkpoints.has(step):
             self._save()
         self.checkpoints.wait(step)
@@ -311,12 +330,22 @@ class Trainer:
 
     # ------------------------------------------------------------------ small things
 
+    def _count(self, batch: LoadedBatch) -> None:
+        """Count what all ranks have consumed. Raises TrainingError past the budget."""
+        replaced = self.world.all(batch.replaced) if self.replaced else []
+        self.state.budget.add([item for theirs in replaced for item in theirs], self.config.training.batch_size)
+
     def _make_writers(self) -> Iterator[Writer]:
+        if not self.world.first:
+            return
         yield PngFiles(self.folder.pictures)
         if self.config.logging.tensorboard:
             yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)
         yield JsonLines(self.folder.metrics)
         yield from self.extra_writers
+
+    def _final_metrics(self) -> dict[str, float]:
+        return {name: value for row in self._rows() for name, value in row.items() if name != "step" and value is not None}
 
     def _rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl that were written at this step."""
@@ -351,12 +380,16 @@ class Trainer:
 
 
 @contextmanager
-def _storage_errors() -> Iterator[None]:
-    """Let OSError mean that storage was lost, which starting again may mend."""
+def _losses_of_machines() -> Iterator[None]:
+    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either."""
     try:
         yield
     except OSError as error:
         raise StorageError(f"storage failed: {error}") from error
+    except Exception as error:
+        if not is_lost_rank(error):
+            raise
+        raise StorageError(f"another rank was lost: {str(error).splitlines()[0]}") from error
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:

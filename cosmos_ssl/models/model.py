@@ -24,7 +24,7 @@ from cosmos_ssl.api import (
     Tower,
     Views,
 )
-from cosmos_ssl.errors import CosmosError
+from cosmos_ssl.errors import CosmosError, is_lost_rank
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
@@ -117,7 +117,7 @@ def blaming(part: Part, place: str) -> Iterator[None]:
     except (CosmosError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not part.part_source:
+        if not part.part_source or is_lost_rank(error):
             raise
         reason = str(error).strip().splitlines() or ["no message"]
         raise PluginError(f"{describe(part, place)} failed: {type(error).__name__}: {reason[0]}") from error

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from cosmos_ssl.api import Head, ImageGroup, Loss, LossOutput, Need, PluginError, Progress, Spec, TextGroup, Views, ViewSpec
 from cosmos_ssl.engine.assembly import Assembly
@@ -140,6 +142,31 @@ def test_total_is_the_weighted_sum_and_every_parameter_gets_a_gradient():
     assert {"spread/image", "spread/text", "clip/logit_scale", "distill/teacher_entropy"} <= result.logs.keys()
     assert all(p.grad is not None for p in assembly.model.parameters())
     assert all(p.grad is None for p in assembly.teacher.parameters())
+
+
+def _rank_step(rank, world, path, micro_batch_size, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    assembly = assemble()
+    share = batch().slice(rank * 6 // world, (rank + 1) * 6 // world)
+    result = Step(assembly, micro_batch_size=micro_batch_size)(share, PROGRESS)
+    results[rank] = (dict(result.logs), gradients(assembly.model))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("world", "micro_batch_size"), [(2, None), (3, None), (2, 1)])
+def test_ranks_compute_what_one_computes(world, micro_batch_size, tmp_path):
+    """On the same global batch, in float64: the mean of the losses, and on every rank the gradient of the whole batch."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank_step, args=(world, str(tmp_path / "store"), micro_batch_size, results), nprocs=world)
+        ranks = [results[rank] for rank in range(world)]
+    assembly = assemble()
+    expected = Step(assembly)(batch(), PROGRESS)
+    for name in ("loss", "loss/clip", "loss/distill"):
+        torch.testing.assert_close(torch.stack([logs[name] for logs, _ in ranks]).mean(), expected.logs[name], rtol=1e-9, atol=0)
+    for _, found in ranks:
+        for name, grad in gradients(assembly.model).items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Counting(Loss):

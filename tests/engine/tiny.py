@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -36,6 +38,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.config import Config
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
+from cosmos_ssl.engine.distributed import joined_world
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.model import Model
@@ -114,6 +117,7 @@ class Match(Loss):
 
     poison: Mapping[int, str] = {}
     stall_at = -1
+    dies_at = None
 
     def __init__(self, teacher=True):
         super().__init__()
@@ -126,6 +130,8 @@ class Match(Loss):
 
     def forward(self, ctx):
         self.calls += 1
+        if ctx.progress.step == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         while ctx.progress.step == self.stall_at:
             time.sleep(0.01)
         x = ctx.student.image["global"].unit
@@ -216,9 +222,15 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     if options.pop("stall", False):
         Match.stall_at = 2
+    own = options.pop("rank", {}).get(os.environ.get("RANK", "0"), {})  # what happens on one rank alone
+    Match.poison = {int(step): fault for step, fault in own.get("poison", {}).items()}
+    Match.dies_at = own.get("dies_at")
     evaluators = {"mean": Mean(options.pop("evaluation_seconds", 0.0))}
+    bad = options.pop("bad", ())
     try:
-        make_trainer(Path(sys.argv[1]), make_config(**options), Console(), evaluators=evaluators).train()
+        with joined_world("cpu"):
+            console = Console(quiet="RANK" in os.environ and os.environ["RANK"] != "0")
+            make_trainer(Path(sys.argv[1]), make_config(**options), console, evaluators=evaluators, bad=bad).train()
     except CosmosError as error:
         print(error)
         sys.exit(error.exit_code)

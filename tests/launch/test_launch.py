@@ -54,7 +54,7 @@ def test_dry_run_prints_the_resolved_config(launch: Launch, trained: list[Loaded
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("profile.nproc=2", "profile.nproc: 2: this release trains in one process. Leave it at 1"),
+        ("profile.nproc=2", "data: no such shard: cc3m/train-0000.tar (576 of 576 shards are missing)"),
         ("profile.nproc=3", "training.batch_size: 1024 cannot be shared by 3 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, "),
         ("profile.nproc=many", "command line  profile.nproc: expected an integer, got 'many'"),
         ("profile.nproc=0", "command line  profile.nproc: expected greater than 0, got 0"),
@@ -74,9 +74,13 @@ def test_profile_from_the_environment(launch: Launch, monkeypatch: pytest.Monkey
     assert launch()[2].startswith("profile 'slurm': ") and launch("--profile", "local")[0] == 0
 
 
-def test_a_world_started_by_others_is_refused(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_started_by_others_is_joined(launch: Launch, trained: list[LoadedConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launch()[::2] == (2, "2 processes were started (WORLD_SIZE), and this release trains in one. Start cosmos-launch by itself\n")
+    monkeypatch.setenv("RANK", "0")
+    code, out, _ = launch("profile.nproc=4")
+    assert code == 0 and len(trained) == 1 and out.startswith("training here, as one of 2 ranks, into ")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "cannot be shared by 3 ranks" in launch()[2]
 
 
 def test_exit_code_of_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

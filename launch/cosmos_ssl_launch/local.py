@@ -1,0 +1,101 @@
+"""Several ranks on this machine: started together, told of signals together, ended together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import IO
+
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, EXIT_USER
+
+GRACE = 20.0
+"""Seconds that the other ranks have to end by themselves once one has failed."""
+
+_PARENT = "COSMOS_LAUNCH_PARENT"
+_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
+"""Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
+
+
+def run_ranks(arguments: Sequence[str], count: int) -> int:
+    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world; the run's exit code."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # held here: no rank has to be first
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(count)]
+        try:
+            for rank in range(count):
+                ranks.append(_start(arguments, rank, count, store.port, said[rank] if rank else None))
+            codes = _wait(ranks)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return _outcome(codes, said)
+
+
+def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None) -> subprocess.Popen[bytes]:
+    """One rank. It has a process group of its own, so that a terminal's Ctrl-C reaches it once, by way of this process."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port, _PARENT: os.getpid()}
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    code = "import sys; from cosmos_ssl_launch.local import rank_main; sys.exit(rank_main())"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=said, stderr=said, process_group=0)
+
+
+def rank_main() -> int:
+    """What each rank runs: ``cosmos-launch``, bound to the life of the process that started it."""
+    from cosmos_ssl_launch import main
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[_PARENT]):  # it died before the call above
+            return EXIT_LOST
+    return main()
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit code of every rank, negative for a signal. Once one has failed, the others have ``GRACE`` seconds left."""
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks):
+        failed = [p.returncode for p in ranks if p.returncode not in (None, EXIT_DONE, EXIT_SAVED, EXIT_INTERRUPTED)]
+        if failed:
+            deadline = min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+        time.sleep(0.05)
+    return [process.returncode for process in ranks]
+
+
+def _outcome(codes: Sequence[int], said: Sequence[IO[str]]) -> int:
+    """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints itself."""
+    found = [EXIT_LOST if code < 0 else code for code in codes]
+    worst = next((code for code in _TELLING if code in found), max(found))
+    rank = found.index(worst)
+    if worst != EXIT_DONE and rank > 0:
+        said[rank].seek(0)
+        lines = said[rank].read().strip().splitlines()
+        ended = f"by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"with exit code {codes[rank]}"
+        print(f"rank {rank} ended {ended}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
+    return worst

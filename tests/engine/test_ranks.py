@@ -1,0 +1,127 @@
+"""Several ranks as real processes: resuming to the same bits, signals, faults of one rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
+from cosmos_ssl.engine.distributed import GradientMean
+
+TINY = Path(__file__).with_name("tiny.py")
+LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
+
+
+@pytest.fixture
+def ranks(start_tiny, monkeypatch):
+    """Start tiny.py as the ranks of one world; what is given is kept from the test's end."""
+    stores = []
+
+    def start(run_dir, world, **options):
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(stores[-1].port))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        started = []
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            started.append(start_tiny(run_dir, **options))
+        return started
+
+    return start
+
+
+def finished(processes, timeout=90):
+    """Exit codes and what was said."""
+    said = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def logged(run_dir, step):
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= step
+
+
+def weights(run_dir):
+    folder = checkpoint_folders(run_dir)[-1]
+    return folder.name, load_tensors(folder, "student") | {f"teacher.{n}": t for n, t in load_tensors(folder, "teacher").items()}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_never_killed(ranks, rows, tmp_path, world):
+    """To the last bit: rows and weights; the bad sample of one rank is counted on all."""
+    codes, said = finished(ranks(tmp_path / "whole", world, bad=[3]))
+    assert codes == [0] * world, said
+    fatal = {str(world - 1): {"dies_at": 7}}
+    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3], rank=fatal))
+    assert codes[-1] == -signal.SIGKILL
+    assert set(codes[:-1]) == {74}, said
+    assert "another rank was lost" in said[0]
+    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3]))
+    assert codes == [0] * world, said
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    (name, found), (same, expected) = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert name == same
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert [row["bad_samples"] for row in rows(tmp_path / "whole") if "loss" in row][-1] == 2
+
+
+def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, tmp_path):
+    processes = ranks(tmp_path, 2, **LONG)
+    wait_for(lambda: logged(tmp_path, 3))
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = finished(processes)
+    assert codes == [75, 75], said
+    step = checkpoint_folders(tmp_path)[-1].name[5:].lstrip("0")
+    assert f"at step {int(step):,} " in said[0] and f"at step {int(step):,} " in said[1]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, rows, tmp_path):
+    codes, said = finished(ranks(tmp_path, 2, rank={"1": {"poison": {"2": "loss"}}}))
+    assert codes == [0, 0], said
+    assert [row["skipped_steps"] for row in rows(tmp_path) if "loss" in row][-1] == 1
+    assert "step 3: " in (tmp_path / "log.rank1.txt").read_text()
+
+
+def test_a_folder_in_use_is_refused_on_every_rank(tiny, ranks, tmp_path):
+    trainer = tiny.make_trainer(tmp_path)
+    with trainer.folder.locked():
+        codes, said = finished(ranks(tmp_path, 2))
+    assert codes == [2, 2], said
+    assert "in use by a live run" in said[0]
+
+
+def test_buckets_hold_every_parameter_once_and_one_type_each(monkeypatch):
+    monkeypatch.setattr("cosmos_ssl.engine.distributed.BUCKET", 100)
+    sizes = [(30, torch.float32), (2, torch.float32), (3, torch.float64)]
+    parameters = [torch.zeros(size, dtype=dtype, requires_grad=True) for size, dtype in sizes]
+    buckets = GradientMean(parameters).buckets
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3], [2, 30]]
+
+
+def test_cosmos_launch_starts_ranks(tmp_path):
+    """The command with two ranks on the quickstart's parts, shortened; and a number of ranks that cannot be."""
+    short = ["data.train_samples=64", "data.validation_samples=16", "training.batch_size=16", "schedule.max_steps=2"]
+    small = ["model.image.layers=1", "model.text.layers=1", "evaluators.classification=null", f"data.folder={tmp_path}/scenes"]
+    command = [sys.executable, "-c", "import sys; from cosmos_ssl_launch import main; sys.exit(main())"]
+    command += ["--config", "quickstart.yaml", f"output_dir={tmp_path}/run", *short, *small]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "profile.nproc=2"], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training here, in 2 processes" in done.stdout and "step 2 of 2" in done.stdout
+    refused = subprocess.run([*command, "profile.nproc=3"], capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert refused.returncode == 2 and "Possible: 1, 2, 4, 8, 16" in refused.stderr
