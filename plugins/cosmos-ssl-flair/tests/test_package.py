@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+
+from cosmos_ssl.testing import check_head, check_loss
 
 FOLDER = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((FOLDER / "pyproject.toml").read_text())
@@ -47,7 +50,7 @@ def test_public_and_private_are_told_apart() -> None:
 
 def test_parts_are_listed_with_their_distribution() -> None:
     program = Path(sys.executable).parent / "cosmos-ssl"
-    done = subprocess.run([str(program), "plugins", "list"], capture_output=True, text=True, timeout=60, env=None)
+    done = subprocess.run([str(program), "plugins", "list"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for group, name, object_path in (("heads", "flair_pool", "pooling:FlairPool"), ("losses", "flair", "loss:Flair")):
         pattern = rf"^{group} +{name} +cosmos-ssl-flair {re.escape(PYPROJECT['project']['version'])} +cosmos_ssl_flair\.{object_path}$"
@@ -66,10 +69,17 @@ def test_the_wheel_holds_recipe_and_type_marker(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=FOLDER, check=True, capture_output=True)
     [wheel] = tmp_path.iterdir()
-    import zipfile
-
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = FOLDER / "cosmos_ssl_flair"
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert held == {str(path.relative_to(FOLDER)) for path in files}
     assert {"cosmos_ssl_flair/flair.yaml", "cosmos_ssl_flair/py.typed"} <= held
+
+
+def test_parts_keep_to_the_contract() -> None:
+    heads = {"heads": {"pool": {"type": "flair_pool"}}}
+    check_head("flair_pool")
+    check_head("flair_pool", num_heads=4)
+    check_loss("flair", around=heads, head="pool")
+    check_loss("flair", around=heads, head="pool", negative_captions=1)
+    check_loss("flair", around=heads, head="pool", multi_positive_share=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -109,3 +110,19 @@ def test_the_recipe_builds_as_it_is_and_its_command_holds() -> None:
     program, flag, place, *overrides = shlex.split(line.partition(":")[2])
     assert (program, flag, place) == ("cosmos-launch", "--config", "$(python -m cosmos_ssl_flair)")
     assert "ok" in run("cosmos-ssl", "config", "check", recipe, *overrides)
+
+
+def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both blocks as they stand, the first on fewer samples."""
+    fewer = ["data={train_samples: 64, validation_samples: 8, folder: scenes}", "schedule={epochs: 1, warmup_steps: 1}", "loader.workers=0"]
+    real = cosmos_ssl.train
+    monkeypatch.setattr(cosmos_ssl, "train", lambda recipe, overrides: real(recipe, [*overrides, *fewer]))
+    monkeypatch.chdir(tmp_path)
+    names = {"picture": torch.zeros(3, 80, 60, dtype=torch.uint8)}
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    first, second = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(first, names)
+    assert "retrieval/student/image_to_text_R@1" in capsys.readouterr().out
+    exec(second, names)
+    assert names["images"].shape == (1, 16, 128) and names["texts"].shape == (2, 128)
+    assert re.fullmatch(r"tensor\(\[\[[-\d., ]+\]\]\)", capsys.readouterr().out.strip())
