@@ -63,7 +63,7 @@ class DinoProjection(Prototypes):
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width of the unit vectors before the last layer.
         output_dim: K, the number of prototypes.
-        batch_norm: after each hidden layer, over all rows of all views and ranks.
+        batch_norm: after each hidden layer, over one view of all ranks at a time.
         norm_last_layer: prototypes keep length 1: steadier, a little worse.
         freeze_last_layer: epochs in which the last layer rests.
         """

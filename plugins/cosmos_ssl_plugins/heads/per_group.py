@@ -1,4 +1,4 @@
-"""What projection heads share: one output a view group, one pass over all rows that are asked for, batch norm over all ranks.
+"""What projection heads share: one output a view group, batch norm over all ranks.
 
 Shape letters: n rows of any views, W width of the input, K width of the output, M masked patches.
 """
@@ -23,8 +23,6 @@ class PerGroup(Head):
     """
 
     mlp: nn.Module
-    views_apart = False
-    """Whether each view passes by itself, which matters to batch norm alone."""
 
     def __init__(self, reads: Mapping[str, Need], width: int) -> None:
         super().__init__()
@@ -40,9 +38,9 @@ class PerGroup(Head):
         return [self.reads[name] for name in outputs]
 
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
-        """These outputs, [V, B, K] or [M, K], from one pass over all their rows."""
+        """These outputs, [V, B, K] or [M, K]: from one pass over all their rows, or one a view where batch norm mixes them."""
         inputs = {name: _found(features, self.reads[name]) for name in outputs}
-        if self.views_apart:
+        if self.mixes_samples:
             return {name: torch.stack([self.mlp(view) for view in x]) if x.dim() == 3 else self.mlp(x) for name, x in inputs.items()}
         rows = [x.flatten(0, -2) for x in inputs.values()]
         parts = self.mlp(torch.cat(rows)).split([len(x) for x in rows])

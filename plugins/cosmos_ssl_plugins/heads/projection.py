@@ -18,8 +18,6 @@ class Projection(PerGroup):
     second one of 2 layers whose ``input`` is the first. Batch norm sees one view of all ranks at a time, as there.
     """
 
-    views_apart = True
-
     def __init__(
         self,
         spec: Spec,
@@ -50,7 +48,6 @@ class Projection(PerGroup):
         width, needs = _input(spec, input, modality)
         super().__init__(needs, output_dim)
         self.mixes_samples = batch_norm or output_batch_norm  # type: ignore[misc]
-        self.views_apart = self.mixes_samples
         widths = [width, *[hidden_dim] * (layers - 1), output_dim]
         blocks = [(a, b, BatchNorm(b) if batch_norm else None, nn.ReLU()) for a, b in pairwise(widths[:-1])]
         last = (widths[-2], output_dim, BatchNorm(output_dim, affine=False) if output_batch_norm else None, None)
