@@ -21,6 +21,7 @@ from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_t
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.engine.signals import Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.interop.official import read_official
@@ -262,14 +263,14 @@ def _claim(folder: Path) -> None:
 
 def run(loaded: LoadedConfig) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint."""
-    with joined_world(loaded.config.training.device):
-        return _trainer(loaded).train()
+    with Signals(at_once=True) as signals, joined_world(loaded.config.training.device):
+        return _trainer(loaded, signals=signals).train()
 
 
-def _trainer(loaded: LoadedConfig, writers: Sequence[Writer] = ()) -> Trainer:
+def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
     if World().first:
         _claim(loaded.config.folder)  # said now rather than after the data is ready
-    return Trainer(Builder(loaded).assemble(), loaded.config, loaded.config.folder, writers=writers)
+    return Trainer(Builder(loaded).assemble(), loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -287,7 +288,7 @@ def make_trainer(config: str | Path | Mapping[str, Any], overrides: Sequence[str
     """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics. Raises as ``train`` does."""
     loaded = load_config(config, overrides)
     check(loaded)
-    return _trainer(loaded, writers)
+    return _trainer(loaded, writers=writers)
 
 
 def load(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_ssl.config import started_ranks
-from cosmos_ssl.errors import CosmosError, StorageError, UserError
+from cosmos_ssl.errors import CosmosError, StorageError, UserError, is_lost_rank
 from cosmos_ssl.functional import rank, world_size
 
 T = TypeVar("T")
@@ -49,6 +49,19 @@ def joined_world(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def named_losses() -> Iterator[None]:
+    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"storage failed: {error}") from error
+    except Exception as error:
+        if not is_lost_rank(error):
+            raise
+        raise StorageError(f"another rank was lost: {str(error).splitlines()[0]}") from error
 
 
 class World:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run: finish the step, save, leave."""
+"""Signals during a run: finish the step, save, leave; before there is anything to save, leave at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Any
 
 from cosmos_ssl.errors import EXIT_INTERRUPTED, EXIT_SAVED, CosmosError
 
-_WATCHED = {signal.SIGTERM: ("SIGTERM", EXIT_SAVED), signal.SIGINT: ("Ctrl-C", EXIT_INTERRUPTED)}
+_WATCHED = {
+    signal.SIGTERM: ("SIGTERM", EXIT_SAVED),
+    signal.SIGUSR2: ("SIGUSR2", EXIT_SAVED),
+    signal.SIGINT: ("Ctrl-C", EXIT_INTERRUPTED),
+}
 
 
 class Interrupted(CosmosError):
@@ -24,35 +28,71 @@ class Interrupted(CosmosError):
 
 
 class Signals:
-    """While entered, remembers the first signal; the run asks with ``check``.
+    """While entered, remembers the first signal.
 
-    A second Ctrl-C ends the process at once. Off the main thread, where Python allows no handlers, nothing is watched.
+    A thread learns of signals from the kernel by way of a pipe, because a Python handler has to wait until a
+    collective, or whatever else the main thread is in, returns. While ``at_once`` is set a signal ends the process
+    there and then, as a second Ctrl-C always does. Off the main thread, where Python allows no handlers, nothing is
+    watched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.received: int | None = None
+        """The signal that has come to this process."""
+        self.agreed: int | None = None
+        """The signal on which all ranks stop."""
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe = (-1, -1)
+        self._old_descriptor = -1
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _WATCHED}
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._old_descriptor = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, _noted) for number in _WATCHED}
+            threading.Thread(target=self._read, args=(self._pipe[0],), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set outside Python
+        if self._pipe[1] >= 0:
+            signal.set_wakeup_fd(self._old_descriptor)
+            os.close(self._pipe[1])  # ends the thread
+            self._pipe = (-1, -1)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has come to this process."""
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+    def check_agreed(self) -> None:
+        """Raise Interrupted if all ranks have agreed to stop."""
+        if self.agreed is not None:
+            raise Interrupted(self.agreed)
+
+    def _read(self, descriptor: int) -> None:
+        while numbers := os.read(descriptor, 64):
+            for number in numbers:
+                if number in _WATCHED:
+                    self._take(number)
+        os.close(descriptor)
+
+    def _take(self, number: int) -> None:
+        cause, code = _WATCHED[signal.Signals(number)]
+        if self.at_once or (self.received is not None and number == signal.SIGINT):
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
-            os._exit(EXIT_INTERRUPTED)
+            if self.at_once:
+                os.write(2, f"\n{cause}: nothing to save yet\n".encode())
+            os._exit(code)
         if self.received is None:
             self.received = number
             again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{_WATCHED[signal.Signals(number)][0]}: saving{again}\n".encode())  # print is not re-entrant
+            os.write(2, f"\n{cause}: saving{again}\n".encode())
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The thread does it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, pick_device
+from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, named_losses, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
 from cosmos_ssl.engine.run_folder import RunFolder, versions
@@ -28,7 +28,7 @@ from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.watch import Clock, Watch, lines
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, is_lost_rank
+from cosmos_ssl.errors import CosmosError, TrainingError
 from cosmos_ssl.identity import identity
 from cosmos_ssl.models.attention import resolve_backend
 
@@ -49,8 +49,12 @@ class Trainer:
         device: torch.device | None = None,
         console: Console | None = None,
         writers: Sequence[Writer] = (),
+        signals: Signals | None = None,
     ) -> None:
-        """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError."""
+        """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError.
+
+        ``signals`` are watched already; by default they are from the start of ``train`` on.
+        """
         self.assembly = assembly
         self.config = config
         self.world = World()
@@ -61,6 +65,8 @@ class Trainer:
         resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
         self.console = console or Console(quiet=not self.world.first)
         self.extra_writers = writers
+        self.signals = signals or Signals(at_once=True)
+        self._watching = signals is not None
         check_ranks(config, self.world.size)
         assert assembly.dataset is not None, "a model built to be read, not trained"
         self.dataset = assembly.dataset
@@ -100,8 +106,10 @@ class Trainer:
         """
         with ExitStack() as stack:
             stack.enter_context(lines(self.console))
+            if not self._watching:
+                stack.enter_context(self.signals)
             self.world.from_first(lambda: stack.enter_context(self.folder.locked()))
-            stack.enter_context(_losses_of_machines())
+            stack.enter_context(named_losses())
             self.world.from_first(lambda: self.folder.belong(self.config, self.dataset.identity()))
             result = self.world.from_first(self.folder.result)
             if result is not None and result["step"] == self.total_steps:
@@ -156,7 +164,7 @@ class Trainer:
             )
             stack.callback(self.checkpoints.close)
         self.owed, self.saved_at = False, time.monotonic()
-        self.signals = stack.enter_context(Signals())
+        self.signals.at_once = False
         self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch)
         stack.enter_context(self.watch.showing(self.state.step))
         self.clock = Clock()
@@ -187,7 +195,7 @@ class Trainer:
                 self._log(numbers)
                 self._checkpoint()
                 self._evaluate()
-                self.signals.check()
+                self.signals.check_agreed()
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
@@ -228,7 +236,7 @@ class Trainer:
         counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
         faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device of a step
         *faults, signal, replaced = self.world.most([*faults, self.signals.received or 0, self.replaced])
-        self.signals.received, self.replaced = int(signal) or None, int(replaced)
+        self.signals.agreed, self.replaced = int(signal) or None, int(replaced)
         finite_loss, finite_norm = (not fault for fault in faults)
         if finite_loss and finite_norm:
             counters.nonfinite_in_a_row = 0
@@ -377,19 +385,6 @@ class Trainer:
             log.info("resuming %s%s.", self._place(), moved)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
-
-
-@contextmanager
-def _losses_of_machines() -> Iterator[None]:
-    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"storage failed: {error}") from error
-    except Exception as error:
-        if not is_lost_rank(error):
-            raise
-        raise StorageError(f"another rank was lost: {str(error).splitlines()[0]}") from error
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:

@@ -72,7 +72,7 @@ def logged(run_dir, step):
 ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
 
-@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")])
 def test_a_signal_saves_and_leaves(tiny, start_tiny, tmp_path, number, code, cause):
     process = start_tiny(tmp_path, loader={"workers": 1}, **ENDLESS)
     wait_for(lambda: logged(tmp_path, 3))
@@ -94,6 +94,16 @@ def test_a_signal_is_seen_during_evaluation(start_tiny, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert checkpoint_folders(tmp_path)[-1].name == "step_00000005"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+def test_a_signal_during_start_up_leaves_at_once(start_tiny, tmp_path, number, code):
+    process = start_tiny(tmp_path, stuck_start=True)
+    assert "starting" in process.stdout.readline()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == code, said
+    assert "nothing to save yet" in said and "Traceback" not in said
 
 
 def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
