@@ -34,6 +34,8 @@ class Scenes(Shards):
         self._options = SceneOptions(train_samples=train_samples, validation_samples=validation_samples, image_size=image_size, seed=seed)
         self._folder = Path(folder).expanduser() if folder else default_folder(self._options)
         self.validation_data = self._options.pattern(self._folder, "val")
+        if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used
+            caption_schema = None
         super().__init__(self._options.pattern(self._folder, "train"), caption_schema=caption_schema)
 
     @property

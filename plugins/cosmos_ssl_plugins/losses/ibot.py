@@ -82,6 +82,6 @@ class Ibot(Loss):
         metrics = {
             "teacher_entropy": entropy(targets),
             "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
-            "masked": masks.float().mean(),
+            "masked": masks.to(log_p.dtype).mean(),
         }
         return LossOutput(terms={"patches": loss}, metrics=metrics)

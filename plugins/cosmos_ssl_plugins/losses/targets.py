@@ -14,7 +14,8 @@ from cosmos_ssl.api import Progress
 from cosmos_ssl.functional import all_max, all_sum
 
 Centering = Literal["center", "sinkhorn"]
-ROWS_FOR_ENTROPY = 64
+ROWS_AT_ONCE = 256
+"""Rows whose entropy is computed at once, to hold little memory."""
 
 
 class TeacherTargets(nn.Module):
@@ -97,9 +98,10 @@ def exact(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def entropy(targets: Tensor) -> Tensor:
-    """Mean entropy, in nats, of some distributions [n, K]: 0 is one sure prototype, ln K all alike; 0 without rows."""
-    some = targets[:ROWS_FOR_ENTROPY]
-    mean: Tensor = torch.special.entr(some).sum() / max(1, len(some))
+    """Mean entropy of distributions [n, K] over the rows of all ranks, in nats: 0 is one sure prototype, ln K all alike; 0 without rows."""
+    total = torch.stack([torch.special.entr(rows).sum() for rows in targets.split(ROWS_AT_ONCE)]).sum()
+    total, rows = all_sum(torch.stack([total, total.new_full((), len(targets))]))
+    mean: Tensor = total / rows.clamp_min(1)
     return mean
 
 

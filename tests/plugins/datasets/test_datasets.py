@@ -55,6 +55,8 @@ def test_captions_are_asked_for_where_texts_are_used(scenes: Scenes, tmp_path: P
     data = WebDataset(pictures, train_data=shards, caption_schema="json:nothing")
     data.prepare()
     assert not data.read(0).captions
+    alone = Scenes(pictures, train_samples=20, validation_samples=10, image_size=16)
+    assert not alone.read(0).captions and scenes.read(0).captions and alone.read(0).image == scenes.read(0).image
 
 
 def test_mistakes_show_when_the_part_is_built() -> None:

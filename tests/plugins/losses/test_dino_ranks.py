@@ -87,11 +87,13 @@ def everything(share: slice) -> dict[str, Found]:
     for step in range(2):
         for name, loss in made.items():
             weight = draw(WIDTH, K, seed=step).requires_grad_()
-            (term,) = loss(context(step, weight, share)).terms.values()
+            output = loss(context(step, weight, share))
+            (term,) = output.terms.values()
             term.backward()
             assert weight.grad is not None
             buffers = {key: value.clone() for key, value in loss.named_buffers()}
-            found[f"{name} {step}"] = {"mean of loss": term.detach(), "mean of gradient": weight.grad, **buffers}
+            metrics = {f"mean of {key}": value.detach().double() for key, value in output.metrics.items()}
+            found[f"{name} {step}"] = {"mean of loss": term.detach(), "mean of gradient": weight.grad, **metrics, **buffers}
     return found
 
 
