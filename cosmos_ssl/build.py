@@ -114,7 +114,8 @@ class Builder:
         """A part's own error; one that begins with ``OPTION: `` is located at that option."""
         key, _, rest = str(error).partition(": ")
         known = {option.name for option in registry.options(self.chosen[path].cls)}
-        return self._fault(f"{path}.{key}", rest) if rest and key in known else self._fault(path, str(error))
+        located = rest and key.partition(".")[0] in known  # a dotted key reaches into an option's value
+        return self._fault(f"{path}.{key}", rest) if located else self._fault(path, str(error))
 
     # ------------------------------------------------------------------ building
 

@@ -10,12 +10,14 @@ Shape letters: V, U views; B samples on this rank; N samples of all ranks; D wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+T = TypeVar("T")
 
 CHUNK = 1 << 24
 """Logits held at once, in elements."""
@@ -47,6 +49,15 @@ def all_max(x: Tensor) -> Tensor:
     most = x.detach().clone()
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each rank gives, in rank order, by way of pickle: for small things and for evaluations."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 class _Gather(torch.autograd.Function):

@@ -351,6 +351,9 @@ def _convert(record: Record, option: Option, value: Any) -> tuple[Any, list[tupl
         return None, [(".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)]
 
 
+_UNKNOWN = "unknown key"
+
+
 def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tuple[tuple[str, ...], str]]:
     """Pydantic's errors on ``value`` as (path into the value, message); the branches of a union become one message."""
     wanted: dict[tuple[str, ...], list[str]] = {}
@@ -364,7 +367,10 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
                 inner = inner[step]
         wanted.setdefault(tuple(path), []).append(_plain_words(error))
         found[tuple(path)] = inner
-    return [(path, f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}") for path, words in wanted.items()]
+    return [
+        (path, _UNKNOWN if _UNKNOWN in words else f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}")
+        for path, words in wanted.items()
+    ]
 
 
 def _plain_words(error: Mapping[str, Any]) -> str:
@@ -372,6 +378,8 @@ def _plain_words(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         step = error["loc"][-1]
         return f"at least {step + 1} values" if isinstance(step, int) else f"a value for '{step}'"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return _UNKNOWN
     words = re.sub(r"^[\w ]+ should (?:be|have) ", "", error["msg"]).partition(", got ")[0].partition(" after validation")[0]
     words = re.sub(r"\ba valid (?=[aeiou])", "an ", words).replace("a valid ", "a ")
     return re.sub(r"\ban object|\ba dictionary", "a mapping", words).replace("an array", "a list")

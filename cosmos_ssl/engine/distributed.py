@@ -92,14 +92,6 @@ class World:
         dist.all_reduce(values)
         return dict(zip(numbers, (values / self.size).tolist(), strict=True))
 
-    def all(self, value: T) -> list[T]:
-        """What each rank gives, in rank order."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
-
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on the first rank, on all; an error of ours that it raises there is raised on all."""
         if self.size == 1:

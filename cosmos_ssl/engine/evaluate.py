@@ -38,20 +38,20 @@ def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch
     return [name for name, scheduled in evaluators.items() if is_due(scheduled.every_epochs)]
 
 
-def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype | None) -> Evaluation:
+def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype | None, *, pictures: bool = True) -> Evaluation:
     """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. Raises Interrupted."""
     metrics: dict[str, float] = {}
-    pictures: dict[str, Tensor] = {}
+    drawn: dict[str, Tensor] = {}
     for role, model in _roles(assembly):
         encoder = WatchedEncoder(model, assembly.spec, assembly.tokenizer, dtype=dtype)
         encoder.signals = signals
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
         evaluator = assembly.evaluators[name].evaluator
         with blaming(evaluator, f"evaluators.{name}"):
-            found = evaluator.evaluate(encoder, pictures=True)
+            found = evaluator.evaluate(encoder, pictures=pictures)
         metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
-        pictures |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
-    return Evaluation(metrics=metrics, pictures=pictures)
+        drawn |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
+    return Evaluation(metrics=metrics, pictures=drawn)
 
 
 def summary(evaluation: Evaluation, each: int = 3) -> str:

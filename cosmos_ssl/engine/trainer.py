@@ -29,6 +29,7 @@ from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.errors import CosmosError, TrainingError
+from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import identity
 from cosmos_ssl.models.attention import resolve_backend
 
@@ -329,7 +330,7 @@ class Trainer:
                 continue
             start = time.monotonic()
             with self.clock.paused():
-                found = evaluate(name, self.assembly, self.signals, _AUTOCAST[self.config.training.precision])
+                found = evaluate(name, self.assembly, self.signals, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
@@ -340,7 +341,7 @@ class Trainer:
 
     def _count(self, batch: LoadedBatch) -> None:
         """Count what all ranks have consumed. Raises TrainingError past the budget."""
-        replaced = self.world.all(batch.replaced) if self.replaced else []
+        replaced = gather_objects(batch.replaced) if self.replaced else []
         self.state.budget.add([item for theirs in replaced for item in theirs], self.config.training.batch_size)
 
     def _make_writers(self) -> Iterator[Writer]:

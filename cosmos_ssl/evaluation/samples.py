@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
 from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar
+from cosmos_ssl.functional import gather_objects, rank, world_size
+
+T = TypeVar("T")
 
 _AHEAD = 2  # batches that are decoded while one is encoded
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -101,20 +105,21 @@ class EvaluationData:
         return self.samples.read(index)
 
     def batches(self, encoder: Encoder, batch_size: int) -> Iterator[Batch]:
-        """All samples in order; bad ones are left out and told of. Raises DataError if none is left."""
+        """This rank's share of the samples, in order; bad ones are left out and told of. Raises DataError if none is left on any rank."""
         count = len(self.samples)
         chosen = range(count)
         if self.max_samples is not None and self.max_samples < count:
             chosen = np.linspace(0, count - 1, self.max_samples).round().astype(int).tolist()
         bad: Counter[str] = Counter()
         found = 0
-        for batch in _decoded(self.samples, chosen, encoder.preprocess, batch_size, self.workers, bad):
+        for batch in _decoded(self.samples, _share(chosen), encoder.preprocess, batch_size, self.workers, bad):
             found += len(batch.samples)
             yield batch
+        bad = sum(gather_objects(bad), Counter())
         if bad:
             reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common())
             _log.warning("%s: %d of %d samples left out of the evaluation (%s)", self._name, bad.total(), len(chosen), reasons)
-        if not found:
+        if not sum(gather_objects(found)):
             raise DataError(f"{self._name}: not one picture can be used. Run: cosmos-ssl data check")
 
     @property
@@ -158,8 +163,27 @@ def _decoded(
 def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, *, to_match: bool = False) -> Tensor:
     """Strings -> unit features [n, D] on the encoder's device; ``to_match``: what ``encoder.match`` takes, [n, ...]."""
     encode = encoder.match_text if to_match else encoder.encode_text
-    starts = range(0, len(texts), batch_size)
-    return torch.cat([encode(encoder.tokenize(texts[start : start + batch_size])) for start in starts])
+    own = _share(texts)
+    starts = range(0, len(own), batch_size)
+    return rows_of_all([encode(encoder.tokenize(own[start : start + batch_size])) for start in starts], encoder.device)
+
+
+def _share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of ``items``, which are the same on all ranks: shares in rank order are the whole in order."""
+    return items[rank() * len(items) // world_size() : (rank() + 1) * len(items) // world_size()]
+
+
+def items_of_all(items: list[T]) -> list[T]:
+    """What all ranks have found in their shares, in order."""
+    return [item for theirs in gather_objects(items) for item in theirs]
+
+
+def rows_of_all(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The rows that all ranks have computed, in order, on ``device``; some ranks may have none."""
+    if world_size() == 1:
+        return torch.cat(list(parts))
+    own = torch.cat(list(parts)).cpu() if parts else None
+    return torch.cat([rows for rows in gather_objects(own) if rows is not None]).to(device)
 
 
 def label_of(sample: Sample, name: str) -> object:

@@ -72,7 +72,9 @@ def logged(run_dir, step):
 ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
 
-@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")]
+)
 def test_a_signal_saves_and_leaves(tiny, start_tiny, tmp_path, number, code, cause):
     process = start_tiny(tmp_path, loader={"workers": 1}, **ENDLESS)
     wait_for(lambda: logged(tmp_path, 3))

@@ -113,15 +113,30 @@ def test_buckets_hold_every_parameter_once_and_one_type_each(monkeypatch):
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3], [2, 30]]
 
 
-def test_cosmos_launch_starts_ranks(tmp_path):
-    """The command with two ranks on the quickstart's parts, shortened; and a number of ranks that cannot be."""
-    short = ["data.train_samples=64", "data.validation_samples=16", "training.batch_size=16", "schedule.max_steps=2"]
-    small = ["model.image.layers=1", "model.text.layers=1", "evaluators.classification=null", f"data.folder={tmp_path}/scenes"]
+def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_path):
+    """The quickstart's parts, shortened: losses to float32's last digits, the same ranks in retrieval; and a number that cannot be."""
+    short = [
+        "data.train_samples=64",
+        "data.validation_samples=18",
+        "training.batch_size=16",
+        "schedule.max_steps=2",
+        "logging.every_steps=1",
+    ]
+    small = ["model.image.layers=1", "model.text.layers=1", f"data.folder={tmp_path}/scenes"]
     command = [sys.executable, "-c", "import sys; from cosmos_ssl_launch import main; sys.exit(main())"]
-    command += ["--config", "quickstart.yaml", f"output_dir={tmp_path}/run", *short, *small]
+    command += ["--config", "quickstart.yaml", *short, *small]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "profile.nproc=2"], capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "training here, in 2 processes" in done.stdout and "step 2 of 2" in done.stdout
+    found = []
+    for nproc in (1, 2):
+        run = [*command, f"output_dir={tmp_path}/{nproc}", f"profile.nproc={nproc}"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append({name: value for row in rows(tmp_path / str(nproc)) for name, value in row.items()})
+    assert "training here, in 2 processes" in done.stdout
+    assert found[0].keys() == found[1].keys()
+    for name in ("loss", "loss/clip", "loss/distill"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+    for name in ("retrieval/student/image_to_text_mean_rank", "retrieval/teacher/text_to_image_R@5", "classification/student/top5"):
+        assert found[0][name] == pytest.approx(found[1][name])
     refused = subprocess.run([*command, "profile.nproc=3"], capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert refused.returncode == 2 and "Possible: 1, 2, 4, 8, 16" in refused.stderr

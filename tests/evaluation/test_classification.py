@@ -10,6 +10,8 @@ from cosmos_ssl.evaluation.classification import accuracy, class_vectors, load_c
 class Words:
     """A text encoder that knows its vectors by heart."""
 
+    device = torch.device("cpu")
+
     def __init__(self, vectors):
         self.vectors = vectors
         self.batches = []

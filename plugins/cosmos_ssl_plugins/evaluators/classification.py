@@ -7,7 +7,7 @@ import torch
 from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Sample, Spec
 from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, class_vectors, load_class_names, load_templates
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, label_of
+from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, items_of_all, label_of, rows_of_all
 
 SHOWN, BEST = 8, 3
 
@@ -56,7 +56,7 @@ class Classification(Evaluator):
             labels += [self._number(sample, names) for sample in batch.samples]
             scores.append((encoder.encode_image(batch.pixels) @ vectors.T).cpu())
             places += batch.indices
-        found = torch.cat(scores)
+        found, labels, places = rows_of_all(scores, torch.device("cpu")), items_of_all(labels), items_of_all(places)
         metrics = accuracy(found, torch.tensor(labels))
         if not pictures:
             return Evaluation(metrics=metrics)

@@ -12,7 +12,7 @@ from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Modality, 
 from cosmos_ssl.evaluation.classification import accuracy
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.pictures import draw_neighbours
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, label_of
+from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, items_of_all, label_of, rows_of_all
 
 SHOWN, NEAREST = 6, 6
 
@@ -85,4 +85,4 @@ class KNearestNeighbours(Evaluator):
                 if not isinstance(label, Hashable):
                     raise DataError(f"{self.label}: sample {sample.key} has a list or a table where a label is due")
                 labels.append(label)
-        return torch.cat(features), labels, places
+        return rows_of_all(features, encoder.device), items_of_all(labels), items_of_all(places)

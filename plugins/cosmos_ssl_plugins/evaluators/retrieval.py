@@ -7,11 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Sample, Spec
+from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
 from cosmos_ssl.evaluation.attention_maps import attention_maps
 from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, encode_texts
+from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, encode_texts, items_of_all, rows_of_all
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
 SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
@@ -49,32 +49,30 @@ class Retrieval(Evaluator):
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""
         features: list[Tensor] = []
-        texts: list[str] = []
-        owners: list[int] = []
-        places: list[int] = []
-        untold: list[Sample] = []
+        told: list[tuple[int, list[str]]] = []
+        untold: list[tuple[str, list[str]]] = []
         for batch in self.data.batches(encoder, self.batch_size):
-            told = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
-            untold += [sample for sample in batch.samples if not sample.captions.get(self.texts)]
-            if told:
-                features.append(encoder.match_image(batch.pixels[told]))
-            for n in told:
-                own = batch.samples[n].captions[self.texts]
-                owners += [len(places)] * len(own)
-                places.append(batch.indices[n])
-                texts += own
-        self._tell_of(untold, len(places))
-        images = torch.cat(features)
+            with_texts = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
+            untold += [(sample.key, list(sample.captions)) for sample in batch.samples if not sample.captions.get(self.texts)]
+            if with_texts:
+                features.append(encoder.match_image(batch.pixels[with_texts]))
+            told += [(batch.indices[n], list(batch.samples[n].captions[self.texts])) for n in with_texts]
+        told, untold = items_of_all(told), items_of_all(untold)
+        self._tell_of(untold, len(told))
+        places = [place for place, _ in told]
+        texts = [text for _, own in told for text in own]
+        owners = [number for number, (_, own) in enumerate(told) for _ in own]
+        images = rows_of_all(features, encoder.device)
         encoded = encode_texts(encoder, texts, self.batch_size, to_match=True)
         metrics = retrieval_metrics(images, encoded, torch.tensor(owners), score=encoder.match)
         drawn = self._draw(encoder, images, encoded, texts, owners, places) if pictures else {}
         return Evaluation(metrics=metrics, pictures=drawn)
 
-    def _tell_of(self, untold: list[Sample], told: int) -> None:
-        """Warn of samples without a text; raise DataError if there are no others."""
+    def _tell_of(self, untold: list[tuple[str, list[str]]], told: int) -> None:
+        """Warn of samples, by key and captions, without a text; raise DataError if there are no others."""
         if untold and not told:
-            there = ", ".join(untold[0].captions) or "none"
-            raise DataError(f"texts: samples such as {untold[0].key} have no texts '{self.texts}'. They have: {there}")
+            key, captions = untold[0]
+            raise DataError(f"texts: samples such as {key} have no texts '{self.texts}'. They have: {', '.join(captions) or 'none'}")
         if untold:
             _log.warning("%d of %d samples have no texts '%s' and are left out", len(untold), len(untold) + told, self.texts)
 
