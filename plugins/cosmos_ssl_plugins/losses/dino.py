@@ -74,7 +74,7 @@ class Dino(Loss):
         targets = self.targets(shown.flatten(0, 1), ctx.progress).view(shown.shape)
         logits = torch.cat([ctx.student.heads[self.head][name] for name in self.groups])
         log_p = (exact(logits) / self.student_temp).log_softmax(-1)  # [S, B, K]
-        pairs = -torch.einsum("tbk,sbk->bts", targets, log_p).mean(0)
+        pairs = -torch.einsum("tbk,sbk->ts", targets, log_p) / shown.shape[1]
         others = 1 - torch.eye(*pairs.shape, device=pairs.device, dtype=pairs.dtype)  # the same view is left out
         metrics = {
             "teacher_entropy": entropy(targets.flatten(0, 1)),

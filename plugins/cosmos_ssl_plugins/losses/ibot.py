@@ -78,7 +78,7 @@ class Ibot(Loss):
         log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
         counts = masks.sum(-1).flatten()  # [V B]
         weights = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts, output_size=len(log_p))  # waits for no device
-        loss = -(weights * torch.einsum("mk,mk->m", targets, log_p)).sum() / len(counts)
+        loss = -(weights * torch.linalg.vecdot(targets, log_p)).sum() / len(counts)
         metrics = {
             "teacher_entropy": entropy(targets),
             "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
