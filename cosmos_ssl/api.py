@@ -262,7 +262,7 @@ class Dataset(Part, ABC):
     """Random access to training samples, laid out in shards (a flat set is one shard)."""
 
     validation_data: str | None = None
-    """Held-out shards that belong to this set, for evaluators that are given none."""
+    """Held-out shards, or a folder, that belong to this set, for evaluators that are given none."""
 
     @abstractmethod
     def prepare(self) -> None:

@@ -102,7 +102,7 @@ class Spec:
     heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Width of each output of each head built so far."""
     validation_data: str | None = None
-    """Held-out shards that the training set knows of."""
+    """Held-out shards, or a folder, that the training set knows of."""
 
     def views(self, modality: Modality) -> Mapping[str, ViewSpec]:
         """The view groups on offer in one modality."""

@@ -3,6 +3,7 @@
 from cosmos_ssl.data.budget import BadSampleBudget, Replacement
 from cosmos_ssl.data.captions import caption_schema, check_captions, split_sentences
 from cosmos_ssl.data.dataset import Shards, open_shards
+from cosmos_ssl.data.folder import Folder
 from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.data.manifest import Manifest, load_manifest
 from cosmos_ssl.data.order import Order, sample_rng
@@ -10,6 +11,7 @@ from cosmos_ssl.data.scan import expand
 
 __all__ = [
     "BadSampleBudget",
+    "Folder",
     "LoadedBatch",
     "Loader",
     "Manifest",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.manifest import Progress, _writable
+from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES
-from cosmos_ssl.data.storage import cache_root, lock, retrying
+from cosmos_ssl.data.storage import cache_root, is_writable, lock, retrying, written_whole
 from cosmos_ssl.errors import DataError, did_you_mean
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
@@ -135,19 +134,11 @@ class FolderIndex:
     def save(self, path: Path) -> None:
         """Write the index under a temporary name, then rename it."""
         head = json.dumps(self._head).encode()
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
-                for column in self.columns.values():
-                    file.write(bytes(-file.tell() % 64))
-                    file.write(np.ascontiguousarray(column).data)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with written_whole(path) as file:
+            file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+            for column in self.columns.values():
+                file.write(bytes(-file.tell() % 64))
+                file.write(np.ascontiguousarray(column).data)
 
 
 def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> bytes:
@@ -175,7 +166,7 @@ def load_folder(
         cached = _fresh(path, root, began)
         if cached is not None:
             return cached
-    writable = [path for path in places if _writable(path.parent)]
+    writable = [path for path in places if is_writable(path.parent)]
     if not writable:
         return scan_folder(root, extensions, progress)
     path = writable[0]

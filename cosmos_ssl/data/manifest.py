@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
-from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, local_path, lock, shard_name, stat
+from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, is_writable, local_path, lock, shard_name, stat, written_whole
 from cosmos_ssl.errors import DataError
 
 _MAGIC = b"cosmos-manifest-1\n"
@@ -98,18 +96,10 @@ class Manifest:
             [{"name": s.name, "size": s.size, "stamp": s.stamp, "samples": s.samples, "notes": asdict(s.notes)} for s in self.shards]
         ).encode()
         lead = _MAGIC + len(head).to_bytes(8, "little") + head
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                file.write(lead + bytes(-len(lead) % 64))
-                file.write(np.ascontiguousarray(self._offsets).data)
-                file.write(np.ascontiguousarray(self._lengths).data)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with written_whole(path) as file:
+            file.write(lead + bytes(-len(lead) % 64))
+            file.write(np.ascontiguousarray(self._offsets).data)
+            file.write(np.ascontiguousarray(self._lengths).data)
 
     def part(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Offsets and lengths of the samples of one shard."""
@@ -132,7 +122,7 @@ def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = N
         cached = _fresh(path, names, stats)
         if cached is not None:
             return _checked(cached)
-    writable = [path for path in places if _writable(path.parent)]
+    writable = [path for path in places if is_writable(path.parent)]
     if not writable:
         return _checked(_scan_all(names, stats, None, progress))
     path = writable[0]
@@ -172,19 +162,6 @@ def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
         by_name = hashlib.sha256("\n".join(map(shard_name, urls)).encode()).hexdigest()[:16]
         places.insert(0, local_path(urls[0]).absolute().parent / ".cosmos_ssl" / f"manifest-{by_name}.bin")
     return places
-
-
-def _writable(folder: Path) -> bool:
-    """Whether files can be made there. A folder marked read-only is left alone, even by root."""
-    there = next((f for f in (folder, *folder.parents) if f.exists()), folder)
-    if not there.stat().st_mode & 0o222:
-        return False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat]) -> Manifest | None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from cosmos_ssl.errors import DataError, UserError
 
@@ -103,6 +103,34 @@ def lock(path: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made there. A folder marked read-only is left alone, even by root."""
+    there = next((f for f in (folder, *folder.parents) if f.exists()), folder)
+    if not there.stat().st_mode & 0o222:
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            yield cast(IO[bytes], file)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 class _File:
