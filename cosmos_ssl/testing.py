@@ -8,8 +8,9 @@
         check_loss("my-losses:triplet", margin=0.5)  # a registered name or a class, and its options
 
     def test_training(tmp_path):
-        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}})  # seconds, on the CPU
-        assert rows[-1]["loss/triplet"] < rows[0]["loss/triplet"]
+        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU
+        start, end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to step
+        assert end < start
 
 A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
 training would. What breaks the contract is an AssertionError that names the part.
@@ -68,7 +69,7 @@ PART = "part"
 
 
 def small_run(folder: Path | str, config: Mapping[str, Any] | None = None, *, steps: int = 4) -> list[dict[str, float]]:
-    """Train a small COSMOS on ``scenes`` for some steps, in seconds; the rows of its ``metrics.jsonl``, one a step.
+    """Train a small COSMOS on 8 pictures of ``scenes`` for some steps, in seconds; the rows of its ``metrics.jsonl``, one a step.
 
     ``config`` is merged over that of the run: add a loss or a head, put another teacher or augmenter in the place of
     its own; a ``type`` may be a class. All that is written lies in ``folder``, one run a folder. Raises as ``train``.

@@ -294,23 +294,24 @@ def example_assembly(loaded: LoadedConfig, *, meta: bool = False) -> Assembly:
 
 
 def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quickstart on towers of one layer and pictures of 32 pixels, with all that it writes inside ``folder``."""
+    """The quickstart on towers of one layer and 8 pictures of 32 pixels, one batch, with all that it writes inside ``folder``."""
     tree: dict[str, Any] = {
         "extends": "quickstart",
         "name": "small",
         "output_dir": f"{folder}/run",
         "model": {
             "embed_dim": 32,
-            "image": {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
-            "text": {"width": 64, "heads": 2, "layers": 1},
+            "image": {"type": "clip_vit", "width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
+            "text": {"type": "clip_text", "width": 64, "heads": 2, "layers": 1},
         },
         "augmenters": {
-            "image": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1},
-            "text": {"num_sampled_captions": 3},
+            "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1},
+            "text": {"type": "text_crop", "num_sampled_captions": 3},
         },
-        "data": {"train_samples": 32, "validation_samples": 8, "image_size": 32, "folder": f"{folder}/scenes"},
+        "data": {"type": "scenes", "train_samples": 8, "validation_samples": 8, "image_size": 32, "folder": f"{folder}/scenes"},
         "loader": {"workers": 0},
-        "schedule": {"epochs": 1 + steps // 4, "max_steps": steps, "warmup_steps": 1},
+        "optimizer": {"lr": 2e-3},
+        "schedule": {"epochs": steps, "warmup_steps": 1},
         "training": {"batch_size": 8, "device": "cpu"},
         "evaluators": None,
         "logging": {"every_steps": 1, "tensorboard": False},

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cosmos_ssl import __version__, registry
 from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.plugins_new import KINDS, new_plugin
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, PluginError, UserError, did_you_mean
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its actions."""
-    parser = subparsers.add_parser("plugins", help="list the parts that are installed, show one, check all")
+    parser = subparsers.add_parser("plugins", help="list the parts that are installed, show one, check all, begin a new one")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("list", help="all parts, from metadata alone")
@@ -29,6 +31,12 @@ def add_parser(subparsers: Any) -> None:
     action = actions.add_parser("check", help="import every part and report the broken ones (exit code 3)")
     add_json(action)
     action.set_defaults(run=_check)
+
+    action = actions.add_parser("new", help="write a plugin project that works: a part, its test, pyproject.toml")
+    action.add_argument("name", metavar="NAME", help="of the package and its folder, such as my-losses")
+    action.add_argument("--kind", required=True, choices=KINDS, help="what it offers")
+    action.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where the folder is made (default: here)")
+    action.set_defaults(run=_new)
 
 
 def _installed() -> tuple[registry.Record, ...]:
@@ -72,6 +80,13 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, [{**_as_json(record), "error": broken.get(record)} for record in records])
     return EXIT_FAULTS if broken else EXIT_DONE
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    folder = new_plugin(arguments.name, arguments.kind, arguments.output)
+    print(f"{folder}: {', '.join(path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*.*')))}")
+    print(f"Install and test it: pip install -e {folder} && cd {folder} && python -m pytest")
+    return EXIT_DONE
 
 
 # ---------------------------------------------------------------------------- show
