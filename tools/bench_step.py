@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""A whole training step beside the plain way of doing it: python tools/bench_step.py [--json FILE].
+
+Both train the same model from the same weights on the same synthetic batch; speed is the median ratio of paired
+steps in one process, memory the peak of a process of its own. FLOPs: every matrix product at 2 m n k, attention's two
+and their backward passes included (causal ones in full), forward and backward of student and teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from baseline import PlainCosmos, PlainStep
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cosmos_ssl.api import ImageGroup, Progress, TextGroup, Views
+from cosmos_ssl.build import Builder
+from cosmos_ssl.config import load_config
+from cosmos_ssl.engine.distributed import keep_freed_memory
+from cosmos_ssl.engine.state import RunState
+from cosmos_ssl.engine.step import Step
+
+MEAN_LENGTH = 19.5
+VARIANTS = {
+    "vitb16": ("cosmos/vitb16_cc3m.yaml", []),
+    "vitb32": ("cosmos/vitb32_cc3m.yaml", []),
+    "clip": ("methods/clip.yaml", []),
+}
+TINY = [
+    "model.image.width=64",
+    "model.image.layers=2",
+    "model.text.width=64",
+    "model.text.layers=2",
+    "model.text.heads=1",
+    "model.embed_dim=64",
+]
+
+
+class Work:
+    """One variant on one batch: our step and the plain one, from the same weights."""
+
+    def __init__(self, variant: str, samples: int, device: torch.device, overrides: Sequence[str] = ()) -> None:
+        config, own = VARIANTS[variant]
+        settings = ["evaluators=null", f"training.batch_size={samples}", "training.precision=fp32", "schedule.warmup_steps=0"]
+        self.loaded = load_config(config, [*own, *settings, *overrides])
+        self.device = device
+        self.assembly = Builder(self.loaded).assemble(prepare=False)
+        self.views = self._batch(samples).to(device)
+        self.step_number = 0
+
+    def ours(self) -> Callable[[], dict[str, Tensor]]:
+        """Our step."""
+        state = RunState(self.assembly, self.loaded.config, self.device)
+        step = Step(self.assembly, device=self.device)
+
+        def run() -> dict[str, Tensor]:
+            progress = Progress(step=self.step_number, total_steps=1000)
+            self.step_number += 1
+            state.optimizer.set(progress)
+            result = step(self.views, progress)
+            state.optimizer.clip(None)
+            state.move(progress)
+            return {
+                name.removeprefix("loss/"): value
+                for name, value in result.logs.items()
+                if name.count("/") == 1 and name.startswith("loss/")
+            }
+
+        return run
+
+    def plain(self) -> Callable[[], dict[str, Tensor]]:
+        """The plain step."""
+        model, heads = self.loaded.tree["model"], self.loaded.tree["heads"]
+        image, text = model["image"], model["text"]
+        counts = (
+            image.get("heads") or image["width"] // 64,
+            text.get("heads") or text["width"] // 64,
+            heads["cross"]["num_heads"] if heads else 1,
+        )
+        student = PlainCosmos(self.assembly.model, counts, image["patch_size"]).to(self.device)
+        optimizer = self.loaded.config.optimizer
+        teacher = self.loaded.tree["teacher"]
+        step = PlainStep(student, momentum=teacher.get("momentum_teacher", 0.999), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+        return lambda: step(self.views)
+
+    def _batch(self, samples: int) -> Views:
+        """Random pictures, and captions of ``MEAN_LENGTH`` tokens on average."""
+        generator = torch.Generator().manual_seed(0)
+        spec = self.assembly.spec
+        image, text = {}, {}
+        for name, view in spec.image_views.items():
+            pixels = torch.randn(view.views, samples, 3, view.size or 0, view.size or 0, generator=generator)
+            image[name] = ImageGroup(pixels=pixels, params=torch.empty(view.views, samples, 0))
+        for name, view in spec.text_views.items():
+            spread = torch.randn(view.views, samples, generator=generator) * 6
+            lengths = (MEAN_LENGTH + spread - spread.mean()).round().long().clamp(3, spec.context_length)
+            tokens = torch.randint(1, 49_000, (view.views, samples, spec.context_length), generator=generator)
+            ends = torch.arange(spec.context_length) - lengths[..., None] + 1
+            tokens = tokens.masked_fill(ends > 0, 0).masked_fill(ends == 0, 49_407)
+            text[name] = TextGroup(tokens=tokens, lengths=lengths)
+        return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
+
+
+def flops(step: Callable[[], Any]) -> float:
+    """FLOPs of one step."""
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def forward(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    with FlopCounterMode(display=False, custom_mapping={cpu[0]: forward, cpu[1]: backward}) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def synchronised(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of one variant."""
+    work = Work(variant, samples, device, overrides)
+    plain, ours = work.plain(), work.ours()
+    first = plain(), ours()
+    difference = max(abs(float(first[0][name] - first[1][name])) for name in first[0])
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for step, found in zip((plain, ours), times, strict=True):
+            synchronised(device)
+            start = time.perf_counter()
+            step()
+            synchronised(device)
+            found.append(time.perf_counter() - start)
+    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    counted = flops(plain), flops(ours)
+    memory = [peak(variant, samples, side, device, overrides) for side in ("plain", "ours")]
+    goals = variant == "vitb16" and not overrides
+
+    def row(name: str, value: float, unit: str, goal: str | None, ok: bool) -> dict[str, Any]:
+        return {
+            "name": f"{variant}: {name}",
+            "value": value,
+            "unit": unit,
+            "goal": goal if goals or name.startswith("largest") else None,
+            "ok": ok or not goals,
+        }
+
+    return [
+        row("speed", round(ratio, 3), "x plain", ">= 1.6", ratio >= 1.6),
+        row("samples a second", round(samples / statistics.median(times[1]), 3), "1/s", None, True),
+        row("FLOPs", round(counted[1] / counted[0], 4), "of plain", "<= 0.77", counted[1] <= 0.77 * counted[0]),
+        row("FLOPs a sample", round(counted[1] / samples / 1e9, 1), "GFLOP", None, True),
+        row("peak memory", round(memory[1] / memory[0], 3), "of plain", "<= 0.75", memory[1] <= 0.75 * memory[0]),
+        row("peak memory, absolute", round(memory[1] / 2**30, 2), "GiB", None, True),
+        {"name": f"{variant}: largest difference of losses", "value": difference, "unit": "", "goal": "<= 1e-5", "ok": difference <= 1e-5},
+    ]
+
+
+def peak(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> int:
+    """Peak memory in bytes of a process that does two steps one way: resident on the host, allocated on a CUDA device."""
+    command = [
+        sys.executable,
+        __file__,
+        "--peak-of",
+        side,
+        "--variants",
+        variant,
+        "--samples",
+        str(samples),
+        "--device",
+        device.type,
+        *overrides,
+    ]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
+    return int(done.stdout)
+
+
+def print_peak(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
+    """What ``peak`` reads."""
+    step = getattr(Work(variant, samples, device, overrides), side)()
+    for _ in range(2):
+        step()
+    print(torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> int:
+    """Print a table; exit 1 where losses differ."""
+    parser = argparse.ArgumentParser(description="Benchmark of a whole training step.")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="small towers, to see that it runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak-of", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="key=value for the configs")
+    arguments = parser.parse_intermixed_args()
+    device = torch.device(arguments.device)
+    overrides = [*(TINY if arguments.tiny else []), *arguments.overrides]
+    if device.type == "cpu":
+        keep_freed_memory()
+    if arguments.peak_of:
+        print_peak(arguments.variants[0], arguments.samples, arguments.peak_of, device, overrides)
+        return 0
+    rows = [row for variant in arguments.variants for row in measure(variant, arguments.samples, arguments.pairs, device, overrides)]
+    for row in rows:
+        print(f"{row['name']:<44} {row['value']:>12.5g} {row['unit']:<10} {row['goal'] or '':<8} {'ok' if row['ok'] else 'SHORT'}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(not row["ok"] for row in rows if "difference" in row["name"]))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    sys.exit(main())
