@@ -170,8 +170,8 @@ class Head(Part, nn.Module, ABC):
     Readers name the outputs that they want (``Need.outputs``), and only those are computed.
     """
 
-    mixes_samples: ClassVar[bool] = False
-    """True where a sample's output depends on others of the batch (batch norm): bars exact accumulation."""
+    mixes_samples: bool = False
+    """True, of a class or an instance, where a sample's output depends on others of the batch (batch norm): bars exact accumulation."""
 
     @abstractmethod
     def outputs(self) -> Mapping[str, int]:

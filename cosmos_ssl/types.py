@@ -138,7 +138,7 @@ class ImageGroup:
     params: Tensor
     """float32 [V, B, P], on the host."""
     masks: Tensor | None = None
-    """bool [V, B, N]."""
+    """bool [V, B, N], on the host; True where a patch is hidden."""
 
     def __post_init__(self) -> None:
         _check("pixels", self.pixels, "V B C H W", C=3)
@@ -193,12 +193,12 @@ class Views:
     def to(self, device: torch.device | str) -> Views:
         """The same batch on ``device``; asynchronous from pinned memory.
 
-        Photometric parameters and text lengths stay on the host, where they are read: a step waits for no copy.
+        Photometric parameters, masks and text lengths stay on the host, where they are read: a step waits for no copy.
         """
         moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
         return replace(
             moved,
-            image={name: replace(group, params=self.image[name].params) for name, group in moved.image.items()},
+            image={n: replace(group, params=self.image[n].params, masks=self.image[n].masks) for n, group in moved.image.items()},
             text={name: replace(group, lengths=self.text[name].lengths) for name, group in moved.text.items()},
         )
 

@@ -28,7 +28,7 @@ class Prototypes(PerGroup):
             raise ValueError(f"freeze_last_layer: {freeze_last_layer:g} is no number of epochs")
         super().__init__(group_needs(spec), options["output_dim"])
         self.freeze_last_layer = freeze_last_layer
-        self.mixes_samples = batch_norm  # type: ignore[misc]
+        self.mixes_samples = batch_norm
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use weight_norm, which torch wants replaced
             self.mlp = global_batch_norm(make(input_dim=spec.image.width, batch_norm=batch_norm, **options))

@@ -47,7 +47,7 @@ class Projection(PerGroup):
                 raise ValueError(f"{name}: {value} is not above zero")
         width, needs = _input(spec, input, modality)
         super().__init__(needs, output_dim)
-        self.mixes_samples = batch_norm or output_batch_norm  # type: ignore[misc]
+        self.mixes_samples = batch_norm or output_batch_norm
         widths = [width, *[hidden_dim] * (layers - 1), output_dim]
         blocks = [(a, b, BatchNorm(b) if batch_norm else None, nn.ReLU()) for a, b in pairwise(widths[:-1])]
         last = (widths[-2], output_dim, BatchNorm(output_dim, affine=False) if output_batch_norm else None, None)

@@ -76,12 +76,12 @@ class Ibot(Loss):
         assert ctx.teacher is not None and masks is not None
         targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
         log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
-        counts = masks.sum(-1).flatten()  # [V B]
-        weights = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts, output_size=len(log_p))  # waits for no device
+        counts = masks.sum(-1).flatten()  # [V B], on the host
+        weights = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts).to(log_p.device, non_blocking=True)
         loss = -(weights * torch.linalg.vecdot(targets, log_p)).sum() / len(counts)
         metrics = {
             "teacher_entropy": entropy(targets),
             "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
-            "masked": masks.to(log_p.dtype).mean(),
+            "masked": masks.to(log_p.dtype).mean().to(log_p.device),
         }
         return LossOutput(terms={"patches": loss}, metrics=metrics)

@@ -99,7 +99,8 @@ class ClipViT(Tower):
             pixels = pick_views(groups[name].pixels, wanted.views)
             masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
             masks = None if masks is None else pick_views(masks, wanted.views)
-            x = self._embed(pixels.flatten(0, 1), masks.flatten(0, 1) if masks is not None and wanted.hide_masked else None)
+            hidden = masks.flatten(0, 1).to(pixels.device, non_blocking=True) if masks is not None and wanted.hide_masked else None
+            x = self._embed(pixels.flatten(0, 1), hidden)
             reads.append(_Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None))
             parts.append(x.flatten(0, 1))
             start += len(parts[-1])
