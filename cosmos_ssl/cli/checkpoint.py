@@ -1,0 +1,45 @@
+"""What all commands that read weights share: ``--checkpoint``, ``--which``, ``--device``, and overrides of its config."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosmos_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from cosmos_ssl.models.encoder import ModelEncoder
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``load_checkpoint`` reads, and overrides anywhere on the command line."""
+    parser.add_argument("--checkpoint", required=True, metavar="C", help="a run folder, one of its checkpoints, or an official COSMOS file")
+    parser.add_argument("--which", choices=("student", "teacher"), default="student", help="(default: %(default)s)")
+    parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    parser.epilog = "key.sub=value arguments override the checkpoint's config, such as model.text.heads=4, and may stand anywhere."
+    parser.set_defaults(overrides=[])
+
+
+def load_checkpoint(arguments: argparse.Namespace) -> tuple[ModelEncoder, str]:
+    """The model, and the name of what was read: of a run folder its newest checkpoint. Raises UserError."""
+    from cosmos_ssl.build import load
+    from cosmos_ssl.engine.checkpoint import latest_checkpoint
+
+    path = Path(arguments.checkpoint)
+    newest = latest_checkpoint(path) if path.is_dir() and not (path / "manifest.json").exists() else None
+    name = str(newest or arguments.checkpoint)
+    return load(name, arguments.which, device=choose_device(arguments.device), overrides=arguments.overrides), name
+
+
+def choose_device(name: str | None) -> str:
+    """The device of this name; without one the GPU, or the CPU where there is none. Raises UserError."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; no driver; a number that is not there
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
