@@ -12,8 +12,9 @@ from torch import Tensor
 from cosmos_ssl.api import Evaluation, Role
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.signals import Signals
+from cosmos_ssl.models.contract import blaming, checked_evaluation
 from cosmos_ssl.models.encoder import ModelEncoder
-from cosmos_ssl.models.model import Model, blaming
+from cosmos_ssl.models.model import Model
 
 
 class WatchedEncoder(ModelEncoder):
@@ -48,7 +49,7 @@ def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
         evaluator = assembly.evaluators[name].evaluator
         with blaming(evaluator, f"evaluators.{name}"):
-            found = evaluator.evaluate(encoder, pictures=pictures)
+            found = checked_evaluation(evaluator.evaluate(encoder, pictures=pictures))
         metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
         drawn |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
     return Evaluation(metrics=metrics, pictures=drawn)

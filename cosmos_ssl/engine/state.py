@@ -16,7 +16,8 @@ from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
-from cosmos_ssl.models.model import Model, blaming
+from cosmos_ssl.models.contract import blaming, checked_moves
+from cosmos_ssl.models.model import Model
 
 _MODEL = "model."
 _TEACHER = "teacher."
@@ -41,7 +42,8 @@ class RunState:
         self.step = 0
         self.model = assembly.model.to(device)
         self.teacher = assembly.teacher
-        self.teacher.start(assembly.build_model, self.model)
+        with blaming(self.teacher, "teacher"):
+            self.teacher.start(assembly.build_model, self.model)
         self.teacher.to(device)
         self.optimizer = Optimizer(self.model, config.optimizer, config.schedule, device)
         self.scaler = torch.amp.GradScaler(device.type) if config.training.precision == "amp_fp16" else None
@@ -68,7 +70,7 @@ class RunState:
 
     def _move_teacher(self, progress: Progress) -> dict[str, float]:
         with blaming(self.teacher, "teacher"):
-            return dict(self.teacher.update(self.model, progress))
+            return checked_moves(self.teacher.update(self.model, progress))
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""

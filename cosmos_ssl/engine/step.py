@@ -27,7 +27,7 @@ from cosmos_ssl.api import (
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import gather_many, rank, world_size
-from cosmos_ssl.models.model import blaming
+from cosmos_ssl.models.contract import blaming, checked_pixels, describe
 from cosmos_ssl.types import map_tensors
 
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -92,8 +92,10 @@ class Step:
         augmenter = self.assembly.augmenters.get("image")
         if augmenter is None:
             return views
+        crops = {name: group for name, group in views.image.items() if not group.pixels.is_floating_point()}
         with blaming(augmenter, "augmenters.image"):
-            return replace(views, image={n: g if g.pixels.is_floating_point() else augmenter.finish(g) for n, g in views.image.items()})
+            finished = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.items()}
+        return replace(views, image={**views.image, **finished})
 
     @torch.no_grad()
     def teacher_features(self, views: Views) -> Features | None:
@@ -118,7 +120,29 @@ class Step:
         total = torch.stack(
             [weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device)) for name, output in outputs.items()]
         ).sum()
+        if torch.is_grad_enabled() and not total.requires_grad:
+            named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in outputs)
+            raise PluginError(f"{named} returned terms without a gradient, expected terms computed from the student's features")
         return StepResult(loss=total, logs=_logs(total, outputs) | _spread(student))
+
+    @torch.no_grad()
+    def find_unsound(self, views: Views, progress: Progress) -> str:
+        """The first part whose output for this batch is not finite, for a message; empty where those of all but losses are.
+
+        Encodes the batch once more: for a step that failed. Call ``restore_buffers`` after it.
+        """
+        size = self.micro_batch_size or len(views)
+        for number, start in enumerate(range(0, len(views), size)):
+            self._seed(progress, number)
+            part = self.finish(views.slice(start, start + size))
+            encoded = (("the teacher's ", self.teacher_features(part)), ("", self.encode(part)))  # in full: heads may wait for other ranks
+            if not all(_finite(group.pixels) for group in part.image.values()):
+                return describe(self.assembly.augmenters["image"], "augmenters.image")
+            for whose, features in encoded:
+                found = _unsound(features) if features is not None else None
+                if found is not None:
+                    return whose + self.model.parts().get(found, found)
+        return ""
 
     def restore_buffers(self) -> None:
         """Undo what the last step moved in buffers (for a step that is skipped)."""
@@ -248,7 +272,18 @@ def _features(sections: Mapping[str, Mapping[str, Mapping[str, Tensor]]], local:
     return Features(image=groups["image"], text=groups["text"], heads=sections["heads"])
 
 
-def _tensors(features: Features) -> Iterator[Tensor]:
+def _unsound(features: Features) -> str | None:
+    """The first tower or head, as ``Model.parts`` calls it, with an output that is not finite."""
+    parts: dict[str, object] = {"image": features.image, "text": features.text}
+    parts |= {f"heads.{name}": outputs for name, outputs in features.heads.items()}
+    return next((part for part, given in parts.items() if not all(_finite(x) for x in _tensors(given))), None)
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def _tensors(features: object) -> Iterator[Tensor]:
     """Every tensor of ``features``, in a fixed order."""
     found: list[Tensor] = []
     map_tensors(features, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]

@@ -120,7 +120,7 @@ class Trainer:
                 try:
                     return self._run()
                 except BaseException as error:
-                    unforeseen = not isinstance(error, CosmosError) or error.__cause__ is not None
+                    unforeseen = not isinstance(error, CosmosError) or error.__cause__ is not None or hasattr(error, "__notes__")
                     log.info("the run ended: %s", error or type(error).__name__, exc_info=unforeseen, extra={"file_only": True})
                     raise
 
@@ -219,7 +219,7 @@ class Trainer:
         optimizer.drop_frozen(progress)
         norm = optimizer.clip(self.config.training.clip_grad_norm)
         moved: Mapping[str, float] = {}
-        if self._is_sound(result, norm, views.keys):
+        if self._is_sound(result, norm, views, progress):
             moved = state.move(progress)
         else:
             self.step.restore_buffers()
@@ -229,7 +229,7 @@ class Trainer:
             scaler.update()
         return numbers
 
-    def _is_sound(self, result: StepResult, norm: Tensor, keys: Sequence[str]) -> bool:
+    def _is_sound(self, result: StepResult, norm: Tensor, views: Views, progress: Progress) -> bool:
         """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in a row.
 
         Signals travel along, so that all ranks see one at the same step, and so do counts of bad samples.
@@ -248,8 +248,8 @@ class Trainer:
             return False
         counters.nonfinite_steps += 1
         counters.nonfinite_in_a_row += 1
-        step = self.state.step + 1
-        what = "the gradient" if finite_loss else self._broken(result.logs)
+        step, keys = self.state.step + 1, views.keys
+        what = "the gradient" if finite_loss else self.step.find_unsound(views, progress) or self._broken(result.logs)
         log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
         if counters.nonfinite_in_a_row >= limit:
             raise TrainingError(

@@ -29,6 +29,7 @@ from cosmos_ssl.api import (
     ViewSpec,
     normalise,
 )
+from cosmos_ssl.models.contract import blaming, checked_features
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 
@@ -94,7 +95,7 @@ class ModelEncoder:
         head = self._matching
         if head is None:
             return images @ texts.T
-        with self.reading():
+        with self.reading(), blaming(head, "the head that matches"):
             return head.match(images.to(self.device), texts.to(self.device)).float()
 
     @property
@@ -192,10 +193,15 @@ class ModelEncoder:
         return TextGroup(tokens=tokens.to(self.device)[None], lengths=self.lengths(tokens).cpu()[None])
 
     def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
-        return cast(dict[str, GroupFeatures], self._tower("image")({_GROUP: pictures}, {_GROUP: plan}))[_GROUP]
+        return self._encoded("image", pictures, plan, pictures.shape[1])
 
     def _text(self, texts: TextGroup, plan: GroupPlan) -> GroupFeatures:
-        return cast(dict[str, GroupFeatures], self._tower("text")({_GROUP: texts}, {_GROUP: plan}))[_GROUP]
+        return self._encoded("text", texts, plan, texts.shape[1])
+
+    def _encoded(self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int) -> GroupFeatures:
+        tower = self._tower(modality)
+        with blaming(tower, f"model.{modality}"):
+            return checked_features(tower, {_GROUP: plan}, samples, self.spec.embed_dim, tower({_GROUP: group}, {_GROUP: plan}))[_GROUP]
 
 
 def _projected(features: GroupFeatures, normalize: bool) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cosmos_ssl.api import ALL, GroupPlan, Head, Loss, Modality, Need, PluginError, Role, Spec, Tower
+from cosmos_ssl.models.contract import blaming, checked_needs, describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +56,16 @@ def make_plan(
         if not wanted <= known:
             known |= wanted
             before = above[: above.index(need.head)]
-            for inner in heads[need.head].requires(sorted(known)):
-                add(f"heads.{need.head}", replace(inner, role=need.role), before)
+            with blaming(heads[need.head], f"heads.{need.head}"):
+                inners = checked_needs(heads[need.head].requires(sorted(known)))
+            for inner in inners:
+                add(describe(heads[need.head], f"heads.{need.head}"), replace(inner, role=need.role), before)
 
     for name, loss in losses.items():
-        for need in loss.requires():
-            add(f"losses.{name}", need, list(heads))
+        with blaming(loss, f"losses.{name}"):
+            wanted = checked_needs(loss.requires())
+        for need in wanted:
+            add(describe(loss, f"losses.{name}"), need, list(heads))
     for need in extra:
         add("the caller", need, list(heads))
 

@@ -126,14 +126,14 @@ def test_a_name_is_taken_in_its_own_group_alone(command: Command, tmp_path: Path
 
 
 def test_places_that_cannot_be_used(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my-loss").mkdir()
-    code, _, err = command("plugins", "new", "my-loss", "--kind", "loss", "--output", str(tmp_path))
-    assert (code, err) == (2, f"{tmp_path / 'my-loss'} exists already. Give another name, or another folder with --output\n")
+    (tmp_path / "our-loss").mkdir()
+    code, _, err = command("plugins", "new", "our-loss", "--kind", "loss", "--output", str(tmp_path))
+    assert (code, err) == (2, f"{tmp_path / 'our-loss'} exists already. Give another name, or another folder with --output\n")
     (tmp_path / "file").touch()
-    code, _, err = command("plugins", "new", "my-loss", "--kind", "loss", "--output", str(tmp_path / "file" / "x"))
+    code, _, err = command("plugins", "new", "our-loss", "--kind", "loss", "--output", str(tmp_path / "file" / "x"))
     assert (code, err) == (
         2,
-        f"{tmp_path / 'file' / 'x' / 'my-loss'} cannot be written: Not a directory. Give another folder with --output\n",
+        f"{tmp_path / 'file' / 'x' / 'our-loss'} cannot be written: Not a directory. Give another folder with --output\n",
     )
 
     def refuse(*_: object, **__: object) -> None:

@@ -1,0 +1,187 @@
+"""Holds parts to the contract while they run, and says whose part broke it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import (
+    Evaluation,
+    GroupFeatures,
+    GroupPlan,
+    Head,
+    HeadOutput,
+    ImageGroup,
+    LossOutput,
+    Modality,
+    Need,
+    Part,
+    PluginError,
+    Tower,
+    TowerSpec,
+    ViewSpec,
+)
+from cosmos_ssl.errors import CosmosError, is_lost_rank
+
+
+class Fault(Exception):
+    """A breach of the contract, in words for the part's author."""
+
+
+@contextmanager
+def blaming(part: Part, place: str) -> Iterator[None]:
+    """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback."""
+    try:
+        yield
+    except Fault as error:
+        raise PluginError(f"{describe(part, place)} {error}") from None
+    except (CosmosError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not part.part_source or is_lost_rank(error):
+            raise
+        reason = str(error).strip().splitlines() or ["no message"]
+        raise PluginError(f"{describe(part, place)} failed: {type(error).__name__}: {reason[0]}") from error
+
+
+def describe(part: Part, place: str) -> str:
+    """A part for a message: its place in the config, and whose it is unless ours."""
+    return f"{place} ({part.part_source})" if part.part_source else place
+
+
+# ---------------------------------------------------------------------------- what parts say of themselves
+
+
+def checked_tower(tower: Tower, modality: Modality) -> Tower:
+    """A tower that is built. Raises Fault."""
+    if tower.modality != modality:
+        raise Fault(f"encodes {tower.modality}s, expected a tower of {modality}s")
+    if not isinstance(getattr(tower, "spec", None), TowerSpec):
+        raise Fault("has no spec, expected self.spec = TowerSpec(width=...)")
+    return tower
+
+
+def checked_offers(offers: object) -> Mapping[str, ViewSpec]:
+    """The view groups of an augmenter. Raises Fault."""
+    if not isinstance(offers, Mapping) or not offers or not all(isinstance(v, ViewSpec) and v.views > 0 for v in offers.values()):
+        raise Fault(f"offers {offers!r}, expected a mapping of group names to ViewSpec(views=...) with at least one view each")
+    return offers
+
+
+def checked_widths(outputs: object) -> dict[str, int]:
+    """The widths of a head's outputs. Raises Fault."""
+    if not isinstance(outputs, Mapping) or not all(isinstance(n, str) and isinstance(w, int) for n, w in outputs.items()):
+        raise Fault(f"gives the outputs {outputs!r}, expected a mapping of names to widths")
+    return dict(outputs)
+
+
+def checked_needs(needs: object) -> Sequence[Need]:
+    """What a part requires. Raises Fault."""
+    if not isinstance(needs, Collection) or not all(isinstance(need, Need) for need in needs):
+        raise Fault(f"requires {needs!r}, expected a list of Need")
+    return list(needs)
+
+
+# ---------------------------------------------------------------------------- what parts return
+
+
+def checked_pixels(group: ImageGroup, given: Any) -> ImageGroup:
+    """What ``Augmenter.finish`` made of a group. Raises Fault."""
+    if not isinstance(given, ImageGroup):
+        raise Fault(f"finish returned {type(given).__name__}, expected ImageGroup")
+    if not given.pixels.is_floating_point() or given.shape != group.shape:
+        wanted = [*group.pixels.shape[:3], "H", "W"]
+        raise Fault(f"finish returned {given.pixels.dtype} pixels {_shape(given.pixels)}, expected floats [{', '.join(map(str, wanted))}]")
+    return given
+
+
+def checked_features(
+    tower: Tower, plan: Mapping[str, GroupPlan], samples: int, embed_dim: int | None, given: object
+) -> dict[str, GroupFeatures]:
+    """What a tower computed, as the plan wants it. Raises Fault."""
+    if not isinstance(given, Mapping):
+        raise Fault(f"returned {type(given).__name__}, expected a mapping of view groups to GroupFeatures")
+    for name, wanted in plan.items():
+        found = given.get(name)
+        if not isinstance(found, GroupFeatures):
+            raise Fault(f"returned '{name}' {_shape(found)}, expected GroupFeatures")
+        if found.views != wanted.views:
+            raise Fault(f"returned views {list(found.views)} of '{name}', expected {list(wanted.views)}")
+        views, width = len(wanted.views), tower.spec.width
+        _check(name, "pooled", found.pooled, [views, samples, width])
+        if wanted.projected:
+            _check(name, "projected", found.projected, [views, samples, embed_dim])
+        if wanted.tokens:
+            if found.token_views != wanted.tokens:
+                raise Fault(f"returned tokens of the views {list(found.token_views)} of '{name}', expected {list(wanted.tokens)}")
+            _check(name, "tokens", found.tokens, [len(wanted.tokens), samples, None, width])
+        if wanted.masked_tokens:
+            _check(name, "masked_tokens", found.masked_tokens, [None, width])
+    return dict(given)
+
+
+def checked_outputs(head: Head, wanted: Sequence[str], samples: int, given: object) -> HeadOutput:
+    """What a head computed. Raises Fault."""
+    if not isinstance(given, Mapping):
+        raise Fault(f"returned {type(given).__name__}, expected a mapping of outputs")
+    widths = head.outputs()
+    for name in wanted:
+        if name not in given:
+            raise Fault(f"did not return its output '{name}', but {', '.join(map(str, given)) or 'nothing'}")
+        value, width = given[name], widths[name]
+        good = isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
+        if not good or (value.dim() == 3 and value.shape[1] != samples):
+            raise Fault(f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], or [M, {width}] for masked patches")
+    return given
+
+
+def checked_loss(output: object) -> LossOutput:
+    """What a loss computed. Raises Fault."""
+    if not isinstance(output, LossOutput):
+        raise Fault(f"returned {type(output).__name__}, expected LossOutput(terms={{name: scalar tensor}})")
+    for term, value in (*output.terms.items(), *output.metrics.items()):
+        if not isinstance(term, str) or not term:
+            raise Fault(f"returned a term named {term!r}, expected a name")
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            raise Fault(f"returned '{term}' {_shape(value)}, expected a scalar tensor")
+    if not output.terms:
+        raise Fault("returned no terms")
+    return output
+
+
+def checked_moves(moved: object) -> dict[str, float]:
+    """What a teacher's update says. Raises Fault."""
+    if not isinstance(moved, Mapping) or not all(isinstance(n, str) and _is_number(v) for n, v in moved.items()):
+        raise Fault(f"returned {moved!r} from update, expected a mapping of names to numbers")
+    return dict(moved)
+
+
+def checked_evaluation(found: object) -> Evaluation:
+    """What an evaluator found. Raises Fault."""
+    if not isinstance(found, Evaluation):
+        raise Fault(f"returned {type(found).__name__}, expected Evaluation(metrics={{name: number}})")
+    for name, value in found.metrics.items():
+        if not isinstance(name, str) or not _is_number(value):
+            raise Fault(f"returned {name!r}: {value!r} among its metrics, expected names and numbers")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _check(group: str, kind: str, value: object, shape: Sequence[int | None]) -> None:
+    """Hold a tensor to the sizes that are known."""
+    good = isinstance(value, Tensor) and value.dim() == len(shape)
+    if not good or any(size not in (None, found) for size, found in zip(shape, value.shape, strict=True)):  # type: ignore[attr-defined]
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise Fault(f"returned {kind} of '{group}' {_shape(value)}, expected [{wanted}]")
+
+
+def _shape(value: object) -> str:
+    return f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"as {type(value).__name__}"
