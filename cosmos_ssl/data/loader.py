@@ -26,12 +26,14 @@ from cosmos_ssl.api import (
     Dataset,
     ImageCrops,
     ImageGroup,
+    Part,
     PluginError,
     Sample,
     SampleViews,
     TextGroup,
     Tokenizer,
     Views,
+    ViewSpec,
 )
 from cosmos_ssl.data.budget import Replacement
 from cosmos_ssl.data.order import Order, replacement, sample_rng
@@ -177,7 +179,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
                 raise TrainingError("the loader is being closed")  # nobody waits for it
             sample, views = self.viewer.make(index, epoch, position, replaced)
             batch.add(sample, views)
-        self.viewer.at = "collecting the batch"
+        self.viewer.at = f"collecting the batch, tokenizer{_whose(self.tokenizer)}" if self.tokenizer else "collecting the batch"
         return LoadedBatch(step=step, views=batch.views(self.tokenizer), replaced=tuple(replaced))
 
 
@@ -186,6 +188,7 @@ class _SampleViewer:
 
     def __init__(self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None) -> None:
         self.dataset, self.order, self.image, self.text = dataset, order, image, text
+        self.offers = {augmenter.modality: augmenter.offers() for augmenter in (image, text) if augmenter is not None}
         self.at = ""
 
     def make(self, index: int, epoch: int, position: int, replaced: list[Replacement]) -> tuple[Sample, SampleViews]:
@@ -195,7 +198,7 @@ class _SampleViewer:
             if attempt:
                 index = replacement(seed, epoch, position, attempt, self.order.samples)
             shard = self.dataset.describe(index)
-            self.at = f"reading sample {index} of {shard}"
+            self.at = f"reading sample {index} of {shard}{_whose(self.dataset)}"
             sample = None
             try:
                 sample = self.dataset.read(index)
@@ -213,14 +216,41 @@ class _SampleViewer:
         crops: dict[str, Mapping[str, Any]] = {}
         for augmenter in (self.text, self.image):  # texts first: they are cheap, and may show that the sample is bad
             if augmenter is not None:
-                whose = f" ({augmenter.part_source})" * bool(augmenter.part_source)
-                self.at = f"augmenters.{augmenter.modality}{whose} on sample {sample.key} of {shard}"
-                is_text = augmenter.modality == "text"
+                modality, is_text = augmenter.modality, augmenter.modality == "text"
+                whose = f"augmenters.{modality}{_whose(augmenter)}"
+                self.at = f"{whose} on sample {sample.key} of {shard}"
                 if is_text and not any(sample.captions.values()):
                     raise BadSample("no caption")
                 rng = sample_rng(self.order.seed, epoch, position, attempt, text=is_text)
-                crops[augmenter.modality] = augmenter.crop(sample, rng)
+                crops[modality] = _checked(augmenter.crop(sample, rng), self.offers[modality], is_text, whose)
         return SampleViews(image=crops.get("image", {}), text=crops.get("text", {}))
+
+
+def _whose(part: Part) -> str:
+    """Whose part it is, behind its name in a message."""
+    return f" ({part.part_source})" if part.part_source else ""
+
+
+def _checked(views: Any, offers: Mapping[str, ViewSpec], is_text: bool, whose: str) -> Mapping[str, Any]:
+    """The views of one sample. Raises PluginError where they are not those on offer."""
+    if not isinstance(views, Mapping) or views.keys() != offers.keys():
+        given = list(views) if isinstance(views, Mapping) else type(views).__name__
+        raise PluginError(f"{whose} gave the groups {given}, expected those that it offers, {list(offers)}")
+    for name, found in views.items():
+        count, size = offers[name].views, offers[name].size
+        if is_text:
+            good = isinstance(found, Sequence) and len(found) == count and all(isinstance(text, str) for text in found)
+            wanted, shown = f"{count} strings", repr(found)[:60]
+        else:
+            good = isinstance(found, ImageCrops) and found.pixels.dtype == torch.uint8 and len(found.pixels) == count
+            good = good and (size is None or found.pixels.shape[-2:] == (size, size)) and offers[name].masks == (found.masks is not None)
+            side = "H, W" if size is None else f"{size}, {size}"
+            wanted = f"ImageCrops of uint8 [{count}, 3, {side}] {'with' if offers[name].masks else 'without'} masks"
+            shown = f"{found.pixels.dtype} {list(found.pixels.shape)}" if isinstance(found, ImageCrops) else type(found).__name__
+            shown += " with masks" * (isinstance(found, ImageCrops) and found.masks is not None)
+        if not good:
+            raise PluginError(f"{whose} gave '{name}' as {shown}, expected {wanted}")
+    return views
 
 
 class _Collector:

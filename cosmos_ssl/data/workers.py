@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+from cosmos_ssl.registry import first_line
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,7 +52,7 @@ class Failure(NamedTuple):
         elif isinstance(error, CosmosError) and _survives(error):
             handed = error
         else:
-            handed = TrainingError(f"{where}: {type(error).__name__}: {error}")
+            handed = TrainingError(f"{where}: {first_line(error)}")
         return cls(handed, traceback.format_exc())
 
     def raise_(self) -> None:

@@ -86,7 +86,7 @@ class Crops(Augmenter):
     modality = "image"
 
     def offers(self) -> Mapping[str, ViewSpec]:
-        return {"global": ViewSpec(views=2, size=8)}
+        return {"global": ViewSpec(views=2, size=8, masks=True)}
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
         picture = sample.decode()

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cosmos_ssl.api import BadSample, Sample
+from cosmos_ssl.api import BadSample, ImageCrops, Sample
 from cosmos_ssl.data import LoadedBatch, Loader, Order, Shards
 from cosmos_ssl.errors import PluginError, StorageError, TrainingError, UserError
 
@@ -184,12 +185,54 @@ def test_views_of_changing_shape_are_refused(shards: Make, views: dict[str, Any]
         calls.append(sample)
         found = crop(sample, rng)
         if len(calls) == 3:
-            found["global"] = type(found["global"])(pixels=found["global"].pixels[..., :4], params=found["global"].params)
+            found["global"] = replace(found["global"], params=found["global"].params[:, :1])
         return found
 
     views["image"].crop = changing
-    with pytest.raises(PluginError, match=r"image views 'global' are \[2, 3, 8, 4\], those of the batch's first sample \[2, 3, 8, 8\]"):
+    with pytest.raises(PluginError, match=r"image views 'global' are \[2, 1\], those of the batch's first sample \[2, 3\]"):
         list(loader(shards(9), views).batches(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("modality", "changes", "message"),
+    [
+        ("image", {"local": None}, "gave the groups ['global', 'local'], expected those that it offers, ['global']"),
+        ("image", {"global": [1]}, "gave 'global' as list, expected ImageCrops of uint8 [2, 3, 8, 8] with masks"),
+        (
+            "image",
+            {"pixels": (2, 3, 8, 4)},
+            "gave 'global' as torch.uint8 [2, 3, 8, 4] with masks, expected ImageCrops of uint8 [2, 3, 8, 8]",
+        ),
+        (
+            "image",
+            {"pixels": (1, 3, 8, 8)},
+            "gave 'global' as torch.uint8 [1, 3, 8, 8] with masks, expected ImageCrops of uint8 [2, 3, 8, 8]",
+        ),
+        ("text", {"local": ["one", "two"]}, "gave 'local' as ['one', 'two'], expected 1 strings"),
+        ("text", {"local": [None]}, "gave 'local' as [None], expected 1 strings"),
+    ],
+)
+def test_views_that_are_not_on_offer_are_refused(
+    shards: Make, views: dict[str, Any], modality: str, changes: dict[str, Any], message: str
+) -> None:
+    augmenter = views[modality]
+    augmenter.part_source = "'mine' of my-crops 0.3.1"
+    crop = augmenter.crop
+
+    def changed(sample: Sample, rng: Any) -> Any:
+        found = crop(sample, rng)
+        if "pixels" in changes:
+            shape = changes["pixels"]
+            crops = ImageCrops(
+                pixels=torch.zeros(shape, dtype=torch.uint8), params=torch.zeros(shape[0], 3), masks=torch.zeros(shape[0], 4) > 0
+            )
+            return {"global": crops}
+        return {**found, **changes}
+
+    augmenter.crop = changed
+    with pytest.raises(PluginError) as caught:
+        list(loader(shards(9), views).batches(0, 1))
+    assert str(caught.value).startswith(f"augmenters.{modality} ('mine' of my-crops 0.3.1) {message}")
 
 
 class Labelled(Shards):
@@ -238,12 +281,12 @@ def test_workers_ignore_polite_signals_and_end_with_the_iterator(shards: Make, v
 
 ORPHANS = """
 import os, sys
-from cosmos_ssl.api import Augmenter, ImageCrops
+from cosmos_ssl.api import Augmenter, ImageCrops, ViewSpec
 from cosmos_ssl.data import Loader, Order, Shards
 import torch
 class Crops(Augmenter):
     modality = "image"
-    def offers(self): return {}
+    def offers(self): return {"g": ViewSpec(views=1, size=4)}
     def crop(self, sample, rng): return {"g": ImageCrops(pixels=torch.zeros(1, 3, 4, 4, dtype=torch.uint8), params=torch.zeros(1, 0))}
 data = Shards(sys.argv[1], caption_schema=None)
 batches = Loader(data, Order(data.shard_sizes, 4, seed=0), image=Crops(), workers=2).batches(0, 10**6)
