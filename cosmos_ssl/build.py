@@ -24,7 +24,8 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
-from cosmos_ssl.interop.official import read_official
+from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
+from cosmos_ssl.interop.official import ROLES
 from cosmos_ssl.interop.partial import load_partial
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -297,9 +298,9 @@ def load(
 ) -> ModelEncoder:
     """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
 
-    ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, or an official COSMOS file;
-    ``which`` the role to take. ``overrides`` reach what an official file does not say, such as
-    ``model.text.heads=4``. Raises CheckpointError for anything else, or where weights do not fit.
+    ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
+    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
+    reach what a file does not say, such as ``model.text.heads=4``. Raises CheckpointError for anything else, or where weights do not fit.
     """
     source, state = read_weights(checkpoint, which)
     loaded = load_config(source, ["evaluators=null", *overrides])
@@ -309,19 +310,33 @@ def load(
     return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)
 
 
-def read_weights(checkpoint: str | Path, which: Role) -> tuple[Path | Mapping[str, Any], Mapping[str, Tensor]]:
-    """The config and the tensors of one role of a run folder, of a checkpoint, or of an official COSMOS file.
+def read_weights(checkpoint: str | Path, which: Role, *, partial: bool = False) -> tuple[Path | Mapping[str, Any], Mapping[str, Tensor]]:
+    """The config and the tensors of one role of a run folder, of a checkpoint, or of another program's model.
 
-    Raises CheckpointError for anything else.
+    ``partial`` takes such a model's tensors also where it has others beside, or lacks some. Raises CheckpointError for anything else.
     """
+    foreign = read_foreign(checkpoint, which, partial=partial)
+    if foreign is not None:
+        return foreign.config, foreign.state
+    folder = _checkpoint_folder(checkpoint)
+    return folder.parent.parent / "config.yaml", load_tensors(folder, which)
+
+
+def roles_of(checkpoint: str | Path) -> tuple[Role, ...]:
+    """The roles that ``load`` finds in a checkpoint. Raises CheckpointError."""
+    found = foreign_roles(checkpoint)
+    if found is not None:
+        return found
+    folder = _checkpoint_folder(checkpoint)
+    return tuple(role for role in ROLES if (folder / f"{role}.safetensors").exists())
+
+
+def _checkpoint_folder(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
-    if path.is_file():
-        official = read_official(path, which)
-        return official.config, official.state
     folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
     if folder is None:
-        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint and no official file")
-    return folder.parent.parent / "config.yaml", load_tensors(folder, which)
+        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model")
+    return folder
 
 
 def start_from(model: Model, checkpoint: str, *, partial: bool) -> None:
@@ -329,7 +344,7 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> None:
 
     The towers must be there whole unless ``partial``; heads and losses are taken where they fit. Raises CheckpointError.
     """
-    _, state = read_weights(checkpoint, "student")
+    _, state = read_weights(checkpoint, "student", partial=partial)
     report = load_partial(model, state, f"model.pretrained: {checkpoint}")
     left = [name for name in (*report.missing, *report.other_shapes) if not name.startswith(("heads.", "losses."))]
     if left and not partial:

@@ -18,8 +18,9 @@ from cosmos_ssl.errors import CheckpointError
 
 ROLES: tuple[Role, ...] = ("student", "teacher")
 _DDP = "module."
-_CROSS_HEADS = 8  # fixed in the official program, and not to be read from a tensor
-_CLIP_VOCABULARY = 49_408
+CROSS_HEADS = 8
+"""Heads of its cross-attention: fixed in the official program, and not to be read from a tensor."""
+CLIP_VOCABULARY = 49_408
 
 
 def _modules(*pairs: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -71,27 +72,28 @@ _THEIRS = dict(NAMES)
 _NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 
 
-def _translate(name: str, table: Mapping[str, str]) -> str | None:
+def translate(name: str, table: Mapping[str, str]) -> str | None:
+    """The counterpart of a tensor's name in a table like ``NAMES``; None where it has none."""
     number = _NUMBER.search(name)
     found = table.get(_NUMBER.sub("#", name))
     return found.replace("#", number[0]) if found is not None and number is not None else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OfficialCheckpoint:
-    """One role of an official file in our form."""
+class ForeignCheckpoint:
+    """A model of another program in our form."""
 
     state: Mapping[str, Tensor]
     """Tensors by our names."""
     config: Mapping[str, Any]
     """A config of that model, for ``load_config``; its sizes were read from the tensors."""
     missing: tuple[str, ...] = ()
-    """Official names that the file lacks (of a partial reading)."""
+    """Names of that program that the source lacks (of a partial reading)."""
     unexpected: tuple[str, ...] = ()
-    """Names in the file that are not of the official program (of a partial reading)."""
+    """Names in the source that are not of that program (of a partial reading)."""
 
 
-def read_official(path: str | Path, role: Role, *, partial: bool = False) -> OfficialCheckpoint:
+def read_official(path: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint:
     """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
 
     The number of attention heads stands in no tensor: the config leaves it to the towers, which take
@@ -99,17 +101,21 @@ def read_official(path: str | Path, role: Role, *, partial: bool = False) -> Off
     read, lacks the role, or is another program's; with ``partial`` missing and unknown tensors are told instead.
     """
     path = Path(path)
-    content = _read(path)
+    return from_official(read_torch_file(path), role, path, partial=partial)
+
+
+def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial: bool = False) -> ForeignCheckpoint:
+    """What ``read_official`` does, of a file that has been read. Raises CheckpointError."""
     tensors = _role(content, role, path)
-    pairs = {name: _translate(name, _OURS) for name in tensors}
+    pairs = {name: translate(name, _OURS) for name in tensors}
     state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
     unexpected = tuple(name for name, ours in pairs.items() if ours is None)
-    missing = tuple(name for name in _expected(state) if name not in tensors)
+    missing = tuple(name for name in expected_names(state) if name not in tensors)
     if (missing or unexpected) and not (partial and state):
         faults = [f"{name} is missing" for name in missing] + [f"{name} is not one of its tensors" for name in unexpected]
-        raise CheckpointError(f"{path} is no official COSMOS checkpoint: {_listed(faults, '; ')}")
+        raise CheckpointError(f"{path} is no official COSMOS checkpoint: {listed(faults, '; ')}")
     config = {"name": str(content.get("name") or path.stem), **_config(state, path)}
-    return OfficialCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
+    return ForeignCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,14 +123,15 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises CheckpointError for a tensor that the official program does not know.
     """
-    pairs = {name: _translate(name, _THEIRS) for name in state}
+    pairs = {name: translate(name, _THEIRS) for name in state}
     strangers = [name for name, theirs in pairs.items() if theirs is None]
     if strangers:
-        raise CheckpointError(f"the official form has no place for {_listed(strangers)}")
+        raise CheckpointError(f"the official form has no place for {listed(strangers)}")
     return {theirs: state[name] for name, theirs in pairs.items() if theirs is not None}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_torch_file(path: Path) -> Mapping[str, Any]:
+    """The table in a file of ``torch.save``, in host memory; nothing in it is executed. Raises CheckpointError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -150,7 +157,7 @@ def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tenso
         if there:
             raise CheckpointError(f"{path} holds no {role}, only the {there[0]}")
         raise CheckpointError(
-            f"{path} is no official COSMOS checkpoint: it has neither student nor teacher, but {_listed(map(str, content))}"
+            f"{path} is no official COSMOS checkpoint: it has neither student nor teacher, but {listed(map(str, content))}"
         )
     tensors = content[role]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -158,10 +165,10 @@ def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tenso
     return {str(name).removeprefix(_DDP): value for name, value in tensors.items()}
 
 
-def _expected(state: Mapping[str, Tensor]) -> list[str]:
-    """Official names of a model with as many blocks as ``state`` has."""
+def expected_names(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]] = NAMES) -> list[str]:
+    """Their names of a model with as many blocks as ``state`` has."""
     blocks = {modality: range(_layers(state, modality)) for modality in ("image", "text")}
-    return [theirs.replace("#", str(number)) for ours, theirs in NAMES for number in (blocks[ours.split(".")[0]] if "#" in ours else (0,))]
+    return [theirs.replace("#", str(number)) for ours, theirs in names for number in (blocks[ours.split(".")[0]] if "#" in ours else (0,))]
 
 
 def _layers(state: Mapping[str, Tensor], modality: str) -> int:
@@ -171,6 +178,23 @@ def _layers(state: Mapping[str, Tensor], modality: str) -> int:
 
 def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The config of the model that these tensors are of, with the method's own parts around it."""
+    config = clip_config(state, path)
+    size = config["model"]["image"]["image_size"]
+    return {
+        **config,
+        "augmenters": {"image": {"type": "multi_crop", "global_crops_size": size}, "text": {"type": "text_crop"}},
+        "heads": {"cross": {"type": "cross_attention", "num_heads": CROSS_HEADS}},
+        "losses": {"clip": {"type": "clip"}, "distill": {"type": "cross_modality_distillation", "head": "cross"}},
+        "teacher": {"type": "ema", "update_when": "before_optimizer_step"},
+    }
+
+
+def clip_config(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
+    """The sections ``model`` and ``tokenizer`` of a config, with the sizes of CLIP's towers read from their tensors.
+
+    The number of attention heads, and what divides into patches but not evenly, stands in no tensor. Raises
+    CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
+    """
     try:
         width, embed_dim = state["image.projection"].shape
         places, text_width = state["text.position_embedding"].shape
@@ -178,10 +202,10 @@ def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         patches = len(state["image.position_embedding"]) - 1
         vocabulary = len(state["text.token_embedding.weight"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: the sizes of the model cannot be told from its tensors ({error})") from error
+        raise CheckpointError(f"{source}: the sizes of the model cannot be told from its tensors ({error})") from error
     side = math.isqrt(patches)
     if side**2 != patches:
-        raise CheckpointError(f"{path}: {patches} image positions are no square")
+        raise CheckpointError(f"{source}: {patches} image positions are no square")
     image: dict[str, Any] = {
         "type": "clip_vit",
         "width": width,
@@ -190,22 +214,22 @@ def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "image_size": side * patch,
     }
     text: dict[str, Any] = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
-    if vocabulary != _CLIP_VOCABULARY:
+    if vocabulary != CLIP_VOCABULARY:
         text["vocab_size"] = vocabulary
     for modality, tower in (("image", image), ("text", text)):
         hidden = state.get(f"{modality}.blocks.0.mlp.fc1.weight")
         if hidden is not None and len(hidden) != 4 * tower["width"]:
-            tower["mlp_ratio"] = len(hidden) / tower["width"]
-    return {
-        "model": {"embed_dim": embed_dim, "image": image, "text": text},
-        "tokenizer": {"type": "clip", "context_length": places},
-        "augmenters": {"image": {"type": "multi_crop", "global_crops_size": side * patch}, "text": {"type": "text_crop"}},
-        "heads": {"cross": {"type": "cross_attention", "num_heads": _CROSS_HEADS}},
-        "losses": {"clip": {"type": "clip"}, "distill": {"type": "cross_modality_distillation", "head": "cross"}},
-        "teacher": {"type": "ema", "update_when": "before_optimizer_step"},
-    }
+            tower["mlp_ratio"] = mlp_ratio(len(hidden), tower["width"])
+    return {"model": {"embed_dim": embed_dim, "image": image, "text": text}, "tokenizer": {"type": "clip", "context_length": places}}
 
 
-def _listed(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio that a library makes ``hidden`` of again, by int(width * ratio)."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def listed(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    """The first of some names, and how many there are beside."""
     found = list(names)
     return separator.join(found[:limit]) + (f"{separator}and {len(found) - limit} more" if len(found) > limit else "")

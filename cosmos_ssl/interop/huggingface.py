@@ -1,0 +1,174 @@
+"""Towers of ours as ``transformers.CLIPModel``, with its image processor and CLIP's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+_START_ID, _END_ID = 49_406, 49_407
+_LARGEST = 2
+"""As ``eos_token_id``: the end of a text is its largest id, whatever that is."""
+
+_BLOCK = (
+    ("norm1", "layer_norm1"),
+    ("norm2", "layer_norm2"),
+    ("attn.proj", "self_attn.out_proj"),
+    ("mlp.fc1", "mlp.fc1"),
+    ("mlp.fc2", "mlp.fc2"),
+)
+
+
+def write(model: ClipModel, folder: Path) -> list[str]:
+    """Write a folder for ``from_pretrained``; returns what stays behind. Raises UserError for what CLIPModel has no place for."""
+    from safetensors.torch import save_file
+
+    assert model.text is not None
+    refuse("huggingface (CLIPModel)", _faults(model))
+    save_file(tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    _dump(folder / "config.json", config(model))
+    _dump(folder / "preprocessor_config.json", preprocessing(model))
+    notes = [*model.left_out("image", "text"), *model.about_logits()]
+    if model.vocabulary:
+        _write_tokenizer(model, folder)
+    else:
+        notes.append("no tokenizer is written: the token ids are not those of CLIP's vocabulary")
+    if model.logit_bias is not None:
+        notes.append(f"the bias of the logits, {model.logit_bias.item():.4g}, is left out: CLIPModel has none")
+    return notes
+
+
+def tensors(model: ClipModel) -> dict[str, Tensor]:
+    """The state of a CLIPModel."""
+    image, text = model.tower("image"), model.tower("text")
+    return {
+        "logit_scale": model.logit_scale,
+        "vision_model.embeddings.class_embedding": image["class_token"],
+        "vision_model.embeddings.patch_embedding.weight": image["patch_embed.weight"],
+        "vision_model.embeddings.position_embedding.weight": image["position_embedding"],
+        "text_model.embeddings.token_embedding.weight": text["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": text["position_embedding"],
+        "visual_projection.weight": image["projection"].t().contiguous(),
+        "text_projection.weight": text["projection"].t().contiguous(),
+        **dict(_modules(image, (("norm_pre", "vision_model.pre_layrnorm"), ("norm", "vision_model.post_layernorm")))),
+        **dict(_modules(text, (("norm", "text_model.final_layer_norm"),))),
+        **dict(_blocks(image, model.image, "vision_model")),
+        **dict(_blocks(text, model.text, "text_model")),
+    }
+
+
+def config(model: ClipModel) -> dict[str, Any]:
+    """The ``config.json`` of a CLIPModel.
+
+    CLIPModel reads a text's feature at its first ``eos_token_id``; with another vocabulary than CLIP's it is told
+    to look for the largest id, as CLIP does.
+    """
+    assert model.text is not None
+    ends = {"bos_token_id": _START_ID, "eos_token_id": _END_ID, "pad_token_id": _END_ID}
+    others = {"bos_token_id": None, "eos_token_id": _LARGEST, "pad_token_id": None}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model.embed_dim,
+        "logit_scale_init_value": model.logit_scale.item(),
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": model.image_size,
+            "patch_size": model.patch_size,
+            "num_channels": 3,
+            **_sizes(model.image),
+            "projection_dim": model.embed_dim,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": model.context_length,
+            **_sizes(model.text),
+            "projection_dim": model.embed_dim,
+            **(ends if model.vocabulary else others),
+        },
+    }
+
+
+def preprocessing(model: ClipModel) -> dict[str, Any]:
+    """The ``preprocessor_config.json``: shorter side to the model's size (bicubic), centre crop, mean and deviation."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": model.image_size},
+        "resample": 3,  # PIL's number of bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": model.image_size, "width": model.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.mean),
+        "image_std": list(model.std),
+    }
+
+
+def _faults(model: ClipModel) -> Iterator[str]:
+    if model.registers:
+        yield f"model.image.registers ({model.registers})"
+    if not model.pre_norm:
+        yield "model.image.pre_norm=false"
+    for modality, tower in (("image", model.image), ("text", model.text)):
+        if tower is not None and tower.layer_scale:
+            yield f"model.{modality}.layer_scale"
+
+
+def _sizes(tower: TowerSizes | None) -> dict[str, Any]:
+    assert tower is not None
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.hidden,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _modules(state: dict[str, Tensor], pairs: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs in pairs:
+        for leaf in ("weight", "bias"):
+            yield f"{theirs}.{leaf}", state[f"{ours}.{leaf}"]
+
+
+def _blocks(state: dict[str, Tensor], tower: TowerSizes | None, theirs: str) -> Iterator[tuple[str, Tensor]]:
+    assert tower is not None
+    for number in range(tower.layers):
+        ours, layer = f"blocks.{number}", f"{theirs}.encoder.layers.{number}"
+        yield from _modules(state, tuple((f"{ours}.{a}", f"{layer}.{b}") for a, b in _BLOCK))
+        for leaf in ("weight", "bias"):
+            for letter, part in zip("qkv", state[f"{ours}.attn.qkv.{leaf}"].chunk(3), strict=True):
+                yield f"{layer}.self_attn.{letter}_proj.{leaf}", part.contiguous()
+
+
+def _write_tokenizer(model: ClipModel, folder: Path) -> None:
+    """CLIP's byte pairs under transformers' names of the start and the end token, from open_clip's own table."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    pairs = SimpleTokenizer()
+    words = list(pairs.encoder)[:_START_ID]
+    vocabulary = {word: number for number, word in enumerate([*words, START, END])}
+    _dump(folder / "vocab.json", vocabulary, indent=None)
+    merges = "\n".join(" ".join(pair) for pair in pairs.bpe_ranks)
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    _dump(folder / "special_tokens_map.json", special)
+    _dump(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.context_length, "do_lower_case": True, **special},
+    )
+
+
+def _dump(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

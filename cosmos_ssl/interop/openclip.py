@@ -1,0 +1,309 @@
+"""OpenCLIP models, read and written: a folder with ``open_clip_config.json``, a file of weights, a published name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
+from cosmos_ssl.interop.official import NAMES, ForeignCheckpoint, clip_config, expected_names, listed, mlp_ratio, read_torch_file, translate
+from cosmos_ssl.specs import TowerSpec
+
+log = logging.getLogger(__name__)
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+"""Files of weights in a folder, in OpenCLIP's order of preference."""
+HUB, LOCAL = "hf-hub:", "local-dir:"
+
+_SCALE = ("losses.clip.logit_scale", "logit_scale")
+_SIGLIP = (("losses.siglip.logit_scale", "logit_scale"), ("losses.siglip.logit_bias", "logit_bias"))
+_TOWERS = tuple(pair for pair in NAMES if pair[0].startswith(("image.", "text.")))
+_PRE_NORM = tuple(pair for pair in _TOWERS if pair[0].startswith("image.norm_pre."))
+_LAYER_SCALES = {
+    modality: tuple((f"{modality}.blocks.#.ls{n}.gamma", f"{prefix}transformer.resblocks.#.ls_{n}.gamma") for n in (1, 2))
+    for modality, prefix in (("image", "visual."), ("text", ""))
+}
+_BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+"""What older files hold beside parameters."""
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write(model: ClipModel, folder: Path) -> list[str]:
+    """Write a folder for ``local-dir:`` and the hub; returns what stays behind. Raises UserError for what OpenCLIP has no place for."""
+    from safetensors.torch import save_file
+
+    refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
+    save_file(tensors(model), folder / WEIGHTS[0], metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
+    return [*model.left_out("image", "text"), *model.about_logits()]
+
+
+def config(model: ClipModel) -> dict[str, Any]:
+    """The ``open_clip_config.json``: sizes, and how pictures are prepared."""
+    assert model.text is not None
+    return {
+        "model_cfg": {
+            "embed_dim": model.embed_dim,
+            "vision_cfg": {
+                "image_size": model.image_size,
+                "patch_size": model.patch_size,
+                "head_width": model.image.width // model.image.heads,
+                **_sizes(model.image),
+                **({} if model.pre_norm else {"no_ln_pre": True}),
+            },
+            "text_cfg": {
+                "context_length": model.context_length,
+                "vocab_size": model.vocab_size,
+                "heads": model.text.heads,
+                **_sizes(model.text),
+            },
+            **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
+        },
+        "preprocess_cfg": {
+            "size": model.image_size,
+            "mode": "RGB",
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def tensors(model: ClipModel) -> dict[str, Tensor]:
+    """The state of an OpenCLIP model."""
+    table = dict((*_TOWERS, *_LAYER_SCALES["image"], *_LAYER_SCALES["text"]))
+    pairs = {name: translate(name, table) for name in model.state}
+    found = {theirs: model.state[ours] for ours, theirs in pairs.items() if theirs is not None}
+    bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
+    return {**found, "logit_scale": model.logit_scale, **bias}
+
+
+def _sizes(tower: TowerSizes) -> dict[str, Any]:
+    scale = {"ls_init_value": 1.0} if tower.layer_scale else {}
+    return {"width": tower.width, "layers": tower.layers, "mlp_ratio": mlp_ratio(tower.hidden, tower.width), **scale}
+
+
+# ---------------------------------------------------------------------------- finding
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder holds an OpenCLIP model."""
+    return (path / CONFIG).is_file()
+
+
+def is_published(name: str) -> bool:
+    """Whether this is ``hf-hub:ORG/REPOSITORY``, or ``MODEL/TAG`` of a model that OpenCLIP knows. Imports nothing."""
+    model, _, tag = name.partition("/")
+    return name.startswith(HUB) or (bool(tag) and "/" not in tag and _known_model(model) is not None)
+
+
+def _known_model(name: str) -> Path | None:
+    package = find_spec("open_clip")  # found, not imported: that takes seconds
+    path = Path(package.origin).parent / "model_configs" / f"{name}.json" if package is not None and package.origin else None
+    return path if path is not None and name and path.is_file() else None
+
+
+def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
+    """The model in a folder with ``open_clip_config.json``. Raises CheckpointError as ``read_tensors`` does."""
+    told = read_json(folder / CONFIG)
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} holds {CONFIG} and no weights, such as {WEIGHTS[0]}")
+    return read_tensors(read_file(weights), folder, told, partial=partial)
+
+
+def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
+    """A published model, from the hub or where it was kept when last fetched. Raises CheckpointError, also without network."""
+    if name.startswith(HUB):
+        from open_clip.pretrained import download_pretrained_from_hf
+
+        repository = name.removeprefix(HUB)
+        told = read_json(Path(_fetched(name, lambda: download_pretrained_from_hf(repository, filename=CONFIG))))
+        weights = Path(_fetched(name, lambda: download_pretrained_from_hf(repository)))
+    else:
+        from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+        model, _, tag = name.partition("/")
+        known = get_pretrained_cfg(model, tag)
+        if not known:
+            raise CheckpointError(
+                f"{name}: OpenCLIP has no weights '{tag}' of {model}. It has {listed(list_pretrained_tags_by_model(model), limit=20)}"
+            )
+        told = {"model_cfg": read_json(_known_model(model) or Path(model)), "preprocess_cfg": dict(known)}
+        told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
+        _check(told, name, partial)  # before much is fetched
+        weights = Path(_fetched(name, lambda: download_pretrained(known)))
+    return read_tensors(read_file(weights), name, told, partial=partial)
+
+
+def _fetched(name: str, fetch: Any) -> str:
+    try:
+        return str(fetch())
+    except Exception as error:  # the hub's client, sockets and files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{name} cannot be fetched: {reason}. Reach the hub once, or give a folder with the model") from error
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """The table in a file of torch or safetensors. Raises CheckpointError."""
+    if path.suffix != ".safetensors":
+        return read_torch_file(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no table")
+    return value
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def plain_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a file of OpenCLIP's: bare, or with a training state around; None where it is another program's."""
+    table = content.get("state_dict", content)
+    if not isinstance(table, Mapping) or not all(isinstance(value, Tensor) for value in table.values()):
+        return None
+    names = {name: name.removeprefix("module.").removeprefix("text.") for name in table}
+    found = {plain: table[name] for name, plain in names.items() if plain not in _BUFFERS}
+    return found if any(name.startswith("visual.") for name in found) else None
+
+
+def read_tensors(
+    content: Mapping[str, Any], source: str | Path, told: Mapping[str, Any] | None = None, *, partial: bool = False
+) -> ForeignCheckpoint:
+    """An OpenCLIP model from its tensors and, where there is one, its ``open_clip_config.json`` (``told``).
+
+    Without that, heads are width / 64 unless a config says more, and the activation is taken to be GELU. Raises
+    CheckpointError for tensors that ``clip_vit`` and ``clip_text`` have no place for, or lack, and for settings that
+    they do not have (QuickGELU, other towers, other means); with ``partial`` these are told and logged instead.
+    """
+    tensors = plain_tensors(content)
+    if tensors is None:
+        raise CheckpointError(f"{source} holds no OpenCLIP model: none of its tensors is called visual.*")
+    _check(told or {}, source, partial)
+    scales = _SIGLIP if "logit_bias" in tensors else (_SCALE,)
+    pre_norm = any(theirs in tensors for _, theirs in _PRE_NORM)
+    names = [*(pair for pair in _TOWERS if pre_norm or pair not in _PRE_NORM), *scales]
+    scaled = [modality for modality, pairs in _LAYER_SCALES.items() if pairs[0][1].replace("#", "0") in tensors]
+    names += [pair for modality in scaled for pair in _LAYER_SCALES[modality]]
+    table = {theirs: ours for ours, theirs in names}
+    state, unexpected = {}, []
+    for name, value in tensors.items():
+        ours = translate(name, table)
+        if ours is None:
+            unexpected.append(name)
+        else:
+            state[ours] = value.reshape(()) if name in ("logit_scale", "logit_bias") else value
+    missing = [name for name in expected_names(state, names) if name not in tensors]
+    if (missing or unexpected) and not (partial and state):
+        faults = [f"{name} is missing" for name in missing] + [f"{name} has no place" for name in unexpected]
+        raise CheckpointError(f"{source} is no model of CLIP's towers: {listed(faults, '; ')}")
+    config = _config(state, source, (told or {}).get("model_cfg", {}))
+    config["model"]["image"] |= {} if pre_norm else {"pre_norm": False}
+    for modality in scaled:
+        config["model"][modality]["layer_scale"] = 1.0
+    loss = scales[0][0].split(".")[1]
+    return ForeignCheckpoint(
+        state=state,
+        config={"name": Path(source).stem, **config, "losses": {loss: {"type": loss}}},
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+    )
+
+
+def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that the tensors tell, with what only the model's own config tells."""
+    config = clip_config(state, source)
+    image, text = config["model"]["image"], config["model"]["text"]
+    vision, words = told.get("vision_cfg", {}), told.get("text_cfg", {})
+    if told:
+        image["heads"] = image["width"] // vision.get("head_width", 64)
+        text["heads"] = words.get("heads", 8)
+        size = _side(vision.get("image_size", 224))
+        if size is not None and size // image["patch_size"] == image["image_size"] // image["patch_size"]:
+            image["image_size"] = size
+    config["augmenters"] = {
+        "image": {"type": "multi_crop", "global_crops_size": image["image_size"]},
+        "text": {"type": "text_crop"},
+    }
+    return config
+
+
+_READ = frozenset(("width", "layers", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length", "vocab_size"))
+_READ |= {"ls_init_value", "no_ln_pre"}
+_IDLE = frozenset(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens", "pad_id", "eos_id", "tokenizer_mode"))
+"""Settings that act in training, or with others that are refused."""
+_USUAL = ("tok", "argmax", "learnable", "linear", "default")
+_TOP = frozenset(("embed_dim", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"))
+
+
+def _check(told: Mapping[str, Any], source: object, partial: bool) -> None:
+    faults = list(_settings(told.get("model_cfg", {}), told.get("preprocess_cfg", {})))
+    if not faults:
+        return
+    if not partial:
+        raise CheckpointError(f"{source} is a model of another kind than clip_vit and clip_text: {listed(faults, '; ', limit=6)}")
+    log.warning("%s is a model of another kind, and its weights are taken all the same: %s", source, listed(faults, "; ", limit=6))
+
+
+def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator[str]:
+    """What an OpenCLIP config asks for that our towers do not do."""
+    for key, value in model.items():
+        if key not in _TOP and value:
+            yield "QuickGELU" if key == "quick_gelu" else key
+    for tower in ("vision_cfg", "text_cfg"):
+        for key, value in model.get(tower, {}).items():
+            idle = key in _IDLE or (
+                key.startswith(("timm_", "hf_")) and key not in ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
+            )
+            if key not in _READ and not idle and value and value not in _USUAL:
+                yield f"{tower}.{key}: {value}"
+    vision = model.get("vision_cfg", {})
+    if isinstance(vision.get("layers"), list):
+        yield f"vision_cfg.layers: {vision['layers']}"
+    for key in ("image_size", "patch_size"):
+        if _side(vision.get(key, 224)) is None:
+            yield f"vision_cfg.{key}: {vision[key]}"
+    ours = {"mean": TowerSpec(width=1).mean, "std": TowerSpec(width=1).std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    for key, value in ours.items():
+        found = pictures.get(key)
+        if found is not None and (tuple(found) if key in ("mean", "std") else found) != value:
+            yield f"preprocess_cfg.{key}: {found}"
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square; None for other sizes."""
+    sides = {size} if isinstance(size, int) else set(size)
+    return int(sides.pop()) if len(sides) == 1 else None
