@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +16,19 @@ from torch.overrides import TorchFunctionMode
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
+from cosmos_ssl.data import Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
-from cosmos_ssl.engine.distributed import World, joined_world
+from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
-from cosmos_ssl.engine.signals import Signals
+from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
 from cosmos_ssl.interop.official import ROLES
 from cosmos_ssl.interop.partial import load_partial
+from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
@@ -43,6 +45,12 @@ class Chosen:
     cls: type[Any]
     options: Mapping[str, Any]
 
+    @property
+    def source(self) -> str:
+        """The part's name, and its package with the version (a class that was given in Python has none)."""
+        given = self.record.distribution == registry.CODE
+        return f"the class {self.record.name}" if given else f"'{self.record.name}' of {self.record.source}"
+
     def make(self, spec: Spec, name: str) -> Any:
         """Build the part. ValueError is the user's; anything else is the plugin's fault, and named as such."""
         try:
@@ -53,7 +61,7 @@ class Chosen:
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         part = cast(Part, part)
         part.part_name = name
-        part.part_source = "" if self.record.own else f"'{self.record.name}' of {self.record.source}"
+        part.part_source = "" if self.record.own else self.source
         return part
 
 
@@ -116,7 +124,9 @@ class Builder:
         key, _, rest = str(error).partition(": ")
         known = {option.name for option in registry.options(self.chosen[path].cls)}
         located = rest and key.partition(".")[0] in known  # a dotted key reaches into an option's value
-        return self._fault(f"{path}.{key}", rest) if located else self._fault(path, str(error))
+        chosen = self.chosen[path]
+        whose = "" if chosen.record.own else f" ({chosen.source})"
+        return self._fault(f"{path}.{key}", rest + whose) if located else self._fault(path, str(error) + whose)
 
     # ------------------------------------------------------------------ building
 
@@ -159,19 +169,19 @@ class Builder:
         with meta_device() if meta else nullcontext():
             towers = self._towers(spec)
             spec = replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in towers.items()}))
-            augmenters = self._augmenters(spec)
-            views = {f"{modality}_views": augmenter.offers() for modality, augmenter in augmenters.items()}
-            spec = replace(spec, **cast(dict[str, Any], views))
+            augmenters, offers = self._augmenters(spec)
+            spec = replace(spec, **offers)
         dataset: Dataset | None = self._make("data", spec)
         if dataset is not None:
-            if prepare:
-                dataset.prepare()
-                spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
-            spec = replace(spec, validation_data=dataset.validation_data)
+            with blaming(dataset, "data"):
+                if prepare:
+                    dataset.prepare()
+                    spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
+                spec = replace(spec, validation_data=dataset.validation_data)
         with meta_device() if meta else nullcontext():
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
-        model = Model(towers, heads, losses)
+        model = Model(towers, heads, losses, spec.embed_dim)
         if config.model.pretrained is not None and prepare and not meta:
             start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
@@ -182,7 +192,7 @@ class Builder:
             tokenizer=tokenizer,
             augmenters=augmenters,
             model=model,
-            build_model=lambda: Model(self._towers(spec), self._heads(spec)[0], self._losses(spec)),
+            build_model=lambda: Model(self._towers(spec), self._heads(spec)[0], self._losses(spec), spec.embed_dim),
             teacher=teacher,
             update_when=config.teacher.update_when,
             plan=plan,
@@ -193,9 +203,14 @@ class Builder:
         )
 
     def _towers(self, spec: Spec) -> dict[Modality, Tower]:
-        return cast(dict[Modality, Tower], self._layer({"image": "model.image", "text": "model.text"}, spec))
+        made = cast(dict[Modality, Tower], self._layer({"image": "model.image", "text": "model.text"}, spec))
+        for modality, tower in made.items():
+            with blaming(tower, f"model.{modality}"):
+                checked_tower(tower, modality)
+        return made
 
-    def _augmenters(self, spec: Spec) -> dict[Modality, Augmenter]:
+    def _augmenters(self, spec: Spec) -> tuple[dict[Modality, Augmenter], dict[str, Any]]:
+        """The augmenters, and what they offer as fields of ``Spec``."""
         made = self._layer({"image": "augmenters.image", "text": "augmenters.text"}, spec)
         wrong = [
             self._fault(f"augmenters.{modality}.type", f"'{augmenter.part_name}' makes {augmenter.modality} views")
@@ -204,7 +219,11 @@ class Builder:
         ]
         if wrong:
             raise ConfigError(wrong)
-        return cast(dict[Modality, Augmenter], made)
+        offers = {}
+        for modality, augmenter in made.items():
+            with blaming(augmenter, f"augmenters.{modality}"):
+                offers[f"{modality}_views"] = checked_offers(augmenter.offers())
+        return cast(dict[Modality, Augmenter], made), offers
 
     def _heads(self, spec: Spec) -> tuple[dict[str, Head], Spec]:
         """The heads in the order listed; each sees the outputs of those above."""
@@ -212,7 +231,8 @@ class Builder:
         spec = replace(spec, heads={})
         for name in self.config.heads:
             heads[name] = self._make(f"heads.{name}", spec)
-            spec = replace(spec, heads={**spec.heads, name: dict(heads[name].outputs())})
+            with blaming(heads[name], f"heads.{name}"):
+                spec = replace(spec, heads={**spec.heads, name: checked_widths(heads[name].outputs())})
         return heads, spec
 
     def _losses(self, spec: Spec) -> dict[str, Loss]:
@@ -228,7 +248,8 @@ class Builder:
         ]
         for name, evaluator in made.items() if prepare else ():
             try:
-                evaluator.prepare()
+                with blaming(evaluator, f"evaluators.{name}"):
+                    evaluator.prepare()
             except DataError as error:
                 missing.append(self._option_fault(f"evaluators.{name}", error))
         if missing:
@@ -251,27 +272,47 @@ def check(loaded: LoadedConfig) -> Assembly:
     return Builder(loaded).assemble(meta=True, prepare=False)
 
 
-def prepare(loaded: LoadedConfig) -> None:
-    """Look for all that a run needs outside its config, before several processes do: the run folder and the data."""
-    _claim(loaded.config.folder)
-    Builder(loaded).assemble(meta=True)
+def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
+    """Look for all that a run needs outside its config before it is started elsewhere: the run folder and the data.
+
+    Raises UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not indexed yet.
+    """
+    claim(loaded.config.folder)
+    if not scan:
+        dataset = Builder(loaded).assemble(meta=True, prepare=False).dataset
+        if isinstance(dataset, Shards) and not dataset.is_indexed:
+            raise DataError(f"data: these shards are not indexed yet. Run: {dataset.index_command}")
+    dataset = Builder(loaded).assemble(meta=True).dataset
+    folder = loaded.config.folder
+    if dataset is not None and (folder / "identity.json").exists():
+        RunFolder(folder).belong(loaded.config, dataset.identity())
 
 
-def _claim(folder: Path) -> None:
+def claim(folder: Path) -> None:
     """Raise UserError unless a run could write into ``folder`` now."""
     with RunFolder(folder).locked():
         pass
 
 
-def run(loaded: LoadedConfig) -> dict[str, float]:
-    """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint."""
-    with Signals(at_once=True) as signals, joined_world(loaded.config.training.device):
-        return _trainer(loaded, signals=signals).train()
+def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) -> dict[str, float]:
+    """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
+
+    ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
+    """
+    with Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
+        try:
+            return _trainer(loaded, signals=signals).train()
+        except Interrupted as error:
+            with named_losses():  # what started the ranks ends all when one leaves: not before the first has saved
+                World().from_first(lambda: None)
+            if leaving is not None:
+                error.exit_code = leaving(error.number)
+            raise
 
 
 def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
     if World().first:
-        _claim(loaded.config.folder)  # said now rather than after the data is ready
+        claim(loaded.config.folder)  # said now rather than after the data is ready
     return Trainer(Builder(loaded).assemble(), loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 

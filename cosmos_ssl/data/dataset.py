@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema, check_captions
-from cosmos_ssl.data.manifest import Manifest, Progress, load_manifest, notices
+from cosmos_ssl.data.manifest import Manifest, Progress, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
 from cosmos_ssl.data.tar import TarFault, members, sample_key
@@ -69,6 +70,18 @@ class Shards(Dataset):
         if self._manifest is None:
             self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir)
         return self._manifest
+
+    @property
+    def is_indexed(self) -> bool:
+        """False where the shards lie there and no manifest is of them as they are now, so that ``prepare`` would scan them."""
+        return self._manifest is not None or is_indexed(self._urls, cache_dir=self._cache_dir)
+
+    @property
+    def index_command(self) -> str:
+        """The command that makes the manifest."""
+        urls = [self._urls] if isinstance(self._urls, str) else self._urls
+        where = [] if self._cache_dir is None else ["--cache-dir", self._cache_dir]
+        return shlex.join(["cosmos-ssl", "data", "index", *urls, *where])
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""

@@ -135,6 +135,16 @@ def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = N
     return _checked(manifest)
 
 
+def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None) -> bool:
+    """Whether ``load_manifest`` would find a cached manifest, or fail at once because shards are missing."""
+    names = expand(urls)
+    try:
+        stats = _stat_all(names)
+    except DataError:
+        return True
+    return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
+
+
 def _stat_all(urls: Sequence[str]) -> list[Stat]:
     with ThreadPoolExecutor(min(32, len(urls))) as threads:
         found = list(threads.map(_stat_or_none, urls))

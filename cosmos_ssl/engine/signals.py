@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -36,8 +37,10 @@ class Signals:
     watched.
     """
 
-    def __init__(self, *, at_once: bool = False) -> None:
+    def __init__(self, *, at_once: bool = False, leaving: Callable[[int], int] | None = None) -> None:
+        """``leaving`` is called with a signal that ends the process at once, and gives the exit code."""
         self.at_once = at_once
+        self._leaving = leaving
         self.received: int | None = None
         """The signal that has come to this process."""
         self.agreed: int | None = None
@@ -87,7 +90,7 @@ class Signals:
                 os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
             if self.at_once:
                 os.write(2, f"\n{cause}: nothing to save yet\n".encode())
-            os._exit(code)
+            os._exit(code if self._leaving is None else self._leaving(number))
         if self.received is None:
             self.received = number
             again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""

@@ -1,34 +1,85 @@
-"""The ``cosmos-launch`` command: trains what a config says, on this machine."""
+"""The ``cosmos-launch`` command: trains what a config says, on this machine or on a SLURM cluster."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cosmos_ssl.cli.common import DEBUG, execute, parse
 
+_EPILOG = (
+    "key.sub=value arguments override single values of the config, profile.KEY=value those of the profile; "
+    "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 a rank, node or storage lost, "
+    "75 saved on a signal, 130 Ctrl-C, saved."
+)
+_COMMANDS = {"status": "say where a run stands", "resume": "go on with a run that stands still", "cancel": "end the job of a run"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; return the exit code."""
+    """Train, or run a command on a run folder; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return execute(lambda: _run(arguments), debug=DEBUG in arguments)
+    run = _on_run if arguments[:1] and arguments[0] in _COMMANDS else _train
+    return execute(lambda: run(arguments), debug=DEBUG in arguments)
 
 
-def _run(argv: Sequence[str]) -> int:
+def _train(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="cosmos-launch",
-        description="Train what a config says. The same command again resumes.",
-        epilog="key.sub=value arguments override single values of the config, profile.KEY=value those of the profile; "
-        "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 storage lost, "
-        "75 saved on a signal, 130 Ctrl-C, saved.",
+        description="Train what a config says, here or on a cluster. The same command again resumes.",
+        epilog=f"Commands on a run folder: cosmos-launch {'|'.join(_COMMANDS)} RUN_FOLDER. {_EPILOG}",
     )
-    parser.add_argument("--config", required=True, metavar="X.yaml", help="a file, or the name of a config that comes with cosmos-ssl")
-    parser.add_argument("--profile", metavar="P.yaml", help="where to run (default: local, on this machine)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print the resolved config, but do not train")
-    parser.set_defaults(overrides=[])
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="X.yaml",
+        help="a file, or the name of a config that comes with cosmos-ssl; several are queued as a job array",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and print config and batch script, but neither train nor queue")
+    _add_place(parser)
     arguments = parse(parser, argv)
 
     from cosmos_ssl_launch.launch import launch  # after --help, which needs none of it
 
-    return launch(arguments.config, arguments.overrides, profile=arguments.profile, dry_run=arguments.dry_run)
+    return launch(
+        arguments.config,
+        arguments.overrides,
+        profile=arguments.profile,
+        dry_run=arguments.dry_run,
+        follow=arguments.follow,
+        snapshot=not arguments.no_snapshot,
+    )
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Where a run takes place, and how it is watched."""
+    parser.add_argument(
+        "--profile",
+        metavar="P.yaml",
+        help="where to run: a file, or a profile that comes with cosmos-ssl (default: `profile` of the config, COSMOS_PROFILE, or here)",
+    )
+    parser.add_argument("--follow", action="store_true", help="on a cluster: show the first rank's output until the job ends")
+    parser.add_argument("--no-snapshot", action="store_true", help="on a cluster: run the code as it is then, not a copy made now")
+    parser.set_defaults(overrides=[])
+
+
+def _on_run(argv: Sequence[str]) -> int:
+    """``status``, ``resume`` and ``cancel``."""
+    parser = argparse.ArgumentParser(prog="cosmos-launch", epilog=_EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("run", type=Path, metavar="RUN_FOLDER")
+        if name == "resume":
+            _add_place(command)
+    arguments = parse(parser, argv)
+
+    from cosmos_ssl_launch import runs
+
+    if arguments.command != "resume":
+        return runs.status(arguments.run) if arguments.command == "status" else runs.cancel(arguments.run)
+    place = {"profile": arguments.profile, "follow": arguments.follow, "snapshot": not arguments.no_snapshot}
+    return runs.resume(arguments.run, arguments.overrides, **place)

@@ -20,7 +20,7 @@ GRACE = 20.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 
 _PARENT = "COSMOS_LAUNCH_PARENT"
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
 

@@ -1,42 +1,148 @@
-"""Profiles: where a run takes place."""
+"""Profiles: where a run takes place. A YAML file, checked, with values of the command line over it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cosmos_ssl.config_source import parse_overrides
+from cosmos_ssl.config_source import COMMAND_LINE, Node, fault, merge, parse_overrides, read_file
 from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
 from cosmos_ssl.registry import describe_errors
 
+Positive = Annotated[int, Field(gt=0)]
+Line = Annotated[str, Field(pattern=r"^[^\n]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
-class Profile(BaseModel):
-    """This machine: ``nproc`` is the number of processes."""
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
+
+def minutes(value: object) -> object:
+    """Minutes of SLURM's ways to write a time: a number of minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM``, ``D-HH:MM:SS``."""
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value  # an int, or what the model refuses
+    first, second, third = (int(match[name] or 0) for name in ("first", "second", "third"))
+    if match["days"]:
+        hours, minute, seconds = 24 * int(match["days"]) + first, second, third
+    elif match["third"]:
+        hours, minute, seconds = first, second, third
+    else:
+        hours, minute, seconds = 0, first, second
+    return 60 * hours + minute + (seconds > 0)
+
+
+class _Profile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    nproc: int = Field(default=1, gt=0)
+
+class LocalProfile(_Profile):
+    """This machine: ``nproc`` is the number of processes."""
+
+    kind: Literal["local"]
+    nproc: Positive = 1
+
+    @property
+    def ranks(self) -> int:
+        """How many processes train."""
+        return self.nproc
 
 
-def read_profile(name: str, values: Sequence[str]) -> Profile:
-    """The profile of this name with ``KEY=value`` over it. Raises UserError for others than ``local``, ConfigError for values."""
-    if name not in ("local", "local.yaml"):
-        raise UserError(
-            f"profile '{name}': clusters come with a later release; this one trains here. Leave the profile out, or name 'local'"
-        )
+class SlurmProfile(_Profile):
+    """A SLURM cluster. Keys without a comment are sbatch's options of that name; what is None is left to the cluster."""
+
+    kind: Literal["slurm"]
+    nodes: Positive = 1
+    tasks_per_node: Positive = 1
+    """Ranks of each node: one a GPU."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    cpus_per_task: Positive | None = None
+    mem: str | int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: Annotated[Positive, BeforeValidator(minutes, json_schema_input_type=str | int)] = 720
+    """Minutes, or any of SLURM's forms."""
+    signal_delay_s: Positive = 120
+    """Seconds before the end of ``time`` at which SIGUSR2 comes: a step and a save must fit."""
+    setup: list[Line] = []
+    """Lines of the batch script before srun."""
+    srun_args: list[Line] = []
+    python: Line | None = None
+    """What starts Python within srun; by default the Python that submits."""
+    environment: dict[Name, str | int | float] = {}
+    slurm: dict[Annotated[str, Field(pattern=r"^[a-z][a-z_-]*$")], str | int | bool] = {}
+    """Further options of sbatch, by name."""
+    restarts_without_progress: Annotated[int, Field(ge=0)] = 3
+    """So many restarts in a row without a new checkpoint end a job."""
+
+    @property
+    def ranks(self) -> int:
+        """How many processes train."""
+        return self.nodes * self.tasks_per_node
+
+
+Profile = LocalProfile | SlurmProfile
+
+_KINDS: dict[str, type[LocalProfile] | type[SlurmProfile]] = {"local": LocalProfile, "slurm": SlurmProfile}
+_FOLDER = Path(__file__).parent / "profiles"
+
+
+def packaged_profiles() -> dict[str, Path]:
+    """The profiles that come with cosmos-ssl, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def find_profile(name: str) -> Path:
+    """The file that ``name`` means: as given, else packaged. Raises UserError where there is none."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    packaged = packaged_profiles()
+    if name.removesuffix(".yaml") in packaged:
+        return packaged[name.removesuffix(".yaml")]
+    hint = did_you_mean(name, list(packaged))
+    raise UserError(f"no profile '{name}': there is no such file.{hint} Those that come with cosmos-ssl: {', '.join(packaged)}")
+
+
+def read_profile(name: str, values: Sequence[str] = ()) -> Profile:
+    """The profile that ``name`` means, with ``KEY=value`` over it. Raises UserError for the name, ConfigError with all faults."""
     faults: list[str] = []
-    tree = parse_overrides(values, faults).plain()
+    root = merge(read_file(find_profile(name), faults), parse_overrides(values, faults))
+    kind = root.at(["kind"])
+    model = _KINDS.get(str(kind.value)) if kind is not None else None
+    if model is None:
+        origin = root.origin if kind is None else kind.origin
+        raise ConfigError([*faults, _fault(origin, "kind", f"expected local or slurm{'' if kind is None else f', got {kind.value!r}'}")])
     try:
-        profile = Profile.model_validate(tree)
+        profile = model.model_validate(root.plain())
     except ValidationError as error:
-        for found in error.errors(include_url=False):
-            key = str(found["loc"][0])
-            if found["type"] == "extra_forbidden":
-                message = f"unknown key.{did_you_mean(key, list(Profile.model_fields))} Accepts: {', '.join(Profile.model_fields)}"
-            else:
-                message = describe_errors([{**found, "loc": ()}], found["input"])[0][1]
-            faults.append(f"command line  profile.{key}: {message}")
+        faults += [_describe(root, model, found) for found in error.errors(include_url=False)]
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(list(dict.fromkeys(faults)))
     return profile
+
+
+def _describe(root: Node, model: type[BaseModel], found: Any) -> str:
+    """One of pydantic's errors, located."""
+    key, *inner = (str(step) for step in found["loc"])
+    node = root.at([key, *inner[:1]]) or root.at([key]) or root
+    if found["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        return _fault(node.origin, key, f"unknown key.{did_you_mean(key, known)} Accepts: {', '.join(known)}")
+    if inner[-1:] == ["[key]"]:
+        return _fault(node.origin, f"{key}.{inner[0]}", f"no name for {'an environment variable' if key == 'environment' else 'an option'}")
+    path = ".".join([key, *(step for step in inner[:1] if root.at([key, step]) is not None)])
+    if key == "time":
+        return _fault(node.origin, path, f"expected minutes or a time such as 12:00:00 or 2-00:00:00, got {node.plain()!r}")
+    value = root.at([key])
+    given = None if value is None else value.plain()
+    return _fault(node.origin, path, describe_errors([{**found, "loc": tuple(inner)}], given)[0][1])
+
+
+def _fault(origin: str, key: str, message: str) -> str:
+    return fault(origin, f"profile.{key}" if origin == COMMAND_LINE else key, message)

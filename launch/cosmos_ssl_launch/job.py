@@ -1,0 +1,151 @@
+"""What a cluster runs: one rank of a job. Its state is the run folder's alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_ssl.cli.common import execute
+from cosmos_ssl.config import load_config
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, UserError
+from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_failure, note_start, starts
+
+PATIENCE = 300.0
+"""Seconds that a restarted run waits for its folder: of a node that was lost a process, or its lock, may live on for a while."""
+
+GRACE = 3.0
+"""Seconds that a rank which has lost another waits before it leaves, so that the one that failed can say so first."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Trains a resolved config as one rank of a SLURM job; submitit pickles and calls it.
+
+    ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends.
+    """
+
+    tree: dict[str, Any]
+    limit: int
+
+    def __call__(self) -> dict[str, float]:
+        """Train; the final metrics. Any other end leaves with its exit code.
+
+        srun ends all ranks at the first exit code that is not 0, so after a signal the first rank alone tells it.
+        """
+        loaded = load_config(self.tree)
+        run, first = loaded.config.folder, os.environ["SLURM_PROCID"] == "0"
+        requeue = _requeue_by_submitit(signal.getsignal(signal.SIGUSR2))
+
+        def leaving(number: int) -> int:
+            """What is left to do once all is saved, or before there is anything to save: the process's exit code."""
+            if not first:
+                return EXIT_DONE
+            return requeue() if number == signal.SIGUSR2 else EXIT_SAVED
+
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: os._exit(leaving(number)))
+        _prepare_environment()
+        metrics: dict[str, float] = {}
+
+        def train() -> int:
+            from cosmos_ssl import build  # after the threads' environment
+
+            if first:
+                note_start(run)
+                _wait_for_folder(lambda: build.claim(run))
+            build.check(loaded)
+            metrics.update(build.run(loaded, leaving=leaving))
+            return EXIT_DONE
+
+        try:
+            code = execute(train)
+        except Exception as error:
+            note_failure(run, EXIT_FAILED, f"rank {os.environ['SLURM_PROCID']}: {type(error).__name__}: {error}")
+            raise
+        if code in (EXIT_FAILED, EXIT_USER):
+            note_failure(run, code, f"rank {os.environ['SLURM_PROCID']}")
+        if code == EXIT_LOST:
+            time.sleep(GRACE)
+        if code != EXIT_DONE or not metrics:
+            sys.exit(code)
+        return metrics
+
+    def checkpoint(self) -> Any:
+        """What submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no progress."""
+        from submitit.helpers import DelayedSubmission
+
+        run = load_config(self.tree).config.folder
+        return DelayedSubmission(self) if may_restart(starts(run), newest_checkpoint(run), self.limit) else None
+
+
+def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
+    """Requeue the job by submitit's handler of SIGUSR2, which was in place when the job was called; the exit code."""
+
+    def requeue() -> int:
+        from submitit.core.utils import UncompletedJobError
+
+        try:
+            handler(signal.SIGUSR2, None)
+        except SystemExit:  # requeued
+            return EXIT_SAVED
+        except UncompletedJobError:
+            print("restarts have brought no new checkpoint, so the job ends here", file=sys.stderr, flush=True)
+            return EXIT_FAILED
+        except (subprocess.SubprocessError, OSError) as error:
+            print(f"the job cannot be requeued: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST
+
+    return requeue
+
+
+def _prepare_environment() -> None:
+    """Threads, and where the ranks meet. A restart meets at another port, since the old one may still be taken."""
+    from submitit.helpers import TorchDistributedEnvironment
+
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as for a run on this machine (launch.py)
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    place = TorchDistributedEnvironment()
+    with suppress(KeyError):  # a host name that means nothing here; the batch script runs on the first rank's node
+        if not _is_known(place.master_addr):
+            place.master_addr = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
+    start = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    place.master_port = random.Random(start).randint(20_000, 60_000)
+    place.export(set_cuda_visible_devices=False, overwrite=True)  # the device follows from LOCAL_RANK among those that SLURM gave
+    os.environ.update(given)
+
+
+def _is_known(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _wait_for_folder(claim: Callable[[], None]) -> None:
+    """Claim the run folder; a restart is patient. Raises UserError."""
+    end = time.monotonic() + (PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0.0)
+    while True:
+        try:
+            return claim()
+        except UserError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1.0)
+
+
+def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
+    """What a rank prints, as submitit names it."""
+    return folder / f"{job_id}_{rank}_log.out"

@@ -1,0 +1,91 @@
+"""When a job on a cluster starts again by itself: the rule, the file it reads, and the lines of the batch script.
+
+SLURM requeues a job that it preempts or whose node fails. It does not requeue one that failed, so the batch script
+does where starting again may help: a rank, a node or storage was lost (exit code 74), or a process died by a signal.
+Such restarts, and those after a time-out, end when several in a row have brought no new checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cosmos_ssl.errors import EXIT_LOST
+
+STARTS = "slurm/starts"
+"""In the run folder: the newest checkpoint at each start, a line a start."""
+
+FAILED = "slurm/failed"
+"""In the run folder: exit code and message of the rank that failed by itself, before srun killed the others."""
+
+NONE = "none"
+
+
+def newest_checkpoint(run: Path) -> str:
+    """The name of the newest checkpoint of a run folder, or ``none``."""
+    return max((path.name for path in (run / "checkpoints").glob("step_*")), default=NONE)
+
+
+def note_start(run: Path) -> list[str]:
+    """Add a line for this start; all of them."""
+    path = run / STARTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{newest_checkpoint(run)}\n")
+    return starts(run)
+
+
+def starts(run: Path) -> list[str]:
+    """The newest checkpoint at each start."""
+    path = run / STARTS
+    return path.read_text(encoding="utf-8").split() if path.exists() else []
+
+
+def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:
+    """Whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new checkpoint."""
+    return noted[-(limit + 1) :].count(newest) <= limit
+
+
+def note_failure(run: Path, code: int, message: str) -> None:
+    """Say why this rank ends, unless another has said so before."""
+    try:
+        with (run / FAILED).open("x", encoding="utf-8") as file:
+            file.write(f"{code} {message}\n")
+    except OSError:  # another was first, or the storage is what was lost
+        return
+
+
+def before_srun(runs: Sequence[Path]) -> list[str]:
+    """Lines of the batch script that give ``run`` its run folder and forget the failure of an earlier start."""
+    folders = " ".join(_quoted(str(run.absolute())) for run in runs)
+    return [
+        f"runs=({folders})",
+        "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
+        "export PYTHONSAFEPATH=1  # else the folder that the job starts in comes before PYTHONPATH",
+        f'rm -f "$run/{FAILED}"',
+    ]
+
+
+def after_srun(limit: int) -> list[str]:
+    """Lines of the batch script that decide, by srun's exit code and ``starts``, whether to start again."""
+    return [
+        "code=$?",
+        "# srun tells of the signal by which it ended the other ranks; the one that failed by itself has left its own code",
+        f'[ -s "$run/{FAILED}" ] && read -r code _ < "$run/{FAILED}"',
+        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "id=${id:-$SLURM_JOB_ID}",
+        f'if [ "$code" -eq {EXIT_LOST} ] || {{ [ "$code" -gt 128 ] && [ "$code" -le 192 ]; }}; then',
+        '  newest=$(cd "$run/checkpoints" 2> /dev/null && printf "%s\\n" step_* | grep -v "[*]" | sort | tail -n 1)',
+        f'  if [ "$(tail -n {limit + 1} "$run/{STARTS}" 2> /dev/null | grep -cFx -- "${{newest:-{NONE}}}")" -gt {limit} ]; then',
+        f'    echo "exit code $code; {limit} restarts have brought no new checkpoint, so job $id ends here"',
+        '  elif [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then  # neither cancelled nor already requeued',
+        '    echo "exit code $code: job $id is requeued"',
+        '    scontrol requeue "$id" && sleep 60',
+        "  fi",
+        "fi",
+        'exit "$code"',
+    ]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
