@@ -1,0 +1,203 @@
+"""``cosmos-ssl eval``: a tiny run from the command line, on one rank and on two, interrupted, and what is wrongly given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from torch.distributed import TCPStore
+
+import cosmos_ssl
+from cosmos_ssl.cli import eval as command_file
+from cosmos_ssl.data.scenes import SceneOptions, write_scenes
+from cosmos_ssl.evaluation.tasks import TASKS
+
+Command = Callable[..., tuple[int, str, str]]
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
+TOWERS = {
+    "image": {"type": "clip_vit", "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32},
+    "text": {"type": "clip_text", "width": 32, "layers": 1, "heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Validation shards of 40 scenes."""
+    options = SceneOptions(train_samples=16, validation_samples=40, image_size=32, shard_samples=20)
+    return options.pattern(write_scenes(tmp_path_factory.mktemp("scenes"), options), "val")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Path, dict[str, float]]:
+    """A run folder of two steps, and what its own evaluators found."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    tree: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": {"embed_dim": 16, **TOWERS},
+        "tokenizer": {"type": "clip", "context_length": 32},
+        "augmenters": {
+            "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_number": 0},
+            "text": {"type": "text_crop", "num_sampled_captions": 2},
+        },
+        "losses": {"clip": {"type": "clip"}},
+        "teacher": {"type": "ema", "momentum_teacher": 0.5},
+        "data": {"type": "scenes", "train_samples": 16, "validation_samples": 8, "image_size": 32},
+        "loader": {"workers": 0},
+        "schedule": {"epochs": 1, "max_steps": 2, "warmup_steps": 1},
+        "training": {"batch_size": 8, "precision": "fp32", "device": "cpu"},
+        "evaluators": {"retrieval": {"type": "retrieval", "data": shards}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        return folder, cosmos_ssl.train(tree)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "cosmos_ssl" / "evaluations"
+
+
+def own(metrics: dict[str, float], evaluator: str) -> dict[str, float]:
+    """The numbers of one evaluator of a run, as ``ROLE/NAME``."""
+    return {name.removeprefix(f"{evaluator}/"): value for name, value in metrics.items() if name.startswith(f"{evaluator}/")}
+
+
+def test_tasks_are_the_same_everywhere() -> None:
+    assert list(command_file.TASKS) == list(TASKS)
+
+
+def test_help_starts_without_torch() -> None:
+    code = "import sys\nfrom cosmos_ssl.cli import main\ntry: main(['eval', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "--allow-missing" in done.stdout
+
+
+def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    folder, metrics = trained
+    report = tmp_path / "e.json"
+    code, out, err = command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(report))
+    assert code == 0, err
+    found = json.loads(report.read_text())
+    assert found["task"] == "retrieval" and found["checkpoint"] == str(folder)
+    assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
+    assert out.splitlines()[0].split() == ["METRIC", "STUDENT", "TEACHER"] and "image_to_text_R@1 (%)" in out
+
+
+def test_data_is_that_of_the_run(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    folder, metrics = trained
+    report = tmp_path / "e.json"
+    checkpoint = next((folder / "checkpoints").iterdir())
+    assert command("eval", "--checkpoint", str(checkpoint), "--task", "retrieval", "--which", "teacher", "--json", str(report))[0] == 0
+    found = json.loads(report.read_text())["metrics"]
+    assert found == pytest.approx({name: value for name, value in own(metrics, "retrieval").items() if name.startswith("teacher/")})
+
+
+def test_an_interrupted_evaluation_goes_on(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cosmos_ssl.models.encoder import ModelEncoder
+
+    words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", shards, "--which", "student", "--batch-size", "8")
+    encode, calls = ModelEncoder.match_image, []
+
+    def counted(self: ModelEncoder, pixels: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(ModelEncoder, "match_image", counted)
+    assert command(*words)[0] == 130
+    assert len(list(cache.rglob("*.pt"))) == 3
+    calls.clear()
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert calls == [8, 8] and not list(cache.rglob("*.pt"))
+    monkeypatch.undo()
+    assert command(*words)[1] == out
+
+
+def test_two_ranks_find_the_same(trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    folder, metrics = trained
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+    words = ["eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--batch-size", "16"]
+    code = "import sys; from cosmos_ssl.cli import main; sys.exit(main(sys.argv[1:]))"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words, "--json", str(tmp_path / "e.json")],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=90)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said[0].startswith("METRIC") and not said[1]
+    assert json.loads((tmp_path / "e.json").read_text())["metrics"] == pytest.approx(own(metrics, "retrieval"))
+
+
+def test_coco_and_what_is_missing_of_it(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(3)]
+    notes = [{"image_id": n, "caption": f"a circle, number {n}, {k}"} for n in range(3) for k in range(5)]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    (tmp_path / "val2017").mkdir()
+    for n in range(2):
+        Image.new("RGB", (40, 32), (100 * n, 0, 0)).save(tmp_path / f"val2017/{n}.jpg")
+    words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", str(tmp_path))
+    code, _, err = command(*words)
+    assert code == 2 and err == (f"data: 1 of 3 pictures are not in {tmp_path / 'val2017'} (2.jpg). Go on without them: --allow-missing\n")
+    assert command(*words, "--allow-missing")[0] == 0
+    (tmp_path / "val2017/2.jpg").write_bytes(b"no picture")
+    code, _, err = command(*words)
+    assert code == 2 and err.startswith("data: 1 of 3 pictures cannot be used (2.jpg: undecodable")
+
+
+def test_a_released_name_is_reported_beside_the_published_figures(
+    command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    (tmp_path / "cosmos_vitb32_cc3m").symlink_to(trained[0])
+    (tmp_path / "flickr30k-images").mkdir()
+    images = [{"filename": f"{n}.jpg", "split": "test", "sentences": [{"raw": f"text {n}"}]} for n in range(3)]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    for n in range(3):
+        Image.new("RGB", (40, 32), (100 * n, 0, 0)).save(tmp_path / f"flickr30k-images/{n}.jpg")
+    code, out, err = command("eval", "--checkpoint", str(tmp_path / "cosmos_vitb32_cc3m"), "--task", "retrieval", "--data", str(tmp_path))
+    assert code == 0, err
+    assert "| cosmos_vitb32_cc3m, published (the better of student and teacher) | 74.3 | 59.2 |" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "retreival"], "--task: no task named 'retreival'. Did you mean 'retrieval'? Tasks: retrieval"),
+        (["--task", "retrieval", "--data", "nowhere/x.tar"], "data: nowhere/x.tar does not exist"),
+        (["--task", "retrieval", "--texts", "long"], "texts: samples such as "),
+    ],
+)
+def test_what_is_wrongly_given(command: Command, trained: tuple[Path, dict[str, float]], words: list[str], message: str) -> None:
+    code, out, err = command("eval", "--checkpoint", str(trained[0]), *words)
+    assert code == 2 and not out and err.startswith(message)
+
+
+def test_checkpoints_that_cannot_be_used(command: Command, shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--task", "retrieval", "--data", shards)
+    code, _, err = command("eval", "--checkpoint", "no/run", *words)
+    assert code == 2 and "no/run is no run folder" in err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    code, _, err = command("eval", "--checkpoint", "cosmos_vitb16_cc3m", *words)
+    assert code == 2 and "cosmos_vitb16_cc3m is not in the cache and cannot be fetched" in err
+    code, _, err = command("eval", "--checkpoint", str(GOLDEN), *words, "model.text.heads=2")
+    assert code == 2 and "heads" in err

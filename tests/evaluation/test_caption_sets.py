@@ -1,0 +1,112 @@
+"""COCO and Flickr30k in the folders in which people have them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from cosmos_ssl.api import BadSample, DataError
+from cosmos_ssl.evaluation.caption_sets import find_caption_set, read_flickr30k
+from cosmos_ssl.evaluation.features import Job
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(path)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three pictures of COCO val2017, out of order, with five captions or six."""
+    numbers = (9, 2, 5)
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "height": 6, "width": 8, "license": 1} for n in numbers]
+    notes = [{"id": 100 * n + k, "image_id": n, "caption": f"caption {k}\n of {n} "} for k in range(5) for n in numbers]
+    notes.append({"id": 1, "image_id": 2, "caption": "one more"})
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"info": {}, "images": images, "annotations": notes}))
+    for image in images:
+        picture(tmp_path / "val2017" / image["file_name"])
+    return tmp_path
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    """Karpathy's table of four pictures, two of them of the test split."""
+    images = [
+        {
+            "filename": f"{n}.jpg",
+            "split": split,
+            "imgid": n,
+            "sentids": [],
+            "sentences": [{"raw": f"Text {k} of {n}.", "tokens": [], "imgid": n, "sentid": k} for k in range(5)],
+        }
+        for n, split in ((36979, "train"), (1007129816, "test"), (65567, "val"), (1009434119, "test"))
+    ]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    for image in images:
+        picture(tmp_path / "flickr30k-images" / image["filename"])
+    return tmp_path
+
+
+def test_coco(coco):
+    found = find_caption_set(coco).complete(Job())
+    assert found.name == "coco" and [file for file, _ in found.entries] == [f"{n:012d}.jpg" for n in (2, 5, 9)]
+    assert found.entries[0][1] == [*(f"caption {k} of 2" for k in range(5)), "one more"]
+    sample = found.read(2)
+    assert sample.captions["txt"][4] == "caption 4 of 9" and sample.decode().shape == (3, 6, 8)
+
+
+def test_flickr30k(flickr):
+    found = find_caption_set(flickr).complete(Job())
+    assert found.name == "flickr30k" and [file for file, _ in found.entries] == ["1007129816.jpg", "1009434119.jpg"]
+    assert found.read(1).captions["txt"] == [f"Text {k} of 1009434119." for k in range(5)]
+    (flickr / "flickr30k-images").rename(flickr / "flickr30k_images")
+    assert len(read_flickr30k(flickr).complete(Job())) == 2
+
+
+def test_missing_pictures_are_named(coco):
+    (coco / "val2017/000000000005.jpg").unlink()
+    found = find_caption_set(coco)
+    with pytest.raises(DataError, match=r"1 of 3 pictures are not in .*val2017 \(000000000005.jpg\).*--allow-missing"):
+        found.complete(Job())
+    assert [file for file, _ in found.complete(Job(allow_missing=True)).entries] == ["000000000002.jpg", "000000000009.jpg"]
+    with pytest.raises(BadSample, match=r"no file: .*000000000005.jpg"):
+        found.read(1)
+    for path in (coco / "val2017").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="not one picture with a caption"):
+        found.complete(Job(allow_missing=True))
+
+
+def test_missing_captions_are_named(coco):
+    path = coco / "annotations/captions_val2017.json"
+    table = json.loads(path.read_text())
+    table["annotations"] = [note for note in table["annotations"] if note["image_id"] != 9]
+    path.write_text(json.dumps(table))
+    with pytest.raises(DataError, match=r"1 of 3 pictures have no caption \(000000000009.jpg\)"):
+        find_caption_set(coco).complete(Job())
+
+
+@pytest.mark.parametrize("content", ["{", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}', "[]"])
+def test_annotations_of_another_form(coco, content):
+    (coco / "annotations/captions_val2017.json").write_text(content)
+    with pytest.raises(DataError, match=r"captions_val2017.json is (no JSON|not COCO's form)"):
+        find_caption_set(coco)
+
+
+def test_folders_without_annotations(coco, tmp_path):
+    (coco / "annotations/captions_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"looks like COCO, and has no annotations/captions_val2017.json"):
+        find_caption_set(coco)
+    (coco / "annotations").rmdir()
+    assert find_caption_set(coco) is None
+    (coco / "flickr30k-images").mkdir()
+    with pytest.raises(DataError, match=r"not Karpathy's dataset_flickr30k.json"):
+        find_caption_set(coco)
+
+
+def test_identity_tells_captions_apart(coco):
+    before = find_caption_set(coco).identity()
+    path = coco / "annotations/captions_val2017.json"
+    path.write_text(path.read_text().replace("one more", "one other"))
+    assert find_caption_set(coco).identity() != before

@@ -1,0 +1,137 @@
+"""Features of all samples of a set: order, what is kept of an evaluation that was ended, samples that cannot be used."""
+
+import logging
+
+import pytest
+import torch
+
+from cosmos_ssl.api import BadSample, DataError, Sample
+from cosmos_ssl.evaluation.features import Job, Store, digest, features_of, text_features, weights_digest
+
+
+class Grey(Sample):
+    """A sample that needs no decoding."""
+
+    def decode(self):
+        return torch.full((3, 2, 2), int(self.key), dtype=torch.uint8)
+
+
+class Numbers:
+    """Twenty pictures, each of one grey; the numbers in ``bad`` cannot be read."""
+
+    def __init__(self, count=20, bad=()):
+        self.count, self.bad = count, bad
+        self.reads = []
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index):
+        self.reads.append(index)
+        if index in self.bad:
+            raise BadSample("no file", f"{index}.jpg")
+        return Grey(key=str(index))
+
+    def identity(self):
+        return {"count": self.count}
+
+
+def compute(loaded):
+    return torch.stack([pixels[:, 0, 0] for _, pixels in loaded]), [sample.key for sample, _ in loaded]
+
+
+def run(data, job, compute=compute):
+    return features_of(data, lambda picture: picture.float(), compute, job, name="grey")
+
+
+def test_rows_and_notes_are_in_order():
+    rows, notes = run(Numbers(), Job(batch_size=3, workers=3))
+    assert rows[:, 1].tolist() == list(range(20)) and notes == [str(n) for n in range(20)]
+
+
+def test_evenly_spread_samples():
+    assert run(Numbers(), Job(max_samples=3))[1] == ["0", "10", "19"]
+    assert len(run(Numbers(), Job(max_samples=50))[1]) == 20
+
+
+def test_what_was_computed_is_kept_and_not_computed_again(tmp_path):
+    job = Job(store=Store(tmp_path / "store"), batch_size=4)
+    batches = []
+
+    def until_the_third(loaded):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(len(loaded))
+        return compute(loaded)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Numbers(), job, until_the_third)
+    kept = sorted((tmp_path / "store").glob("*.pt"))
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:50])  # a disk that lost the end of a file
+    data = Numbers()
+    rows, notes = run(data, job)
+    assert sorted(data.reads) in ([*range(4), *range(8, 20)], list(range(4, 20)))
+    expected = run(Numbers(), Job(batch_size=4))
+    assert torch.equal(rows, expected[0]) and notes == expected[1]
+    again = Numbers()
+    run(again, job)
+    assert not again.reads
+    run(again := Numbers(19), job)
+    assert len(again.reads) == 19, "other data has other pieces"
+    job.store.clear()
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_cannot_be_written_is_told_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        rows, _ = run(Numbers(), Job(store=Store(tmp_path / "file" / "store"), batch_size=4))
+    assert len(rows) == 20 and caplog.text.count("cannot be written") == 1
+
+
+def test_unusable_samples(caplog):
+    data = Numbers(bad=(0, 1, 2, 7, 8, 9, 10))
+    with pytest.raises(DataError, match=r"7 of 20 pictures cannot be used \(sample 0: no file: 0.jpg, .*, \.\.\.\).*--allow-missing"):
+        run(data, Job(batch_size=3))
+    with caplog.at_level(logging.WARNING):
+        rows, _ = run(data, Job(batch_size=3, allow_missing=True))
+    assert rows[:, 0].tolist() == [3, 4, 5, 6, *range(11, 20)] and "left out" in caplog.text
+    with pytest.raises(DataError, match="not one picture"):
+        run(Numbers(2, bad=(0, 1)), Job(allow_missing=True))
+
+
+class Lengths:
+    """A text encoder whose feature is the length of the text."""
+
+    def __init__(self):
+        self.texts = []
+
+    def tokenize(self, texts):
+        self.texts += texts
+        return torch.tensor([[len(text)] for text in texts])
+
+    def encode_text(self, tokens):
+        return tokens.float()
+
+    def match_text(self, tokens):
+        return -tokens.float()
+
+
+def test_texts(tmp_path):
+    texts = ["a" * n for n in range(1, 11)]
+    job = Job(store=Store(tmp_path), batch_size=4)
+    encoder = Lengths()
+    assert text_features(encoder, texts, job)[:, 0].tolist() == list(range(1, 11))
+    assert text_features(encoder, texts, job, to_match=True)[:, 0].tolist() == list(range(-1, -11, -1))
+    assert text_features(encoder, texts, job)[3].item() == 4 and len(encoder.texts) == 20
+
+
+def test_digests():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+    model = torch.nn.Linear(2, 2)
+    before = weights_digest(model)
+    assert before == weights_digest(model)
+    with torch.no_grad():
+        model.bias[0] += 1
+    assert weights_digest(model) != before

@@ -1,0 +1,33 @@
+"""Tables and rows of evaluations; the published figures are those of the README."""
+
+import re
+from pathlib import Path
+
+from cosmos_ssl.evaluation.report import PUBLISHED, markdown, metric_rows
+from cosmos_ssl.interop.hub import RELEASED
+
+
+def test_published_figures_are_the_readmes():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| (?:cosmos_)?(vitb\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert {f"cosmos_{name}" for name, *_ in rows} == set(PUBLISHED) == set(RELEASED)
+    for name, *figures in rows:
+        sets = PUBLISHED[f"cosmos_{name}"]
+        ours = [*sets["coco"].values(), *sets["flickr30k"].values(), *sets["imagenet"].values()]
+        assert ours == [float(figure) for figure in figures]
+
+
+def test_rows():
+    metrics = {"student/a_R@1": 0.25, "student/a_mean_rank": 7.25, "teacher/a_R@1": 0.5}
+    assert metric_rows(metrics) == [("METRIC", "STUDENT", "TEACHER"), ("a_R@1 (%)", "25.00", "50.00"), ("a_mean_rank", "7.2", "-")]
+
+
+def test_markdown_beside_the_published_row():
+    metrics = {f"{role}/{way}_R@1": 0.5 for role in ("student", "teacher") for way in ("image_to_text", "text_to_image")}
+    lines = markdown("cosmos_vitb16_cc3m", "coco", metrics).splitlines()
+    assert lines[0] == "|  | coco image_to_text_R@1 (%) | coco text_to_image_R@1 (%) |" and lines[1] == "| --- | --- | --- |"
+    assert lines[2].endswith("| 53.1 | 40.1 |") and lines[3:] == [
+        "| cosmos_vitb16_cc3m, student | 50.0 | 50.0 |",
+        "| cosmos_vitb16_cc3m, teacher | 50.0 | 50.0 |",
+    ]
+    assert not markdown("my_run", "coco", metrics) and not markdown("cosmos_vitb16_cc3m", "", metrics)
