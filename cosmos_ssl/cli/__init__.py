@@ -14,6 +14,7 @@ COMMANDS = {
     "plugins": "list the parts that are installed, show one, check all",
     "config": "check, show, list or copy configs; JSON Schema for editors",
     "data": "index, check and make training data",
+    "eval": "evaluate a trained or released checkpoint",
     "export": "write a trained model for OpenCLIP, Hugging Face, timm or the official program",
     "info": "versions, devices and attention backends, for bug reports",
 }
