@@ -15,6 +15,8 @@ COMMANDS = {
     "config": "check, show, list or copy configs; JSON Schema for editors",
     "data": "index, check and make training data",
     "eval": "evaluate a trained or released checkpoint",
+    "attend": "pictures of where words look in a picture, and the picture in words",
+    "embed": "embeddings of pictures, shards or texts, as Parquet or NumPy",
     "export": "write a trained model for OpenCLIP, Hugging Face, timm or the official program",
     "info": "versions, devices and attention backends, for bug reports",
 }

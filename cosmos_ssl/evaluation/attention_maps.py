@@ -1,13 +1,18 @@
-"""Where the cross-attention heads look: over the patches of a picture, and over the words of its text."""
+"""What words and patches say of one another: where the cross-attention heads look, and which class each patch is nearest to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from cosmos_ssl.api import Tokenizer, normalise
 from cosmos_ssl.models.encoder import ModelEncoder
+
+_PUNCTUATION = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +22,16 @@ class AttentionMap:
     patches: Tensor
     """[rows, columns]: where the text looks in the picture."""
     words: Sequence[tuple[str, float]]
-    """What the picture looks at in the text: pieces of it between the start and the end token."""
+    """What the picture looks at in the text: its words between the start and the end token, pads left out.
+
+    A word's weight is the sum over its tokens. Where a text cannot be cut into words as the tokenizer cuts it, these are
+    the pieces behind its tokens.
+    """
+
+
+def has_attention(encoder: ModelEncoder) -> bool:
+    """Whether a head of the model can say where it looks."""
+    return any(hasattr(head, "attention_weights") for head in encoder.model.heads.values())
 
 
 def attention_maps(encoder: ModelEncoder, pixels: Tensor, texts: Sequence[str]) -> list[AttentionMap] | None:
@@ -32,10 +46,12 @@ def attention_maps(encoder: ModelEncoder, pixels: Tensor, texts: Sequence[str]) 
     patches = weights["text"].cpu().unflatten(1, (rows, columns))
     words = weights["image"].cpu()
     maps = []
-    for ids, length, over_patches, over_words in zip(tokens, encoder.lengths(tokens).tolist(), patches, words, strict=True):
+    for text, ids, length, over_patches, over_words in zip(texts, tokens, encoder.lengths(tokens).tolist(), patches, words, strict=True):
         inner = slice(1, length - 1)
-        pieces = encoder.tokenizer.decode(ids[inner].tolist())
-        maps.append(AttentionMap(patches=scaled(over_patches), words=list(zip(pieces, scaled(over_words[inner]).tolist(), strict=True))))
+        found = _words(encoder.tokenizer, text, ids[inner].tolist())
+        sums = torch.stack([part.sum() for part in over_words[inner].split([size for _, size in found])]) if found else torch.empty(0)
+        named = zip((word for word, _ in found), scaled(sums).tolist(), strict=True)
+        maps.append(AttentionMap(patches=scaled(over_patches), words=list(named)))
     return maps
 
 
@@ -45,3 +61,47 @@ def scaled(weights: Tensor) -> Tensor:
         return weights
     low, high = weights.aminmax()
     return (weights - low) / (high - low).clamp_min(1e-12)
+
+
+def patch_scores(encoder: ModelEncoder, pixels: Tensor, classes: Tensor, *, csa: bool = True) -> Tensor:
+    """Cosine of each patch of pictures [B, 3, H, W] with class vectors [C, D]: [B, C, rows, columns].
+
+    Training-free segmentation after SCLIP (arXiv 2312.01597), the whole picture in one window. Raises UserError where the
+    tower has no dense mode.
+    """
+    assert encoder.spec.image is not None
+    tokens, _ = encoder.dense(pixels, csa=csa)
+    rows, columns = (side // encoder.spec.image.patch_size for side in pixels.shape[-2:])
+    scores: Tensor = (normalise(tokens) @ classes.T).transpose(1, 2).unflatten(2, (rows, columns))
+    return scores
+
+
+def _words(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """The words of a text with the number of tokens of each, which add up to ``ids``; or else the piece behind each token.
+
+    A word's tokens are those that it has alone. Punctuation around a word stands by itself where that changes no token.
+    """
+    found: list[tuple[str, int]] = []
+    said: list[int] = []
+    for word, own in _alone(tokenizer, text.split()):
+        parts = _alone(tokenizer, [part for match in _PUNCTUATION.findall(word) for part in match if part])
+        split = [number for _, numbers in parts for number in numbers] == own
+        for part, numbers in parts if split else [(word, own)]:
+            size = min(len(numbers), len(ids) - len(said))
+            if size:
+                found.append((part, size))
+                said += numbers[:size]
+    return found if said == list(ids) else [(piece, 1) for piece in tokenizer.decode(ids)]
+
+
+def _alone(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Texts, each with its tokens between start and end."""
+    if not texts:
+        return []
+    return list(zip(texts, _inner(tokenizer, texts), strict=True))
+
+
+def _inner(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    ids, lengths = tokenizer(texts)
+    for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
+        yield row[1 : length - 1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -57,18 +58,38 @@ def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]
     return _tensor(canvas)
 
 
-def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap]) -> Tensor:
+def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, side: int = SIDE) -> Tensor:
     """One row a picture: itself, the text's look at it, and its look at the words (darker is more).
 
-    ``pictures`` are uint8 [3, H, W], cut as the model saw them.
+    ``pictures`` are uint8 [3, H, W], cut as the model saw them; ``side`` is what they are shown at, in pixels.
     """
-    canvas, draw = _canvas(GAP + 2 * (SIDE + GAP) + _TEXT_WIDTH + GAP, GAP + len(maps) * (SIDE + GAP))
+    canvas, draw = _canvas(GAP + 2 * (side + GAP) + _TEXT_WIDTH + GAP, GAP + len(maps) * (side + GAP))
     for row, (picture, found) in enumerate(zip(pictures, maps, strict=True)):
-        top = GAP + row * (SIDE + GAP)
-        canvas.paste(_thumbnail(picture), (GAP, top))
-        canvas.paste(_thumbnail(overlay(picture, found.patches)), (2 * GAP + SIDE, top))
-        _draw_words(draw, 3 * GAP + 2 * SIDE, top, found.words)
+        top = GAP + row * (side + GAP)
+        canvas.paste(_thumbnail(picture, side), (GAP, top))
+        canvas.paste(_thumbnail(overlay(picture, found.patches), side), (2 * GAP + side, top))
+        _draw_words(draw, 3 * GAP + 2 * side, top, found.words, side)
     return _tensor(canvas)
+
+
+def draw_words(words: Sequence[tuple[str, float]]) -> Tensor:
+    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take."""
+    height = max((y + LINE for _, y, _, _, _ in _placed(words)), default=LINE)
+    canvas, draw = _canvas(2 * GAP + _TEXT_WIDTH, 2 * GAP + height)
+    _draw_words(draw, GAP, GAP, words, height)
+    return _tensor(canvas)
+
+
+def class_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours (red, green, blue) to tell classes apart: hues a golden angle apart, in two strengths of light."""
+    hues = (hls_to_rgb(0.02 + n * 0.381966, 0.62 - 0.2 * (n % 2), 0.85) for n in range(count))
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in hues]
+
+
+def draw_classes(picture: Tensor, classes: Tensor) -> Tensor:
+    """A picture, uint8 [3, H, W], under the colours of its classes, int64 [H, W]: uint8 [3, H, W]."""
+    colours = torch.tensor(class_colours(int(classes.max()) + 1), dtype=torch.float32)
+    return picture.float().lerp(colours[classes].permute(2, 0, 1), 0.6).round().to(torch.uint8)
 
 
 def overlay(picture: Tensor, weights: Tensor) -> Tensor:
@@ -84,19 +105,25 @@ def overlay(picture: Tensor, weights: Tensor) -> Tensor:
     return picture.float().lerp(colours, 0.55).round().to(torch.uint8)
 
 
-def _draw_words(draw: ImageDraw.ImageDraw, left: int, top: int, words: Sequence[tuple[str, float]]) -> None:
-    """Pieces of a text on shaded ground, in lines; what does not fit into the row's height is left out."""
-    x, y = left, top
-    for piece, weight in words:
-        width = int(_font().getlength(piece)) + 6
-        if x + width > left + _TEXT_WIDTH:
-            x, y = left, y + LINE + 6
-        if y + LINE > top + SIDE:
-            return
-        shade = round(255 - 170 * weight)
-        draw.rectangle((x, y, x + width - 2, y + LINE), fill=(255, shade, round(255 - 200 * weight)))
-        draw.text((x + 2, y + 1), piece, fill=_INK, font=_font())
+def _placed(words: Sequence[tuple[str, float]]) -> Iterator[tuple[int, int, int, str, float]]:
+    """Words in lines of the text column: left, top, width, word, weight."""
+    x = y = 0
+    for word, weight in words:
+        width = min(int(_font().getlength(word)) + 6, _TEXT_WIDTH)
+        if x + width > _TEXT_WIDTH:
+            x, y = 0, y + LINE + 6
+        yield x, y, width, word, weight
         x += width
+
+
+def _draw_words(draw: ImageDraw.ImageDraw, left: int, top: int, words: Sequence[tuple[str, float]], height: int) -> None:
+    """Words on shaded ground, in lines; what does not fit into the height is left out."""
+    for x, y, width, word, weight in _placed(words):
+        if y + LINE > height:
+            return
+        place = (left + x, top + y)
+        draw.rectangle((*place, place[0] + width - 2, place[1] + LINE), fill=(255, round(255 - 170 * weight), round(255 - 200 * weight)))
+        _write(draw, (place[0] + 2, place[1] + 1), word, _INK)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
@@ -121,12 +148,12 @@ def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return canvas, ImageDraw.Draw(canvas)
 
 
-def _thumbnail(picture: Tensor) -> Image.Image:
-    """uint8 [3, H, W] fitted into a grey square of ``SIDE`` pixels."""
+def _thumbnail(picture: Tensor, side: int = SIDE) -> Image.Image:
+    """uint8 [3, H, W] fitted into a grey square of ``side`` pixels."""
     from PIL import Image, ImageOps
 
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    return ImageOps.pad(image, (SIDE, SIDE), color=(225, 225, 225))
+    return ImageOps.pad(image, (side, side), color=(225, 225, 225))
 
 
 def _tensor(canvas: Image.Image) -> Tensor:

@@ -1,0 +1,221 @@
+"""What embeddings are made of and where they go: a folder, files, lines or shards in; Parquet or NumPy out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.api import DataError, Sample, UserError
+from cosmos_ssl.data.dataset import open_shards
+from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
+from cosmos_ssl.data.storage import retrying, written_whole
+
+What: TypeAlias = Literal["image", "text", "both"]
+FORMATS = (".parquet", ".npy")
+_META = b"cosmos_ssl"
+_ROW_GROUP = 16_384
+
+
+class Samples(Protocol):
+    """What is embedded, by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index``. Raises BadSample, OSError."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """The shard, folder or file that it comes from."""
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """What makes this data this data."""
+        ...
+
+
+class Row(NamedTuple):
+    """What is known of one embedding."""
+
+    key: str
+    """Of the sample; of a text file the number of the line, from 1."""
+    source: str
+    modality: str
+    text: str | None
+
+
+Rows: TypeAlias = tuple[NDArray[Any], Sequence[Row]]
+"""Vectors [n, D], and what is known of each."""
+
+
+# ---------------------------------------------------------------------------- what is read
+
+
+class _Files:
+    """Picture files, each named."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+            raise DataError(f"data: {missing[0]}{more} not exist.{similar(missing[0])}")
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> Sample:
+        path = self._paths[index]
+        return Sample(key=str(path), image=retrying(path.read_bytes, str(path)))
+
+    def describe(self, index: int) -> str:
+        return str(self._paths[index].parent)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"samples": len(self), "digest": _digest(f"{path.name} {path.stat().st_size}" for path in self._paths)}
+
+
+class _Lines:
+    """A text file, one text a line; a line without one is a bad sample."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError as error:
+            raise DataError(f"data: {path} cannot be read: {error.strerror}.{similar(path)}") from error
+        if self._lines[-1] == "":
+            self._lines.pop()
+        self._name = path.name
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def read(self, index: int) -> Sample:
+        line = self._lines[index].strip()
+        return Sample(key=str(index + 1), captions={"txt": [line]} if line else {})
+
+    def describe(self, index: int) -> str:
+        return self._name
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"samples": len(self), "digest": _digest(self._lines)}
+
+
+def open_samples(data: Sequence[str]) -> tuple[Samples, What]:
+    """A folder of pictures, picture files, a text file (``.txt``) or shards; and what is embedded of them unless told.
+
+    Raises DataError where there is nothing to read, or kinds are mixed.
+    """
+    folder = picture_folder(data)
+    if folder is not None:
+        return Folder(folder), "image"
+    endings = {"pictures": tuple(f".{extension}" for extension in EXTENSIONS), "texts": (".txt",)}
+    kinds = sorted({next((kind for kind, ends in endings.items() if name.lower().endswith(ends)), "shards") for name in data})
+    if len(kinds) > 1:
+        raise DataError(f"data: {' and '.join(kinds)} are mixed. Give a folder, picture files, one text file, or shards")
+    if kinds == ["pictures"]:
+        return _Files([Path(name).expanduser() for name in data]), "image"
+    if kinds == ["texts"]:
+        if len(data) > 1:
+            raise DataError(f"data: {len(data)} text files. Give one, with one text a line")
+        return _Lines(Path(data[0]).expanduser()), "text"
+    return open_shards(data), "image"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return found.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def check_output(output: Path, what: What) -> None:
+    """Raise UserError for a file that these embeddings cannot be written to; make its folder."""
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output {output}: write to a file that ends in {' or '.join(FORMATS)}")
+    if output.suffix == ".npy" and what == "both":
+        raise UserError(f"--output {output}: an array cannot tell images from texts. Give a .parquet file, or --what image or text")
+    if output.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            way = "Run: pip install 'cosmos-ssl[eval]', or give a .npy file"
+            raise UserError(f"--output {output}: Parquet needs pyarrow. {way}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_meta(output: Path) -> dict[str, Any] | None:
+    """What was written as ``meta`` with a whole output; None where there is none. Raises UserError for a file of somebody else's."""
+    if not output.exists():
+        return None
+    try:
+        if output.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return dict(json.loads((parquet.read_schema(output).metadata or {})[_META]))
+        return dict(json.loads(output.with_suffix(".meta.json").read_bytes()))
+    except (KeyError, ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"{output} exists and is no file of embeddings. Give another output, or --overwrite") from error
+
+
+def write_embeddings(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
+    """Write ``shape[0]`` vectors of ``shape[1]`` numbers to ``.parquet`` or ``.npy``; no half of it is ever there. Raises OSError."""
+    write = _write_parquet if output.suffix == ".parquet" else _write_npy
+    write(output, parts, shape, dtype, meta)
+
+
+def _write_parquet(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
+    """Columns ``key``, ``source``, ``modality``, ``text`` and ``embedding``; ``meta`` is in the schema's metadata."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    strings = [(name, pa.string()) for name in Row._fields]
+    schema = pa.schema([*strings, ("embedding", pa.list_(value, shape[1]))], metadata={_META: json.dumps(meta)})
+    with written_whole(output) as file, parquet.ParquetWriter(file, schema, use_dictionary=["source", "modality"]) as writer:
+        for vectors, rows in _grouped(parts):
+            columns = [pa.array(_utf8(column), pa.string()) for column in zip(*rows, strict=True)]
+            flat = pa.array(vectors.ravel(), value)
+            writer.write_table(pa.Table.from_arrays([*columns, pa.FixedSizeListArray.from_arrays(flat, shape[1])], schema=schema))
+
+
+def _grouped(parts: Iterator[Rows]) -> Iterator[Rows]:
+    """Parts joined into row groups of a size that readers like."""
+    vectors: list[NDArray[Any]] = []
+    rows: list[Row] = []
+    for own_vectors, own_rows in parts:
+        vectors.append(own_vectors)
+        rows += own_rows
+        if len(rows) >= _ROW_GROUP:
+            yield np.concatenate(vectors), rows
+            vectors, rows = [], []
+    if rows:
+        yield np.concatenate(vectors), rows
+
+
+def _utf8(column: Sequence[str | None]) -> list[str | None]:
+    """Names of files may hold bytes that are no UTF-8, which Parquet refuses."""
+    return [None if text is None else text.encode("utf-8", "replace").decode() for text in column]
+
+
+def _write_npy(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
+    """The array; beside it the key of each row, one a line, and ``meta``. The array comes last: where it is, all is."""
+    output.unlink(missing_ok=True)
+    with written_whole(output) as file:
+        np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        with written_whole(output.with_suffix(".keys.txt")) as keys:
+            for vectors, rows in parts:
+                file.write(vectors.tobytes())
+                lines = (" ".join(row.key.splitlines()) for row in rows)
+                keys.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+        with written_whole(output.with_suffix(".meta.json")) as about:
+            about.write(json.dumps(meta, indent=2).encode())
