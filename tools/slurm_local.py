@@ -36,6 +36,7 @@ FIRST_PORT = 17001
 PORTS = len(NODES) + 1  # slurmctld has the last
 WAIT = 30.0  # seconds
 UP = ("idle", "mixed", "allocated", "completing")
+DRAIN = ("drained", "draining")  # someone has said so; the node itself answers
 LONGEST = 70  # characters of a folder: sockets of steps lie in it, and the path of a socket has at most 107
 
 CONFIG = """\
@@ -62,7 +63,7 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU={memory_per_cpu}
 # the machine may have fewer CPUs than both nodes together claim
 SlurmdParameters=config_overrides
-SchedulerParameters=bf_interval=2,sched_interval=5
+SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_interval=5
 ReturnToService=2
 SlurmdTimeout=20
 JobRequeue=1
@@ -71,11 +72,10 @@ MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptParameters=send_user_signal
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory} State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory} State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=15 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
-CGROUP = "CgroupPlugin=disabled\n"
 MARK = CONFIG.splitlines()[0]
 
 
@@ -89,35 +89,31 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """One of the daemons: its name, the command that starts it and the file it writes its process id to."""
+    """One of the daemons: its name (a slurmd has its node's), the command that starts it, the file of its process id."""
 
     name: str
     command: tuple[str, ...]
     pid_file: Path
 
     def pid(self) -> int | None:
-        """Its process id; None where it does not run, also where the id now belongs to another process."""
+        """Its process id: that in its file if the process is this daemon, else, the file being stale or gone, one that is."""
         with suppress(OSError, ValueError):
-            pid = int(self.pid_file.read_text())
-            return pid if self.is_process(pid) else None
-        return None
+            if self.is_process(Path("/proc") / str(int(self.pid_file.read_text()))):
+                return int(self.pid_file.read_text())
+        return next(iter(processes(self.is_process)), None)
 
-    def is_process(self, pid: int) -> bool:
-        """Whether a process is this daemon, and alive."""
-        try:
-            program, *words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return False
+    def is_process(self, process: Path) -> bool:
+        """Whether a folder of /proc is that of this daemon, alive: same program, same arguments, so of the same cluster."""
+        program, *words = (process / "cmdline").read_bytes().split(b"\0")
         return Path(os.fsdecode(program)).name == self.command[0] and words[:-1] == [os.fsencode(word) for word in self.command[1:]]
 
     def end(self) -> None:
         """End it: SIGTERM, after 10 s SIGKILL."""
-        if (pid := self.pid()) is not None:
-            for sign in (signal.SIGTERM, signal.SIGKILL):
-                if self.is_process(pid):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, sign)
-                    until(lambda: not self.is_process(pid), 10)
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            if (pid := self.pid()) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, sign)
+                until(lambda: self.pid() is None, 10)
         self.pid_file.unlink(missing_ok=True)
 
 
@@ -127,13 +123,19 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.config = self.folder / "slurm.conf"
-        munged = [f"--{name}={self.folder}/munge/{name.partition('-')[0]}" for name in ("socket", "key-file", "seed-file")]
-        munged += [f"--log-file={self.folder}/log/munged", f"--pid-file={self.folder}/pid/munged", "--force"]
-        of_slurm = {"slurmctld": ("slurmctld",), **{f"slurmd/{node}": ("slurmd", "-N", node) for node in NODES}}
-        self.daemons = [Daemon("munged", ("munged", *munged), self.folder / "pid" / "munged")]
-        for name, command in of_slurm.items():
-            file = self.folder / "pid" / name.rpartition("/")[2]
-            self.daemons.append(Daemon(name, (*command, "-f", str(self.config)), file))
+        files = {
+            "socket": "munge/socket",
+            "key-file": "munge/key",
+            "seed-file": "munge/seed",
+            "log-file": "log/munged",
+            "pid-file": "pid/munged",
+        }
+        commands = {
+            "munged": ("munged", *(f"--{option}={self.folder}/{file}" for option, file in files.items()), "--force"),
+            "slurmctld": ("slurmctld", "-f", str(self.config)),
+            **{node: ("slurmd", "-N", node, "-f", str(self.config)) for node in NODES},
+        }
+        self.daemons = [Daemon(name, command, self.folder / "pid" / name) for name, command in commands.items()]
 
     @property
     def running(self) -> dict[str, int]:
@@ -143,10 +145,9 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """The output of one of SLURM's commands; empty where it fails, as without a controller."""
         environment = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.config)}
-        try:
+        with suppress(subprocess.TimeoutExpired):
             return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT).stdout
-        except subprocess.TimeoutExpired:
-            return ""
+        return ""
 
     def node_states(self) -> dict[str, str]:
         """State of each node in SLURM's words, with ``*`` for one that does not answer; empty without a controller."""
@@ -154,10 +155,10 @@ class Cluster:
             return {}
         return dict(line.split()[:2] for line in self.ask("sinfo", "-hN", "-p", "low", "-o", "%N %T").splitlines())
 
-    def is_up(self) -> bool:
-        """All daemons run and all nodes take jobs."""
-        states = self.node_states()
-        return len(self.running) == len(self.daemons) and all(states.get(node) in UP for node in NODES)
+    def is_up(self, states: Sequence[str] = UP) -> bool:
+        """All daemons run and all nodes are in one of the states, by default those that take jobs."""
+        nodes = self.node_states()
+        return len(self.running) == len(self.daemons) and all(nodes.get(node) in states for node in NODES)
 
     # ------------------------------------------------------------------------ start
 
@@ -176,7 +177,7 @@ class Cluster:
             for daemon in self.daemons:
                 if daemon.name not in running:
                     self._launch(daemon)
-            if len(running) < len(self.daemons) and not until(self.is_up, WAIT):
+            if len(running) < len(self.daemons) and not until(lambda: self.is_up((*UP, *DRAIN)), WAIT):
                 raise Failed(f"not up after {WAIT:.0f} s: daemons {self.running}, nodes {self.node_states()}\n{self.logs()}")
         except Failed:
             if not running:
@@ -185,36 +186,33 @@ class Cluster:
 
     def _launch(self, daemon: Daemon) -> None:
         """Start a daemon and wait until its first process has put it in the background."""
-        program = shutil.which(daemon.command[0], path=SEARCH)
-        assert program is not None
         daemon.pid_file.unlink(missing_ok=True)
         environment = {"PATH": SEARCH, "SLURM_CONF": str(self.config), "LANG": "C.UTF-8"}
-        output = self.folder / "log" / "start"
-        with output.open("a") as file:
-            done = subprocess.run(
-                [program, *daemon.command[1:]], env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=WAIT
-            )
-        if done.returncode:
-            raise Failed(f"{daemon.name} ended with {done.returncode}\n{self.logs()}")
+        command = (shutil.which(daemon.command[0], path=SEARCH) or "", *daemon.command[1:])
+        with (self.folder / "log" / "start").open("a") as file, suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=WAIT)
+            if done.returncode == 0:
+                return
+        raise Failed(f"{daemon.name} does not start\n{self.logs()}")
 
     def _clear(self) -> None:
         """Remove the files of an earlier cluster here, and end processes of its jobs."""
         if self.folder.exists():
-            information = self.folder.stat()
-            if information.st_uid != 0 or information.st_mode & 0o022:
+            if self.folder.stat().st_uid != 0 or self.folder.stat().st_mode & 0o022:
                 raise Refused(f"{self.folder} must belong to root and nobody else may write to it; give another --folder")
             if any(self.folder.iterdir()) and not (self.config.is_file() and self.config.read_text().startswith(MARK)):
                 raise Refused(f"{self.folder} holds other files; give another --folder")
             self._end_jobs()
         for name in ("state", "spool", "pid", "log", "munge"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
 
     def _write(self, ports: int) -> None:
         """Write the configuration and munge's key. Raises Refused where a port is taken."""
         if len(str(self.folder)) > LONGEST or any(character in " ,#" for character in str(self.folder)):
             raise Refused(f"{self.folder}: at most {LONGEST} characters, without space, comma and #; give another --folder")
         if taken := [port for port in range(ports, ports + PORTS) if not is_free(port)]:
-            raise Refused(f"port {taken[0]} is in use; give the first of {PORTS} free ones in a row with --ports")
+            raise Refused(f"port {taken[0]} is in use or none; give the first of {PORTS} free ones in a row with --ports")
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 // len(NODES)  # MiB
         text = CONFIG.format(
             folder=self.folder,
@@ -222,7 +220,6 @@ class Cluster:
             control_port=ports + len(NODES),
             first_port=ports,
             last_port=ports + len(NODES) - 1,
-            nodes=f"n[1-{len(NODES)}]",
             memory=memory,
             memory_per_cpu=memory // 2,
         )
@@ -232,7 +229,7 @@ class Cluster:
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        (self.folder / "cgroup.conf").write_text(CGROUP)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         self.config.write_text(text)
 
     def _first_port(self) -> int:
@@ -241,11 +238,8 @@ class Cluster:
 
     def logs(self, lines: int = 12) -> str:
         """The last lines of each log."""
-        ends = []
-        for path in sorted((self.folder / "log").glob("*")):
-            last = path.read_text(errors="replace").splitlines()[-lines:]
-            ends.append("\n".join((f"== {path}", *last)))
-        return "\n".join(ends)
+        logs = {path: path.read_text(errors="replace").splitlines() for path in sorted((self.folder / "log").iterdir())}
+        return "\n".join("\n".join((f"== {path}", *text[-lines:])) for path, text in logs.items())
 
     # ------------------------------------------------------------------------ stop
 
@@ -263,10 +257,13 @@ class Cluster:
     def _end_jobs(self) -> None:
         """Kill processes of jobs that are left: those that ignore SIGTERM, and those whose slurmd was killed."""
         for kind in (self._is_task, self._is_step):
-            for pid in processes(kind):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            until(lambda kind=kind: not processes(kind), 5)  # type: ignore[misc]
+            for _ in range(50):  # until none has started another
+                for pid in (found := processes(kind)):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                if not found:
+                    break
+                time.sleep(0.1)
 
     def _is_task(self, process: Path) -> bool:
         """Whether a folder of /proc is that of a process that a slurmd of this cluster started for a job."""
@@ -283,11 +280,11 @@ class Cluster:
         """Daemons, nodes and partitions as text."""
         running = self.running
         lines = [f"SLURM_CONF={self.config}", "", f"{'DAEMON':<12}{'PID':<9}STATE"]
-        for daemon in self.daemons:
-            pid = running.get(daemon.name)
-            lines.append(f"{daemon.name:<12}{pid or '-':<9}{'up' if pid else 'down'}")
+        for name in (daemon.name for daemon in self.daemons):
+            title = f"slurmd {name}" if name in NODES else name
+            lines.append(f"{title:<12}{running.get(name, '-'):<9}{'up' if name in running else 'down'}")
         if "slurmctld" in running:
-            lines += ["", self.ask("sinfo", "-N", "-p", "low", "-o", "%.6N %.11T %.5c %.13m %.20E").replace("MEMORY", "MEMORY (MiB)", 1)]
+            lines += ["", self.ask("sinfo", "-N", "-p", "low", "-o", "%.8N %.11T %.5c %.13m %.20E")]
             lines += [self.ask("sinfo", "-o", "%.10P %.6a %.11l %.14F %.12p")]
         return "\n".join(lines).rstrip()
 
@@ -319,7 +316,7 @@ def is_free(port: int) -> bool:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server.bind(("", port))
-        except OSError:
+        except (OSError, OverflowError):
             return False
     return True
 
@@ -335,9 +332,7 @@ def free_ports() -> int:
 @contextmanager
 def alone() -> Iterator[None]:
     """Hold the machine's lock: clusters start one after the other, so that each sees the ports of the one before."""
-    program = shutil.which("slurmctld", path=SEARCH)
-    assert program is not None
-    with Path(program).open("rb") as file:
+    with Path(shutil.which("slurmctld", path=SEARCH) or "").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -345,36 +340,37 @@ def alone() -> Iterator[None]:
 # ---------------------------------------------------------------------------- the command
 
 
+def missing() -> list[str]:
+    """Programs that are not installed."""
+    return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
+
+
 def require(install: bool) -> None:
     """Raises Refused where it is not root or programs are missing that are not to be, or cannot be, installed."""
     if os.geteuid() != 0:
         raise Refused("SLURM's daemons need root; run this as root")
-    missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
-    if missing and install:
-        environment = {**os.environ, "PATH": SEARCH, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (("apt-get", "update"), INSTALL):
-            if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
-                raise Refused(f"failed: {shlex.join(command)}")
-        missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
-    if missing:
-        raise Refused(f"missing: {', '.join(missing)}. Install: {shlex.join(INSTALL)} (or: start --install)")
+    if missing() and install:
+        script = f"apt-get update && DEBIAN_FRONTEND=noninteractive {shlex.join(INSTALL)}"
+        subprocess.run(["sh", "-c", script], stdout=sys.stderr)
+    if missing():
+        raise Refused(f"missing: {', '.join(missing())}. Install: {shlex.join(INSTALL)} (or: start --install)")
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    default = Path(tempfile.gettempdir()) / "slurm_local"
-    for name, text in (
-        ("start", "start what does not run yet and wait until both nodes are up"),
-        ("stop", "end the jobs and the daemons"),
-        ("status", "show daemons, nodes and partitions; exit 1 where one is down"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
+    texts = {
+        "start": "start what does not run yet and wait until both nodes are up",
+        "stop": "end the jobs and the daemons",
+        "status": "show daemons, nodes and partitions; exit 1 where one is down",
+    }
+    added = {name: commands.add_parser(name, help=text, description=text) for name, text in texts.items()}
+    for command in added.values():
+        default = Path(tempfile.gettempdir()) / "slurm_local"
         command.add_argument("--folder", type=Path, default=default, help="where all files of the cluster lie (default: %(default)s)")
-        if name == "start":
-            command.add_argument("--ports", type=int, help=f"first of {PORTS} ports in a row (default: free ones from {FIRST_PORT} on)")
-            command.add_argument("--install", action="store_true", help="install missing packages by apt-get")
+    added["start"].add_argument("--ports", type=int, help=f"first of {PORTS} in a row (default: the first free ones from {FIRST_PORT})")
+    added["start"].add_argument("--install", action="store_true", help="install missing packages by apt-get")
     return parser.parse_args(words)
 
 
@@ -390,7 +386,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with alone():
             if options.command == "start":
                 cluster.start(options.ports)
-                print(f"nodes {', '.join(NODES)}; partitions low, high; to end it: stop --folder {cluster.folder}", file=sys.stderr)
+                print(f"up: nodes {', '.join(NODES)}; partitions low, high; to end it: stop --folder {cluster.folder}", file=sys.stderr)
                 print(f"export SLURM_CONF={shlex.quote(str(cluster.config))}")
             elif not cluster.stop():
                 print(f"nothing runs in {cluster.folder}", file=sys.stderr)
