@@ -1,0 +1,106 @@
+"""``cosmos-ssl export``: an official file, a run folder, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import cosmos_ssl
+from cosmos_ssl.build import Builder
+from cosmos_ssl.cli import export as command_module
+from cosmos_ssl.config import load_config
+from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint, to_host
+from cosmos_ssl.interop.export import FORMATS
+
+Command = Callable[..., tuple[int, str, str]]
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
+HEADS = ["model.image.heads=3", "model.text.heads=2"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder of quickstart's model, with two checkpoints and the results of the last."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    loaded = load_config("quickstart", ["name=mine", "model.image.layers=1", "model.text.layers=1", "data=null", "evaluators=null"])
+    model = Builder(loaded).assemble(prepare=False).model
+    (folder / "config.yaml").write_text(dump_yaml(loaded.config.model_dump()))
+    for step in (1, 2):
+        student = to_host(model.state_dict())
+        teacher = {name: value + step for name, value in student.items()}
+        save_checkpoint(folder, Snapshot(step=step, tensors={"student": student, "teacher": teacher}, state={"step": step}))
+    metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5}
+    (folder / "result.json").write_text(json.dumps({"step": 2, "metrics": metrics}))
+    return folder
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from cosmos_ssl.cli import main\ntry: main(['export', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--checkpoint C" in done.stdout and "--output DIR" in done.stdout and "model.text.heads=4" in done.stdout
+    assert command_module._FORMATS == FORMATS
+
+
+def test_a_golden_file_as_openclip(command: Command, tmp_path: Path) -> None:
+    """The features are those that the official program recorded."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    flags = ["--format", "openclip", "--which", "teacher", "--output", str(tmp_path / "out")]
+    code, out, err = command("export", "--checkpoint", str(GOLDEN), *flags, *HEADS)
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path}/out: the teacher of {GOLDEN} for openclip\nleft out: heads.cross, losses.distill\n"
+    recorded = load_file(GOLDEN.with_name("golden.safetensors"))
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}/out")
+    with torch.no_grad():
+        images = model.encode_image(torch.cat([recorded["image.0"], recorded["image.1"]]), normalize=True)
+    torch.testing.assert_close(images, recorded["teacher.image_features"], atol=1e-5, rtol=0)
+
+
+def test_a_run_folder_as_official_has_both_roles(command: Command, run: Path, tmp_path: Path) -> None:
+    code, out, _ = command("export", "--checkpoint", str(run), "--format", "official", "--output", str(tmp_path / "out"))
+    assert code == 0 and out.startswith(f"{tmp_path}/out: the student and the teacher of {run} for official\n")
+    content = torch.load(tmp_path / "out" / "mine.pt", weights_only=True)
+    assert content.keys() == {"name", "student", "teacher"} and content["name"] == "mine"
+    assert torch.equal(content["teacher"]["logit_scale"], content["student"]["logit_scale"] + 2)  # of the newest checkpoint
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "student/image_to_text_R@1 | 0.25 |" in card and "teacher/image_to_text_R@1 | 0.5 |" in card
+    heads = ["model.image.heads=2", "model.text.heads=4"]
+    again = cosmos_ssl.load(tmp_path / "out" / "mine.pt", "teacher", overrides=heads)
+    assert torch.equal(again.model.state_dict()["image.class_token"], content["teacher"]["visual.class_embedding"])
+
+
+def test_results_belong_to_the_last_checkpoint(command: Command, run: Path, tmp_path: Path) -> None:
+    for step, there in ((1, False), (2, True)):
+        checkpoint = run / "checkpoints" / f"step_{step:08d}"
+        code, _, _ = command("export", "--checkpoint", str(checkpoint), "--format", "timm", "--output", str(tmp_path / f"{step}"))
+        assert code == 0 and ("## Results" in (tmp_path / f"{step}" / "README.md").read_text()) == there
+
+
+def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert command("export", "--checkpoint", str(run), "--format", "openclip", "--output", str(there))[0] == 0
+    assert command("export", "--checkpoint", str(there), "--format", "openclip", "--output", str(back))[0] == 0
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        assert (there / name).read_bytes() == (back / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", str(GOLDEN), "--format", "openclip"], "model.image.heads: must be given"),
+        (["--checkpoint", "nowhere", "--format", "timm"], "nowhere is no run folder with a checkpoint"),
+        (["--checkpoint", str(GOLDEN), "--format", "onnx"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_mistakes(command: Command, tmp_path: Path, flags: list[str], message: str) -> None:
+    code, out, err = command("export", *flags, "--output", str(tmp_path / "out"))
+    assert code == 2 and not out and message in err and "Traceback" not in err and not (tmp_path / "out").exists()

@@ -1,0 +1,115 @@
+"""What all exports share: the official form, the folder, the card."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import cosmos_ssl
+from cosmos_ssl.errors import CheckpointError, UserError
+from cosmos_ssl.interop.export import FORMATS, Origin, export
+from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
+HEADS = ["model.image.heads=3", "model.text.heads=2"]
+COSMOS = [
+    *("model.embed_dim=32", "heads={cross: {type: cross_attention}}", "teacher={type: ema}"),
+    "losses.distill={type: cross_modality_distillation, head: cross}",
+]
+ORIGIN = Origin(name="small", checkpoint="runs/small")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("roles", [("student", "teacher"), ("teacher",)])
+def test_an_official_file_keeps_every_bit(folder, roles):
+    models = {role: cosmos_ssl.load(GOLDEN, role, overrides=HEADS) for role in roles}
+    assert export(models, "official", folder, Origin(name="golden", checkpoint=str(GOLDEN))) == []
+    found, recorded = torch.load(folder / "golden.pt", weights_only=True), torch.load(GOLDEN, weights_only=True)
+    assert found.keys() == {"name", *roles} and found["name"] == "golden"
+    for role in roles:
+        expected = {name.removeprefix("module."): value for name, value in recorded[role].items()}
+        assert found[role].keys() == expected.keys()
+        assert all(torch.equal(found[role][name], value) for name, value in expected.items())
+    assert foreign_roles(folder / "golden.pt") == roles
+
+
+def test_a_model_of_ours_in_the_official_form(make, folder, pixels, words):
+    encoder = make(*COSMOS)
+    export({"student": encoder}, "official", folder, ORIGIN)
+    again = cosmos_ssl.load(folder / "small.pt", overrides=HEADS)
+    assert torch.equal(again.encode_image(pixels(encoder)), encoder.encode_image(pixels(encoder)))
+    assert torch.equal(again.encode_text(words(encoder)), encoder.encode_text(words(encoder)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.image.registers=2"], r"has no place for model.image.registers \(2\)"),
+        (["model.image.layer_scale=0.1", "model.image.pre_norm=false"], "model.image.pre_norm=false; model.image.layer_scale"),
+        (["model.image.mask_token=true"], "model.image.mask_token"),
+        (["heads.cross.num_heads=4", "heads.cross.mask_padding=true"], r"num_heads=4 \(it has 8\); heads.cross.mask_padding=true"),
+        (["losses.koleo={type: koleo}", "heads.other={type: projection}"], "no place for heads.other"),
+        (["losses.distill=null"], "a whole COSMOS model, and this one lacks distill_logit_scale"),
+    ],
+)
+def test_what_the_official_form_cannot_hold(make, folder, overrides, message):
+    with pytest.raises(UserError, match=message):
+        export({"student": make(*COSMOS, *overrides)}, "official", folder, ORIGIN)
+    assert not list(folder.parent.iterdir())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_lines_of_the_card_load_the_folder(make, form, folder):
+    overrides = [*COSMOS, *(["model.image.width=128", "model.image.heads=2"] if form == "official" else [])]
+    export({"teacher": make(*overrides)}, form, folder, Origin(name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}))
+    card = (folder / "README.md").read_text()
+    [lines] = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(lines, names)
+    assert "model" in names
+    assert "from the teacher of `small`" in card and "Apache-2.0" in card and "## Results" not in card
+    (folder.parent / "usual").mkdir()
+    assert folder.stat().st_mode == (folder.parent / "usual").stat().st_mode
+
+
+def test_the_card_has_the_results_of_its_role(make, folder):
+    metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5, "loss": 3.0}
+    export({"student": make()}, "openclip", folder, Origin(name="small", checkpoint="runs/small", metrics=metrics))
+    card = (folder / "README.md").read_text()
+    assert "| retrieval/student/image_to_text_R@1 | 0.25 |" in card and "teacher" not in card and "loss |" not in card
+    assert "from the student of `runs/small`" in card and "| text | 32 | 2 | 2 | 16 of 49,408 tokens |" in card
+
+
+def test_folders_in_use_are_left_alone(make, folder):
+    folder.mkdir()
+    (folder / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"is not empty. Give another folder"):
+        export({"student": make()}, "timm", folder, ORIGIN)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match=r"mine.txt is not empty"):
+        export({"student": make()}, "timm", folder / "mine.txt", ORIGIN)
+    with pytest.raises(UserError, match="cannot be written: "):
+        export({"student": make()}, "timm", folder / "mine.txt" / "out", ORIGIN)
+
+
+def test_an_empty_folder_is_filled(make, folder):
+    folder.mkdir()
+    export({"student": make()}, "timm", folder, ORIGIN)
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_what_is_no_model_of_another_program(tmp_path):
+    assert read_foreign(tmp_path, "student") is None and foreign_roles(tmp_path) is None
+    assert read_foreign("runs/nowhere", "student") is None and foreign_roles("runs/nowhere") is None
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="neither student nor teacher, but state_dict"):
+        read_foreign(tmp_path / "x.pt", "student")
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"x.safetensors cannot be read"):
+        read_foreign(tmp_path / "x.safetensors", "student")
