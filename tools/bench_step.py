@@ -9,11 +9,7 @@ and their backward passes included (causal ones in full), forward and backward o
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +18,7 @@ from typing import Any
 
 import torch
 from baseline import PlainCosmos, PlainStep
+from bench import Row, number_of, report, resident_peak, row
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -60,9 +57,13 @@ class Work:
         self.views = self._batch(samples).to(device)
         self.step_number = 0
 
+    def state(self) -> RunState:
+        """Teacher and optimiser around our model."""
+        return RunState(self.assembly, self.loaded.config, self.device)
+
     def ours(self) -> Callable[[], dict[str, Tensor]]:
         """Our step."""
-        state = RunState(self.assembly, self.loaded.config, self.device)
+        state = self.state()
         step = Step(self.assembly, device=self.device)
 
         def run() -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ def synchronised(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[dict[str, Any]]:
+def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
     """The rows of one variant."""
     work = Work(variant, samples, device, overrides)
     plain, ours = work.plain(), work.ours()
@@ -150,56 +151,26 @@ def measure(variant: str, samples: int, pairs: int, device: torch.device, overri
             found.append(time.perf_counter() - start)
     ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
     counted = flops(plain), flops(ours)
-    memory = [peak(variant, samples, side, device, overrides) for side in ("plain", "ours")]
-    goals = variant == "vitb16" and not overrides
-
-    def row(name: str, value: float, unit: str, goal: str | None, ok: bool) -> dict[str, Any]:
-        return {
-            "name": f"{variant}: {name}",
-            "value": value,
-            "unit": unit,
-            "goal": goal if goals or name.startswith("largest") else None,
-            "ok": ok or not goals,
-        }
-
+    sizes = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
+    memory = [number_of("bench_step.py", "--peak-of", side, *sizes) for side in ("plain", "ours")]
+    bound = float if variant == "vitb16" and not overrides else lambda _: None  # the others are reported
     return [
-        row("speed", round(ratio, 3), "x plain", ">= 1.6", ratio >= 1.6),
-        row("samples a second", round(samples / statistics.median(times[1]), 3), "1/s", None, True),
-        row("FLOPs", round(counted[1] / counted[0], 4), "of plain", "<= 0.77", counted[1] <= 0.77 * counted[0]),
-        row("FLOPs a sample", round(counted[1] / samples / 1e9, 1), "GFLOP", None, True),
-        row("peak memory", round(memory[1] / memory[0], 3), "of plain", "<= 0.75", memory[1] <= 0.75 * memory[0]),
-        row("peak memory, absolute", round(memory[1] / 2**30, 2), "GiB", None, True),
-        {"name": f"{variant}: largest difference of losses", "value": difference, "unit": "", "goal": "<= 1e-5", "ok": difference <= 1e-5},
+        row(f"{variant}: speed", ratio, "x plain", least=bound(1.6)),
+        row(f"{variant}: samples a second", samples / statistics.median(times[1]), "1/s"),
+        row(f"{variant}: FLOPs", counted[1] / counted[0], "of plain", most=bound(0.77)),
+        row(f"{variant}: FLOPs a sample", counted[1] / samples / 1e9, "GFLOP"),
+        row(f"{variant}: peak memory", memory[1] / memory[0], "of plain", most=bound(0.75)),
+        row(f"{variant}: peak memory, absolute", memory[1] / 2**30, "GiB"),
+        row(f"{variant}: largest difference of losses", difference, most=1e-5),
     ]
 
 
 def peak(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> int:
     """Peak memory in bytes of a process that does two steps one way: resident on the host, allocated on a CUDA device."""
-    command = [
-        sys.executable,
-        __file__,
-        "--peak-of",
-        side,
-        "--variants",
-        variant,
-        "--samples",
-        str(samples),
-        "--device",
-        device.type,
-        *overrides,
-    ]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    )
-    return int(done.stdout)
-
-
-def print_peak(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
-    """What ``peak`` reads."""
     step = getattr(Work(variant, samples, device, overrides), side)()
     for _ in range(2):
         step()
-    print(torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
 
 
 def main() -> int:
@@ -219,16 +190,12 @@ def main() -> int:
     if device.type == "cpu":
         keep_freed_memory()
     if arguments.peak_of:
-        print_peak(arguments.variants[0], arguments.samples, arguments.peak_of, device, overrides)
+        print(peak(arguments.variants[0], arguments.samples, arguments.peak_of, device, overrides))
         return 0
-    rows = [row for variant in arguments.variants for row in measure(variant, arguments.samples, arguments.pairs, device, overrides)]
-    for row in rows:
-        print(f"{row['name']:<44} {row['value']:>12.5g} {row['unit']:<10} {row['goal'] or '':<8} {'ok' if row['ok'] else 'SHORT'}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(not row["ok"] for row in rows if "difference" in row["name"]))
+    rows = [line for variant in arguments.variants for line in measure(variant, arguments.samples, arguments.pairs, device, overrides)]
+    report(rows, arguments.json)
+    return int(any(not line["ok"] for line in rows if "difference" in line["name"]))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(main())

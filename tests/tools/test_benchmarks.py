@@ -1,0 +1,34 @@
+"""Every benchmark runs, in a tiny form, and writes its rows; what it measures is not judged here, but equality is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TINY = {
+    "bench_step": ["--tiny", "--samples", "2", "--pairs", "1"],
+    "bench_data": ["--samples", "128", "--pairs", "1"],
+    "bench_loss": ["--times", "1"],
+    "bench_eval": ["--images", "64"],
+}
+EQUAL = ("difference", "collectives", "bytes moved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_runs_in_a_tiny_form(name, tmp_path):
+    command = [sys.executable, str(TOOLS / f"{name}.py"), *TINY[name], "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows and all(row.keys() == {"name", "value", "unit", "goal", "ok"} for row in rows)
+    assert all(row["ok"] for row in rows if any(word in row["name"] for word in EQUAL))
+    assert all(row["name"] in done.stdout for row in rows)
+
+
+def test_every_benchmark_is_here():
+    assert {path.stem for path in TOOLS.glob("bench_*.py")} - {"bench_prepare"} == set(TINY)
