@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above zero")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
+    return int(text)
 
 
 def _embed(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.evaluation.embedding import Job, embed
     from cosmos_ssl.evaluation.embedding_io import open_samples
+    from cosmos_ssl.evaluation.features import threads_of_this_process
 
     try:
         samples, usual = open_samples(arguments.data)
@@ -58,7 +57,7 @@ def _embed(arguments: argparse.Namespace) -> int:
             texts=arguments.texts,
             dtype=arguments.dtype,
             batch_size=arguments.batch_size,
-            workers=arguments.workers or min(8, os.cpu_count() or 1),
+            workers=arguments.workers or threads_of_this_process(),
             overrides=arguments.overrides,
             about={"checkpoint": checkpoint, "which": arguments.which, "cosmos_ssl": __version__},
         )

@@ -225,7 +225,7 @@ def _load(encoder: ModelEncoder, job: Job, index: int) -> _Loaded | Bad:
             texts = sample.captions.get(job.texts, ())
             if not texts:
                 there = f" (it has: {', '.join(sample.captions)})" if sample.captions else ""
-                return f"no text '{job.texts}'", f"{key}{there}"
+                return "no text" if job.texts == "txt" else f"no text '{job.texts}'", f"{key}{there}"
             rows += [Row(key, source, "text", text) for text in texts]
         return _Loaded(rows, pixels)
     except BadSample as error:
