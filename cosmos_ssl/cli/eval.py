@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TASKS = {
     "retrieval": "image-text retrieval: COCO (annotations/, val2017/), Flickr30k (Karpathy's split), shards, a folder with texts",
+    "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, shards with labels",
+    "knn": "nearest neighbours on frozen features, of the same data and its training split",
+    "linear_probe": "logistic regression on frozen features, likewise",
 }
 ROLES = ("student", "teacher")
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -40,7 +43,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--task", required=True, metavar="T", help=", ".join(TASKS))
     parser.add_argument("--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on)")
     parser.add_argument("--which", choices=(*ROLES, "both"), help="whose weights (default: all that are there)")
+    parser.add_argument("--set", dest="set_name", metavar="NAME", help="which known set, where the data holds several")
     parser.add_argument("--texts", default="txt", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: %(default)s)")
+    parser.add_argument("--label", default="cls", metavar="FIELD", help="member or key of the JSON with the class (default: %(default)s)")
+    parser.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the labels (default: those of the data)")
+    parser.add_argument("--templates", metavar="T", help="openai, simple, or one with {} (default: the set's own, else simple)")
+    parser.add_argument("--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)")
+    parser.add_argument("-k", type=_positive, default=20, metavar="N", help="knn: neighbours (default: %(default)s)")
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only so many evenly spread samples")
     parser.add_argument("--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read")
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
@@ -136,17 +145,26 @@ def _options(arguments: argparse.Namespace, checkpoint: Path, encoder: ModelEnco
     data = arguments.data or _data_of_run(checkpoint, arguments.task) or encoder.spec.validation_data
     if data is None:
         raise UserError(f"--data: name what to evaluate on, since {arguments.checkpoint} does not tell it")
-    return Options(data=data, texts=arguments.texts)
+    return Options(
+        data=data,
+        texts=arguments.texts,
+        set_name=arguments.set_name,
+        label=arguments.label,
+        class_names=arguments.class_names,
+        templates=arguments.templates,
+        train_data=arguments.train_data or _data_of_run(checkpoint, arguments.task, "train_data"),
+        k=arguments.k,
+    )
 
 
-def _data_of_run(checkpoint: Path, task: str) -> str | None:
+def _data_of_run(checkpoint: Path, task: str, key: str = "data") -> str | None:
     """What the run's own evaluator of this task works on, if there is one."""
     from cosmos_ssl.config import load_config
 
     configs = (folder / "config.yaml" for folder in (checkpoint, checkpoint.parent.parent))
     config = next((path for path in configs if path.is_file()), None)
     evaluators = load_config(config).tree["evaluators"] if config is not None else {}
-    data = next((part["data"] for part in evaluators.values() if part["type"] == task and part.get("data")), None)
+    data = next((part[key] for part in evaluators.values() if part["type"] == task and part.get(key)), None)
     return "::".join(data) if isinstance(data, list) else data
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder
+from cosmos_ssl.api import DataError, Encoder, Sample, normalise
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.caption_sets import CaptionSet, find_caption_set
-from cosmos_ssl.evaluation.features import Job, Loaded, Samples, features_of, text_features
+from cosmos_ssl.evaluation.class_sets import find_class_data
+from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, load_class_names, load_templates
+from cosmos_ssl.evaluation.features import Job, Loaded, Samples, features_of, numbered, text_features
+from cosmos_ssl.evaluation.knn import knn_scores
+from cosmos_ssl.evaluation.linear_probe import linear_probe
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
-from cosmos_ssl.evaluation.samples import EvaluationData
+from cosmos_ssl.evaluation.samples import EvaluationData, label_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,18 @@ class Options:
     """Shards, or a folder whose layout is recognised."""
     texts: str = "txt"
     """The texts that retrieval looks for: ``txt``, or a key of the samples' JSON."""
+    set_name: str | None = None
+    """Which known set, where ``data`` holds several."""
+    label: str = "cls"
+    """The member or the key of the JSON that holds a sample's class."""
+    class_names: str | None = None
+    """A text file with one a line, or ``imagenet``; None is what comes with the data."""
+    templates: str | None = None
+    """``openai``, ``simple``, or one template; None is what the set is used with, else ``simple``."""
+    train_data: str | None = None
+    """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
+    k: int = 20
+    """Neighbours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +78,93 @@ def retrieval(options: Options, job: Job) -> Task:
     return Task(set_name=data.name if isinstance(data, CaptionSet) else "", run=run)
 
 
+def classification(options: Options, job: Job) -> Task:
+    """Zero-shot classification, as the evaluator ``classification`` has it, with the names and templates of the set. Raises DataError."""
+    data = find_class_data(options.data, wanted=options.set_name)
+    names = data.class_names if options.class_names is None else load_class_names(options.class_names)
+    if names is None:
+        raise DataError(f"--class-names: give a file with one a line, since none of {', '.join(CLASS_FILES)} comes with the data")
+    if data.classes not in (None, len(names)):
+        raise DataError(f"--class-names: {len(names)} class names are given for {data.classes} classes")
+    templates = load_templates(options.templates or data.templates or "simple")
+    numbers: dict[Hashable, int] = {name: number for number, name in reversed(list(enumerate(names)))}
+
+    def number(sample: Sample) -> int:
+        label = label_of(sample, options.label)
+        found = numbers.get(label, label) if isinstance(label, Hashable) else label
+        if not isinstance(found, int) or not 0 <= found < len(names):
+            raise DataError(f"{options.label}: sample {sample.key} has the label '{label}', which is none of the {len(names)} class names")
+        return found
+
+    def run(encoder: Encoder, job: Job) -> dict[str, float]:
+        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[int]]:
+            labels = [number(sample) for sample, _ in loaded]
+            return encoder.encode_image(torch.stack([pixels for _, pixels in loaded])), labels
+
+        images, labels = features_of(data.samples, encoder.preprocess, compute, job, name=f"encode_image {options.label}")
+        texts = text_features(encoder, [template.replace("{}", name) for name in names for template in templates], job)
+        vectors = normalise(texts.unflatten(0, (len(names), len(templates))).mean(1))
+        return accuracy(images @ vectors.T, torch.tensor(labels))
+
+    return Task(set_name=data.set_name, run=run)
+
+
+def knn(options: Options, job: Job) -> Task:
+    """The nearest training pictures' labels, as the evaluator ``knn`` has it. Raises DataError."""
+
+    def scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+        return knn_scores(train, labels, test, classes=classes, k=options.k)
+
+    return _trained(options, scores)
+
+
+def probe(options: Options, job: Job) -> Task:
+    """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
+
+    def scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+        found, _ = linear_probe(train, labels, classes=classes)
+        return found.scores(test)
+
+    return _trained(options, scores)
+
+
+def _trained(options: Options, scores: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Task:
+    """A task on the tower's features before the projection: ``scores`` of test features from labelled training features."""
+    data = find_class_data(options.data, wanted=options.set_name)
+    if options.train_data is not None:
+        train = find_class_data(options.train_data).samples
+    elif data.train is not None:
+        train = data.train()
+    else:
+        raise DataError("--train-data: name the training samples, since no training split is known to belong to the data")
+
+    def features(encoder: Encoder, samples: Samples, job: Job) -> tuple[Tensor, list[Hashable]]:
+        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
+            labels = [_label(sample, options.label) for sample, _ in loaded]
+            return encoder.image_features(torch.stack([pixels for _, pixels in loaded])), labels
+
+        rows, labels = features_of(samples, encoder.preprocess, compute, job, name=f"image_features {options.label}")
+        return rows.to(encoder.device), labels
+
+    def run(encoder: Encoder, job: Job) -> dict[str, float]:
+        rows, labels = features(encoder, train, job)
+        test, test_labels = features(encoder, data.samples, job)
+        numbers = numbered(labels)
+        known = torch.tensor([numbers[label] for label in labels], device=rows.device)
+        found = scores(rows, known, test, len(numbers)).cpu()
+        return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test_labels]))
+
+    return Task(set_name="", run=run)
+
+
+def _label(sample: Sample, name: str) -> Hashable:
+    """The label of a sample; of a picture in a class folder the name of the folder, which two folders share."""
+    label = sample.extras["class_name"] if name == "cls" and "class_name" in sample.extras else label_of(sample, name)
+    if not isinstance(label, Hashable):
+        raise DataError(f"{name}: sample {sample.key} has a list or a table where a label is due")
+    return label
+
+
 def _captioned(data: str) -> Samples:
     folder = picture_folder(data)
     known = find_caption_set(folder) if folder is not None else None
@@ -77,4 +180,7 @@ def open_samples(data: str, *, option: str = "data") -> Samples:
 
 TASKS: Mapping[str, Callable[[Options, Job], Task]] = {
     "retrieval": retrieval,
+    "classification": classification,
+    "knn": knn,
+    "linear_probe": probe,
 }

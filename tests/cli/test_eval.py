@@ -52,7 +52,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Path
         "loader": {"workers": 0},
         "schedule": {"epochs": 1, "max_steps": 2, "warmup_steps": 1},
         "training": {"batch_size": 8, "precision": "fp32", "device": "cpu"},
-        "evaluators": {"retrieval": {"type": "retrieval", "data": shards}},
+        "evaluators": {
+            "retrieval": {"type": "retrieval", "data": shards},
+            "classification": {"type": "classification", "data": shards},
+            "knn": {"type": "knn", "data": shards, "train_data": shards, "k": 5},
+        },
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
@@ -90,6 +94,45 @@ def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict
     assert found["task"] == "retrieval" and found["checkpoint"] == str(folder)
     assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
     assert out.splitlines()[0].split() == ["METRIC", "STUDENT", "TEACHER"] and "image_to_text_R@1 (%)" in out
+
+
+def test_classification_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    folder, metrics = trained
+    report = tmp_path / "e.json"
+    for task, more in (("classification", ()), ("knn", ("-k", "5"))):
+        code, out, err = command("eval", "--checkpoint", str(folder), "--task", task, *more, "--json", str(report))
+        assert code == 0 and "top1 (%)" in out, err
+        found = json.loads(report.read_text())["metrics"]
+        assert found == pytest.approx(own(metrics, task)) and len(found) == 6
+
+
+def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 3)):
+        for name, shade in (("black square", 0), ("white square", 255)):
+            for n in range(count):
+                path = tmp_path / split / name / f"{n}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (abs(shade - n),) * 3).save(path)
+    report = tmp_path / "e.json"
+    words = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path / "test"), "--json", str(report))
+    for task in ("knn", "linear_probe"):
+        code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
+        assert code == 0, err
+        assert json.loads(report.read_text())["metrics"]["student/top1"] == 1
+    assert command(*words, "--task", "classification", "--templates", "a {}")[0] == 0
+    code, _, err = command(*words, "--task", "linear_probe")
+    assert code == 2 and err.startswith("--train-data: name the training samples")
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    code, _, err = command(*words, "--task", "classification", "--class-names", str(tmp_path / "names"))
+    assert code == 2 and err == "--class-names: 3 class names are given for 2 classes\n"
+
+
+def test_labels_that_are_no_class(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("circle\nsquare\n")
+    code, _, err = command(
+        "eval", "--checkpoint", str(trained[0]), "--task", "classification", "--class-names", str(tmp_path / "names"), "--which", "student"
+    )
+    assert code == 2 and "which is none of the 2 class names" in err
 
 
 def test_data_is_that_of_the_run(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:

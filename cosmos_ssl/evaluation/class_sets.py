@@ -1,0 +1,225 @@
+"""Labelled pictures with the names of their classes: ImageNet, ten known sets, folders with one folder a class, shards.
+
+The ten sets are read by torchvision's readers (Caltech101 by clip-benchmark's), with clip-benchmark's templates and, where the
+readers have none fit to be read, its class names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import BadSample, DataError, Sample, UserError
+from cosmos_ssl.data import Folder
+from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
+from cosmos_ssl.evaluation.features import Samples
+from cosmos_ssl.evaluation.samples import EvaluationData
+
+IMAGENET = "imagenet"
+_WNID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassData:
+    """Labelled pictures; the label of a sample is its ``cls``, a number or a name."""
+
+    samples: Samples
+    set_name: str = ""
+    """``imagenet``, ``food101``, ...; empty where the set is none that is known."""
+    classes: int | None = None
+    """Number of classes that the labels count, where it is known."""
+    class_names: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    train: Callable[[], Samples] | None = None
+    """The training split, where it is known to belong to these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """One of the ten sets: the reader's class, where its files lie below the root, and its splits."""
+
+    reader: str
+    marker: str
+    test: Mapping[str, Any]
+    train: Mapping[str, Any] | None
+    module: str = "torchvision.datasets"
+
+
+def _split(reader: str, marker: str, train: str = "train") -> _Known:
+    return _Known(reader=reader, marker=marker, test={"split": "test"}, train={"split": train})
+
+
+KNOWN = {
+    "food101": _split("Food101", "food-101/meta"),
+    "cifar10": _Known(reader="CIFAR10", marker="cifar-10-batches-py", test={"train": False}, train={"train": True}),
+    "cifar100": _Known(reader="CIFAR100", marker="cifar-100-python", test={"train": False}, train={"train": True}),
+    "sun397": _Known(reader="SUN397", marker="SUN397/ClassName.txt", test={}, train=None),
+    "cars": _split("StanfordCars", "stanford_cars/devkit"),
+    "fgvc_aircraft": _split("FGVCAircraft", "fgvc-aircraft-2013b/data", "trainval"),
+    "dtd": _split("DTD", "dtd/dtd/labels"),
+    "pets": _split("OxfordIIITPet", "oxford-iiit-pet/annotations", "trainval"),
+    "flowers": _split("Flowers102", "flowers-102/jpg"),
+    "caltech101": _Known(
+        reader="Caltech101",
+        marker="caltech101/101_ObjectCategories",
+        test={},
+        train=None,
+        module="clip_benchmark.datasets.caltech101",
+    ),
+}
+"""The ten sets. SUN397 and Caltech101 (with its background class) have no split in these readers: all pictures are evaluated on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture(Sample):
+    """A sample that a reader has decoded."""
+
+    picture: Any
+    """A PIL image."""
+
+    def decode(self) -> Tensor:
+        """uint8 [3, H, W] in RGB."""
+        return torch.from_numpy(np.array(self.picture.convert("RGB"))).permute(2, 0, 1)
+
+
+class Reader:
+    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are sorted."""
+
+    def __init__(self, name: str, data: Any) -> None:
+        self.name = name
+        self.data = data
+        files = getattr(data, "_image_files", None)
+        self._order = sorted(range(len(data)), key=lambda n: str(files[n])) if files is not None else range(len(data))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> Sample:
+        """Picture ``index`` and its ``cls``. Raises BadSample where it is not there or cannot be read."""
+        try:
+            picture, label = self.data[self._order[index]]
+            picture.load()
+        except FileNotFoundError as error:
+            raise BadSample("no file", str(error.filename)) from error
+        except (OSError, SyntaxError) as error:
+            raise BadSample("undecodable", f"{self.name} {index}: {error}") from error
+        return Picture(key=f"{self.name}/{index}", extras={"cls": int(label)}, picture=picture)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Name, size, and a digest of the file names."""
+        files = [str(Path(file).name) for file in getattr(self.data, "_image_files", ())]
+        return {"name": self.name, "samples": len(self), "digest": hashlib.sha256("\0".join(files).encode()).hexdigest()}
+
+
+def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
+    """What ``data`` holds; ``wanted`` names one of the known sets where several lie there. Raises DataError, UserError."""
+    if wanted is not None and wanted not in (*KNOWN, IMAGENET):
+        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, [*KNOWN, IMAGENET])} Sets: {', '.join((*KNOWN, IMAGENET))}")
+    folder = picture_folder(data)
+    if folder is not None:
+        found = _known_below(folder, wanted)
+        if found is not None:
+            return _read_known(*found)
+        if wanted in (None, IMAGENET) and (imagenet := _imagenet(folder)) is not None:
+            return imagenet
+    if wanted is not None:
+        where = (KNOWN[wanted].marker if wanted in KNOWN else "val/n01440764") + "/"
+        raise DataError(f"data: {data} does not hold the set '{wanted}': there is no {where} in it")
+    own = EvaluationData(data)
+    own.check()
+    return ClassData(samples=own.samples, classes=len(own.class_names) or None, class_names=_names_beside(own))
+
+
+def _known_below(folder: Path, wanted: str | None) -> tuple[str, Path] | None:
+    """The known set that lies in ``folder``, or that ``folder`` is, and its root. Raises DataError where several do."""
+    found = {}
+    for name, known in KNOWN.items():
+        top, _, _ = known.marker.partition("/")
+        roots = [folder, folder.resolve().parent] if folder.resolve().name == top else [folder]
+        root = next((root for root in roots if (root / known.marker).exists()), None)
+        if root is not None and wanted in (None, name):
+            found[name] = root
+    if len(found) > 1:
+        raise DataError(f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(sorted(found))}")
+    return next(iter(found.items()), None)
+
+
+def _read_known(name: str, root: Path) -> ClassData:
+    known = KNOWN[name]
+    folder = _clip_benchmark()
+    templates = json.loads((folder / "en_zeroshot_classification_templates.json").read_text(encoding="utf-8"))[name]
+    names = json.loads((folder / "en_classnames.json").read_text(encoding="utf-8")).get(name)
+    samples = _open(name, root, known.test)
+    if names is None:
+        names = [re.sub(r"[_/]", " ", each) for each in samples.data.classes]
+    return ClassData(
+        samples=samples,
+        set_name=name,
+        classes=len(samples.data.classes) if hasattr(samples.data, "classes") else len(names),
+        class_names=names,
+        templates=[template.replace("{c}", "{}") for template in templates],
+        train=partial(_open, name, root, known.train) if known.train is not None else None,
+    )
+
+
+def _open(name: str, root: Path, split: Mapping[str, Any]) -> Reader:
+    from importlib import import_module
+
+    known = KNOWN[name]
+    reader = getattr(import_module(known.module), known.reader)
+    try:
+        return Reader(name, reader(str(root), download=False, **split))
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"data: {name} in {root} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _clip_benchmark() -> Any:
+    """The folder of clip-benchmark's class names and templates."""
+    try:
+        return resources.files("clip_benchmark.datasets")
+    except ImportError as error:
+        raise UserError("class names and templates of this set are clip-benchmark's. Run: pip install 'cosmos-ssl[eval]'") from error
+
+
+def _imagenet(folder: Path) -> ClassData | None:
+    """ImageNet where ``folder``, or its ``val``, holds one folder a WordNet number. Raises DataError for one of another set."""
+    place = folder / "val" if (folder / "val").is_dir() else folder
+    there = sorted(path.name for path in place.iterdir() if _WNID.fullmatch(path.name))
+    if not there:
+        return None
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    strangers = sorted(set(there) - set(wnids))
+    if strangers:
+        raise DataError(f"data: {place}: {len(strangers)} of {len(there)} classes are not ImageNet's 1,000 ({', '.join(strangers[:5])})")
+    train = place.parent / "train"
+    return ClassData(
+        samples=Folder(place, captions=False, classes=wnids),
+        set_name=IMAGENET if len(there) == len(wnids) else "",
+        classes=len(wnids),
+        class_names=load_class_names("imagenet"),
+        templates=load_templates("openai"),
+        train=partial(Folder, train, captions=False, classes=wnids) if train.is_dir() else None,
+    )
+
+
+def _names_beside(data: EvaluationData) -> Sequence[str] | None:
+    """Names in a file beside shards or in a folder, else those of its class folders, else None."""
+    found = next((path for name in CLASS_FILES if (path := data.folder / name).is_file()), None)
+    if found is not None:
+        return load_class_names(str(found))
+    return list(data.class_names) or None

@@ -1,0 +1,219 @@
+"""Labelled sets in the folders in which people have them: small ones of each layout."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cosmos_ssl.api import BadSample, DataError, UserError
+from cosmos_ssl.evaluation.class_sets import KNOWN, find_class_data
+
+
+def picture(path, shade=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (100 * shade, 0, 0)).save(path)
+
+
+def lines(path, *text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(text) + "\n")
+
+
+def food101(root):
+    names = {"apple_pie": ["apple_pie/1"], "waffles": ["waffles/2", "waffles/3"]}
+    for split in ("train", "test"):
+        lines(root / f"food-101/meta/{split}.json", json.dumps(names))
+    for n, name in enumerate(("apple_pie/1", "waffles/2", "waffles/3")):
+        picture(root / f"food-101/images/{name}.jpg", n)
+
+
+def cifar(root, folder, files, meta, key, names):
+    (root / folder).mkdir()
+    for number, file in enumerate(files):
+        data = np.full((2, 3072), number, np.uint8)
+        (root / folder / file).write_bytes(pickle.dumps({"data": data, key: [0, 1]}))
+    (root / folder / meta[0]).write_bytes(pickle.dumps({meta[1]: names}))
+
+
+def cifar10(root):
+    files = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
+    cifar(root, "cifar-10-batches-py", files, ("batches.meta", "label_names"), "labels", ["airplane", "automobile"])
+
+
+def cifar100(root):
+    names = ["apple", "aquarium_fish"]
+    cifar(root, "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels", names)
+
+
+def sun397(root):
+    lines(root / "SUN397/ClassName.txt", "/a/abbey", "/a/apartment_building/outdoor")
+    picture(root / "SUN397/a/apartment_building/outdoor/sun_b.jpg", 1)
+    picture(root / "SUN397/a/abbey/sun_a.jpg", 0)
+
+
+def cars(root):
+    io = pytest.importorskip("scipy.io")
+    kit = root / "stanford_cars/devkit"
+    kit.mkdir(parents=True)
+    names = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012"], dtype=object)
+    io.savemat(kit / "cars_meta.mat", {"class_names": names})
+    rows = np.array([("1.jpg", 2), ("2.jpg", 1)], dtype=[("fname", object), ("class", object)])
+    for path in (kit / "cars_train_annos.mat", root / "stanford_cars/cars_test_annos_withlabels.mat"):
+        io.savemat(path, {"annotations": rows})
+    for split in ("train", "test"):
+        picture(root / f"stanford_cars/cars_{split}/1.jpg", 1)
+        picture(root / f"stanford_cars/cars_{split}/2.jpg", 0)
+
+
+def fgvc_aircraft(root):
+    data = root / "fgvc-aircraft-2013b/data"
+    lines(data / "variants.txt", "707-320", "A300B4")
+    for split in ("trainval", "test"):
+        lines(data / f"images_variant_{split}.txt", "0034309 A300B4", "0034958 707-320")
+    picture(data / "images/0034309.jpg", 1)
+    picture(data / "images/0034958.jpg", 0)
+
+
+def dtd(root):
+    for split in ("train", "test"):
+        lines(root / f"dtd/dtd/labels/{split}1.txt", "banded/b_1.jpg", "polka-dotted/p_1.jpg")
+    picture(root / "dtd/dtd/images/banded/b_1.jpg", 0)
+    picture(root / "dtd/dtd/images/polka-dotted/p_1.jpg", 1)
+
+
+def pets(root):
+    for split in ("trainval", "test"):
+        lines(root / f"oxford-iiit-pet/annotations/{split}.txt", "Abyssinian_1 1 1 1", "american_bulldog_7 2 2 1")
+    picture(root / "oxford-iiit-pet/images/Abyssinian_1.jpg", 0)
+    picture(root / "oxford-iiit-pet/images/american_bulldog_7.jpg", 1)
+
+
+def flowers(root):
+    io = pytest.importorskip("scipy.io")
+    (root / "flowers-102").mkdir()
+    io.savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([1, 2, 1, 2])})
+    io.savemat(root / "flowers-102/setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3]), "tstid": np.array([4, 3])})
+    for n in range(1, 5):
+        picture(root / f"flowers-102/jpg/image_{n:05d}.jpg", (n + 1) % 2)
+
+
+def caltech101(root):
+    for n, name in enumerate(("BACKGROUND_Google", "Faces")):
+        picture(root / f"caltech101/101_ObjectCategories/{name}/image_0001.jpg", n)
+
+
+NAMES = {
+    "food101": ["apple pie", "waffles"],
+    "cifar10": ["airplane", "automobile"],
+    "cifar100": ["apple", "aquarium fish"],
+    "sun397": ["abbey", "apartment building outdoor"],
+    "cars": ["AM General Hummer SUV 2000", "Acura RL Sedan 2012"],
+    "fgvc_aircraft": ["707-320", "A300B4"],
+    "dtd": ["banded", "polka-dotted"],
+    "pets": ["Abyssinian", "American Bulldog"],
+    "flowers": ["pink primrose", "hard-leaved pocket orchid"],
+    "caltech101": ["background", "off-center face"],
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Some readers compare files with hashes of the real ones: here they do not."""
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *_: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "data").mkdir()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_sets(name, tmp_path):
+    pytest.importorskip("clip_benchmark")
+    root = tmp_path / "data"
+    globals()[name](root)
+    inside = root / KNOWN[name].marker.partition("/")[0]
+    for found in (find_class_data(str(root)), find_class_data(str(root), wanted=name), find_class_data(str(inside))):
+        assert found.set_name == name and list(found.class_names[:2]) == NAMES[name]
+        assert all(template.count("{}") == 1 and "{c}" not in template for template in found.templates)
+    samples = [found.samples.read(n) for n in range(len(found.samples))]
+    assert {sample.extras["cls"] for sample in samples} == {0, 1}
+    if not name.startswith("cifar"):  # the shade of a picture is its class, but for food's third
+        shades = [min(1, round(sample.decode()[0].float().mean().item() / 100)) for sample in samples]
+        assert shades == [sample.extras["cls"] for sample in samples]
+    assert found.samples.identity()["samples"] == len(samples)
+    assert (found.train is None) == (name in ("sun397", "caltech101"))
+    if found.train is not None:
+        assert len(found.train()) >= 2
+
+
+def test_several_sets_in_one_folder(tmp_path):
+    pytest.importorskip("clip_benchmark")
+    root = tmp_path / "data"
+    dtd(root)
+    sun397(root)
+    with pytest.raises(DataError, match=r"holds several sets\. Say which, such as --set dtd\. They are: dtd, sun397"):
+        find_class_data(str(root))
+    assert find_class_data(str(root), wanted="sun397").set_name == "sun397"
+    with pytest.raises(DataError, match=r"does not hold the set 'pets': there is no oxford-iiit-pet/annotations/ in it"):
+        find_class_data(str(root), wanted="pets")
+    with pytest.raises(UserError, match=r"no set named 'food'\. Did you mean 'food101'"):
+        find_class_data(str(root), wanted="food")
+
+
+def test_pictures_that_are_not_there_or_damaged(tmp_path):
+    pytest.importorskip("clip_benchmark")
+    root = tmp_path / "data"
+    dtd(root)
+    (root / "dtd/dtd/images/banded/b_1.jpg").unlink()
+    (root / "dtd/dtd/images/polka-dotted/p_1.jpg").write_bytes(b"no picture")
+    found = find_class_data(str(root)).samples
+    with pytest.raises(BadSample, match=r"no file: .*b_1\.jpg"):
+        found.read(0)
+    with pytest.raises(BadSample, match="undecodable"):
+        found.read(1)
+    (root / "dtd/dtd/labels/test1.txt").unlink()
+    with pytest.raises(DataError, match=r"data: dtd in .* cannot be read"):
+        find_class_data(str(root))
+
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "clip_benchmark", None)
+    monkeypatch.delitem(__import__("sys").modules, "clip_benchmark.datasets", raising=False)
+    dtd(tmp_path / "data")
+    with pytest.raises(UserError, match=r"pip install 'cosmos-ssl\[eval\]'"):
+        find_class_data(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("inner", ["", "val"])
+def test_imagenet(tmp_path, inner):
+    for n, wnid in enumerate(("n01443537", "n15075141")):  # goldfish and toilet paper: classes 1 and 999
+        picture(tmp_path / "data/val" / wnid / f"ILSVRC2012_val_{n:08d}.JPEG")
+    picture(tmp_path / "data/train/n01443537/n01443537_1.JPEG")
+    found = find_class_data(str(tmp_path / "data" / inner))
+    assert [found.samples.read(n).extras["cls"] for n in range(2)] == [1, 999] and not found.set_name
+    assert found.class_names[1] == "goldfish" and found.class_names[999] == "toilet paper" and len(found.templates) == 80
+    assert len(found.train()) == 1 and found.train().read(0).extras["cls"] == 1
+    picture(tmp_path / "data/val/n99999999/x.JPEG")
+    with pytest.raises(DataError, match=r"1 of 3 classes are not ImageNet's 1,000 \(n99999999\)"):
+        find_class_data(str(tmp_path / "data"))
+
+
+def test_all_of_imagenet_is_known_as_such(tmp_path):
+    from timm.data import ImageNetInfo
+
+    for wnid in ImageNetInfo("imagenet-1k").label_names():
+        (tmp_path / "data/val" / wnid).mkdir(parents=True)
+    picture(tmp_path / "data/val/n01443537/x.JPEG")
+    assert find_class_data(str(tmp_path / "data")).set_name == "imagenet"
+
+
+def test_folders_by_class(tmp_path):
+    picture(tmp_path / "data/red fox/1.png")
+    picture(tmp_path / "data/cat/1.png")
+    found = find_class_data(str(tmp_path / "data"))
+    assert list(found.class_names) == ["cat", "red fox"] and found.classes == 2 and not found.set_name and found.templates is None
+    lines(tmp_path / "data/classes.txt", "a cat", "a fox")
+    assert list(find_class_data(str(tmp_path / "data")).class_names) == ["a cat", "a fox"]
+    with pytest.raises(DataError, match="does not exist"):
+        find_class_data(str(tmp_path / "date"))
