@@ -26,8 +26,8 @@ class Plain(Head):
         super().__init__()
 
     def outputs(self): return {}
-    def requires(self): return []
-    def forward(self, features, views): return {}
+    def requires(self, outputs): return []
+    def forward(self, features, views, outputs): return {}
 '''
 
 
@@ -65,15 +65,89 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
     assert options[0] == {"name": "width", "type": "int", "required": False, "default": 32, "doc": "how wide it is."}
 
 
-def test_show_tells_what_a_part_requires_and_offers(command: Command) -> None:
-    _, out, _ = command("plugins", "show", "heads/cross_attention")
-    assert "Requires\n" in out and "text tokens of group 'global', view 1, with pads" in out and "Outputs\n  image, width 512\n" in out
-    _, out, _ = command("plugins", "show", "losses/clip")
-    assert "Options (and loss_weight, handled by the engine)" in out and "student: image projected of group 'global'" in out
-    _, out, _ = command("plugins", "show", "multi_crop")
-    assert "local: 6 views of 96 x 96 pixels" in out
-    _, out, _ = command("plugins", "show", "clip_vit")
-    assert "Capabilities\n" in out
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["heads/cross_attention"],
+            "Requires\n  for 'image': image projected of all groups and text tokens of group 'global', view 1, with pads\n"
+            "  for 'text': text projected of all groups and image tokens of group 'global', view 1\n\n"
+            "Offers\n  output 'image', width 512\n  output 'text', width 512\n",
+        ),
+        (["heads/cross_attention", "mask_padding=true"], "text tokens of group 'global', view 1\n"),
+        (["heads/cross_attention", "num_heads=7"], "cannot be told: ValueError: num_heads: model.embed_dim (512) is not a multiple of 7\n"),
+        (["losses/clip"], "Options (and loss_weight, handled by the engine)"),
+        (["losses/clip"], "Requires\n  student: image projected of group 'global', gathered over ranks\n  student: text projected of"),
+        (["cross_modality_distillation"], "  with a head instead: student: 'image' and 'text' of its head; teacher: image projected of"),
+        (["cross_modality_distillation", "head=mine"], "Requires\n  student: 'image' and 'text' of the head 'mine'\n  teacher: image"),
+        (["losses/dino"], "Requires\n  student: 'global' and 'local' of its head\n  teacher: 'global' of its head\n"),
+        (["losses/ibot"], "student: 'global_masked' of its head\n"),
+        (
+            ["dino_projection", "output_dim=7"],
+            "masked tokens of group 'global'\n\nOffers\n  output 'global', width 7\n",
+        ),
+        (["losses/lightly"], "with a head instead: student: 'global' of its head, gathered over ranks\n"),
+        (["multi_crop"], "Offers\n  'global': 2 views of 224 x 224 pixels\n  'local': 6 views of 96 x 96 pixels\n"),
+        (["multi_crop", "mask_probability=0.5", "local_crops_number=0"], "Offers\n  'global': 2 views of 224 x 224 pixels, with masks\n"),
+        (["view_groups"], "Requires\n  pictures\n\nOffers\n  depends on groups: give groups=... behind the part's name\n"),
+        (["view_groups", "groups={a: {size: 64}}"], "Offers\n  'a': 1 view of 64 x 64 pixels\n"),
+        (["clip_vit", "mask_token=true"], "Requires\n  image views\n\nOffers\n  pooled and projected features\n  csa\n  masks\n"),
+        (["towers/timm"], "Offers\n  tokens\n  depends on model: give model=... behind the part's name\n"),
+        (["tokenizers/clip", "context_length=32"], "Requires\n  nothing\n\nOffers\n  49,408 tokens, 32 a text\n"),
+        (["evaluators/knn"], "Requires\n  model.image\n"),
+        (["teachers/none"], "Options: none (and update_when, handled by the engine)\n\nRequires\n  nothing\n\nOffers\n  no teacher\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_show_tells_what_a_part_requires_and_offers(command: Command, arguments: list[str], words: str) -> None:
+    code, out, err = command("plugins", "show", *arguments)
+    assert (code, err) == (0, "") and words in out, out
+
+
+def test_show_finds_heads_of_the_same_distribution_first(command: Command, install: Install) -> None:
+    loss = """
+from cosmos_ssl.api import Loss, Need, LossOutput
+class Reads(Loss):
+    def __init__(self, spec, *, head: str) -> None:
+        super().__init__()
+        if "odd" not in spec.heads[head]:
+            raise ValueError("head: no such output")
+        self.head = head
+    def requires(self): return [Need(head=self.head, outputs=("odd",), role="teacher")]
+    def forward(self, ctx): return LossOutput(terms={})
+"""
+    head = HEAD.replace(", names: list[str]", "").replace("return {}\n    def req", "return {'odd': 3}\n    def req")
+    entries = {"heads/zz": "my_parts:Plain", "losses/reads": "my_parts:Reads", "heads/broken": "my_parts:Missing"}
+    install("my-parts", entries=entries, modules={"my_parts": head + loss})
+    code, out, _ = command("plugins", "show", "losses/reads")
+    assert code == 0 and "Requires\n  teacher: 'odd' of its head\n" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("num_head=3", "command line  num_head: unknown option of CrossAttention"),
+        ("num_heads=x", "command line  num_heads: expected an integer, got 'x'"),
+    ],
+)
+def test_show_with_options_it_does_not_have(command: Command, option: str, message: str) -> None:
+    code, _, err = command("plugins", "show", "cross_attention", option)
+    assert code == 2 and err.startswith(message)
+
+
+def test_markdown(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = HEAD.replace(", names: list[str]", "")
+    install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain", "losses/clip": "my_heads:X"}, modules={"my_heads": head})
+    code, _, err = command("plugins", "list", "--markdown")
+    assert code == 2 and err.startswith("losses/clip (my-heads 2.0, my_heads:X) cannot be imported: AttributeError")
+    monkeypatch.setenv("COSMOS_DISABLE_PLUGINS", "1")
+    code, out, _ = command("plugins", "list", "--markdown")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 2 + len(registry.records()) and all(line.count(" | ") == 2 for line in lines[2:])
+    assert (
+        "| `heads/plain` |" not in out
+        and "| `losses/koleo` | student: image pooled of group `global`, gathered over ranks | terms |" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,14 +165,24 @@ def test_show_of_unclear_names(command: Command, name: str, message: str) -> Non
 
 
 def test_check(command: Command, install: Install, tmp_path: Path) -> None:
-    own = sum(record.own for record in registry.records())
+    before = len(registry.records())
     install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain"}, modules={"my_heads": HEAD})
     code, out, _ = command("plugins", "check")
-    assert (code, out) == (0, f"{own + 1} of {own + 1} parts can be used\n")
+    assert (code, out) == (0, f"{before + 1} of {before + 1} parts can be used\n")
     install("bad-heads", "1.0", entries={"heads/a": "bad_heads:A", "heads/b": "my_heads:HEAD"}, modules={"bad_heads": "import einops_x"})
     code, out, _ = command("plugins", "check", "--json", str(tmp_path / "x.json"))
     first, second, last = out.splitlines()
-    assert code == 3 and last == f"{own + 1} of {own + 3} parts can be used"
+    assert code == 3 and last == f"{before + 1} of {before + 3} parts can be used"
     assert first == "heads/a (bad-heads 1.0, bad_heads:A) cannot be imported: ModuleNotFoundError: No module named 'einops_x'"
     assert second.startswith("heads/b (bad-heads 1.0, my_heads:HEAD) cannot be imported: AttributeError")
     assert [row["name"] for row in json.loads((tmp_path / "x.json").read_text()) if row["error"]] == ["a", "b"]
+
+
+def test_disabled_plugins_are_neither_listed_nor_checked(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("bad-heads", "1.0", entries={"heads/a": "bad_heads:A"}, modules={"bad_heads": "import einops_x"})
+    assert command("plugins", "check")[0] == 3
+    monkeypatch.setenv("COSMOS_DISABLE_PLUGINS", "1")
+    own = len(registry.records())
+    assert command("plugins", "check")[:2] == (0, f"{own} of {own} parts can be used\n")
+    assert "bad-heads" not in command("plugins", "list")[1]
+    assert command("plugins", "show", "heads/a")[2].startswith("no head named 'a'.")
