@@ -1,22 +1,22 @@
-"""``cosmos-ssl data``: index and check shards or a folder of pictures, write the procedural scenes."""
+"""``cosmos-ssl data``: index and check shards or a folder of pictures, write the procedural scenes; the rest in files beside this."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_ssl.cli import data_prepare
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, StorageError
+from cosmos_ssl.cli.data_common import URLS, progress, storage
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS
 
 if TYPE_CHECKING:
     from cosmos_ssl.data.check import ShardReport
 
-_URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::; or one folder of pictures"
+_URLS = f"{URLS}; or one folder of pictures"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,6 +47,8 @@ def add_parser(subparsers: Any) -> None:
         scenes.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
     scenes.set_defaults(run=_scenes)
 
+    data_prepare.add_parser(commands)
+
 
 def _index(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.folder import picture_folder
@@ -55,8 +57,8 @@ def _index(arguments: argparse.Namespace) -> int:
     folder = picture_folder(arguments.urls)
     if folder is not None:
         return _index_folder(folder, arguments)
-    with _storage(), _progress("shards indexed") as progress:
-        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=progress)
+    with storage(), progress("shards indexed") as told:
+        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=told)
     size = sum(shard.size for shard in manifest.shards)
     print(f"{len(manifest.shards):,} shards, {len(manifest):,} samples, {size:,} bytes")
     print(f"manifest: {manifest.path or 'kept nowhere: no folder can be written'}")
@@ -71,8 +73,8 @@ def _index(arguments: argparse.Namespace) -> int:
 def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.folder import folder_notices, load_folder
 
-    with _storage(), _progress("folders listed") as progress:
-        index = load_folder(folder, cache_dir=arguments.cache_dir, progress=progress)
+    with storage(), progress("folders listed") as told:
+        index = load_folder(folder, cache_dir=arguments.cache_dir, progress=told)
     print(f"{len(index):,} pictures, {len(index.classes):,} class folders, {len(index.folders()):,} folders in all")
     print(f"index: {index.path or 'kept nowhere: no folder can be written'}")
     for line in folder_notices(index):
@@ -89,8 +91,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     folder = picture_folder(arguments.urls)
     noun = "shard" if folder is None else "folder"
-    with _storage(), _progress("shards checked" if folder is None else "parts checked") as progress:
-        options: dict[str, Any] = {"captions": arguments.captions, "max_pixels": arguments.max_pixels, "progress": progress}
+    with storage(), progress("shards checked" if folder is None else "parts checked") as told:
+        options: dict[str, Any] = {"captions": arguments.captions, "max_pixels": arguments.max_pixels, "progress": told}
         reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
     totals = _totals(reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
@@ -130,31 +132,3 @@ def _scenes(arguments: argparse.Namespace) -> int:
     print(f"train: {options.pattern(folder, 'train')}  ({options.train_samples:,} samples)")
     print(f"val:   {options.pattern(folder, 'val')}  ({options.validation_samples:,} samples)")
     return EXIT_DONE
-
-
-@contextmanager
-def _storage() -> Iterator[None]:
-    """Storage that fails is told in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"data: storage fails: {error}") from error
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere a line at every tenth of the work that takes long."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-
-    def line(done: int, total: int) -> None:
-        if total >= 20 and done * 10 // total > (done - 1) * 10 // total:
-            print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
-
-    yield line

@@ -57,7 +57,7 @@ def caption_schema(name: str | None) -> Schema:
         return _everything
     if name == "pixelprose":
         return lambda table, text: _filled(
-            {"original_caption": _whole(table.get("original_caption")), "caption": as_sentences(table.get("caption"))}
+            {"original_caption": _whole_or_list(table.get("original_caption")), "caption": as_sentences(table.get("caption"))}
         )
     keys = schema_fields(name)
     return lambda table, text: _filled({key: as_sentences(table.get(key)) for key in keys})
@@ -77,12 +77,16 @@ def schema_fields(name: str) -> tuple[str, ...]:
 
 
 def _everything(table: Mapping[str, Any], text: str | None) -> Captions:
-    found = {key: _whole(value) if isinstance(value, str) else as_sentences(value) for key, value in table.items()}
+    found = {key: _whole_or_list(value) for key, value in table.items()}
     return _filled({"txt": _whole(text), **found})
 
 
 def _whole(text: Any) -> list[str]:
     return [text.strip()] if isinstance(text, str) and text.strip() else []
+
+
+def _whole_or_list(value: Any) -> list[str]:
+    return _whole(value) if isinstance(value, str) else as_sentences(value)
 
 
 def _filled(fields: Mapping[str, list[str]]) -> Captions:

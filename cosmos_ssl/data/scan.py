@@ -17,6 +17,7 @@ from cosmos_ssl.data.storage import fetch, filesystem, is_local, local_path
 from cosmos_ssl.data.tar import BLOCK, Member, TarFault, members, sample_key
 from cosmos_ssl.errors import DataError
 
+LIST_EXTENSION = ".list"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("json", "txt")
 EXAMPLES = 3
@@ -26,25 +27,50 @@ EXAMPLES = 3
 def expand(urls: str | Sequence[str]) -> list[str]:
     """A list of shards from ``a-{0000..0009}.tar::b-*.tar`` or several such strings, local or fsspec URLs.
 
-    Braces expand in order, ``*`` and ``?`` match existing files in sorted order. Raises DataError where a pattern
-    matches nothing or a shard is named twice.
+    Braces expand in order, ``*`` and ``?`` match existing files in sorted order. A file ``NAME.list`` holds one path or URL
+    a line (relative paths start at its folder, ``#`` starts a comment) and may repeat them: each time counts. Raises
+    DataError where a pattern matches nothing, a list cannot be read, or a shard is named twice outside of lists.
     """
     from braceexpand import braceexpand
 
     found: list[str] = []
+    listed: list[str] = []
+    order: list[str] = []
     for text in [urls] if isinstance(urls, str) else urls:
         for part in filter(None, (p.strip() for p in text.split("::"))):
             try:
                 names = list(braceexpand(part))
             except ValueError as error:  # UnbalancedBracesError
                 raise DataError(f"data: '{part}': braces do not match") from error
-            found += [url for name in names for url in _glob(name)]
-    if not found:
+            for url in (url for name in names for url in _glob(name)):
+                (listed if url.endswith(LIST_EXTENSION) else found).append(url)
+                order += read_list(url) if url.endswith(LIST_EXTENSION) else [url]
+    if not order:
         raise DataError("data: no shards are named. Give a path such as 'train-{0000..0009}.tar'")
-    if len(set(found)) < len(found):
-        twice = next(url for i, url in enumerate(found) if url in found[:i])
-        raise DataError(f"data: {twice} is named twice")
-    return found
+    for urls_given in (found, listed):
+        if len(set(urls_given)) < len(urls_given):
+            twice = next(url for i, url in enumerate(urls_given) if url in urls_given[:i])
+            raise DataError(f"data: {twice} is named twice")
+    return order
+
+
+def read_list(url: str) -> list[str]:
+    """The shards that a list file names, in its order. Raises DataError where it cannot be read or names none."""
+    try:
+        if is_local(url):
+            text = local_path(url).read_text("utf-8")
+        else:
+            system, path = filesystem(url)
+            text = system.cat_file(path).decode()
+    except FileNotFoundError as error:
+        raise DataError(f"data: no such list of shards: {url}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {url} is no list of shards: it is no text") from error
+    folder = str(local_path(url).absolute().parent) if is_local(url) else url.rpartition("/")[0]
+    names = [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
+    if not names:
+        raise DataError(f"data: the list {url} names no shard")
+    return [name if "://" in name or name.startswith("/") else f"{folder}/{name}" for name in names]
 
 
 def _glob(url: str) -> list[str]:
@@ -92,7 +118,7 @@ def scan(url: str, size: int) -> Scan:
     offsets: list[int] = []
     lengths: list[int] = []
     notes, fault = Notes(), ""
-    groups = _grouped(members(_header_reader(url, size), size))
+    groups = grouped(members(header_reader(url, size), size))
     try:
         for group in groups:
             extensions = {sample_key(m.name)[1] for m in group}
@@ -111,7 +137,7 @@ def scan(url: str, size: int) -> Scan:
     return Scan(np.array(offsets, np.int64), np.array(lengths, np.uint32), notes, fault)
 
 
-def _grouped(found: Iterator[Member]) -> Iterator[list[Member]]:
+def grouped(found: Iterator[Member]) -> Iterator[list[Member]]:
     """Neighbouring members of one key."""
     group: list[Member] = []
     last = ""
@@ -126,7 +152,7 @@ def _grouped(found: Iterator[Member]) -> Iterator[list[Member]]:
         yield group
 
 
-def _header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
+def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
     """Reads with a small look-ahead where seeking is cheap, and by megabytes where each read is a request."""
     if is_local(url):
         file = local_path(url).open("rb", buffering=0)

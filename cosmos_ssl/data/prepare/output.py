@@ -1,0 +1,143 @@
+"""A folder of shards in the making: claimed once, its work kept until it is whole, continued on request alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cosmos_ssl.data.storage import written_whole
+from cosmos_ssl.data.workers import WorkerStart
+from cosmos_ssl.errors import StorageError, UserError
+
+REPORT = "prepare.json"
+_T = TypeVar("_T")
+
+
+class Output:
+    """The folder that a command writes. ``work`` holds what is not needed once it is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / ".work"
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The report of finished work, None where it goes on."""
+        path = self.folder / REPORT
+        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found or None
+
+    @contextmanager
+    def claimed(self, identity: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+        """Begin, or go on with what the same options began. One process at a time; what a killed one left unfinished is removed.
+
+        Raises UserError where the folder holds other things, or other work, or another process works on it.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            begun = self._identity()
+            there = begun is not None or (not self.folder.is_dir() and self.folder.exists())
+            there = there or (self.folder.is_dir() and any(path != self.work for path in self.folder.iterdir()))
+            if there and not resume:
+                word = "is finished" if self.report else "was begun" if begun else "exists"
+                hint = " or go on with it by --continue" if begun and not self.report else ""
+                raise UserError(f"--output {self.folder} {word}. Give another folder{hint}")
+            if there and begun is None:
+                raise UserError(f"--output {self.folder}: there is nothing to continue, it holds something else. Give another folder")
+            if begun is not None and (changed := _changed(begun, json.loads(json.dumps(identity)))):
+                raise UserError(f"--output {self.folder} was begun with other input or options ({changed}). Give another folder")
+            self.work.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.work / "lock", timeout=0):
+                if begun is None:
+                    self.put("identity.json", identity)
+                for part in (*self.folder.glob("*.part"), *self.work.glob("*.part")):
+                    part.unlink()
+                yield
+        except Timeout as error:
+            raise UserError(f"--output {self.folder}: another process is at work on it") from error
+        except OSError as error:
+            if isinstance(error, UserError):
+                raise
+            what = error.strerror or str(error)
+            place = f" ({error.filename})" if error.filename else ""
+            raise StorageError(f"--output {self.folder}: {what}{place}. The same command with --continue goes on from here") from error
+
+    def _identity(self) -> dict[str, Any] | None:
+        if (report := self.report) is not None:
+            return dict(report["identity"])
+        found = self.note("identity.json")
+        return None if found is None else dict(found)
+
+    def note(self, name: str) -> Any:
+        """A finished note of the work, None where there is none."""
+        path = self.work / name
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def put(self, name: str, value: Any) -> None:
+        """Write a note, whole or not at all."""
+        (self.work / name).parent.mkdir(exist_ok=True)
+        with written_whole(self.work / name) as file:
+            file.write(json.dumps(value).encode())
+
+    def finish(self, sizes: Mapping[str, int], report: Mapping[str, Any]) -> None:
+        """Write ``sizes.json`` and the report, then remove the work."""
+        with written_whole(self.folder / "sizes.json") as file:
+            file.write(json.dumps(sizes, indent=1).encode())
+        with written_whole(self.folder / REPORT) as file:
+            file.write(json.dumps(report, indent=1).encode())
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in now if before.get(key) != now[key])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(workers: int, function: Callable[..., _T], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, _T]]:
+    """Number and result of each job as it ends. The processes end with this one, however it ends.
+
+    Raises what a job raises, StorageError where a process is killed.
+    """
+    if not jobs:
+        return
+    executor = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), WorkerStart(), (0,))
+    ended = False
+    try:
+        waiting: dict[Future[_T], int] = {}
+        todo = iter(enumerate(jobs))
+        while True:
+            for number, job in todo:
+                waiting[executor.submit(function, *job)] = number
+                if len(waiting) > 2 * workers:
+                    break
+            if not waiting:
+                break
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), future.result()
+        ended = True
+    except BrokenProcessPool as error:
+        raise StorageError("a worker process was killed; out of memory? --continue goes on from here, --workers N takes fewer") from error
+    finally:
+        processes = [] if ended else list((executor._processes or {}).values())
+        for process in processes:  # in the midst of a shard: its unfinished file is removed when the work goes on
+            process.kill()
+        executor.shutdown(cancel_futures=True)
