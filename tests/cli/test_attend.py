@@ -1,0 +1,170 @@
+"""``cosmos-ssl attend``: the pictures and the page of a trained run, and what it says of input that it cannot use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cosmos_ssl
+from cosmos_ssl.cli.attend import pair
+from cosmos_ssl.errors import UserError
+from cosmos_ssl.evaluation.attention_maps import attention_maps
+from cosmos_ssl.evaluation.pictures import class_colours, overlay
+from cosmos_ssl.models.encoder import resize_crop
+
+Command = Callable[..., tuple[int, str, str]]
+TINY = {
+    "extends": "quickstart",
+    "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
+    "data": {"train_samples": 16, "validation_samples": 8},
+    "loader": {"workers": 0},
+    "schedule": {"max_steps": 1, "warmup_steps": 1},
+    "training": {"batch_size": 8},
+    "evaluators": None,
+    "logging": {"tensorboard": False},
+}
+
+
+def train(folder: Path, *overrides: str) -> str:
+    """The folder of a run of one step."""
+    config = folder / "tiny.yaml"
+    config.write_text(json.dumps(TINY))
+    cosmos_ssl.train(config, [f"output_dir={folder}/run", f"data.folder={folder}/scenes", *overrides])
+    return str(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train(tmp_path_factory.mktemp("attend"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """Two pictures of noise, neither of them square."""
+    paths = [tmp_path / "a dog.png", tmp_path / "cat.jpg"]
+    for number, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (80 + number, 100, 3), np.uint8)).save(path)
+    return [str(path) for path in paths]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pictures_and_page(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    code, said, err = command(
+        "attend", "--checkpoint", run, "--image", *images, "--text", "a dog", "--text", "<b>cat</b>", "--output", str(out)
+    )
+    assert (code, said, err) == (0, f"{out}/index.html\n", "")
+    assert names(out) == [
+        "001_a_dog_patches.png",
+        "001_a_dog_words.png",
+        "002_cat_patches.png",
+        "002_cat_words.png",
+        "grid.png",
+        "index.html",
+    ]
+    model = cosmos_ssl.load(run)
+    with Image.open(images[1]) as image:
+        maps = attention_maps(model, model.preprocess(image)[None], ["<b>cat</b>"])
+        shown = resize_crop(image, 448)
+    assert maps is not None
+    expected = overlay(shown, maps[0].patches)
+    drawn = torch.from_numpy(np.array(Image.open(out / "002_cat_patches.png"))).permute(2, 0, 1)
+    assert (drawn.int() - expected.int()).abs().max() <= 1
+    page = (out / "index.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["All pairs", "a dog", "&lt;b&gt;cat&lt;/b&gt;"]
+    assert page.count("<img ") == 5 and not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "step_00000001" in page and "student" in page
+
+
+def test_the_teacher_looks_elsewhere(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    for which in ("student", "teacher"):
+        arguments = ("--checkpoint", run, "--which", which, "--image", images[0], "--text", "a red circle")
+        assert command("attend", *arguments, "--output", str(tmp_path / which))[0] == 0
+        assert names(tmp_path / which) == ["001_a_dog_patches.png", "001_a_dog_words.png", "grid.png", "index.html"]
+    student, teacher = ((tmp_path / which / "001_a_dog_patches.png").read_bytes() for which in ("student", "teacher"))
+    assert student != teacher
+
+
+def test_all_pairs(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    texts = [word for text in ("a", "b", "c") for word in ("--text", text)]
+    base = ("attend", "--checkpoint", run, "--image", *images, *texts, "--output", str(tmp_path / "out"))
+    code, _, err = command(*base)
+    assert (code, err) == (2, "--text: 3 texts for 2 pictures. Give one for each, one for all, or --all-pairs\n")
+    assert not (tmp_path / "out").exists()
+    assert command(*base, "--all-pairs")[0] == 0
+    assert len([name for name in names(tmp_path / "out") if name.endswith("patches.png")]) == 6
+
+
+def test_pair() -> None:
+    assert pair(2, 2) == [(0, 0), (1, 1)]
+    assert pair(1, 3) == [(0, 0), (0, 1), (0, 2)]
+    assert pair(3, 1) == [(0, 0), (1, 0), (2, 0)]
+    assert pair(2, 2, all_pairs=True) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    with pytest.raises(UserError, match="2 texts for 3 pictures"):
+        pair(3, 2)
+
+
+def test_segmentation(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    classes = ["red circle", "blue square", "sky"]
+    out = tmp_path / "out"
+    code, _, err = command("attend", "--checkpoint", run, "--image", *images, "--segment", ", ".join(classes), "--output", str(out))
+    assert (code, err) == (0, "")
+    assert names(out) == ["001_a_dog_segments.png", "002_cat_segments.png", "index.html"]
+    # four tenths of the picture remain under the colour of a class
+    with Image.open(images[0]) as image:
+        shown = resize_crop(image, 448).float()
+    drawn = torch.from_numpy(np.array(Image.open(out / "001_a_dog_segments.png"))).permute(2, 0, 1).float()
+    under = ((drawn - 0.4 * shown) / 0.6).round()
+    colours = torch.tensor(class_colours(3)).float()
+    assert ((under[:, :, :, None] - colours.T[:, None, None]).abs().amax(0).amin(-1) <= 2).all()
+    page = (out / "index.html").read_text()
+    shares = [int(share) for share in re.findall(r"\((\d+)%\)", page)]
+    assert len(shares) == 6 and 98 <= sum(shares[:3]) <= 102
+
+
+def test_models_without_such_heads(command: Command, images: list[str], tmp_path: Path) -> None:
+    plain = train(tmp_path, "heads=null", "losses.distill=null", "teacher={type: none}")
+    base = ("attend", "--checkpoint", plain, "--image", images[0], "--output", str(tmp_path / "out"))
+    code, _, err = command(*base, "--text", "a")
+    assert code == 2 and err.count("\n") == 1 and "has no cross-attention head, so no text looks at a picture in it" in err
+    assert not (tmp_path / "out").exists()
+    assert command(*base, "--segment", "a,b")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "{a}"], "--text or --segment: give at least one text, or class names such as --segment 'cat,grass,sky'\n"),
+        (["--image", "{a}", "--segment", "cat, "], "--segment 'cat, ': name at least two classes, such as 'cat,grass,sky'\n"),
+        (["--image", "{a}", "--text", "x", "--device", "abacus"], "--device abacus: "),
+        (
+            ["--image", "{t}/no.jpg", "{t}", "{t}/bad.jpg", "--text", "x"],
+            "--image {t}/no.jpg: there is no such file\n"
+            "--image {t}: a folder; name picture files, such as {t}/*.jpg\n"
+            "--image {t}/bad.jpg: no picture that can be read (cannot identify image file",
+        ),
+    ],
+)
+def test_bad_input(command: Command, run: str, images: list[str], tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    filled = [text.format(a=images[0], t=tmp_path) for text in arguments]
+    code, _, err = command("attend", "--checkpoint", run, "--output", str(tmp_path / "out"), *filled)
+    assert code == 2 and err.startswith(message.format(t=tmp_path)), err
+
+
+def test_places_that_cannot_be_used(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    base = ("attend", "--image", images[0], "--text", "x")
+    code, _, err = command(*base, "--checkpoint", run, "--output", images[0])
+    assert (code, err) == (2, f"--output {images[0]}: cannot be written: File exists\n")
+    code, _, err = command(*base, "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert code == 2 and f"{tmp_path} is no run folder with a checkpoint" in err

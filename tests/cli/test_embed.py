@@ -1,0 +1,118 @@
+"""``cosmos-ssl embed``: from the command line, and through a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+import cosmos_ssl
+from cosmos_ssl.cli.progress import progress
+
+Command = Callable[..., tuple[int, str, str]]
+SCRIPT = Path(sys.executable).parent / "cosmos-ssl"
+TINY = {
+    "extends": "quickstart",
+    "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
+    "data": {"train_samples": 16, "validation_samples": 24},
+    "loader": {"workers": 0},
+    "schedule": {"max_steps": 1, "warmup_steps": 1},
+    "training": {"batch_size": 8},
+    "evaluators": None,
+    "logging": {"tensorboard": False},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step; its data is ``../scenes``."""
+    folder = tmp_path_factory.mktemp("embed")
+    config = folder / "tiny.yaml"
+    config.write_text(json.dumps(TINY))
+    cosmos_ssl.train(config, [f"output_dir={folder}/run", f"data.folder={folder}/scenes"])
+    return folder / "run"
+
+
+def test_shards(command: Command, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.parquet"
+    base = ("embed", "--checkpoint", str(run), "--which", "teacher", "--data", f"{run.parent}/scenes/val-*.tar", "--output", str(out))
+    code, said, err = command(*base)
+    assert (code, said) == (0, f"24 embeddings of 32 numbers in {out}\n"), err
+    table = parquet.read_table(out)
+    meta = json.loads(table.schema.metadata[b"cosmos_ssl"])
+    assert (meta["checkpoint"], meta["which"]) == (f"{run}/checkpoints/step_00000001", "teacher")
+    np.testing.assert_allclose(np.linalg.norm(np.stack(table["embedding"].to_numpy()), axis=1), 1, atol=1e-6)
+    code, said, err = command(*base)
+    assert (code, err) == (0, "24 of 24 samples had been embedded before\n") and said.startswith("24 embeddings")
+    code, _, err = command(*base, "--what", "both")
+    assert code == 2 and err == f"{out} holds other embeddings (what: image -> both). Give another output, or --overwrite\n"
+    code, said, _ = command(*base, "--what", "both", "--texts", "raw_caption", "--overwrite")
+    assert (code, said) == (0, f"48 embeddings of 32 numbers in {out}\n")
+
+
+def test_bad_samples_are_told(command: Command, run: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    code, said, err = command("embed", "--checkpoint", str(run), "--data", str(tmp_path), "--output", str(tmp_path / "e.npy"))
+    assert code == 0 and said.startswith("2 embeddings") and err == "1 of 3 samples left out: undecodable, such as 1.png\n"
+    (tmp_path / "t.txt").write_text("a\n\n")
+    base = ("embed", "--checkpoint", str(run), "--data", str(tmp_path / "t.txt"), "--output", str(tmp_path / "t.npy"))
+    assert command(*base, "--what", "image")[::2] == (2, f"--what image: {tmp_path}/t.txt holds texts alone\n")
+    assert command(*base)[::2] == (0, "1 of 2 samples left out: no text, such as 2\n")
+    code, _, err = command(*base, "--batch-size", "0")
+    assert code == 2 and "--batch-size: 0 is no whole number above zero" in err
+
+
+def test_a_killed_job_goes_on(command: Command, run: Path, tmp_path: Path) -> None:
+    """kill -9 while parts are written, then the same command: the same table as without a kill."""
+    data = f"{run.parent}/scenes/val-*.tar"
+
+    def words(out: str) -> list[str]:
+        return ["embed", "--checkpoint", str(run), "--data", data, "--output", str(tmp_path / out), "--batch-size", "1"]
+
+    process = subprocess.Popen([str(SCRIPT), *words("e.parquet")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "e.parquet.parts"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    there = len(list(parts.glob("*.npz")))
+    assert 3 <= there < 24 and not (tmp_path / "e.parquet").exists()
+    assert f"{there} of 24 samples had been embedded before" in command(*words("e.parquet"))[2]
+    assert command(*words("whole.parquet"))[0] == 0
+    assert parquet.read_table(tmp_path / "e.parquet").equals(parquet.read_table(tmp_path / "whole.parquet"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.parquet", "whole.parquet"]
+
+
+def test_progress_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("samples embedded") as told:
+        for done in range(0, 1001, 25):
+            told(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"{done:,} of 1,000 samples embedded" for done in range(100, 1001, 100)]
+    with progress("few") as told:
+        for done in range(10):
+            told(done, 9)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["attend", "embed"])
+def test_help_imports_no_torch(name: str) -> None:
+    code = (
+        "import sys\nfrom cosmos_ssl.cli import main\n"
+        f"try:\n    main(['{name}', '--help'])\n"
+        "except SystemExit as left:\n    print({'torch', 'numpy', 'PIL'} & {*sys.modules}, left.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set() 0\n") and "--checkpoint C" in done.stdout

@@ -1,0 +1,316 @@
+"""Embeddings: the vectors are the encoder's, every row has its key, and a job goes on wherever it was stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from cosmos_ssl.api import DataError, Spec, TowerSpec, UserError
+from cosmos_ssl.evaluation import embedding
+from cosmos_ssl.evaluation.embedding import Job, embed
+from cosmos_ssl.evaluation.embedding_io import open_samples
+from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.models.model import Model
+from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
+from cosmos_ssl_plugins.towers.clip_text import ClipText
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
+
+
+def make(seed: int = 0, *, text: bool = True) -> ModelEncoder:
+    torch.manual_seed(seed)
+    tokenizer = ClipTokenizer(Spec(embed_dim=16), context_length=12)
+    image = TowerSpec(width=24, image_size=16, patch_size=8)
+    spec = Spec(embed_dim=16, context_length=12, vocab_size=tokenizer.vocab_size, image=image, text=TowerSpec(width=16))
+    towers: dict[str, Any] = {"image": ClipViT(spec, width=24, layers=1, heads=2, patch_size=8, image_size=16)}
+    if text:
+        towers["text"] = ClipText(spec, width=16, layers=1, heads=2)
+    return ModelEncoder(Model(towers, {}, {}, 16), spec, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ModelEncoder:
+    return make()
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def encoded(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for extension, body in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Seven samples in two shards whose keys are the same; the second of the first is broken."""
+    for name, first, count in (("a", 0, 4), ("b", 4, 3)):
+        samples = {
+            f"{n:03d}": {
+                "png": encoded(first + n),
+                "txt": f"picture {first + n}".encode(),
+                "json": json.dumps({"long": [f"of {first + n}", "and more"]}).encode(),
+            }
+            for n in range(count)
+        }
+        if name == "a":
+            samples["001"]["png"] = b"no picture"
+        shard(tmp_path / f"{name}.tar", samples)
+    return f"{tmp_path}/{{a,b}}.tar"
+
+
+def job(data: str, **options: Any) -> Job:
+    samples, what = open_samples([data])
+    return Job(samples=samples, **{"what": what, "batch_size": 2, "workers": 2, **options})
+
+
+def vectors(encoder: ModelEncoder, numbers: list[int]) -> np.ndarray[Any, Any]:
+    """What the encoder gives for the pictures one by one."""
+    rows = [encoder.encode_image(encoder.preprocess(Image.open(io.BytesIO(encoded(number))))[None]) for number in numbers]
+    return torch.cat(rows).numpy()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return list(parquet.read_table(path).to_pylist())
+
+
+def test_pictures_of_shards(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "e.parquet"
+    report = embed(encoder, job(shards, about={"checkpoint": "c"}), out)
+    assert (report.rows, report.bad, report.kept) == (6, {"undecodable": (1, "001")}, 0)
+    found = rows(out)
+    assert [(row["source"], row["key"], row["modality"], row["text"]) for row in found] == [
+        ("a.tar", "000", "image", None),
+        ("a.tar", "002", "image", None),
+        ("a.tar", "003", "image", None),
+        ("b.tar", "000", "image", None),
+        ("b.tar", "001", "image", None),
+        ("b.tar", "002", "image", None),
+    ]
+    np.testing.assert_allclose([row["embedding"] for row in found], vectors(encoder, [0, 2, 3, 4, 5, 6]), atol=1e-6)
+    schema = parquet.read_schema(out)
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: float>[16]"
+    meta = json.loads(schema.metadata[b"cosmos_ssl"])
+    assert (meta["checkpoint"], meta["rows"], meta["job"]["what"], meta["job"]["data.samples"]) == ("c", 6, "image", 7)
+    assert len(meta["job"]["weights"]) == 64
+    assert [path.name for path in out.parent.iterdir()] == ["e.parquet"]
+
+
+def test_both_modalities_row_by_row(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    embed(encoder, job(shards, what="both", texts="long", dtype="float16"), tmp_path / "e.parquet")
+    found = rows(tmp_path / "e.parquet")
+    assert [(row["key"], row["modality"], row["text"]) for row in found[3:6]] == [
+        ("002", "image", None),
+        ("002", "text", "of 2"),
+        ("002", "text", "and more"),
+    ]
+    images = [row["embedding"] for row in found if row["modality"] == "image"]
+    np.testing.assert_allclose(images, vectors(encoder, [0, 2, 3, 4, 5, 6]), atol=1e-3)
+    texts = encoder.encode_text(encoder.tokenize([row["text"] for row in found if row["text"]]))
+    np.testing.assert_allclose([row["embedding"] for row in found if row["text"]], texts.numpy(), atol=1e-3)
+    assert str(parquet.read_schema(tmp_path / "e.parquet").field("embedding").type).startswith("fixed_size_list<element: halffloat>")
+
+
+def test_lines_of_a_file(encoder: ModelEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("a cat\n\n  a dog\r\nlast")
+    report = embed(encoder, job(str(path)), tmp_path / "e.npy")
+    assert report.bad == {"no text": (1, "2")}
+    expected = encoder.encode_text(encoder.tokenize(["a cat", "a dog", "last"]))
+    found = np.load(tmp_path / "e.npy")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (tmp_path / "e.keys.txt").read_text() == "1\n3\n4\n"
+    assert json.loads((tmp_path / "e.meta.json").read_text())["rows"] == 3
+
+
+def test_folders_and_files(encoder: ModelEncoder, tmp_path: Path) -> None:
+    for number, name in enumerate(["x/one.png", "x/two.png", "y/three.png"]):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+    embed(encoder, job(str(tmp_path / "pictures")), tmp_path / "e.parquet")
+    assert [(row["key"], row["source"]) for row in rows(tmp_path / "e.parquet")] == [
+        ("x/one.png", "x"),
+        ("x/two.png", "x"),
+        ("y/three.png", "y"),
+    ]
+    paths = [str(tmp_path / "pictures" / name) for name in ("y/three.png", "x/one.png")]
+    samples, what = open_samples(paths)
+    embed(encoder, Job(samples=samples, what=what), tmp_path / "f.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), vectors(encoder, [2, 0]), atol=1e-6)
+    assert (tmp_path / "f.keys.txt").read_text().splitlines() == paths
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stopping(after: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done >= after:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.npy"])
+@pytest.mark.parametrize("after", [2, 4, 6, 7])
+def test_a_stopped_job_goes_on(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+    encoder = make()
+    with pytest.raises(Stopped):
+        embed(encoder, job(shards), tmp_path / name, progress=stopping(after))
+    assert not (tmp_path / name).exists()
+    folder = tmp_path / f"{name}.parts"
+    (folder / "tmpabc.part").write_bytes(b"half a part")
+    calls = []
+    monkeypatch.setattr(encoder, "preprocess", lambda image: calls.append(1) or ModelEncoder.preprocess(encoder, image))
+    report = embed(encoder, job(shards), tmp_path / name)
+    assert report.kept == after
+    assert len(calls) == 7 - after
+    assert (report.rows, report.bad) == (6, {"undecodable": (1, "001")})
+    assert not folder.exists()
+    found = np.load(tmp_path / name) if name.endswith("npy") else [row["embedding"] for row in rows(tmp_path / name)]
+    np.testing.assert_allclose(found, vectors(encoder, [0, 2, 3, 4, 5, 6]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.npy"])
+def test_a_job_stopped_while_it_is_put_together(
+    encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    read, seen = embedding._read, []
+
+    def failing(path: Path) -> Any:
+        seen.append(path)
+        if len(seen) == 6:  # four parts are looked into, then the second is copied
+            raise Stopped
+        return read(path)
+
+    monkeypatch.setattr(embedding, "_read", failing)
+    with pytest.raises(Stopped):
+        embed(encoder, job(shards), tmp_path / name)
+    assert not (tmp_path / name).exists()
+    report = embed(encoder, job(shards), tmp_path / name)
+    assert (report.rows, report.kept) == (6, 7)
+
+
+def test_finished_jobs_are_left_alone(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    for name in ("e.parquet", "e.npy"):
+        out = tmp_path / name
+        first = embed(encoder, job(shards), out)
+        before = out.stat().st_mtime_ns
+        (tmp_path / f"{name}.parts").mkdir()  # of a process killed at the very end
+        again = embed(encoder, job(shards, batch_size=3), out)
+        assert (again.rows, again.bad, again.kept) == (first.rows, first.bad, 7)
+        assert out.stat().st_mtime_ns == before and not (tmp_path / f"{name}.parts").exists()
+        with pytest.raises(UserError, match=rf"{name} holds other embeddings \(weights: \w{{8}}\.\.\. -> \w{{8}}\.\.\.\)\. Give another"):
+            embed(make(1), job(shards), out)
+        with pytest.raises(UserError, match=r"\(dtype: float32 -> float16\)"):
+            embed(encoder, job(shards, dtype="float16"), out)
+        embed(make(1), job(shards), out, overwrite=True)
+        found = np.load(out) if name.endswith("npy") else [row["embedding"] for row in rows(out)]
+        np.testing.assert_allclose(found, vectors(make(1), [0, 2, 3, 4, 5, 6]), atol=1e-6)
+
+
+def test_parts_of_another_job_are_not_mixed_in(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "e.parquet"
+    with pytest.raises(Stopped):
+        embed(encoder, job(shards), out, progress=stopping(4))
+    with pytest.raises(
+        UserError, match=r"e\.parquet\.parts holds the beginning of another job \(weights: .*Give another output, or --over"
+    ):
+        embed(make(1), job(shards), out)
+    with pytest.raises(UserError, match=r"part_size: 2 -> 3"):
+        embed(encoder, job(shards, batch_size=3), out)
+    assert embed(make(1), job(shards), out, overwrite=True).kept == 0
+    np.testing.assert_allclose([row["embedding"] for row in rows(out)], vectors(make(1), [0, 2, 3, 4, 5, 6]), atol=1e-6)
+
+
+def test_a_damaged_part_is_found(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "e.parquet"
+    with pytest.raises(Stopped):
+        embed(encoder, job(shards), out, progress=stopping(4))
+    (part, *_) = sorted((tmp_path / "e.parquet.parts").glob("*.npz"))
+    data = bytearray(part.read_bytes())
+    data[100] ^= 255  # in the vectors: the archive's checksum tells
+    part.write_bytes(data)
+    with pytest.raises(OSError, match=r"000000\.npz was damaged and has been removed"):
+        embed(encoder, job(shards), out)
+    assert embed(encoder, job(shards), out).rows == 6
+
+
+def test_parts_stay_few(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "_PARTS", 2)
+    work = job(shards)
+    assert work.parts == [range(4), range(4, 7)]
+    with pytest.raises(Stopped):
+        embed(encoder, work, tmp_path / "e.parquet", progress=stopping(6))
+    assert [path.name for path in (tmp_path / "e.parquet.parts").glob("*.npz")] == ["000000.npz"]
+    assert embed(encoder, work, tmp_path / "e.parquet").kept == 4
+    assert len(rows(tmp_path / "e.parquet")) == 6
+
+
+def test_two_processes_do_not_write_the_same_file(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    def meanwhile(done: int, total: int) -> None:
+        with pytest.raises(UserError, match=r"e\.npy is being written by another process"):
+            embed(encoder, job(shards), tmp_path / "e.npy")
+
+    embed(encoder, job(shards), tmp_path / "e.npy", progress=meanwhile)
+
+
+def test_bad_input(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"ends in \.parquet or \.npy"):
+        embed(encoder, job(shards), tmp_path / "e.csv")
+    with pytest.raises(UserError, match="an array cannot tell images from texts"):
+        embed(encoder, job(shards, what="both"), tmp_path / "e.npy")
+    with pytest.raises(UserError, match="--what both: this model has no text tower"):
+        embed(make(text=False), job(shards, what="both"), tmp_path / "e.parquet")
+    with pytest.raises(
+        DataError, match=r"not one of 7 samples can be embedded \(6 no text 'lang', such as 000 \(it has: txt, long\), 1 undec"
+    ):
+        embed(encoder, job(shards, what="both", texts="lang"), tmp_path / "e.parquet")
+    assert sorted(path.name for path in tmp_path.iterdir() if "e.parquet" in path.name) == []
+    (tmp_path / "other.parquet").write_bytes(b"PAR1 of somebody")
+    with pytest.raises(UserError, match="exists and is no file of embeddings"):
+        embed(encoder, job(shards), tmp_path / "other.parquet")
+    np.save(tmp_path / "other.npy", np.zeros(3))
+    with pytest.raises(UserError, match="exists and is no file of embeddings"):
+        embed(encoder, job(shards), tmp_path / "other.npy")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"Parquet needs pyarrow\. Run: pip install 'cosmos-ssl\[eval\]', or give a \.npy file"):
+        embed(encoder, job(shards), tmp_path / "e.parquet")
+
+
+def test_data_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(encoded(0))
+    for given, message in (
+        ([f"{tmp_path}/pictur.png"], r"pictur\.png does not exist\. Did you mean 'picture\.png'\?"),
+        ([f"{tmp_path}/picture.png", "x.tar"], "pictures and shards are mixed"),
+        (["a.txt", "b.txt"], "2 text files. Give one"),
+        ([f"{tmp_path}/no.txt"], r"no\.txt cannot be read: No such file"),
+        ([f"{tmp_path}/no.tar"], r"no\.tar"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_samples(given)
