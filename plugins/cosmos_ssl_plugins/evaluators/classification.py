@@ -19,7 +19,7 @@ class Classification(Evaluator):
     order of the labels, a text file with one a line, ``imagenet``, or None: ``classes.txt`` or ``classnames.txt`` beside the shards or in
     the folder, else the names of its class folders. ``templates`` is a list with ``{}`` for the name, ``simple``, or ``openai`` (the 80
     of CLIP). ``label`` names the member or the JSON key with each sample's class: its number from 0, or its name. ``max_samples`` takes
-    evenly spread ones; ``workers`` are threads that decode.
+    evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class KNearestNeighbours(Evaluator):
     Both are shards or a folder with one folder a class; ``data`` None is the training set's validation data. ``k`` neighbours vote with
     weight exp(cosine / ``temperature``) (DINO, arXiv 2104.14294). ``label`` names the member or the JSON key with each sample's class;
     classes of two folders are the same if their names are. ``max_samples`` and ``max_train_samples`` take evenly spread ones;
-    ``workers`` are threads that decode.
+    ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
     """
 
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
