@@ -24,7 +24,8 @@ class Retrieval(Evaluator):
     The score is the dot product of unit features, or the rule of a head that has one (``Head.match``).
     ``data`` are shards, or a folder of pictures with text files beside them (None: the training set's validation data). ``texts`` is
     ``txt``, the text member or file, or a list of the JSON; a picture may have several texts and is found if any of them is. Pictures
-    without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
+    without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode,
+    ``batch_size`` pictures are encoded at once.
     """
 
     def __init__(
