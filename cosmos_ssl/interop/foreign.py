@@ -1,4 +1,4 @@
-"""Any checkpoint of another program that can be read: official COSMOS files and OpenCLIP models."""
+"""Any checkpoint of another program that can be read: official COSMOS files, the released ones by name, and OpenCLIP models."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop import openclip
+from cosmos_ssl.interop.hub import checkpoint_path
 from cosmos_ssl.interop.official import ROLES, ForeignCheckpoint, from_official
 
 
 def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint | None:
     """Read another program's model in our form, or return None where ``checkpoint`` is none that we know of.
 
-    An official COSMOS file; an OpenCLIP folder (``local-dir:`` may stand before it), file of weights, repository
-    ``hf-hub:ORG/NAME`` or ``MODEL/TAG``. An OpenCLIP file beside an ``open_clip_config.json`` is read with it. Such
-    models are students. Raises CheckpointError where it cannot be read, or, without ``partial``, not whole.
+    An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it), file
+    of weights, repository ``hf-hub:ORG/NAME`` or ``MODEL/TAG``. An OpenCLIP file beside an ``open_clip_config.json`` is read
+    with it. Such models are students. Raises CheckpointError where it cannot be read, or, without ``partial``, not whole.
     """
     text = str(checkpoint)
-    path = Path(text.removeprefix(openclip.LOCAL))
+    path = checkpoint_path(text.removeprefix(openclip.LOCAL))
     if path.is_file():
         content = openclip.read_file(path)
         if path.suffix != ".safetensors" and (any(name in content for name in ROLES) or openclip.plain_tensors(content) is None):
@@ -38,7 +39,7 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
 def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
     """The roles of another program's model; None where ``checkpoint`` is none that we know of. Raises CheckpointError."""
     text = str(checkpoint)
-    path = Path(text.removeprefix(openclip.LOCAL))
+    path = checkpoint_path(text.removeprefix(openclip.LOCAL))
     if path.is_file():
         content = {} if path.suffix == ".safetensors" else openclip.read_file(path)
         return tuple(role for role in ROLES if role in content) or ("student",)

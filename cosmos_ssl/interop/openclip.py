@@ -294,7 +294,7 @@ def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator
     if isinstance(vision.get("layers"), list):
         yield f"vision_cfg.layers: {vision['layers']}"
     for key in ("image_size", "patch_size"):
-        if _side(vision.get(key, 224)) is None:
+        if vision.get(key) is not None and _side(vision[key]) is None:
             yield f"vision_cfg.{key}: {vision[key]}"
     ours = {"mean": TowerSpec(width=1).mean, "std": TowerSpec(width=1).std, "interpolation": "bicubic", "resize_mode": "shortest"}
     for key, value in ours.items():
@@ -305,5 +305,5 @@ def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator
 
 def _side(size: Any) -> int | None:
     """The side of a square; None for other sizes."""
-    sides = {size} if isinstance(size, int) else set(size)
+    sides = set(size) if isinstance(size, list | tuple) else {size}
     return int(sides.pop()) if len(sides) == 1 else None

@@ -113,3 +113,12 @@ def test_what_is_no_model_of_another_program(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"x.safetensors cannot be read"):
         read_foreign(tmp_path / "x.safetensors", "student")
+
+
+def test_released_names_are_fetched(monkeypatch):
+    monkeypatch.setattr("cosmos_ssl.interop.hub.fetch_released", lambda name: GOLDEN)
+    assert foreign_roles("cosmos_vitb16_cc3m") == ("student", "teacher")
+    found, known = read_foreign("cosmos_vitb16_cc3m", "teacher"), read_foreign(GOLDEN, "teacher")
+    assert torch.equal(found.state["image.projection"], known.state["image.projection"])
+    with pytest.raises(CheckpointError, match="Did you mean 'cosmos_vitb16_cc3m'"):
+        read_foreign("cosmos_vitb16_cc4m", "teacher")

@@ -14,7 +14,7 @@ from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.interop.export import Origin, export
-from cosmos_ssl.interop.openclip import CONFIG, WEIGHTS
+from cosmos_ssl.interop.openclip import CONFIG, WEIGHTS, read_tensors
 
 SIZES = {
     "small": [],
@@ -190,6 +190,27 @@ def test_every_setting_of_openclip_is_known_or_refused(theirs, tmp_path):
         "text_cfg": {**asdict(CLIPTextCfg()), **model_cfg["text_cfg"]},
     }
     assert cosmos_ssl.load(save(model, full, tmp_path / "full")).spec.image.image_size == 32
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32-256", "ViT-S-32-alt", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"])
+def test_sizes_of_published_models(name):
+    """Every tensor of OpenCLIP's own model has its place and its shape in ours; heads as OpenCLIP counts them."""
+    model_cfg = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**model_cfg)
+    found = read_tensors(theirs.state_dict(), name, {"model_cfg": model_cfg})
+    ours = Builder(load_config(found.config)).assemble(meta=True, prepare=False)
+    shapes = {key: value.shape for key, value in ours.model.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in found.state.items()}
+    assert ours.model.image.blocks[0].attn.heads == theirs.visual.transformer.resblocks[0].attn.num_heads
+    assert ours.model.text.blocks[0].attn.heads == theirs.transformer.resblocks[0].attn.num_heads
+    assert ours.spec.image.image_size == theirs.visual.image_size[0]
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32", "ViT-H-14-CLIPA"])
+def test_published_models_of_another_kind(name):
+    with pytest.raises(CheckpointError, match=f"{name} is a model of another kind"):
+        read_tensors({"visual.proj": torch.ones(1)}, name, {"model_cfg": open_clip.get_model_config(name)})
 
 
 @pytest.mark.parametrize(
