@@ -121,8 +121,8 @@ def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return str(image.format).lower(), data, image.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"a figure must be one of {', '.join(_FORMATS)}") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"a figure must be one of {', '.join(_FORMATS)}, of a size that PIL opens") from error
 
 
 _STYLE = """

@@ -121,9 +121,10 @@ def _draw_words(draw: ImageDraw.ImageDraw, left: int, top: int, words: Sequence[
     for x, y, width, word, weight in _placed(words):
         if y + LINE > height:
             return
-        place = (left + x, top + y)
-        draw.rectangle((*place, place[0] + width - 2, place[1] + LINE), fill=(255, round(255 - 170 * weight), round(255 - 200 * weight)))
-        _write(draw, (place[0] + 2, place[1] + 1), word, _INK)
+        x, y = left + x, top + y
+        ground = (255, round(255 - 170 * weight), round(255 - 200 * weight))
+        draw.rectangle((x, y, x + width - 2, y + LINE - 1), fill=ground)
+        _write(draw, (x + 2, y + 1), word, _INK)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
