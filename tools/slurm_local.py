@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A SLURM of two nodes on one machine, to try things and for tests: python tools/slurm_local.py start|stop|status.
 
-It runs Debian's and Ubuntu's packages ``slurm-wlm`` and ``munge`` as root, without systemd, dbus or cgroups, also in a
+It runs Debian's packages ``slurm-wlm`` and ``munge`` as root, without systemd, dbus or cgroups, also in a
 container. Nodes n1 and n2 have 2 CPUs each; jobs of partition ``high`` preempt and requeue those of ``low``, the default.
 Configuration, state, logs, pids and munge's key and socket lie in one folder; a SLURM or munge that the machine already
 has is left alone. ``start`` prints the line that lets a shell use it: ``eval "$(python tools/slurm_local.py start)"``.
