@@ -18,6 +18,7 @@ training would. What breaks the contract is an AssertionError that names the par
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ def check_options(group: str, part: str | type[Any]) -> None:
     with _naming(group, part) as (record, cls):
         for option in registry.options(cls):
             expect(option.doc, f"the option '{option.name}' has no docs: write ``{option.name}: what it is`` in the docstring of the class")
-            default = {} if option.required else {option.name: option.default}
+            default = {option.name: option.default} if not option.required and _is_plain(option.default) else {option.name: None}
             wrong = [message for key, message in registry.check_options(record, cls, default)[1] if key]
             expect(not wrong, f"the default of '{option.name}' is none of its own type ({option.type_name}): {' '.join(wrong)}")
 
@@ -261,6 +262,15 @@ def _check_finish(augmenter: Augmenter, name: str, group: ImageGroup) -> None:
 
 
 # ---------------------------------------------------------------------------- messages
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a config could hold the value as it is."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 @contextmanager

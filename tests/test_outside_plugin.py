@@ -40,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command as a user types it, with the package importable and caches inside ``folder``."""
-    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"} | variables
     program = str(Path(sys.executable).parent / command[0])
     return subprocess.run([program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -61,6 +61,20 @@ def test_its_options_are_checked(folder: Path) -> None:
     done = run(folder, "cosmos-ssl", "config", "check", "run.yaml", "losses.uniformity.tt=3.0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "losses.uniformity.tt" in done.stderr and "my-losses 0.3.1" in done.stderr
+
+
+def test_plugins_can_be_disabled(folder: Path) -> None:
+    listed = run(folder, "cosmos-ssl", "plugins", "list", COSMOS_DISABLE_PLUGINS="1")
+    assert listed.returncode == 0 and "my-losses" not in listed.stdout and "cross_attention" in listed.stdout
+    done = run(folder, "cosmos-launch", "--config", "run.yaml", "output_dir=disabled", COSMOS_DISABLE_PLUGINS="1")
+    assert done.returncode == 2 and "losses.uniformity.type: no loss named 'uniformity'" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "disabled").exists()
+
+
+def test_it_passes_the_checks_of_parts(folder: Path) -> None:
+    code = "from cosmos_ssl.testing import check_loss; check_loss('my-losses:uniformity', t=3.0)"
+    environment = os.environ | {"PYTHONPATH": str(folder / "site")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_it_trains(folder: Path) -> None:

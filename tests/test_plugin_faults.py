@@ -77,6 +77,10 @@ class SoundEvaluator(Evaluator):
     def __init__(self, spec): pass
     def evaluate(self, encoder, *, pictures=False): return Evaluation(metrics={"x": 1.0})
 
+class Encodes(SoundEvaluator):
+    def evaluate(self, encoder, *, pictures=False):
+        return Evaluation(metrics={"x": encoder.encode_image(torch.zeros(2, 3, 32, 32)).sum().item()})
+
 class SoundTokenizer(Tokenizer):
     def __init__(self, spec): self.vocab_size, self.context_length, self.pad_id = 4, 3, 0
     def __call__(self, texts): return torch.ones(len(texts), 3, dtype=torch.int64), torch.full((len(texts),), 3)
@@ -123,7 +127,7 @@ def run(install: Install, tmp_path: Path, scenes: Path, capsys: pytest.CaptureFi
         source = f"from sound_parts import *\nclass Part(Sound{NOUNS[group]}):\n{body}" if not whole else methods
         install("my-parts", "0.3.1", entries={f"{group}/part": "my_parts:Part"}, modules={"my_parts": source}, requires=requires)
         readers = {"sound": "SoundLoss", "reads": "Reads", "reads_teacher": "ReadsTeacher"}
-        entries = {f"losses/{name}": f"sound_parts:{cls}" for name, cls in readers.items()}
+        entries = {f"losses/{name}": f"sound_parts:{cls}" for name, cls in readers.items()} | {"evaluators/encodes": "sound_parts:Encodes"}
         install("sound-parts", entries=entries, modules={"sound_parts": SOUND})
         alone = {"model": {"text": None}, "tokenizer": None, "augmenters": {"text": None}, "heads": None, "teacher": {"type": "none"}}
         alone |= {"losses": {"clip": None, "distill": None, "sound": {"type": "sound"}}, "data": {"folder": str(scenes)}}
@@ -339,6 +343,13 @@ def test_an_error_while_training(run: Run, tmp_path: Path, group: str, methods: 
     assert "NameError: name 'fail' is not defined" in err
     log = (tmp_path / "run" / "log.txt").read_text()
     assert err.strip() in log and "Traceback" in log and 'my_parts.py", line' in log
+
+
+def test_a_tower_that_fails_in_an_evaluation(run: Run) -> None:
+    """Whoever calls it: the part that failed is named, not the evaluator around it."""
+    method = "def forward(self, groups, plan):\n    return super().forward(groups, plan) if self.training else fail"
+    code, err = run("towers", method, **{"evaluators.x": "{type: encodes}"})
+    assert code == 2 and err.startswith(f"model.image {WHOSE} failed: NameError: ") and err.count("\n") == 1, err
 
 
 def test_an_error_in_a_worker(run: Run, tmp_path: Path) -> None:

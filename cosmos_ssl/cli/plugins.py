@@ -91,7 +91,8 @@ def _check(arguments: argparse.Namespace) -> int:
     broken: dict[registry.Record, str] = {}
     for record in records:
         try:
-            registry.load(record)
+            cls = registry.load(record)
+            registry.check_options(record, cls, {option.name: None for option in registry.options(cls)})  # types that a config can hold
         except PluginError as error:
             broken[record] = str(error)
             print(error)

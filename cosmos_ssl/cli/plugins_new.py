@@ -28,7 +28,7 @@ KINDS = {
     "augmenter": Kind(
         "augmenters",
         "random crops of pictures, mirrored by chance.",
-        "model: {image: {image_size: 64}}\naugmenters:\n  image: {type: $part, size: 64}",
+        "augmenters:\n  image: {type: $part, size: 64}",
     ),
     "head": Kind(
         "heads",

@@ -178,6 +178,15 @@ def test_check(command: Command, install: Install, tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads((tmp_path / "x.json").read_text()) if row["error"]] == ["a", "b"]
 
 
+def test_check_of_options_that_no_config_can_hold(command: Command, install: Install) -> None:
+    source = "import torch\n" + HEAD.replace("width: int = 32", "dtype: torch.dtype = torch.float32")
+    install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain"}, modules={"my_heads": source})
+    code, out, _ = command("plugins", "check")
+    assert code == 3 and out.startswith(
+        "heads/plain (my-heads 2.0, my_heads:Plain): the option 'dtype' has the type dtype, which no config can"
+    )
+
+
 def test_disabled_plugins_are_neither_listed_nor_checked(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("bad-heads", "1.0", entries={"heads/a": "bad_heads:A"}, modules={"bad_heads": "import einops_x"})
     assert command("plugins", "check")[0] == 3

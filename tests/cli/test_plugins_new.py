@@ -59,6 +59,16 @@ def test_show_describes_every_option(folder: Path, kind: str, command: Command, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_config_of_its_readme_is_valid(folder: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(folder / "site"))
+    registry.forget()
+    [text] = re.findall(r"^```yaml\n(.*?)^```", (folder / f"my-{kind}" / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "x.yaml").write_text(text)
+    assert f"type: my_{kind}" in text
+    assert command("config", "check", str(tmp_path / "x.yaml")) == (0, f"{tmp_path / 'x.yaml'}: ok\n", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_its_own_test_passes(folder: Path, kind: str) -> None:
     done = run(folder, ["pytest", "-q", "-p", "no:cacheprovider"], cwd=f"my-{kind}")
     assert done.returncode == 0 and re.search(r"^[3-9] passed", done.stdout, re.MULTILINE), done.stdout
