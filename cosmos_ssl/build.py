@@ -288,6 +288,13 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
         RunFolder(folder).belong(loaded.config, dataset.identity())
 
 
+def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmenter]]:
+    """What draws the views of a config, without its data and weights, and the spec that it was made for. Raises ConfigError."""
+    builder = Builder(loaded)
+    spec = builder.assemble(meta=True, prepare=False).spec
+    return spec, builder._augmenters(spec)[0]
+
+
 def claim(folder: Path) -> None:
     """Raise UserError unless a run could write into ``folder`` now."""
     with RunFolder(folder).locked():

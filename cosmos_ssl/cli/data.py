@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli import data_prepare
+from cosmos_ssl.cli import data_look, data_prepare, data_split
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.data_common import URLS, progress, storage
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, UserError
 
 if TYPE_CHECKING:
     from cosmos_ssl.data.check import ShardReport
@@ -35,8 +35,12 @@ def add_parser(subparsers: Any) -> None:
     check.add_argument(
         "--captions",
         metavar="SCHEMA",
-        help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt",
+        help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt"
+        " (default: those that 'data prepare' noted beside the shards)",
     )
+    check.add_argument("--fix", action="store_true", help="write shards without the faults into a folder beside, NAME-fixed")
+    check.add_argument("--output", type=Path, metavar="DIR", help="another folder for --fix")
+    check.add_argument("--continue", dest="resume", action="store_true", help="go on with an interrupted --fix")
     check.add_argument("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are faults (default: %(default)s)")
     add_json(check)
     check.set_defaults(run=_check)
@@ -47,7 +51,8 @@ def add_parser(subparsers: Any) -> None:
         scenes.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
     scenes.set_defaults(run=_scenes)
 
-    data_prepare.add_parser(commands)
+    for module in (data_prepare, data_split, data_look):
+        module.add_parser(commands)
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -88,11 +93,15 @@ def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.check import check_folder, check_shards
     from cosmos_ssl.data.folder import picture_folder
+    from cosmos_ssl.data.stats import default_schema
 
     folder = picture_folder(arguments.urls)
     noun = "shard" if folder is None else "folder"
+    if folder is not None and arguments.fix:
+        raise UserError("--fix: shards can be fixed; a folder of pictures can be made into shards by 'data prepare captions'")
+    captions = arguments.captions or (default_schema(arguments.urls) if folder is None else None)
     with storage(), progress("shards checked" if folder is None else "parts checked") as told:
-        options: dict[str, Any] = {"captions": arguments.captions, "max_pixels": arguments.max_pixels, "progress": told}
+        options: dict[str, Any] = {"captions": captions, "max_pixels": arguments.max_pixels, "progress": told}
         reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
     totals = _totals(reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
@@ -107,7 +116,18 @@ def _check(arguments: argparse.Namespace) -> int:
         by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals}
         report = {**by_noun, f"by_{noun}": [asdict(r) for r in reports]}
         write_json(arguments.json, report)
+    if arguments.fix and rows:
+        _fix(reports, captions, arguments)
     return EXIT_FAULTS if rows else EXIT_DONE
+
+
+def _fix(reports: Sequence[ShardReport], captions: str | None, arguments: argparse.Namespace) -> None:
+    from cosmos_ssl.data.fix import fix_shards, fixed_folder
+
+    folder = arguments.output or fixed_folder(arguments.urls)
+    with storage(), progress("shards fixed") as told:
+        sizes = fix_shards(arguments.urls, reports, folder, captions=captions, resume=arguments.resume, progress=told)
+    print(f"fixed: {len(sizes):,} shards, {sum(sizes.values()):,} samples in {folder}")
 
 
 def _totals(reports: Sequence[ShardReport]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.data.workers import WorkerStart
 from cosmos_ssl.errors import StorageError, UserError
 
-REPORT = "prepare.json"
+REPORT = "shards.json"
 _T = TypeVar("_T")
 
 

@@ -353,7 +353,7 @@ def schema_beside(shard: str) -> str | None:
     from cosmos_ssl.data.storage import is_local, local_path
 
     try:
-        found = json.loads((local_path(shard).parent / "prepare.json").read_bytes())["caption_schema"] if is_local(shard) else None
+        found = json.loads((local_path(shard).parent / "shards.json").read_bytes())["caption_schema"] if is_local(shard) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None

@@ -1,0 +1,176 @@
+"""``cosmos-ssl data stats`` and ``data show``: what is in shards, in numbers and as a model would see it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.data_common import URLS, progress, storage
+from cosmos_ssl.errors import EXIT_DONE, DataError, UserError
+
+if TYPE_CHECKING:
+    from cosmos_ssl.api import Tokenizer
+    from cosmos_ssl.data import Shards
+    from cosmos_ssl.evaluation.views import SampleLook
+
+_ROOM = 2048
+"""Tokens that a text may have for its length to be told exactly."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the two commands."""
+    stats = commands.add_parser("stats", help="samples, image sizes, sentences and tokens of captions")
+    stats.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
+    stats.add_argument(
+        "--captions", metavar="SCHEMA", help="dreamlip, pixelprose, txt, json:KEY (default: as noted beside the shards, else all)"
+    )
+    stats.add_argument(
+        "--samples", type=int, default=20_000, metavar="N", help="evenly spread samples to look at, 0: all (default: %(default)s)"
+    )
+    stats.add_argument("--tokenizer", default="clip", metavar="NAME", help="a tokenizer that takes context_length (default: %(default)s)")
+    stats.add_argument("--context-length", type=int, default=77, metavar="N", help="where the model cuts texts (default: %(default)s)")
+    add_json(stats)
+    stats.set_defaults(run=_stats)
+
+    show = commands.add_parser("show", help="pictures and a page of the views that a config draws of samples")
+    show.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
+    show.add_argument("--config", required=True, metavar="CONFIG", help="a file, or the name of a config that comes with cosmos-ssl")
+    show.add_argument("--output", type=Path, required=True, metavar="DIR", help="where index.html and the PNG files go")
+    show.add_argument("--samples", type=int, default=8, metavar="N", help="evenly spread samples (default: %(default)s)")
+    show.add_argument("--seed", type=int, metavar="N", help="of the views (default: the config's training.seed)")
+    show.epilog = "key.sub=value arguments override single values of the config."
+    show.set_defaults(run=_show, overrides=[])
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.stats import collect_stats, default_schema
+
+    if arguments.samples < 0:
+        raise UserError(f"--samples: {arguments.samples} is negative; 0 looks at all")
+    schema = arguments.captions or default_schema(arguments.urls) or "all"
+    tokenizer = _tokenizer(arguments.tokenizer)
+    with storage(), progress("samples looked at") as told:
+        stats = collect_stats(arguments.urls, captions=schema, tokenizer=tokenizer, samples=arguments.samples, progress=told)
+    found = stats.as_json(arguments.context_length)
+    print(f"{stats.shards:,} shards, {stats.samples:,} samples, {stats.bytes:,} bytes; looked at {stats.looked_at:,}, captions: {schema}")
+    if stats.unusable:
+        print("could not be used: " + ", ".join(f"{reason} {count:,}" for reason, count in stats.unusable.most_common()))
+    rows: list[tuple[str, ...]] = [("", "MEAN", "LEAST", "5 %", "HALF", "95 %", "MOST")]
+    rows += [_row(name, found[key]) for name, key in (("width, px", "width"), ("height, px", "height"), ("image, bytes", "image_bytes"))]
+    rows.append(_row("sentences a sample", found["sentences"]))
+    for name, values in found["fields"].items():
+        rows.append(_row(f"{name}: sentences", values["sentences"]))
+        rows.append(_row(f"{name}: tokens a sentence", values["tokens_per_sentence"]))
+        rows.append(_row(f"{name}: tokens a caption", values["tokens_per_caption"]))
+    print(table(rows), end="")
+    print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in stats.formats.most_common()))
+    cut = [(name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}") for name, v in found["fields"].items()]
+    if cut:
+        print(table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end="")
+    if arguments.json:
+        write_json(arguments.json, {"captions": schema, "context_length": arguments.context_length, **found})
+    return EXIT_DONE
+
+
+def _row(name: str, values: Mapping[str, float]) -> tuple[str, ...]:
+    if not values["count"]:
+        return (name, *["-"] * 6)
+    return (name, f"{values['mean']:,.1f}", *(f"{values[f'p{level}']:,.0f}" for level in (0, 5, 50, 95, 100)))
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    from cosmos_ssl import registry
+    from cosmos_ssl.api import Spec, Tokenizer
+
+    record = registry.find("tokenizers", name)
+    cls = registry.load(record)
+    options, wrong = registry.check_options(record, cls, {"context_length": _ROOM})
+    if wrong:
+        raise UserError(f"--tokenizer {name}: {wrong[0][1]}")
+    made = cls(Spec(embed_dim=1), **options)
+    assert isinstance(made, Tokenizer)
+    return made
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.config import load_config
+
+    if arguments.samples < 1:
+        raise UserError(f"--samples: {arguments.samples} is not positive")
+    loaded = load_config(arguments.config, arguments.overrides)
+    from cosmos_ssl.api import BadSample  # after the config's first checks, which need no torch
+    from cosmos_ssl.build import make_augmenters
+    from cosmos_ssl.evaluation.views import look
+
+    spec, augmenters = make_augmenters(loaded)
+    seed = loaded.config.training.seed if arguments.seed is None else arguments.seed
+    wanted = loaded.config.data.options.get("caption_schema", "dreamlip") if loaded.config.data else None
+    with storage():
+        shards, schema, notice = _open(arguments.urls, wanted if "text" in augmenters else None)
+        looks: list[SampleLook] = []
+        skipped: list[str] = []
+        for index in _spread(len(shards), arguments.samples):
+            try:
+                looks.append(look(shards.read(index), augmenters, spec.image, seed=seed, position=index))
+            except BadSample as error:
+                skipped.append(f"sample {index}: {error}")
+        if not looks:
+            raise DataError(f"data: not one of {len(skipped)} samples can be shown: {skipped[0]}")
+        subtitle = f"views as {loaded.config.name} draws them; seed {seed}; captions: {schema}"
+        page = _write(arguments.output, looks, subtitle, [notice] * bool(notice) + skipped)
+    for line in [notice] * bool(notice) + skipped:
+        print(line)
+    print(f"{len(looks)} samples: {page}")
+    return EXIT_DONE
+
+
+def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, str]:
+    """The shards by the schema of the config; where they have no captions by it, by their own, with a notice."""
+    from cosmos_ssl.data import Shards
+    from cosmos_ssl.data.stats import default_schema
+
+    shards = Shards(urls, caption_schema=wanted)
+    if wanted is None:
+        return shards, None, ""
+    try:
+        shards.prepare()
+        return shards, wanted, ""
+    except DataError:
+        own = default_schema(urls)
+        if own is None or own == wanted:
+            raise
+    shards = Shards(urls, caption_schema=own, manifest=shards.manifest)
+    return shards, own, f"no captions by the config's schema '{wanted}'; shown by '{own}'. Train with data.caption_schema={own}"
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` of ``total`` places, evenly spread."""
+    return sorted({i * total // min(count, total) for i in range(min(count, total))})
+
+
+def _write(folder: Path, looks: list[SampleLook], subtitle: str, notes: list[str]) -> Path:
+    from torchvision.io import encode_png
+
+    from cosmos_ssl.data.storage import written_whole
+    from cosmos_ssl.evaluation.page import Page
+    from cosmos_ssl.evaluation.views import contact_sheet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page("What the model sees", subtitle)
+    for note in notes:
+        page.text(note)
+    for number, found in enumerate(looks):
+        page.section(found.key).figure(found.picture, f"{found.picture.shape[2]} x {found.picture.shape[1]} pixels")
+        for name, views in found.images.items():
+            for view, pixels in enumerate(views, 1):
+                page.figure(pixels, f"{name} {view} of {len(views)}")
+        rows = [(name, view, text) for name, texts in found.texts.items() for view, text in enumerate(texts, 1)]
+        if rows:
+            page.table([("TEXT GROUP", "VIEW", "TEXT"), *rows])
+        with written_whole(folder / f"{number:03d}.png") as file:
+            file.write(encode_png(contact_sheet(found)).numpy().tobytes())
+    page.write(folder / "index.html")
+    return folder / "index.html"

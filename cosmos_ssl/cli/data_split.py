@@ -1,0 +1,64 @@
+"""``cosmos-ssl data merge`` and ``data split``: sets of shards joined in a list, and one set divided by keys."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cosmos_ssl.cli.common import add_json, write_json
+from cosmos_ssl.cli.data_common import URLS, add_workers, stages, storage
+from cosmos_ssl.errors import EXIT_DONE
+
+
+def add_parser(commands: Any) -> None:
+    """Add the two commands."""
+    merge = commands.add_parser("merge", help="join sets of shards in one list file, and index it")
+    merge.add_argument("urls", nargs="+", metavar="SET", help=f"one set of {URLS}")
+    merge.add_argument("--repeat", type=int, nargs="+", metavar="N", help="how often each set counts (default: once)")
+    merge.add_argument("--output", type=Path, required=True, metavar="FILE.list", help="the list file, good wherever shards are named")
+    add_json(merge)
+    merge.set_defaults(run=_merge)
+
+    split = commands.add_parser("split", help="hold samples out for validation, by a hash of their keys")
+    split.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
+    split.add_argument("--output", type=Path, required=True, metavar="DIR", help="where train-*.tar and val-*.tar go")
+    split.add_argument("--share", type=float, default=0.01, help="share that is held out (default: %(default)s)")
+    split.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help="of val-*.tar (default: %(default)s)")
+    add_workers(split)
+    split.add_argument("--continue", dest="resume", action="store_true", help="go on with interrupted work")
+    add_json(split)
+    split.set_defaults(run=_split)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.split import merge_shards
+
+    with storage():
+        counts = merge_shards([[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output)
+    distinct = f" ({counts['distinct_shards']:,} and {counts['distinct_samples']:,} without repetition)"
+    print(f"{counts['shards']:,} shards, {counts['samples']:,} samples{distinct if counts['shards'] > counts['distinct_shards'] else ''}")
+    print(f'train on them: "data.train_data={arguments.output}"')
+    if arguments.json:
+        write_json(arguments.json, counts)
+    return EXIT_DONE
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.prepare.output import cores
+    from cosmos_ssl.data.split import SplitOptions, split_shards
+
+    options = SplitOptions(
+        urls=arguments.urls,
+        output=arguments.output,
+        share=arguments.share,
+        samples_per_shard=arguments.samples_per_shard,
+        workers=cores() if arguments.workers is None else arguments.workers,
+    )
+    with storage(), stages() as progress:
+        counts = split_shards(options, progress, resume=arguments.resume)
+    print(f"train: {arguments.output}/train-*.tar  ({counts['train_samples']:,} samples, {counts['train_shards']:,} shards)")
+    print(f"val:   {arguments.output}/val-*.tar  ({counts['validation_samples']:,} samples, {counts['validation_shards']:,} shards)")
+    if arguments.json:
+        write_json(arguments.json, counts)
+    return EXIT_DONE

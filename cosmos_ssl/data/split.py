@@ -1,0 +1,188 @@
+"""Shards divided into training and held-out ones by a hash of each sample's key; lists of shards merged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_ssl.data.manifest import load_manifest
+from cosmos_ssl.data.prepare.joining import spans
+from cosmos_ssl.data.prepare.output import Output, in_processes
+from cosmos_ssl.data.prepare.pipeline import schema_beside
+from cosmos_ssl.data.prepare.writing import TAR_END
+from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, LIST_EXTENSION, expand, grouped, header_reader
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_local, local_path, stat, written_whole
+from cosmos_ssl.data.tar import TarFault, members, sample_key
+from cosmos_ssl.errors import DataError, UserError
+
+_SAMPLE = np.dtype([("offset", "<i8"), ("length", "<u4"), ("held_out", "?")])
+Progress = Callable[[str, int, int], None]
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a sample belongs to the held-out ``share``: a pure function of its key, so that no repetition of a split differs."""
+    number = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return number < share * 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitOptions:
+    """Raises UserError for values that make no sense."""
+
+    urls: Sequence[str]
+    output: Path
+    share: float = 0.01
+    samples_per_shard: int = 5000
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"--share: {self.share} is no share between 0 and 1, such as 0.01")
+        for option in ("samples_per_shard", "workers"):
+            if getattr(self, option) < 1:
+                raise UserError(f"--{option.replace('_', '-')}: {getattr(self, option)} is not positive")
+
+
+def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = False) -> dict[str, int]:
+    """Write ``train-0000.tar`` ... (one for each shard, without its held-out samples) and ``val-0000.tar`` ...
+
+    Samples are copied byte for byte. Returns samples and shards by split. Raises UserError, DataError, StorageError.
+    """
+    urls = expand(options.urls)
+    stats = [_stat(url) for url in urls]
+    lines = "\n".join(f"{url} {found.size} {found.stamp}" for url, found in zip(urls, stats, strict=True))
+    identity = {
+        "shards": [len(urls), urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]],
+        "share": options.share,
+        "samples_per_shard": options.samples_per_shard,
+    }
+    output = Output(options.output.absolute())
+    with output.claimed(identity, resume=resume):
+        if (report := output.report) is not None:
+            return dict(report["counts"])
+        todo = [i for i in range(len(urls)) if not _index(output.work, i).is_file()]
+        progress("shards indexed", len(urls) - len(todo), len(urls))
+        jobs = [(urls[i], stats[i], options.share, _index(output.work, i)) for i in todo]
+        for done, _ in enumerate(in_processes(options.workers, _index_shard, jobs), len(urls) - len(todo) + 1):
+            progress("shards indexed", done, len(urls))
+        counts, sizes = _write_split(output, urls, stats, options, progress)
+        output.finish(sizes, {"identity": identity, "caption_schema": schema_beside(urls[0]), "counts": counts})
+    return counts
+
+
+def _stat(url: str) -> Stat:
+    try:
+        return stat(url)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"data: no such shard: {url}") from error
+
+
+def _index(work: Path, number: int) -> Path:
+    return work / f"split-{number:05d}.npy"
+
+
+def _index_shard(url: str, found: Stat, share: float, path: Path) -> None:
+    """Where the samples of a shard lie, and which are held out."""
+    rows: list[tuple[int, int, bool]] = []
+    try:
+        for group in grouped(members(header_reader(url, found.size), found.size)):
+            key = sample_key(group[0].name)[0]
+            if any(sample_key(m.name)[1] in IMAGE_EXTENSIONS for m in group):
+                rows.append((group[0].start, group[-1].end - group[0].start, is_held_out(key, share)))
+    except TarFault as error:
+        raise DataError(f"data: {url} is cut short or damaged: {error}. 'cosmos-ssl data check --fix' keeps what is whole") from error
+    with written_whole(path) as file:
+        np.save(file, np.array(rows, _SAMPLE))
+
+
+def _write_split(
+    output: Output, urls: Sequence[str], stats: Sequence[Stat], options: SplitOptions, progress: Progress
+) -> tuple[dict[str, int], dict[str, int]]:
+    held = [int(np.load(_index(output.work, i))["held_out"].sum()) for i in range(len(urls))]
+    total = [len(np.load(_index(output.work, i))) for i in range(len(urls))]
+    if sum(held) in (0, sum(total)):
+        raise DataError(f"--share: {options.share} of {sum(total):,} samples leaves one side empty. Give another share")
+    plan: list[tuple[str, list[tuple[int, int, int]], bool, int]] = []
+    kept = [n for n in range(len(urls)) if total[n] > held[n]]
+    for number, shard in enumerate(kept):
+        count = total[shard] - held[shard]
+        plan.append((f"train-{number:0{_digits(len(kept))}d}.tar", [(shard, 0, count)], False, count))
+    n_val = -(-sum(held) // options.samples_per_shard)
+    for number in range(n_val):
+        start = number * options.samples_per_shard
+        stop = min(start + options.samples_per_shard, sum(held))
+        plan.append((f"val-{number:0{_digits(n_val)}d}.tar", list(spans(held, start, stop)), True, stop - start))
+    jobs = [
+        (output.folder / name, [(urls[s], stats[s], _index(output.work, s), a, b) for s, a, b in parts], side)
+        for name, parts, side, _ in plan
+        if not (output.folder / name).is_file()
+    ]
+    progress("shards written", len(plan) - len(jobs), len(plan))
+    for done, _ in enumerate(in_processes(options.workers, _write_part, jobs), len(plan) - len(jobs) + 1):
+        progress("shards written", done, len(plan))
+    counts = {
+        "train_samples": sum(total) - sum(held),
+        "train_shards": len(kept),
+        "validation_samples": sum(held),
+        "validation_shards": n_val,
+    }
+    return counts, {name: count for name, _, _, count in plan}
+
+
+def _digits(count: int) -> int:
+    return max(4, len(str(count - 1)))
+
+
+def _write_part(path: Path, parts: Sequence[tuple[str, Stat, Path, int, int]], held_out: bool) -> None:
+    """Write one shard: of each part, the samples of one side, from the first to before the last."""
+    with written_whole(path) as file:
+        for url, found, index, first, last in parts:
+            rows = np.load(index)
+            file.writelines(sample_bytes(url, found, rows[rows["held_out"] == held_out][first:last]))
+        file.write(TAR_END)
+
+
+def sample_bytes(url: str, found: Stat, rows: NDArray[Any]) -> Iterable[bytes]:
+    """The headers and members of the samples at ``offset`` and ``length`` of each row. Raises OSError."""
+    reader = Reader(BlockCache(cache_root() / "blocks", 32 << 30))
+    for row in rows:
+        yield reader.read(url, found, int(row["offset"]), int(row["length"]))
+
+
+def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: Path) -> dict[str, int]:
+    """Write a list file of all shards of the groups, each as often as its number says, and their manifest.
+
+    Shards are named relative to the list where they lie below its folder. Returns shards and samples, as listed and as
+    they are. Raises UserError, DataError, OSError.
+    """
+    if path.suffix != LIST_EXTENSION:
+        raise UserError(f"--output {path}: lists of shards end in {LIST_EXTENSION}")
+    if path.exists():
+        raise UserError(f"--output {path} exists. Give another name, or delete it")
+    if len(repeats) != len(groups) or min(repeats) < 1:
+        raise UserError(f"--repeat: give one whole number from 1 on for each of the {len(groups)} sets of shards")
+    names = [expand(group) for group in groups]
+    single = [name for group in names for name in group]
+    if len(set(single)) < len(single):
+        raise DataError(f"data: {next(n for i, n in enumerate(single) if n in single[:i])} is named twice. Repeat a set by --repeat")
+    sizes = [len(load_manifest(group)) for group in names]  # a mistake in one set shows as its own
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        for group, times, given in zip(names, repeats, groups, strict=True):
+            file.write(f"# {' '.join(given)}: {len(group):,} shards, {times} times\n".encode())
+            lines = "".join(f"{_beside(name, path)}\n" for name in group)
+            file.writelines([lines.encode()] * times)
+    manifest = load_manifest([str(path)])
+    return {"shards": len(manifest.shards), "samples": len(manifest), "distinct_shards": len(single), "distinct_samples": sum(sizes)}
+
+
+def _beside(url: str, path: Path) -> str:
+    if not is_local(url):
+        return url
+    return str(local_path(url).absolute()).removeprefix(f"{path.absolute().parent}/")
