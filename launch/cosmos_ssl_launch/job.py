@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -95,6 +96,8 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
         from submitit.core.utils import UncompletedJobError
 
         try:
+            if is_requeued_by_slurm(os.environ["SLURM_JOB_ID"]):
+                return EXIT_SAVED
             handler(signal.SIGUSR2, None)
         except SystemExit:  # requeued
             return EXIT_SAVED
@@ -106,6 +109,23 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
         return EXIT_LOST
 
     return requeue
+
+
+def is_requeued_by_slurm(job_id: str) -> bool:
+    """Whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after its end.
+
+    In doubt (preemption by quality of service, whose mode is not shown) the answer is no.
+    """
+
+    def shown(*what: str) -> dict[str, str]:
+        done = subprocess.run(["scontrol", "-o", "show", *what], capture_output=True, text=True, check=True, timeout=60)
+        return dict(re.findall(r"(\w+) *= *(\S*)", done.stdout))
+
+    job = shown("job", job_id)
+    if job.get("PreemptTime", "None") == "None":
+        return False
+    by_partition = shown("config").get("PreemptType") == "preempt/partition_prio"
+    return by_partition and "REQUEUE" in shown("partition", job["Partition"]).get("PreemptMode", "")
 
 
 def _prepare_environment() -> None:
