@@ -23,6 +23,7 @@ TASKS = {
     "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, shards with labels",
     "knn": "nearest neighbours on frozen features, of the same data and its training split",
     "linear_probe": "logistic regression on frozen features, likewise",
+    "segmentation": "zero-shot, by SCLIP's protocol: VOC, Context, COCO, Cityscapes, ADE20K, shards with mask.png",
 }
 ROLES = ("student", "teacher")
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -50,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--templates", metavar="T", help="openai, simple, or one with {} (default: the set's own, else simple)")
     parser.add_argument("--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)")
     parser.add_argument("-k", type=_positive, default=20, metavar="N", help="knn: neighbours (default: %(default)s)")
+    parser.add_argument("--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training")
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only so many evenly spread samples")
     parser.add_argument("--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read")
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
@@ -154,6 +156,7 @@ def _options(arguments: argparse.Namespace, checkpoint: Path, encoder: ModelEnco
         templates=arguments.templates,
         train_data=arguments.train_data or _data_of_run(checkpoint, arguments.task, "train_data"),
         k=arguments.k,
+        csa=arguments.csa,
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Sample, normalise
+from cosmos_ssl.api import DataError, Encoder, Sample, UserError, normalise
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.caption_sets import CaptionSet, find_caption_set
@@ -20,6 +20,9 @@ from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import EvaluationData, label_of
+from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, resized, segment, segmentation_metrics
+from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data
+from cosmos_ssl.models.encoder import ModelEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,8 @@ class Options:
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
     k: int = 20
     """Neighbours."""
+    csa: bool = True
+    """Correlative self-attention in the last block, for segmentation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +170,41 @@ def _label(sample: Sample, name: str) -> Hashable:
     return label
 
 
+def segmentation(options: Options, job: Job) -> Task:
+    """Zero-shot segmentation by the protocol of the set, on its pictures and masks, or on shards with masks. Raises DataError."""
+    data = find_segmentation_data(options.data, wanted=options.set_name, names=options.class_names)
+    if isinstance(data.samples, PairedFiles):
+        data = replace(data, samples=data.samples.complete(job))
+    names = [name for of_class in data.names for name in of_class]
+    owners = torch.tensor([number for number, of_class in enumerate(data.names) for _ in of_class])
+    templates = load_templates(options.templates or "openai")
+
+    def run(encoder: Encoder, job: Job) -> dict[str, float]:
+        spec = encoder.spec.image
+        if not isinstance(encoder, ModelEncoder) or spec is None:
+            raise UserError("this model has no dense inference, which segmentation needs")
+        own = SegmentationProtocol(short_side=spec.image_size, window=spec.image_size, stride=max(1, spec.image_size // 2))
+        protocol = replace(data.protocol or own, csa=options.csa)
+        mean, std = (torch.tensor(values, device=encoder.device)[:, None, None] for values in (spec.mean, spec.std))
+        texts = text_features(encoder, [template.replace("{}", name) for name in names for template in templates], job)
+        vectors = normalise(texts.unflatten(0, (len(names), len(templates))).mean(1)).to(encoder.device)
+
+        def counted(sample: Sample, picture: Tensor) -> Tensor:
+            pixels = (resized(picture.to(encoder.device), protocol) / 255 - mean) / std
+            labels = sample.extras["labels"].to(encoder.device)
+            found = segment(encoder, pixels, vectors, owners.to(encoder.device), labels.shape, protocol, spec.patch_size)
+            return areas(found, labels, len(data.names))
+
+        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
+            return torch.stack([counted(*item) for item in loaded]), [sample.key for sample, _ in loaded]
+
+        few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
+        rows, _ = features_of(data, lambda picture: picture, compute, few, name=f"segmentation {protocol} {names} {templates}")
+        return segmentation_metrics(rows.sum(0))
+
+    return Task(set_name=data.set_name, run=run)
+
+
 def _captioned(data: str) -> Samples:
     folder = picture_folder(data)
     known = find_caption_set(folder) if folder is not None else None
@@ -183,4 +223,5 @@ TASKS: Mapping[str, Callable[[Options, Job], Task]] = {
     "classification": classification,
     "knn": knn,
     "linear_probe": probe,
+    "segmentation": segmentation,
 }

@@ -135,6 +135,29 @@ def test_labels_that_are_no_class(command: Command, trained: tuple[Path, dict[st
     assert code == 2 and "which is none of the 2 class names" in err
 
 
+def test_segmentation(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    report = tmp_path / "e.json"
+    words = ("eval", "--checkpoint", str(trained[0]), "--task", "segmentation", "--json", str(report), "--templates", "a {}")
+    code, out, err = command(*words, "--data", shards)
+    assert code == 0 and "miou (%)" in out and "note:" not in out, err
+    found = json.loads(report.read_text())["metrics"]
+    assert set(found) == {f"{role}/{name}" for role in ("student", "teacher") for name in ("miou", "mean_accuracy", "pixel_accuracy")}
+    assert all(0 <= value <= 1 for value in found.values())
+    assert command(*words, "--data", shards, "--no-csa")[0] == 0
+    assert json.loads(report.read_text())["metrics"] != found
+    top = tmp_path / "VOC2012"
+    for n in range(2):
+        for folder, end, mode in (("JPEGImages", "jpg", "RGB"), ("SegmentationClass", "png", "L")):
+            (top / folder).mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (60, 40), n).save(top / folder / f"{n}.{end}")
+    (top / "ImageSets/Segmentation").mkdir(parents=True)
+    (top / "ImageSets/Segmentation/val.txt").write_text("0\n1\n")
+    code, out, err = command(*words, "--data", str(tmp_path), "--set", "voc21", "--which", "teacher")
+    assert code == 0 and "note: the words for the background are our own, not SCLIP's" in out, err
+    code, _, err = command(*words, "--data", str(tmp_path))
+    assert code == 2 and "--set voc20" in err
+
+
 def test_data_is_that_of_the_run(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     folder, metrics = trained
     report = tmp_path / "e.json"
