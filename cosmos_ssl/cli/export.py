@@ -34,33 +34,34 @@ def add_parser(subparsers: Any) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build import load, roles_of
+    from cosmos_ssl.engine.checkpoint import latest_checkpoint
     from cosmos_ssl.interop.export import export
+    from cosmos_ssl.interop.hub import checkpoint_path
 
+    path = checkpoint_path(arguments.checkpoint)
+    newest = latest_checkpoint(path) if path.is_dir() and not (path / "manifest.json").exists() else None
+    source = str(newest or path)
     roles: tuple[Role, ...] = (arguments.which,) if arguments.which else ("student",)
     if arguments.format == "official" and arguments.which is None:
-        roles = roles_of(arguments.checkpoint)
-    models = {role: load(arguments.checkpoint, role, overrides=arguments.overrides) for role in roles}
-    notes = export(models, arguments.format, arguments.output, _origin(arguments.checkpoint))
+        roles = roles_of(source)
+    models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
+    notes = export(models, arguments.format, arguments.output, _origin(arguments.checkpoint, Path(source)))
     print(f"{arguments.output}: the {' and the '.join(roles)} of {arguments.checkpoint} for {arguments.format}")
     for note in notes:
         print(note)
     return EXIT_DONE
 
 
-def _origin(checkpoint: str) -> Origin:
-    """The name of a model and, where the run's last checkpoint is meant, its results."""
+def _origin(checkpoint: str, read: Path) -> Origin:
+    """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
     from cosmos_ssl.config import load_config
-    from cosmos_ssl.engine.checkpoint import checkpoint_folders, checkpoint_step
+    from cosmos_ssl.engine.checkpoint import checkpoint_step
     from cosmos_ssl.engine.run_folder import RunFolder
     from cosmos_ssl.interop.export import Origin
 
-    path = Path(checkpoint)
-    step = checkpoint_step(path)
-    run = path if step is None else path.parent.parent
-    if not (run / "config.yaml").is_file():
-        return Origin(name=path.stem or "model", checkpoint=checkpoint)
-    if step is None:
-        step = checkpoint_step(checkpoint_folders(run)[-1])
+    step, run = checkpoint_step(read), read.parent.parent
+    if step is None or not (run / "config.yaml").is_file():
+        return Origin(name=Path(checkpoint).stem or "model", checkpoint=checkpoint)
     result = RunFolder(run).result()
     metrics = result["metrics"] if result is not None and result["step"] == step else {}
     return Origin(name=load_config(run / "config.yaml").config.name, checkpoint=checkpoint, metrics=metrics)

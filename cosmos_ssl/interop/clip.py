@@ -57,6 +57,8 @@ class ClipModel:
     logit_scale: Tensor
     """Of that loss, or CLIP's start value; a scalar."""
     logit_bias: Tensor | None
+    matching: str | None
+    """The head by whose rule pictures and texts match, if that is not the product of their features."""
 
     def tower(self, modality: str) -> dict[str, Tensor]:
         """The tensors of one tower, without its prefix."""
@@ -71,8 +73,11 @@ class ClipModel:
         return [f"left out: {', '.join(names)}"] if names else []
 
     def about_logits(self) -> list[str]:
-        """For people: where the scale of the logits comes from, unless from the model."""
-        return [] if self.contrastive else ["logit_scale is CLIP's start value: the model has no loss clip or siglip"]
+        """For people: where logits differ from those of the model."""
+        notes = [] if self.contrastive else ["logit_scale is CLIP's start value: the model has no loss clip or siglip"]
+        if self.matching:
+            notes.append(f"pictures and texts match by the product of their features, not by heads.{self.matching}")
+        return notes
 
 
 def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True) -> ClipModel:
@@ -107,6 +112,7 @@ def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True)
         contrastive=contrastive,
         logit_scale=scale,
         logit_bias=bias,
+        matching=next((key for key in model.heads if model.head(key).matches), None),
     )
 
 

@@ -85,6 +85,17 @@ def test_results_belong_to_the_last_checkpoint(command: Command, run: Path, tmp_
         assert code == 0 and ("## Results" in (tmp_path / f"{step}" / "README.md").read_text()) == there
 
 
+def test_a_damaged_checkpoint_is_passed_over(command: Command, run: Path, tmp_path: Path) -> None:
+    """The one before is exported, without the results of the last."""
+    (run / "checkpoints" / "step_00000002" / "teacher.safetensors").write_bytes(b"")
+    flags = ["--format", "official", "--which", "teacher", "--output", str(tmp_path / "out")]
+    assert command("export", "--checkpoint", str(run), *flags)[0] == 0
+    teacher = torch.load(tmp_path / "out" / "mine.pt", weights_only=True)["teacher"]
+    student = cosmos_ssl.load(run / "checkpoints" / "step_00000001").model.state_dict()
+    assert torch.equal(teacher["logit_scale"], student["losses.clip.logit_scale"] + 1)
+    assert "## Results" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Path) -> None:
     there, back = tmp_path / "there", tmp_path / "back"
     assert command("export", "--checkpoint", str(run), "--format", "openclip", "--output", str(there))[0] == 0

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cosmos_ssl
+from cosmos_ssl.api import Head
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
 from cosmos_ssl.errors import CheckpointError, UserError
@@ -84,6 +85,29 @@ def test_what_is_left_out_is_told(make, folder):
     teacher = ["teacher={type: ema}", "model.image.mask_token=true"]
     notes = write(make(*heads, *teacher), folder)
     assert notes == ["left out: heads.cross, image.mask_token, losses.distill"]
+
+
+def test_logits_of_another_kind_are_told(make, folder):
+    class Matching(Head):
+        matches = True
+
+        def outputs(self):
+            return {}
+
+        def requires(self, outputs):
+            return []
+
+        def forward(self, features, views, outputs):
+            return {}
+
+    encoder = make()
+    encoder.model.heads["own"] = Matching()
+    del encoder.model.losses["clip"]
+    assert write(encoder, folder) == [
+        "logit_scale is CLIP's start value: the model has no loss clip or siglip",
+        "pictures and texts match by the product of their features, not by heads.own",
+    ]
+    assert load_file(folder / WEIGHTS[0])["logit_scale"].exp().item() == pytest.approx(1 / 0.07)
 
 
 def test_what_openclip_has_no_place_for(make, folder):
