@@ -135,6 +135,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     max_nonfinite_steps: Positive = 20
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = 30.0
 
 
 class CheckpointsConfig(Section):

@@ -18,7 +18,7 @@ _IGNORED = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
     *("loader.workers", "loader.prefetch", "loader.error_budget"),
     *("training.micro_batch_size", "training.attention", "training.compile", "training.deterministic", "training.device"),
-    "training.max_nonfinite_steps",
+    *("training.max_nonfinite_steps", "training.timeout_minutes"),
 )
 
 _PATH_KEY = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")

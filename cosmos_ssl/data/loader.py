@@ -37,7 +37,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.data.budget import Replacement
 from cosmos_ssl.data.order import Order, replacement, sample_rng
-from cosmos_ssl.data.workers import Failure, WorkerStart, lost, raise_file_limit
+from cosmos_ssl.data.workers import Board, Failure, WorkerStart, lost, raise_file_limit
 from cosmos_ssl.errors import TrainingError
 
 MAX_ATTEMPTS = 32
@@ -86,7 +86,9 @@ class Loader:
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._stop = multiprocessing.get_context().Event()
-        self._batches = _Batches(_SampleViewer(dataset, order, image, text), order, tokenizer, rank, world, self._stop)
+        self._board = Board(workers)
+        viewer = _SampleViewer(dataset, order, image, text, self._board)
+        self._batches = _Batches(viewer, order, tokenizer, rank, world, self._stop)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[LoadedBatch]:
         """The batches of steps ``start_step`` to ``stop_step`` (not included), in order.
@@ -118,6 +120,10 @@ class Loader:
             for process in processes:  # stuck in a read: they ignore the polite signal
                 if process.is_alive():
                     process.kill()
+
+    def where(self) -> str:
+        """What the workers are at, for the message of a run that hangs."""
+        return "; ".join(f"loader worker {number}: {line}" for number, line in enumerate(self._board.read()) if line)
 
     def _torch_loader(self, steps: range) -> DataLoader[LoadedBatch | Failure]:
         return DataLoader(
@@ -184,12 +190,24 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
 
 
 class _SampleViewer:
-    """One position of an epoch -> the views there. ``at`` says what is being worked on, for messages."""
+    """One position of an epoch -> the views there."""
 
-    def __init__(self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None) -> None:
-        self.dataset, self.order, self.image, self.text = dataset, order, image, text
+    def __init__(self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None, board: Board) -> None:
+        self.dataset, self.order, self.image, self.text, self.board = dataset, order, image, text, board
         self.offers = {augmenter.modality: augmenter.offers() for augmenter in (image, text) if augmenter is not None}
-        self.at = ""
+        self._at = ""
+
+    @property
+    def at(self) -> str:
+        """What is being worked on, for messages; in a worker it is put up for the trainer too."""
+        return self._at
+
+    @at.setter
+    def at(self, text: str) -> None:
+        self._at = text
+        worker = get_worker_info()
+        if worker is not None:
+            self.board.write(worker.id, text)
 
     def make(self, index: int, epoch: int, position: int, replaced: list[Replacement]) -> tuple[Sample, SampleViews]:
         """Read and crop sample ``index``, or those that stand in for it. Raises TrainingError when none can be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import pickle
 import signal
@@ -36,6 +37,26 @@ class WorkerStart:
             if os.getppid() != self.parent:  # it died before the call above
                 os._exit(1)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+
+
+class Board:
+    """What each worker is at, as a line of text in memory that all processes share."""
+
+    WIDTH = 240
+
+    def __init__(self, workers: int) -> None:
+        self._lines = multiprocessing.get_context().RawArray("c", max(1, workers) * self.WIDTH)
+
+    def write(self, worker: int, text: str) -> None:
+        """Put up the line of one worker."""
+        data = text.encode()[: self.WIDTH]
+        start = worker * self.WIDTH
+        self._lines[start : start + self.WIDTH] = data.ljust(self.WIDTH, b"\0")
+
+    def read(self) -> list[str]:
+        """The lines of all workers."""
+        whole = bytes(self._lines)
+        return [whole[n : n + self.WIDTH].rstrip(b"\0").decode(errors="replace") for n in range(0, len(whole), self.WIDTH)]
 
 
 class Failure(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -11,21 +11,20 @@ from torch import Tensor
 
 from cosmos_ssl.api import Evaluation, Role
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
-from cosmos_ssl.engine.signals import Signals
 from cosmos_ssl.models.contract import blaming, checked_evaluation
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 
 
 class WatchedEncoder(ModelEncoder):
-    """An encoder that ends an evaluation when a signal has come, between two batches."""
+    """An encoder that tells, before each reading, that the evaluation goes on; what is told may end it."""
 
-    signals: Signals
+    alive: Callable[[], None]
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """As ``ModelEncoder``. Raises Interrupted."""
-        self.signals.check()
+        """As ``ModelEncoder``. Raises what ``alive`` raises."""
+        self.alive()
         with super().reading():
             yield
 
@@ -39,13 +38,13 @@ def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch
     return [name for name, scheduled in evaluators.items() if is_due(scheduled.every_epochs)]
 
 
-def evaluate(name: str, assembly: Assembly, signals: Signals, dtype: torch.dtype | None, *, pictures: bool = True) -> Evaluation:
-    """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. Raises Interrupted."""
+def evaluate(name: str, assembly: Assembly, alive: Callable[[], None], dtype: torch.dtype | None, *, pictures: bool = True) -> Evaluation:
+    """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. ``alive`` is called before each reading and may raise."""
     metrics: dict[str, float] = {}
     drawn: dict[str, Tensor] = {}
     for role, model in _roles(assembly):
         encoder = WatchedEncoder(model, assembly.spec, assembly.tokenizer, dtype=dtype)
-        encoder.signals = signals
+        encoder.alive = alive
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
         evaluator = assembly.evaluators[name].evaluator
         with blaming(evaluator, f"evaluators.{name}"):

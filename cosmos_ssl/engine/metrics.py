@@ -175,6 +175,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from (row for _, row in _lines(path))
 
 
+def metrics_at(path: Path, step: int) -> dict[str, float]:
+    """All that the rows of a metrics.jsonl say of one step."""
+    rows = (row for row in read_rows(path) if row["step"] == step)
+    return {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
+
+
 def cut_rows(path: Path, step: int) -> None:
     """Drop the rows after ``step``, and lines that a crash cut off."""
     if not path.exists():

@@ -22,12 +22,13 @@ from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
 from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, named_losses, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
-from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, read_rows
+from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.watch import Clock, Watch, lines
+from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, TrainingError
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import identity
@@ -154,7 +155,7 @@ class Trainer:
         saved = self.state.restore(newest) if newest is not None else None
         if self.world.first:
             cut_rows(self.folder.metrics, self.state.step)
-        self.evaluated = self.world.from_first(self._evaluated_here)
+        self.evaluated = self._already_evaluated()
         self._announce(saved)
         self.writers = Writers(list(self._make_writers()))
         stack.callback(self.writers.close)
@@ -166,6 +167,7 @@ class Trainer:
             stack.callback(self.checkpoints.close)
         self.owed, self.saved_at = False, time.monotonic()
         self.signals.at_once = False
+        self.watchdog = stack.enter_context(Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing))
         self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch)
         stack.enter_context(self.watch.showing(self.state.step))
         self.clock = Clock()
@@ -173,7 +175,7 @@ class Trainer:
     def _finish(self) -> dict[str, float]:
         """Mark the run as finished and show its final table."""
         self.writers.sync()
-        metrics = self.world.from_first(self._final_metrics)
+        metrics = self.world.from_first(lambda: metrics_at(self.folder.metrics, self.state.step))
         if self.world.first:
             self.folder.finish(self.total_steps, metrics)
         self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
@@ -187,6 +189,7 @@ class Trainer:
         with closing(self._batches()) as batches:  # whatever ends the loop, workers do not outlive it
             for batch in batches:
                 self.between_steps = False
+                self.watchdog.alive()
                 self.replaced = len(batch.replaced)
                 progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
                 numbers = self._update(batch.views.to(self.device), progress)
@@ -330,7 +333,7 @@ class Trainer:
                 continue
             start = time.monotonic()
             with self.clock.paused():
-                found = evaluate(name, self.assembly, self.signals, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
+                found = evaluate(name, self.assembly, self._alive, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
@@ -353,17 +356,19 @@ class Trainer:
         yield JsonLines(self.folder.metrics)
         yield from self.extra_writers
 
-    def _final_metrics(self) -> dict[str, float]:
-        return {name: value for row in self._rows() for name, value in row.items() if name != "step" and value is not None}
-
-    def _rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl that were written at this step."""
-        return [row for row in read_rows(self.folder.metrics) if row["step"] == self.state.step]
-
-    def _evaluated_here(self) -> set[str]:
-        """The evaluators that left a row at this step."""
-        names = {name for row in self._rows() for name in row}
+    def _already_evaluated(self) -> set[str]:
+        """The evaluators that left metrics at this step."""
+        names = self.world.from_first(lambda: metrics_at(self.folder.metrics, self.state.step))
         return {own for own in self.assembly.evaluators if any(name.startswith(f"{own}/student/") for name in names)}
+
+    def _alive(self) -> None:
+        """Called by an evaluation between its batches. Raises Interrupted."""
+        self.watchdog.alive()
+        self.signals.check()
+
+    def _doing(self) -> str:
+        workers = self.loader.where()
+        return f"rank {self.world.rank}, step {self.state.step + 1:,}" + (f"; {workers}" if workers else "")
 
     def _place(self) -> str:
         step = self.state.step

@@ -249,10 +249,15 @@ def test_extras_that_cannot_travel_are_refused(shards: Make, views: dict[str, An
         list(loader(pattern, views, dataset=Labelled(pattern), workers=1).batches(0, 1))
 
 
+def _children() -> set[int]:
+    return set(map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()))
+
+
 def _start(batches: Iterator[LoadedBatch]) -> list[int]:
+    """Take a batch; the workers that were started for it."""
+    before = _children()  # of other tests: servers of multiprocessing
     next(batches)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return [int(child) for child in children]
+    return sorted(_children() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -120,3 +120,11 @@ def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
     assert process.returncode == 130
     assert "Ctrl-C: saving; Ctrl-C again leaves at once" in said
     assert not checkpoint_folders(tmp_path)
+
+
+def test_a_run_that_hangs_ends_and_says_where(start_tiny, tmp_path):
+    process = start_tiny(tmp_path, training={"timeout_minutes": 0.03}, stall=True, loader={"workers": 1}, **ENDLESS)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 74, said
+    assert "nothing has happened for 0.03 min (training.timeout_minutes): rank 0, step 3; loader worker 0: collecting the batch" in said
+    assert "in forward" in (tmp_path / "log.txt").read_text().partition("stacks of all threads:")[2]
