@@ -15,19 +15,17 @@ from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
+from cosmos_ssl.build_weights import read_weights, start_from
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.data import Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
-from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_exactly, load_tensors
+from cosmos_ssl.engine.checkpoint import load_exactly
 from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
-from cosmos_ssl.errors import CheckpointError, ConfigError, CosmosError, DataError, PluginError
-from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
-from cosmos_ssl.interop.official import ROLES
-from cosmos_ssl.interop.partial import load_partial
+from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -356,47 +354,3 @@ def load(
     load_exactly(assembly.model, state, str(checkpoint))
     assembly.model.requires_grad_(False).eval()
     return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)
-
-
-def read_weights(checkpoint: str | Path, which: Role, *, partial: bool = False) -> tuple[Path | Mapping[str, Any], Mapping[str, Tensor]]:
-    """The config and the tensors of one role of a run folder, of a checkpoint, or of another program's model.
-
-    ``partial`` takes such a model's tensors also where it has others beside, or lacks some. Raises CheckpointError for anything else.
-    """
-    foreign = read_foreign(checkpoint, which, partial=partial)
-    if foreign is not None:
-        return foreign.config, foreign.state
-    folder = _checkpoint_folder(checkpoint)
-    return folder.parent.parent / "config.yaml", load_tensors(folder, which)
-
-
-def roles_of(checkpoint: str | Path) -> tuple[Role, ...]:
-    """The roles that ``load`` finds in a checkpoint. Raises CheckpointError."""
-    found = foreign_roles(checkpoint)
-    if found is not None:
-        return found
-    folder = _checkpoint_folder(checkpoint)
-    return tuple(role for role in ROLES if (folder / f"{role}.safetensors").exists())
-
-
-def _checkpoint_folder(checkpoint: str | Path) -> Path:
-    path = Path(checkpoint)
-    folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
-    if folder is None:
-        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model")
-    return folder
-
-
-def start_from(model: Model, checkpoint: str, *, partial: bool) -> None:
-    """Start a model from the student of a checkpoint, and log what was taken over.
-
-    The towers must be there whole unless ``partial``; heads and losses are taken where they fit. Raises CheckpointError.
-    """
-    _, state = read_weights(checkpoint, "student", partial=partial)
-    report = load_partial(model, state, f"model.pretrained: {checkpoint}")
-    left = [name for name in (*report.missing, *report.other_shapes) if not name.startswith(("heads.", "losses."))]
-    if left and not partial:
-        raise CheckpointError(
-            f"model.pretrained: {checkpoint} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits"
-        )
-    log.info("starting from %s: %s", checkpoint, report)

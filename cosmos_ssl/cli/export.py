@@ -33,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.build import load, roles_of
+    from cosmos_ssl.build import load
+    from cosmos_ssl.build_weights import roles_of
     from cosmos_ssl.engine.checkpoint import latest_checkpoint
     from cosmos_ssl.interop.export import export
     from cosmos_ssl.interop.hub import checkpoint_path
