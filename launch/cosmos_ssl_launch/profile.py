@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,27 +121,28 @@ def read_profile(name: str, values: Sequence[str] = ()) -> Profile:
     try:
         profile = model.model_validate(root.plain())
     except ValidationError as error:
-        faults += [_describe(root, model, found) for found in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        for key in dict.fromkeys(str(one["loc"][0]) for one in found):
+            faults += _of_key(root, model, key, [{**one, "loc": one["loc"][1:]} for one in found if one["loc"][0] == key])
     if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
+        raise ConfigError(faults)
     return profile
 
 
-def _describe(root: Node, model: type[BaseModel], found: Any) -> str:
-    """One of pydantic's errors, located."""
-    key, *inner = (str(step) for step in found["loc"])
-    node = root.at([key, *inner[:1]]) or root.at([key]) or root
-    if found["type"] == "extra_forbidden":
+def _of_key(root: Node, model: type[BaseModel], key: str, errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Pydantic's errors under one key, located."""
+    node = root.at([key]) or root
+    if errors[0]["type"] == "extra_forbidden":
         known = list(model.model_fields)
-        return _fault(node.origin, key, f"unknown key.{did_you_mean(key, known)} Accepts: {', '.join(known)}")
-    if inner[-1:] == ["[key]"]:
-        return _fault(node.origin, f"{key}.{inner[0]}", f"no name for {'an environment variable' if key == 'environment' else 'an option'}")
-    path = ".".join([key, *(step for step in inner[:1] if root.at([key, step]) is not None)])
+        return [_fault(node.origin, key, f"unknown key.{did_you_mean(key, known)} Accepts: {', '.join(known)}")]
     if key == "time":
-        return _fault(node.origin, path, f"expected minutes or a time such as 12:00:00 or 2-00:00:00, got {node.plain()!r}")
-    value = root.at([key])
-    given = None if value is None else value.plain()
-    return _fault(node.origin, path, describe_errors([{**found, "loc": tuple(inner)}], given)[0][1])
+        return [_fault(node.origin, key, f"expected minutes or a time such as 12:00:00 or 2-00:00:00, got {node.plain()!r}")]
+    bad_names = [str(one["loc"][0]) for one in errors if one["loc"][-1:] == ("[key]",)]
+    found: list[tuple[tuple[str, ...], str]] = [
+        ((name,), f"no name for {'a variable' if key == 'environment' else 'an option'}") for name in bad_names
+    ]
+    found += describe_errors([one for one in errors if one["loc"][-1:] != ("[key]",)], node.plain())
+    return [_fault((root.at([key, *path]) or node).origin, ".".join([key, *path]), message) for path, message in found]
 
 
 def _fault(origin: str, key: str, message: str) -> str:
