@@ -249,15 +249,12 @@ def test_extras_that_cannot_travel_are_refused(shards: Make, views: dict[str, An
         list(loader(pattern, views, dataset=Labelled(pattern), workers=1).batches(0, 1))
 
 
-def _children() -> set[int]:
-    return set(map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()))
-
-
 def _start(batches: Iterator[LoadedBatch]) -> list[int]:
-    """Take a batch; the workers that were started for it."""
-    before = _children()  # of other tests: servers of multiprocessing
+    """Take a batch; the workers that were started for it: forks of this process, unlike multiprocessing's servers."""
     next(batches)
-    return sorted(_children() - before)
+    children = map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+    own = Path("/proc/self/cmdline").read_bytes()
+    return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
