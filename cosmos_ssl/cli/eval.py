@@ -24,6 +24,9 @@ TASKS = {
     "knn": "nearest neighbours on frozen features, of the same data and its training split",
     "linear_probe": "logistic regression on frozen features, likewise",
     "segmentation": "zero-shot, by SCLIP's protocol: VOC, Context, COCO, Cityscapes, ADE20K, shards with mask.png",
+    "mmvp": "MMVP-VLM: which of two pictures a text is of (Questions.csv)",
+    "sugarcrepe": "which of two texts a picture is of (add_att.json ..., COCO's val2017/)",
+    "winoground": "both (examples.jsonl, images/)",
 }
 ROLES = ("student", "teacher")
 _PRECISIONS = ("fp32", "bf16", "fp16")

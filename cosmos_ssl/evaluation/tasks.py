@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, load_cla
 from cosmos_ssl.evaluation.features import Job, Loaded, Samples, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
+from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import EvaluationData, label_of
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, resized, segment, segmentation_metrics
@@ -205,6 +207,40 @@ def segmentation(options: Options, job: Job) -> Task:
     return Task(set_name=data.set_name, run=run)
 
 
+def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Task]:
+    """The task of a set of examples that ``read`` finds in a folder. Raises DataError."""
+
+    def task(options: Options, job: Job) -> Task:
+        folder = picture_folder(options.data)
+        if folder is None:
+            raise DataError(f"data: {options.data} is no folder")
+        data = read(folder, job).complete(job)
+
+        def run(encoder: Encoder, job: Job) -> dict[str, float]:
+            def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
+                return encoder.match_image(torch.stack([pixels for _, pixels in loaded])), [sample.key for sample, _ in loaded]
+
+            images, keys = features_of(data.samples(), encoder.preprocess, compute, job, name="match_image")
+            usable = data.without(set(data.pictures) - set(keys))
+            texts = list(dict.fromkeys(text for example in usable.examples for text in example.texts))
+            encoded = text_features(encoder, texts, job, to_match=True)
+            image_at, text_at = numbered(keys), numbered(texts)
+            verdicts = [
+                judge(
+                    encoder.match(
+                        images[[image_at[picture] for picture in example.pictures]].to(encoder.device),
+                        encoded[[text_at[text] for text in example.texts]].to(encoder.device),
+                    ).cpu()
+                )
+                for example in usable.examples
+            ]
+            return pair_metrics(usable.name, usable.examples, verdicts)
+
+        return Task(set_name=data.name, run=run)
+
+    return task
+
+
 def _captioned(data: str) -> Samples:
     folder = picture_folder(data)
     known = find_caption_set(folder) if folder is not None else None
@@ -224,4 +260,7 @@ TASKS: Mapping[str, Callable[[Options, Job], Task]] = {
     "knn": knn,
     "linear_probe": probe,
     "segmentation": segmentation,
+    "mmvp": _pairs(lambda folder, job: read_mmvp(folder)),
+    "sugarcrepe": _pairs(read_sugarcrepe),
+    "winoground": _pairs(lambda folder, job: read_winoground(folder)),
 }

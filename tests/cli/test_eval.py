@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch.distributed import TCPStore
 
@@ -156,6 +157,32 @@ def test_segmentation(command: Command, trained: tuple[Path, dict[str, float]], 
     assert code == 0 and "note: the words for the background are our own, not SCLIP's" in out, err
     code, _, err = command(*words, "--data", str(tmp_path))
     assert code == 2 and "--set voc20" in err
+
+
+def test_winoground(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    rows = [
+        {"image_0": f"{n}a", "image_1": f"{n}b", "caption_0": "a circle on a star", "caption_1": "a star on a circle"} for n in range(3)
+    ]
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "images").mkdir()
+    for n in range(3):
+        for side, shade in (("a", 0), ("b", 200)):
+            Image.new("RGB", (32, 32), (shade, n, 0)).save(tmp_path / f"images/{n}{side}.png")
+    words = ("eval", "--checkpoint", str(trained[0]), "--task", "winoground", "--data", str(tmp_path), "--json", str(tmp_path / "e.json"))
+    code, out, err = command(*words)
+    assert code == 0 and "group_score (%)" in out, err
+    model = cosmos_ssl.load(trained[0])
+    texts = model.encode_text(model.tokenize(["a circle on a star", "a star on a circle"]))
+    right = []
+    for n in range(3):
+        pixels = [model.preprocess(Image.open(tmp_path / f"images/{n}{side}.png")) for side in "ab"]
+        scores = torch.stack([model.encode_image(one[None])[0] @ texts.T for one in pixels])
+        right.append(bool(scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0]))
+    assert json.loads((tmp_path / "e.json").read_text())["metrics"]["student/text_score"] == pytest.approx(sum(right) / 3)
+    (tmp_path / "images/1b.png").write_bytes(b"no picture")
+    assert command(*words)[0] == 2 and command(*words, "--allow-missing")[0] == 0
+    code, _, err = command("eval", "--checkpoint", str(trained[0]), "--task", "mmvp", "--data", str(tmp_path))
+    assert code == 2 and "Questions.csv cannot be read" in err
 
 
 def test_data_is_that_of_the_run(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:

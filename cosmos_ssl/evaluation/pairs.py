@@ -1,0 +1,184 @@
+"""Pictures and texts that differ in one thing: MMVP-VLM (arXiv 2401.06209), SugarCrepe (2306.14610), Winoground (2204.03162).
+
+An example has I pictures and two texts, of which text i belongs to picture i.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import BadSample, DataError, Sample
+from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.evaluation.features import Job
+
+MMVP_PICTURES = "MLLM_VLM Images"
+SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+
+
+class Example(NamedTuple):
+    """One example: its pictures (by path from the folder), its texts, and the group that it is counted in."""
+
+    pictures: tuple[str, ...]
+    texts: tuple[str, str]
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSet:
+    """Examples, and the different pictures of them as samples."""
+
+    name: str
+    folder: Path
+    examples: Sequence[Example]
+
+    @property
+    def pictures(self) -> list[str]:
+        """Each picture once, in order of appearance."""
+        return list(dict.fromkeys(picture for example in self.examples for picture in example.pictures))
+
+    def samples(self) -> Pictures:
+        """The pictures to be encoded."""
+        return Pictures(self.folder, self.pictures)
+
+    def complete(self, job: Job) -> PairSet:
+        """The set without examples whose pictures are not there. Raises DataError for these unless they may be missing."""
+        pictures = self.pictures
+        missing = {picture for picture in pictures if not (self.folder / picture).is_file()}
+        job.leave_out([picture for picture in pictures if picture in missing], len(pictures), f"pictures are not in {self.folder}")
+        return self.without(missing)
+
+    def without(self, missing: set[str]) -> PairSet:
+        """The examples that have none of these pictures. Raises DataError where none is left."""
+        left = [example for example in self.examples if not missing.intersection(example.pictures)]
+        if not left:
+            raise DataError(f"data: not one example in {self.folder} can be used")
+        return replace(self, examples=left)
+
+
+class Pictures:
+    """Pictures of a folder by path."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Sample:
+        """Picture ``index``; its key is its path. Raises BadSample where it is not there, OSError where storage fails."""
+        path = self.folder / self.names[index]
+        if not path.is_file():
+            raise BadSample("no file", str(path))
+        return Sample(key=self.names[index], image=retrying(path.read_bytes, str(path)))
+
+    def identity(self) -> Mapping[str, Any]:
+        """A digest of the names."""
+        return {"digest": hashlib.sha256("\n".join(self.names).encode()).hexdigest()}
+
+
+def read_mmvp(folder: Path) -> PairSet:
+    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM Images/CATEGORY/NUMBER.jpg``."""
+    path = folder / "Questions.csv"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))[1:]
+    except OSError as error:
+        raise DataError(f"data: {path} cannot be read: {error.strerror or error}. It comes with MMVP-VLM") from error
+    rows = [row for row in rows if any(row)]
+    wrong = next((number for number, row in enumerate(rows, 2) if len(row) != 3), None)
+    if wrong is not None or len(rows) % 2 or not rows:
+        raise DataError(f"data: {path} is not MMVP-VLM's form: {f'line {wrong}' if wrong else f'{len(rows)} statements are no pairs'}")
+    examples = [
+        Example(
+            pictures=tuple(f"{category}/{number.strip()}.jpg" for number in (first[0], second[0])),
+            texts=(f"a photo of {first[2]}", f"a photo of {second[2]}"),
+            group=category,
+        )
+        for first, second in zip(rows[::2], rows[1::2], strict=True)
+        for category in [first[1].strip()]
+    ]
+    return PairSet(name="mmvp", folder=folder / MMVP_PICTURES, examples=examples)
+
+
+def read_sugarcrepe(folder: Path, job: Job) -> PairSet:
+    """SugarCrepe: its seven ``add_att.json`` ... (or below ``data/``), and COCO's ``val2017/`` beside them."""
+    top = folder / "data" if (folder / "data" / f"{SUGARCREPE[0]}.json").is_file() else folder
+    job.leave_out(
+        [f"{name}.json" for name in SUGARCREPE if not (top / f"{name}.json").is_file()], len(SUGARCREPE), f"files are not in {top}"
+    )
+    examples = []
+    for name in SUGARCREPE:
+        if (top / f"{name}.json").is_file():
+            examples += [Example((picture,), (right, wrong), name) for picture, right, wrong in _sugarcrepe(top / f"{name}.json")]
+    return PairSet(name="sugarcrepe", folder=folder / "val2017", examples=examples)
+
+
+def _sugarcrepe(path: Path) -> list[tuple[str, str, str]]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return [(row["filename"], row["caption"], row["negative_caption"]) for row in table.values()]
+    except OSError as error:
+        raise DataError(f"data: {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"data: {path} is not SugarCrepe's form: {type(error).__name__} {error}") from error
+
+
+def read_winoground(folder: Path) -> PairSet:
+    """Winoground: ``examples.jsonl`` and ``images/NAME.png`` (or both below ``data/``)."""
+    top = folder / "data" if (folder / "data" / "examples.jsonl").is_file() else folder
+    path = top / "examples.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        examples = [
+            Example((f"{row['image_0']}.png", f"{row['image_1']}.png"), (str(row["caption_0"]), str(row["caption_1"])), "") for row in rows
+        ]
+    except OSError as error:
+        raise DataError(f"data: {path} cannot be read: {error.strerror or error}. It comes with Winoground") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data: {path} is not Winoground's form: {type(error).__name__} {error}") from error
+    return PairSet(name="winoground", folder=top / "images", examples=examples)
+
+
+class Verdict(NamedTuple):
+    """What was matched rightly in one example; equal scores are wrong."""
+
+    text: bool
+    """Every picture has its own text above the other."""
+    image: bool
+    """Every text (of a picture that is there) has its own picture above the other."""
+
+
+def judge(scores: Tensor) -> Verdict:
+    """Of the scores [I, 2] of an example's pictures and texts."""
+    count = len(scores)
+    own = scores.diagonal()
+    others = ~torch.eye(count, 2, dtype=torch.bool)
+    text = all(bool((own[i] > scores[i][others[i]]).all()) for i in range(count))
+    image = all(bool((own[i] > scores[:, i][others[:, i]]).all()) for i in range(count))
+    return Verdict(text, image)
+
+
+def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The set's own numbers, as shares: Winoground's text, image and group scores; elsewhere ``accuracy`` and that of each group.
+
+    ``accuracy`` is the mean over groups. MMVP-VLM asks which picture belongs to a text (of both), SugarCrepe which text to a picture.
+    """
+    if name == "winoground":
+        right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
+        right["group_score"] = [v.text and v.image for v in verdicts]
+        return {metric: sum(values) / len(values) for metric, values in right.items()}
+    groups: dict[str, list[bool]] = {}
+    for example, verdict in zip(examples, verdicts, strict=True):
+        groups.setdefault(example.group, []).append(verdict.image if name == "mmvp" else verdict.text)
+    shares = {group: sum(values) / len(values) for group, values in groups.items()}
+    return {"accuracy": sum(shares.values()) / len(shares), **{f"accuracy/{group}": share for group, share in shares.items()}}
