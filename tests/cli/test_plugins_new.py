@@ -68,7 +68,7 @@ def test_config_of_its_readme_is_valid(folder: Path, kind: str, command: Command
     assert command("config", "check", str(tmp_path / "x.yaml")) == (0, f"{tmp_path / 'x.yaml'}: ok\n", "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "loss" else []) for kind in KINDS])
 def test_its_own_test_passes(folder: Path, kind: str) -> None:
     done = run(folder, ["pytest", "-q", "-p", "no:cacheprovider"], cwd=f"my-{kind}")
     assert done.returncode == 0 and re.search(r"^[3-9] passed", done.stdout, re.MULTILINE), done.stdout
