@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +13,10 @@ from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.errors import EXIT_DONE, CheckpointError, UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from cosmos_ssl.api import Role
-    from cosmos_ssl.evaluation.features import Job
+    from cosmos_ssl.evaluation.features import Store
     from cosmos_ssl.evaluation.tasks import Options, Task
     from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -43,19 +45,21 @@ def add_parser(subparsers: Any) -> None:
         "under torchrun all ranks share the work. key=value overrides reach the model's config (model.text.heads=4).",
         epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in TASKS.items()),
     )
-    parser.add_argument("--checkpoint", required=True, metavar="C", help="a run folder, a checkpoint, an official file, or a released name")
+    kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
+    parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
     parser.add_argument("--task", required=True, metavar="T", help=", ".join(TASKS))
-    parser.add_argument("--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on)")
+    parser.add_argument("--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)")
     parser.add_argument("--which", choices=(*ROLES, "both"), help="whose weights (default: all that are there)")
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="which known set, where the data holds several")
-    parser.add_argument("--texts", default="txt", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: %(default)s)")
-    parser.add_argument("--label", default="cls", metavar="FIELD", help="member or key of the JSON with the class (default: %(default)s)")
+    parser.add_argument("--texts", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: txt)")
+    parser.add_argument("--label", metavar="FIELD", help="member or key of the JSON with the class (default: cls)")
     parser.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the labels (default: those of the data)")
     parser.add_argument("--templates", metavar="T", help="openai, simple, or one with {} (default: the set's own, else simple)")
     parser.add_argument("--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)")
-    parser.add_argument("-k", type=_positive, default=20, metavar="N", help="knn: neighbours (default: %(default)s)")
+    parser.add_argument("-k", type=_positive, metavar="N", help="knn: neighbours (default: 20)")
     parser.add_argument("--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training")
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only so many evenly spread samples")
+    parser.add_argument("--max-train-samples", type=_positive, metavar="N", help="knn, linear_probe: likewise of the training samples")
     parser.add_argument("--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read")
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)")
@@ -77,106 +81,108 @@ def _eval(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 
     with joined_world(arguments.device), named_losses():
-        set_name, metrics = _evaluate(arguments)
+        checkpoint, set_name, metrics = _evaluate(arguments)
         if World().first:
-            _report(arguments, set_name, metrics)
+            _report(arguments, checkpoint, set_name, metrics)
     return EXIT_DONE
 
 
-def _evaluate(arguments: argparse.Namespace) -> tuple[str, dict[str, float]]:
-    """The known set that the data is, and the metrics of all roles as ``ROLE/NAME``."""
-    from cosmos_ssl.engine.distributed import World
-    from cosmos_ssl.evaluation.features import Job, Store, threads_of_this_process
+def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]]:
+    """What was read, the known set that the data is, and the metrics of all roles as ``ROLE/NAME``."""
+    from cosmos_ssl.build import load
+    from cosmos_ssl.engine.distributed import World, pick_device
+    from cosmos_ssl.evaluation.features import Job, threads_of_this_process
     from cosmos_ssl.evaluation.tasks import TASKS as FUNCTIONS
+    from cosmos_ssl.evaluation.tasks import check_model
+
+    checkpoint = _found(arguments.checkpoint)
+    evaluator = {} if arguments.data else _evaluator_of_run(checkpoint, arguments.task)
+    metrics: dict[str, float] = {}
+    task: Task | None = None
+    jobs: list[Job] = []
+    with _progress(shown=World().first) as progress:
+        for role in _roles(checkpoint, arguments.which):
+            encoder = load(checkpoint, role, device=pick_device(arguments.device), overrides=arguments.overrides)
+            encoder.dtype = _dtype(arguments.precision)
+            check_model(arguments.task, encoder)
+            options = _options(arguments, evaluator, encoder)
+            job = Job(
+                store=_store(encoder, options, arguments),
+                batch_size=arguments.batch_size,
+                workers=arguments.workers or threads_of_this_process(),
+                max_samples=arguments.max_samples or evaluator.get("max_samples"),
+                allow_missing=arguments.allow_missing,
+                progress=progress,
+            )
+            task = task or FUNCTIONS[arguments.task](options, job)
+            jobs.append(job)
+            metrics |= {f"{role}/{name}": value for name, value in task.run(encoder, job).items()}
+    assert task is not None
+    for job in jobs:
+        job.store.clear()
+    return str(checkpoint), task.set_name, metrics
+
+
+def _found(given: str) -> Path:
+    """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
+    from cosmos_ssl.engine.checkpoint import latest_checkpoint
+    from cosmos_ssl.engine.distributed import World
     from cosmos_ssl.interop.hub import checkpoint_path
 
     world = World()
-    world.from_first(lambda: checkpoint_path(arguments.checkpoint))  # one rank fetches
-    checkpoint = checkpoint_path(arguments.checkpoint)
-    metrics: dict[str, float] = {}
-    with _progress(shown=world.first) as progress:
-        job = Job(
-            batch_size=arguments.batch_size,
-            workers=arguments.workers or threads_of_this_process(),
-            max_samples=arguments.max_samples,
-            allow_missing=arguments.allow_missing,
-            progress=progress,
-        )
-        task: Task | None = None
-        stores: list[Store] = []
-        for role, encoder in _encoders(checkpoint, arguments):
-            options = _options(arguments, checkpoint, encoder)
-            task = task or FUNCTIONS[arguments.task](options, job)
-            job = _stored(job, encoder, options, arguments)
-            stores.append(job.store)
-            metrics |= {f"{role}/{name}": value for name, value in task.run(encoder, job).items()}
-    assert task is not None
-    for store in stores:
-        store.clear()
-    return task.set_name, metrics
+    world.from_first(lambda: checkpoint_path(given))  # one rank fetches
+    path = checkpoint_path(given)
+    is_run = path.is_dir() and not (path / "manifest.json").exists()
+    return world.from_first(lambda: latest_checkpoint(path) or path) if is_run else path
 
 
-def _encoders(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[tuple[Role, ModelEncoder]]:
-    """Each role asked for and its model; without ``--which`` those that the checkpoint holds. Raises CheckpointError."""
+def _roles(checkpoint: Path, which: str | None) -> tuple[Role, ...]:
+    """The roles asked for; without ``--which`` those that are there. Raises CheckpointError where both are asked for and one is there."""
+    from cosmos_ssl.interop.foreign import foreign_roles
+
+    if which in ROLES:
+        return (cast("Role", which),)
+    own: tuple[Role, ...] = ("student", "teacher") if (checkpoint / "teacher.safetensors").is_file() else ("student",)
+    there = foreign_roles(checkpoint) or own
+    if which == "both" and len(there) == 1:
+        raise CheckpointError(f"{checkpoint} holds the {there[0]} alone: leave out --which both")
+    return there
+
+
+def _dtype(precision: str) -> torch.dtype | None:
     import torch
 
-    from cosmos_ssl.build import load
-    from cosmos_ssl.engine.distributed import World, pick_device
-
-    found = False
-    first: CheckpointError | None = None
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.precision]
-    for role in ROLES if arguments.which in (None, "both") else (arguments.which,):
-        try:
-            encoder = load(checkpoint, cast("Role", role), device=pick_device(arguments.device), overrides=arguments.overrides)
-        except CheckpointError as error:
-            if arguments.which is not None:
-                raise
-            first = first or error
-            if found and World().first:
-                print(f"the {role} is left out: {error}", file=sys.stderr)
-            continue
-        found = True
-        encoder.dtype = dtype
-        yield cast("Role", role), encoder
-    if not found:
-        assert first is not None
-        raise first
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _options(arguments: argparse.Namespace, checkpoint: Path, encoder: ModelEncoder) -> Options:
+def _options(arguments: argparse.Namespace, evaluator: Mapping[str, Any], encoder: ModelEncoder) -> Options:
+    """What the flags say; where the data is that of the run's own evaluator, its options hold too."""
+    from dataclasses import fields
+
     from cosmos_ssl.evaluation.tasks import Options
 
-    data = arguments.data or _data_of_run(checkpoint, arguments.task) or encoder.spec.validation_data
-    if data is None:
+    known = {field.name for field in fields(Options)}
+    told = {**evaluator, **{name: value for name, value in vars(arguments).items() if value is not None}}
+    told["data"] = told.get("data") or encoder.spec.validation_data
+    if told["data"] is None:
         raise UserError(f"--data: name what to evaluate on, since {arguments.checkpoint} does not tell it")
-    return Options(
-        data=data,
-        texts=arguments.texts,
-        set_name=arguments.set_name,
-        label=arguments.label,
-        class_names=arguments.class_names,
-        templates=arguments.templates,
-        train_data=arguments.train_data or _data_of_run(checkpoint, arguments.task, "train_data"),
-        k=arguments.k,
-        csa=arguments.csa,
-    )
+    return Options(**{name: value for name, value in told.items() if name in known})
 
 
-def _data_of_run(checkpoint: Path, task: str, key: str = "data") -> str | None:
-    """What the run's own evaluator of this task works on, if there is one."""
+def _evaluator_of_run(checkpoint: Path, task: str) -> dict[str, Any]:
+    """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
     from cosmos_ssl.config import load_config
 
-    configs = (folder / "config.yaml" for folder in (checkpoint, checkpoint.parent.parent))
-    config = next((path for path in configs if path.is_file()), None)
-    evaluators = load_config(config).tree["evaluators"] if config is not None else {}
-    data = next((part[key] for part in evaluators.values() if part["type"] == task and part.get(key)), None)
-    return "::".join(data) if isinstance(data, list) else data
+    config = checkpoint.parent.parent / "config.yaml"
+    evaluators = load_config(config).tree["evaluators"] if config.is_file() else {}
+    found: Mapping[str, Any] = next((part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {})
+    given = {name: value for name, value in found.items() if value is not None}
+    return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 
-def _stored(job: Job, encoder: ModelEncoder, options: Options, arguments: argparse.Namespace) -> Job:
-    """The job with a folder for what is computed, whose name tells model, task and precision."""
-    from dataclasses import asdict, replace
+def _store(encoder: ModelEncoder, options: Options, arguments: argparse.Namespace) -> Store:
+    """The folder for what is computed, whose name tells model, task and precision."""
+    from dataclasses import asdict
 
     from cosmos_ssl import __version__
     from cosmos_ssl.data.storage import cache_root
@@ -191,10 +197,10 @@ def _stored(job: Job, encoder: ModelEncoder, options: Options, arguments: argpar
         "task": arguments.task,
         "options": asdict(options),
     }
-    return replace(job, store=Store(cache_root() / "evaluations" / digest(about)))
+    return Store(cache_root() / "evaluations" / digest(about))
 
 
-def _report(arguments: argparse.Namespace, set_name: str, metrics: dict[str, float]) -> None:
+def _report(arguments: argparse.Namespace, checkpoint: str, set_name: str, metrics: dict[str, float]) -> None:
     from cosmos_ssl.evaluation.report import markdown, metric_rows, note
 
     print(table(metric_rows(metrics)), end="")
@@ -204,7 +210,7 @@ def _report(arguments: argparse.Namespace, set_name: str, metrics: dict[str, flo
     if note(set_name):
         print(f"note: {note(set_name)}")
     if arguments.json:
-        write_json(arguments.json, {"task": arguments.task, "checkpoint": arguments.checkpoint, "metrics": metrics})
+        write_json(arguments.json, {"task": arguments.task, "checkpoint": checkpoint, "metrics": metrics})
 
 
 @contextmanager

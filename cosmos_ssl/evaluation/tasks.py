@@ -39,14 +39,18 @@ class Options:
     """Which known set, where ``data`` holds several."""
     label: str = "cls"
     """The member or the key of the JSON that holds a sample's class."""
-    class_names: str | None = None
-    """A text file with one a line, or ``imagenet``; None is what comes with the data."""
-    templates: str | None = None
-    """``openai``, ``simple``, or one template; None is what the set is used with, else ``simple``."""
+    class_names: str | Sequence[str] | None = None
+    """A text file with one a line, ``imagenet``, or the names; None is what comes with the data."""
+    templates: str | Sequence[str] | None = None
+    """``openai``, ``simple``, or templates with ``{}``; None is what the set is used with, else ``simple``."""
     train_data: str | None = None
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
+    max_train_samples: int | None = None
+    """So many evenly spread training samples; None is all."""
     k: int = 20
     """Neighbours."""
+    temperature: float = 0.07
+    """Of the neighbours' votes."""
     csa: bool = True
     """Correlative self-attention in the last block, for segmentation."""
 
@@ -120,7 +124,7 @@ def knn(options: Options, job: Job) -> Task:
     """The nearest training pictures' labels, as the evaluator ``knn`` has it. Raises DataError."""
 
     def scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-        return knn_scores(train, labels, test, classes=classes, k=options.k)
+        return knn_scores(train, labels, test, classes=classes, k=options.k, temperature=options.temperature)
 
     return _trained(options, scores)
 
@@ -154,7 +158,7 @@ def _trained(options: Options, scores: Callable[[Tensor, Tensor, Tensor, int], T
         return rows.to(encoder.device), labels
 
     def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        rows, labels = features(encoder, train, job)
+        rows, labels = features(encoder, train, replace(job, max_samples=options.max_train_samples))
         test, test_labels = features(encoder, data.samples, job)
         numbers = numbered(labels)
         known = torch.tensor([numbers[label] for label in labels], device=rows.device)
@@ -174,6 +178,8 @@ def _label(sample: Sample, name: str) -> Hashable:
 
 def segmentation(options: Options, job: Job) -> Task:
     """Zero-shot segmentation by the protocol of the set, on its pictures and masks, or on shards with masks. Raises DataError."""
+    if not isinstance(options.class_names, str | None):
+        raise UserError("--class-names: segmentation takes a file")
     data = find_segmentation_data(options.data, wanted=options.set_name, names=options.class_names)
     if isinstance(data.samples, PairedFiles):
         data = replace(data, samples=data.samples.complete(job))
@@ -254,6 +260,13 @@ def open_samples(data: str, *, option: str = "data") -> Samples:
     return found.samples if picture_folder(data) is not None else open_shards(data)
 
 
+def check_model(task: str, encoder: Encoder) -> None:
+    """Raise UserError where the model lacks a tower that the task needs."""
+    if encoder.spec.image is None or (task not in IMAGE_ONLY and encoder.spec.text is None):
+        raise UserError(f"this model has no {'image' if encoder.spec.image is None else 'text'} tower, which {task} needs")
+
+
+IMAGE_ONLY = ("knn", "linear_probe")
 TASKS: Mapping[str, Callable[[Options, Job], Task]] = {
     "retrieval": retrieval,
     "classification": classification,

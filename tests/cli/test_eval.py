@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Path
         "evaluators": {
             "retrieval": {"type": "retrieval", "data": shards},
             "classification": {"type": "classification", "data": shards},
-            "knn": {"type": "knn", "data": shards, "train_data": shards, "k": 5},
+            "knn": {"type": "knn", "data": shards, "train_data": shards, "k": 5, "max_samples": 30},
         },
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +92,7 @@ def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict
     code, out, err = command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(report))
     assert code == 0, err
     found = json.loads(report.read_text())
-    assert found["task"] == "retrieval" and found["checkpoint"] == str(folder)
+    assert found["task"] == "retrieval" and found["checkpoint"] == str(folder / "checkpoints" / "step_00000002")
     assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
     assert out.splitlines()[0].split() == ["METRIC", "STUDENT", "TEACHER"] and "image_to_text_R@1 (%)" in out
 
@@ -100,8 +100,8 @@ def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict
 def test_classification_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     folder, metrics = trained
     report = tmp_path / "e.json"
-    for task, more in (("classification", ()), ("knn", ("-k", "5"))):
-        code, out, err = command("eval", "--checkpoint", str(folder), "--task", task, *more, "--json", str(report))
+    for task in ("classification", "knn"):
+        code, out, err = command("eval", "--checkpoint", str(folder), "--task", task, "--json", str(report))
         assert code == 0 and "top1 (%)" in out, err
         found = json.loads(report.read_text())["metrics"]
         assert found == pytest.approx(own(metrics, task)) and len(found) == 6
@@ -294,3 +294,16 @@ def test_checkpoints_that_cannot_be_used(command: Command, shards: str, monkeypa
     assert code == 2 and "cosmos_vitb16_cc3m is not in the cache and cannot be fetched" in err
     code, _, err = command("eval", "--checkpoint", str(GOLDEN), *words, "model.text.heads=2")
     assert code == 2 and "heads" in err
+
+
+def test_roles_that_are_there(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    content = torch.load(GOLDEN, weights_only=True)
+    torch.save({"student": content["student"]}, tmp_path / "student.pt")
+    words = ("eval", "--checkpoint", str(tmp_path / "student.pt"), "--task", "knn", "--data", shards, "--train-data", shards)
+    heads = ("model.image.heads=3", "model.text.heads=2")
+    code, out, err = command(*words, *heads)
+    assert code == 0 and out.splitlines()[0].split() == ["METRIC", "STUDENT"], err
+    code, _, err = command(*words, *heads, "--which", "both")
+    assert code == 2 and "student.pt holds the student alone" in err
+    code, _, err = command(*words, *heads, "--which", "teacher")
+    assert code == 2 and "holds no teacher" in err
