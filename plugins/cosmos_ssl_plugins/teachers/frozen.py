@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 import cosmos_ssl
-from cosmos_ssl.api import Progress, Spec, Teacher
+from cosmos_ssl.api import Progress, Spec, Teacher, UserError
 
 
 class Frozen(Teacher):
@@ -22,10 +22,10 @@ class Frozen(Teacher):
         self.embed_dim = spec.embed_dim
 
     def start(self, build: Callable[[], nn.Module], student: nn.Module) -> None:
-        """Read the checkpoint. Raises ValueError where its shared width is another."""
+        """Read the checkpoint. Raises UserError where its shared width is another."""
         encoder = cosmos_ssl.load(self.checkpoint, which=self.which)
         if encoder.spec.embed_dim != self.embed_dim:
-            raise ValueError(f"teacher: {self.checkpoint} has embed_dim {encoder.spec.embed_dim}, the student {self.embed_dim}")
+            raise UserError(f"teacher: {self.checkpoint} has embed_dim {encoder.spec.embed_dim}, the student {self.embed_dim}")
         self.model = encoder.model.requires_grad_(False).eval()
 
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
