@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, TowerSpec
 from cosmos_ssl.data.order import sample_rng
 
-GAP = 8
+_GAP, _SIDE, _TEXT_WIDTH, _FONT = 8, 224, 640, 13  # pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +54,34 @@ def _shown(pixels: Tensor, tower: TowerSpec | None) -> Tensor:
 
 
 def contact_sheet(found: SampleLook) -> Tensor:
-    """The picture and all views of a sample side by side, a row a group: uint8 [3, H, W]."""
-    rows = [[_fitted(found.picture, 224)], *([*views] for views in found.images.values())]
-    height = GAP + sum(max(view.shape[1] for view in row) + GAP for row in rows)
-    width = GAP + max(sum(view.shape[2] + GAP for view in row) for row in rows)
-    sheet = torch.full((3, height, width), 255, dtype=torch.uint8)
-    top = GAP
-    for row in rows:
-        left = GAP
+    """The picture and all views of a sample, a row a group, and its texts below: uint8 [3, H, W]."""
+    rows = [[_fitted(found.picture, _SIDE)], *([*views] for views in found.images.values())]
+    lines = [f"{name} {view}: {text}" for name, texts in found.texts.items() for view, text in enumerate(texts, 1)]
+    width = max(_TEXT_WIDTH, *(_GAP + sum(view.shape[2] + _GAP for view in row) for row in rows))
+    heights = [max(view.shape[1] for view in row) + _GAP for row in rows]
+    texts = _written(lines, width)
+    sheet = torch.full((3, _GAP + sum(heights) + texts.shape[1], width), 255, dtype=torch.uint8)
+    top = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        left = _GAP
         for view in row:
             sheet[:, top : top + view.shape[1], left : left + view.shape[2]] = view
-            left += view.shape[2] + GAP
-        top += max(view.shape[1] for view in row) + GAP
+            left += view.shape[2] + _GAP
+        top += height
+    sheet[:, top:] = texts
     return sheet
+
+
+def _written(lines: Sequence[str], width: int) -> Tensor:
+    """Lines of text, folded to ``width`` pixels: uint8 [3, H, width]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(_FONT)
+    letters = max(8, int((width - 2 * _GAP) / font.getlength("e")))
+    folded = [piece for line in lines for piece in wrap(line, letters, subsequent_indent="    ")]
+    canvas = Image.new("RGB", (width, len(folded) * (_FONT + 6) + _GAP), "white")
+    ImageDraw.Draw(canvas).multiline_text((_GAP, 0), "\n".join(folded), "black", font, spacing=4)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def _fitted(picture: Tensor, side: int) -> Tensor:
