@@ -1,0 +1,155 @@
+"""``cosmos-ssl flops``: what a training step of configs costs, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from cosmos_ssl.cli.common import add_json, write_json
+from cosmos_ssl.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from cosmos_ssl.engine.step_cost import StepCost
+
+CONVENTION = "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
+NOTES = (
+    "Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run by PyTorch's counter.",
+    "Text of the same lengths in every sample: towers and heads cost a sample the same whatever --samples is. Not so losses that",
+    "compare all samples of the batch with one another, and heads on masked patches, which are drawn.",
+)
+STAGES = {
+    "student": "student, forward: towers",
+    "heads": "student, forward: heads",
+    "student_backward": "student, backward: towers and heads",
+    "losses": "losses, forward",
+    "losses_backward": "losses, backward",
+    "teacher": "teacher, forward",
+    "total": "total",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "flops",
+        help="FLOPs, parameters and activation memory of a training step, side by side for several configs",
+        description="Runs one step of each config on made-up samples of its views' numbers and sizes, and counts; no data is read. "
+        f"The rule: {CONVENTION}.",
+        epilog="key.sub=value arguments override single values of all configs and may stand anywhere.",
+    )
+    parser.add_argument("configs", metavar="CONFIG", nargs="+", help="files, or names of configs that come with cosmos-ssl")
+    parser.add_argument("--depth", type=_whole(0), default=2, metavar="N", help="levels of modules shown (default: %(default)s)")
+    parser.add_argument("--samples", type=_whole(1), default=2, metavar="N", help="samples of the step (default: %(default)s)")
+    parser.add_argument("--caption-tokens", type=float, default=19.5, metavar="N", help="mean length of captions (default: %(default)s)")
+    device = "where to run: cpu, in float32 (default), or cuda, in the config's precision and attention"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
+    add_json(parser)
+    parser.set_defaults(run=_flops, overrides=[])
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least}")
+        return int(text)
+
+    return number
+
+
+def _flops(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.config import load_config
+
+    fixed = ["evaluators=null", *(["training.attention=auto"] if arguments.device == "cpu" else [])]
+    loaded = [load_config(config, [*fixed, *arguments.overrides]) for config in arguments.configs]
+    from cosmos_ssl.build import Builder  # after stage one, which needs no torch
+    from cosmos_ssl.engine.distributed import pick_device
+    from cosmos_ssl.engine.step_cost import measure_step
+
+    device = pick_device(arguments.device)
+    builders = [Builder(each) for each in loaded]  # a wrong option of the last is said before the first is run
+    options = {"samples": arguments.samples, "caption_tokens": arguments.caption_tokens}
+    costs = [measure_step(each.assemble(prepare=False), each.config, **options, device=device) for each in builders]
+    names = [each.config.name for each in loaded]
+    names = names if len(set(names)) == len(names) else list(arguments.configs)
+    _print(names, costs, arguments)
+    if arguments.json:
+        rows = [
+            {"config": config, "name": each.config.name, **_report(cost, arguments.depth)}
+            for config, each, cost in zip(arguments.configs, loaded, costs, strict=True)
+        ]
+        about = {"convention": CONVENTION, **options, "device": arguments.device, "overrides": arguments.overrides}
+        write_json(arguments.json, about | {"configs": rows})
+    return EXIT_DONE
+
+
+def _report(cost: StepCost, depth: int) -> dict[str, Any]:
+    """A cost as JSON holds it; counts are FLOPs, bytes and numbers, per sample where they are not whole."""
+    found = asdict(cost)
+    del found["samples"]
+    return found | {"modules": [module for module in found["modules"] if _depth(module["name"]) <= depth]}
+
+
+def _depth(name: str) -> int:
+    """Levels below a role's model: 0 for the student and the teacher, 2 for ``image.blocks`` and ``teacher.image.blocks``."""
+    return 0 if name in ("student", "teacher") else name.removeprefix("teacher.").count(".") + 1
+
+
+def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.Namespace) -> None:
+    print(
+        f"A sample's share of a step, {arguments.samples} samples, captions of {arguments.caption_tokens:g} tokens, on {arguments.device}."
+    )
+    print(f"Rule: {CONVENTION}.", *NOTES, sep="\n")
+    _side_by_side("GFLOP", names, {text: [cost.flops[stage] / 1e9 for cost in costs] for stage, text in STAGES.items()})
+    parameters = {kind: [cost.parameters[kind] / 1e6 for cost in costs] for kind in costs[0].parameters}
+    _side_by_side("PARAMETERS (MILLIONS)", names, parameters)
+    kept = {"activations of the student": [cost.activations / 2**20 for cost in costs]}
+    _side_by_side("KEPT FOR THE BACKWARD PASS (MIB)", names, kept)
+    shown = [{module.name: module for module in cost.modules if _depth(module.name) <= arguments.depth} for cost in costs]
+    if len(costs) == 1:
+        rows = {name: [each.flops / 1e9, each.parameters / 1e6, each.activations / 2**20] for name, each in shown[0].items()}
+        _table("MODULE", ["FORWARD GFLOP", "PARAMETERS (M)", "KEPT (MIB)"], rows)
+    else:
+        modules = {name: [each[name].flops / 1e9 if name in each else 0.0 for each in shown] for name in _merged(shown)}
+        _side_by_side("MODULE, FORWARD GFLOP", names, modules)
+    for name, cost in zip(names, costs, strict=True):
+        listed = ", ".join(f"{operation} ({count})" for operation, count in cost.uncounted.items())
+        print(f"\nNot counted in {name}: {listed or 'nothing'}", end="")
+    print()
+
+
+def _merged(shown: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All names, each after what stands before it in its own config, the teacher's at the end."""
+    found: list[str] = []
+    for names in shown:
+        place = 0
+        for name in names:
+            if name in found:
+                place = found.index(name) + 1
+            else:
+                found.insert(place, name)
+                place += 1
+    return sorted(found, key=lambda name: name.startswith("teacher"))
+
+
+def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
+    """A column for each config, and beside all but the first their ratio to it."""
+    heads = [names[0]] + [head for name in names[1:] for head in (name, "ratio")]
+    _table(
+        title,
+        heads,
+        {text: [values[0], *(x for value in values[1:] for x in (value, _ratio(value, values[0])))] for text, values in rows.items()},
+    )
+
+
+def _ratio(value: float, first: float) -> float | None:
+    return value / first if first else None
+
+
+def _table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
+    cells = [[text, *("-" if value is None else f"{value:.4g}" for value in values)] for text, values in rows.items()]
+    widths = [max(map(len, column)) for column in zip([title, *heads], *cells, strict=True)]
+    print()
+    for first, *others in ([title, *heads], *cells):
+        print("  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]))
