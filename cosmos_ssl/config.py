@@ -63,7 +63,7 @@ class EvaluatorPart(Part):
 
 
 class ModelConfig(Section):
-    """The towers. ``pretrained`` starts them from a run folder, a checkpoint or an official file."""
+    """The towers. ``pretrained`` starts them from a run folder, a checkpoint, an official file or an OpenCLIP model."""
 
     embed_dim: Positive = 512
     image: Part | None = None
