@@ -1,0 +1,76 @@
+"""``cosmos-ssl data show``: the views of a config as pictures and a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_ssl.build import make_augmenters
+from cosmos_ssl.config import load_config
+from cosmos_ssl.data import Shards, sample_rng
+from cosmos_ssl.evaluation.views import look
+
+SMALL = ["augmenters.image.global_crops_size=64", "augmenters.image.local_crops_size=32", "model.image.image_size=64"]
+SMALL += ["model.image.layers=1", "model.text.layers=1", "model.image.patch_size=16"]
+CONFIG = "cosmos/vitb16_cc3m.yaml"
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> str:
+    """Six samples with captions under ``a``; the third is no picture."""
+    path = tmp_path / "train-0000.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(6):
+            buffer = io.BytesIO()
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (80, 100, 3), np.uint8)).save(buffer, "png")
+            body = b"none" if number == 2 else buffer.getvalue()
+            text = json.dumps({"a": [f"<b>first</b> {number}", "second", "third"]}).encode()
+            for extension, data in (("png", body), ("json", text)):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_page_and_pictures(shard: str, tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
+    argv = ["data", "show", shard, "--config", CONFIG, "--output", str(tmp_path / "o"), "data.caption_schema=json:a", *SMALL]
+    code, out, _ = command(*argv)
+    assert code == 0 and "5 samples" in out and "sample 2: undecodable" in out
+    html = (tmp_path / "o" / "index.html").read_text()
+    assert "global 2 of 2" in html and "local 6 of 6" in html and "&lt;b&gt;first" in html and "<b>first" not in html
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.png")) == [f"{n:03d}.png" for n in range(5)]
+    first = (tmp_path / "o" / "000.png").read_bytes()
+    command(*argv)
+    assert (tmp_path / "o" / "000.png").read_bytes() == first, "the same seed draws the same"
+    command(*argv, "--seed", "5")
+    assert (tmp_path / "o" / "000.png").read_bytes() != first
+
+
+def test_captions_by_another_schema_are_told(shard: str, tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
+    argv = ["data", "show", shard, "--config", CONFIG, "--output", str(tmp_path / "o"), *SMALL]
+    code, _, err = command(*argv)
+    assert code == 2 and "no captions by the schema 'dreamlip'" in err
+    (tmp_path / "shards.json").write_text(json.dumps({"caption_schema": "json:a"}))
+    code, out, _ = command(*argv)
+    assert code == 0 and "Train with data.caption_schema=json:a" in out
+
+
+def test_views_are_those_of_the_augmenters(shard: str) -> None:
+    loaded = load_config(CONFIG, SMALL)
+    spec, augmenters = make_augmenters(loaded)
+    sample = Shards(shard, caption_schema="json:a").read(1)
+    found = look(sample, augmenters, spec.image, seed=3, position=1)
+    assert {name: tuple(views.shape) for name, views in found.images.items()} == {"global": (2, 3, 64, 64), "local": (6, 3, 32, 32)}
+    assert torch.equal(found.picture, sample.decode())
+    texts = augmenters["text"].crop(sample, sample_rng(3, 0, 1, text=True))
+    assert {name: list(views) for name, views in texts.items()} == dict(found.texts)
+    crops = augmenters["image"].crop(sample, sample_rng(3, 0, 1))
+    assert crops["global"].pixels.shape == found.images["global"].shape  # type: ignore[union-attr, call-overload]
+    assert all(views.float().std() > 1 for views in found.images.values()), "shown without the normalisation"
