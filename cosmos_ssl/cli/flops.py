@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def _depth(name: str) -> int:
 
 def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.Namespace) -> None:
     print(
-        f"A sample's share of a step, {arguments.samples} samples, captions of {arguments.caption_tokens:g} tokens, on {arguments.device}."
+        f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens:g} tokens on average, on {arguments.device}."
     )
     print(f"Rule: {CONVENTION}.", *NOTES, sep="\n")
     _side_by_side("GFLOP", names, {text: [cost.flops[stage] / 1e9 for cost in costs] for stage, text in STAGES.items()})
@@ -114,8 +115,10 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
         modules = {name: [each[name].flops / 1e9 if name in each else 0.0 for each in shown] for name in _merged(shown)}
         _side_by_side("MODULE, FORWARD GFLOP", names, modules)
     for name, cost in zip(names, costs, strict=True):
-        listed = ", ".join(f"{operation} ({count})" for operation, count in cost.uncounted.items())
-        print(f"\nNot counted in {name}: {listed or 'nothing'}", end="")
+        listed = [f"{operation} ({count} times)" for operation, count in cost.uncounted.items()]
+        if cost.difference:
+            listed.append(f"{_number(abs(cost.difference) / 1e9)} GFLOP by which PyTorch's counter differs in the forward pass")
+        print(f"\nNot counted in {name}: {', '.join(listed) or 'nothing'}", end="")
     print()
 
 
@@ -136,19 +139,24 @@ def _merged(shown: Sequence[Mapping[str, Any]]) -> list[str]:
 def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
     """A column for each config, and beside all but the first their ratio to it."""
     heads = [names[0]] + [head for name in names[1:] for head in (name, "ratio")]
-    _table(
-        title,
-        heads,
-        {text: [values[0], *(x for value in values[1:] for x in (value, _ratio(value, values[0])))] for text, values in rows.items()},
-    )
+    beside = {text: [values[0], *(x for each in values[1:] for x in (each, _ratio(each, values[0])))] for text, values in rows.items()}
+    _table(title, heads, beside)
 
 
 def _ratio(value: float, first: float) -> float | None:
     return value / first if first else None
 
 
+def _number(value: float | None) -> str:
+    """Four digits that mean something; ``-`` for a ratio to nothing."""
+    if value is None:
+        return "-"
+    places = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(0, places)}f}" if places < 9 else "0"
+
+
 def _table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
-    cells = [[text, *("-" if value is None else f"{value:.4g}" for value in values)] for text, values in rows.items()]
+    cells = [[text, *map(_number, values)] for text, values in rows.items()]
     widths = [max(map(len, column)) for column in zip([title, *heads], *cells, strict=True)]
     print()
     for first, *others in ([title, *heads], *cells):

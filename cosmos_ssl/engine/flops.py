@@ -34,18 +34,18 @@ cross_entropy_loss cudnn_batch_norm cummax cumprod cumsum diff dim dropout effic
 empty_like empty_strided exponential eye fill flip floor_divide foreach_add foreach_mul frobenius_norm full full_like fused_dropout
 fused_rms_norm gather ger glu group_norm gumbel_softmax histc hstack huber_loss index index_add index_copy index_fill index_put
 index_put_impl index_select instance_norm is_floating_point isin isnan item kl_div kthvalue l1_loss layer_norm len lift lift_fresh
-linalg_norm linalg_vector_norm linspace list local_scalar_dense log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill
-masked_scatter masked_select max max_pool2d max_pool2d_with_indices mean median meshgrid min miopen_batch_norm mkldnn_max_pool2d
-mse_loss multinomial nan_to_num nanmean nansum new_empty new_empty_strided new_full new_ones new_zeros nll_loss nll_loss2d
-nll_loss_forward nonzero nonzero_numpy norm normal normal_functional normalize numel one_hot ones ones_like outer pad pin_memory
-pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint randint_like randn randn_like randperm reflection_pad2d
-repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg rms_norm roll rot90 scalar_tensor scatter scatter_add
-scatter_reduce searchsorted select select_scatter set size slice slice_scatter smooth_l1_loss soft_margin_loss softmax softmin sort
-split_with_sizes_copy stack std std_mean storage_offset stride sum take take_along_dim tensor tile to to_copy topk trace tril
-tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform unique unique2 unique_consecutive unsafe_index
-unsafe_index_put unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear2d
-upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var var_mean vstack weight_norm
-weight_norm_interface zero zeros zeros_like
+linalg_norm linalg_vecdot linalg_vector_norm linspace list local_scalar_dense log_sigmoid log_sigmoid_forward log_softmax logcumsumexp
+logsumexp margin_ranking_loss masked_fill masked_scatter masked_select max max_pool2d max_pool2d_with_indices mean median meshgrid min
+miopen_batch_norm mkldnn_max_pool2d mse_loss multinomial nan_to_num nanmean nansum new_empty new_empty_strided new_full new_ones
+new_zeros nll_loss nll_loss2d nll_loss_forward nonzero nonzero_numpy norm normal normal_functional normalize numel one_hot ones
+ones_like outer pad pairwise_distance pin_memory pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint
+randint_like randn randn_like randperm reflection_pad2d repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg
+rms_norm roll rot90 scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice slice_scatter
+smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean storage_offset stride sum take
+take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform
+unique unique2 unique_consecutive unsafe_index unsafe_index_put unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d
+upsample_bicubic2d_aa upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var
+var_mean vstack weight_norm weight_norm_interface zero zeros zeros_like
 """
 _FREE = frozenset(_NAMES.split())
 
@@ -141,7 +141,7 @@ def packed_products(q: Sequence[int], k: Sequence[int], v: Sequence[int], q_ends
 
 _HANDLES: dict[str, Handle] = {
     "aten::linear": _product(lambda inputs: _shape(inputs[1])[-1]),
-    **{f"aten::{name}": _product(lambda inputs: _shape(inputs[0])[-1]) for name in ("matmul", "mm", "bmm", "mv", "dot", "inner")},
+    **{f"aten::{name}": _product(lambda inputs: _shape(inputs[0])[-1]) for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")},
     **{f"aten::{name}": _product(lambda inputs: _shape(inputs[1])[-1]) for name in ("addmm", "addmv", "baddbmm")},
     "aten::addbmm": lambda inputs, outputs: math.prod(_shape(inputs[1])) * _shape(inputs[2])[-1],
     **{f"aten::{name}": _convolution for name in ("_convolution", "convolution", "cudnn_convolution", "mkldnn_convolution")},
@@ -287,7 +287,14 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         formula._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
         return formula
 
+    def vector(matrix: Any, _: Any, *__: Any, **___: Any) -> int:
+        return int(2 * math.prod(matrix))
+
     found: dict[Any, Callable[..., int]] = {
+        torch.ops.aten.mv: vector,
+        torch.ops.aten.dot: vector,
+        torch.ops.aten.vdot: vector,
+        torch.ops.aten.addmv: lambda _, matrix, *__, **___: int(2 * math.prod(matrix)),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
         torch.ops.aten._flash_attention_forward: packed(0, 3, 2),

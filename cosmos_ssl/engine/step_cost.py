@@ -58,6 +58,8 @@ class StepCost:
     modules: Sequence[ModuleCost]
     uncounted: Mapping[str, int]
     """Operations that may hold matrix products and were not counted, by name, with how often the step ran them."""
+    difference: float
+    """FLOPs that PyTorch's counter finds in the student's forward pass and losses beyond those traced: 0 where both see all."""
 
 
 def measure_step(
@@ -94,8 +96,8 @@ def measure_step(
 
     teacher = traced("teacher", state.teacher_model if assembly.plan.teacher else None, lambda: step.teacher_features(views))
     student = traced("encode", state.model, lambda: step.encode(views))
-    traced("losses", state.model, lambda: [step.losses(views, student, teacher, progress).loss])
-    kept, backward = _backward(step, views, teacher, progress, uncounted)
+    traced("losses", state.model, lambda: dict(step.losses(views, student, teacher, progress).logs))  # a trace has what its outputs need
+    kept, backward, forward = _run(step, views, teacher, progress, uncounted)
 
     heads = sum(count for name, count in flops["encode"].items() if name.startswith("heads.") and name.count(".") == 1)
     stages = {
@@ -113,15 +115,16 @@ def measure_step(
         activations=kept[""] / samples,
         modules=_modules(state, flops, kept, samples),
         uncounted=dict(uncounted.most_common()),
+        difference=(forward - flops["encode"][""] - flops["losses"][""]) / samples,
     )
 
 
-def _backward(
+def _run(
     step: Step, views: Views, teacher: Features | None, progress: Progress, uncounted: Counter[str]
-) -> tuple[Counter[str], dict[str, int]]:
-    """The step with gradients, cut between features and losses: bytes kept by module, FLOPs of the two backward passes."""
+) -> tuple[Counter[str], dict[str, int], int]:
+    """The step with gradients, cut between features and losses: bytes kept by module, FLOPs of the two backward passes, of forward."""
     step.model.zero_grad(set_to_none=True)
-    with kept_tensors(step.model) as kept:
+    with counted() as of_forward, kept_tensors(step.model) as kept:
         student = step.encode(views)
         leaves = map_tensors(student, lambda x: x.detach().requires_grad_(x.requires_grad))
         loss = step.losses(views, leaves, teacher, progress).loss
@@ -136,7 +139,7 @@ def _backward(
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
     step.model.zero_grad(set_to_none=True)
     uncounted.update(of_losses.uncounted + of_student.uncounted)
-    return kept, {"student_backward": of_student.flops, "losses_backward": of_losses.flops}
+    return kept, {"student_backward": of_student.flops, "losses_backward": of_losses.flops}, of_forward.flops
 
 
 @contextmanager
