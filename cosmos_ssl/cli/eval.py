@@ -78,6 +78,8 @@ def _positive(text: str) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.task not in TASKS:
         raise UserError(f"--task: no task named '{arguments.task}'.{did_you_mean(arguments.task, list(TASKS))} Tasks: {', '.join(TASKS)}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 
     with joined_world(arguments.device), named_losses():
@@ -120,7 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     assert task is not None
     for job in jobs:
         job.store.clear()
-    return str(checkpoint), task.set_name, metrics
+    return str(checkpoint) if checkpoint.is_dir() else arguments.checkpoint, task.set_name, metrics
 
 
 def _found(given: str) -> Path:

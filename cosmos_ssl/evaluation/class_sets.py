@@ -138,9 +138,23 @@ def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
     if wanted is not None:
         where = (KNOWN[wanted].marker if wanted in KNOWN else "val/n01440764") + "/"
         raise DataError(f"data: {data} does not hold the set '{wanted}': there is no {where} in it")
-    own = EvaluationData(data)
+    return _plain(data, folder)
+
+
+def _plain(data: str, folder: Path | None) -> ClassData:
+    """Shards, or a folder with one folder a class: its ``val`` (or ``test``) where it has that and ``train``."""
+    split = None
+    if folder is not None and (folder / "train").is_dir():
+        split = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    own = EvaluationData(data if split is None else str(split))
     own.check()
-    return ClassData(samples=own.samples, classes=len(own.class_names) or None, class_names=_names_beside(own))
+    names = _names_beside(own.folder) or (_names_beside(folder) if split is not None and folder is not None else None)
+    return ClassData(
+        samples=own.samples,
+        classes=len(own.class_names) or None,
+        class_names=names or list(own.class_names) or None,
+        train=partial(Folder, folder / "train", captions=False) if split is not None and folder is not None else None,
+    )
 
 
 def _known_below(folder: Path, wanted: str | None) -> tuple[str, Path] | None:
@@ -217,9 +231,7 @@ def _imagenet(folder: Path) -> ClassData | None:
     )
 
 
-def _names_beside(data: EvaluationData) -> Sequence[str] | None:
-    """Names in a file beside shards or in a folder, else those of its class folders, else None."""
-    found = next((path for name in CLASS_FILES if (path := data.folder / name).is_file()), None)
-    if found is not None:
-        return load_class_names(str(found))
-    return list(data.class_names) or None
+def _names_beside(folder: Path) -> Sequence[str] | None:
+    """Names of classes in a file of a folder, if there is one."""
+    found = next((path for name in CLASS_FILES if (path := folder / name).is_file()), None)
+    return None if found is None else load_class_names(str(found))

@@ -143,7 +143,7 @@ def features_of(
         rows, notes = compute(good) if good else (None, [])
         return {"rows": None if rows is None else rows.cpu(), "notes": list(notes), "bad": bad}
 
-    pieces = list(_pieces(chosen, load, work, job, about, name))
+    pieces = list(_pieces(chosen, load, work, job, about, "pictures"))
     bad = items_of_all([f"{key}: {reason}" for piece in pieces for key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])
     job.leave_out(bad, wanted, "pictures cannot be used")

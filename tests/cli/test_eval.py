@@ -22,6 +22,7 @@ from cosmos_ssl.evaluation.tasks import TASKS
 
 Command = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
+RUN = "import sys; from cosmos_ssl.cli import main; sys.exit(main(sys.argv[1:]))"
 TOWERS = {
     "image": {"type": "clip_vit", "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32},
     "text": {"type": "clip_text", "width": 32, "layers": 1, "heads": 2},
@@ -219,15 +220,17 @@ def test_an_interrupted_evaluation_goes_on(
     assert command(*words)[1] == out
 
 
-def test_two_ranks_find_the_same(trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
-    folder, metrics = trained
+@pytest.mark.parametrize("task", ["retrieval", "linear_probe"])
+def test_two_ranks_find_the_same(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, task: str) -> None:
+    words = ["eval", "--checkpoint", str(trained[0]), "--task", task, "--data", shards, "--batch-size", "16", "--which", "student"]
+    words += ["--train-data", shards]
+    code, out, err = command(*words)
+    assert code == 0, err
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
-    words = ["eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--batch-size", "16"]
-    code = "import sys; from cosmos_ssl.cli import main; sys.exit(main(sys.argv[1:]))"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *words, "--json", str(tmp_path / "e.json")],
+            [sys.executable, "-c", RUN, *words, "--json", str(tmp_path / "e.json")],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
@@ -236,8 +239,29 @@ def test_two_ranks_find_the_same(trained: tuple[Path, dict[str, float]], shards:
     ]
     said = [rank.communicate(timeout=90)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert said[0].startswith("METRIC") and not said[1]
-    assert json.loads((tmp_path / "e.json").read_text())["metrics"] == pytest.approx(own(metrics, "retrieval"))
+    assert said == [out, ""] and (tmp_path / "e.json").exists()
+
+
+def test_a_killed_evaluation_goes_on(command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path) -> None:
+    words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", shards, "--which", "student", "--batch-size", "8")
+    killed = """
+import os, signal
+from cosmos_ssl.models.encoder import ModelEncoder
+encode, calls = ModelEncoder.match_image, []
+def counted(self, pixels):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, pixels)
+ModelEncoder.match_image = counted
+"""
+    done = subprocess.run([sys.executable, "-c", killed + RUN, *words], capture_output=True, text=True)
+    assert done.returncode == -9
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.pt")}
+    assert len(kept) == 3
+    code, out, err = command(*words)
+    assert code == 0 and not list(cache.rglob("*")), err
+    assert command(*words)[1] == out
 
 
 def test_coco_and_what_is_missing_of_it(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
@@ -276,6 +300,7 @@ def test_a_released_name_is_reported_beside_the_published_figures(
     [
         (["--task", "retreival"], "--task: no task named 'retreival'. Did you mean 'retrieval'? Tasks: retrieval"),
         (["--task", "retrieval", "--data", "nowhere/x.tar"], "data: nowhere/x.tar does not exist"),
+        (["--task", "retrieval", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--task", "retrieval", "--texts", "long"], "texts: samples such as "),
     ],
 )

@@ -217,3 +217,12 @@ def test_folders_by_class(tmp_path):
     assert list(find_class_data(str(tmp_path / "data")).class_names) == ["a cat", "a fox"]
     with pytest.raises(DataError, match="does not exist"):
         find_class_data(str(tmp_path / "date"))
+
+
+def test_folders_by_split_and_class(tmp_path):
+    for path in ("train/cat/1.png", "train/cat/2.png", "train/fox/1.png", "test/cat/1.png", "test/fox/1.png"):
+        picture(tmp_path / "data" / path)
+    found = find_class_data(str(tmp_path / "data"))
+    assert list(found.class_names) == ["cat", "fox"] and len(found.samples) == 2 and len(found.train()) == 3
+    lines(tmp_path / "data/classes.txt", "a cat", "a fox")
+    assert list(find_class_data(str(tmp_path / "data")).class_names) == ["a cat", "a fox"]
