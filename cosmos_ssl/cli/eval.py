@@ -203,14 +203,14 @@ def _store(encoder: ModelEncoder, options: Options, arguments: argparse.Namespac
 
 
 def _report(arguments: argparse.Namespace, checkpoint: str, set_name: str, metrics: dict[str, float]) -> None:
-    from cosmos_ssl.evaluation.report import markdown, metric_rows, note
+    from cosmos_ssl.evaluation.report import markdown, metric_rows, notes
 
     print(table(metric_rows(metrics)), end="")
     row = markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
     if row and arguments.max_samples is None:
         print(f"\n{row}", end="")
-    if note(set_name):
-        print(f"note: {note(set_name)}")
+    for note in notes(arguments.task, set_name):
+        print(f"note: {note}")
     if arguments.json:
         write_json(arguments.json, {"task": arguments.task, "checkpoint": checkpoint, "metrics": metrics})
 

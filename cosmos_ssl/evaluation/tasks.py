@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample, UserError, normalise
-from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.caption_sets import CaptionSet, find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
 from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, load_class_names, load_templates
-from cosmos_ssl.evaluation.features import Job, Loaded, Samples, features_of, numbered, text_features
+from cosmos_ssl.evaluation.features import Job, Loaded, Samples, digest, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
 from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
@@ -112,7 +111,8 @@ def classification(options: Options, job: Job) -> Task:
             labels = [number(sample) for sample, _ in loaded]
             return encoder.encode_image(torch.stack([pixels for _, pixels in loaded])), labels
 
-        images, labels = features_of(data.samples, encoder.preprocess, compute, job, name=f"encode_image {options.label}")
+        what = f"encode_image {options.label} {digest(list(names))}"
+        images, labels = features_of(data.samples, encoder.preprocess, compute, job, name=what)
         texts = text_features(encoder, [template.replace("{}", name) for name in names for template in templates], job)
         vectors = normalise(texts.unflatten(0, (len(names), len(templates))).mean(1))
         return accuracy(images @ vectors.T, torch.tensor(labels))
@@ -250,14 +250,11 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 def _captioned(data: str) -> Samples:
     folder = picture_folder(data)
     known = find_caption_set(folder) if folder is not None else None
-    return known or open_samples(data)
-
-
-def open_samples(data: str, *, option: str = "data") -> Samples:
-    """Shards, or a folder of pictures. Raises DataError where there is nothing to evaluate on."""
-    found = EvaluationData(data, option=option)
+    if known is not None:
+        return known
+    found = EvaluationData(data)
     found.check()
-    return found.samples if picture_folder(data) is not None else open_shards(data)
+    return found.samples
 
 
 def check_model(task: str, encoder: Encoder) -> None:
