@@ -19,7 +19,7 @@ from typing import Any
 from cosmos_ssl.cli.common import execute
 from cosmos_ssl.config import load_config
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, UserError
-from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_failure, note_start, starts
+from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_end, note_start, starts
 
 PATIENCE = 300.0
 """Seconds that a restarted run waits for its folder: of a node that was lost a process, or its lock, may live on for a while."""
@@ -51,7 +51,9 @@ class Job:
             """What is left to do once all is saved, or before there is anything to save: the process's exit code."""
             if not first:
                 return EXIT_DONE
-            return requeue() if number == signal.SIGUSR2 else EXIT_SAVED
+            code = requeue() if number == signal.SIGUSR2 else EXIT_SAVED
+            note_end(run, code, "saved on a signal" if code == EXIT_SAVED else "not requeued")
+            return code
 
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os._exit(leaving(number)))
@@ -65,16 +67,20 @@ class Job:
                 note_start(run)
                 _wait_for_folder(lambda: build.claim(run))
             build.check(loaded)
-            metrics.update(build.run(loaded, leaving=leaving))
+            try:
+                metrics.update(build.run(loaded, leaving=leaving))
+            finally:  # how it ends is settled; srun sends SIGTERM to all when one rank has left
+                for number in (signal.SIGUSR2, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
             return EXIT_DONE
 
         try:
             code = execute(train)
         except Exception as error:
-            note_failure(run, EXIT_FAILED, f"rank {os.environ['SLURM_PROCID']}: {type(error).__name__}: {error}")
+            note_end(run, EXIT_FAILED, f"rank {os.environ['SLURM_PROCID']}: {type(error).__name__}: {error}")
             raise
         if code in (EXIT_FAILED, EXIT_USER):
-            note_failure(run, code, f"rank {os.environ['SLURM_PROCID']}")
+            note_end(run, code, f"rank {os.environ['SLURM_PROCID']}")
         if code == EXIT_LOST:
             time.sleep(GRACE)
         if code != EXIT_DONE or not metrics:

@@ -15,8 +15,8 @@ from cosmos_ssl.errors import EXIT_LOST
 STARTS = "slurm/starts"
 """In the run folder: the newest checkpoint at each start, a line a start."""
 
-FAILED = "slurm/failed"
-"""In the run folder: exit code and message of the rank that failed by itself, before srun killed the others."""
+ENDED = "slurm/ended"
+"""In the run folder: exit code and message of the rank that ended a job by itself, before srun killed the others."""
 
 NONE = "none"
 
@@ -46,23 +46,23 @@ def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:
     return noted[-(limit + 1) :].count(newest) <= limit
 
 
-def note_failure(run: Path, code: int, message: str) -> None:
+def note_end(run: Path, code: int, message: str) -> None:
     """Say why this rank ends, unless another has said so before."""
     try:
-        with (run / FAILED).open("x", encoding="utf-8") as file:
+        with (run / ENDED).open("x", encoding="utf-8") as file:
             file.write(f"{code} {message}\n")
     except OSError:  # another was first, or the storage is what was lost
         return
 
 
 def before_srun(runs: Sequence[Path]) -> list[str]:
-    """Lines of the batch script that give ``run`` its run folder and forget the failure of an earlier start."""
+    """Lines of the batch script that give ``run`` its run folder and forget the end of an earlier start."""
     folders = " ".join(_quoted(str(run.absolute())) for run in runs)
     return [
         f"runs=({folders})",
         "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
         "export PYTHONSAFEPATH=1  # else the folder that the job starts in comes before PYTHONPATH",
-        f'rm -f "$run/{FAILED}"',
+        f'rm -f "$run/{ENDED}"',
     ]
 
 
@@ -70,8 +70,8 @@ def after_srun(limit: int) -> list[str]:
     """Lines of the batch script that decide, by srun's exit code and ``starts``, whether to start again."""
     return [
         "code=$?",
-        "# srun tells of the signal by which it ended the other ranks; the one that failed by itself has left its own code",
-        f'[ -s "$run/{FAILED}" ] && read -r code _ < "$run/{FAILED}"',
+        "# srun tells of the signal by which it ended the other ranks; the one that left by itself has noted its own code",
+        f'[ -s "$run/{ENDED}" ] && read -r code _ < "$run/{ENDED}"',
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "id=${id:-$SLURM_JOB_ID}",
         f'if [ "$code" -eq {EXIT_LOST} ] || {{ [ "$code" -gt 128 ] && [ "$code" -le 192 ]; }}; then',

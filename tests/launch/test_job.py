@@ -17,7 +17,7 @@ from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl_launch import job as job_module
 from cosmos_ssl_launch.job import Job, is_requeued_by_slurm
-from cosmos_ssl_launch.requeue import FAILED, STARTS
+from cosmos_ssl_launch.requeue import ENDED, STARTS
 
 submitit = pytest.importorskip("submitit")
 OURS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -127,15 +127,22 @@ def test_a_job_that_cannot_be_requeued(start: Any) -> None:
         raise OSError("no scontrol")
 
     assert start.rank(0, ended_by(signal.SIGUSR2), no_controller) == 74  # the batch script tries again
-    assert not (start.run / FAILED).exists()
+    assert (start.run / ENDED).read_text() == "74 not requeued\n"
+    (start.run / ENDED).unlink()
     assert start.rank(0, ended_by(signal.SIGUSR2), no_progress) == 1
-    assert (start.run / FAILED).read_text() == "1 rank 0\n"
+    assert (start.run / ENDED).read_text() == "1 not requeued\n"
+
+
+def test_what_srun_sends_to_the_others_changes_no_exit_code(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))  # the grace of a rank that has lost another
+    assert start.rank(0, failing(StorageError("another rank was lost"))) == 74
+    assert not (start.run / ENDED).exists()
 
 
 @pytest.mark.parametrize(("error", "code"), [(TrainingError("no"), 1), (StorageError("gone"), 74)])
 def test_exit_codes(start: Any, error: Exception, code: int) -> None:
     assert start.rank(0, failing(error)) == code
-    assert (start.run / FAILED).exists() == (code == 1)
+    assert (start.run / ENDED).exists() == (code == 1)
     assert (start.run / STARTS).read_text() == "none\n"
 
 
@@ -143,7 +150,7 @@ def test_an_unforeseen_error_is_submitits_to_show(start: Any) -> None:
     start.rank(0, lambda leaving: {"loss": 1.0})
     with pytest.raises(RuntimeError, match="unforeseen"):
         start.rank(2, failing(RuntimeError("unforeseen")))
-    assert (start.run / FAILED).read_text() == "1 rank 2: RuntimeError: unforeseen\n"
+    assert (start.run / ENDED).read_text() == "1 rank 2: RuntimeError: unforeseen\n"
 
 
 def test_what_submitit_starts_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl_launch.requeue import FAILED, STARTS, after_srun, before_srun, may_restart, newest_checkpoint, note_failure, note_start
+from cosmos_ssl_launch.requeue import ENDED, STARTS, after_srun, before_srun, may_restart, newest_checkpoint, note_end, note_start
 
 A, B = "step_00000010", "step_00000020"
 RULE = [  # newest checkpoint at each start, newest now, whether a limit of 2 lets it start again
@@ -72,7 +72,7 @@ def test_exit_codes(run: Path, code: int, expected: bool) -> None:
 
 
 def test_the_rank_that_failed_by_itself_decides(run: Path) -> None:
-    failed = f'printf "1 rank 3: ValueError: no\\n" > "$run/{FAILED}"; sh -c "exit 137"'
+    failed = f'printf "1 rank 3: ValueError: no\\n" > "$run/{ENDED}"; sh -c "exit 137"'
     assert end(run, failed)[::2] == (1, [])
     assert end(run, 137)[2] == ["requeue 7"]  # that of an earlier start is forgotten
 
@@ -86,6 +86,6 @@ def test_starts_and_failures_are_noted(run: Path) -> None:
     assert note_start(run) == ["none"]
     (run / "checkpoints" / A).mkdir(parents=True)
     assert note_start(run) == ["none", A]
-    note_failure(run, 1, "rank 3")
-    note_failure(run, 2, "rank 0")
-    assert (run / FAILED).read_text() == "1 rank 3\n"
+    note_end(run, 1, "rank 3")
+    note_end(run, 2, "rank 0")
+    assert (run / ENDED).read_text() == "1 rank 3\n"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slurm
 COMMAND = [sys.executable, "-c", "import sys; from cosmos_ssl_launch import main; sys.exit(main())"]
 STEPS = 40
 RUN = ["data.train_samples=64", "data.validation_samples=16", "training.batch_size=16", f"schedule.max_steps={STEPS}"]
-RUN += ["schedule.epochs=100", "model.image.layers=1", "model.text.layers=1", "evaluators=null", "loader.workers=1"]
+RUN += ["schedule.epochs=100", "model.image.layers=1", "model.text.layers=1", "model.text.width=32", "evaluators=null", "loader.workers=1"]
 RUN += ["logging.every_steps=1", "logging.tensorboard=false", "checkpoints.keep_last=1"]
 PROFILE = """\
 kind: slurm
@@ -221,7 +221,7 @@ def test_a_run_that_fails_is_not_started_again(runs: Runs, monkeypatch: pytest.M
     runs.slurm.wait_for(job, "FAILED", 60)
     assert runs.slurm.job(job)["ExitCode"] == "2:0" and runs.slurm.job(job)["Restarts"] == "0", runs.said()
     assert "no second step here" in (runs.run("faulty") / "slurm" / f"{job}_1_log.out").read_text()
-    assert "2 rank 1" in (runs.run("faulty") / "slurm" / "failed").read_text()
+    assert "2 rank 1" in (runs.run("faulty") / "slurm" / "ended").read_text()
     assert (runs.run("faulty") / "code" / "faulty.py").exists()
 
 
