@@ -1,9 +1,15 @@
 """Tables and rows of evaluations; the published figures are those of the README."""
 
+import argparse
 import re
+import shlex
 from pathlib import Path
 
-from cosmos_ssl.evaluation.report import PUBLISHED, markdown, metric_rows
+from cosmos_ssl.cli.common import parse
+from cosmos_ssl.cli.eval import add_parser
+from cosmos_ssl.evaluation.report import PUBLISHED, markdown, metric_rows, notes
+from cosmos_ssl.evaluation.segmentation_sets import KNOWN
+from cosmos_ssl.evaluation.tasks import TASKS
 from cosmos_ssl.interop.hub import RELEASED
 
 
@@ -31,3 +37,21 @@ def test_markdown_beside_the_published_row():
         "| cosmos_vitb16_cc3m, teacher | 50.0 | 50.0 |",
     ]
     assert not markdown("my_run", "coco", metrics) and not markdown("cosmos_vitb16_cc3m", "", metrics)
+
+
+def test_the_page_tells_of_every_task_and_set():
+    page = (Path(__file__).parents[2] / "cosmos_ssl" / "evaluation" / "README.md").read_text()
+    assert all(f"`{name}`" in page for name in (*TASKS, *KNOWN))
+    assert notes("linear_probe", "sun397")[1].startswith("all pictures") and not notes("retrieval", "coco")
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (Path(__file__).parents[2] / "cosmos_ssl" / "evaluation" / "README.md").read_text()
+    block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1]
+    commands = [shlex.split(line.partition("cosmos-ssl ")[2]) for line in block.splitlines()]
+    assert len(commands) == 3
+    for words in commands:
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        add_parser(parser.add_subparsers())
+        arguments = parse(parser, words)
+        assert arguments.task in TASKS and arguments.checkpoint and not arguments.overrides
