@@ -176,7 +176,8 @@ def _evaluator_of_run(checkpoint: Path, task: str) -> dict[str, Any]:
     from cosmos_ssl.config import load_config
 
     config = checkpoint.parent.parent / "config.yaml"
-    evaluators = load_config(config).tree["evaluators"] if config.is_file() else {}
+    is_ours = (checkpoint / "manifest.json").is_file() and config.is_file()
+    evaluators = load_config(config).tree["evaluators"] if is_ours else {}
     found: Mapping[str, Any] = next((part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {})
     given = {name: value for name, value in found.items() if value is not None}
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
