@@ -49,7 +49,7 @@ def documented() -> list[tuple[str, list[str]]]:
     """Every command, with the file that it stands in."""
     found = [(path, command) for path in DOCUMENTS for block in blocks(path.read_text(), "bash") for command in commands(block)]
     for path in RECIPES:
-        header = "\n".join(re.findall(r"^# Command: *(.*)", path.read_text(), re.MULTILINE))
+        header = "\n".join(re.findall(r"^# (?:Command|Data): *(.*)", path.read_text(), re.MULTILINE))
         found += [(path, command) for command in commands(header)]
     return [(str(path.relative_to(ROOT)), command) for path, command in found]
 

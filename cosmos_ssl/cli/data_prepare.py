@@ -56,7 +56,7 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
         " those of numbers, abbreviations and initials (default: %(default)s)",
     )
     add("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: %(default)s)")
-    add("--name", default="train", help="shards are NAME-0000.tar and so on (default: %(default)s)")
+    add("--name", dest="prefix", default="train", metavar="NAME", help="shards are NAME-0000.tar and so on (default: %(default)s)")
     add("--no-decode", action="store_true", help="do not check that pictures can be decoded")
     add("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are left out (default: %(default)s)")
     add_workers(parser)
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
         url_column=arguments.url_column,
         image_column=arguments.image_column,
         samples_per_shard=arguments.samples_per_shard,
-        name=arguments.name,
+        name=arguments.prefix,
         rule=arguments.sentences,
         decode=not arguments.no_decode,
         max_pixels=arguments.max_pixels,

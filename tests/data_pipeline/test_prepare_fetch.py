@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         _, kind, number = self.path.split("/")
         self.asked[self.path] = self.asked.get(self.path, 0) + 1
         if kind == "stalled":
