@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CONVENTION = "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
 NOTES = (
     "Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run by PyTorch's counter.",
-    "Text of the same lengths in every sample: towers and heads cost a sample the same whatever --samples is. Not so losses that",
-    "compare all samples of the batch with one another, and heads on masked patches, which are drawn.",
+    "Captions have the same lengths in every sample: what towers and heads cost a sample hardly depends on --samples (short texts are",
+    "padded to share calls of attention). It does in losses that compare all samples of a batch, and where masked patches are drawn.",
 )
 STAGES = {
     "student": "student, forward: towers",

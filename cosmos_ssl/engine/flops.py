@@ -40,9 +40,9 @@ miopen_batch_norm mkldnn_max_pool2d mse_loss multinomial nan_to_num nanmean nans
 new_zeros nll_loss nll_loss2d nll_loss_forward nonzero nonzero_numpy norm normal normal_functional normalize numel one_hot ones
 ones_like outer pad pairwise_distance pin_memory pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint
 randint_like randn randn_like randperm reflection_pad2d repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg
-rms_norm roll rot90 scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice slice_scatter
-smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean storage_offset stride sum take
-take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform
+rms_norm roll rot90 safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice
+slice_scatter smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean storage_offset stride sum
+take take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform
 unique unique2 unique_consecutive unsafe_index unsafe_index_put unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d
 upsample_bicubic2d_aa upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var
 var_mean vstack weight_norm weight_norm_interface zero zeros zeros_like
@@ -62,7 +62,7 @@ def is_free(operation: str) -> bool:
     base = name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
     if base in _FREE or name.strip("_") in _FREE:
         return True
-    packets = [getattr(torch.ops.aten, each) for each in (name, name.rstrip("_")) if hasattr(torch.ops.aten, each)]
+    packets = [getattr(torch.ops.aten, each) for each in {name, name.rstrip("_"), base} if hasattr(torch.ops.aten, each)]
     forms = [getattr(packet, form) for packet in packets for form in packet.overloads()]
     return any(torch.Tag.pointwise in form.tags or form.is_view for form in forms)
 
@@ -93,18 +93,25 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     """Operands are contracted from left to right, as PyTorch does it; what one operand alone has is summed first."""
     equation: str = inputs[0].toIValue().replace(" ", "")
     shapes = [_shape(value) for value in inputs[1].node().inputs()]
-    terms, _, result = equation.partition("->")
-    labels = terms.split(",")
-    if "..." in equation or "->" not in equation:
-        raise NotImplementedError(f"einsum without plain labels: {equation}")
-    sizes = {label: size for term, shape in zip(labels, shapes, strict=True) for label, size in zip(term, shape, strict=True)}
-    total, left = 0, set(labels[0])
-    for number, term in enumerate(labels[1:], 1):
-        later = set(result).union(*labels[number + 1 :])
-        both = left & set(term)
-        kept = {label for label in left | set(term) if label in both or label in later}
-        total += math.prod(sizes[label] for label in kept)
-        left = kept & later
+    left_side, arrow, result = equation.partition("->")
+    terms = left_side.split(",")
+    hidden = max(len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes, strict=True))
+    dots = "".join(chr(ord("\u03b1") + place) for place in range(hidden))  # "..." stands for these, the last of them where it is shorter
+    if not arrow:
+        letters = left_side.replace(",", "").replace("...", "")
+        result = "..." * ("..." in left_side) + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    result = result.replace("...", dots)
+    sizes: dict[str, int] = {}
+    for number, shape in enumerate(shapes):
+        own = len(shape) - len(terms[number].replace("...", ""))
+        terms[number] = terms[number].replace("...", dots[hidden - own :])
+        for label, size in zip(terms[number], shape, strict=True):
+            sizes[label] = max(sizes.get(label, 1), size)
+    total, left = 0, set(terms[0])
+    for number, term in enumerate(terms[1:], 1):
+        later = set(result).union(*terms[number + 1 :])
+        total += math.prod(sizes[label] for label in left | set(term) if label in later or label in left & set(term))
+        left = (left | set(term)) & later
     return total
 
 
