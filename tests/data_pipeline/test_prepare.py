@@ -201,6 +201,7 @@ def test_pixelprose_keeps_the_alt_text_whole(images: Callable[..., list[Path]], 
 def test_any_table_and_a_folder(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "img", range(9))
     (root / ".hidden.jpg").write_bytes(picture(3))
+    (root / "0" / "back").symlink_to(root)
     paths = [f"{n % 3}/im.{n}.JPG" for n in range(9)]
     paths[1], paths[2] = f"./{paths[1]}", str(root.absolute() / paths[2])
     rows = [{"file": p, "short": f"Short {i}", "long one": f"A. B {i}.", "url": url(i)} for i, p in enumerate(paths)]

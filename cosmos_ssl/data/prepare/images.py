@@ -99,7 +99,7 @@ class ShardImages(Images):
                 address = _url(read(told.data, told.size)) if told else ""
                 without += not address
                 if address:
-                    names.append(address.encode())
+                    names.append(address.encode("utf-8", "surrogatepass"))
                     places.append((group[0].start, group[-1].end - group[0].start))
         except TarFault as error:
             raise DataError(f"--images: {url} is cut short or damaged: {error}. Fetch it again, or leave it out") from error
@@ -152,7 +152,7 @@ class FolderImages(Images):
         Names are sorted within each ``_LISTED`` of a folder, so that a folder of any size fits in memory.
         """
         part, names = -1, list[bytes]()
-        for name in self._walk(b""):
+        for name in self._walk(b"", frozenset()):
             names.append(name)
             if len(names) == _LISTED:
                 part += 1
@@ -163,8 +163,12 @@ class FolderImages(Images):
             self._save(work, part, names)
         return part + 1
 
-    def _walk(self, folder: bytes) -> Iterator[bytes]:
+    def _walk(self, folder: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
         folders, files = list[bytes](), list[bytes]()
+        found = (self.root / os.fsdecode(folder)).stat()
+        if (found.st_dev, found.st_ino) in above:  # a link back to where we came from
+            return
+        above |= {(found.st_dev, found.st_ino)}
         try:
             with os.scandir(os.fsencode(self.root / os.fsdecode(folder))) as entries:
                 for entry in entries:
@@ -179,7 +183,7 @@ class FolderImages(Images):
             raise DataError(f"--images: {os.fsdecode(error.filename)} cannot be read: {error.strerror}") from error
         yield from sorted(files)
         for below in sorted(folders):
-            yield from self._walk(below)
+            yield from self._walk(below, above)
 
     def _save(self, work: Path, part: int, names: Sequence[bytes]) -> None:
         found = np.zeros(len(names), IMAGE)

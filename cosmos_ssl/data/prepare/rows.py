@@ -128,7 +128,7 @@ def _named(batch: pa.RecordBatch, wanted: Wanted, table: Table) -> tuple[list[by
     for place, value in enumerate(_cells(batch.column(0))):
         if isinstance(value, str) and value.strip():
             name = value.strip() if wanted.by_url else plain_path(value, wanted.root)
-            found.append(name.encode("utf-8", "surrogateescape"))
+            found.append(name.encode("utf-8", "surrogatepass"))
             kept.append(place)
         else:
             table.fault("not UTF-8" if isinstance(value, bytes) else "names no image", f"{table.path.name} near row {first + place + 1:,}")
