@@ -18,7 +18,7 @@ from typing import Any
 
 from cosmos_ssl.cli.common import execute
 from cosmos_ssl.config import load_config
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, UserError
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, StorageError, UserError
 from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_end, note_start, starts
 
 PATIENCE = 300.0
@@ -61,10 +61,14 @@ class Job:
         metrics: dict[str, float] = {}
 
         def train() -> int:
+            if first:
+                try:
+                    note_start(run)
+                except OSError as error:
+                    raise StorageError(f"storage failed: {error}") from error
             from cosmos_ssl import build  # after the threads' environment
 
             if first:
-                note_start(run)
                 _wait_for_folder(lambda: build.claim(run))
             build.check(loaded)
             try:

@@ -188,7 +188,7 @@ def job_state(job_id: str) -> JobState | None:
 
 def parse_state(text: str) -> JobState:
     """The first line of what ``scontrol -o show job`` prints."""
-    values = dict(re.findall(r"(\w+)=(\S*)", text.partition("\n")[0])[::-1])  # the first of two equal keys
+    values = dict(re.findall(r"(\w+)=(\S*)", text.partition("\n")[0]))
     code, _, number = values.get("ExitCode", "0:0").partition(":")
     return JobState(values["JobState"], values.get("Reason", ""), int(code), int(number or 0), int(values.get("Restarts", 0)))
 
