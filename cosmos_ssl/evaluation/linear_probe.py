@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.api import DataError
 from cosmos_ssl.functional import gather_objects, rank, world_size
 
 PENALTIES = tuple(10.0 ** (-n / 2) for n in range(13))
@@ -32,14 +33,25 @@ class Probe(NamedTuple):
         return features @ self.weight.T + self.bias
 
 
-def fit_logistic(features: Tensor, labels: Tensor, *, classes: int, penalty: float, steps: int = 1000, tolerance: float = 1e-6) -> Probe:
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    penalty: float,
+    steps: int = 1000,
+    tolerance: float = 1e-6,
+    start: Probe | None = None,
+) -> Probe:
     """Minimise mean cross-entropy + penalty / 2 |weight|^2 over features [N, W] and labels int64 [N]; the bias is free.
 
     (scikit-learn's LogisticRegression with C = 1 / (N penalty).) It is convex: L-BFGS with strong Wolfe steps
-    goes on until no gradient exceeds ``tolerance``, at most ``steps`` times.
+    goes on from ``start`` (default: zeros) until no gradient exceeds ``tolerance``, at most ``steps`` times.
     """
     count, width = features.shape
     weight = features.new_zeros(classes, width + 1)  # the bias is the last column
+    if start is not None:
+        weight.copy_(torch.cat([start.weight, start.bias[:, None]], 1))
     optimizer = torch.optim.LBFGS(
         [weight], max_iter=steps, history_size=20, tolerance_grad=tolerance, tolerance_change=1e-13, line_search_fn="strong_wolfe"
     )
@@ -72,19 +84,21 @@ def linear_probe(
     """The probe of training features [N, W] with labels int64 [N], and the penalty it was fitted with.
 
     Features are shifted and scaled to mean 0 and variance 1 by the training samples. Every penalty is tried
-    on all but a share ``held_out`` of them, drawn by ``seed``; the one with the best accuracy there (of equals the
-    strongest) is used on all. Ranks share the penalties.
+    (loosely) on all but a share ``held_out`` of them, drawn by ``seed``; the one with the best accuracy there (of equals the
+    strongest) is used on all. Ranks share the penalties. Raises DataError where there are too few samples.
     """
+    if not 0 < int(len(features) * held_out) < len(features):
+        raise DataError(f"--train-data: {len(features)} training samples are too few for a linear probe")
     mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - mean) / scale
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    split = max(1, int(len(x) * held_out))
+    split = int(len(x) * held_out)
     held, rest = order[:split], order[split:]
     found: list[tuple[float, float]] = []
-    for penalty in penalties[rank() :: world_size()] if len(rest) else penalties[:1]:
-        probe = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty) if len(rest) else None
-        right = 0.0 if probe is None else (probe.scores(x[held]).argmax(1) == labels[held]).double().mean().item()
-        found.append((right, penalty))
+    probe: Probe | None = None
+    for penalty in sorted(penalties, reverse=True)[rank() :: world_size()]:  # the weaker from where the stronger ended
+        probe = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty, steps=200, tolerance=1e-5, start=probe)
+        found.append(((probe.scores(x[held]).argmax(1) == labels[held]).double().mean().item(), penalty))
     best = max(item for part in gather_objects(found) for item in part)[1]
     weight, bias = fit_logistic(x, labels, classes=classes, penalty=best)
     weight = weight / scale

@@ -220,7 +220,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert command(*words)[1] == out
 
 
-@pytest.mark.parametrize("task", ["retrieval", "linear_probe"])
+@pytest.mark.parametrize("task", ["retrieval", pytest.param("linear_probe", marks=pytest.mark.slow)])
 def test_two_ranks_find_the_same(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, task: str) -> None:
     words = ["eval", "--checkpoint", str(trained[0]), "--task", task, "--data", shards, "--batch-size", "16", "--which", "student"]
     words += ["--train-data", shards]

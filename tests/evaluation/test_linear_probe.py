@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos_ssl.api import DataError
 from cosmos_ssl.evaluation import linear_probe as module
 from cosmos_ssl.evaluation.linear_probe import fit_logistic, linear_probe
 
@@ -62,3 +63,17 @@ def test_classes_that_can_be_told_apart_are():
     x, y = some(spread=0.01)
     new, labels = some(spread=0.01, seed=0)
     assert (linear_probe(x.float(), y, classes=4)[0].scores(new.float()).argmax(1) == labels).all()
+
+
+def test_too_few_samples():
+    with pytest.raises(DataError, match="4 training samples are too few"):
+        linear_probe(torch.eye(4), torch.arange(4), classes=4)
+
+
+def test_a_start_saves_steps():
+    x, y = some()
+    near = fit_logistic(x, y, classes=4, penalty=0.1)
+    one = fit_logistic(x, y, classes=4, penalty=0.1, steps=1, start=near)
+    torch.testing.assert_close(one.weight, near.weight, atol=1e-5, rtol=0)
+    far = fit_logistic(x, y, classes=4, penalty=0.1, steps=1)
+    assert (far.weight - near.weight).abs().max() > 0.01
