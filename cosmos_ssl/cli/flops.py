@@ -113,7 +113,7 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
         _table("MODULE", ["FORWARD GFLOP", "PARAMETERS (M)", "KEPT (MIB)"], rows)
     else:
         modules = {name: [each[name].flops / 1e9 if name in each else 0.0 for each in shown] for name in _merged(shown)}
-        _side_by_side("MODULE, FORWARD GFLOP", names, modules)
+        _side_by_side("MODULE, FORWARD GFLOP", names, {name: values for name, values in modules.items() if any(values)})
     for name, cost in zip(names, costs, strict=True):
         listed = [f"{operation} ({count} times)" for operation, count in cost.uncounted.items()]
         if cost.difference:

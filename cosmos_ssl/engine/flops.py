@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -55,10 +56,8 @@ def is_free(operation: str) -> bool:
     space, _, name = operation.partition("::")
     if space == "prim":
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
-    if space not in ("aten", "prims", "c10d", "_c10d_functional", "profiler"):
-        return False
     if space != "aten":
-        return True
+        return space in ("prims", "c10d", "_c10d_functional", "profiler")
     base = name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
     if base in _FREE or name.strip("_") in _FREE:
         return True
@@ -252,14 +251,12 @@ class _Seen(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@dataclass(slots=True)
 class Counted:
     """What a ``counted`` block did, once it is left."""
 
     flops: int = 0
-    uncounted: Counter[str]
-
-    def __init__(self) -> None:
-        self.uncounted = Counter()
+    uncounted: Counter[str] = field(default_factory=Counter)
 
 
 @contextmanager

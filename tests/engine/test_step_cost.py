@@ -128,6 +128,17 @@ def test_longer_captions_cost_more() -> None:
     assert 1.2 < text[1] / text[0] < (77 + 7 * 20) / (77 + 7 * 10)  # the first is read with its pads, by attention that grows faster
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_device_counts_alike(attention: str) -> None:
+    """But for padding, which differs; activations are then those of the config's precision."""
+    loaded = small(COSMOS, f"training.attention={attention}", "training.precision=amp_bf16")
+    here, there = measure(loaded), measure(loaded, device=torch.device("cuda"))
+    assert there.flops["total"] == pytest.approx(here.flops["total"], rel=0.05) and not there.uncounted and not there.difference
+    assert there.parameters == here.parameters and there.activations < here.activations
+
+
 # ---------------------------------------------------------------------------- made-up samples
 
 
