@@ -197,6 +197,7 @@ def test_requeued_by_hand_then_cancelled_then_resumed(runs: Runs, undisturbed: l
 
 
 def test_an_array_of_two_configs(runs: Runs) -> None:
+    """One of them is told that its time is up while it starts: it alone is requeued."""
     for name in ("first", "second"):
         (runs.folder / f"{name}.yaml").write_text(f"extends: quickstart\nname: {name}\ntraining: {{seed: {len(name)}}}\n")
     words = ["profile.nodes=1", "schedule.max_steps=4", f"data.folder={runs.folder}/scenes"]
@@ -205,8 +206,10 @@ def test_an_array_of_two_configs(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"queued as job (\d+_\d), on 1 x 1 ranks, into runs/(\w+)", done.stdout)
     assert [name for _, name in jobs] == ["first", "second"] and [job.partition("_")[2] for job, _ in jobs] == ["0", "1"]
+    runs.wait_for((runs.run("first") / "slurm" / "starts").exists, "the start of the first")
+    runs.slurm.run("scancel", "--signal=USR2", jobs[0][0])
     for job, name in jobs:
-        runs.completes(job)
+        assert runs.completes(job)["Restarts"] == ("1" if name == "first" else "0")
         assert len(runs.rows(name)) == 4
         assert f"job         {job}: COMPLETED" in runs.launch("status", f"runs/{name}").stdout
     assert runs.rows("first") != runs.rows("second")
