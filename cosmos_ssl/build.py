@@ -20,7 +20,7 @@ from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.data import Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import load_exactly
-from cosmos_ssl.engine.distributed import World, joined_world, named_losses
+from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
@@ -308,8 +308,6 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
         try:
             return _trainer(loaded, signals=signals).train()
         except Interrupted as error:
-            with named_losses():  # what started the ranks ends all when one leaves: not before the first has saved
-                World().from_first(lambda: None)
             if leaving is not None:
                 error.exit_code = leaving(error.number)
             raise

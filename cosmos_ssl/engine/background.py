@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ class CheckpointWriter:
         self.keep = keep
         self.sound = sound
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.seconds = 0.0
+        """How long the last write took."""
         self._writing: Future[None] | None = None
         self._step = -1
         _set_aside(run_dir, newer_than=-1 if sound is None else sound)
@@ -58,7 +61,9 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _write(self, snapshot: Snapshot) -> None:
+        start = time.monotonic()
         save_checkpoint(self.run_dir, snapshot)
+        self.seconds = time.monotonic() - start
         self.sound = snapshot.step
         self._prune()
 

@@ -39,7 +39,7 @@ def joined_world(device: str) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:  # srun alone
         from submitit.helpers import TorchDistributedEnvironment
 
-        TorchDistributedEnvironment().export()
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     cuda = pick_device(device).type == "cuda"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)

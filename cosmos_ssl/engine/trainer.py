@@ -135,6 +135,8 @@ class Trainer:
                 self._loop()
             except Interrupted as error:
                 self._save_now()
+                if self.signals.agreed is not None:  # what started the ranks ends all when one leaves: not before the first has saved
+                    self.world.from_first(lambda: None)
                 raise Interrupted(error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there.") from None
             except Exception as error:
                 if self.between_steps and not isinstance(error, TrainingError):
@@ -157,7 +159,7 @@ class Trainer:
             cut_rows(self.folder.metrics, self.state.step)
         self.evaluated = self._already_evaluated()
         self._announce(saved)
-        self.writers = Writers(list(self._make_writers()))
+        self.writers = Writers(list(self._make_writers()) if self.world.first else [])
         stack.callback(self.writers.close)
         settings = self.config.checkpoints
         if self.world.first:
@@ -168,7 +170,8 @@ class Trainer:
         self.owed, self.saved_at = False, time.monotonic()
         self.signals.at_once = False
         self.watchdog = stack.enter_context(Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing))
-        self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch)
+        save_seconds = (lambda: self.checkpoints.seconds) if self.world.first else float
+        self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch, save_seconds)
         stack.enter_context(self.watch.showing(self.state.step))
         self.clock = Clock()
 
@@ -348,8 +351,6 @@ class Trainer:
         self.state.budget.add([item for theirs in replaced for item in theirs], self.config.training.batch_size)
 
     def _make_writers(self) -> Iterator[Writer]:
-        if not self.world.first:
-            return
         yield PngFiles(self.folder.pictures)
         if self.config.logging.tensorboard:
             yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)

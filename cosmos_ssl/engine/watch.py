@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+DELAY_VARIABLE = "COSMOS_SIGNAL_DELAY_S"
+"""Set by what starts a job that gets a signal so many seconds before its end."""
+
+_SHARE = 0.7
 
 
 class _ConsoleHandler(logging.Handler):
@@ -31,7 +39,10 @@ class _ConsoleHandler(logging.Handler):
 class Watch:
     """Shows a run of ``total_steps`` on ``console`` from the start to the end of ``showing``."""
 
-    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int, save_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        """``save_seconds``: how long a save takes."""
+        self._save_seconds = save_seconds
+        self._delay = float(os.environ.get(DELAY_VARIABLE, "inf"))
         self.console = console
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
@@ -57,7 +68,15 @@ class Watch:
             self._progress.update(self._task, completed=step)
 
     def logged(self, step: int, row: Mapping[str, float], seconds_a_step: float) -> None:
-        """Show a logged step: beside the bar, or as a line."""
+        """Show a logged step: beside the bar, or as a line; warn, once, where a signal would come too late for a step and a save."""
+        needed = seconds_a_step + self._save_seconds()
+        if needed > _SHARE * self._delay:
+            log.warning(
+                "a step and a save take %.0f s, over %.0f %% of the %.0f s between the signal and the end of the job: "
+                "raise the profile's signal_delay_s",
+                *(needed, 100 * _SHARE, self._delay),
+            )
+            self._delay = float("inf")
         old = self._seconds_a_step
         self._seconds_a_step = seconds_a_step if old is None else 0.7 * old + 0.3 * seconds_a_step
         text = describe(row, (self.total_steps - step) * self._seconds_a_step)

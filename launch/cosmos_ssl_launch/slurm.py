@@ -144,7 +144,8 @@ def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Pat
 
 
 def _set_up(profile: SlurmProfile, snapshot: bool) -> list[str]:
-    lines = [*profile.setup, *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items())]
+    lines = [*profile.setup, f"export COSMOS_SIGNAL_DELAY_S={profile.signal_delay_s}"]
+    lines += (f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items())
     return [*lines, f'export PYTHONPATH="$run/{CODE}${{PYTHONPATH:+:$PYTHONPATH}}"'] if snapshot else lines
 
 

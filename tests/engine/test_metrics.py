@@ -1,5 +1,6 @@
 """Rows, TensorBoard and pictures, also on a full disk and after a crash."""
 
+import io
 import json
 import os
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writers, cut_rows, read_rows
+from cosmos_ssl.engine.watch import Watch
 
 
 def test_rows_keep_every_bit_and_have_no_nan(tmp_path):
@@ -68,3 +71,16 @@ def test_pictures_are_png_files(tmp_path):
     PngFiles(tmp_path).pictures(7, {"retrieval/student/grid": picture})
     found = Image.open(tmp_path / "step_00000007/retrieval-student-grid.png")
     assert np.array_equal(np.array(found), picture.permute(1, 2, 0).numpy())
+
+
+def test_a_signal_that_would_come_too_late_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setenv("COSMOS_SIGNAL_DELAY_S", "10")
+    watch = Watch(Console(file=io.StringIO()), 100, 10, lambda: 5.0)
+    row = {"epoch": 0.1, "loss": 1.0, "lr": 0.1, "samples_per_second": 1.0, "data_wait": 0.0}
+    watch.logged(1, row, 1.9)
+    assert not caplog.records
+    watch.logged(2, row, 2.1)
+    watch.logged(3, row, 2.1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step and a save take 7 s, over 70 % of the 10 s between the signal and the end of the job: raise the profile's signal_delay_s"
+    ]
