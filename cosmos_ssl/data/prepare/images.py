@@ -21,8 +21,9 @@ from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError
 
-IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("picture", "?")])
-"""One image of a part: hashed URL or path, where it lies, and whether its name is that of a picture."""
+IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")])
+"""One image of a part: hashed URL or path; where its sample (or its name in the list of names) lies; in a shard, where its bytes
+lie; and whether its name is that of a picture."""
 FILE_BYTES = 1 << 30
 """Larger files are no pictures to train on."""
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
@@ -41,11 +42,11 @@ class Images(ABC):
         """Write the index of one part; counts of what was odd. Raises DataError, OSError."""
 
     @abstractmethod
-    def read(self, work: Path, part: int, offset: int, length: int) -> bytes:
-        """The bytes of one image. Raises BadSample where it is gone or too large, OSError where storage fails."""
+    def read(self, work: Path, part: int, image: Any) -> bytes:
+        """The bytes of one image, a record of IMAGE. Raises BadSample where it is gone or too large, OSError where storage fails."""
 
     @abstractmethod
-    def name(self, work: Path, part: int, offset: int, length: int) -> str:
+    def name(self, work: Path, part: int, image: Any) -> str:
         """URL or path of one image."""
 
 
@@ -88,44 +89,42 @@ class ShardImages(Images):
         url, size = self.urls[part], self.stat(part).size
         read = header_reader(url, size)
         names: list[bytes] = []
-        places: list[tuple[int, int]] = []
+        places: list[tuple[int, int, int, int]] = []
         without = 0
         try:
             for group in grouped(members(read, size)):
                 by_extension = {sample_key(m.name)[1]: m for m in group}
-                if by_extension.keys().isdisjoint(IMAGE_EXTENSIONS):
+                picture = next((m for extension, m in by_extension.items() if extension in IMAGE_EXTENSIONS), None)
+                if picture is None:
                     continue
                 told = by_extension.get("json")
                 address = _url(read(told.data, told.size)) if told else ""
                 without += not address
                 if address:
                     names.append(address.encode("utf-8", "surrogatepass"))
-                    places.append((group[0].start, group[-1].end - group[0].start))
+                    places.append((group[0].start, group[-1].end - group[0].start, picture.data, picture.size))
         except TarFault as error:
             raise DataError(f"--images: {url} is cut short or damaged: {error}. Fetch it again, or leave it out") from error
         found = np.zeros(len(names), IMAGE)
         found["key"], found["picture"] = hashed(names), True
         if places:
-            found["offset"], found["length"] = np.array(places).T
+            found["offset"], found["length"], found["body"], found["size"] = np.array(places).T
         _save(index_path(work, part), found)
         return {"images": len(names), "without a URL": without}
 
-    def read(self, work: Path, part: int, offset: int, length: int) -> bytes:
-        for extension, body in self._members(part, offset, length):
-            if extension in IMAGE_EXTENSIONS:
-                return body
-        raise OSError(f"{self.urls[part]} has changed since it was indexed")
+    def read(self, work: Path, part: int, image: Any) -> bytes:
+        return self._reader.read(self.urls[part], self.stat(part), int(image["body"]), int(image["size"]))
 
-    def name(self, work: Path, part: int, offset: int, length: int) -> str:
-        return next((_url(body) for extension, body in self._members(part, offset, length) if extension == "json"), "")
-
-    def _members(self, part: int, offset: int, length: int) -> Iterator[tuple[str, bytes]]:
-        found = self._reader.read(self.urls[part], self.stat(part), offset, length)
+    def name(self, work: Path, part: int, image: Any) -> str:
+        length = int(image["length"])
+        found = self._reader.read(self.urls[part], self.stat(part), int(image["offset"]), length)
         try:
             for member in members(lambda at, count: found[at : at + count], length, whole=False):
-                yield sample_key(member.name)[1], found[member.data : member.data + member.size]
+                if sample_key(member.name)[1] == "json":
+                    return _url(found[member.data : member.data + member.size])
         except TarFault as error:
             raise OSError(f"{self.urls[part]} has changed since it was indexed: {error}") from error
+        return ""
 
 
 def _url(body: bytes) -> str:
@@ -198,8 +197,8 @@ class FolderImages(Images):
     def index_part(self, work: Path, part: int) -> dict[str, int]:
         return {"images": int(load_index(work, part)["picture"].sum()), "without a URL": 0}
 
-    def read(self, work: Path, part: int, offset: int, length: int) -> bytes:
-        name = self._bytes(work, part, offset, length)
+    def read(self, work: Path, part: int, image: Any) -> bytes:
+        name = self._bytes(work, part, image)
         try:
             with (self.root / os.fsdecode(name)).open("rb") as file:
                 found = os.fstat(file.fileno())
@@ -211,12 +210,12 @@ class FolderImages(Images):
         except (FileNotFoundError, PermissionError) as error:
             raise BadSample("unreadable file", str(error.strerror)) from error
 
-    def name(self, work: Path, part: int, offset: int, length: int) -> str:
-        return self._bytes(work, part, offset, length).decode("utf-8", "backslashreplace")
+    def name(self, work: Path, part: int, image: Any) -> str:
+        return self._bytes(work, part, image).decode("utf-8", "backslashreplace")
 
-    def _bytes(self, work: Path, part: int, offset: int, length: int) -> bytes:
+    def _bytes(self, work: Path, part: int, image: Any) -> bytes:
         with (work / f"names-{part:05d}").open("rb", buffering=0) as names:
-            return os.pread(names.fileno(), length, offset)
+            return os.pread(names.fileno(), int(image["length"]), int(image["offset"]))
 
 
 def open_images(given: Sequence[str]) -> Images:

@@ -287,7 +287,7 @@ class Prepare:
         rows = Rows(self._stems(output))
         row = rows.name(0) if len(rows) else "-"
         index = load_index(output.work, 0)
-        image = self.images.name(output.work, 0, int(index[0]["offset"]), int(index[0]["length"])) if len(index) else "-"
+        image = self.images.name(output.work, 0, index[0]) if len(index) else "-"
         return row, image
 
     def _list(self, output: Output, path: Path) -> None:
@@ -341,7 +341,7 @@ def _list_missing(file: TextIO, output: Output, images: Images, rows: Rows) -> N
         found = row_of[begin : begin + size]
         begin += size
         for place in np.flatnonzero((found < 0) & index["picture"]).tolist():
-            name = images.name(output.work, part, int(index[place]["offset"]), int(index[place]["length"]))
+            name = images.name(output.work, part, index[place])
             file.write(f"image\t{name}\t{'repeated' if found[place] == REPEATED else 'no row'}\n")
     for name in plan["names"]:
         for reason, row, detail in (output.note(f"{name}.json") or {"left_out": []})["left_out"]:

@@ -195,13 +195,13 @@ class _Mapped:
 
         self._file = pa.ipc.open_file(pa.memory_map(str(path)))
         self._ends = np.cumsum([self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]).tolist()
-        self._last: tuple[int, Any] = (-1, None)
+        self._batches: dict[int, Any] = {}  # views of the mapped file, which hold no memory of their own
 
     def find(self, index: int) -> tuple[pa.RecordBatch, int]:
         number = bisect.bisect_right(self._ends, index)
-        if self._last[0] != number:
-            self._last = (number, self._file.get_batch(number))
-        return self._last[1], index - (self._ends[number - 1] if number else 0)
+        if number not in self._batches:
+            self._batches[number] = self._file.get_batch(number)
+        return self._batches[number], index - (self._ends[number - 1] if number else 0)
 
 
 def pieces(path: Path, kind: np.dtype[Any], count: int = 1 << 16) -> Iterator[NDArray[Any]]:

@@ -123,7 +123,7 @@ class ShardJob:
         captions = self._captions(cells, note)
         if not any(captions.values()):
             raise BadSample("no caption")
-        body = self.images.read(self.work, part, int(image["offset"]), int(image["length"]))
+        body = self.images.read(self.work, part, image)
         extension = check_picture(body, self.max_pixels, decode=self.decode)
         text = json.dumps(table | captions, ensure_ascii=False).encode("utf-8", "replace")
         return tar_member(f"{key}.{extension}", body) + tar_member(f"{key}.json", text)
