@@ -19,7 +19,6 @@ from cosmos_ssl.api import (
     Augmenter,
     Features,
     GroupFeatures,
-    Head,
     HeadOutput,
     ImageGroup,
     Loss,
@@ -326,9 +325,3 @@ def _merged(tree: Mapping[str, Any], *changes: Mapping[str, Any] | None) -> dict
         root = merge(root, from_plain(change or {}, "config"))
     plain: dict[str, Any] = root.plain()
     return plain
-
-
-def part_of(assembly: Assembly, path: str) -> Head | Loss:
-    """The head or loss under a key path of the config."""
-    group, _, name = path.partition(".")
-    return assembly.model.head(name) if group == "heads" else assembly.model.loss(name)

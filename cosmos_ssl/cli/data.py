@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli import data_look, data_prepare, data_split
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.cli.data_common import URLS, progress, storage
+from cosmos_ssl.cli.data_common import URLS, storage
+from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, UserError
 
 if TYPE_CHECKING:

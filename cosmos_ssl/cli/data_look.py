@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.cli.data_common import URLS, progress, storage
+from cosmos_ssl.cli.data_common import URLS, storage
+from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE, DataError, UserError
 
 if TYPE_CHECKING:

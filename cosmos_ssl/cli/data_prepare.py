@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.cli.data_common import add_workers, stages, storage
+from cosmos_ssl.cli.data_common import add_workers, storage
+from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.common import add_json, write_json
-from cosmos_ssl.cli.data_common import URLS, add_workers, stages, storage
+from cosmos_ssl.cli.data_common import URLS, add_workers, storage
+from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, CheckpointError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ TASKS = {
 }
 ROLES = ("student", "teacher")
 _PRECISIONS = ("fp32", "bf16", "fp16")
-
-Progress = Callable[[str, int, int], None]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -102,7 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     metrics: dict[str, float] = {}
     task: Task | None = None
     jobs: list[Job] = []
-    with _progress(shown=World().first) as progress:
+    with stages(shown=World().first) as told:
         for role in _roles(checkpoint, arguments.which):
             encoder = load(checkpoint, role, device=pick_device(arguments.device), overrides=arguments.overrides)
             encoder.dtype = _dtype(arguments.precision)
@@ -114,7 +111,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
                 workers=arguments.workers or threads_of_this_process(),
                 max_samples=arguments.max_samples or evaluator.get("max_samples"),
                 allow_missing=arguments.allow_missing,
-                progress=progress,
+                progress=lambda what, done, total: told(f"{what}, batches", done, total),
             )
             task = task or FUNCTIONS[arguments.task](options, job)
             jobs.append(job)
@@ -214,28 +211,3 @@ def _report(arguments: argparse.Namespace, checkpoint: str, set_name: str, metri
         print(f"note: {note}")
     if arguments.json:
         write_json(arguments.json, {"task": arguments.task, "checkpoint": checkpoint, "metrics": metrics})
-
-
-@contextmanager
-def _progress(*, shown: bool) -> Iterator[Progress]:
-    """A bar for each kind of work on a terminal; elsewhere a line at every tenth of what takes long."""
-    if shown and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress as Bars
-
-        with Bars(console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def bar(what: str, done: int, total: int) -> None:
-                if what not in tasks or done == 1:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
-
-            yield bar
-        return
-
-    def line(what: str, done: int, total: int) -> None:
-        if shown and total >= 20 and done * 10 // total > (done - 1) * 10 // total:
-            print(f"{what}: {done:,} of {total:,} batches", file=sys.stderr, flush=True)
-
-    yield line

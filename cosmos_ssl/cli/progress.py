@@ -3,30 +3,78 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _FEW = 20  # less work than this needs no lines
+_LINE_SECONDS = 30.0
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, total): it moves a bar, or writes ``410 of 4,096 WHAT`` to standard error at every tenth."""
+    """``stages`` for work of one kind."""
+    with stages() as told:
+        yield lambda done, total: told(what, done, total)
+
+
+@contextmanager
+def stages(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (what, done, total): a bar on a terminal; elsewhere a line at every tenth and every half minute.
+
+    Both tell the rate and the time that is left. A total of 0 is not known. Work that starts anew begins again.
+    Without ``shown`` nothing is (ranks but the first).
+    """
+    if not shown:
+        yield lambda what, done, total: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, tuple[TaskID, _Rate]] = {}
+
+            def move(what: str, done: int, total: int) -> None:
+                if what not in tasks or done < tasks[what][1].latest:
+                    tasks[what] = (bar.add_task(what, total=None, rate=""), _Rate(done))
+                task, rate = tasks[what]
+                bar.update(task, completed=done, total=total or None, rate=f"{rate(done):,.0f}/s")
+
+            yield move
         return
-    tenth = -1
+    lines = _Lines()
+    yield lines.told
 
-    def line(done: int, total: int) -> None:
-        nonlocal tenth
-        before, tenth = tenth, done * 10 // max(1, total)
-        if total >= _FEW and tenth > max(0, before):
-            print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
 
-    yield line
+class _Rate:
+    """Units a second since the first call; what was done before it (continued work) does not count."""
+
+    def __init__(self, done: int) -> None:
+        self._start, self._done, self.latest = time.monotonic(), done, done
+
+    def __call__(self, done: int) -> float:
+        self.latest = done
+        return (done - self._done) / max(time.monotonic() - self._start, 1e-6)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._what, self._tenth, self._last, self._rate = "", 0, 0.0, _Rate(0)
+
+    def told(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or done < self._rate.latest:  # other work, or the same once more
+            self._what, self._tenth, self._last, self._rate = what, 0, now, _Rate(done)
+        tenth, rate = done * 10 // total if total else 0, self._rate(done)
+        if (tenth > self._tenth and total >= _FEW) or now - self._last > _LINE_SECONDS:
+            self._tenth, self._last = tenth, now
+            left = f", {_minutes((total - done) / rate)} left" if total > done and rate > 0 else ""
+            print(f"{done:,}{f' of {total:,}' if total else ''} {what} ({rate:,.0f}/s{left})", file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

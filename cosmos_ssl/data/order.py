@@ -82,7 +82,6 @@ class Order:
         # a window holds whole batches, so that a batch never lies across two
         self._window = max(shuffle_samples // self.lanes // self._per_batch, 1) * self._per_batch
         self._small = self.samples <= shuffle_samples
-        self._shuffle_samples = shuffle_samples
         # caches of the instance: a method's lru_cache would keep every instance alive
         self._laid_out = lru_cache(maxsize=2)(self._lay_out)
         self._whole_order = lru_cache(maxsize=2)(lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), 1, self.samples)[0])

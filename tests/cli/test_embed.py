@@ -99,7 +99,7 @@ def test_progress_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("samples embedded") as told:
         for done in range(0, 1001, 25):
             told(done, 1000)
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]  # the rate is the clock's
     assert lines == [f"{done:,} of 1,000 samples embedded" for done in range(100, 1001, 100)]
     with progress("few") as told:
         for done in range(10):
