@@ -37,7 +37,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.data.budget import Replacement
 from cosmos_ssl.data.order import Order, replacement, sample_rng
-from cosmos_ssl.data.workers import Board, Failure, WorkerStart, lost, raise_file_limit
+from cosmos_ssl.data.workers import Board, Failure, WorkerStart, held_signals, lost, raise_file_limit
 from cosmos_ssl.errors import TrainingError
 
 MAX_ATTEMPTS = 32
@@ -141,12 +141,13 @@ class Loader:
 
 def _start(loader: DataLoader[Any]) -> Any:
     """Start the workers, without PyTorch's handler that raises in the midst of a step when one of them dies."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, before)
-    return iterator
+    with held_signals():
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+            return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        signal.signal(signal.SIGCHLD, before)
+        return iterator
 
 
 def _opened(result: LoadedBatch | Failure) -> LoadedBatch:

@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -17,6 +19,23 @@ from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.registry import first_line
 
 _PR_SET_PDEATHSIG = 1
+_POLITE = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Hold polite signals back while workers start: one sent to the whole group must not meet a worker that cannot ignore it yet.
+
+    A worker inherits the hold and lifts it in :class:`WorkerStart`; this thread gets what came meanwhile at the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _POLITE)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +48,10 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         """Set up the process of worker number ``worker``."""
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in _POLITE:
+            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
         if sys.platform == "linux" and self.from_main_thread:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self.parent:  # it died before the call above

@@ -17,6 +17,7 @@ import torch
 
 from cosmos_ssl.api import BadSample, ImageCrops, Sample
 from cosmos_ssl.data import LoadedBatch, Loader, Order, Shards
+from cosmos_ssl.data.workers import WorkerStart
 from cosmos_ssl.errors import PluginError, StorageError, TrainingError, UserError
 
 Make = Callable[..., str]
@@ -279,6 +280,21 @@ def test_workers_ignore_polite_signals_and_end_with_the_iterator(shards: Make, v
     start = time.perf_counter()
     batches.close()
     assert time.perf_counter() - start < 4 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of POSIX")
+def test_a_signal_cannot_take_a_worker_that_has_not_started_yet(
+    shards: Make, views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = WorkerStart.__call__
+
+    def signalled_first(self: WorkerStart, worker: int) -> None:
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), name)
+        start(self, worker)
+
+    monkeypatch.setattr(WorkerStart, "__call__", signalled_first)
+    assert len(list(loader(shards(40), views, workers=2).batches(0, 6))) == 6
 
 
 ORPHANS = """
