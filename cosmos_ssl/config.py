@@ -7,7 +7,6 @@ Options of parts are not here: they are the arguments of the part's constructor,
 from __future__ import annotations
 
 import json
-import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,13 +79,18 @@ class AugmentersConfig(Section):
 
 
 class LoaderConfig(Section):
-    """Order and reading of samples. ``lanes`` and ``shuffle_samples`` are part of the run."""
+    """Order and reading of samples. ``lanes`` and ``shuffle_samples`` are part of the run.
+
+    A run whose shards have changed is refused; with ``changed_data: accept`` it goes on at the same step, in the order
+    and with the epochs of what is there now.
+    """
 
     workers: Annotated[int, Field(ge=0)] = 8
     lanes: Positive | None = None
     shuffle_samples: Positive = 262_144
     prefetch: Positive = 2
     error_budget: Share = 0.01
+    changed_data: Literal["refuse", "accept"] = "refuse"
 
 
 class RuleConfig(Section):
@@ -139,12 +143,16 @@ class TrainingConfig(Section):
 
 
 class CheckpointsConfig(Section):
-    """When checkpoints are written and which are kept; one is always written when leaving."""
+    """When checkpoints are written and which are kept; one is always written when leaving.
+
+    ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
+    """
 
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     every_steps: Positive | None = None
     keep_last: Positive = 2
     keep_every_epochs: Positive | None = None
+    on_failure: Literal["continue", "stop"] = "continue"
 
 
 class LoggingConfig(Section):
@@ -370,31 +378,3 @@ def _agreement_faults(config: Config) -> Found:
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found
-
-
-# ---------------------------------------------------------------------------- ranks
-
-
-def started_ranks() -> int:
-    """Ranks of the world that torchrun, srun or cosmos-launch started this process in; 1 outside of one."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
-
-
-def possible_ranks(config: Config) -> list[int]:
-    """The numbers of ranks that can share the batch: they divide the lanes, and micro-batches divide a rank's share."""
-    batch, micro = config.training.batch_size, config.training.micro_batch_size or 1
-    return [ranks for ranks in range(1, config.lanes + 1) if config.lanes % ranks == 0 and batch // ranks % micro == 0]
-
-
-def check_ranks(config: Config, ranks: int) -> None:
-    """Raise ConfigError, with the possible numbers, unless ``ranks`` can share the batch."""
-    possible = possible_ranks(config)
-    if ranks not in possible:
-        micro = config.training.micro_batch_size
-        means = f"loader.lanes: {config.lanes}" + (f", training.micro_batch_size: {micro}" if micro else "")
-        listed = ", ".join(map(str, possible))
-        raise ConfigError(
-            [f"training.batch_size: {config.training.batch_size} cannot be shared by {ranks} ranks ({means}). Possible: {listed}."]
-        )

@@ -16,7 +16,7 @@ from cosmos_ssl.registry import shown
 
 _IGNORED = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
-    *("loader.workers", "loader.prefetch", "loader.error_budget"),
+    *("loader.workers", "loader.prefetch", "loader.error_budget", "loader.changed_data"),
     *("training.micro_batch_size", "training.attention", "training.compile", "training.deterministic", "training.device"),
     *("training.max_nonfinite_steps", "training.timeout_minutes"),
 )

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cosmos_ssl import registry
-from cosmos_ssl.config import Config, LoadedConfig, check_ranks, load_config, locate, possible_ranks
+from cosmos_ssl.config import Config, LoadedConfig, load_config, locate
+from cosmos_ssl.config_ranks import check_ranks, possible_ranks
 from cosmos_ssl.config_source import dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
 from cosmos_ssl.identity import identity, identity_differences

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_ssl.config import started_ranks
+from cosmos_ssl.config_ranks import started_ranks
 from cosmos_ssl.errors import CosmosError, StorageError, UserError, is_lost_rank
 from cosmos_ssl.functional import rank, world_size
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from cosmos_ssl.api import Progress, Views
-from cosmos_ssl.config import Config, check_ranks
+from cosmos_ssl.config import Config
+from cosmos_ssl.config_ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly

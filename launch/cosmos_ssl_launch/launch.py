@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_ssl.config import LoadedConfig, check_ranks, load_config, started_ranks
+from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.config_ranks import check_ranks, started_ranks
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from cosmos_ssl_launch.local import run_ranks
