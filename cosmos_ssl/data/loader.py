@@ -36,8 +36,9 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.data.budget import Replacement
+from cosmos_ssl.data.limits import check_open_files, check_shared_memory
 from cosmos_ssl.data.order import Order, replacement, sample_rng
-from cosmos_ssl.data.workers import Board, Failure, WorkerStart, held_signals, lost, raise_file_limit
+from cosmos_ssl.data.workers import Board, Failure, WorkerStart, held_signals, lost
 from cosmos_ssl.errors import TrainingError
 
 MAX_ATTEMPTS = 32
@@ -101,8 +102,8 @@ class Loader:
         if self.workers == 0:
             yield from (_opened(self._batches[step]) for step in range(start_step, stop_step))
             return
+        self.check_limits()
         self._stop.clear()
-        raise_file_limit()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # more workers than cores: the user's choice
             iterator = _start(self._torch_loader(range(start_step, stop_step)))
@@ -120,6 +121,16 @@ class Loader:
             for process in processes:  # stuck in a read: they ignore the polite signal
                 if process.is_alive():
                     process.kill()
+
+    def check_limits(self) -> None:
+        """Raise UserError where the machine has no room for the batches under way."""
+        if self.workers == 0:
+            return
+        batches = self.workers * self._prefetch + 1  # and the one in use
+        offers = [spec for specs in self._batches.viewer.offers.values() for spec in specs.values()]
+        pixels = sum(3 * spec.views * spec.size**2 for spec in offers if spec.size is not None)
+        check_shared_memory(batches * pixels * (self.order.batch_size // self._batches.world))
+        check_open_files(batches * 4 * len(offers))  # of a group at most: pixels, parameters, masks; tokens, lengths
 
     def where(self) -> str:
         """What the workers are at, for the message of a run that hangs."""

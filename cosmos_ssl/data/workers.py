@@ -129,17 +129,3 @@ def lost(workers: list[Process], error: Exception) -> StorageError:
         name, ""
     )
     return StorageError(f"data: a loader worker was lost (process {dead[0].pid}, {name}{hint})")
-
-
-def raise_file_limit() -> None:
-    """Lift this process's limit of open files as far as allowed: every tensor under way between processes holds one."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):  # macOS refuses its own 'unlimited'
-            return
