@@ -127,7 +127,7 @@ class ScheduleConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The step. ``batch_size`` is global."""
+    """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``."""
 
     batch_size: Positive = 1024
     micro_batch_size: Positive | None = None
@@ -140,6 +140,7 @@ class TrainingConfig(Section):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     max_nonfinite_steps: Positive = 20
     timeout_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    trace_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class CheckpointsConfig(Section):

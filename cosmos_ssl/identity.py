@@ -18,7 +18,7 @@ _IGNORED = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
     *("loader.workers", "loader.prefetch", "loader.error_budget", "loader.changed_data"),
     *("training.micro_batch_size", "training.attention", "training.compile", "training.deterministic", "training.device"),
-    *("training.max_nonfinite_steps", "training.timeout_minutes"),
+    *("training.max_nonfinite_steps", "training.timeout_minutes", "training.trace_steps"),
 )
 
 _PATH_KEY = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")

@@ -284,6 +284,7 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
         ("training: {batch_size: '8'}", "x.yaml:2  training.batch_size: expected an integer, got '8'"),
         ("training: {batch_size: 8.5}", "x.yaml:2  training.batch_size: expected an integer, got 8.5"),
         ("training: {batch_size: 0}", "x.yaml:2  training.batch_size: expected greater than 0, got 0"),
+        ("training: {trace_steps: -1}", "x.yaml:2  training.trace_steps: expected greater than or equal to 0, got -1"),
         ("training: {compile: yes}", "x.yaml:2  training.compile: expected a boolean, got 'yes'"),
         ("training: 3", "x.yaml:2  training: expected a mapping, got 3"),
         ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
@@ -410,7 +411,8 @@ SAME = [
     *("name=b", "output_dir=/y", "evaluators=null", "checkpoints.every_steps=3", "logging.every_steps=1", "profile=p"),
     *("loader.workers=1", "loader.prefetch=9", "loader.error_budget=0.5", "loader.lanes=96"),
     *("training.micro_batch_size=8", "training.attention=sdpa", "training.compile=true", "training.deterministic=true"),
-    *("training.device=cpu", "data.train_data=/moved/{0..3}.tar", "data.validation_data=v.tar", "data.cache_dir=c", "data.cache_gib=3"),
+    *("training.device=cpu", "training.trace_steps=3"),
+    *("data.train_data=/moved/{0..3}.tar", "data.validation_data=v.tar", "data.cache_dir=c", "data.cache_gib=3"),
 ]
 OTHER = [
     *("model.image.width=64", "training.batch_size=48", "training.seed=1", "training.precision=fp32", "loader.lanes=48"),

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from cosmos_ssl.api import Evaluation, Role
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
@@ -38,6 +39,7 @@ def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch
     return [name for name, scheduled in evaluators.items() if is_due(scheduled.every_epochs)]
 
 
+@record_function("evaluation")
 def evaluate(name: str, assembly: Assembly, alive: Callable[[], None], dtype: torch.dtype | None, *, pictures: bool = True) -> Evaluation:
     """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. ``alive`` is called before each reading and may raise."""
     metrics: dict[str, float] = {}

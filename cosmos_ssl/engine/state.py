@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
@@ -61,17 +62,20 @@ class RunState:
         """One update from the gradients that are there: teacher and optimiser in the order asked for, then the hooks."""
         before = self.assembly.update_when == "before_optimizer_step"
         moved = self._move_teacher(progress) if before else {}
-        self.optimizer.step()
+        with record_function("optimizer"):
+            self.optimizer.step()
         moved |= {} if before else self._move_teacher(progress)
         self.model.after_step()
         if self.teacher_model is not None:
             self.teacher_model.after_step()
         return moved
 
+    @record_function("teacher update")
     def _move_teacher(self, progress: Progress) -> dict[str, float]:
         with blaming(self.teacher, "teacher"):
             return checked_moves(self.teacher.update(self.model, progress))
 
+    @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from cosmos_ssl.api import (
     ALL,
@@ -81,12 +82,14 @@ class Step:
         if not self._reached:
             self._check_reached()
         if self._mean is not None:
-            self._mean.finish()
+            with record_function("gradient mean"):
+                self._mean.finish()
         return StepResult(loss=result.loss.detach(), logs=result.logs)
 
     # ------------------------------------------------------------------ stages
 
     @torch.no_grad()
+    @record_function("augment")
     def finish(self, views: Views) -> Views:
         """Photometric work on the device: uint8 crops to normalised float views."""
         augmenter = self.assembly.augmenters.get("image")
@@ -98,6 +101,7 @@ class Step:
         return replace(views, image={**views.image, **finished})
 
     @torch.no_grad()
+    @record_function("teacher forward")
     def teacher_features(self, views: Views) -> Features | None:
         """What the plan wants of the teacher."""
         if self.plan.teacher is None:
@@ -105,11 +109,13 @@ class Step:
         with self._autocast():
             return self.teacher.model.encode(views, self.plan.teacher)  # type: ignore[operator, no-any-return]
 
+    @record_function("student forward")
     def encode(self, views: Views) -> Features:
         """The student's towers and heads."""
         with self._autocast():
             return self.model.encode(views, self.plan.student)
 
+    @record_function("losses")
     def losses(self, views: Views, student: Features, teacher: Features | None, progress: Progress) -> StepResult:
         """Every loss once, and the weighted total. The loss still carries its graph."""
         context = StepContext(
@@ -189,7 +195,8 @@ class Step:
                 for output, leaf in zip(outputs, leaves, strict=True)
                 if leaf.grad is not None and output.requires_grad
             ]
-            torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+            with record_function("backward"):
+                torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         return result
 
     # ------------------------------------------------------------------ what the stages stand on
@@ -219,6 +226,7 @@ class Step:
         torch.manual_seed(hash((self.assembly.spec.seed, progress.step, micro_batch, rank())) & 0x7FFF_FFFF_FFFF_FFFF)
 
 
+@record_function("backward")
 def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
     (loss if scaler is None else scaler.scale(loss)).backward()
 

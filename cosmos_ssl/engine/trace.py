@@ -1,0 +1,80 @@
+"""What the steps of a run spend their time on: a Chrome trace of a few of them, and the table of their operators."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from cosmos_ssl.data.loader import LoadedBatch
+
+Paused = Callable[[], AbstractContextManager[None]]
+
+log = logging.getLogger(__name__)
+
+_SKIPPED = 4
+"""Steps before the window: they fill caches and the allocator's pools, and the last of them warms up the profiler."""
+
+
+def traced(
+    batches: Generator[LoadedBatch], steps: int, left: int, device: torch.device, path: Path, paused: Paused
+) -> Generator[LoadedBatch]:
+    """Hand on the ``left`` batches, one a step, and record ``steps`` of these steps, near the start; fewer where the run is shorter.
+
+    Writes ``path``, a gzipped Chrome trace (for https://ui.perfetto.dev), and the operators by time beside it, ``.txt``;
+    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is entered to write.
+    """
+    with closing(batches):
+        if steps:
+            yield from _recorded(batches, steps, left, device, path, paused)
+        yield from batches
+
+
+def _recorded(
+    batches: Generator[LoadedBatch], steps: int, left: int, device: torch.device, path: Path, paused: Paused
+) -> Generator[LoadedBatch]:
+    """The batches to the end of the window, which is then written."""
+    skipped = max(1, min(_SKIPPED, left - steps))
+    steps = min(steps, left - skipped)
+    if steps < 1:
+        log.info("no trace: training.trace_steps leaves out the first step, and there are no more")
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # what the profiler prints on its own tears a progress bar
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    window = schedule(wait=skipped - 1, warmup=1, active=steps, repeat=1)
+    try:
+        with profile(activities=activities, schedule=window, record_shapes=True) as profiler:
+            for _ in range(skipped + steps):
+                with record_function("data wait"):
+                    batch = next(batches)
+                yield batch
+                profiler.step()
+    except GeneratorExit:
+        log.info("no trace: the run was left before its traced steps were done")
+        raise
+    with paused():
+        _write(profiler, on_cuda, path, f"{steps:,} steps, up to step {batch.step + 1:,}")
+
+
+def _write(profiler: profile, on_cuda: bool, path: Path, which: str) -> None:
+    """Write trace and table; a run survives a disk that cannot take them."""
+    start = time.monotonic()
+    operators = profiler.key_averages()
+    if on_cuda and not any(operator.self_device_time_total for operator in operators):
+        log.warning("the trace holds no kernels: the profiler cannot observe the GPU. With KINETO_LOG_LEVEL=4 it says why")
+    table = operators.table(sort_by=f"self_{'device' if on_cuda else 'cpu'}_time_total", row_limit=60, max_name_column_width=80)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        path.with_name(path.name.replace(".json.gz", ".txt")).write_text(f"{which}\n{table}\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("no trace: %s cannot be written: %s", path, error.strerror or error)
+        return
+    log.info("traced %s: %s, for https://ui.perfetto.dev, and .txt beside it (%.1f s)", which, path, time.monotonic() - start)
