@@ -1,0 +1,155 @@
+"""The comparison of methods: that it is fair, that peaks are judged rightly, and that all of it runs and goes on."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_ssl.config import load_config
+from cosmos_ssl.data.scenes import CLASS_NAMES, SceneOptions, write_scenes
+
+TOOL = Path(__file__).parents[2] / "tools" / "compare_methods.py"
+SIDE, PATCH = 32, 8
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("compare_methods", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare_methods"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["compare_methods"]
+
+
+def test_runs_differ_by_the_method_alone(tool):
+    configs = {method: load_config(f"compare/{method}.yaml").config for method in tool.METHODS}
+    cosmos = configs["cosmos"]
+    for config in configs.values():
+        for section in ("model", "tokenizer", "data", "loader", "optimizer", "schedule", "training", "teacher", "evaluators"):
+            assert getattr(config, section) == getattr(cosmos, section), section
+        assert config.losses["clip"] == cosmos.losses["clip"]
+        views = config.augmenters.image.options, config.augmenters.text.options
+        if config is not configs["clip"]:
+            assert views[0] | {"local_crops_number": 2} == cosmos.augmenters.image.options
+        assert views[1] | {"num_sampled_captions": 4} == cosmos.augmenters.text.options
+    assert [list(config.losses) for config in configs.values()] == [["clip"], ["clip"], ["clip", "distill"]]
+
+
+# ---------------------------------------------------------------------------- peaks
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """The pattern of some validation scenes, and by picture (its bytes) the exact mask, read without our code."""
+    options = SceneOptions(train_samples=1, validation_samples=12, image_size=SIDE)
+    folder = write_scenes(tmp_path_factory.mktemp("scenes") / "shards", options)
+    with tarfile.open(folder / "val-0000.tar") as tar:
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    read = {name: np.array(Image.open(io.BytesIO(body))) for name, body in files.items() if name.endswith(".png")}
+    pictures = [name for name in read if not name.endswith(".mask.png")]
+    return options.pattern(folder, "val"), {read[name].tobytes(): read[name.replace(".png", ".mask.png")] for name in pictures}
+
+
+def touched(mask, name):
+    """The patches, row by row, that hold a pixel of the object ``name``."""
+    label = CLASS_NAMES.index(name) + 1
+    steps = range(0, SIDE, PATCH)
+    return [bool((mask[y : y + PATCH, x : x + PATCH] == label).any()) for y in steps for x in steps]
+
+
+class Knowing:
+    """A model that knows the masks; ``choose`` picks the patch that it looks at, of those that hold the named object."""
+
+    spec = SimpleNamespace(image=SimpleNamespace(patch_size=PATCH))
+    device = torch.device("cpu")
+
+    def __init__(self, masks, choose):
+        self.masks, self.choose = masks, choose
+
+    def preprocess(self, picture):
+        return picture.float()
+
+    def tokenize(self, texts):
+        return torch.tensor([[CLASS_NAMES.index(text.removeprefix("a "))] for text in texts])
+
+    def encode_text(self, tokens):
+        return torch.eye(len(CLASS_NAMES))[tokens[:, 0]]
+
+    def mask(self, pixels):
+        return self.masks[pixels.byte().permute(1, 2, 0).contiguous().numpy().tobytes()]
+
+    def weights(self, pixels, name):
+        weights = torch.zeros((SIDE // PATCH) ** 2)
+        weights[self.choose(touched(self.mask(pixels), name))] = 1
+        return weights
+
+    def dense(self, pixels, *, csa):
+        return torch.stack([torch.stack([self.weights(x, name) for name in CLASS_NAMES], -1) for x in pixels]), None
+
+    def cross_attention(self, pixels, tokens):
+        pairs = zip(pixels, tokens[:, 0].tolist(), strict=True)
+        return {"text": torch.stack([self.weights(x, CLASS_NAMES[number]) for x, number in pairs])}
+
+
+def test_peaks_on_the_object_are_hits(tool, scenes):
+    pattern, masks = scenes
+    found = tool.peaks(Knowing(masks, lambda held: held.index(True) if True in held else 0), pattern)
+    assert found["similarity_peak"] == found["attention_peak"] == 1
+
+
+def test_peaks_beside_the_object_are_misses(tool, scenes):
+    pattern, masks = scenes
+    found = tool.peaks(Knowing(masks, lambda held: held.index(False)), pattern)
+    assert found["similarity_peak"] == found["attention_peak"] == 0
+
+
+def test_a_fixed_place_hits_what_lies_there(tool, scenes):
+    pattern, masks = scenes
+    held = [touched(mask, CLASS_NAMES[value - 1]) for mask in masks.values() for value in np.unique(mask) if value]
+    found = tool.peaks(Knowing(masks, lambda _: 5), pattern)
+    assert found["attention_peak"] == pytest.approx(np.mean([patches[5] for patches in held]))
+    assert found["chance"] == pytest.approx(np.mean(held), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------- report and the whole
+
+
+def test_spread_over_seeds(tool):
+    figures = tool.row("cosmos/student/top1", [40.0, 50.0, 54.0], "%")
+    assert (figures["value"], figures["least"], figures["most"], figures["seeds"]) == (48.0, 40.0, 54.0, 3)
+    assert figures["deviation"] == pytest.approx(52**0.5)  # (64 + 4 + 36) / 2
+    rows = [figures, tool.row("clip/student/top1", [30.0], "%")]
+    [line] = [line for line in tool.markdown(rows, "student").splitlines() if "classification" in line]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["30.0", "-", "48.0 (40.0 to 54.0)"]
+
+
+@pytest.mark.slow
+def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
+    def compare(*words):
+        command = [sys.executable, str(TOOL), "--quick", "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "rows.json"), *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+
+    rows = compare("--seeds", "1")
+    figures = ("image_to_text_R@1", "text_to_image_R@5", "top1", "miou", "similarity_peak", "chance")
+    for method in ("clip", "clip_multi_crop", "cosmos"):
+        assert all(0 <= rows[f"{method}/{role}/{name}"]["value"] <= 100 for role in ("student", "teacher") for name in figures)
+    assert [name for name in rows if "attention_peak" in name] == ["cosmos/student/attention_peak", "cosmos/teacher/attention_peak"]
+    assert rows["clip/flops"]["value"] < rows["clip_multi_crop/flops"]["value"] < rows["cosmos/flops"]["value"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*_0/*.json")}
+    two = compare("--seeds", "2")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*_0/*.json")} == written  # not trained again
+    assert two["cosmos/student/miou"]["seeds"] == 2
