@@ -57,27 +57,15 @@ def test_killed_again_and_again(tiny, rows, tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def logged(run_dir, step):
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.read_text().count("\n") >= step
-
-
 ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
 
 @pytest.mark.parametrize(
     ("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")]
 )
-def test_a_signal_saves_and_leaves(tiny, start_tiny, tmp_path, number, code, cause):
+def test_a_signal_saves_and_leaves(tiny, start_tiny, wait_for_step, tmp_path, number, code, cause):
     process = start_tiny(tmp_path, loader={"workers": 1}, **ENDLESS)
-    wait_for(lambda: logged(tmp_path, 3))
+    wait_for_step(tmp_path, 3)
     with pytest.raises(Exception, match="in use by a live run \\(process "):
         tiny.make_trainer(tmp_path, tiny.make_config(**ENDLESS), evaluators={"mean": tiny.Mean()}).train()
     process.send_signal(number)
@@ -88,9 +76,9 @@ def test_a_signal_saves_and_leaves(tiny, start_tiny, tmp_path, number, code, cau
     assert "Traceback" not in said
 
 
-def test_a_signal_is_seen_during_evaluation(start_tiny, tmp_path):
+def test_a_signal_is_seen_during_evaluation(start_tiny, wait_for_step, tmp_path):
     process = start_tiny(tmp_path, evaluation_seconds=500)
-    wait_for(lambda: logged(tmp_path, 5))
+    wait_for_step(tmp_path, 5)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -108,9 +96,9 @@ def test_a_signal_during_start_up_leaves_at_once(start_tiny, tmp_path, number, c
     assert "nothing to save yet" in said and "Traceback" not in said
 
 
-def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
-    process = start_tiny(tmp_path, loader={"workers": 0}, stall=True, **ENDLESS)
-    wait_for(lambda: logged(tmp_path, 2))
+def test_a_second_ctrl_c_leaves_at_once(start_tiny, wait_for_step, tmp_path):
+    process = start_tiny(tmp_path, loader={"workers": 0}, befalls={0: {"loss": {2: "hang"}}}, **ENDLESS)
+    wait_for_step(tmp_path, 2)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
@@ -123,7 +111,7 @@ def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
 
 
 def test_a_run_that_hangs_ends_and_says_where(start_tiny, tmp_path):
-    process = start_tiny(tmp_path, training={"timeout_minutes": 0.03}, stall=True, loader={"workers": 1}, **ENDLESS)
+    process = start_tiny(tmp_path, training={"timeout_minutes": 0.03}, befalls={0: {"loss": {2: "hang"}}}, loader={"workers": 1}, **ENDLESS)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 74, said
     assert "nothing has happened for 0.03 min (training.timeout_minutes): rank 0, step 3; loader worker 0: collecting the batch" in said

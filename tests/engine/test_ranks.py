@@ -4,56 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
 from cosmos_ssl.engine.distributed import GradientMean
 
-TINY = Path(__file__).with_name("tiny.py")
 LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
-
-
-@pytest.fixture
-def ranks(start_tiny, monkeypatch):
-    """Start tiny.py as the ranks of one world; what is given is kept from the test's end."""
-    stores = []
-
-    def start(run_dir, world, **options):
-        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(stores[-1].port))
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        started = []
-        for rank in range(world):
-            monkeypatch.setenv("RANK", str(rank))
-            started.append(start_tiny(run_dir, **options))
-        return started
-
-    return start
-
-
-def finished(processes, timeout=90):
-    """Exit codes and what was said."""
-    said = [process.communicate(timeout=timeout)[0] for process in processes]
-    return [process.returncode for process in processes], said
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def logged(run_dir, step):
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.read_text().count("\n") >= step
 
 
 def weights(run_dir):
@@ -62,12 +20,12 @@ def weights(run_dir):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_never_killed(ranks, rows, tmp_path, world):
+def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path, world):
     """To the last bit: rows and weights; the bad sample of one rank is counted on all."""
     codes, said = finished(ranks(tmp_path / "whole", world, bad=[3]))
     assert codes == [0] * world, said
-    fatal = {str(world - 1): {"dies_at": 7}}
-    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3], rank=fatal))
+    fatal = {str(world - 1): {"loss": {7: "die"}}}
+    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3], befalls=fatal))
     assert codes[-1] == -signal.SIGKILL
     assert set(codes[:-1]) == {74}, said
     assert "another rank was lost" in said[0]
@@ -80,9 +38,9 @@ def test_killed_and_resumed_equals_never_killed(ranks, rows, tmp_path, world):
     assert [row["bad_samples"] for row in rows(tmp_path / "whole") if "loss" in row][-1] == 2
 
 
-def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, tmp_path):
+def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, finished, wait_for_step, tmp_path):
     processes = ranks(tmp_path, 2, **LONG)
-    wait_for(lambda: logged(tmp_path, 3))
+    wait_for_step(tmp_path, 3)
     processes[1].send_signal(signal.SIGTERM)
     codes, said = finished(processes)
     assert codes == [75, 75], said
@@ -90,14 +48,14 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, tmp_path):
     assert f"at step {int(step):,} " in said[0] and f"at step {int(step):,} " in said[1]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, rows, tmp_path):
-    codes, said = finished(ranks(tmp_path, 2, rank={"1": {"poison": {"2": "loss"}}}))
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, finished, rows, tmp_path):
+    codes, said = finished(ranks(tmp_path, 2, befalls={1: {"poison": {2: "loss"}}}))
     assert codes == [0, 0], said
     assert [row["skipped_steps"] for row in rows(tmp_path) if "loss" in row][-1] == 1
     assert "step 3: " in (tmp_path / "log.rank1.txt").read_text()
 
 
-def test_a_folder_in_use_is_refused_on_every_rank(tiny, ranks, tmp_path):
+def test_a_folder_in_use_is_refused_on_every_rank(tiny, ranks, finished, tmp_path):
     trainer = tiny.make_trainer(tmp_path)
     with trainer.folder.locked():
         codes, said = finished(ranks(tmp_path, 2))

@@ -37,6 +37,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.config import Config
+from cosmos_ssl.data import Manifest, Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.distributed import joined_world
 from cosmos_ssl.engine.trainer import Trainer
@@ -48,6 +49,20 @@ from cosmos_ssl_plugins.teachers.none import NoTeacher
 
 SAMPLES = 20
 WIDTH = 6
+
+
+faults: dict[str, dict[int, str]] = {}
+"""What befalls this process (``die``, ``hang``, ``raise``) in ``loss`` or ``teacher`` at a step, in ``crop`` at a call, both from 0."""
+
+
+def befall(place, number):
+    what = faults.get(place, {}).get(number)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "raise":
+        raise RuntimeError(f"no {place} any more")
+    while what == "hang":
+        time.sleep(0.01)
 
 
 class Numbers(Dataset):
@@ -74,12 +89,17 @@ class Noise(Augmenter):
 
     modality = "image"
 
+    def __init__(self):
+        self.calls = 0
+
     def offers(self):
         return {"global": ViewSpec(views=2, size=2)}
 
     def crop(self, sample, rng):
+        befall("crop", self.calls)
+        self.calls += 1
         noise = torch.from_numpy(rng.integers(0, 100, (2, 3, 2, 2), dtype=np.uint8))
-        return {"global": ImageCrops(pixels=noise + sample.extras["index"], params=torch.zeros(2, 0))}
+        return {"global": ImageCrops(pixels=noise + sample.extras.get("index", 0), params=torch.zeros(2, 0))}
 
     def finish(self, group):
         return ImageGroup(pixels=group.pixels.float() / 255, params=group.params)
@@ -116,8 +136,6 @@ class Match(Loss):
     """Pull the views of a sample together and towards the teacher; a buffer counts the calls; poisoned steps give NaN."""
 
     poison: Mapping[int, str] = {}
-    stall_at = -1
-    dies_at = None
 
     def __init__(self, teacher=True):
         super().__init__()
@@ -130,10 +148,7 @@ class Match(Loss):
 
     def forward(self, ctx):
         self.calls += 1
-        if ctx.progress.step == self.dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while ctx.progress.step == self.stall_at:
-            time.sleep(0.01)
+        befall("loss", ctx.progress.step)
         x = ctx.student.image["global"].unit
         y = ctx.teacher.image["global"].unit if self.teacher else x.detach()
         loss = (1 - (x[0] * y[1]).sum(-1)).mean() * self.scale + (x.mean(1).square().sum() - 0.5).square()
@@ -146,6 +161,14 @@ class Match(Loss):
     @torch.no_grad()
     def after_step(self):
         self.scale.clamp_(0, 2)
+
+
+class Average(Ema):
+    """The moving average, for faults."""
+
+    def update(self, student, progress):
+        befall("teacher", progress.step)
+        return super().update(student, progress)
 
 
 class Mean(Evaluator):
@@ -185,8 +208,8 @@ def make_config(**sections) -> Config:
     return Config.model_validate_json(json.dumps(tree))
 
 
-def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True) -> Assembly:
-    """The parts, wired by hand."""
+def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True, dataset=None) -> Assembly:
+    """The parts, wired by hand; ``dataset`` stands in for the numbers."""
     torch.manual_seed(config.training.seed)
     augmenter = Noise()
     spec = Spec(embed_dim=WIDTH, seed=config.training.seed, has_teacher=teacher, image_views=augmenter.offers())
@@ -197,12 +220,12 @@ def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True)
     model = build()
     return Assembly(
         spec=spec,
-        dataset=Numbers(bad),
+        dataset=dataset or Numbers(bad),
         tokenizer=None,
         augmenters={"image": augmenter},
         model=model,
         build_model=build,
-        teacher=Ema(spec, momentum_teacher=0.9) if teacher else NoTeacher(spec),
+        teacher=Average(spec, momentum_teacher=0.9) if teacher else NoTeacher(spec),
         update_when="before_optimizer_step" if before else "after_optimizer_step",
         plan=make_plan(spec, model.towers, {}, {"match": model.loss("match")}),
         loss_weights={"match": 1.0},
@@ -222,17 +245,16 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     if options.pop("stuck_start", False):
         Numbers.identity = lambda self: print("starting", flush=True) or time.sleep(600)
-    if options.pop("stall", False):
-        Match.stall_at = 2
-    own = options.pop("rank", {}).get(os.environ.get("RANK", "0"), {})  # what happens on one rank alone
-    Match.poison = {int(step): fault for step, fault in own.get("poison", {}).items()}
-    Match.dies_at = own.get("dies_at")
-    evaluators = {"mean": Mean(options.pop("evaluation_seconds", 0.0))}
-    bad = options.pop("bad", ())
+    befalls = options.pop("befalls", {}).get(os.environ.get("RANK", "0"), {})  # one rank alone
+    faults |= {place: {int(number): what for number, what in found.items()} for place, found in befalls.items()}
+    Match.poison = faults.pop("poison", {})
+    parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
+    if shards := options.pop("shards", None):  # as they were when they were indexed
+        parts["dataset"] = Shards(shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"]))
     try:
         with joined_world("cpu"):
             console = Console(quiet="RANK" in os.environ and os.environ["RANK"] != "0")
-            make_trainer(Path(sys.argv[1]), make_config(**options), console, evaluators=evaluators, bad=bad).train()
+            make_trainer(Path(sys.argv[1]), make_config(**options), console, **parts).train()
     except CosmosError as error:
         print(error)
         sys.exit(error.exit_code)
