@@ -29,13 +29,14 @@ class RunFolder:
     """The paths and the few files of a run that are neither metrics nor checkpoints."""
 
     def __init__(self, path: Path, rank: int = 0) -> None:
-        """``rank``: whose log; all else is the first rank's to write."""
+        """``rank``: whose log and trace; all else is the first rank's to write."""
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.pictures = path / "pictures"
         self.log = path / (f"log.rank{rank}.txt" if rank else "log.txt")
+        self.trace = path / "trace" / f"rank{rank}.json.gz"
         self._result = path / "result.json"
         self._identity = path / "identity.json"
 

@@ -28,6 +28,7 @@ from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult
+from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, TrainingError
@@ -190,7 +191,9 @@ class Trainer:
 
     def _loop(self) -> None:
         """Batch, schedules, step, teacher and optimiser, hooks; then log, checkpoint, evaluate."""
-        with closing(self._batches()) as batches:  # whatever ends the loop, workers do not outlive it
+        left = self.total_steps - self.state.step
+        batches = traced(self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused)
+        with closing(batches):  # whatever ends the loop, workers do not outlive it
             for batch in batches:
                 self.between_steps = False
                 self.watchdog.alive()
@@ -207,14 +210,11 @@ class Trainer:
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
-        batches = self.loader.batches(self.state.step, self.total_steps)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        start = time.perf_counter()
+        for batch in self.loader.batches(self.state.step, self.total_steps):
             self.clock.waited(time.perf_counter() - start)
             yield batch
+            start = time.perf_counter()
 
     def _update(self, views: Views, progress: Progress) -> dict[str, Tensor | float]:
         """One step on one batch; an update that is not finite is left out. Returns what may be logged."""
