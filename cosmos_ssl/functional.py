@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.functional_waits import waits
+
 T = TypeVar("T")
 
 CHUNK = 1 << 24
@@ -38,7 +40,8 @@ def all_sum(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    dist.all_reduce(total)
+    with waits.during(total):
+        dist.all_reduce(total)
     return total
 
 
@@ -47,7 +50,8 @@ def all_max(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     most = x.detach().clone()
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    with waits.during(most):
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most
 
 
@@ -66,18 +70,20 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        with waits.during(x):
+            dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         rows = grad.shape[0] // world_size()
-        if grad.is_cuda:
-            out = grad.new_empty(rows, *grad.shape[1:])
-            dist.reduce_scatter_tensor(out, grad)
-            return out
-        dist.all_reduce(grad)  # gloo has no reduce-scatter
+        with waits.during(grad):
+            if grad.is_cuda:
+                out = grad.new_empty(rows, *grad.shape[1:])
+                dist.reduce_scatter_tensor(out, grad)
+                return out
+            dist.all_reduce(grad)  # gloo has no reduce-scatter
         return grad[rank() * rows : (rank() + 1) * rows]
 
 
@@ -113,7 +119,8 @@ class _InfoNCE(torch.autograd.Function):
             column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
         if world_size() > 1:  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
             sums = (column_lse - scale).double().exp()
-            dist.all_reduce(sums)
+            with waits.during(sums):
+                dist.all_reduce(sums)
             column_lse = sums.log().to(a.dtype) + scale
         own = slice(start, start + rows)
         positive = torch.einsum("vbd,ubd->vbu", a, b[:, own]) * scale

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from cosmos_ssl.config import CheckpointsConfig
 from cosmos_ssl.engine.checkpoint import Snapshot, checkpoint_folders, checkpoint_step, save_checkpoint
 from cosmos_ssl.errors import StorageError
 
@@ -18,25 +18,40 @@ log = logging.getLogger(__name__)
 class CheckpointWriter:
     """One write at a time, in a thread. The newest sound checkpoint is never removed."""
 
-    def __init__(self, run_dir: Path, *, keep_last: int, keep: Callable[[int], bool], sound: int | None = None) -> None:
-        """``keep`` tells the steps whose checkpoint stays for good; ``sound`` is the step of the one resumed from."""
+    def __init__(self, run_dir: Path, settings: CheckpointsConfig, steps_per_epoch: int, total_steps: int, sound: int | None) -> None:
+        """``sound`` is the step of the checkpoint that the run goes on from."""
         self.run_dir = run_dir
-        self.keep_last = keep_last
-        self.keep = keep
+        self.settings = settings
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
         self.sound = sound
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.seconds = 0.0
         """How long the last write took."""
+        self._fault = ""
         self._writing: Future[None] | None = None
         self._step = -1
+        self._owed, self._begun = False, time.monotonic()
         _set_aside(run_dir, newer_than=-1 if sound is None else sound)
 
+    def due(self, step: int) -> bool:
+        """Whether to write after ``step``; what would have to wait for a write under way is owed to a later step."""
+        settings = self.settings
+        on_time = settings.every_minutes is not None and time.monotonic() - self._begun >= 60 * settings.every_minutes
+        self._owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)
+        must = step == self.total_steps or self._stays(step)
+        return must or (self._owed and not self._busy())
+
     @property
-    def busy(self) -> bool:
-        """True while a checkpoint is being written; reports the outcome of one that is done."""
-        if self._writing is not None and self._writing.done():
-            self._collect()
-        return self._writing is not None
+    def fault(self) -> bool:
+        """Whether a write has failed that nobody was told of."""
+        self._busy()
+        return bool(self._fault)
+
+    def take_fault(self) -> str:
+        """What to tell of it."""
+        fault, self._fault = self._fault, ""
+        return fault
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is written or being written."""
@@ -46,19 +61,21 @@ class CheckpointWriter:
         """Start writing; waits only for one that is still under way."""
         self._collect()
         self._step = snapshot.step
+        self._owed, self._begun = False, time.monotonic()
         self._writing = self._thread.submit(self._write, snapshot)
 
     def wait(self, step: int) -> None:
         """Wait for what is being written. Raises StorageError unless the checkpoint of ``step`` is on the disk."""
-        fault = self._collect()
+        self._collect()
         if self.sound != step:
-            last = "there is none" if self.sound is None else f"the last one is of step {self.sound:,}"
-            raise StorageError(f"{self.run_dir}: the checkpoint of step {step:,} could not be written ({fault}); {last}")
+            raise StorageError(f"{self.run_dir}: {self.take_fault()}")
 
     def close(self) -> None:
         """Wait, and end the thread."""
         self._collect()
         self._thread.shutdown()
+        if self._fault:
+            log.warning("%s", self.take_fault())
 
     def _write(self, snapshot: Snapshot) -> None:
         start = time.monotonic()
@@ -69,24 +86,32 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         steps = [checkpoint_step(path) or 0 for path in checkpoint_folders(self.run_dir)]
-        kept = {step for step in steps if self.keep(step)} | set(steps[-self.keep_last :]) | {self.sound}
+        kept = {step for step in steps if self._stays(step)} | set(steps[-self.settings.keep_last :]) | {self.sound}
         for path in checkpoint_folders(self.run_dir):
             if checkpoint_step(path) not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _collect(self) -> OSError | None:
-        """Wait for the write under way and report its failure, which the run survives."""
+    def _stays(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is kept for good."""
+        every = self.settings.keep_every_epochs
+        return every is not None and step % (every * self.steps_per_epoch) == 0
+
+    def _busy(self) -> bool:
+        """Whether a checkpoint is being written; notes the outcome of one that is done."""
+        if self._writing is not None and self._writing.done():
+            self._collect()
+        return self._writing is not None
+
+    def _collect(self) -> None:
+        """Wait for the write under way and note its failure, which the run may survive."""
         writing, self._writing = self._writing, None
-        if writing is None:
-            return None
-        error = writing.exception()
+        error = None if writing is None else writing.exception()
         if error is None:
-            return None
+            return
         if not isinstance(error, OSError):
             raise error
         last = "there is none yet" if self.sound is None else f"the last sound one is of step {self.sound:,}"
-        log.warning("the checkpoint of step %s could not be written: %s; training goes on, %s", f"{self._step:,}", error, last)
-        return error
+        self._fault = f"the checkpoint of step {self._step:,} could not be written ({error}), {last}"
 
 
 def _set_aside(run_dir: Path, newer_than: int) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -61,12 +62,16 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
-    """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name. Raises OSError."""
+    """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name.
+
+    Raises OSError, before it writes anything where the disk has no room.
+    """
     parent = run_dir / "checkpoints"
     parent.mkdir(exist_ok=True)
     final = parent / f"step_{snapshot.step:08d}"
     temporary = parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    _check_room(parent, snapshot)
     temporary.mkdir()
     try:
         files = {
@@ -84,6 +89,13 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _check_room(folder: Path, snapshot: Snapshot) -> None:
+    needed = sum(x.numel() * x.element_size() for tensors in snapshot.tensors.values() for x in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free", str(folder))
 
 
 def _write(path: Path, chunks: Iterator[bytes | memoryview]) -> dict[str, Any]:

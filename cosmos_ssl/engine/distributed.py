@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cosmos_ssl.config_ranks import started_ranks
 from cosmos_ssl.errors import CosmosError, StorageError, UserError, is_lost_rank
-from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.functional import gather_objects, rank, world_size
+from cosmos_ssl.functional_waits import waits
 
 T = TypeVar("T")
 
@@ -81,7 +82,8 @@ class World:
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        with waits.during(numbers):
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return cast(list[float], numbers.tolist())
 
     def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -91,6 +93,14 @@ class World:
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
         dist.all_reduce(values)
         return dict(zip(numbers, (values / self.size).tolist(), strict=True))
+
+    def slowest(self, seconds: float) -> dict[str, float]:
+        """The rank with the most ``seconds`` of work of its own, and by how much of the mean it exceeds that; nothing for one rank."""
+        if self.size == 1:
+            return {}
+        all_seconds = gather_objects(seconds)
+        most, mean = max(all_seconds), sum(all_seconds) / self.size
+        return {"slowest_rank": all_seconds.index(most), "slowest_rank_lag": most / mean - 1}
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on the first rank, on all; an error of ours that it raises there is raised on all."""
@@ -154,7 +164,8 @@ class GradientMean:
         """Start what is left, wait for all, and put the means into ``grad``."""
         self._send(whole=True)
         for bucket, flat, work in self._running:
-            work.wait()
+            with waits.during(flat):
+                work.wait()
             for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = mean.view_as(parameter)
         self._left = [len(bucket) for bucket in self.buckets]

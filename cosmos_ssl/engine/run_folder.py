@@ -39,6 +39,7 @@ class RunFolder:
         self.trace = path / "trace" / f"rank{rank}.json.gz"
         self._result = path / "result.json"
         self._identity = path / "identity.json"
+        self._accepted: list[str] = []
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,20 +93,30 @@ class RunFolder:
     # ------------------------------------------------------------------ whose folder it is
 
     def belong(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Claim the folder for the run of this config and data set. Raises UserError where it is another's."""
+        """Claim the folder for the run of this config and data set.
+
+        Raises UserError where it is another's; shards that have changed may be accepted (``loader.changed_data``).
+        """
         mine = {"config": config.model_dump(), "data": _plain(data)}
         if not self._identity.exists():
             write_whole(self._identity, json.dumps(mine, indent=1))
             return
         theirs = json.loads(self._identity.read_text())
         changed = identity_differences(theirs["config"], mine["config"]) if theirs["config"] != mine["config"] else []
-        whose = "config" if changed else "data set"
-        changed += [f"data, {fault}" for fault in differences(theirs["data"], mine["data"])]
-        if changed:
-            raise UserError(f"run folder {self.path} belongs to another {whose} ({_listed(changed)}). Give another output_dir.")
+        moved = [f"data, {fault}" for fault in differences(theirs["data"], mine["data"])]
+        if not changed and moved and config.loader.changed_data == "accept":
+            self._accepted = moved
+            write_whole(self._identity, json.dumps(mine, indent=1))
+        elif changed or moved:
+            whose, how = ("config", "") if changed else ("data set", ", or loader.changed_data=accept to go on with the shards of now")
+            raise UserError(
+                f"run folder {self.path} belongs to another {whose} ({_listed(changed + moved)}). Give another output_dir{how}."
+            )
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
-        """Write the resolved config and the versions at work; say so where versions have changed since the start."""
+        """Write the resolved config and the versions at work; say so where versions, or accepted shards, have changed since the start."""
+        if self._accepted:
+            log.warning("the shards have changed since this run began (%s); it goes on with those of now", _listed(self._accepted))
         write_whole(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)

@@ -31,7 +31,7 @@ from cosmos_ssl.engine.step import Step, StepResult
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
-from cosmos_ssl.errors import CosmosError, TrainingError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import identity
 from cosmos_ssl.models.attention import resolve_backend
@@ -136,15 +136,16 @@ class Trainer:
                 self._evaluate()  # what a resumed run still owes
                 self._loop()
             except Interrupted as error:
-                self._save_now()
-                if self.signals.agreed is not None:  # what started the ranks ends all when one leaves: not before the first has saved
-                    self.world.from_first(lambda: None)
+                if self.signals.agreed is None:
+                    self._save_now()
+                else:  # what started the ranks ends all when one leaves: not before the first has saved
+                    self.world.from_first(self._save_now)
                 raise Interrupted(error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there.") from None
             except Exception as error:
                 if self.between_steps and not isinstance(error, TrainingError):
                     self._save_now()
                 raise
-            self._save_now()
+            self.world.from_first(self._save_now)
             return self._finish()
 
     def _start(self, stack: ExitStack) -> None:
@@ -163,13 +164,11 @@ class Trainer:
         self._announce(saved)
         self.writers = Writers(list(self._make_writers()) if self.world.first else [])
         stack.callback(self.writers.close)
-        settings = self.config.checkpoints
         if self.world.first:
-            self.checkpoints = CheckpointWriter(
-                self.folder.path, keep_last=settings.keep_last, keep=self._stays, sound=None if saved is None else self.state.step
-            )
+            sound = None if saved is None else self.state.step
+            self.checkpoints = CheckpointWriter(self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps, sound)
             stack.callback(self.checkpoints.close)
-        self.owed, self.saved_at = False, time.monotonic()
+        self.loader.check_limits()
         self.signals.at_once = False
         self.watchdog = stack.enter_context(Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing))
         save_seconds = (lambda: self.checkpoints.seconds) if self.world.first else float
@@ -239,12 +238,13 @@ class Trainer:
     def _is_sound(self, result: StepResult, norm: Tensor, views: Views, progress: Progress) -> bool:
         """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in a row.
 
-        Signals travel along, so that all ranks see one at the same step, and so do counts of bad samples.
+        What all ranks must learn of at the same step travels along: signals, bad samples, a checkpoint that could not be written.
         """
         counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
         faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device of a step
-        *faults, signal, replaced = self.world.most([*faults, self.signals.received or 0, self.replaced])
-        self.signals.agreed, self.replaced = int(signal) or None, int(replaced)
+        failed = self.world.first and self.checkpoints.fault
+        *faults, signal, replaced, unsaved = self.world.most([*faults, self.signals.received or 0, self.replaced, failed])
+        self.signals.agreed, self.replaced, self.unsaved = int(signal) or None, int(replaced), bool(unsaved)
         finite_loss, finite_norm = (not fault for fault in faults)
         if finite_loss and finite_norm:
             counters.nonfinite_in_a_row = 0
@@ -255,8 +255,8 @@ class Trainer:
             return False
         counters.nonfinite_steps += 1
         counters.nonfinite_in_a_row += 1
-        step, keys = self.state.step + 1, views.keys
-        what = "the gradient" if finite_loss else self.step.find_unsound(views, progress) or self._broken(result.logs)
+        step = self.state.step + 1
+        what, keys = ("the gradient", views.keys) if finite_loss else self._culprit(result, views, progress)
         log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
         if counters.nonfinite_in_a_row >= limit:
             raise TrainingError(
@@ -266,11 +266,16 @@ class Trainer:
         log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys))
         return False
 
-    def _broken(self, logs: Mapping[str, Tensor]) -> str:
-        """The losses that are not finite."""
+    def _culprit(self, result: StepResult, views: Views, progress: Progress) -> tuple[str, Sequence[str]]:
+        """The part that is not finite, on which rank, and the samples there."""
         parts = self.assembly.model.parts()
-        values = {place: logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")}
-        return ", ".join(parts[place] for place, value in values.items() if not value.isfinite()) or "the weighted sum of the losses"
+        values = {place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")}
+        losses = ", ".join(parts[place] for place, value in values.items() if not value.isfinite())
+        found = gather_objects((self.step.find_unsound(views, progress), losses, views.keys))
+        rank = next((r for r, (part, _, _) in enumerate(found) if part), next((r for r, (_, loss, _) in enumerate(found) if loss), 0))
+        part, loss, keys = found[rank]
+        on = f" on rank {rank}" if self.world.size > 1 else ""
+        return (part or loss or "the weighted sum of the losses") + on, keys
 
     # ------------------------------------------------------------------ log, checkpoint, evaluate
 
@@ -280,11 +285,11 @@ class Trainer:
         self.watch.stepped(step)
         if step % self.config.logging.every_steps and step != self.total_steps:
             return
-        rates, seconds_a_step = self.clock.read(self.config.training.batch_size)
+        rates, seconds_a_step, own_seconds = self.clock.read(self.config.training.batch_size)
         counters = self.state.counters
         row = {"epoch": step / self.steps_per_epoch}
         row |= self.world.mean({name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()})
-        row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True))
+        row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
         row |= {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
@@ -292,20 +297,14 @@ class Trainer:
         self.watch.logged(step, row, seconds_a_step)
 
     def _checkpoint(self) -> None:
-        """Start writing a checkpoint where one is due; one that would have to wait is owed to the next step."""
-        if not self.world.first:
-            return
-        step, settings = self.state.step, self.config.checkpoints
-        on_time = settings.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
-        self.owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)
-        must = step == self.total_steps or self._stays(step)
-        if must or (not self.checkpoints.busy and self.owed):
+        """Start writing a checkpoint where one is due; all ranks hear of one that failed. Raises StorageError where that ends the run."""
+        if self.unsaved:
+            fault = self.world.from_first(lambda: self.checkpoints.take_fault())
+            if self.config.checkpoints.on_failure == "stop":
+                raise StorageError(f"{self.folder.path}: {fault} (checkpoints.on_failure: stop)")
+            log.warning("%s; training goes on", fault)
+        if self.world.first and self.checkpoints.due(self.state.step):
             self._save()
-
-    def _stays(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is kept for good."""
-        every = self.config.checkpoints.keep_every_epochs
-        return every is not None and step % (every * self.steps_per_epoch) == 0
 
     def _save(self) -> None:
         """Hand a snapshot to the writer."""
@@ -318,7 +317,6 @@ class Trainer:
             "versions": versions(self.assembly.parts),
         }
         self.checkpoints.write(self.state.snapshot(about))
-        self.owed, self.saved_at = False, time.monotonic()
 
     def _save_now(self) -> None:
         """Save where the run stands and wait for it. Raises StorageError."""

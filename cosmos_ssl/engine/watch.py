@@ -13,12 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from cosmos_ssl.functional_waits import waits
+
 log = logging.getLogger(__name__)
 
 DELAY_VARIABLE = "COSMOS_SIGNAL_DELAY_S"
 """Set by what starts a job that gets a signal so many seconds before its end."""
 
 _SHARE = 0.7
+_SLOW = 0.1
 
 
 class _ConsoleHandler(logging.Handler):
@@ -111,9 +114,10 @@ def describe(row: Mapping[str, float], seconds_left: float) -> str:
     terms = "  ".join(
         f"{name.partition('/')[2]} {value:.3f}" for name, value in row.items() if name.count("/") == 1 and name[:5] == "loss/"
     )
+    slow = f"  slowest rank {row['slowest_rank']} (+{row['slowest_rank_lag']:.0%})" if row.get("slowest_rank_lag", 0) >= _SLOW else ""
     return (
         f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  {row['samples_per_second']:,.0f} samples/s  "
-        f"data wait {row['data_wait']:.0%}  left {timedelta(seconds=round(seconds_left))}"
+        f"data wait {row['data_wait']:.0%}{slow}  left {timedelta(seconds=round(seconds_left))}"
     )
 
 
@@ -134,10 +138,11 @@ def lines(console: Console) -> Iterator[None]:
 
 
 class Clock:
-    """Samples a second and the share of time spent waiting for data, since the last reading."""
+    """Since the last reading: samples a second, the share of time spent waiting for data, and the time of this rank's own work."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+        self._for_others = -waits.total()
         self._waited = 0.0
         self._paused = 0.0
         self._steps = 0
@@ -150,14 +155,16 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time that belongs to no step (an evaluation)."""
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), waits.total()
         yield
         self._paused += time.perf_counter() - start
+        self._for_others -= waits.total() - waited
 
-    def read(self, batch_size: int) -> tuple[dict[str, float], float]:
-        """The numbers of a row, and seconds a step; then start anew."""
+    def read(self, batch_size: int) -> tuple[dict[str, float], float, float]:
+        """The numbers of a row, seconds a step, and seconds of this rank's own work; then start anew."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rates = {"samples_per_second": self._steps * batch_size / seconds, "data_wait": self._waited / seconds}
         seconds_a_step = seconds / max(self._steps, 1)
+        own = max(seconds - self._for_others - waits.total(), 1e-9)
         self.__init__()  # type: ignore[misc]
-        return rates, seconds_a_step
+        return rates, seconds_a_step, own

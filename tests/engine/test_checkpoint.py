@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
+import time
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cosmos_ssl.config import CheckpointsConfig
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import (
     Snapshot,
@@ -43,8 +47,8 @@ def names(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def writer(run_dir, **options):
-    return CheckpointWriter(run_dir, **{"keep_last": 2, "keep": lambda step: False, **options})
+def writer(run_dir, sound=None, **settings):
+    return CheckpointWriter(run_dir, CheckpointsConfig(**settings), 5, 100, sound)
 
 
 def test_what_is_written_is_read_and_is_true_safetensors(tmp_path):
@@ -107,7 +111,7 @@ def test_loading_is_exact_and_lists_the_first_differences():
 
 
 def test_old_ones_go_and_epoch_ones_stay(tmp_path):
-    background = writer(tmp_path, keep=lambda step: step % 10 == 0)
+    background = writer(tmp_path, keep_every_epochs=2)
     for step in (5, 10, 15, 20, 25, 30, 31):
         background.write(snapshot(step))
     background.wait(31)
@@ -126,15 +130,52 @@ def test_a_full_disk_is_survived_and_the_old_one_stays(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(os, "fsync", full)
     background.write(snapshot(2))
-    with pytest.raises(StorageError, match=r"checkpoint of step 2 could not be written.*No space left.*the last one is of step 1"):
+    with pytest.raises(StorageError, match=r"checkpoint of step 2 could not be written .*No space left.*the last sound one is of step 1"):
         background.wait(2)
-    assert "training goes on, the last sound one is of step 1" in caplog.text
     assert names(tmp_path) == ["step_00000001"]
     monkeypatch.setattr(os, "fsync", real)
     background.write(snapshot(3))
     background.wait(3)
     background.close()
     assert steps(tmp_path) == [3]
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch, caplog):
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(sum(x.nbytes for x in TENSORS.values())))
+    background = writer(tmp_path)
+    assert not background.fault
+    background.write(snapshot(1))
+    while not background.fault:
+        time.sleep(0.01)
+    assert names(tmp_path) == []
+    assert re.search(
+        r"checkpoint of step 1 could not be written \(.*MiB needed, .* MiB free.*\), there is none yet", background.take_fault()
+    )
+    assert not background.fault
+    background.close()
+    assert not caplog.text
+    background = writer(tmp_path)
+    background.write(snapshot(2))
+    background.close()
+    assert "checkpoint of step 2 could not be written" in caplog.text
+
+
+def test_when_one_is_due(tmp_path, monkeypatch):
+    background = writer(tmp_path, every_steps=4, keep_every_epochs=2)
+    assert [step for step in range(1, 101) if background.due(step)][:3] == [4, 5, 6], "what is owed stays owed until it is written"
+    background.write(snapshot(6))
+    background.wait(6)
+    assert [step for step in (7, 9, 10, 11, 100) if background.due(step)] == [10, 100], "kept ones and the last"
+    background.close()
+    background = writer(tmp_path, sound=6, every_minutes=2)
+    assert not background.due(7)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 121)
+    assert background.due(8)
+    background.close()
 
 
 def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path):

@@ -37,6 +37,19 @@ def test_a_folder_belongs_to_one_config_and_one_data_set(tiny, tmp_path):
         folder.belong(tiny.make_config(), {"samples": 24})
 
 
+def test_shards_that_have_changed_can_be_accepted(tiny, tmp_path, caplog):
+    folder, accepting = RunFolder(tmp_path), tiny.make_config(loader={"changed_data": "accept"})
+    folder.belong(tiny.make_config(), {"samples": 20})
+    with pytest.raises(UserError, match=r"Give another output_dir, or loader.changed_data=accept to go on with the shards of now"):
+        folder.belong(tiny.make_config(), {"samples": 24})
+    folder.belong(accepting, {"samples": 24})
+    folder.record(accepting, {})
+    assert "the shards have changed since this run began (data, samples: 20 -> 24); it goes on with those of now" in caplog.text
+    folder.belong(tiny.make_config(), {"samples": 24})
+    with pytest.raises(UserError, match=r"another config \(optimizer.lr: 0.05 -> 0.1, data, samples: 24 -> 20\)"):
+        folder.belong(tiny.make_config(loader={"changed_data": "accept"}, optimizer={"lr": 0.1}), {"samples": 20})
+
+
 def test_changed_versions_are_told(tiny, tmp_path, caplog):
     folder = RunFolder(tmp_path)
     folder.record(tiny.make_config(), {"losses.match": "match (mine 1.0)"})

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -148,6 +148,15 @@ def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path):
     assert said.getvalue() == f"run {tmp_path} is finished (step 10)\n"
 
 
+def test_more_shards_are_accepted_from_the_same_step_on(tiny, rows, tmp_path, monkeypatch):
+    crash(tiny, tmp_path, 5)
+    monkeypatch.setattr(tiny, "SAMPLES", 32)
+    trainer = tiny.make_trainer(tmp_path, tiny.make_config(loader={"changed_data": "accept"}))
+    trainer.train()
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 17))
+    assert "(data, samples: 20 -> 32" in (tmp_path / "log.txt").read_text()
+
+
 def test_a_folder_of_another_config_is_refused(tiny, tmp_path):
     tiny.make_trainer(tmp_path).train()
     with pytest.raises(UserError, match=r"belongs to another config \(optimizer.lr: 0.05 -> 0.1\)"):
@@ -177,20 +186,47 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
         tiny.make_trainer(tmp_path).train()
 
 
-def test_a_full_disk_does_not_end_training(tiny, rows, tmp_path, monkeypatch):
+class UntilTold:
+    """A writer that waits, at a step, until the trainer can know of the checkpoint that failed."""
+
+    def __init__(self, step, trainer_of):
+        self.step, self.trainer_of = step, trainer_of
+
+    def scalars(self, step, values):
+        while step == self.step and not self.trainer_of().checkpoints.fault:
+            time.sleep(0.01)
+
+    def pictures(self, step, pictures):
+        pass
+
+    sync = close = lambda self: None
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk(tiny, rows, tmp_path, monkeypatch, policy):
+    """Checkpoints are due after steps 3, 6, 9 and 10; the disk is full at the first of them."""
     tiny.make_trainer(tmp_path / "whole").train()
-    real = os.fsync
+    real = shutil.disk_usage
 
-    def full(handle):
-        path = str(Path(f"/proc/self/fd/{handle}").readlink())
-        if "checkpoints" in path and ".tmp" in path and "step_00000010" not in path:
-            raise OSError(28, "No space left on device")
-        real(handle)
+    def full(folder):
+        return real(folder)._replace(free=int(trainer.state.step > 5) << 30)
 
-    monkeypatch.setattr(os, "fsync", full)
-    tiny.make_trainer(tmp_path / "full").train()
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    config = tiny.make_config(checkpoints={"on_failure": policy})
+    trainer = tiny.make_trainer(tmp_path / "full", config, writers=[UntilTold(4, lambda: trainer)])
+    if policy == "stop":
+        with pytest.raises(StorageError, match=r"checkpoint of step [45] could not be written"):  # tried once more
+            trainer.train()
+        assert trainer.state.step in (4, 5)
+        monkeypatch.setattr(shutil, "disk_usage", real)
+        trainer = tiny.make_trainer(tmp_path / "full", config)
+    trainer.train()
     assert rows(tmp_path / "full") == rows(tmp_path / "whole")
-    assert "could not be written: [Errno 28] No space left on device; training goes on" in (tmp_path / "full/log.txt").read_text()
+    said = (tmp_path / "full/log.txt").read_text()
+    if policy == "continue":
+        assert re.search(r"WARNING the checkpoint of step 3 could not be written \(\[Errno 28\].*there is none yet; training goes on", said)
+    else:
+        assert re.search(r"the run ended: .*checkpoint of step [45] could not be written \(\[Errno 28\]", said)
 
 
 def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):
