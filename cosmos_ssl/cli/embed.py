@@ -44,7 +44,7 @@ def _positive(text: str) -> int:
 def _embed(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.evaluation.embedding import Job, embed
     from cosmos_ssl.evaluation.embedding_io import open_samples
-    from cosmos_ssl.evaluation.features import threads_of_this_process
+    from cosmos_ssl.evaluation.samples import threads_of_this_process
 
     try:
         samples, usual = open_samples(arguments.data)

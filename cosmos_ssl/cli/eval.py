@@ -90,7 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     """What was read, the known set that the data is, and the metrics of all roles as ``ROLE/NAME``."""
     from cosmos_ssl.build import load
     from cosmos_ssl.engine.distributed import World, pick_device
-    from cosmos_ssl.evaluation.features import Job, threads_of_this_process
+    from cosmos_ssl.evaluation.features import Job
     from cosmos_ssl.evaluation.tasks import TASKS as FUNCTIONS
     from cosmos_ssl.evaluation.tasks import check_model
 
@@ -108,7 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
             job = Job(
                 store=_store(encoder, options, arguments),
                 batch_size=arguments.batch_size,
-                workers=arguments.workers or threads_of_this_process(),
+                workers=arguments.workers,
                 max_samples=arguments.max_samples or evaluator.get("max_samples"),
                 allow_missing=arguments.allow_missing,
                 progress=lambda what, done, total: told(f"{what}, batches", done, total),

@@ -25,8 +25,7 @@ from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
-from cosmos_ssl.evaluation.features import Samples
-from cosmos_ssl.evaluation.samples import EvaluationData
+from cosmos_ssl.evaluation.samples import EvaluationData, Samples
 
 IMAGENET = "imagenet"
 _WNID = re.compile(r"n\d{8}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Encoder, normalise
-from cosmos_ssl.evaluation.samples import encode_texts
+from cosmos_ssl.evaluation.features import Job, text_features
 
 SIMPLE_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
 TEMPLATE_SETS = ("simple", "openai")
@@ -60,14 +60,9 @@ def load_class_names(names: str | Sequence[str]) -> list[str]:
     return found
 
 
-def class_vectors(encoder: Encoder, names: Sequence[str], templates: Sequence[str], batch_size: int = 256) -> Tensor:
+def class_vectors(encoder: Encoder, names: Sequence[str], templates: Sequence[str], job: Job | None = None) -> Tensor:
     """The classifier [C, D]: normalised mean of the normalised features of every template (CLIP, section 3.1.4)."""
-    a_time = max(1, batch_size // len(templates))
-    means = []
-    for start in range(0, len(names), a_time):
-        texts = [template.replace("{}", name) for name in names[start : start + a_time] for template in templates]
-        means.append(encode_texts(encoder, texts, batch_size).unflatten(0, (-1, len(templates))).mean(1))
-    return normalise(torch.cat(means))
+    return normalise(text_features(encoder, names, job or Job(), templates=templates)).to(encoder.device)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections import deque
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,31 +23,26 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
 from cosmos_ssl.data.storage import written_whole
-from cosmos_ssl.evaluation.samples import items_of_all, rows_of_all
+from cosmos_ssl.evaluation.samples import Samples, check_positive, items_of_all, read_ahead, rows_of_all, share, threads_of_this_process
 from cosmos_ssl.functional import rank, world_size
 
-Loaded: TypeAlias = tuple[Sample, Tensor]
-"""A sample, and its picture as the model wants it."""
-Compute: TypeAlias = Callable[[Sequence[Loaded]], tuple[Tensor, Sequence[Any]]]
-"""Some samples -> a row [n, ...] and a note (strings, numbers, lists of these) for each."""
-
 EXAMPLES = 5
-_AHEAD = 2  # batches that are decoded while one is encoded
+KEPT_DAYS = 7
+"""So long an evaluation that was ended waits to be gone on with."""
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
-class Samples(Protocol):
-    """What is evaluated on: shards, a folder, or a reader of a known layout."""
+class Loaded(NamedTuple):
+    """A sample that could be read, and its picture as the model wants it."""
 
-    def __len__(self) -> int: ...
+    place: int
+    """Where it lies in the data."""
+    sample: Sample
+    pixels: Tensor
 
-    def read(self, index: int) -> Sample:
-        """Sample ``index``. Raises BadSample for a faulty one."""
-        ...
 
-    def identity(self) -> Mapping[str, Any]:
-        """What makes this set this set."""
-        ...
+Compute: TypeAlias = Callable[[Sequence[Loaded]], tuple[Tensor | None, Sequence[Any]]]
+"""Some samples -> rows [n, ...], and notes (strings, numbers, lists of these): of each sample, or of those that it takes."""
 
 
 class Store:
@@ -56,6 +50,7 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._writable = folder is not None
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The piece of this name, if it is there and whole."""
@@ -69,7 +64,7 @@ class Store:
 
     def put(self, name: str, piece: Mapping[str, Any]) -> None:
         """Keep a piece; where the folder cannot be written nothing is kept, and that is told once."""
-        if self.folder is None:
+        if self.folder is None or not self._writable:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +72,19 @@ class Store:
                 torch.save(dict(piece), file)
         except OSError as error:
             _log.warning("%s cannot be written (%s): an interrupted evaluation will start again", self.folder, error.strerror or error)
-            self.folder = None
+            self._writable = False
 
     def clear(self) -> None:
         """Remove the folder: the evaluation is finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear_old(self) -> None:
+        """Remove the folders beside this one that nothing was put into for a week: evaluations that were ended for good."""
+        for folder in self.folder.parent.glob("*") if self.folder is not None else ():
+            with suppress(OSError):  # another process may be removing it
+                if folder != self.folder and time.time() - folder.stat().st_mtime > KEPT_DAYS * 86_400:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _no_progress(what: str, done: int, total: int) -> None:
@@ -91,25 +93,30 @@ def _no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """How an evaluation goes through its samples."""
+    """How an evaluation goes through its samples. Raises ValueError for numbers below one."""
 
     store: Store = field(default_factory=lambda: Store(None))
     batch_size: int = 256
-    workers: int = 1
-    """Threads that decode."""
+    workers: int | None = None
+    """Threads that decode; None is one a core, at most 8."""
     max_samples: int | None = None
     """So many evenly spread samples; None is all."""
     allow_missing: bool = False
     """Leave out what cannot be used instead of raising DataError."""
+    data: str = "data"
+    """What messages call the samples."""
     progress: Callable[[str, int, int], None] = _no_progress
     """Told what is done, how much of it, and of how much."""
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size, workers=self.workers, max_samples=self.max_samples)
 
     def leave_out(self, missing: Sequence[str], count: int, what: str) -> None:
         """Warn of what is missing among ``count``, the first few by name; raise DataError unless it may be missing."""
         if not missing:
             return
         some = ", ".join(missing[:EXAMPLES]) + (", ..." if len(missing) > EXAMPLES else "")
-        told = f"data: {len(missing):,} of {count:,} {what} ({some})"
+        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({some})"
         if not self.allow_missing:
             raise DataError(f"{told}. Go on without them: --allow-missing")
         if rank() == 0:
@@ -119,84 +126,88 @@ class Job:
 def features_of(
     data: Samples, preprocess: Callable[[Tensor], Tensor], compute: Compute, job: Job, *, name: str
 ) -> tuple[Tensor, list[Any]]:
-    """The row and the note of each sample, in order, on every rank; rows on the host.
+    """What ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
 
     ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed. Raises DataError for samples that
     cannot be used (unless they may be missing), or where none is left.
     """
     count = len(data)
     wanted = count if job.max_samples is None else min(job.max_samples, count)
-    chosen = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
-    about = {"name": name, "data": data.identity(), "samples": wanted, "batch": job.batch_size}
+    chosen = range(count) if wanted == count else np.linspace(0, count - 1, wanted).round().astype(int).tolist()
 
-    def load(index: int) -> Loaded | list[str]:
+    def load(index: int) -> Loaded | list[Any]:
         sample = None
         try:
             sample = data.read(index)
-            return sample, preprocess(sample.decode())
+            return Loaded(index, sample, preprocess(sample.decode()))
         except BadSample as error:
-            return [f"sample {index}" if sample is None else sample.key, str(error)]
+            return [index, f"sample {index}" if sample is None else sample.key, str(error)]
 
-    def work(loaded: Sequence[Loaded | list[str]]) -> dict[str, Any]:
-        good = [item for item in loaded if isinstance(item, tuple)]
-        bad = [item for item in loaded if isinstance(item, list)]
+    def work(loaded: Sequence[Loaded | list[Any]]) -> dict[str, Any]:
+        good = [item for item in loaded if isinstance(item, Loaded)]
+        bad = [item for item in loaded if not isinstance(item, Loaded)]
         rows, notes = compute(good) if good else (None, [])
         return {"rows": None if rows is None else rows.cpu(), "notes": list(notes), "bad": bad}
 
-    pieces = list(_pieces(chosen, load, work, job, about, "pictures"))
-    bad = items_of_all([f"{key}: {reason}" for piece in pieces for key, reason in piece["bad"]])
+    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, {"name": name, "data": data.identity()}, "pictures"))
+    bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])
     job.leave_out(bad, wanted, "pictures cannot be used")
     if not notes:
-        raise DataError("data: not one picture can be used. Run: cosmos-ssl data check")
-    return rows_of_all([piece["rows"] for piece in pieces if piece["rows"] is not None], torch.device("cpu")), notes
+        raise DataError(f"{job.data}: not one picture can be used. Run: cosmos-ssl data check")
+    return rows_of_all([piece["rows"] for piece in pieces if piece["rows"] is not None]), notes
 
 
-def text_features(encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False) -> Tensor:
-    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share them."""
+def text_features(
+    encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
+) -> Tensor:
+    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share them.
+
+    With ``templates`` a string is put into each of them, and its row is the mean of theirs (which is no unit vector).
+    """
     encode = encoder.match_text if to_match else encoder.encode_text
-    about = {"texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(), "match": to_match, "batch": job.batch_size}
 
-    def work(some: Sequence[str]) -> dict[str, Any]:
-        return {"rows": encode(encoder.tokenize(list(some))).cpu()}
+    def work(parts: Sequence[Sequence[str]]) -> dict[str, Any]:
+        said = [template.replace("{}", text) for part in parts for text in part for template in templates]
+        starts = range(0, len(said), job.batch_size)
+        rows = torch.cat([encode(encoder.tokenize(said[start : start + job.batch_size])).cpu() for start in starts])
+        return {"rows": rows.unflatten(0, (-1, len(templates))).mean(1)}
 
-    pieces = _pieces(range(len(texts)), texts.__getitem__, work, job, about, "texts")
-    return rows_of_all([piece["rows"] for piece in pieces], torch.device("cpu"))
+    parts = [[part] for part in _cut(texts, max(1, job.batch_size // len(templates)))]
+    about = {"match": to_match, "templates": list(templates)}
+    return rows_of_all([piece["rows"] for piece in _pieces(parts, lambda part: part, work, job, about, "texts")])
+
+
+def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Parts of ``size`` items, or smaller ones where some rank would have none."""
+    size = max(1, min(size, -(-len(items) // world_size())))
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _pieces(
-    chosen: Sequence[int],
-    load: Callable[[int], Any],
+    parts: Sequence[Sequence[Any]],
+    load: Callable[[Any], Any],
     work: Callable[[Sequence[Any]], dict[str, Any]],
     job: Job,
     about: Mapping[str, Any],
     what: str,
 ) -> Iterator[dict[str, Any]]:
-    """This rank's batches of ``chosen``, from the store where they are there; threads load a little ahead."""
-    starts = list(range(0, len(chosen), job.batch_size))
-    own = starts[rank() * len(starts) // world_size() : (rank() + 1) * len(starts) // world_size()]
-    waiting = iter(own)
-    threads = ThreadPoolExecutor(job.workers)
-    ahead: deque[tuple[str, dict[str, Any] | None, list[Future[Any]]]] = deque()
-    done = 0
-    try:
-        while True:
-            while len(ahead) <= _AHEAD and (start := next(waiting, None)) is not None:
-                name = digest({**about, "start": start})
-                kept = job.store.get(name)
-                part = chosen[start : start + job.batch_size] if kept is None else ()
-                ahead.append((name, kept, [threads.submit(load, index) for index in part]))
-            if not ahead:
-                return
-            name, piece, futures = ahead.popleft()
-            if piece is None:
-                piece = work([future.result() for future in futures])
+    """What ``work`` makes of this rank's share of ``parts``, or the store holds of it, unless a sample that was bad no longer is."""
+    own, all_about = share(parts), digest(about)
+
+    def to_load() -> Iterator[tuple[tuple[Sequence[Any], str, dict[str, Any] | None], Sequence[Any]]]:
+        for part in own:
+            name = digest([all_about, list(part)])
+            kept = job.store.get(name)
+            yield (part, name, kept), part if kept is None else [index for index, *_ in kept.get("bad", ())]
+
+    with closing(read_ahead(to_load(), load, job.workers or threads_of_this_process())) as loaded:
+        for done, ((part, name, piece), items) in enumerate(loaded, 1):
+            if piece is None or any(isinstance(item, Loaded) for item in items):
+                piece = work(items if piece is None else [load(item) for item in part])
                 job.store.put(name, piece)
-            done += 1
             job.progress(what, done, len(own))
             yield piece
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def digest(value: Any) -> str:
@@ -216,8 +227,3 @@ def weights_digest(model: nn.Module) -> str:
 def numbered(labels: Sequence[Hashable]) -> dict[Hashable, int]:
     """A number for each different label, in the order in which they come."""
     return {label: number for number, label in enumerate(dict.fromkeys(labels))}
-
-
-def threads_of_this_process() -> int:
-    """Threads that decode where nothing else is asked for."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosmos_ssl.api import normalise
+from cosmos_ssl.api import TowerSpec, normalise
 
 IGNORED = 255
 """The label of pixels that do not count."""
@@ -52,6 +52,12 @@ def resized(picture: Tensor, protocol: SegmentationProtocol) -> Tensor:
     factor = min(protocol.short_side / min(height, width), _LONG_SIDE / max(height, width))
     size = [int(side * factor + 0.5) for side in (height, width)]
     return F.interpolate(picture[None].float(), size=size, mode="bilinear", align_corners=False)[0].round_()
+
+
+def model_input(picture: Tensor, protocol: SegmentationProtocol, tower: TowerSpec) -> Tensor:
+    """uint8 [3, H, W] -> of the protocol's size and normalised as the tower wants it."""
+    mean, std = (torch.tensor(values, device=picture.device)[:, None, None] for values in (tower.mean, tower.std))
+    return (resized(picture, protocol) / 255 - mean) / std
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:

@@ -25,8 +25,8 @@ from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import CLASS_FILES
-from cosmos_ssl.evaluation.features import Job, Samples
-from cosmos_ssl.evaluation.samples import EvaluationData
+from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.samples import EvaluationData, Samples
 from cosmos_ssl.evaluation.segmentation import IGNORED, SegmentationProtocol
 
 MASK = "mask.png"

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Sample, UserError, normalise
+from cosmos_ssl.api import DataError, Encoder, Sample, UserError
 from cosmos_ssl.data.folder import picture_folder
-from cosmos_ssl.evaluation.caption_sets import CaptionSet, find_caption_set
+from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
-from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, load_class_names, load_templates
-from cosmos_ssl.evaluation.features import Job, Loaded, Samples, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.classification import CLASS_FILES, class_vectors, load_class_names, load_templates
+from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
 from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
-from cosmos_ssl.evaluation.retrieval import retrieval_metrics
-from cosmos_ssl.evaluation.samples import EvaluationData, label_of
-from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, resized, segment, segmentation_metrics
+from cosmos_ssl.evaluation.protocols import Scores, classify, labelled_features, retrieve, trained_accuracy
+from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
+from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, model_input, segment, segmentation_metrics
 from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -65,27 +65,17 @@ class Task:
 
 def retrieval(options: Options, job: Job) -> Task:
     """Image-text retrieval, as the evaluator ``retrieval`` has it, on COCO, Flickr30k, shards or a folder. Raises DataError."""
-    data = _captioned(options.data)
-    if isinstance(data, CaptionSet):
-        data = data.complete(job)
+    folder = picture_folder(options.data)
+    known = find_caption_set(folder) if folder is not None else None
+    data: Samples = _given(options.data) if known is None else known.complete(job)
+    name = "" if known is None else known.name
+    return Task(set_name=name, run=lambda encoder, job: retrieve(encoder, data, job, texts=options.texts).metrics)
 
-    def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
-            notes = [[sample.key, list(sample.captions.get(options.texts, ())), list(sample.captions)] for sample, _ in loaded]
-            return encoder.match_image(torch.stack([pixels for _, pixels in loaded])), notes
 
-        rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"match_image {options.texts}")
-        if not any(texts for _, texts, _ in notes):
-            key, _, others = notes[0]
-            raise DataError(f"texts: samples such as {key} have no texts '{options.texts}'. They have: {', '.join(others) or 'none'}")
-        job.leave_out([key for key, texts, _ in notes if not texts], len(notes), f"samples have no texts '{options.texts}'")
-        kept = [texts for _, texts, _ in notes if texts]
-        images = rows[torch.tensor([bool(texts) for _, texts, _ in notes])].to(encoder.device)
-        owners = torch.tensor([number for number, texts in enumerate(kept) for _ in texts])
-        found = text_features(encoder, [text for texts in kept for text in texts], job, to_match=True)
-        return retrieval_metrics(images, found.to(encoder.device), owners, score=encoder.match)
-
-    return Task(set_name=data.name if isinstance(data, CaptionSet) else "", run=run)
+def _given(data: str) -> Samples:
+    found = EvaluationData(data)
+    found.check()
+    return found.samples
 
 
 def classification(options: Options, job: Job) -> Task:
@@ -97,49 +87,28 @@ def classification(options: Options, job: Job) -> Task:
     if data.classes not in (None, len(names)):
         raise DataError(f"--class-names: {len(names)} class names are given for {data.classes} classes")
     templates = load_templates(options.templates or data.templates or "simple")
-    numbers: dict[Hashable, int] = {name: number for number, name in reversed(list(enumerate(names)))}
-
-    def number(sample: Sample) -> int:
-        label = label_of(sample, options.label)
-        found = numbers.get(label, label) if isinstance(label, Hashable) else label
-        if not isinstance(found, int) or not 0 <= found < len(names):
-            raise DataError(f"{options.label}: sample {sample.key} has the label '{label}', which is none of the {len(names)} class names")
-        return found
 
     def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[int]]:
-            labels = [number(sample) for sample, _ in loaded]
-            return encoder.encode_image(torch.stack([pixels for _, pixels in loaded])), labels
-
-        what = f"encode_image {options.label} {digest(list(names))}"
-        images, labels = features_of(data.samples, encoder.preprocess, compute, job, name=what)
-        texts = text_features(encoder, [template.replace("{}", name) for name in names for template in templates], job)
-        vectors = normalise(texts.unflatten(0, (len(names), len(templates))).mean(1))
-        return accuracy(images @ vectors.T, torch.tensor(labels))
+        return classify(encoder, data.samples, job, names=names, templates=templates, label=options.label).metrics
 
     return Task(set_name=data.set_name, run=run)
 
 
 def knn(options: Options, job: Job) -> Task:
     """The nearest training pictures' labels, as the evaluator ``knn`` has it. Raises DataError."""
-
-    def scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-        return knn_scores(train, labels, test, classes=classes, k=options.k, temperature=options.temperature)
-
-    return _trained(options, scores)
+    return _trained(options, partial(knn_scores, k=options.k, temperature=options.temperature))
 
 
 def probe(options: Options, job: Job) -> Task:
     """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
 
-    def scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-        found, _ = linear_probe(train, labels, classes=classes)
-        return found.scores(test)
+    def scores(train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        return linear_probe(train, labels, classes=classes)[0].scores(test)
 
     return _trained(options, scores)
 
 
-def _trained(options: Options, scores: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Task:
+def _trained(options: Options, scores: Scores) -> Task:
     """A task on the tower's features before the projection: ``scores`` of test features from labelled training features."""
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
@@ -149,31 +118,15 @@ def _trained(options: Options, scores: Callable[[Tensor, Tensor, Tensor, int], T
     else:
         raise DataError("--train-data: name the training samples, since no training split is known to belong to the data")
 
-    def features(encoder: Encoder, samples: Samples, job: Job) -> tuple[Tensor, list[Hashable]]:
-        def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
-            labels = [_label(sample, options.label) for sample, _ in loaded]
-            return encoder.image_features(torch.stack([pixels for _, pixels in loaded])), labels
-
-        rows, labels = features_of(samples, encoder.preprocess, compute, job, name=f"image_features {options.label}")
-        return rows.to(encoder.device), labels
+    def label(sample: Sample) -> Hashable:
+        of_folder = options.label == "cls" and "class_name" in sample.extras  # two folders may number their classes differently
+        return class_of(sample, "class_name" if of_folder else options.label)
 
     def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        rows, labels = features(encoder, train, replace(job, max_samples=options.max_train_samples))
-        test, test_labels = features(encoder, data.samples, job)
-        numbers = numbered(labels)
-        known = torch.tensor([numbers[label] for label in labels], device=rows.device)
-        found = scores(rows, known, test, len(numbers)).cpu()
-        return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test_labels]))
+        known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=options.label)
+        return trained_accuracy(known, labelled_features(encoder, data.samples, job, label, name=options.label), scores)
 
     return Task(set_name="", run=run)
-
-
-def _label(sample: Sample, name: str) -> Hashable:
-    """The label of a sample; of a picture in a class folder the name of the folder, which two folders share."""
-    label = sample.extras["class_name"] if name == "cls" and "class_name" in sample.extras else label_of(sample, name)
-    if not isinstance(label, Hashable):
-        raise DataError(f"{name}: sample {sample.key} has a list or a table where a label is due")
-    return label
 
 
 def segmentation(options: Options, job: Job) -> Task:
@@ -193,18 +146,15 @@ def segmentation(options: Options, job: Job) -> Task:
             raise UserError("this model has no dense inference, which segmentation needs")
         own = SegmentationProtocol(short_side=spec.image_size, window=spec.image_size, stride=max(1, spec.image_size // 2))
         protocol = replace(data.protocol or own, csa=options.csa)
-        mean, std = (torch.tensor(values, device=encoder.device)[:, None, None] for values in (spec.mean, spec.std))
-        texts = text_features(encoder, [template.replace("{}", name) for name in names for template in templates], job)
-        vectors = normalise(texts.unflatten(0, (len(names), len(templates))).mean(1)).to(encoder.device)
+        vectors = class_vectors(encoder, names, templates, job)
 
         def counted(sample: Sample, picture: Tensor) -> Tensor:
-            pixels = (resized(picture.to(encoder.device), protocol) / 255 - mean) / std
-            labels = sample.extras["labels"].to(encoder.device)
+            pixels, labels = model_input(picture.to(encoder.device), protocol, spec), sample.extras["labels"].to(encoder.device)
             found = segment(encoder, pixels, vectors, owners.to(encoder.device), labels.shape, protocol, spec.patch_size)
             return areas(found, labels, len(data.names))
 
         def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
-            return torch.stack([counted(*item) for item in loaded]), [sample.key for sample, _ in loaded]
+            return torch.stack([counted(sample, picture) for _, sample, picture in loaded]), [one.sample.key for one in loaded]
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
         rows, _ = features_of(data, lambda picture: picture, compute, few, name=f"segmentation {protocol} {names} {templates}")
@@ -224,7 +174,7 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 
         def run(encoder: Encoder, job: Job) -> dict[str, float]:
             def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
-                return encoder.match_image(torch.stack([pixels for _, pixels in loaded])), [sample.key for sample, _ in loaded]
+                return encoder.match_image(torch.stack([one.pixels for one in loaded])), [one.sample.key for one in loaded]
 
             images, keys = features_of(data.samples(), encoder.preprocess, compute, job, name="match_image")
             usable = data.without(set(data.pictures) - set(keys))
@@ -245,16 +195,6 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
         return Task(set_name=data.name, run=run)
 
     return task
-
-
-def _captioned(data: str) -> Samples:
-    folder = picture_folder(data)
-    known = find_caption_set(folder) if folder is not None else None
-    if known is not None:
-        return known
-    found = EvaluationData(data)
-    found.check()
-    return found.samples
 
 
 def check_model(task: str, encoder: Encoder) -> None:

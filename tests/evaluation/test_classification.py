@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors, load_class_names, load_templates
+from cosmos_ssl.evaluation.features import Job
 
 
 class Words:
@@ -26,7 +27,7 @@ class Words:
 
 def test_class_vector_is_the_normalised_mean_of_normalised_templates():
     encoder = Words({"a cat": [3.0, 0.0], "one cat": [0.0, 5.0], "a dog": [0.0, -1.0], "one dog": [0.0, -9.0]})
-    vectors = class_vectors(encoder, ["cat", "dog"], ["a {}", "one {}"], batch_size=2)
+    vectors = class_vectors(encoder, ["cat", "dog"], ["a {}", "one {}"], Job(batch_size=2))
     torch.testing.assert_close(vectors, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
     assert [len(batch) for batch in encoder.batches] == [2, 2]
 

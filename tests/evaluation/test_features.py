@@ -1,6 +1,8 @@
 """Features of all samples of a set: order, what is kept of an evaluation that was ended, samples that cannot be used."""
 
 import logging
+import os
+import time
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ class Numbers:
 
 
 def compute(loaded):
-    return torch.stack([pixels[:, 0, 0] for _, pixels in loaded]), [sample.key for sample, _ in loaded]
+    return torch.stack([one.pixels[:, 0, 0] for one in loaded]), [one.sample.key for one in loaded]
 
 
 def run(data, job, compute=compute):
@@ -83,6 +85,41 @@ def test_what_was_computed_is_kept_and_not_computed_again(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_sample_that_was_mended_is_read_again(tmp_path):
+    job = Job(store=Store(tmp_path / "store"), batch_size=4, allow_missing=True)
+    assert len(run(Numbers(bad=(5, 6)), job)[1]) == 18
+    assert len(run(data := Numbers(bad=(5, 6)), job)[1]) == 18 and sorted(data.reads) == [5, 6]
+    assert run(data := Numbers(bad=(6,)), job)[1] == [str(n) for n in range(20) if n != 6]
+    assert sorted(data.reads) == [4, 5, 5, 6, 6, 7]
+    assert run(Numbers(), job)[1] == [str(n) for n in range(20)]
+
+
+def test_what_nobody_went_on_with_is_removed(tmp_path):
+    own, old, young = (Store(tmp_path / name) for name in ("own", "old", "young"))
+    for store in (own, old, young):
+        store.put("piece", {"rows": torch.zeros(1)})
+    week = 7 * 86_400
+    for store, age in ((own, 2 * week), (old, week + 3600), (young, week - 3600)):
+        os.utime(store.folder, (time.time() - age,) * 2)
+    own.clear_old()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "young"]
+    Store(None).clear_old()
+
+
+def test_what_was_written_before_the_disk_was_full_is_removed(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    store.put("a", {"rows": torch.zeros(1)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    store.put("b", {"rows": torch.zeros(1)})
+    assert store.get("a") is not None and store.get("b") is None
+    store.clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_store_that_cannot_be_written_is_told_once(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
@@ -125,6 +162,14 @@ def test_texts(tmp_path):
     assert text_features(encoder, texts, job)[:, 0].tolist() == list(range(1, 11))
     assert text_features(encoder, texts, job, to_match=True)[:, 0].tolist() == list(range(-1, -11, -1))
     assert text_features(encoder, texts, job)[3].item() == 4 and len(encoder.texts) == 20
+    in_templates = text_features(encoder, texts, job, templates=["{}", "a {}.."])
+    assert in_templates[:, 0].tolist() == [n + 2 for n in range(1, 11)] and encoder.texts[20:24] == ["a", "a a..", "aa", "a aa.."]
+
+
+@pytest.mark.parametrize("option", ["batch_size", "workers", "max_samples"])
+def test_numbers_below_one(option):
+    with pytest.raises(ValueError, match=f"^{option}: 0 is not above zero"):
+        Job(**{option: 0})
 
 
 def test_digests():

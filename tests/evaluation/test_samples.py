@@ -1,20 +1,15 @@
 """The data of evaluators: which samples are read, in what order, what is told of bad ones."""
 
 import logging
+from contextlib import closing
 
 import pytest
 import torch
 from PIL import Image
 
 from cosmos_ssl.api import DataError
-from cosmos_ssl.evaluation.samples import EvaluationData
-
-
-class Small:
-    """The part of an encoder that reading needs."""
-
-    def preprocess(self, image):
-        return image[:, :4, :4].float()
+from cosmos_ssl.evaluation.features import Job, features_of
+from cosmos_ssl.evaluation.samples import EvaluationData, read_ahead
 
 
 @pytest.fixture
@@ -29,20 +24,46 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def test_batches_of_a_folder_are_sorted(folder, caplog):
-    data = EvaluationData(str(folder), workers=2)
+def read(data, **options):
+    """The grey and the class of each picture, and what was told of: by the base that all evaluations stand on."""
+
+    def compute(loaded):
+        return torch.stack([one.pixels for one in loaded]), [[one.place, one.sample.key, one.sample.extras["cls"]] for one in loaded]
+
+    job = Job(allow_missing=True, data=data.name, **options)
+    return features_of(data.samples, lambda picture: picture[0, 0, :1].float(), compute, job, name="grey")
+
+
+def test_pictures_of_a_folder_are_sorted(folder, caplog):
+    data = EvaluationData(str(folder))
     with caplog.at_level(logging.WARNING):
-        batches = list(data.batches(Small(), 4))
-    assert [batch.pixels[:, 0, 0, 0].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert [sample.extras["cls"] for batch in batches for sample in batch.samples] == [0] * 6 + [1] * 3
-    assert "1 of 10 samples left out of the evaluation (1 undecodable)" in caplog.text
+        rows, notes = read(data, batch_size=4, workers=2)
+    assert rows[:, 0].tolist() == list(range(9))
+    assert [number for _, _, number in notes] == [0] * 6 + [1] * 3
+    assert f"{folder}: 1 of 10 pictures cannot be used (b/9.png: undecodable: " in caplog.text
     assert data.class_names == ("a", "b") and data.folder == folder
-    assert torch.equal(data.read(batches[1].indices[2]).decode()[:, 0, 0], torch.full((3,), 6, dtype=torch.uint8))
+    assert torch.equal(data.samples.read(notes[6][0]).decode()[:, 0, 0], torch.full((3,), 6, dtype=torch.uint8))
 
 
 def test_evenly_spread_samples_come_from_all_classes(folder):
-    (batch,) = EvaluationData([str(folder)], max_samples=3).batches(Small(), 8)
-    assert [sample.key for sample in batch.samples] == ["a/0.png", "a/4.png"]  # the third is the broken one
+    _, notes = read(EvaluationData([str(folder)]), max_samples=3)
+    assert [key for _, key, _ in notes] == ["a/0.png", "a/4.png"]  # the third is the broken one
+
+
+def test_reading_ahead():
+    """Two batches are started while one is worked on, and no more; each comes with its key."""
+    started = []
+
+    def load(index):
+        started.append(index)
+        return -index
+
+    with closing(read_ahead(((f"b{n}", [n]) for n in range(6)), load, 1)) as batches:
+        assert not started
+        assert next(batches) == ("b0", [0])
+        assert next(batches) == ("b1", [-1]) and set(started) <= {0, 1, 2, 3}
+    assert set(started) <= {0, 1, 2, 3}
+    assert list(read_ahead([("a", [1, 2]), ("b", [])], abs, 2)) == [("a", [1, 2]), ("b", [])]
 
 
 def test_folders_are_checked(folder):

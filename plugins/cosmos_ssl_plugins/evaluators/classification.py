@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Sample, Spec
-from cosmos_ssl.evaluation.classification import CLASS_FILES, accuracy, class_vectors, load_class_names, load_templates
+from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
+from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
+from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, items_of_all, label_of, rows_of_all
+from cosmos_ssl.evaluation.protocols import classify
+from cosmos_ssl.evaluation.samples import EvaluationData
 
 SHOWN, BEST = 8, 3
 
@@ -34,12 +36,11 @@ class Classification(Evaluator):
         workers: int | None = None,
         max_samples: int | None = None,
     ) -> None:
-        check_positive(batch_size=batch_size)
-        self.data = EvaluationData(data, fallback=spec.validation_data, workers=workers, max_samples=max_samples)
+        self.data = EvaluationData(data, fallback=spec.validation_data)
+        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.names = None if class_names is None else load_class_names(class_names)
         self.templates = load_templates(templates)
         self.label = label
-        self.batch_size = batch_size
 
     def prepare(self) -> None:
         """Look for the data, and for the names where they are to lie there. Raises DataError."""
@@ -50,22 +51,16 @@ class Classification(Evaluator):
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``classes``. Raises DataError."""
         names = self.names if self.names is not None else self._names_beside()
-        vectors = class_vectors(encoder, names, self.templates, self.batch_size)
-        scores, labels, places = [], list[int](), list[int]()
-        for batch in self.data.batches(encoder, self.batch_size):
-            labels += [self._number(sample, names) for sample in batch.samples]
-            scores.append((encoder.encode_image(batch.pixels) @ vectors.T).cpu())
-            places += batch.indices
-        found, labels, places = rows_of_all(scores, torch.device("cpu")), items_of_all(labels), items_of_all(places)
-        metrics = accuracy(found, torch.tensor(labels))
+        found = classify(encoder, self.data.samples, self.job, names=names, templates=self.templates, label=self.label)
         if not pictures:
-            return Evaluation(metrics=metrics)
+            return Evaluation(metrics=found.metrics)
         matches = []
-        for n in torch.linspace(0, len(places) - 1, min(SHOWN, len(places))).round().long().tolist():
-            best = found[n].topk(min(BEST, len(names))).indices.tolist()
-            lines = [(names[i], float(found[n, i]), i == labels[n]) for i in best]
-            matches.append(Match(picture=self.data.read(places[n]).decode(), found=lines, note=f"is: {names[labels[n]]}"))
-        return Evaluation(metrics=metrics, pictures={"classes": draw_matches(matches)})
+        for n in torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist():
+            scores, own = found.scores[n], found.labels[n]
+            lines = [(names[i], float(scores[i]), i == own) for i in scores.topk(min(BEST, len(names))).indices.tolist()]
+            picture = self.data.samples.read(found.places[n]).decode()
+            matches.append(Match(picture=picture, found=lines, note=f"is: {names[own]}"))
+        return Evaluation(metrics=found.metrics, pictures={"classes": draw_matches(matches)})
 
     def _names_beside(self) -> list[str]:
         paths = [self.data.folder / name for name in CLASS_FILES]
@@ -75,10 +70,3 @@ class Classification(Evaluator):
         if found is None:
             raise DataError(f"class_names: give them, since {self.data.folder} holds none of {', '.join(CLASS_FILES)}")
         return load_class_names(str(found))
-
-    def _number(self, sample: Sample, names: list[str]) -> int:
-        label = label_of(sample, self.label)
-        number = names.index(label) if label in names else label
-        if not isinstance(number, int) or not 0 <= number < len(names):
-            raise DataError(f"{self.label}: sample {sample.key} has the label '{label}', which is none of the {len(names)} classes")
-        return number

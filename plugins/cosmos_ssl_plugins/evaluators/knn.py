@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Modality, Spec, normalise
-from cosmos_ssl.evaluation.classification import accuracy
+from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Modality, Spec, normalise
+from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.pictures import draw_neighbours
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, items_of_all, label_of, rows_of_all
+from cosmos_ssl.evaluation.protocols import Labelled, labelled_features, trained_accuracy
+from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, class_of
 
 SHOWN, NEAREST = 6, 6
 
@@ -42,15 +43,14 @@ class KNearestNeighbours(Evaluator):
         max_samples: int | None = None,
         max_train_samples: int | None = None,
     ) -> None:
-        check_positive(k=k, temperature=temperature, batch_size=batch_size)
-        self.train_data = EvaluationData(train_data, option="train_data", workers=workers, max_samples=max_train_samples)
-        self.data = EvaluationData(
-            data, fallback=spec.validation_data, workers=workers, max_samples=max_samples, numbered_by=self.train_data
-        )
+        check_positive(k=k, temperature=temperature, max_train_samples=max_train_samples)
+        self.train_data = EvaluationData(train_data, option="train_data")
+        self.data = EvaluationData(data, fallback=spec.validation_data, numbered_by=self.train_data)
+        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
+        self.train_job = replace(self.job, max_samples=max_train_samples, data=self.train_data.name)
         self.k = k
         self.temperature = temperature
         self.label = label
-        self.batch_size = batch_size
 
     def prepare(self) -> None:
         """Look for the data. Raises DataError."""
@@ -59,30 +59,16 @@ class KNearestNeighbours(Evaluator):
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``neighbours``. Raises DataError."""
-        train, train_labels, train_places = self._features(encoder, self.train_data)
-        test, test_labels, test_places = self._features(encoder, self.data)
-        numbers = {label: number for number, label in enumerate(dict.fromkeys(train_labels))}
-        known = torch.tensor([numbers[label] for label in train_labels], device=train.device)
-        votes = knn_scores(train, known, test, classes=len(numbers), k=self.k, temperature=self.temperature)
-        metrics = accuracy(votes.cpu(), torch.tensor([numbers.get(label, -1) for label in test_labels]))
+        train, test = self._features(encoder, self.train_data, self.train_job), self._features(encoder, self.data, self.job)
+        metrics = trained_accuracy(train, test, partial(knn_scores, k=self.k, temperature=self.temperature))
         if not pictures:
             return Evaluation(metrics=metrics)
         rows = []
-        for n in torch.linspace(0, len(test) - 1, min(SHOWN, len(test))).round().long().tolist():
-            near = (normalise(train) @ normalise(test[n])).topk(min(NEAREST, len(train))).indices.tolist()
-            found = [(self.train_data.read(train_places[i]).decode(), train_labels[i] == test_labels[n]) for i in near]
-            rows.append((self.data.read(test_places[n]).decode(), found))
+        for n in torch.linspace(0, len(test.rows) - 1, min(SHOWN, len(test.rows))).round().long().tolist():
+            near = (normalise(train.rows) @ normalise(test.rows[n])).topk(min(NEAREST, len(train.rows))).indices.tolist()
+            found = [(self.train_data.samples.read(train.places[i]).decode(), train.labels[i] == test.labels[n]) for i in near]
+            rows.append((self.data.samples.read(test.places[n]).decode(), found))
         return Evaluation(metrics=metrics, pictures={"neighbours": draw_neighbours(rows)})
 
-    def _features(self, encoder: Encoder, data: EvaluationData) -> tuple[Tensor, list[Hashable], list[int]]:
-        """Features [N, W], labels and places of all samples."""
-        features, labels, places = [], list[Hashable](), list[int]()
-        for batch in data.batches(encoder, self.batch_size):
-            features.append(encoder.image_features(batch.pixels))
-            places += batch.indices
-            for sample in batch.samples:
-                label = label_of(sample, self.label)
-                if not isinstance(label, Hashable):
-                    raise DataError(f"{self.label}: sample {sample.key} has a list or a table where a label is due")
-                labels.append(label)
-        return rows_of_all(features, encoder.device), items_of_all(labels), items_of_all(places)
+    def _features(self, encoder: Encoder, data: EvaluationData, job: Job) -> Labelled:
+        return labelled_features(encoder, data.samples, job, lambda sample: class_of(sample, self.label), name=self.label)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
+from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Spec
 from cosmos_ssl.evaluation.attention_maps import attention_maps
+from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
-from cosmos_ssl.evaluation.retrieval import retrieval_metrics
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, encode_texts, items_of_all, rows_of_all
+from cosmos_ssl.evaluation.protocols import Retrieved, retrieve
+from cosmos_ssl.evaluation.samples import EvaluationData
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
 SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
-_log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 class Retrieval(Evaluator):
@@ -38,10 +36,9 @@ class Retrieval(Evaluator):
         workers: int | None = None,
         max_samples: int | None = None,
     ) -> None:
-        check_positive(batch_size=batch_size)
-        self.data = EvaluationData(data, fallback=spec.validation_data, workers=workers, max_samples=max_samples)
+        self.data = EvaluationData(data, fallback=spec.validation_data)
+        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.texts = texts
-        self.batch_size = batch_size
 
     def prepare(self) -> None:
         """Look for the data. Raises DataError."""
@@ -49,48 +46,22 @@ class Retrieval(Evaluator):
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""
-        features: list[Tensor] = []
-        told: list[tuple[int, list[str]]] = []
-        untold: list[tuple[str, list[str]]] = []
-        for batch in self.data.batches(encoder, self.batch_size):
-            with_texts = [n for n, sample in enumerate(batch.samples) if sample.captions.get(self.texts)]
-            untold += [(sample.key, list(sample.captions)) for sample in batch.samples if not sample.captions.get(self.texts)]
-            if with_texts:
-                features.append(encoder.match_image(batch.pixels[with_texts]))
-            told += [(batch.indices[n], list(batch.samples[n].captions[self.texts])) for n in with_texts]
-        told, untold = items_of_all(told), items_of_all(untold)
-        self._tell_of(untold, len(told))
-        places = [place for place, _ in told]
-        texts = [text for _, own in told for text in own]
-        owners = [number for number, (_, own) in enumerate(told) for _ in own]
-        images = rows_of_all(features, encoder.device)
-        encoded = encode_texts(encoder, texts, self.batch_size, to_match=True)
-        metrics = retrieval_metrics(images, encoded, torch.tensor(owners), score=encoder.match)
-        drawn = self._draw(encoder, images, encoded, texts, owners, places) if pictures else {}
-        return Evaluation(metrics=metrics, pictures=drawn)
+        found = retrieve(encoder, self.data.samples, self.job, texts=self.texts)
+        return Evaluation(metrics=found.metrics, pictures=self._draw(encoder, found) if pictures else {})
 
-    def _tell_of(self, untold: list[tuple[str, list[str]]], told: int) -> None:
-        """Warn of samples, by key and captions, without a text; raise DataError if there are no others."""
-        if untold and not told:
-            key, captions = untold[0]
-            raise DataError(f"texts: samples such as {key} have no texts '{self.texts}'. They have: {', '.join(captions) or 'none'}")
-        if untold:
-            _log.warning("%d of %d samples have no texts '%s' and are left out", len(untold), len(untold) + told, self.texts)
-
-    def _draw(
-        self, encoder: Encoder, images: Tensor, encoded: Tensor, texts: list[str], owners: list[int], places: list[int]
-    ) -> dict[str, Tensor]:
+    def _draw(self, encoder: Encoder, found: Retrieved) -> dict[str, Tensor]:
         """The best texts of a few pictures; and, where a head of the model can say, where it looks."""
-        shown = torch.linspace(0, len(places) - 1, min(SHOWN, len(places))).round().long().tolist()
-        samples = [self.data.read(places[n]).decode() for n in shown]
+        texts, owners = found.texts, found.owners
+        shown = torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist()
+        samples = [self.data.samples.read(found.places[n]).decode() for n in shown]
         matches = []
         for picture, n in zip(samples, shown, strict=True):
-            scores = encoder.match(images[n : n + 1], encoded)[0].cpu()
+            scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
             best = scores.topk(min(BEST, len(texts))).indices.tolist()
             own = [i for i, owner in enumerate(owners) if owner == n]
             rank = int((scores > scores[own].max()).sum()) + 1
-            found = [(texts[i], float(scores[i]), owners[i] == n) for i in best]
-            matches.append(Match(picture=picture, found=found, note=f"own text at rank {rank}: {texts[own[0]]}"))
+            lines = [(texts[i], float(scores[i]), owners[i] == n) for i in best]
+            matches.append(Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[own[0]]}"))
         drawn = {"matches": draw_matches(matches)}
         if isinstance(encoder, ModelEncoder) and encoder.spec.image is not None:
             few = shown[:: max(1, len(shown) // SHOWN_ATTENTION)][:SHOWN_ATTENTION]

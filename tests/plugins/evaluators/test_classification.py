@@ -27,7 +27,7 @@ def test_names_beside_the_shards_and_labels_by_name(encoder, spec, write_shard, 
 
 def test_faults(encoder, spec, write_shard):
     shard = write_shard("a.tar", [("red", {"cls": "7"})])
-    with pytest.raises(DataError, match="sample 0000 has the label '7', which is none of the 3 classes"):
+    with pytest.raises(DataError, match="sample 0000 has the label '7', which is none of the 3 class names"):
         Classification(spec, data=shard, class_names=NAMES).evaluate(encoder)
     with pytest.raises(DataError, match=r"sample 0000 has no label 'kind'. It has: cls"):
         Classification(spec, data=shard, class_names=NAMES, label="kind").evaluate(encoder)

@@ -37,8 +37,8 @@ def test_bad_and_untold_pictures_are_left_out(encoder, spec, write_shard, caplog
     mixed = [*samples("red"), (None, {"txt": "a green thing"}), ("blue", {"json": {}}), *samples("green")]
     found = Retrieval(spec, data=write_shard("a.tar", mixed)).evaluate(encoder).metrics
     assert found["image_to_text_R@1"] == 1
-    assert "1 of 3 samples have no texts 'txt' and are left out" in caplog.text
-    assert "1 of 4 samples left out of the evaluation (1 undecodable)" in caplog.text
+    assert "a.tar: 1 of 3 samples have no texts 'txt' (0002); left out" in caplog.text
+    assert "a.tar: 1 of 4 pictures cannot be used (0001: undecodable" in caplog.text
 
 
 def test_pictures(encoder, spec, write_shard):

@@ -1,0 +1,126 @@
+"""What a run's evaluators and ``cosmos-ssl eval`` do alike: retrieval, classification and labelled features of a set of samples.
+
+Shape letters: N pictures that could be used, M texts, C classes, W tower width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import DataError, Encoder, Sample
+from cosmos_ssl.evaluation.classification import accuracy, class_vectors
+from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.retrieval import retrieval_metrics
+from cosmos_ssl.evaluation.samples import Samples, label_of
+
+
+class Scores(Protocol):
+    """What learns to classify features."""
+
+    def __call__(self, train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        """Training features [N, W] with labels int64 [N], and other features [n, W] -> scores [n, C] of the latter."""
+        ...
+
+
+class Retrieved(NamedTuple):
+    """Pictures and texts as ``Encoder.match`` takes them, on its device, and how well they find one another."""
+
+    metrics: dict[str, float]
+    images: Tensor
+    encoded: Tensor
+    texts: list[str]
+    owners: list[int]
+    """The picture of each text."""
+    places: list[int]
+    """Where each picture lies in the data."""
+
+
+def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -> Retrieved:
+    """Look for the captions ``texts`` of each sample, and for the picture of each caption; samples without one are left out.
+
+    Raises DataError where these may not be missing, or where there are no others.
+    """
+
+    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor | None, list[Any]]:
+        pixels = [one.pixels for one in loaded if one.sample.captions.get(texts)]
+        notes = [[n, sample.key, list(sample.captions.get(texts, ())), list(sample.captions)] for n, sample, _ in loaded]
+        return encoder.match_image(torch.stack(pixels)) if pixels else None, notes
+
+    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"match_image {texts}")
+    told = [(place, own) for place, _, own, _ in notes if own]
+    if not told:
+        _, key, _, others = notes[0]
+        raise DataError(f"texts: samples such as {key} have no texts '{texts}'. They have: {', '.join(others) or 'none'}")
+    job.leave_out([key for _, key, own, _ in notes if not own], len(notes), f"samples have no texts '{texts}'")
+    found = [text for _, own in told for text in own]
+    owners = [number for number, (_, own) in enumerate(told) for _ in own]
+    images, encoded = rows.to(encoder.device), text_features(encoder, found, job, to_match=True).to(encoder.device)
+    metrics = retrieval_metrics(images, encoded, torch.tensor(owners), score=encoder.match)
+    return Retrieved(metrics, images, encoded, found, owners, [place for place, _ in told])
+
+
+class Classified(NamedTuple):
+    """Cosines [N, C] of pictures and classes on the host, and how often the label has the greatest."""
+
+    metrics: dict[str, float]
+    scores: Tensor
+    labels: list[int]
+    places: list[int]
+    """Where each picture lies in the data."""
+
+
+def classify(
+    encoder: Encoder, data: Samples, job: Job, *, names: Sequence[str], templates: Sequence[str], label: str = "cls"
+) -> Classified:
+    """Zero-shot classification among ``names``, of which a sample's label is one, or its number. Raises DataError for others."""
+    numbers: dict[Hashable, int] = {name: number for number, name in reversed(list(enumerate(names)))}
+
+    def number(sample: Sample) -> int:
+        told = label_of(sample, label)
+        found = numbers.get(told, told) if isinstance(told, Hashable) else told
+        if not isinstance(found, int) or not 0 <= found < len(names):
+            raise DataError(f"{label}: sample {sample.key} has the label '{told}', which is none of the {len(names)} class names")
+        return found
+
+    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
+        notes = [[one.place, number(one.sample)] for one in loaded]
+        return encoder.encode_image(torch.stack([one.pixels for one in loaded])), notes
+
+    vectors = class_vectors(encoder, names, templates, job).cpu()
+    images, notes = features_of(data, encoder.preprocess, compute, job, name=f"encode_image {label} {digest(list(names))}")
+    places, labels = map(list, zip(*notes, strict=True))
+    scores = images @ vectors.T
+    return Classified(accuracy(scores, torch.tensor(labels)), scores, labels, places)
+
+
+class Labelled(NamedTuple):
+    """The tower's features before the projection [N, W], on the encoder's device."""
+
+    rows: Tensor
+    labels: list[Hashable]
+    places: list[int]
+    """Where each picture lies in the data."""
+
+
+def labelled_features(encoder: Encoder, data: Samples, job: Job, label: Callable[[Sample], Hashable], *, name: str) -> Labelled:
+    """Features of all samples and what ``label`` says of each; ``name`` tells one ``label`` from others. Raises DataError."""
+
+    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
+        notes = [[one.place, label(one.sample)] for one in loaded]
+        return encoder.image_features(torch.stack([one.pixels for one in loaded])), notes
+
+    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"image_features {name}")
+    places, labels = map(list, zip(*notes, strict=True))
+    return Labelled(rows.to(encoder.device), labels, places)
+
+
+def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[str, float]:
+    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be found."""
+    numbers = numbered(train.labels)
+    known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
+    found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
+    return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test.labels]))
