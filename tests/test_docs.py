@@ -15,6 +15,8 @@ from cosmos_ssl.cli import COMMANDS
 from cosmos_ssl.cli.common import parse
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config_source import find_config
+from cosmos_ssl_launch import run_parser, train_parser
+from cosmos_ssl_launch.profile import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -55,10 +57,15 @@ def documented() -> list[tuple[str, list[str]]]:
 
 
 def check_launch(words: list[str]) -> None:
-    flags = {"--dry-run", "--debug"}
-    plain = [word for word in words if "=" not in word and word not in flags]
-    assert plain[0] == "--config" and len(plain) == 2, plain
-    load_config(find_config(plain[1]), [word for word in words if "=" in word])
+    if words[0] != "--config":
+        parse(run_parser(), words)
+        return
+    arguments = parse(train_parser(), words)
+    values = [word.removeprefix("profile.") for word in arguments.overrides if word.startswith("profile.")]
+    for config in arguments.config:
+        load_config(find_config(config), [word for word in arguments.overrides if not word.startswith("profile.")])
+    if arguments.profile or values:
+        read_profile(arguments.profile or "local", values)
 
 
 def check_cosmos_ssl(words: list[str]) -> None:

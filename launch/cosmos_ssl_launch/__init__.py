@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return execute(lambda: run(arguments), debug=DEBUG in arguments)
 
 
-def _train(argv: Sequence[str]) -> int:
+def train_parser() -> argparse.ArgumentParser:
+    """What trains."""
     parser = argparse.ArgumentParser(
         prog="cosmos-launch",
         description="Train what a config says, here or on a cluster. The same command again resumes.",
@@ -40,7 +41,11 @@ def _train(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="check and print config and batch script, but neither train nor queue")
     _add_place(parser)
-    arguments = parse(parser, argv)
+    return parser
+
+
+def _train(argv: Sequence[str]) -> int:
+    arguments = parse(train_parser(), argv)
 
     from cosmos_ssl_launch.launch import launch  # after --help, which needs none of it
 
@@ -66,7 +71,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(overrides=[])
 
 
-def _on_run(argv: Sequence[str]) -> int:
+def run_parser() -> argparse.ArgumentParser:
     """``status``, ``resume`` and ``cancel``."""
     parser = argparse.ArgumentParser(prog="cosmos-launch", epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -75,7 +80,11 @@ def _on_run(argv: Sequence[str]) -> int:
         command.add_argument("run", type=Path, metavar="RUN_FOLDER")
         if name == "resume":
             _add_place(command)
-    arguments = parse(parser, argv)
+    return parser
+
+
+def _on_run(argv: Sequence[str]) -> int:
+    arguments = parse(run_parser(), argv)
 
     from cosmos_ssl_launch import runs
 
