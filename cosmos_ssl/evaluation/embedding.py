@@ -6,14 +6,13 @@ file that is either whole or not there, and at the end the output is put togethe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, UserError
 from cosmos_ssl.data.storage import written_whole
-from cosmos_ssl.evaluation.embedding_io import Row, Samples, What, check_output, read_meta, write_embeddings
+from cosmos_ssl.evaluation.embedding_io import Row, What, WithSource, check_output, read_meta, write_embeddings
+from cosmos_ssl.evaluation.features import weights_digest
+from cosmos_ssl.evaluation.samples import read_ahead
 from cosmos_ssl.models.encoder import ModelEncoder
 
 _PARTS = 1024  # at most: more files than this slow a shared file system down
@@ -36,7 +37,7 @@ Bad: TypeAlias = tuple[str, str]
 class Job:
     """What is computed from what, and how."""
 
-    samples: Samples
+    samples: WithSource
     what: What
     texts: str = "txt"
     """The captions that are texts: ``txt``, or a field of the JSON."""
@@ -53,7 +54,7 @@ class Job:
         """All that the numbers depend on, as JSON holds it."""
         data = {f"data.{name}": value for name, value in self.samples.identity().items()}
         options = {"what": self.what, "texts": self.texts, "dtype": self.dtype}
-        return {"weights": weights_digest(encoder), "overrides": list(self.overrides), **options, **data}
+        return {"weights": weights_digest(encoder.model), "overrides": list(self.overrides), **options, **data}
 
     @property
     def part_size(self) -> int:
@@ -107,15 +108,6 @@ def embed(
         report = _assemble(folder, job, output, identity, sum(len(job.parts[part]) for part in kept))
         shutil.rmtree(folder)
     return report
-
-
-def weights_digest(encoder: ModelEncoder) -> str:
-    """SHA-256 over names and values of all tensors of the model."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 @contextmanager
@@ -187,29 +179,20 @@ class _Part(NamedTuple):
 
 
 def _compute(encoder: ModelEncoder, job: Job, folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Write every part that is not there yet; threads read one batch ahead."""
+    """Write every part that is not there yet."""
     todo = [(part, indices) for part, indices in enumerate(job.parts) if not _path(folder, part).exists()]
     batches = [(part, indices[at : at + job.batch_size]) for part, indices in todo for at in range(0, len(indices), job.batch_size)]
     done = len(job.samples) - sum(len(indices) for _, indices in todo)
     progress(done, len(job.samples))
     held: list[_Part] = []
-    with ThreadPoolExecutor(job.workers) as threads:
-
-        def start(number: int) -> list[Future[_Loaded | Bad]]:
-            return [threads.submit(_load, encoder, job, index) for index in batches[number][1]] if number < len(batches) else []
-
-        try:
-            ahead = start(0)
-            for number, (part, indices) in enumerate(batches):
-                results, ahead = [future.result() for future in ahead], start(number + 1)
-                held.append(_encode(encoder, job, results))
-                if number + 1 == len(batches) or batches[number + 1][0] != part:
-                    _write(_path(folder, part), held)
-                    held = []
-                done += len(indices)
-                progress(done, len(job.samples))
-        finally:
-            threads.shutdown(cancel_futures=True)
+    with closing(read_ahead(batches, partial(_load, encoder, job), job.workers)) as loaded:
+        for number, (part, results) in enumerate(loaded, 1):
+            held.append(_encode(encoder, job, results))
+            if number == len(batches) or batches[number][0] != part:
+                _write(_path(folder, part), held)
+                held = []
+            done += len(results)
+            progress(done, len(job.samples))
 
 
 def _load(encoder: ModelEncoder, job: Job, index: int) -> _Loaded | Bad:

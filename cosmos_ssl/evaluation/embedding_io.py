@@ -15,6 +15,7 @@ from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data.dataset import open_shards
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
 from cosmos_ssl.data.storage import retrying, written_whole
+from cosmos_ssl.evaluation.samples import Samples
 
 What: TypeAlias = Literal["image", "text", "both"]
 FORMATS = (".parquet", ".npy")
@@ -22,21 +23,11 @@ _META = b"cosmos_ssl"
 _ROW_GROUP = 16_384
 
 
-class Samples(Protocol):
-    """What is embedded, by index."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Sample:
-        """Sample ``index``. Raises BadSample, OSError."""
-        ...
+class WithSource(Samples, Protocol):
+    """What is embedded: samples that tell where they are from."""
 
     def describe(self, index: int) -> str:
         """The shard, folder or file that it comes from."""
-        ...
-
-    def identity(self) -> Mapping[str, Any]:
-        """What makes this data this data."""
         ...
 
 
@@ -107,7 +98,7 @@ class _Lines:
         return {"samples": len(self), "digest": _digest(self._lines)}
 
 
-def open_samples(data: Sequence[str]) -> tuple[Samples, What]:
+def open_samples(data: Sequence[str]) -> tuple[WithSource, What]:
     """A folder of pictures, picture files, a text file (``.txt``) or shards; and what is embedded of them unless told.
 
     Raises DataError where there is nothing to read, or kinds are mixed.
