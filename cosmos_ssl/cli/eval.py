@@ -106,7 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
             check_model(arguments.task, encoder)
             options = _options(arguments, evaluator, encoder)
             job = Job(
-                store=_store(encoder, options, arguments),
+                store=_store(checkpoint, encoder, options, arguments),
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
                 max_samples=arguments.max_samples or evaluator.get("max_samples"),
@@ -180,8 +180,8 @@ def _evaluator_of_run(checkpoint: Path, task: str) -> dict[str, Any]:
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 
-def _store(encoder: ModelEncoder, options: Options, arguments: argparse.Namespace) -> Store:
-    """The folder for what is computed, whose name tells model, task and precision."""
+def _store(checkpoint: Path, encoder: ModelEncoder, options: Options, arguments: argparse.Namespace) -> Store:
+    """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is removed."""
     from dataclasses import asdict
 
     from cosmos_ssl import __version__
@@ -190,6 +190,7 @@ def _store(encoder: ModelEncoder, options: Options, arguments: argparse.Namespac
 
     about = {
         "version": __version__,
+        "checkpoint": str(checkpoint.resolve() if checkpoint.exists() else checkpoint),  # the same weights may stand in another model
         "weights": weights_digest(encoder.model),
         "overrides": arguments.overrides,
         "image": None if encoder.spec.image is None else asdict(encoder.spec.image),
@@ -197,7 +198,9 @@ def _store(encoder: ModelEncoder, options: Options, arguments: argparse.Namespac
         "task": arguments.task,
         "options": asdict(options),
     }
-    return Store(cache_root() / "evaluations" / digest(about))
+    store = Store(cache_root() / "evaluations" / digest(about))
+    store.clear_old()
+    return store
 
 
 def _report(arguments: argparse.Namespace, checkpoint: str, set_name: str, metrics: dict[str, float]) -> None:

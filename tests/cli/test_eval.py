@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.distributed import TCPStore
 
@@ -218,6 +220,50 @@ def test_an_interrupted_evaluation_goes_on(
     assert calls == [8, 8] and not list(cache.rglob("*.pt"))
     monkeypatch.undo()
     assert command(*words)[1] == out
+
+
+def test_what_is_kept_is_of_one_checkpoint(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and config decide: another role, and the same weights in another model, begin anew."""
+    from cosmos_ssl.models.encoder import ModelEncoder
+
+    other = tmp_path / "run"
+    shutil.copytree(trained[0], other)
+    config = other / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    tree["model"]["text"]["heads"] = 4  # no weight tells it
+    config.write_text(yaml.safe_dump(tree))
+    report = tmp_path / "e.json"
+
+    def words(run: Path, role: str) -> list[str]:
+        words = ["eval", "--checkpoint", str(run), "--task", "retrieval", "--data", shards, "--which", role, "--batch-size", "8"]
+        return [*words, "--json", str(report)]
+
+    expected = []
+    for run, role in ((other, "student"), (trained[0], "teacher")):
+        assert command(*words(run, role))[0] == 0
+        expected.append(json.loads(report.read_text())["metrics"])
+    encode, calls = ModelEncoder.match_text, []
+
+    def counted(self: ModelEncoder, tokens: Any) -> Any:
+        calls.append(len(tokens))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, tokens)
+
+    monkeypatch.setattr(ModelEncoder, "match_text", counted)
+    assert command(*words(trained[0], "student"))[0] == 130
+    left = set(cache.iterdir())
+    assert len(left) == 1
+    for run, role in ((other, "student"), (trained[0], "teacher")):
+        calls[:] = [0] * 3
+        assert command(*words(run, role))[0] == 0
+        assert calls[3:] == [8] * 5
+        assert json.loads(report.read_text())["metrics"] == expected.pop(0)
+    assert set(cache.iterdir()) == left
+    os.utime(left.pop(), (0, 0))
+    assert command(*words(other, "student"))[0] == 0 and not list(cache.iterdir())
 
 
 @pytest.mark.parametrize("task", ["retrieval", pytest.param("linear_probe", marks=pytest.mark.slow)])
