@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """A whole training step beside the plain way of doing it: python tools/bench_step.py [--json FILE].
 
-Both train the same model from the same weights on the same synthetic batch; speed is the median ratio of paired
-steps in one process, memory the peak of a process of its own. FLOPs: every matrix product at 2 m n k, attention's two
-and their backward passes included (causal ones in full), forward and backward of student and teacher.
+Both train the same model from the same weights on the same synthetic batch, each in a process of its own, with the settings
+of memory and threads that belong to its way; they take turns, and speed is the median ratio of paired steps. Memory is the peak
+of each process. FLOPs: every matrix product at 2 m n k, attention's two and their backward passes included (causal ones in
+full), forward and backward of student and teacher.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +22,7 @@ from typing import Any
 
 import torch
 from baseline import PlainCosmos, PlainStep
-from bench import Row, number_of, report, resident_peak, row
+from bench import Row, report, resident_peak, row
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -135,42 +139,71 @@ def synchronised(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
-    """The rows of one variant."""
-    work = Work(variant, samples, device, overrides)
-    plain, ours = work.plain(), work.ours()
-    first = plain(), ours()
-    difference = max(abs(float(first[0][name] - first[1][name])) for name in first[0])
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(pairs):
-        for step, found in zip((plain, ours), times, strict=True):
+class Side:
+    """One way of the step, in a process that does what it is told by lines of its input."""
+
+    def __init__(self, side: str, options: Sequence[str]) -> None:
+        command = [sys.executable, __file__, "--side", side, *options]
+        environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if side == "ours" else {})  # as cosmos-launch sets it
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def ask(self, what: str) -> Any:
+        """Have it do ``step``, ``flops`` or ``peak``; what it answers."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process ended: {self.process.args}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+
+
+def answer(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
+    """The loop of a side's process."""
+    if device.type == "cpu" and side == "ours":
+        keep_freed_memory()  # as the trainer does
+    step = getattr(Work(variant, samples, device, overrides), side)()
+    for line in sys.stdin:
+        if line.strip() == "step":
             synchronised(device)
             start = time.perf_counter()
-            step()
+            losses = step()
             synchronised(device)
-            found.append(time.perf_counter() - start)
-    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-    counted = flops(plain), flops(ours)
-    sizes = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
-    memory = [number_of("bench_step.py", "--peak-of", side, *sizes) for side in ("plain", "ours")]
+            found: Any = time.perf_counter() - start, {name: float(loss) for name, loss in losses.items()}
+        elif line.strip() == "flops":
+            found = flops(step)
+        else:
+            found = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
+        print(json.dumps(found), flush=True)
+
+
+def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
+    """The rows of one variant."""
+    options = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
+    sides = Side("plain", options), Side("ours", options)
+    first = [side.ask("step")[1] for side in sides]
+    difference = max(abs(first[0][name] - first[1][name]) for name in first[0])
+    times = [[side.ask("step")[0] for side in sides] for _ in range(pairs)]
+    memory = [side.ask("peak") for side in sides]
+    counted = [side.ask("flops") for side in sides]
+    for side in sides:
+        side.close()
+    ratio = statistics.median(plain / ours for plain, ours in times)
+    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
     bound = float if variant == "vitb16" and not overrides else lambda _: None  # the others are reported
     return [
         row(f"{variant}: speed", ratio, "x plain", least=bound(1.6)),
-        row(f"{variant}: samples a second", samples / statistics.median(times[1]), "1/s"),
+        row(f"{variant}: samples a second, plain", samples / seconds[0], "1/s"),
+        row(f"{variant}: samples a second", samples / seconds[1], "1/s"),
         row(f"{variant}: FLOPs", counted[1] / counted[0], "of plain", most=bound(0.77)),
         row(f"{variant}: FLOPs a sample", counted[1] / samples / 1e9, "GFLOP"),
         row(f"{variant}: peak memory", memory[1] / memory[0], "of plain", most=bound(0.75)),
         row(f"{variant}: peak memory, absolute", memory[1] / 2**30, "GiB"),
         row(f"{variant}: largest difference of losses", difference, most=1e-5),
     ]
-
-
-def peak(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> int:
-    """Peak memory in bytes of a process that does two steps one way: resident on the host, allocated on a CUDA device."""
-    step = getattr(Work(variant, samples, device, overrides), side)()
-    for _ in range(2):
-        step()
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
 
 
 def main() -> int:
@@ -182,15 +215,13 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small towers, to see that it runs")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak-of", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value for the configs")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
     overrides = [*(TINY if arguments.tiny else []), *arguments.overrides]
-    if device.type == "cpu":
-        keep_freed_memory()
-    if arguments.peak_of:
-        print(peak(arguments.variants[0], arguments.samples, arguments.peak_of, device, overrides))
+    if arguments.side:
+        answer(arguments.variants[0], arguments.samples, arguments.side, device, overrides)
         return 0
     rows = [line for variant in arguments.variants for line in measure(variant, arguments.samples, arguments.pairs, device, overrides)]
     report(rows, arguments.json)
