@@ -27,7 +27,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
-from cosmos_ssl.functional import gather_many, rank, world_size
+from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
 from cosmos_ssl.models.contract import blaming, checked_pixels, describe
 from cosmos_ssl.types import map_tensors
 
@@ -245,14 +245,19 @@ def _logs(total: Tensor, outputs: Mapping[str, LossOutput]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def _spread(student: Features) -> dict[str, Tensor]:
-    """Collapse signs: standard deviation of unit features over the batch x sqrt(D); 1 is isotropic, 0 collapsed."""
-    found = {}
+    """Collapse signs: standard deviation of unit features over the global batch x sqrt(D); 1 is isotropic, 0 collapsed."""
+    found: dict[str, Tensor] = {}
     for modality, groups in (("image", student.image), ("text", student.text)):
         features = next((g for g in groups.values() if g.projected is not None), None)
         if features is not None:
-            unit = features.unit[0]
-            found[f"spread/{modality}"] = unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5
-    return found
+            unit = features.unit[0].double()
+            found[f"spread/{modality}"] = torch.stack([torch.ones_like(unit[0]), unit.mean(0), unit.square().mean(0)])
+    if not found:
+        return {}
+    ranks, mean, mean_square = all_sum(torch.cat(list(found.values()), 1))
+    deviation = (mean_square / ranks - (mean / ranks) ** 2).clamp(min=0).sqrt()
+    widths = [moments.shape[1] for moments in found.values()]
+    return {name: part.mean().float() * part.numel() ** 0.5 for name, part in zip(found, deviation.split(widths), strict=True)}
 
 
 def _gathered_places(needs: Sequence[Need], features: Features) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
