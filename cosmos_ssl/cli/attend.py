@@ -39,14 +39,14 @@ def add_parser(subparsers: Any) -> None:
         "--text", action="append", default=[], metavar="T", help="a text for each picture, or one for all; repeat the flag for several"
     )
     parser.add_argument("--all-pairs", action="store_true", help="every picture with every text")
-    parser.add_argument("--segment", metavar="A,B,...", help="class names: colour each patch by the one that it is nearest to")
+    parser.add_argument("--segment", metavar="A,B,...", help="class names: colour each place by the one that it is nearest to")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where index.html, grid.png and the overlays go")
     parser.set_defaults(run=_attend)
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """An input picture: its name, the model's input [3, H, W], and the same cut to be looked at, uint8 [3, side, side]."""
+    """A picture of a pair: its name, the model's input [3, H, W], and the same cut to be looked at, uint8 [3, side, side]."""
 
     name: str
     pixels: Tensor
@@ -62,17 +62,17 @@ def _attend(arguments: argparse.Namespace) -> int:
     encoder, checkpoint = load_checkpoint(arguments)
     if pairs:
         _check_heads(encoder, checkpoint)
-    pictures = _prepared(encoder, opened)
     from cosmos_ssl.evaluation.page import Page
 
     page = Page("Attention" if pairs else "Segmentation", f"{checkpoint}, {arguments.which}")
     with _written(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
         if pairs:
+            pictures = _prepared(encoder, opened)
             told = [(pictures[image], arguments.text[text]) for image, text in pairs]
             _draw_attention(encoder, told, arguments.output, page)
         if names:
-            _draw_segments(encoder, pictures, names, arguments.output, page)
+            _draw_segments(encoder, opened, names, arguments.output, page)
         page.write(arguments.output / "index.html")
     print(arguments.output / "index.html")
     return EXIT_DONE
@@ -166,25 +166,46 @@ def _draw_attention(encoder: ModelEncoder, pairs: Sequence[tuple[_Picture, str]]
         page.section(text).figure(picture.shown, picture.name).figure(over, "patches").words(found_map.words, "words")
 
 
-def _draw_segments(encoder: ModelEncoder, pictures: Sequence[_Picture], names: Sequence[str], folder: Path, page: Page) -> None:
-    """Each picture coloured by the class that a patch is nearest to, as PNG and on the page."""
-    from torch.nn import functional as F
+def _draw_segments(
+    encoder: ModelEncoder, opened: Sequence[tuple[str, Image.Image]], names: Sequence[str], folder: Path, page: Page
+) -> None:
+    """Each whole picture, segmented in windows as data sets are, under the colours of its classes: as PNG and on the page."""
+    import torch
 
-    from cosmos_ssl.evaluation.attention_maps import patch_scores
     from cosmos_ssl.evaluation.classification import SIMPLE_TEMPLATES, class_vectors
     from cosmos_ssl.evaluation.pictures import class_colours, draw_classes
+    from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, model_input, segment
 
-    vectors = class_vectors(encoder, names, SIMPLE_TEMPLATES)
-    colours = class_colours(len(names))
-    for number, picture in enumerate(pictures, 1):
-        scores = patch_scores(encoder, picture.pixels[None], vectors)
-        classes = F.interpolate(scores, picture.shown.shape[-2:], mode="bilinear")[0].argmax(0).cpu()
-        drawn = draw_classes(picture.shown, classes)
-        _save(drawn, folder / f"{number:03d}_{_stem(picture.name)}_segments.png")
-        shares = classes.flatten().bincount(minlength=len(names)) / classes.numel()
-        entries = [(colour, f"{name} ({share:.0%})") for colour, name, share in zip(colours, names, shares.tolist(), strict=True)]
-        page.section(f"{picture.name}: {', '.join(names)}").figure(picture.shown, picture.name)
-        page.figure(drawn, "the class that each patch is nearest to").legend(entries)
+    tower = encoder.spec.image
+    if tower is None:
+        raise UserError("--segment: this model has no image tower")
+    side = tower.image_size
+    protocol = SegmentationProtocol(short_side=3 * side // 2, window=side, stride=max(1, side // 2))  # SCLIP's where it is 224
+    vectors, owners = class_vectors(encoder, names, SIMPLE_TEMPLATES), torch.arange(len(names), device=encoder.device)
+    for number, (name, image) in enumerate(opened, 1):
+        shown = _whole(image)
+        pixels = model_input(_pixels(image).to(encoder.device), protocol, tower)
+        classes = segment(encoder, pixels, vectors, owners, shown.shape[1:], protocol, tower.patch_size).cpu()
+        drawn = draw_classes(shown, classes)
+        _save(drawn, folder / f"{number:03d}_{_stem(name)}_segments.png")
+        shares = (classes.flatten().bincount(minlength=len(names)) / classes.numel()).tolist()
+        entries = [(colour, f"{of} ({share:.0%})") for colour, of, share in zip(class_colours(len(names)), names, shares, strict=True)]
+        page.section(f"{name}: {', '.join(names)}").figure(shown, name).figure(drawn, "the class that each place is nearest to")
+        page.legend(entries)
+
+
+def _whole(image: Image.Image) -> Tensor:
+    """The picture, uint8 [3, H, W], brought to the size of drawn pictures, its longer side to five times that at most."""
+    factor = min(_SIDE / min(image.size), 5 * _SIDE / max(image.size))
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return _pixels(image.resize((width, height)))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _stem(name: str) -> str:

@@ -50,7 +50,7 @@ def resized(picture: Tensor, protocol: SegmentationProtocol) -> Tensor:
     """uint8 [3, H, W] -> float 0..255 of the protocol's size, rounded to whole values as pictures have them."""
     height, width = picture.shape[1:]
     factor = min(protocol.short_side / min(height, width), _LONG_SIDE / max(height, width))
-    size = [int(side * factor + 0.5) for side in (height, width)]
+    size = [max(1, int(side * factor + 0.5)) for side in (height, width)]
     return F.interpolate(picture[None].float(), size=size, mode="bilinear", align_corners=False)[0].round_()
 
 
