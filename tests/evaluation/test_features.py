@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch import multiprocessing
 
 from cosmos_ssl.api import BadSample, DataError, Sample
 from cosmos_ssl.evaluation.features import Job, Store, digest, features_of, text_features, weights_digest
@@ -164,6 +165,31 @@ def test_texts(tmp_path):
     assert text_features(encoder, texts, job)[3].item() == 4 and len(encoder.texts) == 20
     in_templates = text_features(encoder, texts, job, templates=["{}", "a {}.."])
     assert in_templates[:, 0].tolist() == [n + 2 for n in range(1, 11)] and encoder.texts[20:24] == ["a", "a a..", "aa", "a aa.."]
+
+
+def _rank(rank, world, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    for count in (2, 20):
+        data, encoder = Numbers(count, bad=(3, 4)), Lengths()
+        rows, notes = run(data, Job(allow_missing=True))
+        texts = text_features(encoder, ["a" * n for n in range(1, count + 1)], Job())
+        results[rank, count] = (rows[:, 0].tolist(), notes, texts[:, 0].tolist(), sorted(data.reads), len(encoder.texts))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_what_fits_one_batch_and_all_get_all(tmp_path):
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_rank, args=(3, str(tmp_path / "ranks"), results), nprocs=3)
+        results = dict(results)
+    for count in (2, 20):
+        ranks = [results[rank, count] for rank in range(3)]
+        good = [n for n in range(count) if n not in (3, 4)]
+        for rows, notes, texts, _, _ in ranks:
+            assert rows == good and notes == [str(n) for n in good] and texts == list(range(1, count + 1))
+        assert sorted(n for *_, reads, _ in ranks for n in reads) == list(range(count))
+        most = -(-count // 3)
+        assert all(len(reads) <= most and said <= most for *_, reads, said in ranks)
 
 
 @pytest.mark.parametrize("option", ["batch_size", "workers", "max_samples"])
