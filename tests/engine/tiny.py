@@ -248,6 +248,7 @@ if __name__ == "__main__":
     befalls = options.pop("befalls", {}).get(os.environ.get("RANK", "0"), {})  # one rank alone
     faults |= {place: {int(number): what for number, what in found.items()} for place, found in befalls.items()}
     Match.poison = faults.pop("poison", {})
+    Match.part_source = Average.part_source = Noise.part_source = "tests"
     parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
     if shards := options.pop("shards", None):  # as they were when they were indexed
         parts["dataset"] = Shards(shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"]))
