@@ -17,6 +17,7 @@ from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
+from cosmos_ssl.errors import UserError
 from cosmos_ssl.models.contract import blaming, checked_moves
 from cosmos_ssl.models.model import Model
 
@@ -38,7 +39,7 @@ class RunState:
     """Owns what training changes; ``snapshot`` and ``restore`` are exact to the last bit."""
 
     def __init__(self, assembly: Assembly, config: Config, device: torch.device) -> None:
-        """Put the model on ``device``, start the teacher, make the optimiser."""
+        """Put the model on ``device``, start the teacher, make the optimiser. Raises UserError."""
         self.assembly = assembly
         self.step = 0
         self.model = assembly.model.to(device)
@@ -51,7 +52,7 @@ class RunState:
         self.budget = BadSampleBudget(config.loader.error_budget)
         self.counters = Counters()
         if config.training.compile:
-            self._compile()
+            self._compile(device)
 
     @property
     def teacher_model(self) -> Model | None:
@@ -112,8 +113,16 @@ class RunState:
         """What a teacher part holds beside its model."""
         return {name: value.detach() for name, value in self.teacher.state_dict().items() if not name.startswith(_MODEL)}
 
-    def _compile(self) -> None:
-        """Compile the towers, in place: names stay, and each compiles when first called."""
+    def _compile(self, device: torch.device) -> None:
+        """Compile the towers, in place: names stay, and each compiles when first called. Raises UserError where torch cannot."""
+        try:
+            torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
+                "(Debian: g++, python3-dev). Install them, or leave training.compile out"
+            ) from error
         for model in (self.model, self.teacher_model):
             for tower in model.towers.values() if model is not None else ():
                 tower.compile()

@@ -174,6 +174,9 @@ class Blocks(nn.ModuleList):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""
+        import torch._dynamo.config as dynamo  # takes seconds
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # all blocks share it: widths, roles, evaluation, rows read or all
         for block in self:
             block.ask = torch.compile(block.ask, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
             block.answer = torch.compile(block.answer, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]

@@ -318,3 +318,13 @@ def test_compiled_towers_train_and_resume(tiny, rows, tmp_path):
     tiny.make_trainer(tmp_path / "cut", evaluators={"mean": tiny.Mean()}).train()  # not part of a run's identity
     assert [row["step"] for row in rows(tmp_path / "cut")] == [row["step"] for row in rows(tmp_path / "whole")]
     assert set(weights(tmp_path / "cut")) == set(weights(tmp_path / "whole"))
+
+
+def test_compiling_without_a_compiler_is_refused_at_the_start(start_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    process = start_tiny(tmp_path / "run", training={"compile": True})
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert "training.compile: torch cannot compile here" in said
+    assert "Install them, or leave training.compile out" in said and "Traceback" not in said

@@ -14,9 +14,9 @@ LENGTHS = np.array([3, 3, 5, 7])
 WIDTH = 16
 
 
-def blocks(**options: object) -> Blocks:
+def blocks(width: int = WIDTH, **options: object) -> Blocks:
     torch.manual_seed(0)
-    return Blocks(3, WIDTH, 2, **options).double()  # type: ignore[arg-type]
+    return Blocks(3, width, 2, **options).double()  # type: ignore[arg-type]
 
 
 def rows(seed: int = 1) -> Tensor:
@@ -117,6 +117,21 @@ def test_compiled_blocks_compute_the_same() -> None:
         model.compile(backend="aot_eager", fullgraph=True)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_blocks_stay_compiled_for_all_that_a_run_asks_of_them() -> None:
+    """Two widths, a student in training and evaluation, a teacher; all rows or those read: more variants than torch allows by default."""
+    torch.compiler.reset()
+    for width in (16, 24):
+        x = torch.randn(int(LENGTHS.sum()), width, dtype=torch.float64)
+        student, teacher = blocks(width), blocks(width).requires_grad_(False).eval()
+        expected = student(x, lay_out(LENGTHS, np.ones(len(x), bool))).detach()
+        for model in (student, teacher):
+            model.compile(backend="eager", fullgraph=True)  # raises where it would fall back
+        for keep in (np.ones(len(x), bool), np.arange(len(x)) % 2 == 0):
+            for model, grad in ((student.train(), True), (student.eval(), False), (teacher, False)):
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(model(x, lay_out(LENGTHS, keep)), expected[torch.from_numpy(keep)])
 
 
 def test_layers_and_views() -> None:
