@@ -5,6 +5,9 @@ Both train the same model from the same weights on the same synthetic batch, eac
 of memory and threads that belong to its way; they take turns, and speed is the median ratio of paired steps. Memory is the peak
 of each process. FLOPs: every matrix product at 2 m n k, attention's two and their backward passes included (causal ones in
 full), forward and backward of student and teacher.
+
+``--compile`` measures our step with ``training.compile`` beside our step without it, on batches of changing caption lengths;
+the time that compiling takes is that of the first steps beyond what such steps take later.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
 
 MEAN_LENGTH = 19.5
+BATCHES = 4
 VARIANTS = {
     "vitb16": ("cosmos/vitb16_cc3m.yaml", []),
     "vitb32": ("cosmos/vitb32_cc3m.yaml", []),
@@ -85,6 +91,18 @@ class Work:
 
         return run
 
+    def eager(self) -> Callable[[], dict[str, Tensor]]:
+        """Our step on other batches, and so other lengths, each time; for ``compiled`` too, which is the config's affair."""
+        step, batches = self.ours(), cycle([self._batch(len(self.views), seed).to(self.device) for seed in range(BATCHES)])
+
+        def run() -> dict[str, Tensor]:
+            self.views = next(batches)
+            return step()
+
+        return run
+
+    compiled = eager
+
     def plain(self) -> Callable[[], dict[str, Tensor]]:
         """The plain step."""
         model, heads = self.loaded.tree["model"], self.loaded.tree["heads"]
@@ -100,9 +118,9 @@ class Work:
         step = PlainStep(student, momentum=teacher.get("momentum_teacher", 0.999), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
         return lambda: step(self.views)
 
-    def _batch(self, samples: int) -> Views:
+    def _batch(self, samples: int, seed: int = 0) -> Views:
         """Random pictures, and captions of ``MEAN_LENGTH`` tokens on average."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         spec = self.assembly.spec
         image, text = {}, {}
         for name, view in spec.image_views.items():
@@ -144,7 +162,7 @@ class Side:
 
     def __init__(self, side: str, options: Sequence[str]) -> None:
         command = [sys.executable, __file__, "--side", side, *options]
-        environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if side == "ours" else {})  # as cosmos-launch sets it
+        environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if side != "plain" else {})  # as cosmos-launch sets it
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(self, what: str) -> Any:
@@ -163,9 +181,10 @@ class Side:
 
 def answer(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
     """The loop of a side's process."""
-    if device.type == "cpu" and side == "ours":
+    if device.type == "cpu" and side != "plain":
         keep_freed_memory()  # as the trainer does
-    step = getattr(Work(variant, samples, device, overrides), side)()
+    own = ["training.compile=true"] if side == "compiled" else []
+    step = getattr(Work(variant, samples, device, [*overrides, *own]), side)()
     for line in sys.stdin:
         if line.strip() == "step":
             synchronised(device)
@@ -206,6 +225,28 @@ def measure(variant: str, samples: int, pairs: int, device: torch.device, overri
     ]
 
 
+def measure_compiled(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
+    """The rows of one variant, compiled beside not."""
+    options = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
+    with TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what an earlier run compiled does not count
+        sides = Side("eager", options), Side("compiled", options)
+        first = [[side.ask("step") for side in sides] for _ in range(BATCHES)]
+        times = [[side.ask("step")[0] for side in sides] for _ in range(pairs)]
+        memory = [side.ask("peak") for side in sides]
+        for side in sides:
+            side.close()
+    (_, eager), (_, compiled) = first[0]
+    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
+    return [
+        row(f"{variant}: compiled step", statistics.median(compiled / eager for eager, compiled in times), "of eager"),
+        row(f"{variant}: eager step", seconds[0], "s"),
+        row(f"{variant}: compiling", sum(step[1][0] for step in first) - BATCHES * seconds[1], "s"),
+        row(f"{variant}: peak memory, compiled", memory[1] / memory[0], "of eager"),
+        row(f"{variant}: largest difference of losses", max(abs(eager[name] - compiled[name]) for name in eager), most=1e-5),
+    ]
+
+
 def main() -> int:
     """Print a table; exit 1 where losses differ."""
     parser = argparse.ArgumentParser(description="Benchmark of a whole training step.")
@@ -214,8 +255,9 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small towers, to see that it runs")
+    parser.add_argument("--compile", action="store_true", help="measure our step compiled beside not compiled")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("plain", "ours", "eager", "compiled"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value for the configs")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
@@ -223,7 +265,8 @@ def main() -> int:
     if arguments.side:
         answer(arguments.variants[0], arguments.samples, arguments.side, device, overrides)
         return 0
-    rows = [line for variant in arguments.variants for line in measure(variant, arguments.samples, arguments.pairs, device, overrides)]
+    measured = measure_compiled if arguments.compile else measure
+    rows = [line for variant in arguments.variants for line in measured(variant, arguments.samples, arguments.pairs, device, overrides)]
     report(rows, arguments.json)
     return int(any(not line["ok"] for line in rows if "difference" in line["name"]))
 
