@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from cosmos_ssl.data import Order, load_manifest
-from cosmos_ssl.engine.checkpoint import checkpoint_folders
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
 from cosmos_ssl.testing_bench import small_config
 
 ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 IMPATIENT = {"training": {"timeout_minutes": 0.08}}
+COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/distributed\.py\", line \d+ in finish"
 HANGS = "nothing has happened for 0.08 min (training.timeout_minutes): "
 
 
@@ -76,7 +77,7 @@ def test_a_part_that_hangs_on_one_rank_ends_all(ranks, finished, none_left, tmp_
         assert f"Stacks of all threads are in {log}" in said[rank]
         assert f"{HANGS}rank {rank}, step 5" in log.read_text()
     assert "in befall" in stacks(tmp_path / "log.rank1.txt")
-    assert 'engine/distributed.py", line' in stacks(tmp_path / "log.txt")  # the gradients of the other rank
+    assert re.search(COLLECTIVE, stacks(tmp_path / "log.txt"))
     none_left()
 
 
@@ -143,7 +144,7 @@ def test_a_rank_that_is_stopped_is_killed_by_the_launcher(launch, wait_for_step,
     out, err = command.communicate(timeout=120)
     assert command.returncode == 74, out + err
     assert re.search(re.escape(HANGS) + r"rank 0, step [\d,]+", err), err
-    assert 'engine/distributed.py", line' in stacks(tmp_path / "run" / "log.txt")
+    assert re.search(COLLECTIVE, stacks(tmp_path / "run" / "log.txt"))
     none_left()
 
 
@@ -217,12 +218,15 @@ def test_a_read_that_never_returns_ends_all(tiny, ranks, finished, none_left, tm
     none_left()
 
 
+WIDE = {"width": 200}  # checkpoints of 0.7 MiB
+
+
 @pytest.fixture
 def undisturbed(ranks, finished, rows, tmp_path_factory):
-    """Rows of a run of two ranks that nothing befell; made once."""
+    """Rows of a wide run of two ranks that nothing befell; made once."""
     if not _undisturbed:
         folder = tmp_path_factory.mktemp("undisturbed")
-        codes, said = finished(ranks(folder, 2))
+        codes, said = finished(ranks(folder, 2, **WIDE))
         assert codes == [0, 0], said
         _undisturbed.extend(rows(folder))
     return _undisturbed
@@ -234,13 +238,55 @@ _undisturbed = []
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_loader_worker_that_is_killed_ends_all(ranks, finished, none_left, rows, undisturbed, tmp_path, rank):
     """As the kernel does it when memory is short. The first rank saves where it stands; the same command goes on to the same numbers."""
-    codes, said = finished(ranks(tmp_path, 2, befalls={rank: {"crop": {11: "die"}}}, loader={"workers": 1}))
+    codes, said = finished(ranks(tmp_path, 2, befalls={rank: {"crop": {11: "die"}}}, loader={"workers": 1}, **WIDE))
     assert codes == [74, 74], said
     assert re.search(r"data: a loader worker was lost \(process \d+, SIGKILL; out of memory\? Lower loader.workers\)", said[rank]), said
     assert "another rank was lost" in said[1 - rank]
     if rank == 0:
         assert int(checkpoint_folders(tmp_path)[-1].name[5:]) == rows(tmp_path)[-1]["step"]
     none_left()
-    codes, said = finished(ranks(tmp_path, 2, loader={"workers": 1}))
+    codes, said = finished(ranks(tmp_path, 2, loader={"workers": 1}, **WIDE))
     assert codes == [0, 0], said
     assert rows(tmp_path) == undisturbed
+
+
+# ---------------------------------------------------------------------------- a disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder for a run with room for one wide checkpoint, what makes it so for the first rank, and a call that makes room.
+
+    Where a file system may not be mounted, a limit on the size of files stands in, from step 6 on.
+    """
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=1200k", "none", folder], capture_output=True, check=False).returncode:
+        yield folder, {"loss": {5: "limit"}}, lambda: None
+    else:
+        yield folder, {}, lambda: subprocess.run([*mount, "remount,size=8m", "none", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_full_disk(small_disk, ranks, finished, rows, undisturbed, on_failure):
+    """All ranks train on to the end and fail there, or end where the first checkpoint failed; with room again nothing is lost."""
+    folder, befalls, make_room = small_disk
+    options = {"checkpoints": {"every_steps": 3, "keep_last": 1, "keep_every_epochs": 1, "on_failure": on_failure}, **WIDE}
+    codes, said = finished(ranks(folder, 2, befalls={0: befalls}, **options))
+    assert codes == [74, 74], said
+    sound = checkpoint_folders(folder)
+    assert sound and all(find_fault(path) is None for path in sound) and not list((folder / "checkpoints").glob(".*"))
+    failed = rf"{folder}: the checkpoint of step (\d+) could not be written \(.*\), the last sound one is of step {int(sound[-1].name[5:])}"
+    assert re.search(failed, said[0]), said
+    if on_failure == "stop":
+        assert re.search(rf"{failed} \(checkpoints.on_failure: stop\)", said[1]), said
+        assert rows(folder)[-1]["step"] < 10
+        return
+    assert re.search(failed, said[1])[1] == "10", said
+    assert rows(folder) == undisturbed
+    make_room()
+    codes, said = finished(ranks(folder, 2, **options))
+    assert codes == [0, 0], said
+    assert rows(folder) == undisturbed

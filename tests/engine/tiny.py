@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -52,13 +53,18 @@ WIDTH = 6
 
 
 faults: dict[str, dict[int, str]] = {}
-"""What befalls this process (``die``, ``hang``, ``raise``) in ``loss`` or ``teacher`` at a step, in ``crop`` at a call, both from 0."""
+"""What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
+
+``die``, ``hang``, ``raise``, or ``limit``: no file may be of more than 100 kB from now on.
+"""
 
 
 def befall(place, number):
     what = faults.get(place, {}).get(number)
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     if what == "raise":
         raise RuntimeError(f"no {place} any more")
     while what == "hang":
@@ -249,6 +255,7 @@ if __name__ == "__main__":
     faults |= {place: {int(number): what for number, what in found.items()} for place, found in befalls.items()}
     Match.poison = faults.pop("poison", {})
     Match.part_source = Average.part_source = Noise.part_source = "tests"
+    WIDTH = options.pop("width", WIDTH)
     parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
     if shards := options.pop("shards", None):  # as they were when they were indexed
         parts["dataset"] = Shards(shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"]))
