@@ -120,3 +120,12 @@ def test_readme_is_short_and_its_test_command_is_that_of_ci() -> None:
     [test] = [line for block in blocks(text, "bash") for line in block.splitlines() if "pytest" in line]
     assert f"-m '{UNMARKED}'" in test
     assert test.rpartition("&& ")[2] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_test_behind_each_promise_exists() -> None:
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    there |= {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    promised = re.findall(r"test_\w+(?:\.py)?", (ROOT / "launch/README.md").read_text())
+    assert len(promised) > 15 and not set(promised) - there
