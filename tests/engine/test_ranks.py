@@ -10,6 +10,7 @@ import torch
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
 from cosmos_ssl.engine.distributed import GradientMean
+from cosmos_ssl.engine.metrics import read_rows
 
 LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
@@ -53,6 +54,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, finished
     assert codes == [0, 0], said
     assert [row["skipped_steps"] for row in rows(tmp_path) if "loss" in row][-1] == 1
     assert "step 3: " in (tmp_path / "log.rank1.txt").read_text()
+
+
+@pytest.mark.parametrize("place", ["crop", "loss"])
+def test_the_slowest_rank_is_found(ranks, finished, tmp_path, place):
+    codes, said = finished(ranks(tmp_path, 2, schedule={"max_steps": 4}, befalls={1: {place: dict.fromkeys(range(8), "slow")}}))
+    assert codes == [0, 0], said
+    for row in [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row][1:]:
+        assert row["slowest_rank"] == 1 and row["slowest_rank_lag"] > 0.3
+    assert "  slowest rank 1 (+" in said[0]
 
 
 def test_a_folder_in_use_is_refused_on_every_rank(tiny, ranks, finished, tmp_path):

@@ -55,7 +55,7 @@ WIDTH = 6
 faults: dict[str, dict[int, str]] = {}
 """What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
 
-``die``, ``hang``, ``raise``, or ``limit``: no file may be of more than 100 kB from now on.
+``die``, ``hang``, ``raise``, ``slow``, or ``limit``: no file may be of more than 100 kB from now on.
 """
 
 
@@ -65,6 +65,8 @@ def befall(place, number):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    if what == "slow":
+        time.sleep(0.5)
     if what == "raise":
         raise RuntimeError(f"no {place} any more")
     while what == "hang":
