@@ -28,7 +28,7 @@ def traced(
     """Hand on the ``left`` batches, one a step, and record ``steps`` of these steps, near the start; fewer where the run is shorter.
 
     Writes ``path``, a gzipped Chrome trace (for https://ui.perfetto.dev), and the operators by time beside it, ``.txt``;
-    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is entered to write.
+    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is entered for work that is no step's.
     """
     with closing(batches):
         if steps:
@@ -55,7 +55,8 @@ def _recorded(
                 with record_function("data wait"):
                     batch = next(batches)
                 yield batch
-                profiler.step()
+                with paused():
+                    profiler.step()
     except GeneratorExit:
         log.info("no trace: the run was left before its traced steps were done")
         raise
