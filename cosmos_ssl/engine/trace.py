@@ -28,7 +28,7 @@ def traced(
     """Hand on the ``left`` batches, one a step, and record ``steps`` of these steps, near the start; fewer where the run is shorter.
 
     Writes ``path``, a gzipped Chrome trace (for https://ui.perfetto.dev), and the operators by time beside it, ``.txt``;
-    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is entered for work that is no step's.
+    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is for work of no step.
     """
     with closing(batches):
         if steps:
