@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def _as_json(record: registry.Record) -> dict[str, str]:
 def _list(arguments: argparse.Namespace) -> int:
     records = _installed()
     if arguments.markdown:
-        print(markdown(records), end="")
-        return EXIT_DONE
+        shown, faults = markdown(records)
+        print(shown, end="")
+        print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+        return EXIT_FAULTS if faults else EXIT_DONE
     print(f"cosmos-ssl {__version__}, plugin API {registry.API_VERSION}")
     rows = [(record.group, registry.spelling(record), record.source, record.object_path) for record in records]
     print(table([("GROUP", "NAME", "FROM", "OBJECT"), *rows]), end="")
@@ -73,17 +76,21 @@ def _list(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def markdown(records: Iterable[registry.Record]) -> str:
-    """A table of parts with what they require and offer; words in quotes become code. Raises PluginError for a broken part."""
+def markdown(records: Iterable[registry.Record]) -> tuple[str, list[str]]:
+    """A table of parts with what they require and offer, where words in quotes become code, and the faults of parts left out."""
     from cosmos_ssl.cli.plugins_facts import facts
 
-    lines = ["| part | requires | offers |", "|---|---|---|"]
+    lines, faults = ["| part | requires | offers |", "|---|---|---|"], []
     for record in records:
-        found = facts(record, registry.load(record), {})
+        try:
+            found = facts(record, registry.load(record), {})
+        except PluginError as error:
+            faults.append(str(error))
+            continue
         unknown = ["by its options"] if found.unknown else []
         requires, offers = ("; ".join([*given, *unknown]) for given in (found.requires, found.offers))
         lines.append(f"| '{record.group}/{registry.spelling(record)}' | {requires} | {offers} |")
-    return re.sub(r"'([^'\n]*)'", r"`\1`", "\n".join(lines)) + "\n"
+    return re.sub(r"'([^'\n]*)'", r"`\1`", "\n".join(lines)) + "\n", faults
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -138,8 +138,9 @@ def test_show_with_options_it_does_not_have(command: Command, option: str, messa
 def test_markdown(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEAD.replace(", names: list[str]", "")
     install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain", "losses/clip": "my_heads:X"}, modules={"my_heads": head})
-    code, _, err = command("plugins", "list", "--markdown")
-    assert code == 2 and err.startswith("losses/clip (my-heads 2.0, my_heads:X) cannot be imported: AttributeError")
+    code, out, err = command("plugins", "list", "--markdown")
+    assert code == 3 and err.startswith("losses/clip (my-heads 2.0, my_heads:X) cannot be imported: AttributeError")
+    assert "| `heads/plain` |" in out and len(out.splitlines()) == 2 + len(registry.records()) - 1
     monkeypatch.setenv("COSMOS_DISABLE_PLUGINS", "1")
     code, out, _ = command("plugins", "list", "--markdown")
     lines = out.splitlines()
