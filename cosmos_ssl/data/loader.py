@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from typing import Any, cast
 
 import torch
@@ -112,7 +113,10 @@ class Loader:
             for _ in range(start_step, stop_step):
                 try:
                     result = next(iterator)
-                except RuntimeError as error:  # errors of samples come as values: this is the loader's own
+                except (RuntimeError, OSError, EOFError) as error:  # errors of samples come as values: this is the loader's own
+                    ending = wait([process.sentinel for process in processes], timeout=1)  # its pipes are closed before it has ended
+                    for process in processes:
+                        process.join(1 if process.sentinel in ending else 0)
                     raise lost(processes, error) from error
                 yield _opened(result)
         finally:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from cosmos_ssl.errors import DataError, UserError
@@ -62,9 +63,14 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def stat(url: str) -> Stat:
-    """Size and stamp of a shard. Raises FileNotFoundError where there is none, OSError where storage fails."""
+    """Size and stamp of a shard.
+
+    Raises FileNotFoundError where there is none, DataError where it is a folder or a pipe, OSError where storage fails.
+    """
     if is_local(url):
         found = local_path(url).stat()
+        if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
+            raise DataError(f"data: {url} is no regular file")
         return Stat(found.st_size, str(found.st_mtime_ns))
     system, path = filesystem(url)
     info = system.info(path)

@@ -82,8 +82,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
         if failed:
             deadline = min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
-            for process in ranks:
-                process.kill()
+            for rank, process in enumerate(ranks):
+                if process.poll() is None:
+                    print(f"rank {rank} has not ended {GRACE:g} s after another one failed, and is killed", file=sys.stderr)
+                    process.kill()
+            deadline = float("inf")
         time.sleep(0.05)
     return [process.returncode for process in ranks]
 

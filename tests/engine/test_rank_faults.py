@@ -3,21 +3,24 @@
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from cosmos_ssl.data import Order, load_manifest
+from cosmos_ssl.api import Sample
+from cosmos_ssl.data import Loader, Order, load_manifest
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
+from cosmos_ssl.errors import StorageError
 from cosmos_ssl.testing_bench import small_config
 
-ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 IMPATIENT = {"training": {"timeout_minutes": 0.08}}
 COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/distributed\.py\", line \d+ in finish"
 HANGS = "nothing has happened for 0.08 min (training.timeout_minutes): "
@@ -25,7 +28,7 @@ HANGS = "nothing has happened for 0.08 min (training.timeout_minutes): "
 
 @pytest.fixture
 def alive(tmp_path, monkeypatch):
-    """Processes that this test started, with all their children: process id -> (parent, rank)."""
+    """Processes that this test started, with all their children: process id -> (parent, rank). Ends them after the test."""
     mark = f"STARTED_BY={tmp_path}"
     monkeypatch.setenv(*mark.split("=", 1))
 
@@ -41,7 +44,10 @@ def alive(tmp_path, monkeypatch):
                 found[int(folder.name)] = parent, next((text[5:] for text in environment if text.startswith("RANK=")), None)
         return found
 
-    return alive
+    yield alive
+    for process in alive():
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -144,6 +150,7 @@ def test_a_rank_that_is_stopped_is_killed_by_the_launcher(launch, wait_for_step,
     out, err = command.communicate(timeout=120)
     assert command.returncode == 74, out + err
     assert re.search(re.escape(HANGS) + r"rank 0, step [\d,]+", err), err
+    assert "rank 1 has not ended 3 s after another one failed, and is killed" in err
     assert re.search(COLLECTIVE, stacks(tmp_path / "run" / "log.txt"))
     none_left()
 
@@ -218,6 +225,32 @@ def test_a_read_that_never_returns_ends_all(tiny, ranks, finished, none_left, tm
     none_left()
 
 
+def test_a_pipe_among_the_shards_is_refused_at_the_start(tmp_path):
+    urls = write_shards(tmp_path / "shards")
+    Path(urls[2]).unlink()
+    os.mkfifo(urls[2])
+    command = [sys.executable, "-c", "import sys; from cosmos_ssl.cli import main; sys.exit(main())", "data", "index", *urls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, f"data: {urls[2]} is no regular file\n")
+
+
+def test_a_batch_that_breaks_off_is_a_lost_worker(tiny):
+    """A worker that is killed while it sends closes its pipe some time before it has ended."""
+
+    class Torn:
+        def __reduce__(self):
+            return pickle.loads, (b"",)
+
+    class Data(tiny.Numbers):
+        def read(self, index):
+            return Sample(key=str(index), extras={"torn": Torn()})
+
+    data = Data()
+    loader = Loader(data, Order(data.shard_sizes, 4, lanes=4, shuffle_samples=20, seed=0), image=tiny.Noise(), workers=1)
+    with pytest.raises(StorageError, match=r"^data: the loader failed: Ran out of input$"):
+        next(loader.batches(0, 5))
+
+
 WIDE = {"width": 200}  # checkpoints of 0.7 MiB
 
 
@@ -252,41 +285,59 @@ def test_a_loader_worker_that_is_killed_ends_all(ranks, finished, none_left, row
 
 # ---------------------------------------------------------------------------- a disk that is full
 
+OFTEN = {"every_steps": 3, "keep_last": 1, "keep_every_epochs": 1}  # the save after an epoch waits for the one before it
+LIMITED = {0: {"loss": {5: "limit"}}}  # the first rank can write no checkpoint from its step 6 on
+
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder for a run with room for one wide checkpoint, what makes it so for the first rank, and a call that makes room.
-
-    Where a file system may not be mounted, a limit on the size of files stands in, from step 6 on.
-    """
+    """A folder for a run with room for one wide checkpoint, and a call that makes room for more; None where none can be mounted."""
     folder = tmp_path / "run"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]
     if subprocess.run([*mount, "size=1200k", "none", folder], capture_output=True, check=False).returncode:
-        yield folder, {"loss": {5: "limit"}}, lambda: None
+        yield folder, None
     else:
-        yield folder, {}, lambda: subprocess.run([*mount, "remount,size=8m", "none", folder], check=True)
+        yield folder, lambda: subprocess.run([*mount, "remount,size=8m", "none", folder], check=True)
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("on_failure", ["continue", "stop"])
-def test_a_full_disk(small_disk, ranks, finished, rows, undisturbed, on_failure):
-    """All ranks train on to the end and fail there, or end where the first checkpoint failed; with room again nothing is lost."""
-    folder, befalls, make_room = small_disk
-    options = {"checkpoints": {"every_steps": 3, "keep_last": 1, "keep_every_epochs": 1, "on_failure": on_failure}, **WIDE}
-    codes, said = finished(ranks(folder, 2, befalls={0: befalls}, **options))
+def sound_checkpoints(run_dir):
+    """Their steps, and that there is nothing else."""
+    found = checkpoint_folders(run_dir)
+    assert found and [find_fault(path) for path in found] == [None] * len(found)
+    assert sorted((run_dir / "checkpoints").iterdir()) == found
+    return [int(path.name[5:]) for path in found]
+
+
+UNSAVED = r": the checkpoint of step (\d+) could not be written \((.*)\), the last sound one is of step (\d+)"
+
+
+def test_a_full_disk(small_disk, ranks, finished, none_left, rows, undisturbed):
+    """All ranks train to the end and fail there; with room again the same command finishes."""
+    folder, make_room = small_disk
+    codes, said = finished(ranks(folder, 2, befalls={} if make_room else LIMITED, checkpoints=OFTEN, **WIDE))
     assert codes == [74, 74], said
-    sound = checkpoint_folders(folder)
-    assert sound and all(find_fault(path) is None for path in sound) and not list((folder / "checkpoints").glob(".*"))
-    failed = rf"{folder}: the checkpoint of step (\d+) could not be written \(.*\), the last sound one is of step {int(sound[-1].name[5:])}"
-    assert re.search(failed, said[0]), said
-    if on_failure == "stop":
-        assert re.search(rf"{failed} \(checkpoints.on_failure: stop\)", said[1]), said
-        assert rows(folder)[-1]["step"] < 10
-        return
-    assert re.search(failed, said[1])[1] == "10", said
     assert rows(folder) == undisturbed
-    make_room()
-    codes, said = finished(ranks(folder, 2, **options))
+    saved = sound_checkpoints(folder)
+    for words in said:  # the first rank could not, and the other hears of it
+        step, why, last = re.search(f"^{folder}{UNSAVED}$", words, re.MULTILINE).groups()
+        assert (int(step), int(last)) == (10, saved[-1])
+    if make_room:
+        assert saved == [3] and re.search(r"\d\.\d MiB needed, 0\.\d MiB free", why)
+        make_room()
+    assert "could not be written" in (folder / "log.txt").read_text() and "; training goes on" in (folder / "log.txt").read_text()
+    codes, said = finished(ranks(folder, 2, checkpoints=OFTEN, **WIDE))
     assert codes == [0, 0], said
     assert rows(folder) == undisturbed
+    none_left()
+
+
+def test_a_checkpoint_that_fails_midway_ends_all_where_asked(ranks, finished, none_left, tmp_path):
+    options = {"checkpoints": OFTEN | {"on_failure": "stop"}, "schedule": {"epochs": 100_000, "warmup_steps": 2}}
+    codes, said = finished(ranks(tmp_path, 2, befalls=LIMITED, **options, **WIDE))
+    assert codes == [74, 74], said
+    _, why, last = re.search(rf"^{tmp_path}{UNSAVED} \(checkpoints\.on_failure: stop\)$", said[1], re.MULTILINE).groups()
+    assert "File too large" in why and sound_checkpoints(tmp_path)[-1] == int(last)
+    assert re.search(f"^{tmp_path}{UNSAVED}", said[0], re.MULTILINE), said
+    none_left()
