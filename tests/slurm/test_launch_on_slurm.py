@@ -62,7 +62,7 @@ class Runs:
         """Rows of metrics without what the clock has a part in; also while the last one is being written."""
         path = self.run(name) / "metrics.jsonl"
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-        timed = ("samples_per_second", "data_wait")
+        timed = ("samples_per_second", "data_wait", "slowest_rank", "slowest_rank_lag")
         return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 90) -> None:
