@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from cosmos_ssl.errors import EXIT_LOST
 
@@ -19,6 +20,9 @@ class Watchdog:
 
     The exit code is that of a lost rank, since starting again may help: a read that never returns, a rank that hangs.
     ``describe`` tells more of what was going on. ``minutes`` None watches nothing.
+
+    Where the interpreter itself stands still (native code that never gives back its lock), no thread of Python can do this:
+    then a timer outside of it ends the process half as much later, with the stacks alone and exit code 1.
     """
 
     def __init__(self, minutes: float | None, stacks: Path, describe: Callable[[], str]) -> None:
@@ -27,18 +31,26 @@ class Watchdog:
         self.describe = describe
         self._last = time.monotonic()
         self._ended = threading.Event()
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
+            self._file = self.stacks.open("a", encoding="utf-8")
+            self.alive()
             threading.Thread(target=self._watch, args=(self.seconds,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
 
     def alive(self) -> None:
         """Something was done."""
         self._last = time.monotonic()
+        if self._file is not None and self.seconds is not None:
+            faulthandler.dump_traceback_later(1.5 * self.seconds, exit=True, file=self._file)
 
     def _watch(self, seconds: float) -> None:
         while not self._ended.wait(min(1.0, seconds / 4)):

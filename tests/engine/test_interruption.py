@@ -135,8 +135,15 @@ def test_a_second_ctrl_c_leaves_at_once(start_tiny, wait_for_step, tmp_path):
 
 
 def test_a_run_that_hangs_ends_and_says_where(start_tiny, tmp_path):
-    process = start_tiny(tmp_path, training={"timeout_minutes": 0.03}, befalls={0: {"loss": {2: "hang"}}}, loader={"workers": 1}, **ENDLESS)
+    process = start_tiny(tmp_path, training={"timeout_minutes": 0.1}, befalls={0: {"loss": {2: "hang"}}}, loader={"workers": 1}, **ENDLESS)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 74, said
-    assert "nothing has happened for 0.03 min (training.timeout_minutes): rank 0, step 3; loader worker 0: collecting the batch" in said
+    assert "nothing has happened for 0.1 min (training.timeout_minutes): rank 0, step 3; loader worker 0: collecting the batch" in said
     assert "in forward" in (tmp_path / "log.txt").read_text().partition("stacks of all threads:")[2]
+
+
+def test_a_run_whose_interpreter_hangs_ends_too(start_tiny, tmp_path):
+    process = start_tiny(tmp_path, training={"timeout_minutes": 0.06}, befalls={0: {"loss": {2: "stick"}}}, **ENDLESS)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "in befall" in (tmp_path / "log.txt").read_text().partition("Timeout (")[2]

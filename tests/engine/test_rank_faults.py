@@ -21,9 +21,9 @@ from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
 from cosmos_ssl.errors import StorageError
 from cosmos_ssl.testing_bench import small_config
 
-IMPATIENT = {"training": {"timeout_minutes": 0.08}}
+IMPATIENT = {"training": {"timeout_minutes": 0.15}}
 COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/distributed\.py\", line \d+ in finish"
-HANGS = "nothing has happened for 0.08 min (training.timeout_minutes): "
+HANGS = "nothing has happened for 0.15 min (training.timeout_minutes): "
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ PICTURES_ALONE |= {"losses": {"clip": None, "distill": None, "spread": {"type": 
 
 def test_a_rank_that_is_stopped_is_killed_by_the_launcher(launch, wait_for_step, alive, none_left, tmp_path):
     """It cannot say a thing; the other one says that it waits for it, and the command ends."""
-    command = launch(grace=3.0, timeout_minutes=0.08)
+    command = launch(grace=3.0, timeout_minutes=0.15)
     wait_for_step(tmp_path / "run", 3)
     [stopped] = [process for process, (parent, rank) in alive().items() if parent == command.pid and rank == "1"]
     os.kill(stopped, signal.SIGSTOP)

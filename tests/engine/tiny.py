@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -55,7 +56,7 @@ WIDTH = 6
 faults: dict[str, dict[int, str]] = {}
 """What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
 
-``die``, ``hang``, ``raise``, ``slow``, or ``limit``: no file may be of more than 100 kB from now on.
+``die``, ``hang``, ``raise``, ``slow``; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100 kB from now on.
 """
 
 
@@ -65,6 +66,8 @@ def befall(place, number):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    if what == "stick":
+        ctypes.PyDLL(None).sleep(600)
     if what == "slow":
         time.sleep(0.5)
     if what == "raise":
