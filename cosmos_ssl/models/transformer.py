@@ -74,17 +74,31 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU (the exact one) between."""
+    """Two linear maps with GELU (the exact one) between, whose output, the largest of a block, backward computes anew."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
+        self.recompute = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
-        return cast(Tensor, self.fc2(self.act(self.fc1(x))))
+        hidden = self.fc1(x)
+        active = self.act(hidden)
+        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler chooses what to keep
+            return cast(Tensor, self.fc2(active))
+        kept, place, act = hidden.detach(), active.data_ptr(), self.act
+
+        def pack(saved: Tensor) -> Tensor | torch.Size:
+            return saved.shape if saved.data_ptr() == place else saved
+
+        def unpack(packed: Tensor | torch.Size) -> Tensor:
+            return packed if isinstance(packed, Tensor) else act(kept).view(packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return cast(Tensor, self.fc2(active))
 
 
 class LayerScale(nn.Module):
@@ -171,6 +185,8 @@ class Blocks(nn.ModuleList):
         hidden = int(width * mlp_ratio)
         super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
         self.grad_checkpointing = grad_checkpointing
+        for block in self:
+            block.mlp.recompute = not grad_checkpointing  # it computes all anew, and would keep what this needs
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""

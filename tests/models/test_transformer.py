@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,24 @@ def test_gradient_checkpointing_gives_equal_gradients(drop_path: float) -> None:
         found.append(gradients(model, model(rows(), lay_out(LENGTHS, keep))))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_backward_makes_the_output_of_gelu_anew_to_the_same_bits(dtype: torch.dtype | None) -> None:
+    def trained(recompute: bool) -> tuple[list[Tensor], list[bool]]:
+        model = blocks().float()
+        kept: list[weakref.ref[torch.UntypedStorage]] = []
+        for block in model:
+            block.mlp.recompute = recompute
+            block.mlp.act.register_forward_hook(lambda module, given, out: kept.append(weakref.ref(out.untyped_storage())))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = model(rows().float(), lay_out(LENGTHS, np.ones(int(LENGTHS.sum()), bool)))
+        alive = [ref() is not None for ref in kept]
+        return gradients(model, out.float()), alive
+
+    (plain, all_alive), (found, none_alive) = trained(False), trained(True)
+    assert all(all_alive) and not any(none_alive) and len(all_alive) == len(none_alive) == 3
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
 
 
 def test_drop_path_drops_branches_of_whole_sequences_and_keeps_the_mean() -> None:
