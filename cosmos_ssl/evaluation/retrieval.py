@@ -15,7 +15,7 @@ Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images [n, ...] and texts [m, ...] -> scores [n, m]."""
 
 _ROWS = 248  # images of one tile; below 256, so that a count fits a byte
-_COLUMNS = 8192  # texts of one tile, at most
+_COLUMNS = 4096  # texts of one tile, at most
 
 
 def dot(images: Tensor, texts: Tensor) -> Tensor:
