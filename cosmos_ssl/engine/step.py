@@ -36,10 +36,13 @@ _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step leaves behind besides gradients; all scalars, detached."""
+    """What a step leaves behind besides gradients, detached."""
 
     loss: Tensor
     logs: Mapping[str, Tensor]
+    """Scalars."""
+    moments: Mapping[str, Tensor]
+    """By modality [2, D]: mean and mean square of this rank's unit features, for ``spread``."""
 
 
 class Step:
@@ -84,7 +87,7 @@ class Step:
         if self._mean is not None:
             with record_function("gradient mean"):
                 self._mean.finish()
-        return StepResult(loss=result.loss.detach(), logs=result.logs)
+        return replace(result, loss=result.loss.detach())
 
     # ------------------------------------------------------------------ stages
 
@@ -129,7 +132,7 @@ class Step:
         if torch.is_grad_enabled() and not total.requires_grad:
             named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in outputs)
             raise PluginError(f"{named} returned terms without a gradient, expected terms computed from the student's features")
-        return StepResult(loss=total, logs=_logs(total, outputs) | _spread(student))
+        return StepResult(loss=total, logs=_logs(total, outputs), moments=_moments(student))
 
     @torch.no_grad()
     def find_unsound(self, views: Views, progress: Progress) -> str:
@@ -243,21 +246,28 @@ def _logs(total: Tensor, outputs: Mapping[str, LossOutput]) -> dict[str, Tensor]
     return logs
 
 
+def spread(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Collapse signs: standard deviation of unit features over the global batch x sqrt(D); 1 is isotropic, 0 collapsed.
+
+    A collective: all ranks call it.
+    """
+    if not moments:
+        return {}
+    mean, mean_square = all_sum(torch.cat(list(moments.values()), 1)) / world_size()
+    deviation = (mean_square - mean**2).clamp(min=0).sqrt()
+    parts = deviation.split([own.shape[1] for own in moments.values()])
+    return {f"spread/{modality}": part.mean() * len(part) ** 0.5 for modality, part in zip(moments, parts, strict=True)}
+
+
 @torch.no_grad()
-def _spread(student: Features) -> dict[str, Tensor]:
-    """Collapse signs: standard deviation of unit features over the global batch x sqrt(D); 1 is isotropic, 0 collapsed."""
-    found: dict[str, Tensor] = {}
+def _moments(student: Features) -> dict[str, Tensor]:
+    found = {}
     for modality, groups in (("image", student.image), ("text", student.text)):
         features = next((g for g in groups.values() if g.projected is not None), None)
         if features is not None:
             unit = features.unit[0].double()
-            found[f"spread/{modality}"] = torch.stack([torch.ones_like(unit[0]), unit.mean(0), unit.square().mean(0)])
-    if not found:
-        return {}
-    ranks, mean, mean_square = all_sum(torch.cat(list(found.values()), 1))
-    deviation = (mean_square / ranks - (mean / ranks) ** 2).clamp(min=0).sqrt()
-    widths = [moments.shape[1] for moments in found.values()]
-    return {name: part.mean().float() * part.numel() ** 0.5 for name, part in zip(found, deviation.split(widths), strict=True)}
+            found[modality] = torch.stack([unit.mean(0), unit.square().mean(0)])
+    return found
 
 
 def _gathered_places(needs: Sequence[Need], features: Features) -> Iterator[tuple[tuple[str, str, str], Tensor]]:

@@ -27,7 +27,7 @@ from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, 
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
-from cosmos_ssl.engine.step import Step, StepResult
+from cosmos_ssl.engine.step import Step, StepResult, spread
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
@@ -229,6 +229,7 @@ class Trainer:
             moved = state.move(progress)
         else:
             self.step.restore_buffers()
+        self.moments = result.moments
         numbers: dict[str, Tensor | float] = {**result.logs, "lr": optimizer.lr, "grad_norm": norm}
         numbers |= {f"teacher/{name}": value for name, value in moved.items()}
         if scaler is not None:
@@ -288,6 +289,7 @@ class Trainer:
         rates, seconds_a_step, own_seconds = self.clock.read(self.config.training.batch_size)
         counters = self.state.counters
         row = {"epoch": step / self.steps_per_epoch}
+        numbers = {**numbers, **spread(self.moments)}
         row |= self.world.mean({name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()})
         row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
         row |= {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from cosmos_ssl.api import Head, ImageGroup, Loss, LossOutput, Need, PluginError, Progress, Spec, TextGroup, Views, ViewSpec
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.step import Step
+from cosmos_ssl.engine.step import Step, spread
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
@@ -144,7 +144,7 @@ def test_total_is_the_weighted_sum_and_every_parameter_gets_a_gradient():
     for modality, groups in (("image", features.image), ("text", features.text)):
         unit = next(iter(groups.values())).unit[0]
         expected = unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
-        torch.testing.assert_close(result.logs[f"spread/{modality}"], expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(spread(result.moments)[f"spread/{modality}"].float(), expected.float(), rtol=1e-5, atol=1e-6)
     assert all(p.grad is not None for p in assembly.model.parameters())
     assert all(p.grad is None for p in assembly.teacher.parameters())
 
