@@ -288,7 +288,7 @@ def gathered(runs: Sequence[Run], compared: Sequence[Method]) -> list[Row]:
 def row(name: str, values: Sequence[float], unit: str) -> Row:
     """Mean, extremes and standard deviation (of a sample) of one figure."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    mean, least, most, deviation = (float(f"{x:.4g}") for x in (statistics.fmean(values), min(values), max(values), deviation))
+    mean, least, most, deviation = (float(f"{x:.6g}") for x in (statistics.fmean(values), min(values), max(values), deviation))
     return Row(name=name, value=mean, unit=unit, least=least, most=most, deviation=deviation, seeds=len(values))
 
 
