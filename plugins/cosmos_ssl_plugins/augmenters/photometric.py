@@ -24,8 +24,8 @@ FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11
 """Columns of a parameter row: flip and jitter (0 or 1), the order of the four jitter operations, their factors
 (brightness, contrast, saturation, hue), grey (0 or 1), blur radius (0: none), solarise threshold (256: none)."""
 
-CPU_BYTES, DEVICE_BYTES = 1 << 21, 1 << 28
-"""Float pixels worked on at once: near the size of a core's cache, or a bound on the device memory taken."""
+CPU_BYTES, DEVICE_BYTES = 1 << 20, 1 << 28
+"""Float pixels worked on at once: a part of a core's cache, or a bound on the device memory taken."""
 
 _TIE = 2.0**-12
 """Added before values are cut: more than float32 loses here, so that whole results stay whole."""
