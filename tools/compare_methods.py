@@ -348,7 +348,7 @@ def main() -> int:
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130
     rows = gathered(runs, compared)
-    print(f"{arguments.seeds} seeds: mean (least to most)\n")
+    print(f"seeds: {arguments.seeds}; mean (least to most)\n")
     print("\n\n".join(markdown(rows, compared, role) for role in ROLES))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
