@@ -48,7 +48,8 @@ def add_parser(subparsers: Any) -> None:
 
     scenes = commands.add_parser("scenes", help="write the procedural default data set")
     scenes.add_argument("--output", type=Path, metavar="DIR", help="where the shards go (default: the user's cache folder)")
-    for name, default in (("train-samples", 4096), ("validation-samples", 512), ("image-size", 64), ("seed", 0), ("shard-samples", 1024)):
+    numbers = {"train-samples": 4096, "validation-samples": 512, "image-size": 64, "colours": 8, "seed": 0, "shard-samples": 1024}
+    for name, default in numbers.items():
         scenes.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
     scenes.set_defaults(run=_scenes)
 
@@ -146,6 +147,7 @@ def _scenes(arguments: argparse.Namespace) -> int:
         train_samples=arguments.train_samples,
         validation_samples=arguments.validation_samples,
         image_size=arguments.image_size,
+        colours=arguments.colours,
         seed=arguments.seed,
         shard_samples=arguments.shard_samples,
     )

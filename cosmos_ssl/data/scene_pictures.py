@@ -61,7 +61,7 @@ SHAPES: Mapping[str, Callable[[Array, Array], Where]] = {
     "heart": _heart,
 }
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-"""Names of the classes: ``cls`` is the number of the large object's class; a mask holds class number + 1, 0 for background."""
+"""Names of the classes, by colour: ``cls`` is the number of the large object's class; a mask holds class number + 1, 0 for background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class Scene:
     """How much brighter the background grows to the right and downwards, in grey levels."""
 
 
-def make_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene. No two of its objects share colour and shape, so that every sentence has one meaning."""
+def make_scene(rng: np.random.Generator, classes: int = len(CLASS_NAMES)) -> Scene:
+    """Draw a scene of the first ``classes``. No two of its objects share colour and shape, so that every sentence has one meaning."""
     count = int(rng.integers(2, 5))
-    names = rng.choice(len(CLASS_NAMES), count, replace=False)
+    names = rng.choice(classes, count, replace=False)
     places = rng.permutation(4)[:count]
     things = []
     for i, (name, place) in enumerate(zip(names.tolist(), places.tolist(), strict=True)):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import pool
-from cosmos_ssl.data.scene_pictures import CLASS_NAMES, caption, draw, make_scene, sentences
+from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, caption, draw, make_scene, sentences
 from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
 
@@ -36,6 +36,8 @@ class SceneOptions:
     train_samples: int = 4096
     validation_samples: int = 512
     image_size: int = 64
+    colours: int = len(COLOURS)
+    """The first so many of the eight are used. The fewer, the more do shapes tell scenes apart."""
     seed: int = 0
     shard_samples: int = 1024
 
@@ -45,6 +47,13 @@ class SceneOptions:
         for name in ("train_samples", "validation_samples", "shard_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"scenes: {name}: {getattr(self, name)} is not positive")
+        if not 2 <= self.colours <= len(COLOURS):
+            raise UserError(f"scenes: colours: {self.colours} is not among 2 to {len(COLOURS)}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that scenes have."""
+        return CLASS_NAMES[: self.colours * len(SHAPES)]
 
     def samples(self, split: Split) -> int:
         """Samples of one split."""
@@ -112,7 +121,7 @@ def _write_all(folder: Path, options: SceneOptions) -> None:
         counts = list(executor.map(_write_shard, *zip(*jobs, strict=True)))
     sizes = {job[0].name: count for job, count in zip(jobs, counts, strict=True)}
     (folder / "sizes.json").write_text(json.dumps(sizes, indent=1))
-    (folder / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    (folder / "classes.txt").write_text("\n".join(options.class_names) + "\n")
     (folder / _NOTE).write_text(json.dumps({"version": _VERSION, **asdict(options)}))
 
 
@@ -127,7 +136,7 @@ def _distinct(options: SceneOptions) -> list[int]:
     tries = []
     for index in range(options.validation_samples):
         attempt = 0
-        while (text := caption(make_scene(_rng(options, "val", index, attempt)))) in seen:
+        while (text := caption(_scene(_rng(options, "val", index, attempt), options))) in seen:
             attempt += 1
         seen.add(text)
         tries.append(attempt)
@@ -139,16 +148,20 @@ def _write_shard(path: Path, split: Split, first: int, tries: Sequence[int], opt
 
     with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
         for index, attempt in enumerate(tries, first):
-            writer.write(_sample(f"{split}-{index:07d}", _rng(options, split, index, attempt), options.image_size))
+            writer.write(_sample(f"{split}-{index:07d}", _rng(options, split, index, attempt), options))
         writer.close()
         file.flush()
         os.fsync(file.fileno())
     return len(tries)
 
 
-def _sample(key: str, rng: np.random.Generator, size: int) -> dict[str, Any]:
-    scene = make_scene(rng)
-    picture, mask = draw(scene, size)
+def _scene(rng: np.random.Generator, options: SceneOptions) -> Scene:
+    return make_scene(rng, len(options.class_names))
+
+
+def _sample(key: str, rng: np.random.Generator, options: SceneOptions) -> dict[str, Any]:
+    scene = _scene(rng, options)
+    picture, mask = draw(scene, options.image_size)
     return {
         "__key__": key,
         "png": _png(picture),

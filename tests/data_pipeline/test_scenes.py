@@ -63,6 +63,16 @@ def test_labels_and_masks_are_of_the_objects(tmp_path: Path) -> None:
         assert text.startswith("a large") and text.split(" at ")[0].endswith(CLASS_NAMES[sample.extras["cls"]])
 
 
+def test_fewer_colours_give_fewer_classes(tmp_path: Path) -> None:
+    options = SceneOptions(train_samples=1, validation_samples=60, image_size=32, colours=3)
+    folder = write_scenes(tmp_path / "scenes", options)
+    names = (folder / "classes.txt").read_text().splitlines()
+    assert names == [f"{colour} {shape}" for colour in ("red", "yellow", "green") for shape in SHAPES] == list(options.class_names)
+    data = open_shards(options.pattern(folder, "val"))
+    said = {name for i in range(60) for name in re.findall(rf"({'|'.join(CLASS_NAMES)})", data.read(i).captions["txt"][0])}
+    assert said == set(names)
+
+
 def test_sentences_are_true() -> None:
     """Checked against the mask: where each named class lies is where the sentences say."""
     for number in range(50):
@@ -125,7 +135,7 @@ def test_other_content_is_never_overwritten(tmp_path: Path) -> None:
         write_scenes(tmp_path / "mine", SMALL)
 
 
-@pytest.mark.parametrize("options", [{"image_size": 8}, {"train_samples": 0}, {"shard_samples": -1}])
+@pytest.mark.parametrize("options", [{"image_size": 8}, {"train_samples": 0}, {"shard_samples": -1}, {"colours": 1}, {"colours": 9}])
 def test_senseless_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         SceneOptions(**options)

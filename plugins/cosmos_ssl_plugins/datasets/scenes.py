@@ -15,6 +15,7 @@ class Scenes(Shards):
 
     ``train_samples``, ``validation_samples``: how many; the held-out ones are for evaluators that name no data.
     ``image_size``: side of a picture, in pixels.
+    ``colours``: how many colours objects have, 2 to 8; with each come eight shapes, a class each.
     ``seed``: other scenes.
     ``folder``: where the shards lie (by default in the user's cache folder, by options).
     ``caption_schema``: as for ``webdataset``.
@@ -27,11 +28,14 @@ class Scenes(Shards):
         train_samples: int = 4096,
         validation_samples: int = 512,
         image_size: int = 64,
+        colours: int = 8,
         seed: int = 0,
         folder: str | None = None,
         caption_schema: str | None = "dreamlip",
     ) -> None:
-        self._options = SceneOptions(train_samples=train_samples, validation_samples=validation_samples, image_size=image_size, seed=seed)
+        self._options = SceneOptions(
+            train_samples=train_samples, validation_samples=validation_samples, image_size=image_size, colours=colours, seed=seed
+        )
         self._folder = Path(folder).expanduser() if folder else default_folder(self._options)
         self.validation_data = self._options.pattern(self._folder, "val")
         if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used
