@@ -26,7 +26,7 @@ DOCUMENTS = sorted(
 )
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 # Programs that are not ours: only what they are pointed at is looked into.
-OTHERS = {"python3", "pip", "pre-commit", "ruff", "mypy", ".", "cd", "tensorboard"}
+OTHERS = {"python3", "pip", "pre-commit", "ruff", "mypy", ".", "cd", "tar", "tensorboard"}
 UNMARKED = "not slow and not slurm and not gpu"
 
 
