@@ -27,7 +27,8 @@ of 98,304 samples. R@1 image to text / text to image and top-1, in per cent:
 
 Global crops of 90 to 100 % of a picture, as CLIP has them, matter most. Of 40 to 100 %, which suit photos, captions are often false:
 they say what lies where. CLIP with multi-crop then had 34 / 37, 26 (2e-3; 26 / 31, 18 with 1e-3) and COSMOS 56 / 57, 55 (43 / 48, 47
-with 1e-3, 58 / 62, 48 with 3e-3). A momentum of 0.99 instead of 0.97 gave 49 / 55, 41 there, on scenes of other three colours.
+with 1e-3, 58 / 62, 48 with 3e-3); over three seeds as reported, with 2e-3, 27 / 30, 17 and 51 / 55, 51. A momentum of 0.99 instead of
+0.97 gave COSMOS 49 / 55, 41 there, on scenes of other three colours. CLIP trained longer keeps CLIP's learning rate.
 
 Scenes have three colours. With eight, colours and places alone nearly tell scenes apart, shapes come late, and classification and
 segmentation stay near their floor for all methods.
