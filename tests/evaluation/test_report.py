@@ -15,12 +15,13 @@ from cosmos_ssl.interop.hub import RELEASED
 
 def test_published_figures_are_the_readmes():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = re.findall(r"^\| (?:cosmos_)?(vitb\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
-    assert {f"cosmos_{name}" for name, *_ in rows} == set(PUBLISHED) == set(RELEASED)
-    for name, *figures in rows:
-        sets = PUBLISHED[f"cosmos_{name}"]
-        ours = [*sets["coco"].values(), *sets["flickr30k"].values(), *sets["imagenet"].values()]
-        assert ours == [float(figure) for figure in figures]
+    rows = re.findall(r"^\| (\w+) \| ((?:[\d.]+ / [\d.]+ \| ){4}[\d.]+ / [\d.]+) \|$", readme, re.MULTILINE)
+    assert {f"cosmos_vitb{patch}_{data}" for data, _ in rows for patch in (16, 32)} == set(PUBLISHED) == set(RELEASED)
+    for data, cells in rows:
+        for patch, figures in zip((16, 32), zip(*(cell.split(" / ") for cell in cells.split(" | ")), strict=True), strict=True):
+            sets = PUBLISHED[f"cosmos_vitb{patch}_{data}"]
+            ours = [*sets["coco"].values(), *sets["flickr30k"].values(), *sets["imagenet"].values()]
+            assert ours == [float(figure) for figure in figures]
 
 
 def test_rows():
