@@ -33,8 +33,8 @@ with 1e-3, 58 / 62, 48 with 3e-3); over three seeds as reported, with 2e-3, 27 /
 Scenes have three colours. With eight, colours and places alone nearly tell scenes apart, shapes come late, and classification and
 segmentation stay near their floor for all methods.
 
-COSMOS's attention looks at what the text leaves out: the head adds what it finds to the text's feature, which holds what the text
-says already.
+COSMOS's attention looks at what the text leaves out. A guess why: the head adds what it finds to the text's feature, which holds what
+the text says already.
 """
 
 from __future__ import annotations
