@@ -159,6 +159,7 @@ class Builder:
             seed=config.training.seed,
             attention=config.training.attention,
             has_teacher=self.chosen["teacher"].cls.present,
+            background=config.model.background,
         )
         tokenizer: Tokenizer | None = self._make("tokenizer", spec)
         if tokenizer is not None:

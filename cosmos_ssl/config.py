@@ -14,14 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cosmos_ssl import registry
 from cosmos_ssl.config_source import Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
 from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
+from cosmos_ssl.pictures import BACKGROUND, is_colour
+
+
+def _colour(name: str) -> str:
+    if not is_colour(name):
+        raise PydanticCustomError("colour", "Input should be a colour, such as white or '#ffa500'")
+    return name
+
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Colour = Annotated[str, AfterValidator(_colour)]
 
 
 class Section(BaseModel):
@@ -62,13 +72,17 @@ class EvaluatorPart(Part):
 
 
 class ModelConfig(Section):
-    """The towers. ``pretrained`` starts them from a run folder, a checkpoint, an official file or an OpenCLIP model."""
+    """The towers. ``pretrained`` starts them from a run folder, a checkpoint, an official file or an OpenCLIP model.
+
+    ``background`` is what transparent pictures are put on, by name or as '#rrggbb'.
+    """
 
     embed_dim: Positive = 512
     image: Part | None = None
     text: Part | None = None
     pretrained: str | None = None
     pretrained_partial: bool = False
+    background: Colour = BACKGROUND
 
 
 class AugmentersConfig(Section):

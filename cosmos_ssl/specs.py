@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from cosmos_ssl.pictures import BACKGROUND
 from cosmos_ssl.types import ALL, Features, HeadOutput, Kind, Modality, Role, Views
 
 
@@ -103,6 +104,8 @@ class Spec:
     """Width of each output of each head built so far."""
     validation_data: str | None = None
     """Held-out shards, or a folder, that the training set knows of."""
+    background: str = BACKGROUND
+    """What transparent pictures are put on: a colour's name, or ``#rrggbb``."""
 
     def views(self, modality: Modality) -> Mapping[str, ViewSpec]:
         """The view groups on offer in one modality."""

@@ -7,17 +7,16 @@ Views are stacked view-major, [V, B, ...]. View groups are chosen by name, never
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.errors import BadSample
+from cosmos_ssl.pictures import BACKGROUND, MAX_PIXELS, open_rgb
 
 Modality: TypeAlias = Literal["image", "text"]
 Role: TypeAlias = Literal["student", "teacher"]
@@ -67,13 +66,19 @@ class Sample:
     """Sentences of each caption field, such as ``raw_caption``; a plain caption is the field ``txt``."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Labels, boxes and the like, by name."""
-    max_pixels: int = 1 << 26
+    max_pixels: int = MAX_PIXELS
     """Larger pictures are refused before they are decoded."""
+    background: str = BACKGROUND
+    """What a transparent picture is put on; whoever decodes for a model says so by ``on``."""
 
     def sentences(self, caption_fields: Sequence[str] | None = None) -> list[str]:
         """All sentences of the named fields (default: of every field), in order."""
         chosen = self.captions if caption_fields is None else [f for f in caption_fields if f in self.captions]
         return [sentence for name in chosen for sentence in self.captions[name]]
+
+    def on(self, background: str) -> Self:
+        """The same sample, its picture put on this colour where it is transparent."""
+        return self if self.background == background else replace(self, background=background)
 
     def decode(self) -> Tensor:
         """Decode the image: uint8 [3, H, W] in RGB, laid out channels-last in memory.
@@ -82,22 +87,9 @@ class Sample:
         """
         if self.image is None:
             raise BadSample("no image")
-        from PIL import Image  # here: text-only runs need no imaging library
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # corrupt EXIF, decompression bombs: judged below
-                with Image.open(io.BytesIO(self.image)) as picture:
-                    width, height = picture.size
-                    if width * height > self.max_pixels:
-                        raise BadSample("too large", f"{width}x{height} pixels")
-                    decoded = picture if picture.mode == "RGB" else picture.convert("RGB")  # a needless copy doubles the time
-                    data = bytearray(decoded.tobytes())
-        except BadSample:
-            raise
-        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ...
-            raise BadSample("undecodable", str(error).partition(" <_io.")[0] or type(error).__name__) from error
-        return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        picture = open_rgb(self.image, max_pixels=self.max_pixels, background=self.background)
+        data = bytearray(picture.tobytes())
+        return torch.frombuffer(data, dtype=torch.uint8).view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.checkpoint import add_checkpoint, load_checkpoint
-from cosmos_ssl.errors import EXIT_DONE, StorageError, UserError
+from cosmos_ssl.errors import EXIT_DONE, BadSample, StorageError, UserError
+from cosmos_ssl.pictures import open_picture, read_regular, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,8 +59,9 @@ def _attend(arguments: argparse.Namespace) -> int:
     if not arguments.text and not names:
         raise UserError("--text or --segment: give at least one text, or class names such as --segment 'cat,grass,sky'")
     pairs = pair(len(arguments.image), len(arguments.text), all_pairs=arguments.all_pairs) if arguments.text else []
-    opened = _opened(arguments.image)
+    encoded = _opened(arguments.image)
     encoder, checkpoint = load_checkpoint(arguments)
+    opened = [(name, to_rgb(image, encoder.spec.background)) for name, image in encoded]
     if pairs:
         _check_heads(encoder, checkpoint)
     from cosmos_ssl.evaluation.page import Page
@@ -95,20 +97,19 @@ def _class_names(given: str | None) -> list[str]:
 
 
 def _opened(paths: Sequence[Path]) -> list[tuple[str, Image.Image]]:
-    """The pictures, decoded. Raises UserError with all those that cannot be."""
-    from PIL import Image
-
+    """The pictures, decoded and as yet in their own modes. Raises UserError with all those that cannot be."""
     opened, faults = [], []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                opened.append((path.name, image.convert("RGB")))
+            opened.append((path.name, open_picture(read_regular(path))))
         except IsADirectoryError:
             faults.append(f"--image {path}: a folder; name picture files, such as {path}/*.jpg")
         except FileNotFoundError:
             faults.append(f"--image {path}: there is no such file")
-        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, DecompressionBombError, ...
-            faults.append(f"--image {path}: no picture that can be read ({str(error).partition(' <_io.')[0] or type(error).__name__})")
+        except BadSample as error:
+            faults.append(f"--image {path}: no picture that can be read ({error.detail or error.reason})")
+        except OSError as error:
+            faults.append(f"--image {path}: cannot be read: {error.strerror}")
     if faults:
         raise UserError("\n".join(faults))
     return opened

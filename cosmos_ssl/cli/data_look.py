@@ -115,7 +115,7 @@ def _show(arguments: argparse.Namespace) -> int:
         skipped: list[str] = []
         for index in _spread(len(shards), arguments.samples):
             try:
-                looks.append(look(shards.read(index), augmenters, spec.image, seed=seed, position=index))
+                looks.append(look(shards.read(index).on(spec.background), augmenters, spec.image, seed=seed, position=index))
             except BadSample as error:
                 skipped.append(f"sample {index}: {error}")
         if not looks:

@@ -19,6 +19,7 @@ from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.pictures import MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
 _log = logging.getLogger("cosmos_ssl.data")
@@ -42,7 +43,7 @@ class Folder(Dataset):
         captions: bool = True,
         classes: Sequence[str] | None = None,
         cache_dir: str | None = None,
-        max_pixels: int = 1 << 26,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.root = Path(root).expanduser()
         self._extensions = tuple(dict.fromkeys(extension.lower().removeprefix(".") for extension in extensions))
@@ -118,9 +119,9 @@ class Folder(Dataset):
         return {"samples": len(self), "digest": self.index.digest}
 
     def read(self, index: int) -> Sample:
-        """Picture ``index``, in sorted order; its key is its path from the root. Raises OSError where storage fails, IndexError."""
+        """Picture ``index``, in sorted order; its key is its path from the root. Raises BadSample, OSError where storage fails, IndexError."""
         path, key, number = self._path(index)
-        image = retrying(path.read_bytes, str(path))
+        image = retrying(lambda: read_regular(path), str(path))
         extras = {"cls": self._numbers[number], "class_name": self.index.classes[number]} if number >= 0 else {}
         captions = self._caption(path) if self.captions and self.index.notes.texts else {}
         return Sample(key=key, image=image, captions=captions, extras=extras, max_pixels=self._max_pixels)
@@ -136,7 +137,7 @@ class Folder(Dataset):
 
         def read() -> bytes:
             try:
-                return path.read_bytes()
+                return read_regular(path)
             except FileNotFoundError:
                 return b""
 

@@ -56,7 +56,7 @@ class FolderNotes:
     texts: int = 0
     """Text files, which may hold captions."""
     others: int = 0
-    """Files that are no pictures, and links to nothing."""
+    """Files that are no pictures, links to nothing, pipes and devices."""
     other_examples: list[str] = field(default_factory=list)
     loose: int = 0
     """Pictures beside the class folders, in none of them."""
@@ -261,12 +261,13 @@ def _list(root: bytes, folder: bytes, extensions: frozenset[bytes]) -> _Listing:
                     folders.append(name)
                     continue
                 extension = name.rpartition(b".")[2].lower()
-                if extension in extensions and (not link or os.path.isfile(entry.path)):  # noqa: PTH113
+                is_file = os.path.isfile(entry.path) if link else entry.is_file(follow_symlinks=False)  # noqa: PTH113
+                if is_file and extension in extensions:
                     names.append(name)
                     if len(names) == _AT_ONCE:
                         packs.append(np.array(names))
                         names.clear()
-                elif extension == TEXT_EXTENSION.encode():
+                elif is_file and extension == TEXT_EXTENSION.encode():
                     texts += 1
                 else:
                     other_count += 1

@@ -41,6 +41,7 @@ from cosmos_ssl.data.limits import check_open_files, check_shared_memory
 from cosmos_ssl.data.order import Order, replacement, sample_rng
 from cosmos_ssl.data.workers import Board, Failure, WorkerStart, held_signals, lost
 from cosmos_ssl.errors import TrainingError
+from cosmos_ssl.pictures import BACKGROUND
 
 MAX_ATTEMPTS = 32
 """Bad samples in a row at one position before the data as a whole is given up."""
@@ -80,6 +81,7 @@ class Loader:
         world: int = 1,
         prefetch: int = 2,
         pin_memory: bool = False,
+        background: str = BACKGROUND,
     ) -> None:
         order.check_ranks(world)
         self.dataset = dataset
@@ -89,7 +91,7 @@ class Loader:
         self._pin_memory = pin_memory
         self._stop = multiprocessing.get_context().Event()
         self._board = Board(workers)
-        viewer = _SampleViewer(dataset, order, image, text, self._board)
+        viewer = _SampleViewer(dataset, order, image, text, self._board, background)
         self._batches = _Batches(viewer, order, tokenizer, rank, world, self._stop)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[LoadedBatch]:
@@ -208,8 +210,11 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
 class _SampleViewer:
     """One position of an epoch -> the views there."""
 
-    def __init__(self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None, board: Board) -> None:
+    def __init__(
+        self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None, board: Board, background: str
+    ) -> None:
         self.dataset, self.order, self.image, self.text, self.board = dataset, order, image, text, board
+        self.background = background
         self.offers = {augmenter.modality: augmenter.offers() for augmenter in (image, text) if augmenter is not None}
         self._at = ""
 
@@ -235,7 +240,7 @@ class _SampleViewer:
             self.at = f"reading sample {index} of {shard}{_whose(self.dataset)}"
             sample = None
             try:
-                sample = self.dataset.read(index)
+                sample = self.dataset.read(index).on(self.background)
                 return sample, self._views(sample, shard, epoch, position, attempt)
             except BadSample as error:
                 key = sample.key if sample is not None else ""

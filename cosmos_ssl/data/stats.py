@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from cosmos_ssl.api import BadSample, Tokenizer
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.manifest import Progress, load_manifest
 from cosmos_ssl.data.scan import pool
+from cosmos_ssl.pictures import has_alpha, open_picture
 
 _CHUNK = 256
 _LEVELS = (0, 5, 50, 95, 100)
@@ -75,6 +74,8 @@ class DataStats:
     height: Spread = field(default_factory=Spread)
     image_bytes: Spread = field(default_factory=Spread)
     formats: Counter[str] = field(default_factory=Counter)
+    with_alpha: int = 0
+    """Pictures that can be transparent."""
     sentences: Spread = field(default_factory=Spread)
     """Sentences by sample, over all fields."""
     fields: dict[str, FieldStats] = field(default_factory=dict)
@@ -93,7 +94,7 @@ class DataStats:
             for name, found in self.fields.items()
         }
         spreads = {name: getattr(self, name).summary() for name in ("width", "height", "image_bytes", "sentences")}
-        counts = {name: getattr(self, name) for name in ("shards", "samples", "bytes", "looked_at")}
+        counts = {name: getattr(self, name) for name in ("shards", "samples", "bytes", "looked_at", "with_alpha")}
         return {**counts, **spreads, "formats": dict(self.formats), "unusable": dict(self.unusable), "fields": fields}
 
 
@@ -147,23 +148,17 @@ def _look(shards: Shards, tokenizer: Tokenizer, indices: Sequence[int]) -> DataS
 
 
 def _picture(body: bytes, stats: DataStats) -> None:
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # decompression bombs: nothing is decoded
-            with Image.open(io.BytesIO(body)) as picture:
-                (width, height), kind = picture.size, str(picture.format)
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ...
-        raise BadSample("undecodable", type(error).__name__) from error
-    stats.width.add([width])
-    stats.height.add([height])
+    picture = open_picture(body, decode=False)
+    stats.width.add([picture.width])
+    stats.height.add([picture.height])
     stats.image_bytes.add([len(body)])
-    stats.formats[kind] += 1
+    stats.formats[str(picture.format)] += 1
+    stats.with_alpha += has_alpha(picture)
 
 
 def _join(into: DataStats, found: DataStats) -> None:
     into.looked_at += found.looked_at
+    into.with_alpha += found.with_alpha
     into.unusable.update(found.unusable)
     into.formats.update(found.formats)
     for mine, theirs in _spreads(into, found):

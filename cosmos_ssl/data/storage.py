@@ -14,7 +14,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
-from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.errors import BadSample, DataError, UserError
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""
@@ -83,7 +83,7 @@ def retrying(read: Callable[[], _T], what: str) -> _T:
     for wait in (*RETRY_SECONDS, None):
         try:
             return read()
-        except UserError:
+        except (UserError, BadSample):
             raise
         except Exception as error:  # object stores raise errors of their own for a lost connection
             if wait is None:

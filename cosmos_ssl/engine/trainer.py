@@ -93,6 +93,7 @@ class Trainer:
             world=self.world.size,
             prefetch=loader.prefetch,
             pin_memory=self.device.type == "cuda",
+            background=config.model.background,
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         wanted = config.schedule.epochs * self.steps_per_epoch

@@ -202,7 +202,7 @@ def _load(encoder: ModelEncoder, job: Job, index: int) -> _Loaded | Bad:
     try:
         sample = job.samples.read(index)
         key = sample.key
-        pixels = None if job.what == "text" else encoder.preprocess(sample.decode())
+        pixels = None if job.what == "text" else encoder.preprocess(sample.on(encoder.spec.background).decode())
         rows = [] if pixels is None else [Row(key, source, "image", None)]
         if job.what != "image":
             texts = sample.captions.get(job.texts, ())

@@ -16,6 +16,7 @@ from cosmos_ssl.data.dataset import open_shards
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
 from cosmos_ssl.data.storage import retrying, written_whole
 from cosmos_ssl.evaluation.samples import Samples
+from cosmos_ssl.pictures import read_regular
 
 What: TypeAlias = Literal["image", "text", "both"]
 FORMATS = (".parquet", ".npy")
@@ -52,6 +53,7 @@ class _Files:
     """Picture files, each named."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
+        _refuse_odd(paths)
         missing = [path for path in paths if not path.is_file()]
         if missing:
             more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
@@ -63,7 +65,7 @@ class _Files:
 
     def read(self, index: int) -> Sample:
         path = self._paths[index]
-        return Sample(key=str(path), image=retrying(path.read_bytes, str(path)))
+        return Sample(key=str(path), image=retrying(lambda: read_regular(path), str(path)))
 
     def describe(self, index: int) -> str:
         return str(self._paths[index].parent)
@@ -76,6 +78,7 @@ class _Lines:
     """A text file, one text a line; a line without one is a bad sample."""
 
     def __init__(self, path: Path) -> None:
+        _refuse_odd([path])
         try:
             self._lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError as error:
@@ -96,6 +99,13 @@ class _Lines:
 
     def identity(self) -> Mapping[str, Any]:
         return {"samples": len(self), "digest": _digest(self._lines)}
+
+
+def _refuse_odd(paths: Sequence[Path]) -> None:
+    """Raise DataError for a folder, a pipe or a device, which would be waited for."""
+    odd = next((path for path in paths if path.exists() and not path.is_file()), None)
+    if odd is not None:
+        raise DataError(f"data: {odd} is no regular file")
 
 
 def open_samples(data: Sequence[str]) -> tuple[WithSource, What]:

@@ -25,6 +25,7 @@ from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
 from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.evaluation.samples import Samples, check_positive, items_of_all, read_ahead, rows_of_all, share, threads_of_this_process
 from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.pictures import BACKGROUND
 
 EXAMPLES = 5
 KEPT_DAYS = 7
@@ -124,12 +125,18 @@ class Job:
 
 
 def features_of(
-    data: Samples, preprocess: Callable[[Tensor], Tensor], compute: Compute, job: Job, *, name: str
+    data: Samples,
+    preprocess: Callable[[Tensor], Tensor],
+    compute: Compute,
+    job: Job,
+    *,
+    name: str,
+    background: str = BACKGROUND,
 ) -> tuple[Tensor, list[Any]]:
     """What ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
 
-    ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed. Raises DataError for samples that
-    cannot be used (unless they may be missing), or where none is left.
+    ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are put on
+    ``background``. Raises DataError for samples that cannot be used (unless they may be missing), or where none is left.
     """
     count = len(data)
     wanted = count if job.max_samples is None else min(job.max_samples, count)
@@ -139,7 +146,7 @@ def features_of(
         sample = None
         try:
             sample = data.read(index)
-            return Loaded(index, sample, preprocess(sample.decode()))
+            return Loaded(index, sample, preprocess(sample.on(background).decode()))
         except BadSample as error:
             return [index, f"sample {index}" if sample is None else sample.key, str(error)]
 
@@ -149,7 +156,8 @@ def features_of(
         rows, notes = compute(good) if good else (None, [])
         return {"rows": None if rows is None else rows.cpu(), "notes": list(notes), "bad": bad}
 
-    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, {"name": name, "data": data.identity()}, "pictures"))
+    about = {"name": name, "background": background, "data": data.identity()}
+    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, about, "pictures"))
     bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])
     job.leave_out(bad, wanted, "pictures cannot be used")

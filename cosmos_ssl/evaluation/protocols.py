@@ -50,7 +50,7 @@ def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -
         notes = [[n, sample.key, list(sample.captions.get(texts, ())), list(sample.captions)] for n, sample, _ in loaded]
         return encoder.match_image(torch.stack(pixels)) if pixels else None, notes
 
-    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"match_image {texts}")
+    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"match_image {texts}", background=encoder.spec.background)
     told = [(place, own) for place, _, own, _ in notes if own]
     if not told:
         _, key, _, others = notes[0]
@@ -91,7 +91,9 @@ def classify(
         return encoder.encode_image(torch.stack([one.pixels for one in loaded])), notes
 
     vectors = class_vectors(encoder, names, templates, job).cpu()
-    images, notes = features_of(data, encoder.preprocess, compute, job, name=f"encode_image {label} {digest(list(names))}")
+    images, notes = features_of(
+        data, encoder.preprocess, compute, job, name=f"encode_image {label} {digest(list(names))}", background=encoder.spec.background
+    )
     places, labels = map(list, zip(*notes, strict=True))
     scores = images @ vectors.T
     return Classified(accuracy(scores, torch.tensor(labels)), scores, labels, places)
@@ -113,7 +115,7 @@ def labelled_features(encoder: Encoder, data: Samples, job: Job, label: Callable
         notes = [[one.place, label(one.sample)] for one in loaded]
         return encoder.image_features(torch.stack([one.pixels for one in loaded])), notes
 
-    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"image_features {name}")
+    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"image_features {name}", background=encoder.spec.background)
     places, labels = map(list, zip(*notes, strict=True))
     return Labelled(rows.to(encoder.device), labels, places)
 

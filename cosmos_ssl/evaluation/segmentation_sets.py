@@ -7,7 +7,6 @@ stand for the background above all; another file in this form (such as SCLIP's) 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -28,6 +27,7 @@ from cosmos_ssl.evaluation.classification import CLASS_FILES
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples
 from cosmos_ssl.evaluation.segmentation import IGNORED, SegmentationProtocol
+from cosmos_ssl.pictures import open_picture
 
 MASK = "mask.png"
 Pairs = Sequence[tuple[Path, Path]]
@@ -60,15 +60,12 @@ class SegmentationData:
         return {**self.samples.identity(), "table": self.table.tolist()}
 
     def _labels(self, sample: Sample) -> Tensor:
-        from PIL import Image
-
+        if MASK not in sample.extras:
+            raise BadSample("no mask", sample.key)
         try:
-            with Image.open(io.BytesIO(sample.extras[MASK])) as mask:
-                values = np.array(mask)
-        except KeyError as error:
-            raise BadSample("no mask", sample.key) from error
-        except (OSError, SyntaxError) as error:
-            raise BadSample("unreadable mask", sample.key) from error
+            values = np.array(open_picture(sample.extras[MASK]))
+        except BadSample as error:
+            raise BadSample("unreadable mask", f"{sample.key}: {error}") from error
         if values.ndim != 2 or values.dtype != np.uint8:
             raise BadSample("unreadable mask", f"{sample.key}: {values.dtype}, {values.ndim} dimensions; one byte a pixel is due")
         return torch.from_numpy(self.table[values]).long()

@@ -157,7 +157,9 @@ def segmentation(options: Options, job: Job) -> Task:
             return torch.stack([counted(sample, picture) for _, sample, picture in loaded]), [one.sample.key for one in loaded]
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
-        rows, _ = features_of(data, lambda picture: picture, compute, few, name=f"segmentation {protocol} {names} {templates}")
+        rows, _ = features_of(
+            data, lambda picture: picture, compute, few, name=f"segmentation {protocol} {names} {templates}", background=encoder.spec.background
+        )
         return segmentation_metrics(rows.sum(0))
 
     return Task(set_name=data.set_name, run=run)
@@ -176,7 +178,9 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
             def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
                 return encoder.match_image(torch.stack([one.pixels for one in loaded])), [one.sample.key for one in loaded]
 
-            images, keys = features_of(data.samples(), encoder.preprocess, compute, job, name="match_image")
+            images, keys = features_of(
+                data.samples(), encoder.preprocess, compute, job, name="match_image", background=encoder.spec.background
+            )
             usable = data.without(set(data.pictures) - set(keys))
             texts = list(dict.fromkeys(text for example in usable.examples for text in example.texts))
             encoded = text_features(encoder, texts, job, to_match=True)

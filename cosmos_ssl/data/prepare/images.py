@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import stat as modes
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +17,11 @@ from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, grouped, header_reader
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat, written_whole
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError
+from cosmos_ssl.pictures import open_picture, read_regular, undecodable
 
 IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")])
 """One image of a part: hashed URL or path; where its sample (or its name in the list of names) lies; in a shard, where its bytes
 lie; and whether its name is that of a picture."""
-FILE_BYTES = 1 << 30
-"""Larger files are no pictures to train on."""
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
 _LISTED = 1 << 17
 """Names of a folder that are Python objects at a time."""
@@ -200,13 +196,7 @@ class FolderImages(Images):
     def read(self, work: Path, part: int, image: Any) -> bytes:
         name = self._bytes(work, part, image)
         try:
-            with (self.root / os.fsdecode(name)).open("rb") as file:
-                found = os.fstat(file.fileno())
-                if not modes.S_ISREG(found.st_mode):
-                    raise BadSample("not a picture", "no regular file")
-                if found.st_size > FILE_BYTES:
-                    raise BadSample("too large", f"{found.st_size:,} bytes")
-                return file.read()
+            return read_regular(self.root / os.fsdecode(name))
         except (FileNotFoundError, PermissionError) as error:
             raise BadSample("unreadable file", str(error.strerror)) from error
 
@@ -248,20 +238,9 @@ def check_picture(body: bytes, max_pixels: int, *, decode: bool) -> str:
         if other:
             raise BadSample("other format", f"{other}; shards hold JPEG, PNG and WebP")
         raise BadSample("not a picture", "0 bytes" if not body else "begins " + repr(body[:24])[1:])
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # corrupt EXIF, decompression bombs: judged here
-            with Image.open(io.BytesIO(body)) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise BadSample("too large", f"{width}x{height} pixels")
-                if decode:
-                    picture.draft("RGB", (1, 1))  # JPEG: all of its data is read, an eighth of its pixels is made
-                    picture.load()
-    except BadSample:
-        raise
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ...
-        raise BadSample("undecodable", str(error).partition(" <_io.")[0] or type(error).__name__) from error
+    with undecodable():
+        picture = open_picture(body, max_pixels=max_pixels, decode=False)
+        if decode:
+            picture.draft("RGB", (1, 1))  # JPEG: all of its data is read, an eighth of its pixels is made
+            picture.load()
     return extension

@@ -58,7 +58,7 @@ class Classification(Evaluator):
         for n in torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist():
             scores, own = found.scores[n], found.labels[n]
             lines = [(names[i], float(scores[i]), i == own) for i in scores.topk(min(BEST, len(names))).indices.tolist()]
-            picture = self.data.samples.read(found.places[n]).decode()
+            picture = self.data.samples.read(found.places[n]).on(encoder.spec.background).decode()
             matches.append(Match(picture=picture, found=lines, note=f"is: {names[own]}"))
         return Evaluation(metrics=found.metrics, pictures={"classes": draw_matches(matches)})
 

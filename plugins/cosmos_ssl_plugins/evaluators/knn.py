@@ -7,6 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Modality, Spec, normalise
 from cosmos_ssl.evaluation.features import Job
@@ -63,11 +64,15 @@ class KNearestNeighbours(Evaluator):
         metrics = trained_accuracy(train, test, partial(knn_scores, k=self.k, temperature=self.temperature))
         if not pictures:
             return Evaluation(metrics=metrics)
+
+        def picture(data: EvaluationData, of: Labelled, number: int) -> Tensor:
+            return data.samples.read(of.places[number]).on(encoder.spec.background).decode()
+
         rows = []
         for n in torch.linspace(0, len(test.rows) - 1, min(SHOWN, len(test.rows))).round().long().tolist():
             near = (normalise(train.rows) @ normalise(test.rows[n])).topk(min(NEAREST, len(train.rows))).indices.tolist()
-            found = [(self.train_data.samples.read(train.places[i]).decode(), train.labels[i] == test.labels[n]) for i in near]
-            rows.append((self.data.samples.read(test.places[n]).decode(), found))
+            found = [(picture(self.train_data, train, i), train.labels[i] == test.labels[n]) for i in near]
+            rows.append((picture(self.data, test, n), found))
         return Evaluation(metrics=metrics, pictures={"neighbours": draw_neighbours(rows)})
 
     def _features(self, encoder: Encoder, data: EvaluationData, job: Job) -> Labelled:

@@ -53,7 +53,7 @@ class Retrieval(Evaluator):
         """The best texts of a few pictures; and, where a head of the model can say, where it looks."""
         texts, owners = found.texts, found.owners
         shown = torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist()
-        samples = [self.data.samples.read(found.places[n]).decode() for n in shown]
+        samples = [self.data.samples.read(found.places[n]).on(encoder.spec.background).decode() for n in shown]
         matches = []
         for picture, n in zip(samples, shown, strict=True):
             scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
