@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 def read_regular(path: Path) -> bytes:
     """The bytes of a file. Raises BadSample for a pipe or a device, which might never end, and for a file that is too large; OSError."""
-    with open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123  (Path.open has no opener)
+    with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise BadSample("no regular file", str(path))
@@ -136,7 +136,7 @@ def _eight_bits(picture: Any) -> Image.Image:
         white: int | None = 65_535
     else:
         ranges = (1, 255, 65_535) if picture.mode == "F" else (255, 65_535)
-        white = next((most for most in ranges if 0 <= values.min() and values.max() <= most), None)
+        white = next((most for most in ranges if values.min() >= 0 and values.max() <= most), None)
     if white is None:
         raise BadSample("unknown range", f"values from {values.min():g} to {values.max():g}")
     grey = Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))

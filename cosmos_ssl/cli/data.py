@@ -108,6 +108,10 @@ def _check(arguments: argparse.Namespace) -> int:
     totals = _totals(reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
     print(f"{len(reports):,} {noun}s, {samples:,} samples, {size:,} bytes")
+    told_apart = {name: sum(getattr(r, name) for r in reports) for name in ("with_alpha", "one_colour")}
+    if any(told_apart.values()):
+        with_alpha, one_colour = told_apart.values()
+        print(f"{with_alpha:,} pictures with transparency (put on model.background), {one_colour:,} of one colour all over")
     rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
     if rows:
         print(table([(noun.upper(), "REASON", "COUNT", "FIRST"), *rows]), end="")
@@ -115,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         print("no faults")
     if arguments.json:
-        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals}
+        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, **told_apart, "faults": totals}
         report = {**by_noun, f"by_{noun}": [asdict(r) for r in reports]}
         write_json(arguments.json, report)
     if arguments.fix and rows:

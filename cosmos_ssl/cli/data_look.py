@@ -68,6 +68,8 @@ def _stats(arguments: argparse.Namespace) -> int:
         rows.append(_row(f"{name}: tokens a caption", values["tokens_per_caption"]))
     print(table(rows), end="")
     print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in stats.formats.most_common()))
+    if stats.with_alpha:
+        print(f"{stats.with_alpha:,} pictures with transparency (put on model.background)")
     cut = [(name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}") for name, v in found["fields"].items()]
     if cut:
         print(table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end="")

@@ -23,6 +23,7 @@ from cosmos_ssl.data.prepare.rows import KEY
 from cosmos_ssl.data.scan import expand, pool, scan
 from cosmos_ssl.data.storage import is_local, shard_name, stat
 from cosmos_ssl.errors import BadSample, UserError
+from cosmos_ssl.pictures import has_alpha, open_picture
 
 _NO_CAPTIONS = frozenset({"key", "url", "image", "sha256", "exif"})
 """Strings in a sample's JSON that differ between copies of it."""
@@ -46,6 +47,10 @@ class ShardReport:
     """Samples that cannot be used or repeat others, by their place in the shard, in the order found."""
     strings: list[int] = field(default_factory=list)
     """Samples whose captions are strings where lists are due."""
+    with_alpha: int = 0
+    """Pictures that can be transparent."""
+    one_colour: int = 0
+    """Pictures that are of one colour all over, on white where they are transparent."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count a fault."""
@@ -120,6 +125,8 @@ def check_folder(
             found = task.result()
             reports[number].samples += found.samples
             reports[number].size += found.size
+            reports[number].with_alpha += found.with_alpha
+            reports[number].one_colour += found.one_colour
             for reason, count in found.faults.items():
                 reports[number].add(reason, found.examples[reason], count)
             if progress is not None:
@@ -193,7 +200,9 @@ def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report
         key = sample.key
         if isinstance(data, Folder):
             report.size += len(sample.image or b"")
-        sample.decode()
+        pixels = sample.decode()
+        report.with_alpha += has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False))
+        report.one_colour += all(bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels))
         if wants_caption and not sample.captions:
             raise BadSample("no caption")
         return sample

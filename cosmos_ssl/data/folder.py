@@ -119,7 +119,10 @@ class Folder(Dataset):
         return {"samples": len(self), "digest": self.index.digest}
 
     def read(self, index: int) -> Sample:
-        """Picture ``index``, in sorted order; its key is its path from the root. Raises BadSample, OSError where storage fails, IndexError."""
+        """Picture ``index``, in sorted order; its key is its path from the root.
+
+        Raises BadSample for what is no regular file, OSError where storage fails, IndexError.
+        """
         path, key, number = self._path(index)
         image = retrying(lambda: read_regular(path), str(path))
         extras = {"cls": self._numbers[number], "class_name": self.index.classes[number]} if number >= 0 else {}

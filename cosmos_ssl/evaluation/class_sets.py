@@ -23,9 +23,11 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples
+from cosmos_ssl.pictures import read_regular, to_rgb
 
 IMAGENET = "imagenet"
 _WNID = re.compile(r"n\d{8}")
@@ -90,16 +92,20 @@ class Picture(Sample):
     """A PIL image."""
 
     def decode(self) -> Tensor:
-        """uint8 [3, H, W] in RGB."""
-        return torch.from_numpy(np.array(self.picture.convert("RGB"))).permute(2, 0, 1)
+        """uint8 [3, H, W] in RGB. Raises BadSample for a mode that cannot become that."""
+        return torch.from_numpy(np.array(to_rgb(self.picture, self.background))).permute(2, 0, 1)
 
 
 class Reader:
-    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are sorted."""
+    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are sorted.
+
+    Where it names its files they are opened here, by the rules for all pictures.
+    """
 
     def __init__(self, name: str, data: Any) -> None:
         self.name = name
         self.data = data
+        self._named = _named(data)
         files = getattr(data, "_image_files", None)
         self._order = sorted(range(len(data)), key=lambda n: str(files[n])) if files is not None else range(len(data))
 
@@ -107,20 +113,31 @@ class Reader:
         return len(self.data)
 
     def read(self, index: int) -> Sample:
-        """Picture ``index`` and its ``cls``. Raises BadSample where it is not there or cannot be read."""
-        try:
-            picture, label = self.data[self._order[index]]
-            picture.load()
-        except FileNotFoundError as error:
-            raise BadSample("no file", str(error.filename)) from error
-        except (OSError, SyntaxError) as error:
-            raise BadSample("undecodable", f"{self.name} {index}: {error}") from error
-        return Picture(key=f"{self.name}/{index}", extras={"cls": int(label)}, picture=picture)
+        """Picture ``index`` and its ``cls``. Raises BadSample where it is not there, OSError where storage fails."""
+        key, place = f"{self.name}/{index}", self._order[index]
+        if self._named is None:
+            picture, label = self.data[place]
+            return Picture(key=key, extras={"cls": int(label)}, picture=picture)
+        path, label = self._named[place]
+        if not path.is_file():
+            raise BadSample("no file", str(path))
+        return Sample(key=key, image=retrying(lambda: read_regular(path), str(path)), extras={"cls": int(label)})
 
     def identity(self) -> Mapping[str, Any]:
         """Name, size, and a digest of the file names."""
         files = [str(Path(file).name) for file in getattr(self.data, "_image_files", ())]
         return {"name": self.name, "samples": len(self), "digest": hashlib.sha256("\0".join(files).encode()).hexdigest()}
+
+
+def _named(data: Any) -> list[tuple[Path, int]] | None:
+    """File and label of each picture, as these readers keep them; None for those that hold pixels (CIFAR)."""
+    if hasattr(data, "categories"):  # Caltech101
+        folder = Path(data.root) / "101_ObjectCategories"
+        return [(folder / data.categories[y] / f"image_{n:04d}.jpg", y) for n, y in zip(data.index, data.y, strict=True)]
+    if hasattr(data, "_samples"):  # StanfordCars
+        return [(Path(file), label) for file, label in data._samples]
+    files = getattr(data, "_image_files", getattr(data, "_images", None))
+    return None if files is None else list(zip(map(Path, files), data._labels, strict=True))
 
 
 def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cosmos_ssl.data.storage import written_whole
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_WEBP_SIDE = 16_383  # pixels: no WebP is longer
 _WIDE = 1.6  # pictures wider than this times their height get a row of their own
 
 
@@ -109,14 +110,15 @@ def _digest(script: str) -> str:
 
 
 def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int]]:
-    """The kind of a picture, its bytes, and its width and height. Tensors become WebP, a tenth of a photograph's PNG."""
+    """The kind of a picture, its bytes, and its width and height. Tensors become WebP, a tenth of a photograph's PNG, where it can hold them."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(picture, Tensor):
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
         file = io.BytesIO()
-        image.save(file, "WEBP", quality=92)
-        return "webp", file.getvalue(), image.size
+        form = "webp" if max(image.size) <= _WEBP_SIDE else "png"
+        image.save(file, form, quality=92)
+        return form, file.getvalue(), image.size
     data = picture.read_bytes() if isinstance(picture, Path) else picture
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

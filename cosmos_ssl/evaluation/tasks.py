@@ -158,7 +158,12 @@ def segmentation(options: Options, job: Job) -> Task:
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
         rows, _ = features_of(
-            data, lambda picture: picture, compute, few, name=f"segmentation {protocol} {names} {templates}", background=encoder.spec.background
+            data,
+            lambda picture: picture,
+            compute,
+            few,
+            name=f"segmentation {protocol} {names} {templates}",
+            background=encoder.spec.background,
         )
         return segmentation_metrics(rows.sum(0))
 

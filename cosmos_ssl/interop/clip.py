@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cosmos_ssl import registry
 from cosmos_ssl.api import Role, UserError
 from cosmos_ssl.interop.official import CLIP_VOCABULARY, listed
+from cosmos_ssl.models.contract import is_built_in
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.transformer import Blocks
 
@@ -45,6 +45,8 @@ class ClipModel:
     pre_norm: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    background: str
+    """What transparent pictures were put on."""
     text: TowerSizes | None
     context_length: int
     vocab_size: int
@@ -104,6 +106,7 @@ def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True)
         pre_norm="norm_pre.weight" in image.state_dict(),
         mean=image.spec.mean,
         std=image.spec.std,
+        background=spec.background,
         text=None if words is None else _sizes(words.blocks),
         context_length=0 if words is None else len(words.position_embedding),
         vocab_size=vocab_size,
@@ -121,11 +124,6 @@ def refuse(library: str, faults: Iterable[str]) -> None:
     found = list(faults)
     if found:
         raise UserError(f"{library} has no place for {listed(found, '; ', limit=8)}")
-
-
-def is_built_in(part: object, group: str, name: str) -> bool:
-    """Whether a part is the built-in one of this name, and no other package's or derived one."""
-    return type(part) is registry.load(registry.find(group, f"{registry.OWN}:{name}"))
 
 
 def _strangers(encoder: ModelEncoder, text: bool) -> list[tuple[str, str]]:
@@ -154,9 +152,9 @@ def _sizes(blocks: Blocks) -> TowerSizes:
 
 
 def _logits(encoder: ModelEncoder) -> tuple[str | None, Tensor, Tensor | None]:
-    """Name, log-scale and bias of the contrastive loss: of the built-in ``clip`` or ``siglip``."""
-    for name, loss in encoder.model.losses.items():
-        if any(is_built_in(loss, "losses", kind) for kind in ("clip", "siglip")):
-            found = {key: value.detach().cpu() for key, value in loss.state_dict().items()}
-            return name, found["logit_scale"], found.get("logit_bias")
-    return None, torch.tensor(START_LOGIT_SCALE), None
+    """Name, log-scale and bias of the contrastive loss."""
+    name = encoder.model.contrastive
+    if name is None:
+        return None, torch.tensor(START_LOGIT_SCALE), None
+    found = {key: value.detach().cpu() for key, value in encoder.model.loss(name).state_dict().items()}
+    return name, found["logit_scale"], found.get("logit_bias")

@@ -18,9 +18,11 @@ from cosmos_ssl import __version__
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.interop import huggingface, openclip, timm
-from cosmos_ssl.interop.clip import ClipModel, describe, is_built_in, refuse
+from cosmos_ssl.interop.clip import ClipModel, describe, refuse
 from cosmos_ssl.interop.official import CROSS_HEADS, expected_names, to_official
+from cosmos_ssl.models.contract import is_built_in
 from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.pictures import BACKGROUND
 
 FORMATS = ("openclip", "huggingface", "timm", "official")
 _TITLES = {"openclip": "OpenCLIP", "huggingface": "Hugging Face CLIPModel", "timm": "timm", "official": "the official COSMOS program"}
@@ -128,6 +130,7 @@ def card(models: Sequence[ClipModel], form: str, folder: Path, origin: Origin, n
         "\n".join(_sizes(model, form)),
         "## Loading",
         f"```python\n{_loading(model, form, folder)}```",
+        *_transparency(model),
         "\n".join(f"- {note}" for note in notes),
     ]
     metrics = _metrics(models, origin)
@@ -191,7 +194,18 @@ def _loading(model: ClipModel, form: str, folder: Path) -> str:
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         )
     heads = f'"model.image.heads={model.image.heads}", "model.text.heads={model.text.heads if model.text else 0}"'
+    heads += f', "model.background={model.background}"' if model.background != BACKGROUND else ""
     return f'import cosmos_ssl\n\nmodel = cosmos_ssl.load("{folder / _file(model)}", which="{model.role}", overrides=[{heads}])\n'
+
+
+def _transparency(model: ClipModel) -> Sequence[str]:
+    """That other libraries make transparent pictures black, and lines that open one as this model wants it."""
+    return (
+        f"Put transparent pictures on {model.background}, as in training, before you preprocess them; libraries make them black:",
+        "```python\nfrom PIL import Image\n\n"
+        'clear = Image.open("picture.png").convert("RGBA")\n'
+        f'picture = Image.alpha_composite(Image.new("RGBA", clear.size, "{model.background}"), clear).convert("RGB")\n```',
+    )
 
 
 def _metrics(models: Sequence[ClipModel], origin: Origin) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Evaluation,
     GroupFeatures,
@@ -27,6 +28,11 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.errors import CosmosError, is_lost_rank
+
+
+def is_built_in(part: object, group: str, name: str) -> bool:
+    """Whether a part is the built-in one of this name, and no other package's or derived one."""
+    return type(part) is registry.load(registry.find(group, f"{registry.OWN}:{name}"))
 
 
 class Fault(Exception):

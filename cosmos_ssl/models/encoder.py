@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cosmos_ssl.api import (
+    BadSample,
     Features,
     GroupFeatures,
     GroupPlan,
@@ -32,15 +34,18 @@ from cosmos_ssl.api import (
 from cosmos_ssl.models.contract import blaming, checked_features
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+from cosmos_ssl.pictures import BACKGROUND, open_rgb, to_rgb
 
 _GROUP = "global"  # the group that heads know as whole pictures and whole texts
+_LONG = 16
+"""Pictures longer than this many times their width are cut before they are resized, the others after it, as OpenCLIP does."""
 
 
 class ModelEncoder:
     """One role's model behind ``api.Encoder``; the methods are OpenCLIP's.
 
     Shape letters: B pictures or texts, S text length, N patches, W tower width, D shared width. No method
-    records gradients, and a model in training mode is put back into it.
+    records gradients, and a model in training mode is put back into it. Where token ids are taken, strings do as well.
     """
 
     def __init__(
@@ -63,6 +68,34 @@ class ModelEncoder:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def logit_scale(self) -> float | None:
+        """What cosines were multiplied by in training, the inverse temperature; None without a loss ``clip`` or ``siglip``."""
+        name = self.model.contrastive
+        return None if name is None else float(cast(Any, self.model.loss(name)).logit_scale.detach().exp())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model."""
+        self.model.to(device)
+        return self
+
+    def eval(self) -> Self:
+        """Put the model into evaluation mode, in which every method works anyway."""
+        self.model.eval()
+        return self
+
+    def __repr__(self) -> str:
+        """Towers with their sizes, the shared width, and where the model is."""
+        sizes = {
+            "image": lambda spec: f"{spec.image_size} px, patches of {spec.patch_size} px",
+            "text": lambda spec: f"{self.spec.context_length} tokens",
+        }
+        towers = [
+            f"{modality}: {type(tower).__name__}, width {tower.spec.width}, {sizes[modality](tower.spec)}"
+            for modality, tower in self.model.towers.items()
+        ]
+        return f"{type(self).__name__}({'; '.join(towers)}; embed_dim {self.spec.embed_dim}; on {self.device})"
+
     # ------------------------------------------------------------------ features
 
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
@@ -70,8 +103,8 @@ class ModelEncoder:
         with self.reading():
             return _projected(self._image(self._pixels(pixels), GroupPlan(views=(0,))), normalize)
 
-    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
-        """Token ids [B, S] -> [B, D], unit vectors unless told otherwise."""
+    def encode_text(self, tokens: Tensor | str | Sequence[str], *, normalize: bool = True) -> Tensor:
+        """Token ids [B, S], or strings -> [B, D], unit vectors unless told otherwise."""
         with self.reading():
             return _projected(self._text(self._texts(tokens), GroupPlan(views=(0,))), normalize)
 
@@ -86,9 +119,10 @@ class ModelEncoder:
         """Normalised pictures [B, 3, H, W] -> what ``match`` wants to know of each, [B, ...]."""
         return self._match_input("image", Views(keys=[""] * len(pixels), image={_GROUP: self._pixels(pixels)}))
 
-    def match_text(self, tokens: Tensor) -> Tensor:
+    def match_text(self, tokens: Tensor | str | Sequence[str]) -> Tensor:
         """Token ids [T, S] -> what ``match`` wants to know of each text, [T, ...]."""
-        return self._match_input("text", Views(keys=[""] * len(tokens), text={_GROUP: self._texts(tokens)}))
+        texts = self._texts(tokens)
+        return self._match_input("text", Views(keys=[""] * texts.shape[1], text={_GROUP: texts}))
 
     def match(self, images: Tensor, texts: Tensor) -> Tensor:
         """How well pictures [B, ...] and texts [T, ...] match, [B, T]: the head's rule, by default the dot product."""
@@ -127,7 +161,7 @@ class ModelEncoder:
             tokens, pooled = tower.dense(pixels.to(self.device), csa=csa)
             return (tokens @ tower.projection).float(), (pooled @ tower.projection).float()
 
-    def cross_attention(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor] | None:
+    def cross_attention(self, pixels: Tensor, tokens: Tensor | str | Sequence[str]) -> dict[str, Tensor] | None:
         """Where picture b looks in text b and the reverse, averaged over heads; None without a head that can say.
 
         Pictures [B, 3, H, W] and token ids [B, S] -> ``image``, over words [B, S], and ``text``, over
@@ -147,16 +181,22 @@ class ModelEncoder:
     # ------------------------------------------------------------------ inputs
 
     def preprocess(self, image: Any) -> Tensor:
-        """A PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised float [3, H, W]."""
+        """A picture's path, a PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised float [3, H, W].
+
+        What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture, OSError.
+        """
         tower = self._image_spec()
-        pixels = resize_crop(image, tower.image_size)
+        pixels = resize_crop(image, tower.image_size, background=self.spec.background)
         return pixels.float().div_(255).sub_(torch.tensor(tower.mean).view(3, 1, 1)).div_(torch.tensor(tower.std).view(3, 1, 1))
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Strings -> token ids [n, S]."""
+        """Strings -> token ids [n, S]. Raises UserError for anything else, and without a tokenizer."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: give encode_text the token ids themselves")
-        return self.tokenizer([texts] if isinstance(texts, str) else texts)[0]
+        strings = [texts] if isinstance(texts, str) else texts
+        if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+            raise UserError(f"texts are a string or a list of strings, not {_kind(texts)}")
+        return self.tokenizer(strings)[0]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """Tokens of each text [..., S] up to and with its end: the tokenizer's rule; without one CLIP's, the largest id."""
@@ -187,9 +227,16 @@ class ModelEncoder:
         return self._tower("image").spec
 
     def _pixels(self, pixels: Tensor) -> ImageGroup:
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 4:
+            shape = f"pixels has shape {list(pixels.shape)}" if isinstance(pixels, Tensor) else f"pixels is {_kind(pixels)}"
+            raise UserError(f"{shape}, expected float [B, 3, H, W]: torch.stack of what preprocess gives")
         return ImageGroup(pixels=pixels.to(self.device)[None], params=torch.empty(1, len(pixels), 0))
 
-    def _texts(self, tokens: Tensor) -> TextGroup:
+    def _texts(self, tokens: Tensor | str | Sequence[str]) -> TextGroup:
+        if not isinstance(tokens, Tensor):
+            tokens = self.tokenize(tokens)
+        elif tokens.is_floating_point() or tokens.dim() != 2:
+            raise UserError(f"token ids are whole numbers [B, S], not {_kind(tokens)}")
         return TextGroup(tokens=tokens.to(self.device)[None], lengths=self.lengths(tokens).cpu()[None])
 
     def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
@@ -209,23 +256,48 @@ def _projected(features: GroupFeatures, normalize: bool) -> Tensor:
     return normalise(features.projected[0]) if normalize else features.projected[0].float()
 
 
-def resize_crop(image: Any, size: int) -> Tensor:
-    """A PIL image, or uint8 [3, H, W]: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3, size, size].
+def resize_crop(image: Any, size: int, *, background: str = BACKGROUND) -> Tensor:
+    """What ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3, size, size].
 
     The arithmetic of sizes and the resampling are those of OpenCLIP's test transform (torchvision's on PIL
-    images), so that its features are ours; only the change to RGB comes first.
+    images), so that its features are ours; only the change to RGB comes first. Of a very long picture only what
+    the crop keeps is resized: of 1 x 100,000 pixels the whole would take gigabytes.
     """
     from PIL import Image
 
-    if isinstance(image, Tensor):
-        image = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    image = image.convert("RGB")
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != size:
-        width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    picture = _picture(image, background)
+    shorter, longer = sorted(picture.size)
+    if not shorter:
+        raise UserError("a picture without pixels")
+    width, height = (size if side == shorter else int(size * side / shorter) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    if (width, height) != (size, size):
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if longer > _LONG * shorter:
+        across, down = picture.width / width, picture.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    elif shorter != size:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    if picture.size != (size, size):
+        picture = picture.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _picture(image: Any, background: str) -> Any:
+    """A path, a PIL image or uint8 [3, H, W] as a PIL image in RGB. Raises UserError for anything else."""
+    from PIL import Image
+
+    try:
+        if isinstance(image, str | Path):
+            return open_rgb(Path(image).expanduser(), background=background)
+        if isinstance(image, Image.Image):
+            return to_rgb(image, background)
+    except BadSample as error:
+        raise UserError(f"{image}: no picture that can be read ({error.detail or error.reason})") from error
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
+        raise UserError(f"a picture is a path, a PIL image or uint8 [3, H, W], not {_kind(image)}")
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _kind(value: Any) -> str:
+    """What something is, for messages."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -20,7 +20,7 @@ from cosmos_ssl.api import (
     Tower,
     Views,
 )
-from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, checked_outputs, describe
+from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, checked_outputs, describe, is_built_in
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
@@ -52,6 +52,12 @@ class Model(nn.Module):
         found: dict[str, str] = {modality: describe(tower, f"model.{modality}") for modality, tower in self.towers.items()}
         found |= {f"heads.{name}": describe(self.head(name), f"heads.{name}") for name in self.heads}
         return {**found, **{f"losses.{name}": describe(self.loss(name), f"losses.{name}") for name in self.losses}}
+
+    @property
+    def contrastive(self) -> str | None:
+        """The loss that learned by what pictures and texts are compared: the first of the built-in ``clip`` and ``siglip``."""
+        kinds = ("clip", "siglip")
+        return next((name for name, loss in self.losses.items() if any(is_built_in(loss, "losses", kind) for kind in kinds)), None)
 
     def head(self, name: str) -> Head:
         """The head of this name."""

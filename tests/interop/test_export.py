@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import cosmos_ssl
 from cosmos_ssl.errors import CheckpointError, UserError
@@ -64,14 +65,19 @@ def test_what_the_official_form_cannot_hold(make, folder, overrides, message):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_lines_of_the_card_load_the_folder(make, form, folder):
-    overrides = [*COSMOS, *(["model.image.width=128", "model.image.heads=2"] if form == "official" else [])]
+def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
+    overrides = [*COSMOS, "model.background=teal", *(["model.image.width=128", "model.image.heads=2"] if form == "official" else [])]
     export({"teacher": make(*overrides)}, form, folder, Origin(name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}))
     card = (folder / "README.md").read_text()
-    [lines] = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    lines, opening = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}
     exec(lines, names)
-    assert "model" in names
+    assert "model" in names and "transparent pictures on teal" in card
+    assert form != "official" or names["model"].spec.background == "teal"
+    monkeypatch.chdir(folder.parent)
+    Image.new("LA", (3, 2), 0).save("picture.png")
+    exec(opening, names)
+    assert names["picture"].mode == "RGB" and names["picture"].getpixel((0, 0)) == (0, 128, 128)
     assert "from the teacher of `small`" in card and "Apache-2.0" in card and "## Results" not in card
     (folder.parent / "usual").mkdir()
     assert folder.stat().st_mode == (folder.parent / "usual").stat().st_mode
