@@ -1,5 +1,7 @@
 """The encoder: preprocessing as in OpenCLIP, features, what it leaves as it was, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from cosmos_ssl.api import Spec, TowerSpec, UserError
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.models.model import Model
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
+from cosmos_ssl_plugins.losses.cross_modality_distillation import CrossModalityDistillation
+from cosmos_ssl_plugins.losses.siglip import SigLip
 from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
 from cosmos_ssl_plugins.towers.clip_text import ClipText
 from cosmos_ssl_plugins.towers.clip_vit import ClipViT
@@ -63,6 +67,34 @@ def test_preprocess_of_other_colour_modes(encoder):
     assert torch.equal(encoder.preprocess(grey), encoder.preprocess(grey.convert("RGB")))
 
 
+def test_preprocess_of_paths_and_of_transparent_pictures(encoder, tmp_path):
+    image = picture(50, 40)
+    image.save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(encoder.preprocess(path), encoder.preprocess(image))
+    plain = ModelEncoder(encoder.model, replace(encoder.spec, background="#102030"), encoder.tokenizer)
+    for mode in ("RGBA", "LA"):
+        clear = Image.new(mode, (64, 48), 0)
+        assert torch.equal(encoder.preprocess(clear), encoder.preprocess(Image.new("RGB", (64, 48), "white")))
+        assert torch.equal(plain.preprocess(clear), plain.preprocess(Image.new("RGB", (64, 48), "#102030")))
+    with pytest.raises(FileNotFoundError):
+        encoder.preprocess(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("size", [(7, 300), (301, 5), (1, 40), (33, 1600)])
+def test_very_long_pictures_are_cut_first(size, monkeypatch):
+    from open_clip.transform import image_transform
+
+    long = picture(*size).point(lambda value: 96 + value // 4)  # nothing to clip between PIL's two passes, whose order may be another
+    expected = image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(long) * 255
+    areas, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *rest: areas.append(to[0] * to[1]) or resize(self, to, *rest))
+    assert (resize_crop(long, 32).float() - expected).abs().max() < 1.5
+    tall = Image.new("RGB", (1, 100_000), "red")
+    assert resize_crop(tall, 32)[:, 0, 0].tolist() == [255, 0, 0] and resize_crop(tall.transpose(Image.Transpose.ROTATE_90), 32).shape[2] == 32
+    assert max(areas) == 32 * 32
+
+
 def test_features_are_unit_unless_told_otherwise(encoder):
     pixels, tokens = torch.randn(3, 3, 32, 32), encoder.tokenize(WORDS)
     for encode, given in ((encoder.encode_image, pixels), (encoder.encode_text, tokens)):
@@ -78,6 +110,15 @@ def test_a_text_does_not_depend_on_its_neighbours(encoder):
     together = encoder.encode_text(encoder.tokenize(WORDS))
     for row, words in zip(together, WORDS, strict=True):
         torch.testing.assert_close(encoder.encode_text(encoder.tokenize(words))[0], row)
+
+
+def test_words_do_where_token_ids_do(encoder):
+    tokens, pixels = encoder.tokenize(WORDS), torch.randn(3, 3, 32, 32)
+    assert torch.equal(encoder.encode_text(WORDS), encoder.encode_text(tokens))
+    assert torch.equal(encoder.match_text(tuple(WORDS)), encoder.match_text(tokens))
+    assert encoder.encode_text("a red heart").shape == encoder.match_text("a red heart").shape == (1, 16)
+    found, expected = encoder.cross_attention(pixels, WORDS), encoder.cross_attention(pixels, tokens)
+    assert torch.equal(found["text"], expected["text"])
 
 
 def test_lengths(encoder):
@@ -147,6 +188,41 @@ def test_refusals(encoder):
     plain.model.image.part_name = "other"
     with pytest.raises(UserError, match="image tower 'other' has no dense inference"):
         plain.dense(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("preprocess", 7, r"^a picture is a path, a PIL image or uint8 \[3, H, W\], not int$"),
+        ("preprocess", torch.zeros(3, 8, 8), r"^a picture is .*, not torch.float32 \[3, 8, 8\]$"),
+        ("preprocess", torch.zeros(8, 8, 3, dtype=torch.uint8), r"^a picture is .*, not torch.uint8 \[8, 8, 3\]$"),
+        ("preprocess", Image.new("F", (4, 4), -1), r"no picture that can be read \(values from -1 to -1\)$"),
+        ("preprocess", Image.new("RGB", (0, 4)), "^a picture without pixels$"),
+        ("preprocess", __file__, r"test_encoder\.py: no picture that can be read \(cannot identify image file\)$"),
+        ("encode_text", 7, "^texts are a string or a list of strings, not int$"),
+        ("encode_text", ["a", 7], "^texts are a string or a list of strings, not list$"),
+        ("encode_text", torch.ones(12, dtype=torch.long), r"^token ids are whole numbers \[B, S\], not torch.int64 \[12\]$"),
+        ("encode_text", torch.ones(1, 12), r"^token ids are whole numbers \[B, S\], not torch.float32 \[1, 12\]$"),
+        ("encode_image", "a.png", r"^pixels is str, expected float \[B, 3, H, W\]: torch.stack of what preprocess gives$"),
+        ("encode_image", torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"^pixels has shape \[1, 3, 32, 32\], expected float "),
+    ],
+)
+def test_wrong_types_are_refused_in_a_sentence(encoder, method, given, message):
+    with pytest.raises(UserError, match=message):
+        getattr(encoder, method)(given)
+
+
+def test_what_it_says_of_itself(encoder):
+    scaled = make()
+    assert scaled.logit_scale is None
+    distil = CrossModalityDistillation(replace(encoder.spec, heads={"cross": {"image": 16, "text": 16}}), head="cross")
+    scaled.model.losses.update({"distill": distil, "own": SigLip(scaled.spec, init_logit_scale=7.0)})
+    assert scaled.logit_scale == pytest.approx(7)
+    assert scaled.to("cpu") is scaled and scaled.eval() is scaled and not scaled.model.training
+    assert repr(scaled) == (
+        "ModelEncoder(image: ClipViT, width 24, 32 px, patches of 8 px; text: ClipText, width 16, 12 tokens; embed_dim 16; on cpu)"
+    )
+    assert scaled.to("meta").device == torch.device("meta")
 
 
 def test_device_is_where_the_model_is(encoder):
