@@ -38,7 +38,7 @@ def read_regular(path: Path) -> bytes:
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise BadSample("no regular file", str(path))
+            raise BadSample("no regular file")
         if found.st_size > FILE_BYTES:
             raise BadSample("too large", f"{found.st_size:,} bytes")
         return file.read()

@@ -299,6 +299,10 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
             "x.yaml:3  losses.clip.type: no loss named 'clpi'. Did you mean 'clip'?\n" + " " * 10 + "Available: ",
         ),
         ("model: {image: {type: vit}}", "x.yaml:2  model.image.type: no tower named 'vit'."),
+        (
+            "model:\n  background: wihte",
+            "x.yaml:3  model.background: expected a colour, such as white or '#ffa500', got 'wihte'",
+        ),
         ("data: {type: imagenet}", "x.yaml:2  data.type: no data set named 'imagenet'."),
     ],
 )
@@ -418,6 +422,7 @@ OTHER = [
     *("model.image.width=64", "training.batch_size=48", "training.seed=1", "training.precision=fp32", "loader.lanes=48"),
     *("schedule.epochs=3", "optimizer.lr=1", "heads.cross.num_heads=4", "losses.clip.loss_weight=2", "data.caption_schema=txt"),
     *("teacher.update_when=before_optimizer_step", "augmenters.image.flip_prob=0", "loader.shuffle_samples=3", "model.pretrained=a.pt"),
+    "model.background=#808080",
 ]
 
 
@@ -448,4 +453,5 @@ def test_differences_are_named(load: Load) -> None:
 def test_a_tree_of_an_older_version_counts_with_the_defaults(load: Load) -> None:
     loaded = load()
     older = {key: value for key, value in loaded.tree.items() if key not in ("schedule", "optimizer")}
+    older["model"] = {key: value for key, value in older["model"].items() if key != "background"}
     assert not identity_differences(older, loaded.tree)

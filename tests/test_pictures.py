@@ -173,7 +173,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "link.png") == body and open_rgb(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
     os.mkfifo(tmp_path / "pipe.png")
     for odd in (tmp_path / "pipe.png", Path("/dev/zero")):
-        with pytest.raises(BadSample, match=f"^no regular file: {odd}$"):
+        with pytest.raises(BadSample, match="^no regular file$"):
             read_regular(odd)
     with pytest.raises(IsADirectoryError):
         read_regular(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import DataError, Dataset, Sample
+from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, load_folder, shown, similar
 from cosmos_ssl.data.manifest import Progress
@@ -141,7 +141,7 @@ class Folder(Dataset):
         def read() -> bytes:
             try:
                 return read_regular(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, BadSample):  # a pipe is none
                 return b""
 
         return caption_schema("txt")({}, retrying(read, str(path)).decode("utf-8", "replace"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -168,15 +169,17 @@ def test_models_without_such_heads(command: Command, images: list[str], tmp_path
         (["--image", "{a}", "--segment", "cat, "], "--segment 'cat, ': name at least two classes, such as 'cat,grass,sky'\n"),
         (["--image", "{a}", "--text", "x", "--device", "abacus"], "--device abacus: "),
         (
-            ["--image", "{t}/no.jpg", "{t}", "{t}/bad.jpg", "--text", "x"],
+            ["--image", "{t}/no.jpg", "{t}", "{t}/bad.jpg", "{t}/pipe.jpg", "--text", "x"],
             "--image {t}/no.jpg: there is no such file\n"
             "--image {t}: a folder; name picture files, such as {t}/*.jpg\n"
-            "--image {t}/bad.jpg: no picture that can be read (cannot identify image file",
+            "--image {t}/bad.jpg: no picture that can be read (cannot identify image file)\n"
+            "--image {t}/pipe.jpg: no picture that can be read (no regular file)\n",
         ),
     ],
 )
 def test_bad_input(command: Command, run: str, images: list[str], tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "pipe.jpg")
     filled = [text.format(a=images[0], t=tmp_path) for text in arguments]
     code, _, err = command("attend", "--checkpoint", run, "--output", str(tmp_path / "out"), *filled)
     assert code == 2 and err.startswith(message.format(t=tmp_path)), err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def test_bad_samples_are_told(command: Command, run: Path, tmp_path: Path) -> No
     (tmp_path / "1.png").write_bytes(b"no picture")
     code, said, err = command("embed", "--checkpoint", str(run), "--data", str(tmp_path), "--output", str(tmp_path / "e.npy"))
     assert code == 0 and said.startswith("2 embeddings") and err == "1 of 3 samples left out: undecodable, such as 1.png\n"
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in ("pipe.png", "pipe.txt"):
+        code, _, err = command("embed", "--checkpoint", str(run), "--data", str(tmp_path / name), "--output", str(tmp_path / "p.npy"))
+        assert (code, err) == (2, f"data: {tmp_path}/{name} is no regular file\n")
     (tmp_path / "t.txt").write_text("a\n\n")
     base = ("embed", "--checkpoint", str(run), "--data", str(tmp_path / "t.txt"), "--output", str(tmp_path / "t.npy"))
     assert command(*base, "--what", "image")[::2] == (2, f"--what image: {tmp_path}/t.txt holds texts alone\n")

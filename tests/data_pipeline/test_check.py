@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cosmos_ssl.cli import main
-from cosmos_ssl.data.check import check_shards
+from cosmos_ssl.data.check import check_folder, check_shards
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER
 
 Make = Callable[..., str]
@@ -48,6 +50,43 @@ def test_captions_are_checked_when_asked_for(shards: Make) -> None:
     assert not check_shards(pattern)[0].faults
     assert check_shards(pattern, captions="dreamlip")[0].faults == {"no caption": 4}
     assert check_shards(pattern, max_pixels=10)[0].faults == {"too large": 4}
+
+
+def test_transparent_and_one_coloured_pictures_are_counted(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(number: int, members: dict[str, bytes]) -> None:
+        image = Image.effect_noise((70, 60), 90)
+        if number == 1:
+            image.putalpha(Image.new("L", image.size, 128))
+        if number in (2, 3):
+            image = Image.new("LA", (40, 30), (number, 0))
+        if number == 4:
+            image = Image.new("RGB", (40, 30), "red")
+            image.putpixel((33, 5), (255, 0, 1))
+        if number == 5:
+            image = Image.new("RGB", (1, 50_000), "red")
+        file = io.BytesIO()
+        image.save(file, "png")
+        members["png"] = file.getvalue()
+
+    pattern = shards(4, 2, change=change)
+    assert [(r.with_alpha, r.one_colour, r.faults) for r in check_shards(pattern)] == [(3, 2, {}), (0, 1, {})]
+    assert main(["data", "check", pattern, "--json", str(tmp_path / "r.json")]) == EXIT_DONE
+    assert "3 pictures with transparency (put on model.background), 3 of one colour all over\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["with_alpha"], report["one_colour"], report["by_shard"][0]["with_alpha"]) == (3, 3, 3)
+    assert main(["data", "stats", pattern]) == EXIT_DONE
+    assert "3 pictures with transparency" in capsys.readouterr().out
+    for number in range(2):
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        Image.new("LA", (9, 9), (number, 128)).save(tmp_path / f"clips/{number}.png")
+    assert [(r.with_alpha, r.one_colour) for r in check_folder(tmp_path / "clips")] == [(2, 2)]
+
+
+def test_pictures_larger_than_pil_likes_are_admitted(shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    pattern = shards(2)
+    assert not check_shards(pattern)[0].faults
+    assert check_shards(pattern, max_pixels=24 * 24 - 1)[0].faults == {"too large": 2}
 
 
 def test_check_command(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

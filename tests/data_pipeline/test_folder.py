@@ -119,6 +119,20 @@ def test_what_is_left_out_is_told(odd: Path, tmp_path: Path, caplog: pytest.LogC
     assert told[2].startswith("data: 4 files that are no pictures are left out (b/") and told[2].endswith(", ...)")
 
 
+def test_pipes_are_no_pictures_and_no_captions(tmp_path: Path) -> None:
+    root = write(tmp_path / "odd", "a.png", "b.png", "a.txt")
+    os.mkfifo(root / "pipe.png")
+    os.mkfifo(root / "b.txt")
+    (root / "zero.png").symlink_to("/dev/zero")
+    found = Folder(root)
+    assert [key for key, _ in listed(found)] == ["a.png", "b.png"]
+    assert found.index.notes.texts == 1 and sorted(found.index.notes.other_examples) == ["b.txt", "pipe.png", "zero.png"]
+    (root / "b.png").unlink()
+    os.mkfifo(root / "b.png")  # since it was listed
+    with pytest.raises(BadSample, match="no regular file"):
+        found.read(1)
+
+
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     folder = write(tmp_path / "raw", "ok/1.png") / os.fsdecode(b"\xff\xfe")
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cosmos_ssl.api import BadSample, ImageCrops, Sample
 from cosmos_ssl.data import LoadedBatch, Loader, Order, Shards
@@ -113,6 +115,15 @@ def test_bad_samples_are_replaced_and_reported(shards: Make, views: dict[str, An
     keys = set(batches[0].views.keys)
     assert len(batches[0].views) == 20 and keys.isdisjoint({"key00003", "key00017", "key00005"})
     assert all(r.detail for r in batches[0].replaced if r.reason == "undecodable")
+
+
+def test_transparent_pictures_are_put_on_the_background(shards: Make, views: dict[str, Any]) -> None:
+    clear = io.BytesIO()
+    Image.new("RGBA", (24, 24), (9, 9, 9, 0)).save(clear, "png")
+    pattern = shards(8, change=lambda number, members: members.update(png=clear.getvalue()))
+    for options, colour in (({}, [255]), ({"background": "#070707"}, [7])):
+        (batch,) = loader(pattern, views, **options).batches(0, 1)
+        assert batch.views.image["global"].pixels.unique().tolist() == colour
 
 
 def test_a_replacement_depends_on_the_position_alone(shards: Make, views: dict[str, Any]) -> None:

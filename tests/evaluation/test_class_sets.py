@@ -172,6 +172,12 @@ def test_pictures_that_are_not_there_or_damaged(tmp_path):
         found.read(0)
     with pytest.raises(BadSample, match="undecodable"):
         found.read(1).decode()
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (root / "dtd/dtd/images/polka-dotted/p_1.jpg").write_bytes(eps)
+    with pytest.raises(BadSample, match="cannot identify image file"):
+        found.read(1).decode()
+    Image.new("LA", (8, 6), 0).save(root / "dtd/dtd/images/polka-dotted/p_1.jpg", "PNG")
+    assert found.read(1).on("teal").decode()[:, 0, 0].tolist() == [0, 128, 128]
     (root / "dtd/dtd/labels/test1.txt").unlink()
     with pytest.raises(DataError, match=r"data: dtd in .* cannot be read"):
         find_class_data(str(root))

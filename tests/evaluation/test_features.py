@@ -1,11 +1,13 @@
 """Features of all samples of a set: order, what is kept of an evaluation that was ended, samples that cannot be used."""
 
+import io
 import logging
 import os
 import time
 
 import pytest
 import torch
+from PIL import Image
 from torch import multiprocessing
 
 from cosmos_ssl.api import BadSample, DataError, Sample
@@ -50,6 +52,18 @@ def run(data, job, compute=compute):
 def test_rows_and_notes_are_in_order():
     rows, notes = run(Numbers(), Job(batch_size=3, workers=3))
     assert rows[:, 1].tolist() == list(range(20)) and notes == [str(n) for n in range(20)]
+
+
+def test_transparent_pictures_are_put_on_the_models_background():
+    class Clear(Numbers):
+        def read(self, index):
+            file = io.BytesIO()
+            Image.new("LA", (2, 2), 0).save(file, "png")
+            return Sample(key=str(index), image=file.getvalue())
+
+    for options, shade in (({}, 255), ({"background": "#030303"}, 3)):
+        rows, _ = features_of(Clear(2), lambda picture: picture.float(), compute, Job(), name="grey", **options)
+        assert rows.unique().tolist() == [shade]
 
 
 def test_evenly_spread_samples():

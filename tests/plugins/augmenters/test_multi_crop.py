@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from cosmos_ssl.api import BadSample, ImageGroup, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl_plugins.augmenters import geometry
 from cosmos_ssl_plugins.augmenters import photometric as ph
 from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
 from cosmos_ssl_plugins.augmenters.resize_crop import ResizeCrop
@@ -110,6 +111,18 @@ def test_finish_does_not_mix_samples() -> None:
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "1")])
 def test_pictures_of_all_kinds(kind: str, mode: str) -> None:
     assert small().crop(sample(kind=kind, mode=mode), np.random.default_rng(0))["local"].pixels.shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 50_000), (50_000, 1)])
+def test_very_long_pictures_are_cut_before_they_are_resized(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box is at most 4/3 as long as it is wide: what is resized is never larger than that, whatever the picture is."""
+    resized, interpolate = [], geometry.F.interpolate
+    monkeypatch.setattr(geometry.F, "interpolate", lambda view, **options: resized.append(view.shape[-2:]) or interpolate(view, **options))
+    one = sample(width, height)
+    for augmenter in (small(), ResizeCrop(SPEC, size=32)):
+        views = augmenter.crop(one, np.random.default_rng(0))
+        assert views["global"].pixels.shape[-2:] == (32, 32)
+    assert len(resized) == 9 and {tuple(shape) for shape in resized} == {(1, 1)}
 
 
 def test_bad_pictures_are_bad_samples() -> None:
