@@ -17,14 +17,7 @@ FILES = sorted(path for package, root in SOURCES.items() for path in (root / pac
 # Each may import what stands before it.
 ORDER = ["errors", "pictures", "registry", "config", "identity", "types", "specs", "api", "functional", "data", "models"]
 ORDER += ["evaluation", "interop", "engine", "build", "testing", "cli"]
-NO_TORCH = (
-    "cosmos_ssl.errors",
-    "cosmos_ssl.pictures",
-    "cosmos_ssl.registry",
-    "cosmos_ssl.config",
-    "cosmos_ssl.identity",
-    "cosmos_ssl_launch",
-)
+NO_TORCH = (*(f"cosmos_ssl.{unit}" for unit in ("errors", "pictures", "registry", "config", "identity")), "cosmos_ssl_launch")
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")
 LAUNCH_MAY = ("errors", "registry", "config", "build", "cli")
 HEAVY = ("torch", "torchvision", "timm", "transformers", "open_clip", "lightly", "xformers", "submitit", "tensorboard", "fvcore")

@@ -110,7 +110,7 @@ def _digest(script: str) -> str:
 
 
 def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int]]:
-    """The kind of a picture, its bytes, and its width and height. Tensors become WebP (a tenth of a photograph's PNG), very long ones PNG."""
+    """The kind of a picture, its bytes, and its width and height. Tensors become WebP, a tenth of a photograph's PNG; long ones PNG."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(picture, Tensor):

@@ -102,6 +102,7 @@ def test_tensors_become_pictures() -> None:
     assert all(abs(is_there - wanted) < 6 for is_there, wanted in zip(shown.convert("RGB").getpixel((15, 10)), (200, 40, 90), strict=True))
     assert [figure.get("class") for figure in read.of("figure")] == [None, "wide"]
     assert second["width"] == "40"
+    assert decoded(Reader(Page("x").figure(picture(2, 20_000)).html()).of("img")[0]["src"] or "").size == (20_000, 2), "no WebP is so long"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
