@@ -153,6 +153,18 @@ def test_segmentation(command: Command, run: str, images: list[str], tmp_path: P
     assert abs(shares[0] - 100 * (expected == 0).float().mean()) < 2
 
 
+def test_transparent_pictures_are_put_on_the_models_background(command: Command, run: str, tmp_path: Path) -> None:
+    base = ("attend", "--checkpoint", run, "model.background=teal", "--text", "a", "--segment", "a,b")
+    pictures = []
+    for name, picture in (("clear", Image.new("RGBA", (60, 40), 0)), ("teal", Image.new("RGB", (60, 40), "teal"))):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "a.png")
+        assert command(*base, "--image", str(tmp_path / name / "a.png"), "--output", str(tmp_path / name / "out"))[0] == 0
+        found = ("001_a_patches.png", "001_a_segments.png")
+        pictures.append([(tmp_path / name / "out" / each).read_bytes() for each in found])
+    assert pictures[0] == pictures[1]
+
+
 def test_models_without_such_heads(command: Command, images: list[str], tmp_path: Path) -> None:
     plain = train(tmp_path, "heads=null", "losses.distill=null", "teacher={type: none}")
     base = ("attend", "--checkpoint", plain, "--image", images[0], "--output", str(tmp_path / "out"))

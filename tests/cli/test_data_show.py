@@ -53,6 +53,19 @@ def test_page_and_pictures(shard: str, tmp_path: Path, command) -> None:  # type
     assert (tmp_path / "o" / "000.png").read_bytes() != first
 
 
+def test_transparent_pictures_are_put_on_the_background(tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
+    clear = io.BytesIO()
+    Image.new("RGBA", (80, 80), (0, 0, 0, 0)).save(clear, "png")
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for extension, data in (("png", clear.getvalue()), ("txt", b"a. b.")):
+            info = tarfile.TarInfo(f"0.{extension}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    argv = ["data", "show", str(tmp_path / "c.tar"), "--config", CONFIG, "--output", str(tmp_path / "o"), "data.caption_schema=txt"]
+    assert command(*argv, *SMALL, "model.background=teal")[0] == 0
+    assert Image.open(tmp_path / "o" / "000.png").getpixel((20, 20)) == (0, 128, 128)
+
+
 def test_captions_by_another_schema_are_told(shard: str, tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
     argv = ["data", "show", shard, "--config", CONFIG, "--output", str(tmp_path / "o"), *SMALL]
     code, _, err = command(*argv)

@@ -7,6 +7,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def vectors(encoder: ModelEncoder, numbers: list[int]) -> np.ndarray[Any, Any]:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return list(parquet.read_table(path).to_pylist())
+
+
+def test_transparent_pictures_are_put_on_the_models_background(encoder: ModelEncoder, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    Image.new("LA", (20, 30), 0).save(tmp_path / "clips/a.png")
+    for number, background in enumerate(("white", "#102030")):
+        own = ModelEncoder(encoder.model, replace(encoder.spec, background=background), encoder.tokenizer)
+        embed(own, job(str(tmp_path / "clips")), tmp_path / f"{number}.npy")
+        expected = own.encode_image(own.preprocess(Image.new("RGB", (20, 30), background))[None])
+        np.testing.assert_allclose(np.load(tmp_path / f"{number}.npy"), expected.numpy(), atol=1e-6)
 
 
 def test_pictures_of_shards(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
