@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,7 @@ from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl.pictures import BACKGROUND, open_rgb, to_rgb
 
+_log = logging.getLogger("cosmos_ssl.models")
 _GROUP = "global"  # the group that heads know as whole pictures and whole texts
 _LONG = 16
 """Pictures longer than this many times their width are cut before they are resized, the others after it, as OpenCLIP does."""
@@ -62,6 +64,7 @@ class ModelEncoder:
         self.spec = spec
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self._told = False
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +199,18 @@ class ModelEncoder:
         strings = [texts] if isinstance(texts, str) else texts
         if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
             raise UserError(f"texts are a string or a list of strings, not {_kind(texts)}")
-        return self.tokenizer(strings)[0]
+        return self._folded(self.tokenizer(strings)[0], self.tokenizer.vocab_size)
+
+    def _folded(self, ids: Tensor, vocabulary: int) -> Tensor:
+        """Ids for a tower with fewer than its tokenizer's ``vocabulary``: its last ends a text, as in CLIP, the others wrap around."""
+        table = getattr(self.model.text, "token_embedding", None)
+        if table is None or table.num_embeddings >= vocabulary or not ids.numel():
+            return ids
+        last = table.num_embeddings - 1
+        if not self._told:
+            _log.warning("this model has %s token ids, its tokenizer %s: words are folded into them and mean little", last + 1, vocabulary)
+            self._told = True
+        return torch.where(ids == ids.amax(-1, keepdim=True), last, ids % last)
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """Tokens of each text [..., S] up to and with its end: the tokenizer's rule; without one CLIP's, the largest id."""

@@ -122,6 +122,16 @@ def test_words_do_where_token_ids_do(encoder):
     assert torch.equal(found["text"], expected["text"])
 
 
+def test_words_for_a_tower_of_few_ids_are_folded_and_told(encoder, caplog):
+    few = make(heads=False)
+    few.model.text = ClipText(few.spec, width=16, layers=1, heads=2, vocab_size=50)
+    ids, found = encoder.tokenize(WORDS), few.tokenize(WORDS)
+    assert found.max() == 49 and torch.equal(few.lengths(found), encoder.lengths(ids))
+    assert torch.equal(found[ids < ids.max()], ids[ids < ids.max()] % 49)
+    assert few.encode_text(WORDS).shape == (3, 16)
+    assert [r.getMessage()[:45] for r in caplog.records] == ["this model has 50 token ids, its tokenizer 49"]
+
+
 def test_lengths(encoder):
     tokens = encoder.tokenize(WORDS)
     _, lengths = encoder.tokenizer(WORDS)
