@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
+from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.build_weights import read_weights, start_from
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.data import Shards
@@ -304,7 +305,7 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
 
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
-    with Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
+    with steady_streams(), Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
         try:
             return _trainer(loaded, signals=signals).train()
         except Interrupted as error:

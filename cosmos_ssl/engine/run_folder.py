@@ -25,6 +25,13 @@ _WATCHED = ("cosmos-ssl", "torch", "torchvision", "xformers", "timm", "transform
 _held: set[Path] = set()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that takes what it can: a full disk ends no run, and is no reason to print tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: what could not be written is lost."""
+
+
 class RunFolder:
     """The paths and the few files of a run that are neither metrics nor checkpoints."""
 
@@ -81,7 +88,7 @@ class RunFolder:
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Copy everything that the project logs into log.txt."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("cosmos_ssl").addHandler(handler)
         try:

@@ -25,7 +25,7 @@ from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_me
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
-from cosmos_ssl.engine.signals import Interrupted, Signals
+from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult, spread
 from cosmos_ssl.engine.trace import traced
@@ -193,6 +193,7 @@ class Trainer:
         left = self.total_steps - self.state.step
         batches = traced(self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused)
         with closing(batches):  # whatever ends the loop, workers do not outlive it
+            began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
                 self.watchdog.alive()
@@ -202,10 +203,12 @@ class Trainer:
                 self.state.step += 1
                 self._count(batch)
                 self.between_steps = True
+                self.signals.ahead = f"{AHEAD} (a step takes about {time.monotonic() - began:.0f} s)"
                 self._log(numbers)
                 self._checkpoint()
                 self._evaluate()
                 self.signals.check_agreed()
+                began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
@@ -335,12 +338,14 @@ class Trainer:
         for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
             if name in self.evaluated:
                 continue
-            start = time.monotonic()
+            start, ahead = time.monotonic(), self.signals.ahead
+            self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused():
                 found = evaluate(name, self.assembly, self._alive, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
+            self.signals.ahead = ahead
             log.info("%s after step %s (%.1f s): %s", name, f"{step:,}", time.monotonic() - start, summary(found))
         self.evaluated = set()
 

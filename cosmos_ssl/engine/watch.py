@@ -30,10 +30,9 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self.console = console
+        self.addFilter(lambda record: not getattr(record, "file_only", False))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "file_only", False):
-            return
         text = self.format(record)
         line = text if record.levelno < logging.WARNING else f"warning: {text}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
