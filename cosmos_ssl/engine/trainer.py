@@ -302,11 +302,16 @@ class Trainer:
         self.watch.logged(step, row, seconds_a_step)
 
     def _checkpoint(self) -> None:
-        """Start writing a checkpoint where one is due; all ranks hear of one that failed. Raises StorageError where that ends the run."""
+        """Start writing a checkpoint where one is due; all ranks hear of one that failed.
+
+        Raises TrainingError for one that was not finite, StorageError where it could not be written and that ends the run.
+        """
         if self.unsaved:
             fault = self.world.from_first(lambda: self.checkpoints.take_fault())
+            if isinstance(fault, TrainingError):
+                raise fault
             if self.config.checkpoints.on_failure == "stop":
-                raise StorageError(f"{self.folder.path}: {fault} (checkpoints.on_failure: stop)")
+                raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
         if self.world.first and self.checkpoints.due(self.state.step):
             self._save()
