@@ -56,7 +56,7 @@ class Chosen:
             part = self.cls(spec, **self.options)
         except (ValueError, CosmosError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         part = cast(Part, part)
         part.part_name = name

@@ -345,6 +345,28 @@ def test_an_error_while_training(run: Run, tmp_path: Path, group: str, methods: 
     assert err.strip() in log and "Traceback" in log and 'my_parts.py", line' in log
 
 
+@pytest.mark.parametrize("name", ["loss", "augmenter", "finish", "teacher: update", "evaluator", "dataset"])
+def test_a_part_that_calls_exit_has_failed(run: Run, name: str) -> None:
+    group, methods, wanted, start = FAILS[name]
+    code, err = run(group, methods.replace("fail", "raise SystemExit(0)"))
+    assert code == wanted and err.startswith(start.removesuffix("NameError: ")) and err.endswith(": SystemExit: 0\n") and WHOSE in err, err
+
+
+def test_exit_in_a_worker(run: Run) -> None:
+    code, err = run("augmenters", "def crop(self, sample, rng): raise SystemExit", **{"loader.workers": 1})
+    assert code == 1 and WHOSE in err and err.endswith(": SystemExit\n") and err.count("\n") == 1, err
+
+
+def test_exit_where_a_part_is_built(run: Run) -> None:
+    code, err = run("losses", "def __init__(self, spec): raise SystemExit(0)")
+    assert code == 2 and f"losses/part {PATH} failed when it was built: SystemExit: 0" in err, err
+
+
+def test_exit_from_a_hook_that_nobody_watches_over(run: Run) -> None:
+    code, err = run("losses", "def parameter_rules(self): raise SystemExit(0)")
+    assert code == 1 and err.endswith("my_parts.py:3 called sys.exit(0) in the midst of the run\n"), err
+
+
 def test_a_tower_that_fails_in_an_evaluation(run: Run) -> None:
     """Whoever calls it: the part that failed is named, not the evaluator around it."""
     method = "def forward(self, groups, plan):\n    return super().forward(groups, plan) if self.training else fail"

@@ -185,7 +185,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
     def __getitem__(self, step: int) -> LoadedBatch | Failure:
         try:
             return self._build(step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a part that calls sys.exit has failed
             worker = get_worker_info()
             where = f"step {step:,}" if worker is None else f"loader worker {worker.id}, step {step:,}"
             return Failure.of(error, f"data: {where}, {self.viewer.at}")

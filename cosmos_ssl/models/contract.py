@@ -35,15 +35,19 @@ class Fault(Exception):
 
 @contextmanager
 def blaming(part: Part, place: str) -> Iterator[None]:
-    """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback."""
+    """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback.
+
+    No part may end the process: whose calls ``sys.exit`` has failed.
+    """
     try:
         yield
     except Fault as error:
         raise PluginError(f"{describe(part, place)} {error}") from None
     except (CosmosError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        if not part.part_source or is_lost_rank(error):
+    except (Exception, SystemExit) as error:
+        ours = not part.part_source and not isinstance(error, SystemExit)
+        if ours or is_lost_rank(error):
             raise
         reason = str(error).strip().splitlines() or ["no message"]
         raise PluginError(f"{describe(part, place)} failed: {type(error).__name__}: {reason[0]}") from error
