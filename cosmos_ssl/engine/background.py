@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
+from cosmos_ssl.config_files import set_aside
 from cosmos_ssl.engine.checkpoint import Snapshot, checkpoint_folders, checkpoint_step, save_checkpoint
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 
@@ -125,9 +126,6 @@ def _set_aside(run_dir: Path, newer_than: int) -> None:
     """Rename checkpoints that were passed over as damaged, so that they neither hide nor outlive sound ones; drop unfinished ones."""
     for path in checkpoint_folders(run_dir):
         if (checkpoint_step(path) or 0) > newer_than:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("%s was set aside as %s", path, aside.name)
+            log.warning("%s was set aside as %s", path, set_aside(path).name)
     for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

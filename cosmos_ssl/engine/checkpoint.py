@@ -187,7 +187,7 @@ def find_fault(path: Path) -> str | None:
                     return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be used: {error!r}"
     return None
 
