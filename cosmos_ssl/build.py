@@ -27,7 +27,7 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
-from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
+from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
@@ -175,7 +175,7 @@ class Builder:
             with blaming(dataset, "data"):
                 if prepare:
                     dataset.prepare()
-                    spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
+                    spec = replace(spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size))
                 spec = replace(spec, validation_data=dataset.validation_data)
         with meta_device() if meta else nullcontext():
             heads, spec = self._heads(spec)
