@@ -54,9 +54,9 @@ class Chosen:
         """Build the part. ValueError is the user's; anything else is the plugin's fault, and named as such."""
         try:
             part = self.cls(spec, **self.options)
-        except (ValueError, CosmosError):
+        except (ValueError, CosmosError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # sys.exit in a constructor too
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         part = cast(Part, part)
         part.part_name = name

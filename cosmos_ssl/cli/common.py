@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.build_streams import steady_streams
-from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, CosmosError, UserError
+from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError, printable
 
 DEBUG = "--debug"
 
@@ -35,16 +35,12 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
         if not _stdout_is_closed():
             raise
         return EXIT_FAILED
-    except OSError as error:
-        if debug:
-            raise
-        return _said(f"storage failed: {error}", EXIT_LOST)
 
 
 def _said(text: str, code: int) -> int:
     """The exit code, which stands whether or not anyone is left to read why."""
     with steady_streams():
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
     return code
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from cosmos_ssl.config import Config
 from cosmos_ssl.config_files import read_object, set_aside
 from cosmos_ssl.config_source import dump_yaml
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import UserError, printable
 from cosmos_ssl.identity import identity_differences
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ _held: set[Path] = set()
 
 class _LogFile(logging.FileHandler):
     """A log that takes what it can: a full disk ends no run, and is no reason to print tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As a terminal may show it."""
+        return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Nothing: what could not be written is lost."""

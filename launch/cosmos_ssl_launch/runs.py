@@ -10,7 +10,7 @@ from typing import Any
 
 from cosmos_ssl.config_files import read_object
 from cosmos_ssl.config_source import dump_yaml
-from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 from cosmos_ssl_launch.launch import check_not_queued, launch
 from cosmos_ssl_launch.requeue import NONE, newest_checkpoint, starts
 from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, job_state
@@ -34,7 +34,7 @@ def status(run: Path) -> int:
     finished = run / "result.json"
     result = read_object(finished, {"step": int}, "It says whether the run is finished") if finished.exists() else None
     lines.append(f"{'finished':<12}{'no' if result is None else 'yes, at step {:,}'.format(result['step'])}")
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
     return EXIT_DONE
 
 
