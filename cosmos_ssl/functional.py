@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.functional_pulse import alive as alive
 from cosmos_ssl.functional_waits import waits
 
 T = TypeVar("T")
