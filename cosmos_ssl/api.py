@@ -266,7 +266,11 @@ class Dataset(Part, ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Write or index what is missing; called once, on one process, before any sample is read."""
+        """Write or index what is missing; called once, on one process, before any sample is read.
+
+        What takes many minutes calls ``cosmos_ssl.functional.alive()`` now and then: a preparation of which nothing is heard for
+        ``training.timeout_minutes`` ends the run.
+        """
 
     @property
     @abstractmethod

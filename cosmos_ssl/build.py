@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
+from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.build_weights import read_weights, start_from
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.data import Shards
@@ -25,8 +26,10 @@ from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
+from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
-from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
+from cosmos_ssl.functional_pulse import heard
+from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
@@ -53,9 +56,9 @@ class Chosen:
         """Build the part. ValueError is the user's; anything else is the plugin's fault, and named as such."""
         try:
             part = self.cls(spec, **self.options)
-        except (ValueError, CosmosError):
+        except (ValueError, CosmosError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit in a constructor too
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         part = cast(Part, part)
         part.part_name = name
@@ -144,12 +147,14 @@ class Builder:
         faults.append(message)
         return None
 
-    def assemble(self, *, meta: bool = False, prepare: bool = True) -> Assembly:
+    def assemble(
+        self, *, meta: bool = False, prepare: bool = True, watched: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> Assembly:
         """Build and wire everything.
 
         ``meta`` builds towers, heads and losses without memory (a check). ``prepare`` writes or indexes the
-        data and reads its size; a check, or a model without its data, does not. Raises ConfigError with all
-        faults of a layer.
+        data and reads its size, while ``watched`` is entered; a check, or a model without its data, does not.
+        Raises ConfigError with all faults of a layer.
         """
         config = self.config
         spec = Spec(
@@ -174,8 +179,9 @@ class Builder:
         if dataset is not None:
             with blaming(dataset, "data"):
                 if prepare:
-                    dataset.prepare()
-                    spec = replace(spec, steps_per_epoch=max(1, int(dataset.shard_sizes.sum()) // spec.batch_size))
+                    with watched():
+                        dataset.prepare()
+                    spec = replace(spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size))
                 spec = replace(spec, validation_data=dataset.validation_data)
         with meta_device() if meta else nullcontext():
             heads, spec = self._heads(spec)
@@ -185,6 +191,8 @@ class Builder:
             start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
         plan = make_plan(spec, towers, heads, losses)
+        with watched() if prepare else nullcontext():
+            evaluators = self._evaluators(spec, towers, prepare)
         return Assembly(
             spec=spec,
             dataset=dataset,
@@ -196,7 +204,7 @@ class Builder:
             update_when=config.teacher.update_when,
             plan=plan,
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
-            evaluators=self._evaluators(spec, towers, prepare),
+            evaluators=evaluators,
             frozen=model.freeze_unread(plan),
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
         )
@@ -281,7 +289,7 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
         dataset = Builder(loaded).assemble(meta=True, prepare=False).dataset
         if isinstance(dataset, Shards) and not dataset.is_indexed:
             raise DataError(f"data: these shards are not indexed yet. Run: {dataset.index_command}")
-    dataset = Builder(loaded).assemble(meta=True).dataset
+    dataset = Builder(loaded).assemble(meta=True, watched=lambda: _watched(loaded)).dataset
     folder = loaded.config.folder
     if dataset is not None and (folder / "identity.json").exists():
         RunFolder(folder).belong(loaded.config, dataset.identity())
@@ -292,6 +300,17 @@ def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmente
     builder = Builder(loaded)
     spec = builder.assemble(meta=True, prepare=False).spec
     return spec, builder._augmenters(spec)[0]
+
+
+@contextmanager
+def _watched(loaded: LoadedConfig) -> Iterator[None]:
+    """End this process where nothing is heard of the data's preparation for as long as of a step."""
+    rank = World().rank
+    folder = RunFolder(loaded.config.folder, rank)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    minutes = loaded.config.training.timeout_minutes
+    with Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data") as watchdog, heard(watchdog.alive):
+        yield
 
 
 def claim(folder: Path) -> None:
@@ -305,7 +324,7 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
 
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
-    with Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
+    with steady_streams(), Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
         try:
             return _trainer(loaded, signals=signals).train()
         except Interrupted as error:
@@ -317,7 +336,8 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
 def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
     if World().first:
         claim(loaded.config.folder)  # said now rather than after the data is ready
-    return Trainer(Builder(loaded).assemble(), loaded.config, loaded.config.folder, writers=writers, signals=signals)
+    assembly = Builder(loaded).assemble(watched=lambda: _watched(loaded))
+    return Trainer(assembly, loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:

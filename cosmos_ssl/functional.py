@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.functional_pulse import alive as alive
 from cosmos_ssl.functional_waits import waits
 
 T = TypeVar("T")
@@ -64,6 +65,11 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+def _single(name: str, older: str) -> Any:
+    """A collective on one tensor, by the name that PyTorch 2.13 gave it; before that by the older one, which warns there."""
+    return getattr(dist, name, None) or getattr(dist, older)
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate over ranks along the first dimension; the gradient is summed over ranks."""
 
@@ -71,7 +77,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
         with waits.during(x):
-            dist.all_gather_into_tensor(out, x.contiguous())
+            _single("all_gather_single", "all_gather_into_tensor")(out, x.contiguous())
         return out
 
     @staticmethod
@@ -81,7 +87,7 @@ class _Gather(torch.autograd.Function):
         with waits.during(grad):
             if grad.is_cuda:
                 out = grad.new_empty(rows, *grad.shape[1:])
-                dist.reduce_scatter_tensor(out, grad)
+                _single("reduce_scatter_single", "reduce_scatter_tensor")(out, grad)
                 return out
             dist.all_reduce(grad)  # gloo has no reduce-scatter
         return grad[rank() * rows : (rank() + 1) * rows]

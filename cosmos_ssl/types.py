@@ -182,6 +182,11 @@ class Views:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels and tokens are."""
+        return next(x.device for x in (*(g.pixels for g in self.image.values()), *(g.tokens for g in self.text.values())))
+
     def to(self, device: torch.device | str) -> Views:
         """The same batch on ``device``; asynchronous from pinned memory.
 

@@ -1,6 +1,8 @@
 """From a config to a run: training by the Python API, loading what it left and official files, faults of stage two."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,28 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path):
         Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
     partial = Builder(load_config(config, [*start, "model.image.patch_size=8", "model.pretrained_partial=true"])).assemble().model
     assert torch.equal(partial.text.projection, source["text.projection"])
+
+
+HANGS = """
+import sys, time, cosmos_ssl
+from cosmos_ssl.api import Dataset, Spec
+from cosmos_ssl.functional import alive
+from cosmos_ssl.testing_bench import small_config
+
+class Hangs(Dataset):
+    shard_sizes = read = None
+    def __init__(self, spec: Spec) -> None: pass
+    def prepare(self):
+        for _ in range(20): alive() or time.sleep(0.1)
+        print("nothing from here on", flush=True)
+        time.sleep(600)
+
+cosmos_ssl.train(small_config(sys.argv[1], 1, {"data": {"type": Hangs}, "training": {"timeout_minutes": 0.02}}))
+"""
+
+
+def test_data_whose_preparation_hangs_end_the_run(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 74 and "nothing from here on" in done.stdout, done.stderr
+    assert "nothing has happened for 0.02 min (training.timeout_minutes): rank 0, preparing the data. Stacks of all" in done.stderr
+    assert "in prepare" in (tmp_path / "run" / "log.txt").read_text()

@@ -190,6 +190,7 @@ BEFORE = {  # found before training: group, methods, what is said
     "wrong tower": ("towers", "modality = 'text'", f"model.image {WHOSE} encodes texts, expected a tower of images"),
     "unread": ("towers", "def unread(self, plan): return plan.nothing", f"model.image {WHOSE} failed: AttributeError"),
     "prepare": ("evaluators", "def prepare(self): return {}['x']", f"evaluators.part {WHOSE} failed: KeyError: 'x'"),
+    "sizes": ("datasets", "shard_sizes = [8]", f"data {WHOSE} gives the shard_sizes [8], expected an array of counts, int64 [shards]"),
     "data": ("datasets", "def prepare(self): return {}['x']", f"data {WHOSE} failed: KeyError: 'x'"),
 }
 
@@ -299,6 +300,88 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
         "def evaluate(self, encoder, *, pictures=False): return {'x': 1}",
         f"evaluators.part {WHOSE} returned dict, expected Evaluation(metrics={{name: number}})",
     ),
+    "augmenter: device": (
+        "augmenters",
+        "def finish(self, group): return replace(group, pixels=(group.pixels / 255).to('meta'))",
+        f"augmenters.image {WHOSE} returned pixels from finish as torch.float32 on meta, expected floats on cpu",
+    ),
+    "augmenter: in place": (
+        "augmenters",
+        "def finish(self, group):\n    group.pixels.mul_(2)\n    return super().finish(group)",
+        f"augmenters.image {WHOSE} changed its input of shape [1, 8, 3, 32, 32] in place, expected a tensor of its own (clone it first)",
+    ),
+    "tower: complex": (
+        "towers",
+        "def forward(self, groups, plan):\n"
+        "    return {n: replace(g, pooled=g.pooled.to(torch.complex64)) for n, g in super().forward(groups, plan).items()}",
+        f"model.image {WHOSE} returned pooled of 'global' as torch.complex64 on cpu, expected floats on cpu",
+    ),
+    "tower: in place": (
+        "towers",
+        "def forward(self, groups, plan):\n    groups['global'].pixels.add_(1)\n    return super().forward(groups, plan)",
+        f"model.image {WHOSE} changed its input of shape [2, 8, 3, 32, 32] in place, expected",
+    ),
+    "head: device": (
+        "heads",
+        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, outputs)['out'].to('meta')}",
+        f"heads.part {WHOSE} returned 'out' as torch.float32 on meta, expected floats on cpu",
+    ),
+    "head: integers": (
+        "heads",
+        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, outputs)['out'].long()}",
+        f"heads.part {WHOSE} returned 'out' as torch.int64 on cpu, expected floats on cpu",
+    ),
+    "head: in place": (
+        "heads",
+        "def forward(self, features, views, outputs):\n"
+        "    features.image['global'].projected.detach().mul_(2)\n    return super().forward(features, views, outputs)",
+        f"heads.part {WHOSE} changed its input of shape [2, 8, 32] in place, expected",
+    ),
+    "loss: complex": (
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={'a': self.weight * 1j})",
+        f"losses.part {WHOSE} returned 'a' as torch.complex64 on cpu, expected floats on cpu",
+    ),
+    "loss: complex metric": (
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={'a': self.weight}, metrics={'m': self.weight * 1j})",
+        f"losses.part {WHOSE} returned 'm' as torch.complex64, expected a real number",
+    ),
+    "loss: detached beside another": (
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={'a': self.weight.detach()})",
+        f"losses.part {WHOSE} returned terms without a gradient, expected terms computed from the student's features",
+    ),
+    "loss: in place": (
+        "losses",
+        "def forward(self, ctx):\n    ctx.student.image['global'].projected.detach().mul_(2)\n    return super().forward(ctx)",
+        f"losses.part {WHOSE} changed its input of shape [2, 8, 32] in place, expected",
+    ),
+    "tokenizer: type": (
+        "tokenizers",
+        "def __call__(self, texts): return 1",
+        f"tokenizer {WHOSE} gave int, expected ids int64 [64, at most 3] and lengths int64 [64]",
+    ),
+    "tokenizer: floats": (
+        "tokenizers",
+        "def __call__(self, texts): return torch.ones(len(texts), 3), torch.ones(len(texts))",
+        f"tokenizer {WHOSE} gave torch.float32 [64, 3] on cpu and torch.float32 [64] on cpu, expected ids int64",
+    ),
+    "tokenizer: ids": (
+        "tokenizers",
+        "def __call__(self, texts): return super().__call__(texts)[0] * 4, super().__call__(texts)[1]",
+        f"tokenizer {WHOSE} gave ids from 4 to 4, expected 0 to 3",
+    ),
+    "tokenizer: lengths": (
+        "tokenizers",
+        "def __call__(self, texts): return super().__call__(texts)[0], super().__call__(texts)[1] - 3",
+        f"tokenizer {WHOSE} gave lengths from 0 to 0, expected 1 to 3",
+    ),
+    "evaluator: pictures": (
+        "evaluators",
+        "def evaluate(self, encoder, *, pictures=False): return Evaluation(metrics={}, pictures={'p': torch.zeros(3, 4, 4)})",
+        f"evaluators.part {WHOSE} returned the picture 'p' torch.float32 of shape [3, 4, 4], expected uint8 [3, H, W]",
+    ),
     "evaluator: numbers": (
         "evaluators",
         "def evaluate(self, encoder, *, pictures=False): return Evaluation(metrics={'x': 'high'})",
@@ -343,6 +426,28 @@ def test_an_error_while_training(run: Run, tmp_path: Path, group: str, methods: 
     assert "NameError: name 'fail' is not defined" in err
     log = (tmp_path / "run" / "log.txt").read_text()
     assert err.strip() in log and "Traceback" in log and 'my_parts.py", line' in log
+
+
+@pytest.mark.parametrize("name", ["loss", "augmenter", "finish", "teacher: update", "evaluator", "dataset"])
+def test_a_part_that_calls_exit_has_failed(run: Run, name: str) -> None:
+    group, methods, wanted, start = FAILS[name]
+    code, err = run(group, methods.replace("fail", "raise SystemExit(0)"))
+    assert code == wanted and err.startswith(start.removesuffix("NameError: ")) and err.endswith(": SystemExit: 0\n") and WHOSE in err, err
+
+
+def test_exit_in_a_worker(run: Run) -> None:
+    code, err = run("augmenters", "def crop(self, sample, rng): raise SystemExit", **{"loader.workers": 1})
+    assert code == 1 and WHOSE in err and err.endswith(": SystemExit\n") and err.count("\n") == 1, err
+
+
+def test_exit_where_a_part_is_built(run: Run) -> None:
+    code, err = run("losses", "def __init__(self, spec): raise SystemExit(0)")
+    assert code == 2 and f"losses/part {PATH} failed when it was built: SystemExit: 0" in err, err
+
+
+def test_exit_from_a_hook_that_nobody_watches_over(run: Run) -> None:
+    code, err = run("losses", "def parameter_rules(self): raise SystemExit(0)")
+    assert code == 1 and err.endswith("my_parts.py:3 called sys.exit(0) in the midst of the run\n"), err
 
 
 def test_a_tower_that_fails_in_an_evaluation(run: Run) -> None:

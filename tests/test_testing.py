@@ -195,6 +195,16 @@ class GivesNumbers(Sound):
         return LossOutput(terms=super().forward(ctx).terms, metrics={"x": 1.0})  # type: ignore[dict-item]
 
 
+class ChangesItsInput(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        projected = ctx.student.image["global"].projected
+        assert projected is not None
+        projected.detach().clamp_(-1, 1)
+        return super().forward(ctx)
+
+
 class RulesForNothing(Sound):
     """``scale``: of the term."""
 
@@ -235,6 +245,13 @@ class WrongWidth(Plain):
 
     def outputs(self) -> Mapping[str, int]:
         return {"a": 5, "b": 6}
+
+
+class GivesIntegers(Plain):
+    """Rounds."""
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: x.long() for name, x in super().forward(features, views, outputs).items()}
 
 
 class ReadsAll(Plain):
@@ -397,6 +414,8 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         (testing.check_loss, DrawsFromNumpy, "two builds with one seed start losses.part.weight differently"),
         (testing.check_loss, StaysOnTheCpu, "losses.part.weight is not on the device that it is built on"),
         (testing.check_loss, DividesByZero, "part/ratio is not finite"),
+        (testing.check_loss, ChangesItsInput, "changed its input of shape [2, 6, 32] in place"),
+        (testing.check_head, GivesIntegers, "returned 'a' as torch.int64 on cpu, expected floats on cpu"),
         (testing.check_loss, ForgetsItsWeight, "no gradient reaches losses.part.weight"),
         (testing.check_loss, GivesNumbers, "returned 'x' as float, expected a scalar tensor"),
         (testing.check_loss, RulesForNothing, "the parameter rule 'wieght' matches none of its parameters: weight"),

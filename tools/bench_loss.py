@@ -71,7 +71,7 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(dist, name)
-        if name not in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        if name not in ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"):
             return function
 
         def counted(tensor: Tensor, *rest: Any, **options: Any) -> Any:

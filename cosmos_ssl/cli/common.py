@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError
+from cosmos_ssl.build_streams import steady_streams
+from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError, printable
 
 DEBUG = "--debug"
 
@@ -22,20 +23,25 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
     """Run a command. An error of ours becomes its message and its exit code; ``debug`` shows the traceback."""
     try:
         code = function()
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except CosmosError as error:
         if debug:
             raise
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return _said(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _said("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
         return EXIT_FAILED
+
+
+def _said(text: str, code: int) -> int:
+    """The exit code, which stands whether or not anyone is left to read why."""
+    with steady_streams():
+        print(printable(text), file=sys.stderr)
+    return code
 
 
 def _stdout_is_closed() -> bool:

@@ -24,6 +24,7 @@ from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES
 from cosmos_ssl.data.storage import cache_root, is_writable, lock, retrying, written_whole
 from cosmos_ssl.errors import DataError, did_you_mean
+from cosmos_ssl.functional_pulse import alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TEXT_EXTENSION = "txt"
@@ -158,6 +159,7 @@ def load_folder(
     cannot be written. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError
     where storage fails.
     """
+    progress = progress or alive
     began = time.time_ns()
     if not root.is_dir():
         raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")

@@ -187,7 +187,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
     def __getitem__(self, step: int) -> LoadedBatch | Failure:
         try:
             return self._build(step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a part that calls sys.exit has failed
             worker = get_worker_info()
             where = f"step {step:,}" if worker is None else f"loader worker {worker.id}, step {step:,}"
             return Failure.of(error, f"data: {where}, {self.viewer.at}")
@@ -289,6 +289,10 @@ def _checked(views: Any, offers: Mapping[str, ViewSpec], is_text: bool, whose: s
             shown += " with masks" * (isinstance(found, ImageCrops) and found.masks is not None)
         if not good:
             raise PluginError(f"{whose} gave '{name}' as {shown}, expected {wanted}")
+        if not is_text and not found.params.is_floating_point():
+            raise PluginError(f"{whose} gave params of '{name}' as {found.params.dtype}, expected float32")
+        if not is_text and found.masks is not None and found.masks.dtype != torch.bool:
+            raise PluginError(f"{whose} gave masks of '{name}' as {found.masks.dtype}, expected bool")
     return views
 
 
@@ -345,12 +349,30 @@ class _Collector:
         if tokenizer is None:
             raise PluginError("a text augmenter needs a tokenizer")
         groups = {name: [text for view in zip(*texts, strict=True) for text in view] for name, texts in self.text.items()}
-        tokens, lengths = tokenizer([text for texts in groups.values() for text in texts])
+        texts = [text for texts in groups.values() for text in texts]
+        tokens, lengths = _checked_tokens(tokenizer, len(texts), tokenizer(texts))
         counts = [len(texts) for texts in groups.values()]
         return {
             name: TextGroup(tokens=ids.reshape(-1, self.size, ids.shape[1]), lengths=length.reshape(-1, self.size))
             for name, ids, length in zip(groups, tokens.split(counts), lengths.split(counts), strict=True)
         }
+
+
+def _checked_tokens(tokenizer: Tokenizer, count: int, given: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and lengths of ``count`` texts. Raises PluginError."""
+    whose, most = f"tokenizer{_whose(tokenizer)}", tokenizer.context_length
+    wanted = f"expected ids int64 [{count}, at most {most}] and lengths int64 [{count}]"
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(x, Tensor) for x in given):
+        raise PluginError(f"{whose} gave {type(given).__name__}, {wanted}")
+    ids, lengths = given
+    integers = all(x.dtype in (torch.int64, torch.int32) and x.device.type == "cpu" for x in given)
+    if not integers or ids.dim() != 2 or len(ids) != count or not 1 <= ids.shape[1] <= most or lengths.shape != (count,):
+        shown = " and ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given)
+        raise PluginError(f"{whose} gave {shown}, {wanted}")
+    for what, values, low, high in (("ids", ids, 0, tokenizer.vocab_size - 1), ("lengths", lengths, 1, ids.shape[1])):
+        if count and not low <= int(values.min()) <= int(values.max()) <= high:
+            raise PluginError(f"{whose} gave {what} from {int(values.min())} to {int(values.max())}, expected {low} to {high}")
+    return ids, lengths
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
 from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, is_writable, local_path, lock, shard_name, stat, written_whole
 from cosmos_ssl.errors import DataError
+from cosmos_ssl.functional_pulse import alive
 
 _MAGIC = b"cosmos-manifest-1\n"
 
@@ -115,6 +116,7 @@ def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = N
     cannot be written. Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample
     at all, OSError where storage fails.
     """
+    progress = progress or alive
     names = expand(urls)
     stats = _stat_all(names)
     places = _places(names, cache_dir)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from cosmos_ssl.data.scan import pool
 from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, caption, draw, make_scene, sentences
 from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.functional_pulse import alive
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
 
@@ -103,8 +105,9 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
 def _written(folder: Path, options: SceneOptions) -> bool:
     note = {"version": _VERSION, **asdict(options)}
     if (folder / _NOTE).exists():
-        if json.loads((folder / _NOTE).read_text()) == note:
-            return True
+        with suppress(ValueError):  # damaged
+            if json.loads((folder / _NOTE).read_text()) == note:
+                return True
     elif not folder.is_dir() or not any(folder.iterdir()):
         return False
     raise DataError(f"scenes: {folder} holds something else. Give another folder, or delete it")
@@ -118,7 +121,10 @@ def _write_all(folder: Path, options: SceneOptions) -> None:
         for shard, first in enumerate(range(0, options.samples(split), options.shard_samples))
     ]
     with pool(len(jobs), processes=len(jobs) > 1) as executor:
-        counts = list(executor.map(_write_shard, *zip(*jobs, strict=True)))
+        counts = []
+        for count in executor.map(_write_shard, *zip(*jobs, strict=True)):
+            counts.append(count)
+            alive()
     sizes = {job[0].name: count for job, count in zip(jobs, counts, strict=True)}
     (folder / "sizes.json").write_text(json.dumps(sizes, indent=1))
     (folder / "classes.txt").write_text("\n".join(options.class_names) + "\n")

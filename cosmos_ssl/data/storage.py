@@ -9,12 +9,13 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from cosmos_ssl.errors import BadSample, DataError, UserError
+from cosmos_ssl.functional_pulse import alive
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""
@@ -96,12 +97,15 @@ def retrying(read: Callable[[], _T], what: str) -> _T:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock file, so that work is done once; where the file system has no locks it may be done twice."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     held = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire()
+        while not held.is_locked:
+            alive()  # whoever holds it is watched over itself
+            with suppress(Timeout):
+                held.acquire(timeout=5)
     except (OSError, NotImplementedError):  # no permission, a full disk; a Lustre without flock
         yield
         return
@@ -184,6 +188,7 @@ class Reader:
 
 def fetch(url: str, start: int, stop: int) -> bytes:
     """One request for bytes ``start`` to ``stop`` of a remote shard, retried."""
+    alive()
 
     def request() -> bytes:
         system, path = filesystem(url)

@@ -86,7 +86,7 @@ class Failure(NamedTuple):
     trace: str
 
     @classmethod
-    def of(cls, error: Exception, where: str) -> Failure:
+    def of(cls, error: Exception | SystemExit, where: str) -> Failure:
         """The error as the trainer should see it: storage and our own errors keep their kind, others name the culprit."""
         if isinstance(error, OSError) and not isinstance(error, CosmosError):
             handed: Exception = OSError(error.errno, f"{where}: {error.strerror or error}")

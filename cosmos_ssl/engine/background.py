@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
+from cosmos_ssl.config_files import set_aside
 from cosmos_ssl.engine.checkpoint import Snapshot, checkpoint_folders, checkpoint_step, save_checkpoint
-from cosmos_ssl.errors import StorageError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.seconds = 0.0
         """How long the last write took."""
-        self._fault = ""
+        self._fault: CosmosError | None = None
         self._writing: Future[None] | None = None
         self._step = -1
         self._owed, self._begun = False, time.monotonic()
@@ -46,11 +47,12 @@ class CheckpointWriter:
     def fault(self) -> bool:
         """Whether a write has failed that nobody was told of."""
         self._busy()
-        return bool(self._fault)
+        return self._fault is not None
 
-    def take_fault(self) -> str:
-        """What to tell of it."""
-        fault, self._fault = self._fault, ""
+    def take_fault(self) -> CosmosError:
+        """What to tell of it: StorageError, or TrainingError where what was to be written is not finite."""
+        assert self._fault is not None
+        fault, self._fault = self._fault, None
         return fault
 
     def has(self, step: int) -> bool:
@@ -65,16 +67,16 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, snapshot)
 
     def wait(self, step: int) -> None:
-        """Wait for what is being written. Raises StorageError unless the checkpoint of ``step`` is on the disk."""
+        """Wait for what is being written. Raises ``take_fault`` unless the checkpoint of ``step`` is on the disk."""
         self._collect()
         if self.sound != step:
-            raise StorageError(f"{self.run_dir}: {self.take_fault()}")
+            raise self.take_fault()
 
     def close(self) -> None:
         """Wait, and end the thread."""
         self._collect()
         self._thread.shutdown()
-        if self._fault:
+        if self._fault is not None:
             log.warning("%s", self.take_fault())
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -82,7 +84,8 @@ class CheckpointWriter:
         save_checkpoint(self.run_dir, snapshot)
         self.seconds = time.monotonic() - start
         self.sound = snapshot.step
-        self._prune()
+        if snapshot.settled:
+            self._prune()
 
     def _prune(self) -> None:
         steps = [checkpoint_step(path) or 0 for path in checkpoint_folders(self.run_dir)]
@@ -108,19 +111,21 @@ class CheckpointWriter:
         error = None if writing is None else writing.exception()
         if error is None:
             return
-        if not isinstance(error, OSError):
-            raise error
         last = "there is none yet" if self.sound is None else f"the last sound one is of step {self.sound:,}"
-        self._fault = f"the checkpoint of step {self._step:,} could not be written ({error}), {last}"
+        told = f"{self.run_dir}: the checkpoint of step {self._step:,}"
+        if isinstance(error, OSError):
+            self._fault = StorageError(f"{told} could not be written ({error}), {last}")
+        elif isinstance(error, TrainingError):
+            hint = "Too high a learning rate does this (optimizer.lr)"
+            self._fault = TrainingError(f"{told} was not written, since {error}; {last}. {hint}")
+        else:
+            raise error
 
 
 def _set_aside(run_dir: Path, newer_than: int) -> None:
     """Rename checkpoints that were passed over as damaged, so that they neither hide nor outlive sound ones; drop unfinished ones."""
     for path in checkpoint_folders(run_dir):
         if (checkpoint_step(path) or 0) > newer_than:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("%s was set aside as %s", path, aside.name)
+            log.warning("%s was set aside as %s", path, set_aside(path).name)
     for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,10 @@ class Snapshot:
     tensors: Mapping[str, Mapping[str, Tensor]]
     """By file: ``student``, ``teacher``, ``optimizer``."""
     state: Mapping[str, Any]
+    buffers: Collection[str] = ()
+    """Names of the tensors that may hold infinities, such as masks; none may hold NaN."""
+    settled: bool = True
+    """False where the last update was left out as not finite: older checkpoints stay beside this one."""
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,8 +68,11 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name.
 
-    Raises OSError, before it writes anything where the disk has no room.
+    Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not finite.
     """
+    unsound = _find_unsound(snapshot)
+    if unsound:
+        raise TrainingError(unsound)
     parent = run_dir / "checkpoints"
     parent.mkdir(exist_ok=True)
     final = parent / f"step_{snapshot.step:08d}"
@@ -89,6 +96,17 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _find_unsound(snapshot: Snapshot) -> str:
+    """The first tensor that is not finite, in words."""
+    for role, tensors in snapshot.tensors.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.numel():
+                ends = torch.stack(tensor.aminmax())  # NaN where any number is
+                if ends.isnan().any() or (ends.isinf().any() and name not in snapshot.buffers):
+                    return f"{name} of the {role} is not finite"
+    return ""
 
 
 def _check_room(folder: Path, snapshot: Snapshot) -> None:
@@ -169,7 +187,7 @@ def find_fault(path: Path) -> str | None:
                     return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be used: {error!r}"
     return None
 

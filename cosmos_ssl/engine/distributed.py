@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_ssl.config_ranks import started_ranks
-from cosmos_ssl.errors import CosmosError, StorageError, UserError, is_lost_rank
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
 from cosmos_ssl.functional_waits import waits
 
@@ -54,9 +55,15 @@ def joined_world(device: str) -> Iterator[None]:
 
 @contextmanager
 def named_losses() -> Iterator[None]:
-    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either."""
+    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either.
+
+    Raises StorageError for them, and TrainingError for what calls ``sys.exit``: it has not ended as a run does.
+    """
     try:
         yield
+    except SystemExit as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise TrainingError(f"{frame.filename}:{frame.lineno} called sys.exit({error.code}) in the midst of the run") from error
     except OSError as error:
         raise StorageError(f"storage failed: {error}") from error
     except Exception as error:

@@ -7,12 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from cosmos_ssl.config_files import set_aside
 
 log = logging.getLogger(__name__)
 
@@ -171,30 +172,44 @@ class Writers:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a crash cut off is left out."""
-    yield from (row for _, row in _lines(path))
+    """The rows of a metrics.jsonl; what a crash cut off, and what is no row, is left out."""
+    yield from (row for _, row in _lines(path) if row is not None)
 
 
 def metrics_at(path: Path, step: int) -> dict[str, float]:
     """All that the rows of a metrics.jsonl say of one step."""
     rows = (row for row in read_rows(path) if row["step"] == step)
-    return {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
+    return {name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)}
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Drop the rows after ``step``, and lines that a crash cut off."""
+    """Drop the rows after ``step``, and a line that a crash cut off. Where other lines are no rows, the file is kept aside."""
     if not path.exists():
         return
+    kept, damaged = [], 0
+    for line, row in _lines(path):
+        if row is not None and row["step"] <= step:
+            kept.append(line)
+        damaged += row is None and line.endswith(b"\n")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(line for line, row in _lines(path) if row["step"] <= step))
+    temporary.write_bytes(b"".join(kept))
+    if damaged:
+        log.warning("%s: %s lines are no rows and are left out; the file is kept as %s", path, f"{damaged:,}", set_aside(path).name)
     temporary.rename(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file, and the row that each is."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                with suppress(ValueError):
-                    yield line, json.loads(line)
+            yield line, _row(line) if line.endswith(b"\n") else None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

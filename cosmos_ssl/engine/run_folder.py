@@ -15,14 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import Config
+from cosmos_ssl.config_files import read_object, set_aside
 from cosmos_ssl.config_source import dump_yaml
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import UserError, printable
 from cosmos_ssl.identity import identity_differences
 
 log = logging.getLogger(__name__)
 
 _WATCHED = ("cosmos-ssl", "torch", "torchvision", "xformers", "timm", "transformers", "open_clip_torch", "lightly", "numpy", "pillow")
 _held: set[Path] = set()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that takes what it can: a full disk ends no run, and is no reason to print tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As a terminal may show it."""
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: what could not be written is lost."""
 
 
 class RunFolder:
@@ -81,7 +93,7 @@ class RunFolder:
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Copy everything that the project logs into log.txt."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("cosmos_ssl").addHandler(handler)
         try:
@@ -101,7 +113,8 @@ class RunFolder:
         if not self._identity.exists():
             write_whole(self._identity, json.dumps(mine, indent=1))
             return
-        theirs = json.loads(self._identity.read_text())
+        advice = "It tells whose run this is: bring it back from a copy, or delete it if the run is of this very config and data"
+        theirs = read_object(self._identity, {"config": dict, "data": dict}, advice)
         changed = identity_differences(theirs["config"], mine["config"]) if theirs["config"] != mine["config"] else []
         moved = [f"data, {fault}" for fault in differences(theirs["data"], mine["data"])]
         if not changed and moved and config.loader.changed_data == "accept":
@@ -120,7 +133,7 @@ class RunFolder:
         write_whole(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)
-        if path.exists() and (changed := differences(json.loads(path.read_text()), now)):
+        if path.exists() and (changed := differences(_older_versions(path, now), now)):
             log.warning("versions have changed since this run last started: %s", _listed(changed))
         write_whole(path, json.dumps(now, indent=1))
 
@@ -130,8 +143,8 @@ class RunFolder:
         """``step`` and final ``metrics`` of a finished run, or None."""
         if not self._result.exists():
             return None
-        found: dict[str, Any] = json.loads(self._result.read_text())
-        return found
+        advice = "It says that the run is finished: delete it, and the same command goes on from the newest checkpoint"
+        return read_object(self._result, {"step": int, "metrics": dict}, advice)
 
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
         """Mark the run as finished."""
@@ -147,6 +160,15 @@ def versions(parts: Mapping[str, str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | dict(parts)
+
+
+def _older_versions(path: Path, now: Mapping[str, str]) -> Mapping[str, Any]:
+    """What ``path`` tells; a damaged file is kept aside, since nothing but a notice depends on it."""
+    try:
+        return read_object(path, {}, "")
+    except UserError as error:
+        log.warning("%sThe run goes on, and the file is kept as %s", error, set_aside(path).name)
+        return now
 
 
 def write_whole(path: Path, text: str) -> None:

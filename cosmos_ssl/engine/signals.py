@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 from cosmos_ssl.errors import EXIT_INTERRUPTED, EXIT_SAVED, CosmosError
+
+log = logging.getLogger(__name__)
 
 _WATCHED = {
     signal.SIGTERM: ("SIGTERM", EXIT_SAVED),
     signal.SIGUSR2: ("SIGUSR2", EXIT_SAVED),
     signal.SIGINT: ("Ctrl-C", EXIT_INTERRUPTED),
 }
+
+
+AHEAD = "the step under way ends first, then all is saved"
+"""What a signal has to wait for."""
 
 
 class Interrupted(CosmosError):
@@ -41,6 +49,8 @@ class Signals:
         """``leaving`` is called with a signal that ends the process at once, and gives the exit code."""
         self.at_once = at_once
         self._leaving = leaving
+        self.ahead = AHEAD
+        """What has to end before this process can leave, for the line that is printed when a signal comes."""
         self.received: int | None = None
         """The signal that has come to this process."""
         self.agreed: int | None = None
@@ -86,15 +96,24 @@ class Signals:
     def _take(self, number: int) -> None:
         cause, code = _WATCHED[signal.Signals(number)]
         if self.at_once or (self.received is not None and number == signal.SIGINT):
-            if sys.stderr.isatty():
-                os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+            if sys.stderr is not None and sys.stderr.isatty():
+                _say("\x1b[?25h")  # a progress bar hides the cursor
             if self.at_once:
-                os.write(2, f"\n{cause}: nothing to save yet\n".encode())
+                _say(f"\n{cause}: nothing to save yet\n")
             os._exit(code if self._leaving is None else self._leaving(number))
         if self.received is None:
             self.received = number
             again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{cause}: saving{again}\n".encode())
+            text = f"{cause}: {self.ahead}{again}"
+            _say(f"\n{text}\n")
+            # in a thread, since the log may wait: for storage that is lost, or for what the main thread is in the midst of
+            threading.Thread(target=log.info, args=(text,), kwargs={"extra": {"file_only": True}}, daemon=True).start()
+
+
+def _say(text: str) -> None:
+    """Past the stream, which the main thread may be holding; nobody may be left to read it."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -83,6 +83,7 @@ class RunState:
         tensors = {"student": self.model.state_dict(), "optimizer": self.optimizer.tensors() | own}
         if self.teacher_model is not None:
             tensors["teacher"] = self.teacher_model.state_dict()
+        buffers = {name for model in (self.model, self.teacher_model) if model is not None for name, _ in model.named_buffers()}
         state = {
             "step": self.step,
             **about,
@@ -90,7 +91,13 @@ class RunState:
             "counters": asdict(self.counters),
             "bad_samples": self.budget.state_dict(),
         }
-        return Snapshot(step=self.step, tensors={name: to_host(each) for name, each in tensors.items()}, state=state)
+        return Snapshot(
+            step=self.step,
+            tensors={name: to_host(each) for name, each in tensors.items()},
+            state=state,
+            buffers=buffers | own.keys(),
+            settled=not self.counters.nonfinite_in_a_row,
+        )
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Become what ``snapshot`` saw, from a checkpoint folder; the folder's state. Raises CheckpointError."""

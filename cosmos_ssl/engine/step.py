@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -28,7 +28,8 @@ from cosmos_ssl.api import (
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
-from cosmos_ssl.models.contract import blaming, checked_pixels, describe
+from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
+from cosmos_ssl.models.model import Model
 from cosmos_ssl.types import map_tensors
 
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -72,6 +73,8 @@ class Step:
     def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
         """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
         self.model.zero_grad(set_to_none=True)
+        for model in (self.model, *([self.teacher.model] if self.teacher.present else [])):
+            cast(Model, model).strict = not self._reached  # at the first step alone
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._seed(progress, 0)
         views = self.finish(views)
@@ -99,7 +102,7 @@ class Step:
         if augmenter is None:
             return views
         crops = {name: group for name, group in views.image.items() if not group.pixels.is_floating_point()}
-        with blaming(augmenter, "augmenters.image"):
+        with blaming(augmenter, "augmenters.image"), nullcontext() if self._reached else untouched(crops):
             finished = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.items()}
         return replace(views, image={**views.image, **finished})
 
@@ -129,9 +132,8 @@ class Step:
         total = torch.stack(
             [weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device)) for name, output in outputs.items()]
         ).sum()
-        if torch.is_grad_enabled() and not total.requires_grad:
-            named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in outputs)
-            raise PluginError(f"{named} returned terms without a gradient, expected terms computed from the student's features")
+        if torch.is_grad_enabled() and not (self._reached and total.requires_grad):
+            self._check_trained(outputs)
         return StepResult(loss=total, logs=_logs(total, outputs), moments=_moments(student))
 
     @torch.no_grad()
@@ -157,6 +159,14 @@ class Step:
         """Undo what the last step moved in buffers (for a step that is skipped)."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
+
+    def _check_trained(self, outputs: Mapping[str, LossOutput]) -> None:
+        """Raise PluginError for losses that nothing can be trained by, unless they are zero: then they may be off."""
+        silent = {n: o for n, o in outputs.items() if not any(term.requires_grad for term in o.terms.values())}
+        wrong = [n for n, o in silent.items() if len(silent) == len(outputs) or any(term != 0 for term in o.terms.values())]
+        if wrong:
+            named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in wrong)
+            raise PluginError(f"{named} returned terms without a gradient, expected terms computed from the student's features")
 
     def _check_reached(self) -> None:
         """Raise PluginError, at the first step, for trained parameters without a gradient: data parallelism would wait for it."""

@@ -25,7 +25,7 @@ from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_me
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
-from cosmos_ssl.engine.signals import Interrupted, Signals
+from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step, StepResult, spread
 from cosmos_ssl.engine.trace import traced
@@ -194,6 +194,7 @@ class Trainer:
         left = self.total_steps - self.state.step
         batches = traced(self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused)
         with closing(batches):  # whatever ends the loop, workers do not outlive it
+            began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
                 self.watchdog.alive()
@@ -203,10 +204,12 @@ class Trainer:
                 self.state.step += 1
                 self._count(batch)
                 self.between_steps = True
+                self.signals.ahead = f"{AHEAD} (a step takes about {time.monotonic() - began:.0f} s)"
                 self._log(numbers)
                 self._checkpoint()
                 self._evaluate()
                 self.signals.check_agreed()
+                began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
@@ -300,11 +303,16 @@ class Trainer:
         self.watch.logged(step, row, seconds_a_step)
 
     def _checkpoint(self) -> None:
-        """Start writing a checkpoint where one is due; all ranks hear of one that failed. Raises StorageError where that ends the run."""
+        """Start writing a checkpoint where one is due; all ranks hear of one that failed.
+
+        Raises TrainingError for one that was not finite, StorageError where it could not be written and that ends the run.
+        """
         if self.unsaved:
             fault = self.world.from_first(lambda: self.checkpoints.take_fault())
+            if isinstance(fault, TrainingError):
+                raise fault
             if self.config.checkpoints.on_failure == "stop":
-                raise StorageError(f"{self.folder.path}: {fault} (checkpoints.on_failure: stop)")
+                raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
         if self.world.first and self.checkpoints.due(self.state.step):
             self._save()
@@ -336,12 +344,14 @@ class Trainer:
         for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
             if name in self.evaluated:
                 continue
-            start = time.monotonic()
+            start, ahead = time.monotonic(), self.signals.ahead
+            self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused():
                 found = evaluate(name, self.assembly, self._alive, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
+            self.signals.ahead = ahead
             log.info("%s after step %s (%.1f s): %s", name, f"{step:,}", time.monotonic() - start, summary(found))
         self.evaluated = set()
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from cosmos_ssl.errors import printable
 from cosmos_ssl.functional_waits import waits
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,10 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self.console = console
+        self.addFilter(lambda record: not getattr(record, "file_only", False))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "file_only", False):
-            return
-        text = self.format(record)
+        text = printable(self.format(record))  # keys of samples and names of shards are others' words
         line = text if record.levelno < logging.WARNING else f"warning: {text}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -82,7 +82,7 @@ class Watch:
             self._delay = float("inf")
         old = self._seconds_a_step
         self._seconds_a_step = seconds_a_step if old is None else 0.7 * old + 0.3 * seconds_a_step
-        text = describe(row, (self.total_steps - step) * self._seconds_a_step)
+        text = printable(describe(row, (self.total_steps - step) * self._seconds_a_step))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, description=text)
         else:
@@ -100,12 +100,12 @@ class Watch:
         if not rows:
             return
         roles = [role for role in ("student", "teacher") if any(role in row for row in rows.values())]
-        table = Table(title=title, title_justify="left")
+        table = Table(title=printable(title), title_justify="left")
         table.add_column("metric")
         for role in roles:
             table.add_column(role, justify="right")
         for name, row in rows.items():
-            table.add_row(name, *(f"{row[role]:.4g}" if role in row else "" for role in roles))
+            table.add_row(printable(name), *(f"{row[role]:.4g}" if role in row else "" for role in roles))
         self.console.print(table)
 
 

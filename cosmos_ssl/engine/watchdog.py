@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from cosmos_ssl.errors import EXIT_LOST
+from cosmos_ssl.errors import EXIT_LOST, printable
 
 
 class Watchdog:
@@ -58,7 +58,7 @@ class Watchdog:
                 self._end(seconds)
 
     def _end(self, seconds: float) -> None:
-        text = f"nothing has happened for {seconds / 60:g} min (training.timeout_minutes): {self.describe()}"
+        text = printable(f"nothing has happened for {seconds / 60:g} min (training.timeout_minutes): {self.describe()}")
         try:
             with self.stacks.open("a", encoding="utf-8") as file:
                 print(f"{text}\nstacks of all threads:", file=file, flush=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_ssl import registry
@@ -28,6 +30,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.errors import CosmosError, is_lost_rank
+from cosmos_ssl.types import map_tensors
 
 
 def is_built_in(part: object, group: str, name: str) -> bool:
@@ -41,15 +44,19 @@ class Fault(Exception):
 
 @contextmanager
 def blaming(part: Part, place: str) -> Iterator[None]:
-    """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback."""
+    """Say whose part failed where it is another package's; what fails in our own is our fault, and keeps its traceback.
+
+    No part may end the process: whose calls ``sys.exit`` has failed.
+    """
     try:
         yield
     except Fault as error:
         raise PluginError(f"{describe(part, place)} {error}") from None
     except (CosmosError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        if not part.part_source or is_lost_rank(error):
+    except (Exception, SystemExit) as error:
+        ours = not part.part_source and not isinstance(error, SystemExit)
+        if ours or is_lost_rank(error):
             raise
         reason = str(error).strip().splitlines() or ["no message"]
         raise PluginError(f"{describe(part, place)} failed: {type(error).__name__}: {reason[0]}") from error
@@ -86,6 +93,14 @@ def checked_widths(outputs: object) -> dict[str, int]:
     return dict(outputs)
 
 
+def checked_sizes(sizes: object) -> NDArray[np.int64]:
+    """The samples of each shard of a data set. Raises Fault."""
+    good = isinstance(sizes, np.ndarray) and sizes.ndim == 1 and np.issubdtype(sizes.dtype, np.integer) and bool((sizes >= 0).all())
+    if not good:
+        raise Fault(f"gives the shard_sizes {sizes!r}, expected an array of counts, int64 [shards]")
+    return cast(NDArray[np.int64], sizes)
+
+
 def checked_needs(needs: object) -> Sequence[Need]:
     """What a part requires. Raises Fault."""
     if not isinstance(needs, Collection) or not all(isinstance(need, Need) for need in needs):
@@ -103,13 +118,14 @@ def checked_pixels(group: ImageGroup, given: Any) -> ImageGroup:
     if not given.pixels.is_floating_point() or given.shape != group.shape:
         wanted = [*group.pixels.shape[:3], "H", "W"]
         raise Fault(f"finish returned {given.pixels.dtype} pixels {_shape(given.pixels)}, expected floats [{', '.join(map(str, wanted))}]")
+    _check_floats("pixels from finish", given.pixels, group.pixels.device)
     return given
 
 
 def checked_features(
-    tower: Tower, plan: Mapping[str, GroupPlan], samples: int, embed_dim: int | None, given: object
+    tower: Tower, plan: Mapping[str, GroupPlan], samples: int, embed_dim: int | None, device: torch.device, given: object
 ) -> dict[str, GroupFeatures]:
-    """What a tower computed, as the plan wants it. Raises Fault."""
+    """What a tower computed, as the plan wants it: floats on ``device``. Raises Fault."""
     if not isinstance(given, Mapping):
         raise Fault(f"returned {type(given).__name__}, expected a mapping of view groups to GroupFeatures")
     for name, wanted in plan.items():
@@ -128,11 +144,14 @@ def checked_features(
             _check(name, "tokens", found.tokens, [len(wanted.tokens), samples, None, width])
         if wanted.masked_tokens:
             _check(name, "masked_tokens", found.masked_tokens, [None, width])
+        for kind in ("pooled", "projected", "tokens", "masked_tokens"):
+            if getattr(found, kind) is not None:
+                _check_floats(f"{kind} of '{name}'", getattr(found, kind), device)
     return dict(given)
 
 
-def checked_outputs(head: Head, wanted: Sequence[str], samples: int, given: object) -> HeadOutput:
-    """What a head computed. Raises Fault."""
+def checked_outputs(head: Head, wanted: Sequence[str], samples: int, device: torch.device, given: object) -> HeadOutput:
+    """What a head computed: floats on ``device``. Raises Fault."""
     if not isinstance(given, Mapping):
         raise Fault(f"returned {type(given).__name__}, expected a mapping of outputs")
     widths = head.outputs()
@@ -143,11 +162,12 @@ def checked_outputs(head: Head, wanted: Sequence[str], samples: int, given: obje
         good = isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
         if not good or (value.dim() == 3 and value.shape[1] != samples):
             raise Fault(f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], or [M, {width}] for masked patches")
+        _check_floats(f"'{name}'", value, device)
     return given
 
 
-def checked_loss(output: object) -> LossOutput:
-    """What a loss computed. Raises Fault."""
+def checked_loss(output: object, device: torch.device) -> LossOutput:
+    """What a loss computed: terms are floats on ``device``, metrics real numbers anywhere. Raises Fault."""
     if not isinstance(output, LossOutput):
         raise Fault(f"returned {type(output).__name__}, expected LossOutput(terms={{name: scalar tensor}})")
     for term, value in (*output.terms.items(), *output.metrics.items()):
@@ -155,6 +175,10 @@ def checked_loss(output: object) -> LossOutput:
             raise Fault(f"returned a term named {term!r}, expected a name")
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise Fault(f"returned '{term}' {_shape(value)}, expected a scalar tensor")
+        if term in output.terms:
+            _check_floats(f"'{term}'", value, device)
+        elif value.is_complex():
+            raise Fault(f"returned '{term}' as {value.dtype}, expected a real number")
     if not output.terms:
         raise Fault("returned no terms")
     return output
@@ -174,11 +198,33 @@ def checked_evaluation(found: object) -> Evaluation:
     for name, value in found.metrics.items():
         if not isinstance(name, str) or not _is_number(value):
             raise Fault(f"returned {name!r}: {value!r} among its metrics, expected names and numbers")
+    for name, picture in found.pictures.items():
+        good = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.dim() == 3 and len(picture) == 3
+        if not good:
+            kind = f"{picture.dtype} " if isinstance(picture, Tensor) else ""
+            raise Fault(f"returned the picture {name!r} {kind}{_shape(picture)}, expected uint8 [3, H, W]")
     return found
 
 
+@contextmanager
+def untouched(*given: object) -> Iterator[None]:
+    """Raises Fault where a tensor inside ``given`` was changed in place meanwhile: others read it too."""
+    seen: list[tuple[Tensor, int]] = []
+    map_tensors(given, lambda tensor: seen.append((tensor, tensor._version)) or tensor)  # type: ignore[func-returns-value]
+    yield
+    changed = next((tensor for tensor, version in seen if tensor._version != version), None)
+    if changed is not None:
+        raise Fault(f"changed its input of shape {list(changed.shape)} in place, expected a tensor of its own (clone it first)")
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+
+
+def _check_floats(what: str, value: Tensor, device: torch.device) -> None:
+    """Hold a tensor to real numbers that can be trained on, where the step takes place."""
+    if not value.is_floating_point() or value.device != device:
+        raise Fault(f"returned {what} as {value.dtype} on {value.device}, expected floats on {device}")
 
 
 def _check(group: str, kind: str, value: object, shape: Sequence[int | None]) -> None:

@@ -262,7 +262,8 @@ class ModelEncoder:
     def _encoded(self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int) -> GroupFeatures:
         tower = self._tower(modality)
         with blaming(tower, f"model.{modality}"):
-            return checked_features(tower, {_GROUP: plan}, samples, self.spec.embed_dim, tower({_GROUP: group}, {_GROUP: plan}))[_GROUP]
+            found = tower({_GROUP: group}, {_GROUP: plan})
+            return checked_features(tower, {_GROUP: plan}, samples, self.spec.embed_dim, self.device, found)[_GROUP]
 
 
 def _projected(features: GroupFeatures, normalize: bool) -> Tensor:

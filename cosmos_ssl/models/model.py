@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -20,7 +21,7 @@ from cosmos_ssl.api import (
     Tower,
     Views,
 )
-from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, checked_outputs, describe, is_built_in
+from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, checked_outputs, describe, is_built_in, untouched
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
@@ -36,6 +37,8 @@ class Model(nn.Module):
         """``embed_dim``: the shared width, which towers are held to where it is known."""
         super().__init__()
         self.embed_dim = embed_dim
+        self.strict = False
+        """Whether parts are watched for what they change in place, too, which takes time."""
         self.image = towers.get("image")
         self.text = towers.get("text")
         self.heads = nn.ModuleDict(heads)
@@ -72,24 +75,29 @@ class Model(nn.Module):
         towers: dict[Modality, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
         for modality, tower in self.towers.items():
             if plan.of(modality):
-                with blaming(tower, f"model.{modality}"):
-                    found = tower(views.image if modality == "image" else views.text, plan.of(modality))
-                    towers[modality] = checked_features(tower, plan.of(modality), len(views), self.embed_dim, found)
+                given = views.image if modality == "image" else views.text
+                with blaming(tower, f"model.{modality}"), self._watched(given):
+                    found = tower(given, plan.of(modality))
+                    towers[modality] = checked_features(tower, plan.of(modality), len(views), self.embed_dim, views.device, found)
         heads: dict[str, HeadOutput] = {}
         features = Features(image=towers["image"], text=towers["text"], heads=heads)
         for name, outputs in plan.heads.items():
             head = self.head(name)
-            with blaming(head, f"heads.{name}"):
-                heads[name] = checked_outputs(head, outputs, len(views), head(features, views, outputs))
+            with blaming(head, f"heads.{name}"), self._watched(features, views):
+                heads[name] = checked_outputs(head, outputs, len(views), views.device, head(features, views, outputs))
         return features
 
     def compute_losses(self, context: StepContext) -> dict[str, LossOutput]:
         """Phase two: every loss once."""
         outputs = {}
         for name in self.losses:
-            with blaming(self.loss(name), f"losses.{name}"):
-                outputs[name] = checked_loss(self.loss(name)(context))
+            given = (context.views, context.student, context.teacher, context.gathered)
+            with blaming(self.loss(name), f"losses.{name}"), self._watched(*given):
+                outputs[name] = checked_loss(self.loss(name)(context), context.views.device)
         return outputs
+
+    def _watched(self, *given: object) -> AbstractContextManager[None]:
+        return untouched(*given) if self.strict else nullcontext()
 
     def respond(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
         """Call a head on behalf of a loss."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.cli.common import DEBUG, execute, parse
 
 _EPILOG = (
@@ -14,6 +16,7 @@ _EPILOG = (
     "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 a rank, node or storage lost, "
     "75 saved on a signal, 130 Ctrl-C, saved."
 )
+_DRY_RUN = "--dry-run"
 _COMMANDS = {"status": "say where a run stands", "resume": "go on with a run that stands still", "cancel": "end the job of a run"}
 
 
@@ -21,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, or run a command on a run folder; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     run = _on_run if arguments[:1] and arguments[0] in _COMMANDS else _train
-    return execute(lambda: run(arguments), debug=DEBUG in arguments)
+    with nullcontext() if _DRY_RUN in arguments else steady_streams():  # a run goes on when its reader has gone (``| head``)
+        return execute(lambda: run(arguments), debug=DEBUG in arguments)
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -39,7 +43,7 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="X.yaml",
         help="a file, or the name of a config that comes with cosmos-ssl; several are queued as a job array",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check and print config and batch script, but neither train nor queue")
+    parser.add_argument(_DRY_RUN, action="store_true", help="check and print config and batch script, but neither train nor queue")
     _add_place(parser)
     return parser
 

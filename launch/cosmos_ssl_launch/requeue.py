@@ -38,7 +38,7 @@ def note_start(run: Path) -> list[str]:
 def starts(run: Path) -> list[str]:
     """The newest checkpoint at each start."""
     path = run / STARTS
-    return path.read_text(encoding="utf-8").split() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").split() if path.exists() else []
 
 
 def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cosmos_ssl.config_files import read_object
 from cosmos_ssl.config_source import dump_yaml
-from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 from cosmos_ssl_launch.launch import check_not_queued, launch
 from cosmos_ssl_launch.requeue import NONE, newest_checkpoint, starts
 from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, job_state
@@ -29,10 +30,11 @@ def status(run: Path) -> int:
     newest = newest_checkpoint(run)
     lines.append(f"{'checkpoint':<12}{newest if newest == NONE else run / 'checkpoints' / newest}")
     if row := _last_row(run / "metrics.jsonl"):
-        lines.append(f"{'step':<12}{row['step']:,}" + (f", loss {row['loss']:.4g}" if row.get("loss") is not None else ""))
+        lines.append(f"{'step':<12}{row['step']:,}" + (f", loss {row['loss']:.4g}" if isinstance(row.get("loss"), float) else ""))
     finished = run / "result.json"
-    lines.append(f"{'finished':<12}{'yes, at step {:,}'.format(json.loads(finished.read_text())['step']) if finished.exists() else 'no'}")
-    print("\n".join(lines))
+    result = read_object(finished, {"step": int}, "It says whether the run is finished") if finished.exists() else None
+    lines.append(f"{'finished':<12}{'no' if result is None else 'yes, at step {:,}'.format(result['step'])}")
+    print(printable("\n".join(lines)))
     return EXIT_DONE
 
 
@@ -87,8 +89,9 @@ def _last_row(path: Path) -> dict[str, Any]:
         lines = file.read().decode(errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:  # cut off, or being written
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # cut off, or being written
             continue
-        return row
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            return row
     return {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import LoadedConfig
+from cosmos_ssl.config_files import read_object
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, UserError
 from cosmos_ssl_launch.job import Job, log_file
@@ -54,7 +55,8 @@ class Submission:
         path = run / SUBMISSION
         if not path.exists():
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        advice = "It tells the run's job: see that none is queued (squeue), and delete it"
+        found = read_object(path, {"job": str, "folder": str, "profile": dict}, advice)
         return cls(found["job"], Path(found["folder"]), found["profile"])
 
     def record(self, run: Path) -> None:

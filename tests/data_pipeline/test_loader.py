@@ -220,6 +220,8 @@ def test_views_of_changing_shape_are_refused(shards: Make, views: dict[str, Any]
             {"pixels": (1, 3, 8, 8)},
             "gave 'global' as torch.uint8 [1, 3, 8, 8] with masks, expected ImageCrops of uint8 [2, 3, 8, 8]",
         ),
+        ("image", {"params": torch.int64}, "gave params of 'global' as torch.int64, expected float32"),
+        ("image", {"masks": torch.uint8}, "gave masks of 'global' as torch.uint8, expected bool"),
         ("text", {"local": ["one", "two"]}, "gave 'local' as ['one', 'two'], expected 1 strings"),
         ("text", {"local": [None]}, "gave 'local' as [None], expected 1 strings"),
     ],
@@ -239,6 +241,8 @@ def test_views_that_are_not_on_offer_are_refused(
                 pixels=torch.zeros(shape, dtype=torch.uint8), params=torch.zeros(shape[0], 3), masks=torch.zeros(shape[0], 4) > 0
             )
             return {"global": crops}
+        if changes.keys() <= {"params", "masks"}:
+            return {"global": replace(found["global"], **{name: getattr(found["global"], name).to(to) for name, to in changes.items()})}
         return {**found, **changes}
 
     augmenter.crop = changed

@@ -129,6 +129,9 @@ def test_other_content_is_never_overwritten(tmp_path: Path) -> None:
     write_scenes(tmp_path / "scenes", SMALL)
     with pytest.raises(DataError, match="holds something else"):
         write_scenes(tmp_path / "scenes", SceneOptions(train_samples=10))
+    (tmp_path / "scenes" / "scenes.json").write_text("{")  # damaged
+    with pytest.raises(DataError, match="holds something else"):
+        write_scenes(tmp_path / "scenes", SMALL)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(DataError, match="holds something else"):

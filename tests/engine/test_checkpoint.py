@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -24,7 +25,7 @@ from cosmos_ssl.engine.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from cosmos_ssl.errors import CheckpointError, StorageError
+from cosmos_ssl.errors import CheckpointError, StorageError, TrainingError
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -119,6 +120,31 @@ def test_old_ones_go_and_epoch_ones_stay(tmp_path):
     assert steps(tmp_path) == [10, 20, 30, 31]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_not_written(tmp_path, dtype):
+    mask = torch.full((2, 2), -torch.inf, dtype=dtype)
+    good = Snapshot(step=1, tensors={"student": TENSORS, "teacher": {"mask": mask}}, state={}, buffers={"mask"})
+    save_checkpoint(tmp_path, good)
+    for name, number, buffers in (("mask", -torch.inf, ()), ("mask", torch.nan, {"mask"}), ("weight", torch.inf, {"mask"})):
+        bad = torch.ones(3, 4, dtype=dtype)
+        bad[1, 2] = number
+        wrong = Snapshot(step=2, tensors={"student": TENSORS, "teacher": {name: bad}}, state={}, buffers=buffers)
+        with pytest.raises(TrainingError, match=f"^{name} of the teacher is not finite$"):
+            save_checkpoint(tmp_path, wrong)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_one_after_a_skipped_update_displaces_none(tmp_path):
+    background = writer(tmp_path, keep_last=1)
+    for one in (snapshot(1), replace(snapshot(2), settled=False), replace(snapshot(3), settled=False)):
+        background.write(one)
+    background.wait(3)
+    assert steps(tmp_path) == [1, 2, 3]
+    background.write(snapshot(4))
+    background.close()
+    assert steps(tmp_path) == [4]
+
+
 def test_a_full_disk_is_survived_and_the_old_one_stays(tmp_path, monkeypatch, caplog):
     background = writer(tmp_path, keep_last=1)
     background.write(snapshot(1))
@@ -152,7 +178,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
         time.sleep(0.01)
     assert names(tmp_path) == []
     assert re.search(
-        r"checkpoint of step 1 could not be written \(.*MiB needed, .* MiB free.*\), there is none yet", background.take_fault()
+        r"checkpoint of step 1 could not be written \(.*MiB needed, .* MiB free.*\), there is none yet", str(background.take_fault())
     )
     assert not background.fault
     background.close()

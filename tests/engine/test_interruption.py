@@ -107,6 +107,7 @@ def test_a_signal_is_seen_during_evaluation(start_tiny, wait_for_step, tmp_path)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
+    assert "SIGTERM: the evaluation ends after the batch under way, then all is saved\n" in said
     assert checkpoint_folders(tmp_path)[-1].name == "step_00000005"
 
 
@@ -130,7 +131,8 @@ def test_a_second_ctrl_c_leaves_at_once(start_tiny, wait_for_step, tmp_path):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "Ctrl-C: saving; Ctrl-C again leaves at once" in said
+    told = "Ctrl-C: the step under way ends first, then all is saved (a step takes about 0 s); Ctrl-C again leaves at once"
+    assert told in said and told in (tmp_path / "log.txt").read_text()
     assert not checkpoint_folders(tmp_path)
 
 

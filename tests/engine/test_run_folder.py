@@ -1,8 +1,14 @@
 """A run's folder: whose it is, and that one job alone holds it."""
 
-import pytest
+import io
+import logging
 
+import pytest
+from rich.console import Console
+
+from cosmos_ssl.cli.common import execute
 from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.engine.watch import Watch, lines
 from cosmos_ssl.errors import UserError
 
 
@@ -56,3 +62,19 @@ def test_changed_versions_are_told(tiny, tmp_path, caplog):
     assert not caplog.text
     folder.record(tiny.make_config(), {"losses.match": "match (mine 1.1)"})
     assert "losses.match: match (mine 1.0) -> match (mine 1.1)" in caplog.text
+
+
+def test_names_do_not_act_on_a_terminal(tmp_path, capsys):
+    """What comes from data and others' parts is shown, on the console, in the log and as the error that ends a run."""
+    name = "a\x1b[2J\r\u202eb"
+    shown = io.StringIO()
+    with lines(Console(file=shown, width=300)), RunFolder(tmp_path).logged():
+        logging.getLogger("cosmos_ssl.engine").warning("sample %s", name)
+        Watch(Console(file=shown, width=300), 1, 1).table(name, {f"{name}/student/x": 1.0})
+
+    def fail():
+        raise UserError(f"shard {name}")
+
+    assert execute(fail) == 2
+    said = (shown.getvalue(), (tmp_path / "log.txt").read_text(), capsys.readouterr().err)
+    assert all("a\\x1b[2J\\r\\u202eb" in text and "\x1b" not in text and "\r" not in text for text in said)

@@ -224,9 +224,27 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch, policy):
     assert rows(tmp_path / "full") == rows(tmp_path / "whole")
     said = (tmp_path / "full/log.txt").read_text()
     if policy == "continue":
-        assert re.search(r"WARNING the checkpoint of step 3 could not be written \(\[Errno 28\].*there is none yet; training goes on", said)
+        assert re.search(r"WARNING .*: the checkpoint of step 3 could not be written \(\[Errno 28\].*there is none yet; train", said)
     else:
         assert re.search(r"the run ended: .*checkpoint of step [45] could not be written \(\[Errno 28\]", said)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_an_update_that_is_not_finite_makes_no_checkpoint(tiny, tmp_path, monkeypatch, number):
+    """Loss and gradient are finite, what the update makes of them is not: the run ends at the next checkpoint, and the older one stays."""
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.calls == 5:
+            self.scale.fill_(float(number))
+
+    monkeypatch.setattr(tiny.Match, "after_step", after_step)
+    config = tiny.make_config(checkpoints={"keep_last": 1})
+    words = "step 6 was not written, since losses.match.scale of the student is not finite; the last sound one is of step 3"
+    with pytest.raises(TrainingError, match=words):
+        tiny.make_trainer(tmp_path, config).train()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000003"]
+    assert not (tmp_path / "result.json").exists() and words in (tmp_path / "log.txt").read_text()
 
 
 def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):

@@ -191,3 +191,20 @@ def test_status_and_resume_of_a_local_run(launch: Launch, trained: list[LoadedCo
     config = trained[0].config
     assert (config.training.seed, config.training.max_nonfinite_steps, config.folder) == (5, 7, Path("elsewhere"))
     assert main(["cancel", "elsewhere"]) == 2 and "has no job that waits or runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"job": 3}', "[" * 100_000, '{"step": true, "metrics": {}}'])
+def test_commands_on_a_run_that_is_damaged(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    """One sentence, and what to do; rows that are none are passed over, whatever else they hold."""
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "config.yaml").write_text("extends: methods/clip")
+    (run / "metrics.jsonl").write_text(f"{text}\n")
+    assert main(["status", str(run)]) == 0
+    for name, advice in (("result.json", "the run is finished"), ("slurm/submission.json", "delete it")):
+        (run / name).write_text(text)
+        for command in ["status"] if name == "result.json" else ["status", "cancel", "resume"]:
+            capsys.readouterr()
+            assert main([command, str(run)]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"{run}/{name} ") and advice in err and err.count("\n") == 1
