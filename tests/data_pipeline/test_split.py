@@ -204,7 +204,7 @@ def test_stats_count_what_the_tower_would_cut(shards: Make, tmp_path: Path, caps
 
     def change(number: int, members: dict[str, bytes]) -> None:
         captions = ["a cat", long] if number % 4 == 0 else ["a cat", "a dog"]
-        members["json"] = json.dumps({"raw_caption": captions}).encode()
+        members["json"] = json.dumps({"raw_caption": captions, "url": "http://host/x", "about": "pictures/1.png", "width": 24}).encode()
         if number == 7:
             members["png"] = b"no picture"
 
@@ -220,6 +220,8 @@ def test_stats_count_what_the_tower_would_cut(shards: Make, tmp_path: Path, caps
     assert main(["data", "stats", pattern, "--samples", "5", "--json", str(tmp_path / "s.json")]) == EXIT_DONE
     said = capsys.readouterr().out
     assert "20 samples" in said and "looked at 5" in said and "raw_caption: tokens a sentence" in said
-    assert json.loads((tmp_path / "s.json").read_text())["looked_at"] == 5
+    assert "captions are taken from: txt, raw_caption; not from (bookkeeping, addresses, hashes): url, about\n" in said
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["looked_at"] == 5 and written["left_out"] == {"url": 5, "about": 5}
     assert main(["data", "split", pattern, "--share", "0.4", "--output", str(tmp_path / "out")]) == EXIT_DONE
     assert "val-*.tar" in capsys.readouterr().out
