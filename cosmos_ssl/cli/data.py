@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
     index = commands.add_parser("index", help="scan shards or a folder once, so that runs start at once")
     index.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
     index.add_argument("--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the data, or the user's cache folder)")
+    index.add_argument("--hash", action="store_true", help="hash every byte, not some of each file: no change goes unseen from then on")
     add_json(index)
     index.set_defaults(run=_index)
 
@@ -58,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data import Shards
     from cosmos_ssl.data.folder import picture_folder
     from cosmos_ssl.data.manifest import load_manifest, notices
 
@@ -65,16 +67,22 @@ def _index(arguments: argparse.Namespace) -> int:
     if folder is not None:
         return _index_folder(folder, arguments)
     with storage(), progress("shards indexed") as told:
-        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=told)
+        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, full_hash=arguments.hash, progress=told)
     size = sum(shard.size for shard in manifest.shards)
     print(f"{len(manifest.shards):,} shards, {len(manifest):,} samples, {size:,} bytes")
     print(f"manifest: {manifest.path or 'kept nowhere: no folder can be written'}")
+    _tell_hash(Shards(arguments.urls, manifest=manifest).identity())
     for line in notices(manifest):
         print(line)
     if arguments.json:
         shards = [{"name": s.name, "samples": s.samples, "bytes": s.size} for s in manifest.shards]
         write_json(arguments.json, {"shards": len(shards), "samples": len(manifest), "bytes": size, "by_shard": shards})
     return EXIT_DONE
+
+
+def _tell_hash(identity: Mapping[str, Any]) -> None:
+    if "full_hash" in identity:
+        print(f"hash: {identity['full_hash']}, of every byte")
 
 
 def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
