@@ -86,12 +86,13 @@ def _tell_hash(identity: Mapping[str, Any]) -> None:
 
 
 def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.folder import folder_notices, load_folder
+    from cosmos_ssl.data.folder import Folder, folder_notices, load_folder
 
-    with storage(), progress("folders listed") as told:
-        index = load_folder(folder, cache_dir=arguments.cache_dir, progress=told)
+    with storage(), progress("parts indexed") as told:
+        index = load_folder(folder, cache_dir=arguments.cache_dir, full_hash=arguments.hash, progress=told)
     print(f"{len(index):,} pictures, {len(index.classes):,} class folders, {len(index.folders()):,} folders in all")
     print(f"index: {index.path or 'kept nowhere: no folder can be written'}")
+    _tell_hash(Folder(folder, cache_dir=arguments.cache_dir).identity())
     for line in folder_notices(index):
         print(line)
     if arguments.json:

@@ -26,11 +26,11 @@ Schema: TypeAlias = Callable[[Mapping[str, Any], str | None], Captions]
 
 _ENDS = re.compile(r"\n|</s>|(?<!\d)\.|\.(?!\d)")
 _STOPPED = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d\u00bb)\]}]*\s*$""")
-_BOOKKEEPING = frozenset(
-    "key keys id ids uid uuid guid url urls uri link image images img picture photo path paths file files filepath filename file_name folder"
-    " hash phash dhash ahash md5 sha1 sha224 sha256 sha384 sha512 etag width height size bytes resolution format mime mime_type content_type"
-    " status error error_message exif similarity score punsafe pwatermark nsfw license licence language lang date time timestamp datetime"
-    " created_at updated_at author user username owner credit copyright source dataset split subset model version".split()
+_BOOKKEEPING = re.compile(
+    r"keys?|ids?|uu?id|guid|urls?|uri|link|images?|img|picture|photo|paths?|files?|filepath|file_?name|folder|dir|[adp]?hash|md5|sha\d+|etag"
+    r"|width|height|size|bytes|resolution|format|mime|mime_type|content_type|status|error|error_message|exif|similarity|score|punsafe"
+    r"|pwatermark|nsfw|licen[cs]e|language|lang|date|time|timestamp|datetime|created_at|updated_at|author|user|username|owner|credit|copyright"
+    r"|source|dataset|split|subset|model|version"
 )
 """Last words of keys under which programs (img2dataset, data prepare, published tables) keep what is no caption."""
 _WORD = re.compile(r"[A-Z]*[a-z0-9]+|[A-Z]+")
@@ -109,7 +109,7 @@ def _everything(table: Mapping[str, Any], text: str | None) -> Captions:
 def is_bookkeeping(key: str) -> bool:
     """Whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes, sizes, states."""
     words = [word.lower() for word in _WORD.findall(key)]
-    return not _BOOKKEEPING.isdisjoint({"_".join(words[-1:]), "_".join(words[-2:])})
+    return any(_BOOKKEEPING.fullmatch("_".join(words[-count:])) for count in (1, 2))
 
 
 def _is_address(text: str) -> bool:

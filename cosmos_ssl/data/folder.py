@@ -114,8 +114,18 @@ class Folder(Dataset):
         return shown(self.index.locate(index)[0]) or self.root.name
 
     def identity(self) -> Mapping[str, Any]:
-        """Pictures, and a digest over the names of files, folders and classes: nothing of where the root is."""
-        return {"samples": len(self), "digest": self.index.digest}
+        """Pictures, a digest over the names of files, folders and classes, and hashes of what they hold: nothing of where the root is.
+
+        ``content`` is of all sizes and the first bytes of some pictures, ``captions`` of captions, where these are read;
+        ``full_hash``, where ``data index --hash`` was run, is of every byte of both.
+        """
+        found: dict[str, Any] = {"samples": len(self), "digest": self.index.digest}
+        hashes = self.index.hashes
+        read = ("pictures", "captions") if self.captions and hashes["captions"] else ("pictures",)
+        found |= {"content" if name == "pictures" else name: hashes[name] for name in read}
+        if hashes["full_pictures"]:
+            found["full_hash"] = "-".join(hashes[f"full_{name}"] for name in read)
+        return found
 
     def read(self, index: int) -> Sample:
         """Picture ``index``, in sorted order; its key is its path from the root. Raises OSError where storage fails, IndexError."""
@@ -135,10 +145,7 @@ class Folder(Dataset):
         path = picture.with_suffix(f".{TEXT_EXTENSION}")
 
         def read() -> bytes:
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return b""
+            return path.read_bytes() if path.is_file() else b""
 
         return caption_schema("txt")({}, retrying(read, str(path)).decode("utf-8", "replace"))
 

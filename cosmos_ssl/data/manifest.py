@@ -19,7 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
-from cosmos_ssl.data.storage import Stat, BLOCK_BYTES, Reader, cache_root, fetch, first_writable, is_local, local_path, lock, shard_name, stat, written_whole
+from cosmos_ssl.data.storage import (
+    BLOCK_BYTES,
+    Reader,
+    Stat,
+    cache_root,
+    fetch,
+    first_writable,
+    is_local,
+    local_path,
+    lock,
+    shard_name,
+    stat,
+    written_whole,
+)
 from cosmos_ssl.errors import DataError
 
 _MAGIC = b"cosmos-manifest-2\n"
@@ -132,15 +145,15 @@ def load_manifest(
         cached = _fresh(path, names, stats, full_hash)
         if cached is not None:
             return _checked(cached)
-    path = first_writable(places)
-    if path is None:
+    kept = first_writable(places)
+    if kept is None:
         return _checked(_scan_all(names, stats, None, full_hash, progress))
-    with lock(path.with_suffix(".lock")):
-        manifest = _fresh(path, names, stats, full_hash)
+    with lock(kept.with_suffix(".lock")):
+        manifest = _fresh(kept, names, stats, full_hash)
         if manifest is None:
-            manifest = _scan_all(names, stats, path, full_hash, progress)
-            manifest.save(path)
-            manifest = Manifest.open(path, names)
+            manifest = _scan_all(names, stats, kept, full_hash, progress)
+            manifest.save(kept)
+            manifest = Manifest.open(kept, names)
     return _checked(manifest)
 
 
@@ -229,9 +242,7 @@ def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, ful
             if progress is not None:
                 progress(done, total)
     order = range(len(urls))
-    shards = [
-        Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, "")) for i in order
-    ]
+    shards = [Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, "")) for i in order]
     return Manifest(shards, np.concatenate([found[i].offsets for i in order]), np.concatenate([found[i].lengths for i in order]))
 
 

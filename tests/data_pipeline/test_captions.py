@@ -77,7 +77,7 @@ def test_all_takes_what_a_person_wrote() -> None:
     names = "key url image sha256 md5 status error_message exif license NSFW SAMPLE_ID URL pHash uid imageUrl __key__ file_name language"
     assert caption_schema("all")(table | dict.fromkeys(names.split(), "any words"), None) == kept
     assert left_out(table | {"url": "any words", "width": 3}) == ["note", "mark", "vlm_model", "url"]
-    for name in "caption text TEXT title label description alt_text image_caption 0 é".split():
+    for name in ["caption", "text", "TEXT", "title", "label", "description", "alt_text", "image_caption", "0", "é"]:
         assert caption_schema("all")({name: "any words"}, None) == {name: ["any words"]}
 
 
