@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def _check(arguments: argparse.Namespace) -> int:
     with storage(), progress("shards checked" if folder is None else "parts checked") as told:
         options: dict[str, Any] = {"captions": captions, "max_pixels": arguments.max_pixels, "progress": told}
         reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
-    totals = _totals(reports)
+    totals = _totals(report.faults for report in reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
     print(f"{len(reports):,} {noun}s, {samples:,} samples, {size:,} bytes")
     rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
@@ -123,8 +123,12 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items()))
     else:
         print("no faults")
+    notes = _totals(report.notes for report in reports)
+    for what, count in notes.items():
+        first = next(report for report in reports if what in report.notes)
+        print(f"no fault, {what}: {count:,} ({first.name}: {first.examples[what]})")
     if arguments.json:
-        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals}
+        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals, "notes": notes}
         report = {**by_noun, f"by_{noun}": [asdict(r) for r in reports]}
         write_json(arguments.json, report)
     if arguments.fix and rows:
@@ -138,13 +142,14 @@ def _fix(reports: Sequence[ShardReport], captions: str | None, arguments: argpar
     folder = arguments.output or fixed_folder(arguments.urls)
     with storage(), progress("shards fixed") as told:
         sizes = fix_shards(arguments.urls, reports, folder, captions=captions, resume=arguments.resume, progress=told)
-    print(f"fixed: {len(sizes):,} shards, {sum(sizes.values()):,} samples in {folder}")
+    gone = f" ({len(reports) - len(sizes):,} shards had none)" if len(reports) > len(sizes) else ""
+    print(f"fixed: {len(sizes):,} shards, {sum(sizes.values()):,} samples in {folder}{gone}")
 
 
-def _totals(reports: Sequence[ShardReport]) -> dict[str, int]:
+def _totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     totals: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report.faults.items():
+    for found in counts:
+        for reason, count in found.items():
             totals[reason] = totals.get(reason, 0) + count
     return totals
 

@@ -16,7 +16,7 @@ from cosmos_ssl.api import DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, load_folder, shown, similar
 from cosmos_ssl.data.manifest import Progress
-from cosmos_ssl.data.scan import EXAMPLES
+from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean
 
@@ -170,12 +170,20 @@ def folder_notices(index: FolderIndex) -> list[str]:
 
 
 def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
-    """The folder that ``urls`` names, or None where they name something else (shards). Raises DataError for several folders."""
+    """The folder of pictures that ``urls`` names, or None where they name something else: shards, or folders that hold
+    shards and no picture. Raises DataError for several folders of pictures."""
     names = [str(urls)] if isinstance(urls, str | Path) else list(urls)
     folders = [local_path(name) for name in names if is_local(name) and local_path(name).is_dir()]
+    folders = [folder for folder in folders if not folder_shards(folder) or _has_picture(folder)]
     if folders and len(names) > 1:
         raise DataError(f"data: {folders[0]} is a folder: pictures are read from one folder alone, {len(names)} paths are given")
     return folders[0] if folders else None
+
+
+def _has_picture(folder: Path) -> bool:
+    """Whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
+    endings = tuple(f".{extension}" for extension in EXTENSIONS)
+    return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
 
 
 __all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar"]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
 from cosmos_ssl.data.manifest import Progress
-from cosmos_ssl.data.scan import EXAMPLES
+from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying, written_whole
 from cosmos_ssl.errors import DataError, did_you_mean
 
@@ -220,7 +220,7 @@ def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None)
     return [root.parent / ".cosmos_ssl" / named(root.name), cache_root() / "manifests" / named(str(root))]
 
 
-def _fresh(path: Path, root: Path, began: int, full_hash: bool) -> FolderIndex | None:
+def _fresh(path: Path, root: Path, began: int, full_hash: bool = False) -> FolderIndex | None:
     """The cached index if it is of the folder as it is now."""
     try:
         index = FolderIndex.open(path)
@@ -359,7 +359,8 @@ def scan_folder(
     if not sum(listing.pictures for _, listing in found):
         looked = ", ".join(f".{extension}" for extension in extensions)
         there = f" It holds {notes.others:,} other files ({', '.join(notes.other_examples)})" if notes.others else ""
-        raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}")
+        shards = " Its .tar files may be shards: data.type=webdataset trains on them" if folder_shards(root) else ""
+        raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}{shards}")
     index, folders = _built(found, classes, notes), len(found)
     told = None if progress is None else lambda done, total: progress(folders + done, folders + total)
     return index.looked_into(*look_into(os.fsencode(root), index, full_hash=full_hash, progress=told))

@@ -164,7 +164,7 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
         stats = stat_all(names)
     except DataError:
         return True
-    return any(_fresh(path, names, stats, False) is not None for path in _places(names, cache_dir))
+    return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
 
 def stat_all(urls: Sequence[str]) -> list[Stat]:
@@ -199,7 +199,7 @@ def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
     return places
 
 
-def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bool) -> Manifest | None:
+def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bool = False) -> Manifest | None:
     """The cached manifest if it is of these shards as they are now."""
     try:
         manifest = Manifest.open(path, urls)

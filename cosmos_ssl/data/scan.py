@@ -32,9 +32,10 @@ EXAMPLES = 3
 def expand(urls: str | Sequence[str]) -> list[str]:
     """A list of shards from ``a-{0000..0009}.tar::b-*.tar`` or several such strings, local or fsspec URLs.
 
-    Braces expand in order, ``*`` and ``?`` match existing files in sorted order. A file ``NAME.list`` holds one path or URL
-    a line (relative paths start at its folder, ``#`` starts a comment) and may repeat them: each time counts. Raises
-    DataError where a pattern matches nothing, a list cannot be read, or a shard is named twice outside of lists.
+    Braces expand in order, ``*`` and ``?`` match existing files in sorted order, a folder stands for its ``.tar`` files in
+    that order. A file ``NAME.list`` holds one path or URL a line (relative paths start at its folder, ``#`` starts a comment)
+    and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be read, or a
+    shard is named twice outside of lists.
     """
     from braceexpand import braceexpand
 
@@ -80,9 +81,10 @@ def read_list(url: str) -> list[str]:
 
 def _glob(url: str) -> list[str]:
     if is_local(url):
+        path = local_path(url)
         if not set("*?") & set(url):
-            return [str(local_path(url))]
-        path = local_path(url).absolute()
+            return folder_shards(path) or [str(path)]
+        path = path.absolute()
         matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     elif "*" in url:
         system, path_there = filesystem(url)
@@ -92,6 +94,17 @@ def _glob(url: str) -> list[str]:
     if not matches:
         raise DataError(f"data: no file matches {url}")
     return matches
+
+
+def folder_shards(path: Path) -> list[str]:
+    """The ``.tar`` files in a folder, sorted; none for what is no folder. Raises DataError where it cannot be read."""
+    if not path.is_dir():
+        return []
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith("."))
+    except PermissionError as error:
+        raise DataError(f"data: the folder {path} cannot be read: {error.strerror}") from error
 
 
 class Scan(NamedTuple):

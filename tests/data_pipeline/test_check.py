@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_ssl.api import Spec
 from cosmos_ssl.cli import main
+from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.check import check_shards
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER
+from cosmos_ssl.data.folder import load_folder, picture_folder
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError
+from cosmos_ssl_plugins.datasets.webdataset import WebDataset
 
 Make = Callable[..., str]
 
@@ -87,3 +91,22 @@ def test_scenes_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(command) == EXIT_DONE
     assert f"{tmp_path}/s/train-{{0000..0000}}.tar  (12 samples)" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "s" / "*.tar"), "--captions", "dreamlip"]) == EXIT_DONE
+
+
+def test_a_folder_of_shards_is_its_shards(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern, folder = shards(5, 3), str(tmp_path / "shards")
+    (tmp_path / "shards" / "b-000.parquet").write_text("")
+    assert expand(folder) == expand(f"{folder}/") == expand(pattern)
+    assert picture_folder(folder) is None and len(open_shards(folder)) == 8
+    assert WebDataset(Spec(embed_dim=8), train_data=folder).identity() == Shards(pattern).identity()
+    for command in (["index"], ["check"], ["stats", "--captions", "dreamlip"]):
+        assert main(["data", *command, folder]) == EXIT_DONE
+        assert "2 shards, 8 samples" in capsys.readouterr().out
+    (tmp_path / "shards" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "shards" / "deep" / "er" / "1.JPG").write_text("")
+    assert picture_folder(folder) == tmp_path / "shards", "pictures beside the archives that they were unpacked from"
+    (tmp_path / "none").mkdir()
+    assert main(["data", "split", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == EXIT_USER
+    assert f"the folder {tmp_path}/none holds no shards" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"\.tar files may be shards: data\.type=webdataset"):
+        load_folder(tmp_path / "shards", extensions=("bmp",))

@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder as Torchvision
 
 from cosmos_ssl.api import BadSample
 from cosmos_ssl.cli import main
+from cosmos_ssl.data import check as check_module
 from cosmos_ssl.data import folder_content, folder_index
 from cosmos_ssl.data.check import check_folder
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, folder_notices, picture_folder
@@ -250,6 +251,14 @@ def test_other_pictures_of_the_same_names_are_other_data(odd: Path, tmp_path: Pa
     assert Folder(settle(odd)).identity() == Folder(tmp_path / "copy").identity() == before
     count = len(scans)
     assert Folder(odd).identity() == before and len(scans) == count
+
+
+def test_equal_pictures_are_told_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check_module, "_PICTURES", 2)
+    root = write(tmp_path / "some", *(f"{name}/{n}.png" for name in "ab" for n in range(3)))
+    shutil.copy(root / "a" / "2.png", root / "b" / "1.png")
+    assert main(["data", "check", str(root)]) == EXIT_DONE
+    assert "no fault, picture of an earlier sample: 1 (b: sample 1 is sample 2 of a)" in capsys.readouterr().out
 
 
 def test_other_captions_are_other_data_where_captions_are_read(tmp_path: Path) -> None:
