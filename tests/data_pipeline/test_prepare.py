@@ -458,3 +458,11 @@ def test_the_outcome_trains(images: Callable[..., list[Path]], tmp_path: Path, s
     small += [f"data.train_data={tmp_path}/out/train-{{0000..0000}}.tar", f"data.caption_schema={schema}"]
     metrics = cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)
     assert metrics["loss"] > 0
+    shard = tmp_path / "out" / "train-0000.tar"
+    body = bytearray(shard.read_bytes())
+    shard.touch()
+    assert cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small) == metrics, "the same bytes at another time: the same data, a finished run"
+    body[body.index(b"jpg") + 700] ^= 1
+    shard.write_bytes(body)
+    with pytest.raises(UserError, match=r"belongs to another data set \(data, content: \w+ -> \w+\)"):
+        cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)
