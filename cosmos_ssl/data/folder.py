@@ -145,7 +145,10 @@ class Folder(Dataset):
         path = picture.with_suffix(f".{TEXT_EXTENSION}")
 
         def read() -> bytes:
-            return path.read_bytes() if path.is_file() else b""
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return b""
 
         return caption_schema("txt")({}, retrying(read, str(path)).decode("utf-8", "replace"))
 

@@ -287,7 +287,7 @@ def _list(root: bytes, folder: bytes, extensions: frozenset[bytes]) -> _Listing:
                     folders.append(name)
                     continue
                 extension = name.rpartition(b".")[2].lower()
-                if extension in extensions and (os.path.isfile(entry.path) if link else entry.is_file()):  # noqa: PTH113
+                if extension in extensions and (not link or os.path.isfile(entry.path)):  # noqa: PTH113
                     names.append(name)
                     if len(names) == _AT_ONCE:
                         packs.append(np.array(names))

@@ -179,12 +179,14 @@ def stat_all(urls: Sequence[str]) -> list[Stat]:
 
 
 def _stat_or_none(url: str) -> Stat | None:
-    if is_local(url) and local_path(url).is_dir():
-        raise DataError(f"data: the folder {url} holds no shards (.tar files)")
     try:
         return stat(url)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except DataError as error:
+        if not local_path(url).is_dir():
+            raise
+        raise DataError(f"data: the folder {url} holds no shards (.tar files)") from error
 
 
 def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:

@@ -286,14 +286,6 @@ def test_what_is_not_looked_at_is_hashed_where_asked_for(
     assert now["full_hash"] != hashed["full_hash"] and now | {"full_hash": ""} == hashed | {"full_hash": ""}
 
 
-def test_pipes_are_no_pictures(tmp_path: Path) -> None:
-    root = write(tmp_path / "pipes", "1.png", "2.png")
-    for name in ("3.png", "1.txt"):
-        os.mkfifo(root / name)
-    found = Folder(root)
-    assert [found.read(i).key for i in range(len(found))] == ["1.png", "2.png"] and not found.read(0).captions
-
-
 def test_where_the_index_lies(odd: Path, tmp_path: Path) -> None:
     assert load_folder(odd, cache_dir=tmp_path / "mine").path.parent == tmp_path / "mine"
     shared = tmp_path / "shared"
