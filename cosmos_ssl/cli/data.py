@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
     index = commands.add_parser("index", help="scan shards or a folder once, so that runs start at once")
     index.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
     index.add_argument("--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the data, or the user's cache folder)")
+    index.add_argument("--hash", action="store_true", help="hash every byte, not some of each file: no change goes unseen from then on")
     add_json(index)
     index.set_defaults(run=_index)
 
@@ -58,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data import Shards
     from cosmos_ssl.data.folder import picture_folder
     from cosmos_ssl.data.manifest import load_manifest, notices
 
@@ -65,10 +67,11 @@ def _index(arguments: argparse.Namespace) -> int:
     if folder is not None:
         return _index_folder(folder, arguments)
     with storage(), progress("shards indexed") as told:
-        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, progress=told)
+        manifest = load_manifest(arguments.urls, cache_dir=arguments.cache_dir, full_hash=arguments.hash, progress=told)
     size = sum(shard.size for shard in manifest.shards)
     print(f"{len(manifest.shards):,} shards, {len(manifest):,} samples, {size:,} bytes")
     print(f"manifest: {manifest.path or 'kept nowhere: no folder can be written'}")
+    _tell_hash(Shards(arguments.urls, manifest=manifest).identity())
     for line in notices(manifest):
         print(line)
     if arguments.json:
@@ -77,13 +80,19 @@ def _index(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.folder import folder_notices, load_folder
+def _tell_hash(identity: Mapping[str, Any]) -> None:
+    if "full_hash" in identity:
+        print(f"hash: {identity['full_hash']}, of every byte")
 
-    with storage(), progress("folders listed") as told:
-        index = load_folder(folder, cache_dir=arguments.cache_dir, progress=told)
+
+def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.data.folder import Folder, folder_notices, load_folder
+
+    with storage(), progress("parts indexed") as told:
+        index = load_folder(folder, cache_dir=arguments.cache_dir, full_hash=arguments.hash, progress=told)
     print(f"{len(index):,} pictures, {len(index.classes):,} class folders, {len(index.folders()):,} folders in all")
     print(f"index: {index.path or 'kept nowhere: no folder can be written'}")
+    _tell_hash(Folder(folder, cache_dir=arguments.cache_dir).identity())
     for line in folder_notices(index):
         print(line)
     if arguments.json:
@@ -105,21 +114,21 @@ def _check(arguments: argparse.Namespace) -> int:
     with storage(), progress("shards checked" if folder is None else "parts checked") as told:
         options: dict[str, Any] = {"captions": captions, "max_pixels": arguments.max_pixels, "progress": told}
         reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
-    totals = _totals(reports)
+    totals = _totals(report.faults for report in reports)
     samples, size = sum(r.samples for r in reports), sum(r.size for r in reports)
     print(f"{len(reports):,} {noun}s, {samples:,} samples, {size:,} bytes")
-    told_apart = {name: sum(getattr(r, name) for r in reports) for name in ("with_alpha", "one_colour")}
-    if any(told_apart.values()):
-        with_alpha, one_colour = told_apart.values()
-        print(f"{with_alpha:,} pictures with transparency (put on model.background), {one_colour:,} of one colour all over")
     rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
     if rows:
         print(table([(noun.upper(), "REASON", "COUNT", "FIRST"), *rows]), end="")
         print(f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items()))
     else:
         print("no faults")
+    notes = _totals(report.notes for report in reports)
+    for what, count in notes.items():
+        first = next(report for report in reports if what in report.notes)
+        print(f"no fault, {what}: {count:,} ({first.name}: {first.examples[what]})")
     if arguments.json:
-        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, **told_apart, "faults": totals}
+        by_noun = {f"{noun}s": len(reports), "samples": samples, "bytes": size, "faults": totals, "notes": notes}
         report = {**by_noun, f"by_{noun}": [asdict(r) for r in reports]}
         write_json(arguments.json, report)
     if arguments.fix and rows:
@@ -133,13 +142,14 @@ def _fix(reports: Sequence[ShardReport], captions: str | None, arguments: argpar
     folder = arguments.output or fixed_folder(arguments.urls)
     with storage(), progress("shards fixed") as told:
         sizes = fix_shards(arguments.urls, reports, folder, captions=captions, resume=arguments.resume, progress=told)
-    print(f"fixed: {len(sizes):,} shards, {sum(sizes.values()):,} samples in {folder}")
+    gone = f" ({len(reports) - len(sizes):,} shards had none)" if len(reports) > len(sizes) else ""
+    print(f"fixed: {len(sizes):,} shards, {sum(sizes.values()):,} samples in {folder}{gone}")
 
 
-def _totals(reports: Sequence[ShardReport]) -> dict[str, int]:
+def _totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     totals: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report.faults.items():
+    for found in counts:
+        for reason, count in found.items():
             totals[reason] = totals.get(reason, 0) + count
     return totals
 

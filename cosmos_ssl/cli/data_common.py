@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from cosmos_ssl.errors import CosmosError, StorageError
 
-URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::, list files (.list)"
+URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::, list files (.list), a folder of .tar files"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     stats = commands.add_parser("stats", help="samples, image sizes, sentences and tokens of captions")
     stats.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
     stats.add_argument(
-        "--captions", metavar="SCHEMA", help="dreamlip, pixelprose, txt, json:KEY (default: as noted beside the shards, else all)"
+        "--captions", metavar="SCHEMA", help="dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)"
     )
     stats.add_argument(
         "--samples", type=int, default=20_000, metavar="N", help="evenly spread samples to look at, 0: all (default: %(default)s)"
@@ -70,6 +70,9 @@ def _stats(arguments: argparse.Namespace) -> int:
     print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in stats.formats.most_common()))
     if stats.with_alpha:
         print(f"{stats.with_alpha:,} pictures with transparency (put on model.background)")
+    if schema == "all":
+        taken, left = (", ".join(found[key]) or "none" for key in ("fields", "left_out"))
+        print(f"captions are taken from: {taken}; not from (bookkeeping, addresses, hashes): {left}")
     cut = [(name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}") for name, v in found["fields"].items()]
     if cut:
         print(table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end="")

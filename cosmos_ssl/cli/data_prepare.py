@@ -51,10 +51,9 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
     add("--caption-columns", metavar="A,B", help="the columns of captions" + (" (default: the published ones)" * (schema != "captions")))
     add(
         "--sentences",
-        default="published",
         metavar="RULE",
         help="published: cut at newlines, </s> and every full stop; careful: not at"
-        " those of numbers, abbreviations and initials (default: %(default)s)",
+        f" those of numbers, abbreviations and initials (default: {'careful' if schema == 'captions' else 'published'})",
     )
     add("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: %(default)s)")
     add("--name", dest="prefix", default="train", metavar="NAME", help="shards are NAME-0000.tar and so on (default: %(default)s)")

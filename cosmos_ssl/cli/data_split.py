@@ -1,8 +1,9 @@
-"""``cosmos-ssl data merge`` and ``data split``: sets of shards joined in a list, and one set divided by keys."""
+"""``cosmos-ssl data merge`` and ``data split``: sets of shards joined in a list, and one set divided by its pictures."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ def add_parser(commands: Any) -> None:
     add_json(merge)
     merge.set_defaults(run=_merge)
 
-    split = commands.add_parser("split", help="hold samples out for validation, by a hash of their keys")
+    split = commands.add_parser("split", help="hold samples out for validation, by a hash of their pictures")
     split.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
     split.add_argument("--output", type=Path, required=True, metavar="DIR", help="where train-*.tar and val-*.tar go")
     split.add_argument("--share", type=float, default=0.01, help="share that is held out (default: %(default)s)")
+    split.add_argument(
+        "--by",
+        choices=("content", "key"),
+        default="content",
+        help="content: samples of equal pictures stay on one side; key: a sample's key decides (default: %(default)s)",
+    )
     split.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help="of val-*.tar (default: %(default)s)")
     add_workers(split)
     split.add_argument("--continue", dest="resume", action="store_true", help="go on with interrupted work")
@@ -36,12 +43,18 @@ def _merge(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.split import merge_shards
 
     with storage():
-        counts = merge_shards([[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output)
-    distinct = f" ({counts['distinct_shards']:,} and {counts['distinct_samples']:,} without repetition)"
-    print(f"{counts['shards']:,} shards, {counts['samples']:,} samples{distinct if counts['shards'] > counts['distinct_shards'] else ''}")
-    print(f'train on them: "data.train_data={arguments.output}"')
+        merged = merge_shards([[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output)
+    distinct = f" ({merged.distinct_shards:,} and {merged.distinct_samples:,} without repetition)"
+    print(f"{merged.shards:,} shards, {merged.samples:,} samples{distinct if merged.shards > merged.distinct_shards else ''}")
+    train, schema = f'"data.train_data={arguments.output}"', merged.common_schema
+    if schema is not None:
+        for url, fields in zip(arguments.urls, merged.fields, strict=True):
+            print(f"captions of {url}: {', '.join(fields) or 'none found'}")
+        print("these sets hold their captions in other fields: a schema that reads some of them leaves samples of the others without any")
+        train += f' "data.caption_schema={schema}"'
+    print(f"train on them: {train}")
     if arguments.json:
-        write_json(arguments.json, counts)
+        write_json(arguments.json, {**asdict(merged), "caption_schema": schema})
     return EXIT_DONE
 
 
@@ -53,6 +66,7 @@ def _split(arguments: argparse.Namespace) -> int:
         urls=arguments.urls,
         output=arguments.output,
         share=arguments.share,
+        by=arguments.by,
         samples_per_shard=arguments.samples_per_shard,
         workers=cores() if arguments.workers is None else arguments.workers,
     )

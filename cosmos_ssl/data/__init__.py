@@ -1,7 +1,7 @@
 """Data: manifest, order, reading of samples, loader, captions, and the procedural default set."""
 
 from cosmos_ssl.data.budget import BadSampleBudget, Replacement
-from cosmos_ssl.data.captions import caption_schema, check_captions, split_sentences
+from cosmos_ssl.data.captions import caption_schema, check_captions, join_sentences, split_sentences
 from cosmos_ssl.data.dataset import Shards, open_shards
 from cosmos_ssl.data.folder import Folder
 from cosmos_ssl.data.loader import LoadedBatch, Loader
@@ -21,6 +21,7 @@ __all__ = [
     "caption_schema",
     "check_captions",
     "expand",
+    "join_sentences",
     "load_manifest",
     "open_shards",
     "sample_rng",

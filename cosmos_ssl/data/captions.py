@@ -6,6 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from cosmos_ssl.errors import DataError, UserError, did_you_mean
@@ -24,12 +25,34 @@ Schema: TypeAlias = Callable[[Mapping[str, Any], str | None], Captions]
 """JSON member ({} where there is none) and text member -> sentences by field, fields without any left out."""
 
 _ENDS = re.compile(r"\n|</s>|(?<!\d)\.|\.(?!\d)")
+_STOPPED = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d\u00bb)\]}]*\s*$""")
+_BOOKKEEPING = re.compile(
+    r"keys?|ids?|uu?id|guid|urls?|uri|link|images?|img|picture|photo|paths?|files?|filepath|file_?name|folder|dir|[adp]?hash|md5|sha\d+|etag"
+    r"|width|height|size|bytes|resolution|format|mime|mime_type|content_type|status|error|error_message|exif|similarity|score|punsafe"
+    r"|pwatermark|nsfw|licen[cs]e|language|lang|date|time|timestamp|datetime|created_at|updated_at|author|user|username|owner|credit|copyright"
+    r"|source|dataset|split|subset|model|version"
+)
+"""Last words of keys under which programs (img2dataset, data prepare, published tables) keep what is no caption."""
+_WORD = re.compile(r"[A-Z]*[a-z0-9]+|[A-Z]+")
+_ADDRESS = re.compile(
+    r"(?:[a-z][a-z0-9+.-]*:)?//.+|www\..+|data:.+"  # a URL
+    r"|(?:~|\.\.?|[a-z]:)?[/\\].+"  # a path that begins at a root, at home, here
+    r"|[0-9a-f]{16,128}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|sha\d+[:-].+",  # a hash
+    re.IGNORECASE,
+)
+_FILE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|svg|heic|avif|tar|json|txt|csv|parquet|npy|npz|mp4)$", re.IGNORECASE)
 _log = logging.getLogger("cosmos_ssl.data")
 
 
 def split_sentences(text: str) -> list[str]:
     """Cut at newlines, ``</s>`` and full stops (not at decimal points); empties are dropped."""
     return [piece for part in _ENDS.split(text) if (piece := part.strip())]
+
+
+def join_sentences(sentences: Sequence[str]) -> str:
+    """One text of several sentences, as the authors' program joins them: ``. `` between, once where one brings its own full stop."""
+    joined = "".join(f"{text.rstrip()} " if _STOPPED.search(text) else f"{text}. " for text in sentences[:-1])
+    return joined + "".join(sentences[-1:])
 
 
 def as_sentences(value: Any) -> list[str]:
@@ -46,8 +69,9 @@ def caption_schema(name: str | None) -> Schema:
 
     ``dreamlip`` (seven lists), ``pixelprose`` (``original_caption`` whole, ``caption`` cut into sentences), ``txt`` (the
     text member, one caption), ``json:KEY`` or ``json:KEY,KEY`` (lists under keys of the JSON), ``all`` (the text
-    member and every string or list of strings in the JSON, strings whole: what evaluators read), None (no
-    captions). Raises UserError for another name.
+    member and every string or list of strings in the JSON that a person wrote, strings whole: what evaluators read; not what is under
+    a key of bookkeeping, such as ``url`` or ``image_id``, nor URLs, paths of files and hashes under any key), None (no captions).
+    Raises UserError for another name.
     """
     if name is None:
         return lambda table, text: {}
@@ -77,8 +101,31 @@ def schema_fields(name: str) -> tuple[str, ...]:
 
 
 def _everything(table: Mapping[str, Any], text: str | None) -> Captions:
-    found = {key: _whole_or_list(value) for key, value in table.items()}
+    found = {key: _words(value) for key, value in table.items() if not is_bookkeeping(key)}
     return _filled({"txt": _whole(text), **found})
+
+
+@lru_cache(1024)
+def is_bookkeeping(key: str) -> bool:
+    """Whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes, sizes, states."""
+    words = [word.lower() for word in _WORD.findall(key)]
+    return any(_BOOKKEEPING.fullmatch("_".join(words[-count:])) for count in (1, 2))
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is nothing but a URL, a path of a file or a hash."""
+    one_word = not re.search(r"\s", text)
+    named = one_word or "/" in text or "\\" in text
+    return (one_word and _ADDRESS.fullmatch(text) is not None) or (named and _FILE.search(text) is not None)
+
+
+def _words(value: Any) -> list[str]:
+    return [text for text in _whole_or_list(value) if not _is_address(text.strip())]
+
+
+def left_out(table: Mapping[str, Any]) -> list[str]:
+    """The keys of a sample's JSON that hold strings, and nothing that the schema ``all`` takes for a caption."""
+    return [key for key, value in table.items() if _whole_or_list(value) and (is_bookkeeping(key) or not _words(value))]
 
 
 def _whole(text: Any) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -25,8 +26,12 @@ from cosmos_ssl.data.storage import is_local, shard_name, stat
 from cosmos_ssl.errors import BadSample, UserError
 from cosmos_ssl.pictures import has_alpha, open_picture
 
-_NO_CAPTIONS = frozenset({"key", "url", "image", "sha256", "exif"})
-"""Strings in a sample's JSON that differ between copies of it."""
+SAME_PICTURE = "picture of an earlier sample"
+OTHER_CAPTIONS, OTHER_PICTURE = f"{SAME_PICTURE}, other captions", "key of an earlier sample, other picture"
+"""What is no fault by itself: a sample may have several captions, and merged sets the same keys."""
+TRANSPARENT, ONE_COLOUR = "transparent, put on model.background", "of one colour all over"
+_DIGESTS = ("picture and captions", "picture", "key", "key and picture")
+"""Of what there is a digest of each good sample of shards."""
 _PICTURES = 512
 """Pictures of a folder that one process checks at a time."""
 
@@ -42,15 +47,18 @@ class ShardReport:
     faults: dict[str, int] = field(default_factory=dict)
     """How often each reason was met."""
     examples: dict[str, str] = field(default_factory=dict)
-    """The first case of each reason."""
+    """The first case of each reason, and of each note."""
     bad: list[int] = field(default_factory=list)
     """Samples that cannot be used or repeat others, by their place in the shard, in the order found."""
     strings: list[int] = field(default_factory=list)
     """Samples whose captions are strings where lists are due."""
-    with_alpha: int = 0
-    """Pictures that can be transparent."""
-    one_colour: int = 0
-    """Pictures that are of one colour all over, on white where they are transparent."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """How often what is worth knowing and no fault was met."""
+
+    def note(self, what: str, example: str, count: int = 1) -> None:
+        """Count what is no fault."""
+        self.notes[what] = self.notes.get(what, 0) + count
+        self.examples.setdefault(what, example)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count a fault."""
@@ -64,7 +72,8 @@ def check_shards(
     """Decode every sample of every shard, several shards at once; samples that repeat an earlier one are faults.
 
     With ``captions`` a schema must find some in each sample, in lists where it reads fields. Samples of equal picture
-    and captions (of equal picture and whatever may be captions, without a schema) are repeats.
+    and captions (of equal picture and whatever may be captions, without a schema) are repeats; equal pictures with other
+    captions, and equal keys of other pictures, are noted.
     Raises DataError for a list that names no shard, UserError for an unknown schema, OSError where storage fails.
     """
     names = list(dict.fromkeys(expand(urls)))  # a list file may repeat shards
@@ -77,36 +86,51 @@ def check_shards(
         with pool(len(names), processes=len(names) > 1 and is_local(names[0])) as executor:
             tasks = deque(executor.submit(_check, name, captions, max_pixels, told.get(name)) for name in names)
             while tasks:
-                report, found = tasks.popleft().result()  # not kept: 16 bytes a sample are much for 30 million
+                report, found = tasks.popleft().result()  # not kept: 64 bytes a sample are much for 30 million
                 reports.append(report)
                 if progress is not None:
                     progress(len(reports), len(names))
                 yield found
 
     with tempfile.TemporaryDirectory() as folder:
-        deal(Path(folder), digests())
-        _find_repeats(Path(folder), reports)
+        deal(Path(folder), (found.ravel() for found in digests()))
+        found = [_repeats(Path(folder), kind, len(_DIGESTS)) for kind in range(len(_DIGESTS))]
+    samples, pictures, keys, keys_of_pictures = found
+    for report, index, example in _named(samples, reports):
+        report.add("repeated", example)
+        report.bad.append(index)
+    for what, repeated, known in ((OTHER_CAPTIONS, pictures, samples), (OTHER_PICTURE, keys, keys_of_pictures)):
+        for report, _, example in _named(repeated[~np.isin(repeated[:, 0], known[:, 0])], reports):
+            report.note(what, example)
     return reports
 
 
-def _find_repeats(folder: Path, reports: Sequence[ShardReport]) -> None:
-    ends = np.cumsum([report.samples for report in reports])
+def _repeats(folder: Path, kind: int, kinds: int) -> NDArray[np.int64]:
+    """The samples whose digest of a kind an earlier one has, and the first of these, [n, 2]; a sample's digests were dealt together."""
+    pairs = [np.empty((0, 2), np.int64)]
     for number in range(FILES):
         found = entries(folder, number)
-        found = found[found["key"] != b""]
-        places, firsts = repeats(found)
-        for place, first in zip(found["number"][places].tolist(), found["number"][firsts].tolist(), strict=True):
-            shard, other = np.searchsorted(ends, [place, first], side="right").tolist()
-            report = reports[shard]
-            index, first_index = (int(at - ends[n] + reports[n].samples) for at, n in ((place, shard), (first, other)))
-            report.add("repeated", f"sample {index} is sample {first_index} of {reports[other].name}")
-            report.bad.append(index)
+        found = found[(found["key"] != b"") & (found["number"] % kinds == kind)]
+        pairs.append(np.stack([found["number"][places] // kinds for places in repeats(found)], 1))
+    together = np.concatenate(pairs)
+    return together[np.argsort(together[:, 0])]
+
+
+def _named(pairs: NDArray[np.int64], reports: Sequence[ShardReport]) -> Iterator[tuple[ShardReport, int, str]]:
+    """The report and place of each of these samples, and which earlier one it is like."""
+    ends = np.cumsum([report.samples for report in reports])
+    for pair in pairs.tolist():
+        (report, index), (first_report, first) = (
+            (reports[n], int(number - ends[n] + reports[n].samples))
+            for number, n in zip(pair, np.searchsorted(ends, pair, side="right").tolist(), strict=True)
+        )
+        yield report, index, f"sample {index} is sample {first} of {first_report.name}"
 
 
 def check_folder(
     root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: Progress | None = None
 ) -> list[ShardReport]:
-    """Decode every picture below a folder; one report for each of its classes, or one for a folder without.
+    """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones are noted.
 
     Raises DataError as ``load_folder`` does, UserError for captions other than ``txt``, OSError where storage fails.
     """
@@ -116,42 +140,55 @@ def check_folder(
     sizes = folder.index.class_sizes() if folder.class_names else np.array([len(folder)])
     reports = [ShardReport(name) for name in folder.class_names or [root.name]]
     ends = np.cumsum(sizes)
-    tasks = []
-    with pool(len(folder), processes=len(folder) > _PICTURES) as executor:
+    tasks = deque[tuple[int, Future[tuple[ShardReport, NDArray[np.bytes_]]]]]()
+
+    def digests() -> Iterator[NDArray[np.bytes_]]:
+        total = len(tasks)
+        for done in range(1, total + 1):
+            number, task = tasks.popleft()
+            found, pictures = task.result()
+            reports[number].samples += found.samples
+            reports[number].size += found.size
+            for reason, count in found.faults.items():
+                reports[number].add(reason, found.examples[reason], count)
+            for what, count in found.notes.items():
+                reports[number].note(what, found.examples[what], count)
+            if progress is not None:
+                progress(done, total)
+            yield pictures
+
+    with pool(len(folder), processes=len(folder) > _PICTURES) as executor, tempfile.TemporaryDirectory() as temporary:
         for number, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist(), strict=True)):
             for start in range(end - size, end, _PICTURES):
                 tasks.append((number, executor.submit(_check_pictures, folder, range(start, min(start + _PICTURES, end)))))
-        for done, (number, task) in enumerate(tasks, 1):
-            found = task.result()
-            reports[number].samples += found.samples
-            reports[number].size += found.size
-            reports[number].with_alpha += found.with_alpha
-            reports[number].one_colour += found.one_colour
-            for reason, count in found.faults.items():
-                reports[number].add(reason, found.examples[reason], count)
-            if progress is not None:
-                progress(done, len(tasks))
+        deal(Path(temporary), digests())
+        pairs = _repeats(Path(temporary), 0, 1)
+    for report, _, example in _named(pairs, reports):
+        report.note(SAME_PICTURE, example)
     for report in reports:
         if report.samples == 0:
             report.add("empty", "no pictures")
     return reports
 
 
-def _check_pictures(folder: Folder, indices: range) -> ShardReport:
-    report = ShardReport("", samples=len(indices))
-    for index in indices:
-        _check_sample(folder, index, folder.captions, report)
-    return report
+def _check_pictures(folder: Folder, indices: range) -> tuple[ShardReport, NDArray[np.bytes_]]:
+    """What is wrong with some pictures of one class, and the digest of each good one."""
+    report, digests = ShardReport("", samples=len(indices)), np.zeros(len(indices), KEY)
+    for place, index in enumerate(indices):
+        sample = _check_sample(folder, index, folder.captions, report)
+        if sample is not None:
+            digests[place] = _digest(sample.image or b"")
+    return report, digests
 
 
 def _check(url: str, captions: str | None, max_pixels: int, told: int | None) -> tuple[ShardReport, NDArray[np.bytes_]]:
-    """What is wrong in one shard, and a digest of each sample that is good."""
+    """What is wrong in one shard, and the digests of each sample that is good, [samples, kinds]."""
     report = ShardReport(shard_name(url))
     try:
         found = stat(url)
     except (FileNotFoundError, NotADirectoryError):
         report.add("missing", url)
-        return report, np.empty(0, KEY)
+        return report, np.empty((0, len(_DIGESTS)), KEY)
     headers = scan(url, found.size)
     notes, count = headers.notes, len(headers.offsets)
     report.samples, report.size = count, found.size
@@ -167,7 +204,7 @@ def _check(url: str, captions: str | None, max_pixels: int, told: int | None) ->
     shards = Shards(url, caption_schema=captions, max_pixels=max_pixels, full=captions is not None, manifest=manifest)
     fields = schema_fields(captions) if captions is not None else ()
     everything = Shards(url, caption_schema="all", manifest=manifest)
-    digests = np.zeros(count, KEY)
+    digests = np.zeros((count, len(_DIGESTS)), KEY)
     for index in range(count):
         sample = _check_sample(shards, index, captions is not None, report)
         if sample is None:
@@ -177,17 +214,20 @@ def _check(url: str, captions: str | None, max_pixels: int, told: int | None) ->
         if strings:
             report.add("captions not in lists", f"{sample.key}: {', '.join(strings)}")
             report.strings.append(index)
-        digest = blake2b(sample.image or b"", digest_size=KEY.itemsize)
         texts = sample.captions if captions is not None else _texts(everything, index)
-        digest.update(json.dumps(sorted(texts.items())).encode())
-        digests[index] = digest.digest()
+        picture, key = _digest(sample.image or b""), sample.key.encode("utf-8", "surrogateescape")
+        digests[index] = (_digest(picture, json.dumps(sorted(texts.items())).encode()), picture, _digest(key), _digest(key, picture))
     return report, digests
+
+
+def _digest(*parts: bytes) -> bytes:
+    return blake2b(b"\0".join(parts), digest_size=KEY.itemsize).digest()
 
 
 def _texts(shards: Shards, index: int) -> Mapping[str, Sequence[str]]:
     """All that may be captions of a sample."""
     try:
-        return {name: found for name, found in shards.read(index).captions.items() if name not in _NO_CAPTIONS}
+        return shards.read(index).captions
     except BadSample:  # unreadable JSON is no fault where nobody asked for captions
         return {}
 
@@ -201,8 +241,10 @@ def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report
         if isinstance(data, Folder):
             report.size += len(sample.image or b"")
         pixels = sample.decode()
-        report.with_alpha += has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False))
-        report.one_colour += all(bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels))
+        if has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False)):
+            report.note(TRANSPARENT, key)
+        if all(bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels)):  # some first: most end there
+            report.note(ONE_COLOUR, key)
         if wants_caption and not sample.captions:
             raise BadSample("no caption")
         return sample

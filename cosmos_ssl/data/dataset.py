@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,17 @@ class Shards(Dataset):
         return self.manifest.shards[self.manifest.shard_of(index)].name
 
     def identity(self) -> Mapping[str, Any]:
-        """Samples, shards, and a digest over name, size and count of each shard."""
+        """Samples, shards, a digest over name, size and count of each shard, and one of what they hold.
+
+        ``content`` is of some bytes of each shard; ``full_hash``, where ``data index --hash`` was run, is of all.
+        """
         shards = self.manifest.shards
-        lines = "\n".join(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
-        return {"samples": len(self), "shards": len(shards), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+        found: dict[str, Any] = {"samples": len(self), "shards": len(shards)}
+        found["digest"] = _digest(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
+        found["content"] = _digest(shard.content for shard in shards)
+        if all(shard.full_hash for shard in shards):
+            found["full_hash"] = _digest(shard.full_hash for shard in shards)
+        return found
 
     def read(self, index: int) -> Sample:
         """Sample ``index``. Raises BadSample for unreadable JSON, OSError where storage fails, IndexError."""
@@ -168,6 +175,10 @@ def open_shards(
     shards = Shards(urls, caption_schema=caption_schema, cache_dir=cache_dir, max_pixels=max_pixels, full=True)
     len(shards)  # indexes them: a mistake shows here
     return shards
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:

@@ -42,9 +42,13 @@ def fix_shards(
 ) -> dict[str, int]:
     """Write the shards that ``check_shards`` reported on into ``folder`` under their names; samples of each.
 
-    Shards without faults are linked, or copied where the file system cannot link. Raises UserError, OSError.
+    Shards without faults are linked, or copied where the file system cannot link; one of which nothing is left is not written.
+    Raises UserError, OSError.
     """
     names = list(dict.fromkeys(expand(urls)))
+    sizes = {r.name: r.samples - len(r.bad) for r in reports if r.samples > len(r.bad)}
+    if not sizes:
+        raise UserError("--fix: no sample is left that can be used")
     output = Output(folder.absolute())
     identity = {"shards": [[r.name, r.samples, r.size, sum(r.faults.values())] for r in reports], "captions": captions}
     with output.claimed(identity, resume=resume):
@@ -52,11 +56,10 @@ def fix_shards(
             jobs = [
                 (url, report, captions, output.folder / report.name)
                 for url, report in zip(names, reports, strict=True)
-                if "missing" not in report.faults and not (output.folder / report.name).is_file()
+                if report.name in sizes and not (output.folder / report.name).is_file()
             ]
             for done, _ in enumerate(in_processes(cores(), _fix, jobs), 1):
                 progress(done, len(jobs))
-            sizes = {r.name: r.samples - len(r.bad) for r in reports if "missing" not in r.faults}
             output.finish(sizes, {"identity": identity, "caption_schema": captions, "counts": sizes})
         report = output.report
         assert report is not None

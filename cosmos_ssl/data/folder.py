@@ -16,7 +16,7 @@ from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, load_folder, shown, similar
 from cosmos_ssl.data.manifest import Progress
-from cosmos_ssl.data.scan import EXAMPLES
+from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.pictures import MAX_PIXELS, read_regular
@@ -115,8 +115,18 @@ class Folder(Dataset):
         return shown(self.index.locate(index)[0]) or self.root.name
 
     def identity(self) -> Mapping[str, Any]:
-        """Pictures, and a digest over the names of files, folders and classes: nothing of where the root is."""
-        return {"samples": len(self), "digest": self.index.digest}
+        """Pictures, a digest over the names of files, folders and classes, and hashes of what they hold: nothing of where the root is.
+
+        ``content`` is of all sizes and the first bytes of some pictures, ``captions`` of captions, where these are read;
+        ``full_hash``, where ``data index --hash`` was run, is of every byte of both.
+        """
+        found: dict[str, Any] = {"samples": len(self), "digest": self.index.digest}
+        hashes = self.index.hashes
+        read = ("pictures", "captions") if self.captions and hashes["captions"] else ("pictures",)
+        found |= {"content" if name == "pictures" else name: hashes[name] for name in read}
+        if hashes["full_pictures"]:
+            found["full_hash"] = "-".join(hashes[f"full_{name}"] for name in read)
+        return found
 
     def read(self, index: int) -> Sample:
         """Picture ``index``, in sorted order; its key is its path from the root.
@@ -167,12 +177,20 @@ def folder_notices(index: FolderIndex) -> list[str]:
 
 
 def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
-    """The folder that ``urls`` names, or None where they name something else (shards). Raises DataError for several folders."""
+    """The folder of pictures that ``urls`` names, or None where they name something else: shards, or folders that hold
+    shards and no picture. Raises DataError for several folders of pictures."""
     names = [str(urls)] if isinstance(urls, str | Path) else list(urls)
     folders = [local_path(name) for name in names if is_local(name) and local_path(name).is_dir()]
+    folders = [folder for folder in folders if not folder_shards(folder) or _has_picture(folder)]
     if folders and len(names) > 1:
         raise DataError(f"data: {folders[0]} is a folder: pictures are read from one folder alone, {len(names)} paths are given")
     return folders[0] if folders else None
+
+
+def _has_picture(folder: Path) -> bool:
+    """Whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
+    endings = tuple(f".{extension}" for extension in EXTENSIONS)
+    return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
 
 
 __all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar"]

@@ -1,8 +1,8 @@
 """The index of a folder of pictures: which there are and of what class, as memory-mapped columns made by one scan.
 
 14 million pictures are their names, end to end, and where each ends (8 bytes), never Python objects. A cached index is one
-file, replaced as a whole. It is good as long as no folder below the root was changed, which the times of each
-folder tell: files that are added, removed or renamed change them.
+file, replaced as a whole. It is good as long as no folder below the root was changed, which the times of each folder tell
+(files that are added, removed or renamed change them), and no picture, which the sizes and times of some tell.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
 from cosmos_ssl.data.manifest import Progress
-from cosmos_ssl.data.scan import EXAMPLES
-from cosmos_ssl.data.storage import cache_root, is_writable, lock, retrying, written_whole
+from cosmos_ssl.data.scan import EXAMPLES, folder_shards
+from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying, written_whole
 from cosmos_ssl.errors import DataError, did_you_mean
 from cosmos_ssl.functional_pulse import alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TEXT_EXTENSION = "txt"
-_MAGIC = b"cosmos-folder-1\n"
-_THREADS = 16
+_MAGIC = b"cosmos-folder-2\n"
 _AT_ONCE = 1 << 20
 """Names of one folder that are Python objects at a time."""
-_YOUNG = 2_000_000_000
-"""Nanoseconds: a folder changed so shortly before it was listed may change again without another time."""
 _COLUMNS = {
     "names": np.uint8,  # of all pictures, folder after folder, each in byte order and ended by a NUL
     "name_ends": np.int64,  # where the NUL of each picture stands
@@ -42,6 +40,7 @@ _COLUMNS = {
     "picture_ends": np.int64,  # pictures up to and with each folder
     "classes": np.int32,  # number of each folder's class, -1 where it has none
     "stamps": np.int64,  # what the times of each folder's last change make, -1 where they cannot be relied on
+    "marks": np.int64,  # the same of some evenly spread pictures, or of all
 }
 
 
@@ -79,6 +78,8 @@ class FolderIndex:
         self.classes: tuple[str, ...] = tuple(head["classes"])
         self.digest: str = head["digest"]
         """Of all names and classes."""
+        self.hashes: Mapping[str, str] = head["hashes"]
+        """What ``look_into`` found."""
         self.notes = FolderNotes(**head["notes"])
         self.written: int = head["written"]
         self.columns = columns
@@ -92,6 +93,10 @@ class FolderIndex:
             return FolderIndex.open, (self.path, self.digest)
         return FolderIndex, (self._head, self.columns)
 
+    def looked_into(self, hashes: Mapping[str, str], marks: NDArray[np.int64]) -> FolderIndex:
+        """The same pictures with what ``look_into`` found."""
+        return FolderIndex({**self._head, "hashes": hashes, "written": time.time_ns()}, {**self.columns, "marks": marks})
+
     def locate(self, index: int) -> tuple[bytes, bytes, int]:
         """Folder (from the root), name and class (or -1) of picture ``index``. Raises IndexError."""
         if not 0 <= index < len(self):
@@ -99,6 +104,16 @@ class FolderIndex:
         folder = int(np.searchsorted(self.columns["picture_ends"], index, side="right"))
         name = _piece(self.columns["names"], self.columns["name_ends"], index)
         return _piece(self.columns["folders"], self.columns["folder_ends"], folder), name, int(self.columns["classes"][folder])
+
+    def paths(self, places: Sequence[int]) -> list[bytes]:
+        """Paths from the root of the pictures at these places."""
+        at = np.asarray(places)
+        ends, names = self.columns["name_ends"], self.columns["names"]
+        spans = zip(np.where(at > 0, ends[at - 1] + 1, 0).tolist(), ends[at].tolist(), strict=True)
+        numbers = np.searchsorted(self.columns["picture_ends"], at, side="right").tolist()
+        folders = {number: _piece(self.columns["folders"], self.columns["folder_ends"], number) for number in set(numbers)}
+        above = {number: folder and folder + b"/" for number, folder in folders.items()}
+        return [above[number] + names[start:stop].tobytes() for number, (start, stop) in zip(numbers, spans, strict=True)]
 
     def folders(self) -> list[bytes]:
         """Paths of all folders from the root."""
@@ -134,7 +149,8 @@ class FolderIndex:
 
     def save(self, path: Path) -> None:
         """Write the index under a temporary name, then rename it."""
-        head = json.dumps(self._head).encode()
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        head = json.dumps({**self._head, "lengths": lengths}).encode()
         with written_whole(path) as file:
             file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
             for column in self.columns.values():
@@ -151,13 +167,18 @@ def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> by
 
 
 def load_folder(
-    root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None, progress: Progress | None = None
+    root: Path,
+    *,
+    extensions: Sequence[str] = EXTENSIONS,
+    cache_dir: str | Path | None = None,
+    full_hash: bool = False,
+    progress: Progress | None = None,
 ) -> FolderIndex:
     """The index of a folder: from its cache, or by a scan under a lock.
 
     The cache lies in ``cache_dir``; by default in ``.cosmos_ssl`` beside the folder, and in the user's cache folder where that
-    cannot be written. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError
-    where storage fails.
+    is another user's or cannot be written. With ``full_hash`` every byte of the pictures is hashed, now and whenever some
+    change. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError where storage fails.
     """
     progress = progress or alive
     began = time.time_ns()
@@ -165,18 +186,17 @@ def load_folder(
         raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")
     places = _places(root, extensions, cache_dir)
     for path in places:
-        cached = _fresh(path, root, began)
+        cached = _fresh(path, root, began, full_hash)
         if cached is not None:
             return cached
-    writable = [path for path in places if is_writable(path.parent)]
-    if not writable:
-        return scan_folder(root, extensions, progress)
-    path = writable[0]
-    with lock(path.with_suffix(".lock")):
-        index = _fresh(path, root, began)
+    kept = first_writable(places)
+    if kept is None:
+        return scan_folder(root, extensions, full_hash, progress)
+    with lock(kept.with_suffix(".lock")):
+        index = _fresh(kept, root, began, full_hash)
         if index is None:
-            scan_folder(root, extensions, progress).save(path)
-            index = FolderIndex.open(path)
+            scan_folder(root, extensions, full_hash or _was_hashed(kept), progress).save(kept)
+            index = FolderIndex.open(kept)
     return index
 
 
@@ -202,11 +222,13 @@ def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None)
     return [root.parent / ".cosmos_ssl" / named(root.name), cache_root() / "manifests" / named(str(root))]
 
 
-def _fresh(path: Path, root: Path, began: int) -> FolderIndex | None:
+def _fresh(path: Path, root: Path, began: int, full_hash: bool = False) -> FolderIndex | None:
     """The cached index if it is of the folder as it is now."""
     try:
         index = FolderIndex.open(path)
     except (OSError, ValueError, KeyError):
+        return None
+    if full_hash and not index.hashes["full_pictures"]:
         return None
     if index.written >= began:  # another process made it while this one waited
         return index
@@ -217,20 +239,24 @@ def _fresh(path: Path, root: Path, began: int) -> FolderIndex | None:
         part = slice(start, start + 1024)
         return all(_stamp(above, folder) == stamp for folder, stamp in zip(folders[part], stamps[part].tolist(), strict=True))
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return index if all(threads.map(same, range(0, len(folders), 1024))) else None
+    with ThreadPoolExecutor(THREADS) as threads:
+        unchanged = all(threads.map(same, range(0, len(folders), 1024)))
+    return index if unchanged and is_unchanged(above, index) else None
+
+
+def _was_hashed(path: Path) -> bool:
+    """Whether the index at ``path`` has hashes of every byte, of the folder as it once was."""
+    try:
+        return bool(FolderIndex.open(path).hashes["full_pictures"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _stamp(root: bytes, folder: bytes) -> int:
     try:
-        return _mark(os.stat(root + b"/" + folder))  # noqa: PTH116  (a Path holds no bytes)
+        return mark_of(os.stat(root + b"/" + folder))  # noqa: PTH116  (a Path holds no bytes)
     except OSError:
         return -2
-
-
-def _mark(found: os.stat_result) -> int:
-    """Both times in one number: unpacking an archive puts back the time of change, but not that of the entry itself."""
-    return (found.st_mtime_ns + found.st_ctime_ns) & (2**63 - 1)
 
 
 class _Listing(NamedTuple):
@@ -277,9 +303,9 @@ def _list(root: bytes, folder: bytes, extensions: frozenset[bytes]) -> _Listing:
     except PermissionError as error:
         raise DataError(f"data: the folder {shown(path)} cannot be read: {error.strerror}") from error
     packed, count = _pack([*packs, np.array(names)] if names else packs)
-    young = abs(now - found.st_ctime_ns) < _YOUNG
+    young = abs(now - found.st_ctime_ns) < YOUNG
     file = (found.st_dev, found.st_ino)
-    return _Listing(-1 if young else _mark(found), file, folders, packed, count, texts, other_count, others)
+    return _Listing(-1 if young else mark_of(found), file, folders, packed, count, texts, other_count, others)
 
 
 def _pack(packs: Sequence[NDArray[np.bytes_]]) -> tuple[bytes, int]:
@@ -299,7 +325,7 @@ def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> I
     seen = set[tuple[int, int]]()
     level, known = [b""], 1
     # threads: a folder on a network file system is waited for
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         while level:
             listings = threads.map(lambda f: retrying(lambda: _list(above, f, wanted), shown(above + b"/" + f)), level)
             below = list[bytes]()
@@ -315,8 +341,10 @@ def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> I
             known += len(level)
 
 
-def scan_folder(root: Path, extensions: Sequence[str] = EXTENSIONS, progress: Progress | None = None) -> FolderIndex:
-    """List every folder below the root; hidden files and folders are left out. Raises as ``load_folder`` does."""
+def scan_folder(
+    root: Path, extensions: Sequence[str] = EXTENSIONS, full_hash: bool = False, progress: Progress | None = None
+) -> FolderIndex:
+    """List every folder below the root but hidden ones, and look into its pictures. Raises as ``load_folder`` does."""
     found = list(_walk(root, extensions, progress))
     found.sort(key=lambda item: (item[0].partition(b"/")[0], item[0]))
     (_, top), below = found[0], found[1:]
@@ -334,8 +362,11 @@ def scan_folder(root: Path, extensions: Sequence[str] = EXTENSIONS, progress: Pr
     if not sum(listing.pictures for _, listing in found):
         looked = ", ".join(f".{extension}" for extension in extensions)
         there = f" It holds {notes.others:,} other files ({', '.join(notes.other_examples)})" if notes.others else ""
-        raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}")
-    return _built(found, classes, notes)
+        shards = " Its .tar files may be shards: data.type=webdataset trains on them" if folder_shards(root) else ""
+        raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}{shards}")
+    index, folders = _built(found, classes, notes), len(found)
+    told = None if progress is None else lambda done, total: progress(folders + done, folders + total)
+    return index.looked_into(*look_into(os.fsencode(root), index, full_hash=full_hash, progress=told))
 
 
 def _built(found: list[tuple[bytes, _Listing]], classes: Sequence[bytes], notes: FolderNotes) -> FolderIndex:
@@ -350,6 +381,7 @@ def _built(found: list[tuple[bytes, _Listing]], classes: Sequence[bytes], notes:
         "picture_ends": np.cumsum([listing.pictures for _, listing in found], dtype=np.int64),
         "classes": np.array([numbers.get(folder.partition(b"/")[0], -1) for folder, _ in found], np.int32),
         "stamps": np.array([listing.stamp for _, listing in found], np.int64),
+        "marks": np.empty(0, np.int64),
     }
     digest = hashlib.sha256(b"\0".join(classes))
     at = place = 0
@@ -364,8 +396,8 @@ def _built(found: list[tuple[bytes, _Listing]], classes: Sequence[bytes], notes:
     head = {
         "classes": [shown(name) for name in classes],
         "digest": digest.hexdigest()[:16],
+        "hashes": {},
         "notes": asdict(notes),
         "written": time.time_ns(),
-        "lengths": {name: len(column) for name, column in columns.items()},
     }
     return FolderIndex(head, columns)

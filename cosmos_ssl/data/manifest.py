@@ -1,7 +1,8 @@
 """The manifest: where every sample of a list of shards lies, as memory-mapped columns made by one scan.
 
 27 million samples are two columns (8 + 4 bytes each), never Python objects. A cached manifest is one
-file, replaced as a whole; shards whose size or time changed are scanned again, the others are kept.
+file, replaced as a whole; shards whose size or times changed are scanned again, the others are kept. A scan also hashes
+some of what each shard holds: other pictures under the same names and sizes are another data set, copied files the same.
 """
 
 from __future__ import annotations
@@ -18,11 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
-from cosmos_ssl.data.storage import Stat, cache_root, fetch, is_local, is_writable, local_path, lock, shard_name, stat, written_whole
+from cosmos_ssl.data.storage import (
+    BLOCK_BYTES,
+    Reader,
+    Stat,
+    cache_root,
+    fetch,
+    first_writable,
+    is_local,
+    local_path,
+    lock,
+    shard_name,
+    stat,
+    written_whole,
+)
 from cosmos_ssl.errors import DataError
 from cosmos_ssl.functional_pulse import alive
 
-_MAGIC = b"cosmos-manifest-1\n"
+_MAGIC = b"cosmos-manifest-2\n"
 
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""
@@ -37,6 +51,10 @@ class Shard:
     stamp: str
     samples: int
     notes: Notes
+    content: str = ""
+    """Hash of some of its bytes."""
+    full_hash: str = ""
+    """SHA-256 of all of them, where that was asked for."""
 
     @property
     def name(self) -> str:
@@ -81,9 +99,12 @@ class Manifest:
                 raise ValueError(f"{path} is no manifest")
             head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             start = -(-file.tell() // 64) * 64
-        if [shard_name(url) for url in urls] != [row["name"] for row in head]:
-            raise ValueError(f"{path} is of other shards")
-        shards = [Shard(url, row["size"], row["stamp"], row["samples"], Notes(**row["notes"])) for url, row in zip(urls, head, strict=True)]
+        try:
+            if [shard_name(url) for url in urls] != [row.pop("name") for row in head]:
+                raise ValueError(f"{path} is of other shards")
+            shards = [Shard(url, notes=Notes(**row.pop("notes")), **row) for url, row in zip(urls, head, strict=True)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged") from error
         count = sum(shard.samples for shard in shards)
         if count == 0:
             return cls(shards, np.empty(0, np.int64), np.empty(0, np.uint32), path)
@@ -93,9 +114,8 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Write the manifest under a temporary name, then rename it."""
-        head = json.dumps(
-            [{"name": s.name, "size": s.size, "stamp": s.stamp, "samples": s.samples, "notes": asdict(s.notes)} for s in self.shards]
-        ).encode()
+        rows = [{"name": shard.name, **asdict(shard)} for shard in self.shards]
+        head = json.dumps([{key: value for key, value in row.items() if key != "url"} for row in rows]).encode()
         lead = _MAGIC + len(head).to_bytes(8, "little") + head
         with written_whole(path) as file:
             file.write(lead + bytes(-len(lead) % 64))
@@ -109,31 +129,33 @@ class Manifest:
         return self._offsets[span], self._lengths[span]
 
 
-def load_manifest(urls: str | Sequence[str], *, cache_dir: str | Path | None = None, progress: Progress | None = None) -> Manifest:
+def load_manifest(
+    urls: str | Sequence[str], *, cache_dir: str | Path | None = None, full_hash: bool = False, progress: Progress | None = None
+) -> Manifest:
     """The manifest of these shards: from its cache, or by a scan of what is new or changed, under a lock.
 
-    The cache lies in ``cache_dir``; by default beside the first shard, and in the user's cache folder where that
-    cannot be written. Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample
-    at all, OSError where storage fails.
+    The cache lies in ``cache_dir``; by default beside the first shard, and in the user's cache folder where that is
+    another user's or cannot be written. With ``full_hash`` every byte of each shard is hashed, now and whenever it changes.
+    Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample at all, OSError where
+    storage fails.
     """
     progress = progress or alive
     names = expand(urls)
-    stats = _stat_all(names)
+    stats = stat_all(names)
     places = _places(names, cache_dir)
     for path in places:
-        cached = _fresh(path, names, stats)
+        cached = _fresh(path, names, stats, full_hash)
         if cached is not None:
             return _checked(cached)
-    writable = [path for path in places if is_writable(path.parent)]
-    if not writable:
-        return _checked(_scan_all(names, stats, None, progress))
-    path = writable[0]
-    with lock(path.with_suffix(".lock")):
-        manifest = _fresh(path, names, stats)
+    kept = first_writable(places)
+    if kept is None:
+        return _checked(_scan_all(names, stats, None, full_hash, progress))
+    with lock(kept.with_suffix(".lock")):
+        manifest = _fresh(kept, names, stats, full_hash)
         if manifest is None:
-            manifest = _scan_all(names, stats, path, progress)
-            manifest.save(path)
-            manifest = Manifest.open(path, names)
+            manifest = _scan_all(names, stats, kept, full_hash, progress)
+            manifest.save(kept)
+            manifest = Manifest.open(kept, names)
     return _checked(manifest)
 
 
@@ -141,13 +163,14 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
     """Whether ``load_manifest`` would find a cached manifest, or fail at once because shards are missing."""
     names = expand(urls)
     try:
-        stats = _stat_all(names)
+        stats = stat_all(names)
     except DataError:
         return True
     return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
 
-def _stat_all(urls: Sequence[str]) -> list[Stat]:
+def stat_all(urls: Sequence[str]) -> list[Stat]:
+    """Size and stamp of each shard. Raises DataError where some are missing or are no files."""
     with ThreadPoolExecutor(min(32, len(urls))) as threads:
         found = list(threads.map(_stat_or_none, urls))
     missing = [url for url, result in zip(urls, found, strict=True) if result is None]
@@ -162,6 +185,10 @@ def _stat_or_none(url: str) -> Stat | None:
         return stat(url)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except DataError as error:
+        if not local_path(url).is_dir():
+            raise
+        raise DataError(f"data: the folder {url} holds no shards (.tar files)") from error
 
 
 def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
@@ -176,43 +203,58 @@ def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
     return places
 
 
-def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat]) -> Manifest | None:
+def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bool = False) -> Manifest | None:
     """The cached manifest if it is of these shards as they are now."""
     try:
         manifest = Manifest.open(path, urls)
     except (OSError, ValueError):
         return None
     same = all(s.size == found.size and s.stamp == found.stamp for s, found in zip(manifest.shards, stats, strict=True))
-    return manifest if same else None
+    return manifest if same and all(shard.full_hash or not full_hash for shard in manifest.shards) else None
 
 
-def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, progress: Progress | None) -> Manifest:
-    """Scan every shard that the manifest at ``path`` does not know as it is now."""
+def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: Progress | None) -> Manifest:
+    """Scan every shard that the manifest at ``path`` does not know as it is now; hash it whole if that was ever asked for."""
     try:
         known: Manifest | None = Manifest.open(path, urls) if path is not None else None
     except (OSError, ValueError):
         known = None
     found: dict[int, Scan] = {}
+    hashes: dict[int, str] = {}
     if known is not None:
+        full_hash = full_hash or any(shard.full_hash for shard in known.shards)
         for i, (shard, now) in enumerate(zip(known.shards, stats, strict=True)):
             if shard.size == now.size and shard.stamp == now.stamp:
-                found[i] = Scan(*known.part(i), shard.notes)
+                found[i] = Scan(*known.part(i), shard.notes, content=shard.content)
+                hashes[i] = shard.full_hash
     todo = [i for i in range(len(urls)) if i not in found]
+    unhashed = [i for i in range(len(urls)) if full_hash and not hashes.get(i)]
+    total = len(todo) + len(unhashed)
     with pool(len(todo), processes=len(todo) >= 64 and is_local(urls[0])) as executor:
-        for done, (i, result) in enumerate(
-            zip(todo, executor.map(scan, [urls[i] for i in todo], [stats[i].size for i in todo]), strict=True)
-        ):
+        scans = executor.map(scan, [urls[i] for i in todo], [stats[i].size for i in todo])
+        for done, (i, result) in enumerate(zip(todo, scans, strict=True), 1):
             found[i] = result
             if progress is not None:
-                progress(done + 1, len(todo))
+                progress(done, total)
     cut = [(urls[i], found[i].fault) for i in sorted(found) if found[i].fault]
     if cut:
         raise DataError(_cut_words(cut, len(urls)))
-    shards = [
-        Shard(url, s.size, s.stamp, len(found[i].offsets), found[i].notes) for i, (url, s) in enumerate(zip(urls, stats, strict=True))
-    ]
+    with pool(len(unhashed), processes=False) as executor:  # threads: hashing and reading leave the interpreter
+        digests = executor.map(_full_hash, [urls[i] for i in unhashed], [stats[i] for i in unhashed])
+        for done, (i, digest) in enumerate(zip(unhashed, digests, strict=True), len(todo) + 1):
+            hashes[i] = digest
+            if progress is not None:
+                progress(done, total)
     order = range(len(urls))
+    shards = [Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, "")) for i in order]
     return Manifest(shards, np.concatenate([found[i].offsets for i in order]), np.concatenate([found[i].lengths for i in order]))
+
+
+def _full_hash(url: str, found: Stat) -> str:
+    digest, reader = hashlib.sha256(), Reader()
+    for start in range(0, found.size, BLOCK_BYTES):
+        digest.update(reader.read(url, found, start, min(BLOCK_BYTES, found.size - start)))
+    return digest.hexdigest()
 
 
 def _cut_words(cut: Sequence[tuple[str, str]], total: int) -> str:

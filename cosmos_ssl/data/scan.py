@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,10 @@ from cosmos_ssl.errors import DataError
 LIST_EXTENSION = ".list"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("json", "txt")
+_HEAD = 2048
+"""Bytes of each member that a shard's content hash covers: they come with its header."""
+_SPREAD = 1 << 20
+"""Bytes of each of the blocks at a shard's begin, middle and end that it covers."""
 EXAMPLES = 3
 """Names shown in a message before the dots."""
 
@@ -27,9 +32,10 @@ EXAMPLES = 3
 def expand(urls: str | Sequence[str]) -> list[str]:
     """A list of shards from ``a-{0000..0009}.tar::b-*.tar`` or several such strings, local or fsspec URLs.
 
-    Braces expand in order, ``*`` and ``?`` match existing files in sorted order. A file ``NAME.list`` holds one path or URL
-    a line (relative paths start at its folder, ``#`` starts a comment) and may repeat them: each time counts. Raises
-    DataError where a pattern matches nothing, a list cannot be read, or a shard is named twice outside of lists.
+    Braces expand in order, ``*`` and ``?`` match existing files in sorted order, a folder stands for its ``.tar`` files in
+    that order. A file ``NAME.list`` holds one path or URL a line (relative paths start at its folder, ``#`` starts a comment)
+    and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be read, or a
+    shard is named twice outside of lists.
     """
     from braceexpand import braceexpand
 
@@ -75,9 +81,10 @@ def read_list(url: str) -> list[str]:
 
 def _glob(url: str) -> list[str]:
     if is_local(url):
+        path = local_path(url)
         if not set("*?") & set(url):
-            return [str(local_path(url))]
-        path = local_path(url).absolute()
+            return folder_shards(path) or [str(path)]
+        path = path.absolute()
         matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     elif "*" in url:
         system, path_there = filesystem(url)
@@ -87,6 +94,17 @@ def _glob(url: str) -> list[str]:
     if not matches:
         raise DataError(f"data: no file matches {url}")
     return matches
+
+
+def folder_shards(path: Path) -> list[str]:
+    """The ``.tar`` files in a folder, sorted; none for what is no folder. Raises DataError where it cannot be read."""
+    if not path.is_dir():
+        return []
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith("."))
+    except PermissionError as error:
+        raise DataError(f"data: the folder {path} cannot be read: {error.strerror}") from error
 
 
 class Scan(NamedTuple):
@@ -99,6 +117,8 @@ class Scan(NamedTuple):
     notes: Notes
     fault: str = ""
     """Why the shard cannot be read to its end."""
+    content: str = ""
+    """Hash of the names, places and first bytes of all members and of three blocks: of all that a small shard holds."""
 
 
 @dataclass(slots=True)
@@ -118,7 +138,8 @@ def scan(url: str, size: int) -> Scan:
     offsets: list[int] = []
     lengths: list[int] = []
     notes, fault = Notes(), ""
-    groups = grouped(members(header_reader(url, size), size))
+    read, content = header_reader(url, size), blake2b(digest_size=16)
+    groups = grouped(_hashed(members(read, size), read, content))
     try:
         for group in groups:
             extensions = {sample_key(m.name)[1] for m in group}
@@ -134,7 +155,17 @@ def scan(url: str, size: int) -> Scan:
             lengths.append(group[-1].end - group[0].start)
     except TarFault as error:
         fault = str(error)
-    return Scan(np.array(offsets, np.int64), np.array(lengths, np.uint32), notes, fault)
+    for start in (0, max(0, size - _SPREAD) // 2, max(0, size - _SPREAD)):
+        content.update(read(start, min(_SPREAD, size)))
+    return Scan(np.array(offsets, np.int64), np.array(lengths, np.uint32), notes, fault, content.hexdigest())
+
+
+def _hashed(found: Iterator[Member], read: Callable[[int, int], bytes], content: blake2b) -> Iterator[Member]:
+    """The same members, once they have gone into the hash."""
+    for member in found:
+        content.update(f"{member.name}\0{member.data} {member.size} ".encode("utf-8", "surrogateescape"))
+        content.update(read(member.data, min(member.size, _HEAD)))
+        yield member
 
 
 def grouped(found: Iterator[Member]) -> Iterator[list[Member]]:

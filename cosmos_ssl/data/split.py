@@ -1,4 +1,4 @@
-"""Shards divided into training and held-out ones by a hash of each sample's key; lists of shards merged."""
+"""Shards divided into training and held-out ones by a hash of each sample's picture or key; lists of shards merged."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.manifest import load_manifest
+from cosmos_ssl.data.dataset import Shards
+from cosmos_ssl.data.manifest import load_manifest, stat_all
 from cosmos_ssl.data.prepare.joining import spans
 from cosmos_ssl.data.prepare.output import Output, in_processes
 from cosmos_ssl.data.prepare.pipeline import schema_beside
 from cosmos_ssl.data.prepare.writing import TAR_END
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, LIST_EXTENSION, expand, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_local, local_path, stat, written_whole
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_local, local_path, written_whole
 from cosmos_ssl.data.tar import TarFault, members, sample_key
-from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.errors import BadSample, DataError, UserError
 
 _SAMPLE = np.dtype([("offset", "<i8"), ("length", "<u4"), ("held_out", "?")])
+_LOOK_SAMPLES = 16
 Progress = Callable[[str, int, int], None]
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample belongs to the held-out ``share``: a pure function of its key, so that no repetition of a split differs."""
-    number = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+def is_held_out(what: bytes, share: float) -> bool:
+    """Whether a sample of this picture (or key) belongs to the held-out ``share``.
+
+    A pure function, so that equal pictures stay together, and that no repetition of a split differs.
+    """
+    number = int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "big")
     return number < share * 2**64
 
 
@@ -38,6 +43,8 @@ class SplitOptions:
     urls: Sequence[str]
     output: Path
     share: float = 0.01
+    by: Literal["content", "key"] = "content"
+    """What decides on a sample's side: the bytes of its picture, or its key."""
     samples_per_shard: int = 5000
     workers: int = 1
 
@@ -55,12 +62,13 @@ def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = Fa
     Samples are copied byte for byte. Returns samples and shards by split. Raises UserError, DataError, StorageError.
     """
     urls = expand(options.urls)
-    stats = [_stat(url) for url in urls]
+    stats = stat_all(urls)
     lines = "\n".join(f"{url} {found.size} {found.stamp}" for url, found in zip(urls, stats, strict=True))
     identity = {
         "shards": [len(urls), urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]],
         "share": options.share,
         "samples_per_shard": options.samples_per_shard,
+        **({"by": options.by} if options.by != "key" else {}),  # which is all that there once was
     }
     output = Output(options.output.absolute())
     with output.claimed(identity, resume=resume):
@@ -68,7 +76,7 @@ def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = Fa
             return dict(report["counts"])
         todo = [i for i in range(len(urls)) if not _index(output.work, i).is_file()]
         progress("shards indexed", len(urls) - len(todo), len(urls))
-        jobs = [(urls[i], stats[i], options.share, _index(output.work, i)) for i in todo]
+        jobs = [(urls[i], stats[i], options.share, options.by, _index(output.work, i)) for i in todo]
         for done, _ in enumerate(in_processes(options.workers, _index_shard, jobs), len(urls) - len(todo) + 1):
             progress("shards indexed", done, len(urls))
         counts, sizes = _write_split(output, urls, stats, options, progress)
@@ -76,25 +84,21 @@ def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = Fa
     return counts
 
 
-def _stat(url: str) -> Stat:
-    try:
-        return stat(url)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"data: no such shard: {url}") from error
-
-
 def _index(work: Path, number: int) -> Path:
     return work / f"split-{number:05d}.npy"
 
 
-def _index_shard(url: str, found: Stat, share: float, path: Path) -> None:
+def _index_shard(url: str, found: Stat, share: float, by: str, path: Path) -> None:
     """Where the samples of a shard lie, and which are held out."""
     rows: list[tuple[int, int, bool]] = []
+    read = header_reader(url, found.size)
     try:
-        for group in grouped(members(header_reader(url, found.size), found.size)):
-            key = sample_key(group[0].name)[0]
-            if any(sample_key(m.name)[1] in IMAGE_EXTENSIONS for m in group):
-                rows.append((group[0].start, group[-1].end - group[0].start, is_held_out(key, share)))
+        for group in grouped(members(read, found.size)):
+            picture = next((member for member in group if sample_key(member.name)[1] in IMAGE_EXTENSIONS), None)
+            if picture is not None:
+                key = sample_key(picture.name)[0].encode("utf-8", "surrogateescape")
+                what = key if by == "key" else read(picture.data, picture.size)
+                rows.append((group[0].start, group[-1].end - group[0].start, is_held_out(what, share)))
     except TarFault as error:
         raise DataError(f"data: {url} is cut short or damaged: {error}. 'cosmos-ssl data check --fix' keeps what is whole") from error
     with written_whole(path) as file:
@@ -155,11 +159,29 @@ def sample_bytes(url: str, found: Stat, rows: NDArray[Any]) -> Iterable[bytes]:
         yield reader.read(url, found, int(row["offset"]), int(row["length"]))
 
 
-def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: Path) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a list holds: shards and samples, as listed and as they are; for each set, the fields in which captions were found."""
+
+    shards: int
+    samples: int
+    distinct_shards: int
+    distinct_samples: int
+    fields: Sequence[Sequence[str]]
+
+    @property
+    def common_schema(self) -> str | None:
+        """The caption schema that reads the captions of all sets, None where each has the same fields."""
+        if len({frozenset(own) for own in self.fields}) == 1:
+            return None
+        together = list(dict.fromkeys(name for own in self.fields for name in own))
+        return "all" if "txt" in together else f"json:{','.join(together)}"
+
+
+def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: Path) -> Merged:
     """Write a list file of all shards of the groups, each as often as its number says, and their manifest.
 
-    Shards are named relative to the list where they lie below its folder. Returns shards and samples, as listed and as
-    they are. Raises UserError, DataError, OSError.
+    Shards are named relative to the list where they lie below its folder. Raises UserError, DataError, OSError.
     """
     if path.suffix != LIST_EXTENSION:
         raise UserError(f"--output {path}: lists of shards end in {LIST_EXTENSION}")
@@ -171,7 +193,7 @@ def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: 
     single = [name for group in names for name in group]
     if len(set(single)) < len(single):
         raise DataError(f"data: {next(n for i, n in enumerate(single) if n in single[:i])} is named twice. Repeat a set by --repeat")
-    sizes = [len(load_manifest(group)) for group in names]  # a mistake in one set shows as its own
+    sets = [Shards(group, manifest=load_manifest(group)) for group in names]  # a mistake in one set shows as its own
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         for group, times, given in zip(names, repeats, groups, strict=True):
@@ -179,7 +201,19 @@ def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: 
             lines = "".join(f"{_beside(name, path)}\n" for name in group)
             file.writelines([lines.encode()] * times)
     manifest = load_manifest([str(path)])
-    return {"shards": len(manifest.shards), "samples": len(manifest), "distinct_shards": len(single), "distinct_samples": sum(sizes)}
+    fields = [_fields(found) for found in sets]
+    return Merged(len(manifest.shards), len(manifest), len(single), sum(map(len, sets)), fields)
+
+
+def _fields(shards: Shards) -> list[str]:
+    """The fields in which some evenly spread samples have captions."""
+    found: dict[str, None] = {}
+    for number in range(min(len(shards), _LOOK_SAMPLES)):
+        try:
+            found |= dict.fromkeys(shards.read(number * len(shards) // min(len(shards), _LOOK_SAMPLES)).captions)
+        except BadSample:  # a fault of its own
+            continue
+    return list(found)
 
 
 def _beside(url: str, path: Path) -> str:

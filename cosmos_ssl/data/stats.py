@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cosmos_ssl.api import BadSample, Tokenizer
+from cosmos_ssl.data.captions import join_sentences, left_out
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.manifest import Progress, load_manifest
 from cosmos_ssl.data.scan import pool
@@ -58,7 +59,7 @@ class FieldStats:
     sentence_tokens: Spread = field(default_factory=Spread)
     """Tokens by sentence, start and end tokens included."""
     caption_tokens: Spread = field(default_factory=Spread)
-    """Tokens of all sentences of the field joined by '. '."""
+    """Tokens of all sentences of the field joined into one text."""
 
 
 @dataclass(slots=True)
@@ -79,6 +80,8 @@ class DataStats:
     sentences: Spread = field(default_factory=Spread)
     """Sentences by sample, over all fields."""
     fields: dict[str, FieldStats] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Keys of the JSON whose strings the schema ``all`` takes for no captions, and in how many samples."""
 
     def as_json(self, context_length: int) -> dict[str, Any]:
         """Plain values, with the share of sentences and captions of more than ``context_length`` tokens."""
@@ -95,7 +98,8 @@ class DataStats:
         }
         spreads = {name: getattr(self, name).summary() for name in ("width", "height", "image_bytes", "sentences")}
         counts = {name: getattr(self, name) for name in ("shards", "samples", "bytes", "looked_at", "with_alpha")}
-        return {**counts, **spreads, "formats": dict(self.formats), "unusable": dict(self.unusable), "fields": fields}
+        counters = {name: dict(getattr(self, name)) for name in ("formats", "unusable", "left_out")}
+        return {**counts, **spreads, **counters, "fields": fields}
 
 
 def collect_stats(
@@ -107,7 +111,7 @@ def collect_stats(
     Raises DataError, UserError for an unknown schema, OSError.
     """
     manifest = load_manifest(urls)
-    shards = Shards(urls, caption_schema=captions, manifest=manifest)
+    shards = Shards(urls, caption_schema=captions, manifest=manifest, full=captions == "all")
     total = len(manifest)
     chosen = np.arange(total) if samples in (0, total) or samples > total else np.linspace(0, total - 1, samples).astype(np.int64)
     stats = DataStats(len(manifest.shards), total, sum(shard.size for shard in manifest.shards))
@@ -133,12 +137,13 @@ def _look(shards: Shards, tokenizer: Tokenizer, indices: Sequence[int]) -> DataS
             stats.unusable[error.reason] += 1
             continue
         stats.sentences.add([len(sample.sentences())])
+        stats.left_out.update(left_out(sample.extras.get("json", {})))
         for name, sentences in sample.captions.items():
             found = stats.fields.setdefault(name, FieldStats())
             found.samples += 1
             found.sentences.add([len(sentences)])
             texts += [(found, False, sentence) for sentence in sentences]
-            texts.append((found, True, ". ".join(sentences)))
+            texts.append((found, True, join_sentences(sentences)))
     for start in range(0, len(texts), _CHUNK):
         part = texts[start : start + _CHUNK]
         _, lengths = tokenizer([text for _, _, text in part])
@@ -161,6 +166,7 @@ def _join(into: DataStats, found: DataStats) -> None:
     into.with_alpha += found.with_alpha
     into.unusable.update(found.unusable)
     into.formats.update(found.formats)
+    into.left_out.update(found.left_out)
     for mine, theirs in _spreads(into, found):
         mine.counts.update(theirs.counts)
     for name, theirs_field in found.fields.items():

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
@@ -72,7 +72,7 @@ def stat(url: str) -> Stat:
         found = local_path(url).stat()
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
-        return Stat(found.st_size, str(found.st_mtime_ns))
+        return Stat(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}")  # unpacking puts the first back, not the second
     system, path = filesystem(url)
     info = system.info(path)
     stamp = next((str(info[k]) for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created") if info.get(k)), "")
@@ -126,6 +126,15 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def first_writable(places: Sequence[Path]) -> Path | None:
+    """The first of these files that may be made, None where none can: in a folder of another user at the last place alone."""
+    for path in places[:-1]:
+        there = next(folder for folder in path.parents if folder.exists())
+        if (not hasattr(os, "getuid") or there.stat().st_uid == os.getuid()) and is_writable(path.parent):
+            return path
+    return places[-1] if is_writable(places[-1].parent) else None
 
 
 @contextmanager

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cosmos_ssl.api import Spec
 from cosmos_ssl.cli import main
-from cosmos_ssl.data.check import check_folder, check_shards
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER
+from cosmos_ssl.data import Shards, expand, open_shards
+from cosmos_ssl.data.check import ONE_COLOUR, TRANSPARENT, check_folder, check_shards
+from cosmos_ssl.data.folder import load_folder, picture_folder
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError
+from cosmos_ssl_plugins.datasets.webdataset import WebDataset
 
 Make = Callable[..., str]
 
@@ -69,17 +73,18 @@ def test_transparent_and_one_coloured_pictures_are_counted(shards: Make, tmp_pat
         members["png"] = file.getvalue()
 
     pattern = shards(4, 2, change=change)
-    assert [(r.with_alpha, r.one_colour, r.faults) for r in check_shards(pattern)] == [(3, 2, {}), (0, 1, {})]
+    assert [(r.notes, r.faults) for r in check_shards(pattern)] == [({TRANSPARENT: 3, ONE_COLOUR: 2}, {}), ({ONE_COLOUR: 1}, {})]
     assert main(["data", "check", pattern, "--json", str(tmp_path / "r.json")]) == EXIT_DONE
-    assert "3 pictures with transparency (put on model.background), 3 of one colour all over\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"no fault, {TRANSPARENT}: 3 (" in told and f"no fault, {ONE_COLOUR}: 3 (" in told
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["with_alpha"], report["one_colour"], report["by_shard"][0]["with_alpha"]) == (3, 3, 3)
+    assert (report["notes"], report["by_shard"][0]["notes"][TRANSPARENT]) == ({TRANSPARENT: 3, ONE_COLOUR: 3}, 3)
     assert main(["data", "stats", pattern]) == EXIT_DONE
     assert "3 pictures with transparency" in capsys.readouterr().out
     for number in range(2):
         (tmp_path / "clips").mkdir(exist_ok=True)
         Image.new("LA", (9, 9), (number, 128)).save(tmp_path / f"clips/{number}.png")
-    assert [(r.with_alpha, r.one_colour) for r in check_folder(tmp_path / "clips")] == [(2, 2)]
+    assert [r.notes for r in check_folder(tmp_path / "clips")] == [{TRANSPARENT: 2, ONE_COLOUR: 2}]
 
 
 def test_pictures_larger_than_pil_likes_are_admitted(shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +131,22 @@ def test_scenes_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(command) == EXIT_DONE
     assert f"{tmp_path}/s/train-{{0000..0000}}.tar  (12 samples)" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "s" / "*.tar"), "--captions", "dreamlip"]) == EXIT_DONE
+
+
+def test_a_folder_of_shards_is_its_shards(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern, folder = shards(5, 3), str(tmp_path / "shards")
+    (tmp_path / "shards" / "b-000.parquet").write_text("")
+    assert expand(folder) == expand(f"{folder}/") == expand(pattern)
+    assert picture_folder(folder) is None and len(open_shards(folder)) == 8
+    assert WebDataset(Spec(embed_dim=8), train_data=folder).identity() == Shards(pattern).identity()
+    for command in (["index"], ["check"], ["stats", "--captions", "dreamlip"]):
+        assert main(["data", *command, folder]) == EXIT_DONE
+        assert "2 shards, 8 samples" in capsys.readouterr().out
+    (tmp_path / "shards" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "shards" / "deep" / "er" / "1.JPG").write_text("")
+    assert picture_folder(folder) == tmp_path / "shards", "pictures beside the archives that they were unpacked from"
+    (tmp_path / "none").mkdir()
+    assert main(["data", "split", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == EXIT_USER
+    assert f"the folder {tmp_path}/none holds no shards" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"\.tar files may be shards: data\.type=webdataset"):
+        load_folder(tmp_path / "shards", extensions=("bmp",))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ from torchvision.datasets import ImageFolder as Torchvision
 
 from cosmos_ssl.api import BadSample
 from cosmos_ssl.cli import main
-from cosmos_ssl.data import folder_index
+from cosmos_ssl.data import check as check_module
+from cosmos_ssl.data import folder_content, folder_index
 from cosmos_ssl.data.check import check_folder
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, folder_notices, picture_folder
 from cosmos_ssl.data.folder_index import FolderIndex, load_folder, scan_folder
@@ -28,7 +30,8 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError, User
 @pytest.fixture(autouse=True)
 def _soon_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are taken for settled after hundredths of a second, not two."""
-    monkeypatch.setattr(folder_index, "_YOUNG", 20_000_000)
+    for module in (folder_index, folder_content):
+        monkeypatch.setattr(module, "YOUNG", 20_000_000)
 
 
 def picture(number: int, format: str = "png") -> bytes:
@@ -183,11 +186,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-def test_the_index_is_kept_until_a_name_changes(odd: Path, scans: list[Path]) -> None:
+def test_the_index_is_kept_until_something_changes(odd: Path, scans: list[Path]) -> None:
     first, second = load_folder(odd), load_folder(odd)
     assert len(scans) == 1 and first.path == second.path == next((odd.parent / ".cosmos_ssl").glob("folder-*.bin"))
-    (odd / "b" / "z.png").write_bytes(picture(5))  # the same names
-    assert len(load_folder(odd)) == 9 and len(scans) == 1
     (odd / "b" / "deep" / "er" / "new.png").write_bytes(picture(5))
     assert len(load_folder(odd)) == 10 and len(scans) == 2
     settle(odd)
@@ -211,8 +212,8 @@ def test_the_index_is_kept_until_a_name_changes(odd: Path, scans: list[Path]) ->
 def test_a_folder_changed_just_before_it_was_listed_is_listed_again(
     tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_index, "_mark", lambda found: 1)  # a clock too coarse to tell two changes apart
-    monkeypatch.setattr(folder_index, "_YOUNG", 60_000_000_000)
+    monkeypatch.setattr(folder_index, "mark_of", lambda found: 1)  # a clock too coarse to tell two changes apart
+    monkeypatch.setattr(folder_index, "YOUNG", 60_000_000_000)
     root = write(tmp_path / "new", "a/1.png")
     load_folder(root)
     (root / "a" / "2.png").write_bytes(picture(2))
@@ -220,12 +221,12 @@ def test_a_folder_changed_just_before_it_was_listed_is_listed_again(
 
 
 def test_processes_that_wait_for_a_scan_take_its_result(tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_index, "_YOUNG", 60_000_000_000)  # a later start would scan again
+    monkeypatch.setattr(folder_index, "YOUNG", 60_000_000_000)  # a later start would scan again
     root = write(tmp_path / "new", "a/1.png")
     begun, scan = threading.Barrier(4), folder_index._fresh
 
-    def fresh(path: Path, root: Path, began: int) -> FolderIndex | None:
-        found = scan(path, root, began)
+    def fresh(path: Path, root: Path, began: int, full_hash: bool) -> FolderIndex | None:
+        found = scan(path, root, began, full_hash)
         if threading.current_thread() not in met:
             met.add(threading.current_thread())
             begun.wait(10)  # all have looked in vain before one holds the lock
@@ -249,6 +250,54 @@ def test_a_moved_folder_is_the_same_data(odd: Path, tmp_path: Path, scans: list[
     assert Folder(tmp_path / "elsewhere" / "renamed").identity() == before
     (tmp_path / "elsewhere" / "renamed" / "a" / "10.png").unlink()
     assert Folder(tmp_path / "elsewhere" / "renamed").identity() != before
+
+
+def test_other_pictures_of_the_same_names_are_other_data(odd: Path, tmp_path: Path, scans: list[Path]) -> None:
+    place = odd / "b" / "z.png"
+    before, whole, times = Folder(odd).identity(), place.read_bytes(), place.stat()
+    for body in (whole[:60] + bytes([whole[60] ^ 1]) + whole[61:], whole + b"\0"):
+        place.write_bytes(body)
+        os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
+        now = Folder(settle(odd)).identity()
+        assert now["content"] != before["content"] and now | {"content": ""} == before | {"content": ""}
+    place.write_bytes(whole)
+    shutil.copytree(odd, tmp_path / "copy")
+    assert Folder(settle(odd)).identity() == Folder(tmp_path / "copy").identity() == before
+    count = len(scans)
+    assert Folder(odd).identity() == before and len(scans) == count
+
+
+def test_equal_pictures_are_told_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check_module, "_PICTURES", 2)
+    root = write(tmp_path / "some", *(f"{name}/{n}.png" for name in "ab" for n in range(3)))
+    shutil.copy(root / "a" / "2.png", root / "b" / "1.png")
+    assert main(["data", "check", str(root)]) == EXIT_DONE
+    assert "no fault, picture of an earlier sample: 1 (b: sample 1 is sample 2 of a)" in capsys.readouterr().out
+
+
+def test_other_captions_are_other_data_where_captions_are_read(tmp_path: Path) -> None:
+    root = write(tmp_path / "both", "1.png", "2.png", "1.txt")
+    before = [Folder(root, captions=read).identity() for read in (True, False)]
+    (root / "1.txt").write_text("other")
+    now = [Folder(settle(root), captions=read).identity() for read in (True, False)]
+    assert now[0]["captions"] != before[0]["captions"] and now[1] == before[1] and "captions" not in now[1]
+
+
+def test_what_is_not_looked_at_is_hashed_where_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, most in {"_MARKED": 3, "_HASHED": 2, "_CHUNK": 2}.items():
+        monkeypatch.setattr(folder_content, name, most)
+    root = write(tmp_path / "many", *(f"{n}.bmp" for n in range(7)), "1.txt")
+    before = Folder(root).identity()
+    (root / "1.bmp").write_bytes(picture(9, "bmp"))  # of the same size, and neither marked nor hashed
+    assert Folder(settle(root)).identity() == before
+    assert main(["data", "index", str(root), "--hash"]) == EXIT_DONE and "hash: " in capsys.readouterr().out
+    hashed = Folder(root).identity()
+    assert {name: hashed[name] for name in before} == before and Folder(root, captions=False).identity()["full_hash"] in hashed["full_hash"]
+    (root / "1.bmp").write_bytes(picture(10, "bmp"))
+    now = Folder(settle(root)).identity()
+    assert now["full_hash"] != hashed["full_hash"] and now | {"full_hash": ""} == hashed | {"full_hash": ""}
 
 
 def test_where_the_index_lies(odd: Path, tmp_path: Path) -> None:
@@ -415,7 +464,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", str(root), str(root / "a")]) == EXIT_USER
 
 
-def test_progress_is_of_folders(odd: Path) -> None:
+def test_progress_is_of_folders_and_parts(odd: Path) -> None:
     steps: list[tuple[int, int]] = []
     load_folder(odd, progress=lambda done, known: steps.append((done, known)))
-    assert [done for done, _ in steps] == list(range(1, len(steps) + 1)) and steps[-1] == (11, 11)
+    assert [done for done, _ in steps] == list(range(1, len(steps) + 1)) and steps[10] == (11, 11) and steps[-1] == (14, 14)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cosmos_ssl.data import expand, load_manifest
+from cosmos_ssl.cli import main
+from cosmos_ssl.data import Shards, expand, load_manifest
 from cosmos_ssl.data import manifest as manifest_module
 from cosmos_ssl.data import scan as scan_module
 from cosmos_ssl.data.manifest import notices
+from cosmos_ssl.data.storage import filesystem
 from cosmos_ssl.errors import DataError
 
 Make = Callable[..., str]
@@ -80,6 +85,55 @@ def test_a_moved_folder_keeps_its_manifest(shards: Make, tmp_path: Path, monkeyp
     scanned = _count_scans(monkeypatch)
     (tmp_path / "shards").rename(tmp_path / "moved")
     assert len(load_manifest(pattern.replace("/shards/", "/moved/"))) == 5 and not scanned
+
+
+def test_other_contents_are_another_set_and_copies_the_same(shards: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_SPREAD", 512)  # as of a shard that is too large to be hashed whole
+    pattern, path = shards(5, 20), tmp_path / "shards" / "a-001.tar"
+    before, times = Shards(pattern).identity(), path.stat()
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        places = [member.offset_data + member.size // 2 for member in archive.getmembers()[::13]]
+    for place in places:  # of pictures, tables, texts, labels
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        now = Shards(pattern).identity()
+        assert now["content"] != before["content"] and now | {"content": ""} == before | {"content": ""}
+    path.write_bytes(whole)
+    assert Shards(pattern).identity() == before, "another time alone changes nothing"
+    (tmp_path / "copy").mkdir()
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        (tmp_path / "copy" / shard.name).write_bytes(shard.read_bytes())
+    assert Shards(pattern.replace("/shards/", "/copy/")).identity() == before
+    filesystem("memory://set/a-000.tar")[0].pipe({f"/set/{p.name}": p.read_bytes() for p in (tmp_path / "copy").glob("*.tar")})
+    assert Shards("memory://set/a-{000..001}.tar").identity() == before
+
+
+def test_every_byte_is_hashed_where_asked_for(
+    shards: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scan_module, "_SPREAD", 512)
+    monkeypatch.setattr(scan_module, "_HEAD", 64)
+    pattern, path = shards(5, 20), tmp_path / "shards" / "a-001.tar"
+    assert "full_hash" not in Shards(pattern).identity()
+    assert main(["data", "index", pattern, "--hash"]) == 0 and "hash: " in capsys.readouterr().out
+    before, manifest = Shards(pattern).identity(), load_manifest(pattern)
+    assert [shard.full_hash for shard in manifest.shards] == [
+        hashlib.sha256((tmp_path / "shards" / f"a-00{i}.tar").read_bytes()).hexdigest() for i in (0, 1)
+    ]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    now = Shards(pattern).identity()  # by a scan that hashes the changed shard whole again
+    assert now["content"] == before["content"] and now["full_hash"] != before["full_hash"]
+
+
+def test_other_users_folders_are_left_alone(shards: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = shards(2)
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "shards").stat().st_uid + 1)
+    found = load_manifest(pattern)
+    assert found.path is not None and found.path.is_relative_to(tmp_path / "xdg" / "cosmos_ssl")
+    assert [p.name for p in (tmp_path / "shards").iterdir()] == ["a-000.tar"]
+    assert load_manifest(pattern, cache_dir=tmp_path / "mine").path == tmp_path / "mine" / found.path.name
 
 
 def test_a_read_only_folder_falls_back_to_the_cache(shards: Make, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_any_table_and_a_folder(tmp_path: Path) -> None:
     (root / "0" / "back").symlink_to(root)
     paths = [f"{n % 3}/im.{n}.JPG" for n in range(9)]
     paths[1], paths[2] = f"./{paths[1]}", str(root.absolute() / paths[2])
-    rows = [{"file": p, "short": f"Short {i}", "long one": f"A. B {i}.", "url": url(i)} for i, p in enumerate(paths)]
+    rows = [{"file": p, "short": f"Short {i}", "long one": f"A {i} m wall e.g. red. Ok {i}.", "url": url(i)} for i, p in enumerate(paths)]
     table = write_csv(tmp_path / "t.tsv", rows[:7])
     table.write_text(table.read_text().replace(",", "\t"))
     columns = {"caption_columns": ["short", "long one"], "image_column": "file"}
@@ -212,7 +212,7 @@ def test_any_table_and_a_folder(tmp_path: Path) -> None:
     assert (counts.samples, counts.images, counts.images_without_row) == (7, 9, 2)
     found = tables_of(tmp_path / "out")
     assert {t["image"] for t in found.values()} == set(paths[:7])
-    assert found[url(4)]["long one"] == ["A", "B 4"] and found[url(4)]["short"] == ["Short 4"]
+    assert found[url(4)]["long one"] == ["A 4 m wall e.g. red", "Ok 4"] and found[url(4)]["short"] == ["Short 4"]
     assert (tmp_path / "out" / "my-set-0000.tar").is_file()
 
 
@@ -382,7 +382,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(table, root, out, "--json", str(report), "--workers", "2")) == EXIT_DONE
     said = capsys.readouterr().out
     assert "5 samples in 1 shards" in said and "data.caption_schema=json:a" in said
-    assert json.loads(report.read_text())["samples"] == 5
+    told = json.loads(report.read_text())
+    assert told["samples"] == 5 and told["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     assert main(["data", "check", str(out / "*.tar")]) == EXIT_DONE
     assert main(["data", "prepare", "dreamlip", "--table", str(table), "--output", str(out)]) == EXIT_USER
     assert "--images" in capsys.readouterr().err
@@ -457,3 +458,11 @@ def test_the_outcome_trains(images: Callable[..., list[Path]], tmp_path: Path, s
     small += [f"data.train_data={tmp_path}/out/train-{{0000..0000}}.tar", f"data.caption_schema={schema}"]
     metrics = cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)
     assert metrics["loss"] > 0
+    shard = tmp_path / "out" / "train-0000.tar"
+    body = bytearray(shard.read_bytes())
+    shard.touch()
+    assert cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small) == metrics, "the same bytes at another time: the same data, a finished run"
+    body[body.index(b"jpg") + 700] ^= 1
+    shard.write_bytes(body)
+    with pytest.raises(UserError, match=r"belongs to another data set \(data, content: \w+ -> \w+\)"):
+        cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.prepare.rows import KEY, hashed
-from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, grouped, header_reader
+from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, folder_shards, grouped, header_reader
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat, written_whole
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError
@@ -210,15 +210,12 @@ class FolderImages(Images):
 
 def open_images(given: Sequence[str]) -> Images:
     """The images that ``--images`` names. Raises DataError."""
-    from cosmos_ssl.data.scan import expand
-
     folders = [local_path(name) for name in given if "://" not in name and local_path(name).is_dir()]
     if folders and len(given) > 1:
         raise DataError(f"--images: {folders[0]} is a folder: give one folder of images, or shards such as '{folders[0]}/*.tar'")
     if not folders:
         return ShardImages(expand(given))
-    with os.scandir(folders[0]) as entries:
-        tars = sorted(entry.path for entry in entries if entry.name.endswith(".tar"))
+    tars = folder_shards(folders[0])
     return ShardImages(tars) if tars else FolderImages(folders[0].absolute())
 
 

@@ -98,7 +98,8 @@ class Output:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in now if before.get(key) != now[key])
+    keys = [key for key in dict.fromkeys((*now, *before)) if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)
 
 
 def _short(value: Any) -> str:

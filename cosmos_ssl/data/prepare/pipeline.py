@@ -49,7 +49,8 @@ class PrepareOptions:
     image_column: str | None = None
     samples_per_shard: int = 5000
     name: str = "train"
-    rule: str = "published"
+    rule: str | None = None
+    """How captions are cut into sentences; by default as published where the tables are, else carefully."""
     decode: bool = True
     max_pixels: int = 1 << 26
     workers: int = 1
@@ -58,7 +59,7 @@ class PrepareOptions:
         for option in ("samples_per_shard", "workers", "max_pixels"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')}: {getattr(self, option)} is not positive")
-        if self.rule not in SPLITTERS:
+        if self.sentence_rule not in SPLITTERS:
             raise UserError(f"--sentences: no rule '{self.rule}'. Known: {', '.join(SPLITTERS)}")
         if not self.columns:
             raise UserError("--caption-columns: which columns hold captions? Name them, such as short,long")
@@ -72,6 +73,11 @@ class PrepareOptions:
         """Caption columns and the fields that they become."""
         preset = PRESETS.get(self.schema, {})
         return {c: preset.get(c, c) for c in self.caption_columns} if self.caption_columns else preset
+
+    @property
+    def sentence_rule(self) -> str:
+        """The rule by which captions are cut."""
+        return self.rule or ("published" if self.schema in PRESETS else "careful")
 
     @property
     def caption_schema(self) -> str:
@@ -158,8 +164,8 @@ class Prepare:
             assert isinstance(self.images, ShardImages)
             lines = "\n".join(f"{url} {self.images.stat(i).size}" for i, url in enumerate(self.images.urls))
             found["images"] = [len(self.images.urls), self.images.urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]]
-        kept = ("samples_per_shard", "name", "rule", "decode", "max_pixels", "url_column", "image_column")
-        return found | {"captions": dict(options.columns)} | {name: getattr(options, name) for name in kept}
+        kept = ("samples_per_shard", "name", "decode", "max_pixels", "url_column", "image_column")
+        return found | {"captions": dict(options.columns), "rule": options.sentence_rule} | {name: getattr(options, name) for name in kept}
 
     def _stems(self, output: Output) -> list[Path]:
         return [output.work / f"table-{i:04d}" for i in range(len(self.tables))]
@@ -262,7 +268,7 @@ class Prepare:
             names=plan["names"],
             fields=list(self.options.columns.values()),
             whole_fields=_WHOLE.get(self.options.schema, frozenset()),
-            rule=self.options.rule,
+            rule=self.options.sentence_rule,
             max_pixels=self.options.max_pixels,
             decode=self.options.decode,
         )

@@ -30,7 +30,7 @@ def find_tables(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         try:
-            paths = [Path(name) for name in expand([pattern])]
+            paths = [Path(pattern)] if Path(pattern).is_dir() else [Path(name) for name in expand([pattern])]
         except DataError as error:
             raise UserError(f"--table {pattern}: no such file") from error
         for path in paths:

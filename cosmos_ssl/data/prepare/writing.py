@@ -110,6 +110,7 @@ class ShardJob:
                     note.samples += 1
                     note.size += len(sample)
             file.write(TAR_END)
+            note.size += len(TAR_END)
         with written_whole(self.work / f"{note.name}.json") as file:
             file.write(json.dumps(note.as_json()).encode())
         return note.as_json()

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from cosmos_ssl.api import Augmenter, BadSample, Modality, Sample, Spec, ViewSpec
+from cosmos_ssl.data import join_sentences
 
 
 class TextCrop(Augmenter):
@@ -53,7 +54,7 @@ class TextCrop(Augmenter):
             raise BadSample("no caption")
         if self.join:
             counts = rng.integers(1, self.max_sentences + 1, size=self.globals)
-            long = [". ".join(draw_sentences(sentences, int(count), rng)) for count in counts]
+            long = [join_sentences(draw_sentences(sentences, int(count), rng)) for count in counts]
             short = draw_sentences(sentences, self.locals, rng)
         else:
             drawn = draw_sentences(sentences, self.globals + self.locals, rng)

@@ -9,7 +9,8 @@ from cosmos_ssl.data import Shards
 class WebDataset(Shards):
     """Image-text shards: ``KEY.jpg`` (jpeg, png, webp) beside ``KEY.json`` or ``KEY.txt``, and ``KEY.cls`` if there are labels.
 
-    ``train_data`` names the shards (braces, ``*``, ``::`` between lists, ``.list`` files; paths or fsspec URLs).
+    ``train_data`` names the shards (braces, ``*``, ``::`` between lists, ``.list`` files, a folder of ``.tar`` files; paths or
+    fsspec URLs).
     ``caption_schema``: ``dreamlip``, ``pixelprose``, ``txt``, ``json:KEY``, ``all``, or null for pictures alone. ``validation_data`` is for
     evaluators that name no shards. ``cache_dir`` holds the manifest and, for remote shards, blocks of up to ``cache_gib`` GiB; without it
     the manifest lies beside the shards or in the user's cache folder. Pictures of more than ``max_pixels`` are bad samples.

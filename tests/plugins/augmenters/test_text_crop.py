@@ -59,6 +59,12 @@ def test_one_sentence_only() -> None:
     assert set(texts["global"]) <= {"a cat", "a cat. a cat", "a cat. a cat. a cat"}
 
 
+def test_sentences_with_their_own_full_stop_get_no_other() -> None:
+    captions = {"txt": ["It is red.", "It is plain!", "A toy"]}
+    texts = [text for seed in range(20) for text in crop(TextCrop(SPEC, max_sentences=3), seed, captions)["global"]]
+    assert "It is red. It is plain! A toy" in texts and not any(pair in text for text in texts for pair in ("..", "!."))
+
+
 @pytest.mark.parametrize(("count", "groups"), [(1, {"global": 1}), (2, {"global": 2}), (3, {"global": 2, "local": 1})])
 def test_few_texts(count: int, groups: dict[str, int]) -> None:
     augmenter = TextCrop(SPEC, num_sampled_captions=count)
