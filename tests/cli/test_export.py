@@ -107,7 +107,7 @@ def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", str(GOLDEN), "--format", "openclip"], "model.image.heads: must be given"),
+        (["--checkpoint", str(GOLDEN), "--format", "openclip"], "say model.image.heads=.. and model.text.heads=.."),
         (["--checkpoint", "nowhere", "--format", "timm"], "nowhere is no run folder with a checkpoint"),
         (["--checkpoint", str(GOLDEN), "--format", "onnx"], "invalid choice: 'onnx'"),
     ],
