@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower")
     parser.add_argument("--which", choices=("student", "teacher"), help="whose weights (default: student; official: both where there are)")
+    licence = "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 (default: %(default)s)"
+    parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     parser.set_defaults(run=_export, overrides=[])
+
+
+def _licence(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no identifier of a licence on the hub, such as mit or cc-by-nc-4.0")
+    return text
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -45,14 +54,14 @@ def _export(arguments: argparse.Namespace) -> int:
         if arguments.format == "official" and arguments.which is None:
             roles = roles_of(source)
         models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
-    notes = export(models, arguments.format, arguments.output, _origin(arguments.checkpoint, source))
+    notes = export(models, arguments.format, arguments.output, _origin(arguments, source))
     print(f"{arguments.output}: the {' and the '.join(roles)} of {arguments.checkpoint} for {arguments.format}")
     for note in notes:
         print(note)
     return EXIT_DONE
 
 
-def _origin(checkpoint: str, source: Source) -> Origin:
+def _origin(arguments: argparse.Namespace, source: Source) -> Origin:
     """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
     from cosmos_ssl.config import load_config
     from cosmos_ssl.engine.checkpoint import checkpoint_step
@@ -60,8 +69,10 @@ def _origin(checkpoint: str, source: Source) -> Origin:
     from cosmos_ssl.interop.export import Origin
 
     if source.folder is None:
-        return Origin(name=Path(checkpoint).stem or "model", checkpoint=checkpoint)
+        given = arguments.checkpoint
+        return Origin(name=Path(given).stem or "model", checkpoint=given, licence=arguments.license)
     run = source.folder.parent.parent
     result = RunFolder(run).result()
-    metrics = result["metrics"] if result is not None and result["step"] == checkpoint_step(source.folder) else {}
-    return Origin(name=load_config(run / "config.yaml").config.name, checkpoint=checkpoint, metrics=metrics)
+    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
+    metrics = result["metrics"] if result is not None and result["step"] == step else {}
+    return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=arguments.license)

@@ -51,6 +51,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file that others may read as the umask says. Raises OSError."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})  # makes it its owner's alone
+    path.chmod(mode)
+
+
 def read_torch_file(path: Path) -> Mapping[str, Any]:
     """The table in a file of ``torch.save``, in host memory; nothing in it is executed. Raises CheckpointError."""
     try:

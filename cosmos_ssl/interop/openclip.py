@@ -13,8 +13,18 @@ from torch import Tensor
 
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file
-from cosmos_ssl.interop.official import MAX_SIZE, NAMES, ForeignCheckpoint, clip_config, expected_names, listed, mlp_ratio, translate
+from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_safetensors
+from cosmos_ssl.interop.official import (
+    MAX_SIZE,
+    NAMES,
+    SIZES,
+    ForeignCheckpoint,
+    clip_config,
+    expected_names,
+    listed,
+    mlp_ratio,
+    translate,
+)
 from cosmos_ssl.specs import TowerSpec
 
 log = logging.getLogger(__name__)
@@ -49,10 +59,8 @@ _BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder for ``local-dir:`` and the hub; returns what stays behind. Raises UserError for what OpenCLIP has no place for."""
-    from safetensors.torch import save_file
-
     refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
-    save_file(tensors(model), folder / WEIGHTS[0], metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHTS[0], tensors(model), **{SIZES: json.dumps(model.sizes())})
     (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
     return [*model.left_out("image", "text"), *model.about_logits()]
 
