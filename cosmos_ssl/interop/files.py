@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str
 def read_torch_file(path: Path) -> Mapping[str, Any]:
     """The table in a file of ``torch.save``, in host memory; nothing in it is executed. Raises CheckpointError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old and strange forms: judged below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except CheckpointError:
         raise
     except FileNotFoundError as error:
