@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from cosmos_ssl import registry
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Role, Spec, Teacher, Tokenizer, Tower
 from cosmos_ssl.build_streams import steady_streams
-from cosmos_ssl.build_weights import read_weights, start_from
+from cosmos_ssl.build_weights import Source, find_source, read_weights, start_from
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
 from cosmos_ssl.data import Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
-from cosmos_ssl.engine.checkpoint import load_exactly
+from cosmos_ssl.engine.checkpoint import check_fit
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
@@ -29,6 +29,7 @@ from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.functional_pulse import heard
+from cosmos_ssl.interop.partial import compare
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -187,8 +188,9 @@ class Builder:
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
         model = Model(towers, heads, losses, spec.embed_dim)
+        start = ""
         if config.model.pretrained is not None and prepare and not meta:
-            start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
+            start = start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
         plan = make_plan(spec, towers, heads, losses)
         with watched() if prepare else nullcontext():
@@ -206,6 +208,7 @@ class Builder:
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
             evaluators=evaluators,
             frozen=model.freeze_unread(plan),
+            start=start,
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
         )
 
@@ -359,17 +362,23 @@ def make_trainer(config: str | Path | Mapping[str, Any], overrides: Sequence[str
 
 
 def load(
-    checkpoint: str | Path, which: Role = "student", *, device: torch.device | str = "cpu", overrides: Sequence[str] = ()
+    checkpoint: str | Path | Source, which: Role = "student", *, device: torch.device | str = "cpu", overrides: Sequence[str] = ()
 ) -> ModelEncoder:
     """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
     OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Raises CheckpointError for anything else, or where weights do not fit.
+    reach what a file does not say, such as ``model.text.heads=4``. What was read is logged in a line, at the level of
+    information. Raises CheckpointError for anything else, for what is damaged, and where weights do not fit or are not finite.
     """
-    source, state = read_weights(checkpoint, which)
-    loaded = load_config(source, ["evaluators=null", *overrides])
+    weights = read_weights(find_source(checkpoint), which)
+    loaded = load_config(weights.config, ["evaluators=null", *overrides])
+    assumed = weights.assumed(loaded)
+    check_fit(Builder(loaded).assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
     assembly = Builder(loaded).assemble(prepare=False)
-    load_exactly(assembly.model, state, str(checkpoint))
+    weights.check_finite(weights.state)
+    assembly.model.load_state_dict(weights.state)
     assembly.model.requires_grad_(False).eval()
+    report = compare(assembly.model, weights.state, weights.left_out)
+    log.info("%s", "; ".join(filter(None, (f"the {which} of {weights.source}: {report}", assumed))))
     return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)

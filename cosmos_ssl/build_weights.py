@@ -1,64 +1,142 @@
-"""Weights of any origin, in our form: to load a model from, and to start one from."""
+"""Weights of any origin, in our form: one door that finds and verifies them, to load a model from and to start one from."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cosmos_ssl.api import Role
-from cosmos_ssl.engine.checkpoint import latest_checkpoint, load_tensors
+from cosmos_ssl.config import LoadedConfig
+from cosmos_ssl.config_source import read_file
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError
-from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
+from cosmos_ssl.interop.files import find_nonfinite
+from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, is_remote, read_foreign
+from cosmos_ssl.interop.heads import assume_heads, told_heads
+from cosmos_ssl.interop.hub import checkpoint_path
 from cosmos_ssl.interop.official import ROLES
-from cosmos_ssl.interop.partial import load_partial
+from cosmos_ssl.interop.partial import compare, load_matched
 from cosmos_ssl.models.model import Model
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights that were found and, where they are a run's, verified: nothing of them is read before."""
+
+    name: str
+    """The file, folder or published name."""
+    folder: Path | None = None
+    """Of a run: the folder of the checkpoint."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def read_weights(checkpoint: str | Path, which: Role, *, partial: bool = False) -> tuple[Path | Mapping[str, Any], Mapping[str, Tensor]]:
-    """The config and the tensors of one role of a run folder, of a checkpoint, or of another program's model.
+def find_source(checkpoint: str | Path | Source, *, whole: bool = True) -> Source:
+    """What ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
 
-    ``partial`` takes such a model's tensors also where it has others beside, or lacks some. Raises CheckpointError for anything else.
+    ``whole=False`` looks at sizes of files alone. Raises CheckpointError for a checkpoint that is damaged, and for anything else.
     """
-    foreign = read_foreign(checkpoint, which, partial=partial)
-    if foreign is not None:
-        return foreign.config, foreign.state
-    folder = _checkpoint_folder(checkpoint)
-    return folder.parent.parent / "config.yaml", load_tensors(folder, which)
-
-
-def roles_of(checkpoint: str | Path) -> tuple[Role, ...]:
-    """The roles that ``load`` finds in a checkpoint. Raises CheckpointError."""
-    found = foreign_roles(checkpoint)
-    if found is not None:
-        return found
-    folder = _checkpoint_folder(checkpoint)
-    return tuple(role for role in ROLES if (folder / f"{role}.safetensors").exists())
-
-
-def _checkpoint_folder(checkpoint: str | Path) -> Path:
-    path = Path(checkpoint)
-    folder = path if (path / "manifest.json").exists() else latest_checkpoint(path)
-    if folder is None:
+    if isinstance(checkpoint, Source):
+        return checkpoint
+    path = checkpoint_path(checkpoint)
+    if is_foreign(path):
+        return Source(str(path))
+    if is_checkpoint(path):
+        fault = find_fault(path, whole=whole)
+        if fault is not None:
+            raise CheckpointError(f"{path} is damaged: {fault}")
+        return Source(str(path), path)
+    newest = latest_checkpoint(path, whole=whole)
+    if newest is None:
+        if checkpoint_folders(path):
+            raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
         raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model")
-    return folder
+    return Source(str(newest), newest)
 
 
-def start_from(model: Model, checkpoint: str, *, partial: bool) -> None:
-    """Start a model from the student of a checkpoint, and log what was taken over.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The tensors of one role, by our names, and the config of the model that they are of."""
 
-    The towers must be there whole unless ``partial``; heads and losses are taken where they fit. Raises CheckpointError.
+    source: Source
+    config: Path | Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    left_out: Sequence[str] = ()
+    """Other names in a file of another program's."""
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError where one of these tensors holds a NaN or an infinity; a run's were looked at when they were found."""
+        if self.source.folder is None and (sick := find_nonfinite({name: self.state[name] for name in names})):
+            raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
+
+    def assumed(self, loaded: LoadedConfig) -> str:
+        """For people: what a config of theirs, with overrides, leaves to assume. Raises CheckpointError where that would be a guess."""
+        return "" if isinstance(self.config, Path) else assume_heads(loaded.tree["model"], self.source)
+
+
+def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weights:
+    """The weights of one role. ``partial`` takes another program's also where it has others beside, or lacks some.
+
+    Their values stay in the file until they are used. Raises CheckpointError.
     """
-    _, state = read_weights(checkpoint, "student", partial=partial)
-    report = load_partial(model, state, f"model.pretrained: {checkpoint}")
-    left = [name for name in (*report.missing, *report.other_shapes) if not name.startswith(("heads.", "losses."))]
+    if source.folder is not None:
+        return Weights(source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which))
+    foreign = read_foreign(source.name, which, partial=partial)
+    assert foreign is not None, "found before"
+    return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
+
+
+def roles_of(source: Source) -> tuple[Role, ...]:
+    """The roles that are there. Raises CheckpointError."""
+    if source.folder is None:
+        return foreign_roles(source.name) or ()
+    return tuple(role for role in ROLES if (source.folder / f"{role}.safetensors").exists())
+
+
+def check_source(checkpoint: str, *, partial: bool) -> None:
+    """Raise UserError where ``start_from`` would find nothing to start from, or something damaged. Reads no tensor, fetches nothing."""
+    if not is_remote(checkpoint, partial=partial):
+        read_weights(find_source(checkpoint, whole=False), "student", partial=partial)
+
+
+def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
+    """Start a model from the student of a checkpoint; says in a line what was taken over, what not, and why.
+
+    The towers must be there whole unless ``partial``, and something of one in any case; heads and losses are taken where they
+    fit. Raises CheckpointError.
+    """
+    weights = read_weights(find_source(checkpoint), "student", partial=partial)
+    place = f"model.pretrained: {checkpoint}"
+    report = compare(model, weights.state, weights.left_out)
+    left = [name for name in (*report.missing, *report.other_shapes) if _of_tower(name)]
     if left and not partial:
-        raise CheckpointError(
-            f"model.pretrained: {checkpoint} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits"
-        )
-    log.info("starting from %s: %s", checkpoint, report)
+        raise CheckpointError(f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits")
+    if not any(map(_of_tower, report.matched)):
+        raise CheckpointError(f"{place} has nothing of the towers: {report}")
+    notes = _other_heads(model, weights, set(report.matched))
+    if notes and not partial:
+        raise CheckpointError(f"{place} has {notes[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
+    weights.check_finite(report.matched)
+    load_matched(model, weights.state, report)
+    return "; ".join([f"starting from {weights.source}: {report}", *notes])
+
+
+def _of_tower(name: str) -> bool:
+    return not name.startswith(("heads.", "losses."))
+
+
+def _other_heads(model: Model, weights: Weights, taken: set[str]) -> list[str]:
+    """For people: towers whose attention was taken and was trained with another number of heads, which no shape tells."""
+    config = weights.config
+    ours = isinstance(config, Path)
+    if isinstance(config, Path):
+        config = read_file(config, []).plain() if config.is_file() else {}
+    told = told_heads(config.get("model") or {}, ours=ours)
+    told = {tower: heads for tower, heads in told.items() if f"{tower}.blocks.0.attn.qkv.weight" in taken}
+    found = {tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in told}
+    return [f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in told.items() if found[tower] != heads]

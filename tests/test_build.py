@@ -80,7 +80,7 @@ def test_load_an_official_file():
 
 
 def test_official_heads_must_be_given_where_the_width_does_not_tell():
-    with pytest.raises(ConfigError, match=r"model\.image\.heads"):
+    with pytest.raises(CheckpointError, match=r"say model\.image\.heads=\.\. and model\.text\.heads=\.\."):
         cosmos_ssl.load(GOLDEN / "official_checkpoint.pt")
 
 

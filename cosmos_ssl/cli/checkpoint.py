@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cosmos_ssl.errors import UserError
@@ -24,14 +26,23 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def load_checkpoint(arguments: argparse.Namespace) -> tuple[ModelEncoder, str]:
     """The model, and the name of what was read: of a run folder its newest checkpoint. Raises UserError."""
     from cosmos_ssl.build import load
-    from cosmos_ssl.engine.checkpoint import latest_checkpoint
-    from cosmos_ssl.interop.hub import checkpoint_path
+    from cosmos_ssl.build_weights import find_source
 
     device = choose_device(arguments.device)
-    path = checkpoint_path(arguments.checkpoint)
-    newest = latest_checkpoint(path) if path.is_dir() and not (path / "manifest.json").exists() else None
-    name = str(newest or path)
-    return load(name, arguments.which, device=device, overrides=arguments.overrides), name
+    with reading():
+        source = find_source(arguments.checkpoint)
+        return load(source, arguments.which, device=device, overrides=arguments.overrides), str(source)
+
+
+@contextmanager
+def reading(*, shown: bool = True) -> Iterator[None]:
+    """Show on stderr what is logged of weights that are read: what was taken, what was passed over, what is assumed."""
+    from rich.console import Console
+
+    from cosmos_ssl.engine.watch import lines
+
+    with lines(Console(stderr=True, quiet=not shown)):
+        yield
 
 
 def choose_device(name: str) -> str:

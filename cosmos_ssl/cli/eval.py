@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from cosmos_ssl.cli.checkpoint import reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, CheckpointError, UserError, did_you_mean
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from cosmos_ssl.api import Role
+    from cosmos_ssl.build_weights import Source
     from cosmos_ssl.evaluation.features import Store
     from cosmos_ssl.evaluation.tasks import Options, Task
     from cosmos_ssl.models.encoder import ModelEncoder
@@ -94,14 +96,17 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     from cosmos_ssl.evaluation.tasks import TASKS as FUNCTIONS
     from cosmos_ssl.evaluation.tasks import check_model
 
-    checkpoint = _found(arguments.checkpoint)
+    with reading(shown=World().first):
+        source = _found(arguments.checkpoint)
+    checkpoint = Path(source.name)
     evaluator = {} if arguments.data else _evaluator_of_run(checkpoint, arguments.task)
     metrics: dict[str, float] = {}
     task: Task | None = None
     jobs: list[Job] = []
     with stages(shown=World().first) as told:
-        for role in _roles(checkpoint, arguments.which):
-            encoder = load(checkpoint, role, device=pick_device(arguments.device), overrides=arguments.overrides)
+        for role in _roles(source, arguments.which):
+            with reading(shown=World().first):
+                encoder = load(source, role, device=pick_device(arguments.device), overrides=arguments.overrides)
             encoder.dtype = _dtype(arguments.precision)
             check_model(arguments.task, encoder)
             options = _options(arguments, evaluator, encoder)
@@ -122,29 +127,24 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     return str(checkpoint) if checkpoint.is_dir() else arguments.checkpoint, task.set_name, metrics
 
 
-def _found(given: str) -> Path:
+def _found(given: str) -> Source:
     """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
-    from cosmos_ssl.engine.checkpoint import latest_checkpoint
+    from cosmos_ssl.build_weights import find_source
     from cosmos_ssl.engine.distributed import World
-    from cosmos_ssl.interop.hub import checkpoint_path
 
-    world = World()
-    world.from_first(lambda: checkpoint_path(given))  # one rank fetches
-    path = checkpoint_path(given)
-    is_run = path.is_dir() and not (path / "manifest.json").exists()
-    return world.from_first(lambda: latest_checkpoint(path) or path) if is_run else path
+    found = World().from_first(lambda: find_source(given))  # one rank fetches
+    return found if found.folder is not None else find_source(given)
 
 
-def _roles(checkpoint: Path, which: str | None) -> tuple[Role, ...]:
+def _roles(source: Source, which: str | None) -> tuple[Role, ...]:
     """The roles asked for; without ``--which`` those that are there. Raises CheckpointError where both are asked for and one is there."""
-    from cosmos_ssl.interop.foreign import foreign_roles
+    from cosmos_ssl.build_weights import roles_of
 
     if which in ROLES:
         return (cast("Role", which),)
-    own: tuple[Role, ...] = ("student", "teacher") if (checkpoint / "teacher.safetensors").is_file() else ("student",)
-    there = foreign_roles(checkpoint) or own
+    there = roles_of(source)
     if which == "both" and len(there) == 1:
-        raise CheckpointError(f"{checkpoint} holds the {there[0]} alone: leave out --which both")
+        raise CheckpointError(f"{source} holds the {there[0]} alone: leave out --which both")
     return there
 
 

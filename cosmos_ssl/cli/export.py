@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_ssl.cli.checkpoint import reading
 from cosmos_ssl.errors import EXIT_DONE
 
 if TYPE_CHECKING:
     from cosmos_ssl.api import Role
+    from cosmos_ssl.build_weights import Source
     from cosmos_ssl.interop.export import Origin
 
 # The names of cosmos_ssl.interop.export.FORMATS, which would import torch (a test compares them).
@@ -28,41 +31,48 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower")
     parser.add_argument("--which", choices=("student", "teacher"), help="whose weights (default: student; official: both where there are)")
+    licence = "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 (default: %(default)s)"
+    parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     parser.set_defaults(run=_export, overrides=[])
 
 
+def _licence(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no identifier of a licence on the hub, such as mit or cc-by-nc-4.0")
+    return text
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build import load
-    from cosmos_ssl.build_weights import roles_of
-    from cosmos_ssl.engine.checkpoint import latest_checkpoint
+    from cosmos_ssl.build_weights import find_source, roles_of
     from cosmos_ssl.interop.export import export
-    from cosmos_ssl.interop.hub import checkpoint_path
 
-    path = checkpoint_path(arguments.checkpoint)
-    newest = latest_checkpoint(path) if path.is_dir() and not (path / "manifest.json").exists() else None
-    source = str(newest or path)
-    roles: tuple[Role, ...] = (arguments.which,) if arguments.which else ("student",)
-    if arguments.format == "official" and arguments.which is None:
-        roles = roles_of(source)
-    models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
-    notes = export(models, arguments.format, arguments.output, _origin(arguments.checkpoint, Path(source)))
+    with reading():
+        source = find_source(arguments.checkpoint)
+        roles: tuple[Role, ...] = (arguments.which,) if arguments.which else ("student",)
+        if arguments.format == "official" and arguments.which is None:
+            roles = roles_of(source)
+        models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
+    notes = export(models, arguments.format, arguments.output, _origin(arguments, source))
     print(f"{arguments.output}: the {' and the '.join(roles)} of {arguments.checkpoint} for {arguments.format}")
     for note in notes:
         print(note)
     return EXIT_DONE
 
 
-def _origin(checkpoint: str, read: Path) -> Origin:
+def _origin(arguments: argparse.Namespace, source: Source) -> Origin:
     """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
     from cosmos_ssl.config import load_config
     from cosmos_ssl.engine.checkpoint import checkpoint_step
     from cosmos_ssl.engine.run_folder import RunFolder
     from cosmos_ssl.interop.export import Origin
 
-    step, run = checkpoint_step(read), read.parent.parent
-    if step is None or not (run / "config.yaml").is_file():
-        return Origin(name=Path(checkpoint).stem or "model", checkpoint=checkpoint)
+    if source.folder is None:
+        given = arguments.checkpoint
+        return Origin(name=Path(given).stem or "model", checkpoint=given, licence=arguments.license)
+    run = source.folder.parent.parent
     result = RunFolder(run).result()
+    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
     metrics = result["metrics"] if result is not None and result["step"] == step else {}
-    return Origin(name=load_config(run / "config.yaml").config.name, checkpoint=checkpoint, metrics=metrics)
+    return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=arguments.license)

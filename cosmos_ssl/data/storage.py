@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import tempfile
 import time
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar
 
 from cosmos_ssl.errors import BadSample, DataError, UserError
 from cosmos_ssl.functional_pulse import alive
@@ -140,16 +141,21 @@ def first_writable(places: Sequence[Path]) -> Path | None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+    part = _part(path.parent)
+    with part.open("x+b") as file:
         try:
-            yield cast(IO[bytes], file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
+            part.replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
+
+
+def _part(folder: Path) -> Path:
+    """A name for a file that is not whole. It is opened as any file, so that it is for whom the umask says (tempfile's are not)."""
+    return folder / f"tmp{secrets.token_hex(8)}.part"
 
 
 class _File:
@@ -256,9 +262,9 @@ class BlockCache:
 
     def _store(self, name: str, block: bytes) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
+            with (part := _part(self._folder)).open("xb") as file:
                 file.write(block)
-            Path(file.name).replace(self._folder / f"{name}.block")
+            part.replace(self._folder / f"{name}.block")
         except OSError:
             return
         self._written += len(block)

@@ -37,5 +37,7 @@ class Assembly:
     evaluators: Mapping[str, ScheduledEvaluator] = field(default_factory=dict)
     frozen: Sequence[str] = ()
     """Parameters that the plan never reaches."""
+    start: str = ""
+    """For people: what was taken over from ``model.pretrained``."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Config path of each part -> name, distribution and version."""

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError, TrainingError
+from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors, same_kind
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+TENSORS = ".safetensors"
+MAX_STEP = 1 << 48
 _CHUNK = 1 << 24
+_FILE = re.compile(r"[\w-][\w.-]*")
 _FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {
     torch.float64: "F64",
@@ -70,9 +74,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
 
     Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not finite.
     """
-    unsound = _find_unsound(snapshot)
-    if unsound:
-        raise TrainingError(unsound)
+    infinite = _check_finite(snapshot)
     parent = run_dir / "checkpoints"
     parent.mkdir(exist_ok=True)
     final = parent / f"step_{snapshot.step:08d}"
@@ -85,7 +87,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
             f"{name}.safetensors": _write(temporary / f"{name}.safetensors", _safetensors(tensors, name))
             for name, tensors in snapshot.tensors.items()
         }
-        files["state.json"] = _write(temporary / "state.json", _json({"format": FORMAT, **snapshot.state}))
+        files["state.json"] = _write(temporary / "state.json", _json({"format": FORMAT, "infinite": infinite, **snapshot.state}))
         _write(temporary / "manifest.json", _json({"format": FORMAT, "files": files}))
         _sync_folder(temporary)
         if final.exists():  # a damaged one of this step: a sound one is never written again
@@ -98,15 +100,18 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     return final
 
 
-def _find_unsound(snapshot: Snapshot) -> str:
-    """The first tensor that is not finite, in words."""
+def _check_finite(snapshot: Snapshot) -> list[str]:
+    """The names of buffers that hold infinities. Raises TrainingError for any other tensor that is not finite."""
+    infinite = set()
     for role, tensors in snapshot.tensors.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and tensor.numel():
                 ends = torch.stack(tensor.aminmax())  # NaN where any number is
                 if ends.isnan().any() or (ends.isinf().any() and name not in snapshot.buffers):
-                    return f"{name} of the {role} is not finite"
-    return ""
+                    raise TrainingError(f"{name} of the {role} is not finite")
+                if ends.isinf().any():
+                    infinite.add(name)
+    return sorted(infinite)
 
 
 def _check_room(folder: Path, snapshot: Snapshot) -> None:
@@ -175,27 +180,58 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if its manifest verifies."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is, or was, a checkpoint: by its name, or by what it holds."""
+    return path.is_dir() and (checkpoint_step(path) is not None or (path / "manifest.json").exists() or (path / "state.json").exists())
+
+
+def find_fault(path: Path, *, whole: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers finite.
+
+    ``whole=False`` takes the sizes and heads of its files for their contents.
+    """
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        for name, told in manifest["files"].items():
-            if (path / name).stat().st_size != told["bytes"]:
-                return f"{name} has {(path / name).stat().st_size:,} bytes, expected {told['bytes']:,}"
+        files = _manifest(path)
+        for name, told in files.items():
+            if (size := (path / name).stat().st_size) != told["bytes"]:
+                return f"{name} has {size:,} bytes, expected {told['bytes']:,}"
             with (path / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
+                if whole and hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                     return f"{name} has changed since it was written"
+        meant = set(map(str, read_state(path).get("infinite") or ()))
+        for name in (name for name in files if name.endswith(TENSORS)):
+            tensors = load_tensors(path, name.removesuffix(TENSORS))
+            if whole and (sick := find_nonfinite({tensor: value for tensor, value in tensors.items() if tensor not in meant})):
+                return f"{name} holds a NaN or an infinity ({sick})"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"manifest.json cannot be used: {error!r}"
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}/")
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     return None
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose manifest verifies, or None; newer ones that do not are named in the log."""
+def _manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The files of a checkpoint folder by its manifest, which has an entry of every one that may be read. Raises CheckpointError."""
+    files = read_json(path / "manifest.json").get("files")
+    told = list(files.values()) if isinstance(files, dict) else [None]
+    if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in told):
+        raise CheckpointError("manifest.json cannot be used: it tells no files with their sizes and hashes")
+    assert isinstance(files, dict)
+    unnamed = {"state.json", f"student{TENSORS}", *(found.name for found in path.glob(f"*{TENSORS}"))} - files.keys()
+    if unnamed:
+        raise CheckpointError(f"manifest.json cannot be used: it does not tell of {min(unnamed)}")
+    for name in files:
+        if not _FILE.fullmatch(name) or ((path / name).exists() and not (path / name).is_file()):
+            raise CheckpointError(f"manifest.json cannot be used: {name[:80]!r} is no file of this folder")
+    return files
+
+
+def latest_checkpoint(run_dir: Path, *, whole: bool = True) -> Path | None:
+    """The newest sound checkpoint (see ``find_fault``), or None; newer ones that are not are named in the log."""
     for path in reversed(checkpoint_folders(run_dir)):
-        fault = find_fault(path)
+        fault = find_fault(path, whole=whole)
         if fault is None:
             return path
         log.warning("%s is damaged (%s) and is passed over", path, fault)
@@ -206,13 +242,13 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint folder. Raises CheckpointError."""
-    try:
-        state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}/state.json cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    """The state of a checkpoint folder, whose step is that of its name. Raises CheckpointError."""
+    state = read_json(path / "state.json")
+    if state.get("format") != FORMAT:
         raise CheckpointError(f"{path}/state.json is not of format {FORMAT}, the one this version of cosmos-ssl reads")
+    step = state.get("step")
+    if type(step) is not int or not 0 <= step < MAX_STEP or checkpoint_step(path) not in (None, step):
+        raise CheckpointError(f"{path}/state.json tells step {str(step)[:40]}, which is no step, or not that of the folder")
     return state
 
 
@@ -221,33 +257,32 @@ def load_tensors(path: Path, role: Role | str) -> dict[str, Tensor]:
 
     Raises CheckpointError where the file is missing, unreadable or of another role.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = path / f"{role}.safetensors"
+    file = path / f"{role}{TENSORS}"
     if not file.exists():
-        there = ", ".join(sorted(found.stem for found in path.glob("*.safetensors"))) or "no tensors at all"
+        there = ", ".join(sorted(found.stem for found in path.glob(f"*{TENSORS}"))) or "no tensors at all"
         raise CheckpointError(f"{path} holds no {role}. It holds {there}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found_role = (opened.metadata() or {}).get("role")
-            if found_role != role:
-                raise CheckpointError(f"{file} says that it holds the {found_role}, not the {role}")
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    metadata, tensors = read_safetensors(file)
+    if metadata.get("role") != role:
+        raise CheckpointError(f"{file} says that it holds the {metadata.get('role')}, not the {role}")
+    return tensors
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load ``tensors`` into ``module``. Raises CheckpointError with the first differences in keys and shapes."""
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise CheckpointError with the first differences in keys, shapes and types; no value is read, so ``module`` may be on meta."""
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own if name not in tensors]
     faults += [f"{name} is unknown to the model" for name in tensors if name not in own]
-    faults += [
-        f"{name} is {list(tensors[name].shape)}, the model's {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    for name, value in own.items():
+        if name in tensors and tensors[name].shape != value.shape:
+            faults.append(f"{name} is {list(tensors[name].shape)}, the model's {list(value.shape)}")
+        elif name in tensors and not same_kind(tensors[name], value):
+            faults.append(f"{name} is of {tensors[name].dtype}, the model's of {value.dtype}")
     if faults:
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise CheckpointError(f"{source} does not fit the model: {shown}")
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Load ``tensors`` into ``module``. Raises CheckpointError as ``check_fit`` does."""
+    check_fit(module, tensors, source)
     module.load_state_dict(tensors)

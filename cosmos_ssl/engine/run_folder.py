@@ -64,7 +64,7 @@ class RunFolder:
             raise self._in_use("this very process")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}. Give another output_dir") from error
         try:

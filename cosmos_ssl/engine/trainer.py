@@ -399,6 +399,8 @@ class Trainer:
                 *(self.config.name, f"{size:,}", self.folder.path, f"{self.total_steps:,}", f"{self.steps_per_epoch:,}"),
                 *(f"{training.batch_size:,}", training.precision, self.device),
             )
+            if self.assembly.start:
+                log.info("%s", self.assembly.start)
         else:
             moved = f" on {self.world.size} ranks; it was saved on {saved['ranks']}" if saved["ranks"] != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from cosmos_ssl.api import Role
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.interop import huggingface, openclip, timm
 from cosmos_ssl.interop.clip import ClipModel, describe, refuse
-from cosmos_ssl.interop.official import CROSS_HEADS, expected_names, to_official
+from cosmos_ssl.interop.official import CROSS_HEADS, SIZES, expected_names, to_official
 from cosmos_ssl.models.contract import is_built_in
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.pictures import BACKGROUND
@@ -40,8 +39,11 @@ class Origin:
     name: str
     """What it is called there, and its file here (``official``)."""
     checkpoint: str
+    """Its published name, or a place here, of which readers elsewhere are told the last part alone."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What was measured of this very checkpoint."""
+    licence: str = "other"
+    """The hub's identifier of the terms that the weights are under, such as ``mit`` or ``cc-by-nc-4.0``."""
 
 
 def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin: Origin) -> list[str]:
@@ -53,34 +55,28 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
         raise UserError(f"--output {folder} is not empty. Give another folder")
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))  # for its owner alone
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error.strerror}") from error
     try:
+        (temporary := place / "whole").mkdir()
         described = [describe(encoder, origin.name, role, text=form != "timm") for role, encoder in models.items()]
         notes = _write_official(models, described, temporary) if form == "official" else _WRITERS[form](described[0], temporary)
-        (temporary / "README.md").write_text(card(described, form, folder, origin, notes), encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
+        (temporary / "README.md").write_text(card(described, form, origin, notes), encoding="utf-8")
         temporary.replace(folder)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     return notes
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---------------------------------------------------------------------------- official
 
 
 def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[ClipModel], folder: Path) -> list[str]:
-    """``NAME.pt`` as the official program's evaluation reads it: ``name`` and a table of tensors for each role."""
-    content: dict[str, Any] = {"name": described[0].name}
+    """``NAME.pt`` as the official program's evaluation reads it: ``name``, a table of tensors for each role, and ours of sizes."""
+    content: dict[str, Any] = {"name": described[0].name, SIZES: described[0].sizes()}
     for (role, encoder), model in zip(models.items(), described, strict=True):
         refuse("the official form", _official_faults(encoder, model))
         content[role] = _official_tensors(model)
@@ -118,42 +114,49 @@ def _official_tensors(model: ClipModel) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------- the card
 
 
-def card(models: Sequence[ClipModel], form: str, folder: Path, origin: Origin, notes: Sequence[str]) -> str:
+def card(models: Sequence[ClipModel], form: str, origin: Origin, notes: Sequence[str]) -> str:
     """The README.md of an exported model, with the header that the hub reads."""
     model = models[0]
     roles = " and ".join(found.role for found in models)
     paragraphs = [
-        _header(form, model),
+        _header(form, origin.licence),
         f"# {origin.name}",
         f"{_kind(model, form)}, written for {_TITLES[form]} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) {__version__}"
         f" from the {roles} of `{_place(origin.checkpoint)}`.",
         "\n".join(_sizes(model, form)),
         "## Loading",
-        f"```python\n{_loading(model, form, folder)}```",
+        "In this folder; from elsewhere, its path stands in place of the dot:",
+        f"```python\n{_loading(model, form)}```",
         *_transparency(model),
-        "\n".join(f"- {note}" for note in notes),
+        "\n".join(f"- {note}" for note in [*notes, *(huggingface.differences(model) if form == "huggingface" else ())]),
     ]
     metrics = _metrics(models, origin)
     if metrics:
         paragraphs += ["## Results", "At the end of its training run, on that run's own validation data:", metrics]
-    paragraphs += [
-        "## Licence",
-        "The weights are under the terms of those who trained them and of the data that they were trained on; this export changes"
-        " nothing about that. The program that wrote it is under Apache-2.0.",
-    ]
+    paragraphs += ["## Licence", _licence(origin.licence)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _place(checkpoint: str) -> str:
     """A checkpoint for readers elsewhere, whom the folders of this machine do not concern."""
-    path = Path(checkpoint)
-    return path.name if path.is_absolute() else checkpoint
+    return checkpoint if openclip.is_published(checkpoint) else Path(checkpoint).name
 
 
-def _header(form: str, model: ClipModel) -> str:
+def _header(form: str, licence: str) -> str:
     library = {"openclip": "open_clip", "huggingface": "transformers", "timm": "timm", "official": "pytorch"}[form]
     task = "image-feature-extraction" if form == "timm" else "zero-shot-image-classification"
-    return f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- clip\n- cosmos-ssl\n---"
+    named = "\nlicense_name: not-stated" if licence == "other" else ""
+    return f"---\nlicense: {licence}{named}\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- clip\n- cosmos-ssl\n---"
+
+
+def _licence(licence: str) -> str:
+    weights = (
+        "No licence was named for the weights when they were exported: they are under the terms of those who trained them and of the data"
+        " that they were trained on."
+        if licence == "other"
+        else f"The weights are under `{licence}`, as those who exported them say; the terms of the data that they were trained on remain."
+    )
+    return f"{weights} The program that wrote this export is under Apache-2.0."
 
 
 def _kind(model: ClipModel, form: str) -> str:
@@ -174,28 +177,24 @@ def _sizes(model: ClipModel, form: str) -> list[str]:
     return [*rows, "", f"Features have {model.embed_dim} numbers. The form is that of {package} {version(package)}."]
 
 
-def _loading(model: ClipModel, form: str, folder: Path) -> str:
-    """Lines that load the folder; they run as they stand."""
+def _loading(model: ClipModel, form: str) -> str:
+    """Lines that load the folder that they are run in."""
     if form == "openclip":
         return (
             "import open_clip\n\n"
-            f'model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")\n'
-            f'tokenizer = open_clip.get_tokenizer("local-dir:{folder}")\n'
+            'model, preprocess = open_clip.create_model_from_pretrained("local-dir:.")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:.")\n'
         )
     if form == "huggingface":
-        lines = f'from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("{folder}").eval()\n'
-        if model.vocabulary:
-            return lines + f'processor = CLIPProcessor.from_pretrained("{folder}")\n'
-        return lines.replace("CLIPProcessor", "CLIPImageProcessor") + f'processor = CLIPImageProcessor.from_pretrained("{folder}")\n'
+        return huggingface.loading(model)
     if form == "timm":
         return (
             "import timm\n\n"
-            f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # num_classes=0: before the projection\n'
+            'model = timm.create_model("local-dir:.", pretrained=True).eval()  # num_classes=0: before the projection\n'
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         )
-    heads = f'"model.image.heads={model.image.heads}", "model.text.heads={model.text.heads if model.text else 0}"'
-    heads += f', "model.background={model.background}"' if model.background != BACKGROUND else ""
-    return f'import cosmos_ssl\n\nmodel = cosmos_ssl.load("{folder / _file(model)}", which="{model.role}", overrides=[{heads}])\n'
+    background = f', overrides=["model.background={model.background}"]' if model.background != BACKGROUND else ""
+    return f'import cosmos_ssl\n\nmodel = cosmos_ssl.load("{_file(model)}", which="{model.role}"{background})\n'
 
 
 def _transparency(model: ClipModel) -> Sequence[str]:
@@ -209,9 +208,9 @@ def _transparency(model: ClipModel) -> Sequence[str]:
 
 
 def _metrics(models: Sequence[ClipModel], origin: Origin) -> str:
-    """The exported roles' own numbers as a table; of metrics without a role all."""
-    others = {"student", "teacher"} - {model.role for model in models}
-    kept = {name: value for name, value in origin.metrics.items() if "/" in name and not others & set(name.split("/"))}
+    """What evaluators measured of the exported roles, as a table."""
+    roles = {model.role for model in models}
+    kept = {name: value for name, value in origin.metrics.items() if roles & set(name.split("/")[1:2])}
     if not kept:
         return ""
     return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in kept.items())])

@@ -7,8 +7,15 @@ from pathlib import Path
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop import openclip
-from cosmos_ssl.interop.hub import checkpoint_path
-from cosmos_ssl.interop.official import ROLES, ForeignCheckpoint, from_official
+from cosmos_ssl.interop.files import read_json, read_tensor_file
+from cosmos_ssl.interop.hub import checkpoint_path, released
+from cosmos_ssl.interop.official import ROLES, SIZES, ForeignCheckpoint, from_official
+
+
+def is_foreign(checkpoint: str | Path) -> bool:
+    """Whether ``checkpoint`` names another program's model: a file, an OpenCLIP folder, or a published name. Nothing is fetched."""
+    path = _local(checkpoint)
+    return path.is_file() or openclip.is_folder(path) or (not path.exists() and openclip.is_published(str(checkpoint)))
 
 
 def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint | None:
@@ -19,14 +26,14 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
     with it. Such models are students. Raises CheckpointError where it cannot be read, or, without ``partial``, not whole.
     """
     text = str(checkpoint)
-    path = checkpoint_path(text.removeprefix(openclip.LOCAL))
+    path = checkpoint_path(_local(checkpoint))
     if path.is_file():
-        content = openclip.read_file(path)
+        content, metadata = read_tensor_file(path)
         if path.suffix != ".safetensors" and (any(name in content for name in ROLES) or openclip.plain_tensors(content) is None):
             return from_official(content, role, path, partial=partial)
         _is_student(text, role)
-        told = openclip.read_json(path.parent / openclip.CONFIG) if openclip.is_folder(path.parent) else None
-        return openclip.read_tensors(content, path, told, partial=partial)
+        told = read_json(path.parent / openclip.CONFIG) if openclip.is_folder(path.parent) else None
+        return openclip.read_tensors(content, path, told, sizes=metadata.get(SIZES), partial=partial)
     if openclip.is_folder(path):
         _is_student(text, role)
         return openclip.read_folder(path, partial=partial)
@@ -38,13 +45,25 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
 
 def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
     """The roles of another program's model; None where ``checkpoint`` is none that we know of. Raises CheckpointError."""
-    text = str(checkpoint)
-    path = checkpoint_path(text.removeprefix(openclip.LOCAL))
-    if path.is_file():
-        content = {} if path.suffix == ".safetensors" else openclip.read_file(path)
+    path = checkpoint_path(_local(checkpoint))
+    if path.is_file() and path.suffix != ".safetensors":
+        content, _ = read_tensor_file(path)
         return tuple(role for role in ROLES if role in content) or ("student",)
-    known = openclip.is_folder(path) or (not path.exists() and openclip.is_published(text))
-    return ("student",) if known else None
+    return ("student",) if is_foreign(checkpoint) else None
+
+
+def is_remote(checkpoint: str, *, partial: bool = False) -> bool:
+    """Whether a model would be sought on the hub. Nothing is fetched; raises CheckpointError for a name that is known to be of no use."""
+    if released(checkpoint) is not None or checkpoint.startswith(openclip.HUB):
+        return True
+    if _local(checkpoint).exists() or not openclip.is_published(checkpoint):
+        return False
+    openclip.published(checkpoint, partial=partial)
+    return True
+
+
+def _local(checkpoint: str | Path) -> Path:
+    return Path(str(checkpoint).removeprefix(openclip.LOCAL)).expanduser()
 
 
 def _is_student(source: str, role: Role) -> None:

@@ -28,15 +28,18 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     What exists here is never looked for on the hub. Raises CheckpointError as ``fetch_released`` does, and for what looks like
     a released name and is none.
     """
-    path = Path(checkpoint).expanduser()
+    name = released(checkpoint)
+    return Path(checkpoint).expanduser() if name is None else fetch_released(name)
+
+
+def released(checkpoint: str | Path) -> str | None:
+    """The released checkpoint that would be fetched, or None. Raises CheckpointError for what looks like the name of one and is none."""
     name = str(checkpoint).removesuffix(".pt")
-    if path.exists() or "/" in name or os.sep in name:
-        return path
-    if name in RELEASED:
-        return fetch_released(name)
-    if name.startswith("cosmos_vit"):
+    if Path(checkpoint).expanduser().exists() or "/" in name or os.sep in name or not name.startswith("cosmos_vit"):
+        return None
+    if name not in RELEASED:
         raise CheckpointError(f"no released checkpoint is named '{name}'.{did_you_mean(name, RELEASED)} Released: {', '.join(RELEASED)}")
-    return path
+    return name
 
 
 def fetch_released(name: str, *, cache_dir: Path | None = None, endpoint: str | None = None) -> Path:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.files import check_weights, read_torch_file
 
 ROLES: tuple[Role, ...] = ("student", "teacher")
 _DDP = "module."
 CROSS_HEADS = 8
 """Heads of its cross-attention: fixed in the official program, and not to be read from a tensor."""
 CLIP_VOCABULARY = 49_408
+SIZES = "cosmos_ssl.sizes"
+"""Where an export tells what stands in no tensor, by config keys: a key of an official file, or of a safetensors file's metadata."""
+MAX_SIZE = 1 << 16
 
 
 def _modules(*pairs: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -69,13 +72,13 @@ NAMES: tuple[tuple[str, str], ...] = (
 
 _OURS = {theirs: ours for ours, theirs in NAMES}
 _THEIRS = dict(NAMES)
-_NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=blocks\.)[0-9]{1,4}(?=\.)")
 
 
 def translate(name: str, table: Mapping[str, str]) -> str | None:
     """The counterpart of a tensor's name in a table like ``NAMES``; None where it has none."""
     number = _NUMBER.search(name)
-    found = table.get(_NUMBER.sub("#", name))
+    found = None if "#" in name else table.get(_NUMBER.sub("#", name))
     return found.replace("#", number[0]) if found is not None and number is not None else found
 
 
@@ -90,15 +93,15 @@ class ForeignCheckpoint:
     missing: tuple[str, ...] = ()
     """Names of that program that the source lacks (of a partial reading)."""
     unexpected: tuple[str, ...] = ()
-    """Names in the source that are not of that program (of a partial reading)."""
+    """Names in the source that are not of that program (of a partial reading), or are no weights."""
 
 
 def read_official(path: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint:
     """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
 
-    The number of attention heads stands in no tensor: the config leaves it to the towers, which take
-    width / 64 where that is whole and ask for ``heads`` elsewhere. Raises CheckpointError where the file cannot be
-    read, lacks the role, or is another program's; with ``partial`` missing and unknown tensors are told instead.
+    The number of attention heads stands in no tensor: the config has it where the file is an export of ours, which tells it.
+    Raises CheckpointError where the file cannot be read, lacks the role, or is another program's; with ``partial`` missing
+    and unknown tensors are told instead.
     """
     path = Path(path)
     return from_official(read_torch_file(path), role, path, partial=partial)
@@ -114,7 +117,8 @@ def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial
     if (missing or unexpected) and not (partial and state):
         faults = [f"{name} is missing" for name in missing] + [f"{name} is not one of its tensors" for name in unexpected]
         raise CheckpointError(f"{path} is no official COSMOS checkpoint: {listed(faults, '; ')}")
-    config = {"name": str(content.get("name") or path.stem), **_config(state, path)}
+    check_weights(state, path)
+    config = {"name": str(content.get("name") or path.stem), **_config(state, path, content.get(SIZES))}
     return ForeignCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
 
 
@@ -128,26 +132,6 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if strangers:
         raise CheckpointError(f"the official form has no place for {listed(strangers)}")
     return {theirs: state[name] for name, theirs in pairs.items() if theirs is not None}
-
-
-def read_torch_file(path: Path) -> Mapping[str, Any]:
-    """The table in a file of ``torch.save``, in host memory; nothing in it is executed. Raises CheckpointError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, or is no torch file; it is not opened, since that could run code"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # what torch.load raises for a cut or foreign file is not documented, and differs by its version
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as a torch file: {reason[0]}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the table of an official COSMOS checkpoint")
-    return content
 
 
 def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tensor]:
@@ -176,9 +160,9 @@ def _layers(state: Mapping[str, Tensor], modality: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+def _config(state: Mapping[str, Tensor], path: Path, sizes: object) -> dict[str, Any]:
     """The config of the model that these tensors are of, with the method's own parts around it."""
-    config = clip_config(state, path)
+    config = clip_config(state, path, sizes)
     size = config["model"]["image"]["image_size"]
     return {
         **config,
@@ -189,21 +173,23 @@ def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     }
 
 
-def clip_config(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
+def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = None) -> dict[str, Any]:
     """The sections ``model`` and ``tokenizer`` of a config, with the sizes of CLIP's towers read from their tensors.
 
-    The number of attention heads, and what divides into patches but not evenly, stands in no tensor. Raises
-    CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
+    ``sizes``: what no tensor tells, as our exports do (``SIZES``); without it the config has no heads, and pictures of whole
+    patches. Raises CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
     """
     try:
         width, embed_dim = state["image.projection"].shape
         places, text_width = state["text.position_embedding"].shape
         patch = state["image.patch_embed.weight"].shape[-1]
-        patches = len(state["image.position_embedding"]) - 1
+        side = math.isqrt(patches := len(state["image.position_embedding"]) - 1)
         vocabulary = len(state["text.token_embedding.weight"])
-    except (KeyError, ValueError) as error:
+        hidden = {name: len(state.get(f"{name}.blocks.0.mlp.fc1.weight", range(0))) for name in ("image", "text")}
+        if not all((width, embed_dim, places, text_width, patch, side, vocabulary)):
+            raise ValueError("one of them is empty")
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{source}: the sizes of the model cannot be told from its tensors ({error})") from error
-    side = math.isqrt(patches)
     if side**2 != patches:
         raise CheckpointError(f"{source}: {patches} image positions are no square")
     image: dict[str, Any] = {
@@ -216,11 +202,25 @@ def clip_config(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
     text: dict[str, Any] = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
     if vocabulary != CLIP_VOCABULARY:
         text["vocab_size"] = vocabulary
-    for modality, tower in (("image", image), ("text", text)):
-        hidden = state.get(f"{modality}.blocks.0.mlp.fc1.weight")
-        if hidden is not None and len(hidden) != 4 * tower["width"]:
-            tower["mlp_ratio"] = mlp_ratio(len(hidden), tower["width"])
+    for name, tower in (("image", image), ("text", text)):
+        if hidden[name] not in (0, 4 * tower["width"]):
+            tower["mlp_ratio"] = mlp_ratio(hidden[name], tower["width"])
+        tower |= _told(sizes, name, source)
+    if image["image_size"] // patch != side:
+        raise CheckpointError(f"{source}: pictures of {image['image_size']} px have not {side} patches of {patch} px a side, as it says")
     return {"model": {"embed_dim": embed_dim, "image": image, "text": text}, "tokenizer": {"type": "clip", "context_length": places}}
+
+
+def _told(sizes: object, tower: str, source: object) -> dict[str, int]:
+    """The options of a tower among ``sizes``: the table itself, or its JSON."""
+    try:
+        table: Any = json.loads(sizes) if isinstance(sizes, str) else sizes or {}
+        found = {name: table[key] for name in ("heads", "image_size") if (key := f"model.{tower}.{name}") in table}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{source}: '{SIZES}' holds no sizes ({error})") from error
+    if not all(type(value) is int and 0 < value < MAX_SIZE for value in found.values()):
+        raise CheckpointError(f"{source}: '{SIZES}' holds no sizes ({found})")
+    return found
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

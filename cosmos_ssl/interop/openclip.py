@@ -13,7 +13,18 @@ from torch import Tensor
 
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.official import NAMES, ForeignCheckpoint, clip_config, expected_names, listed, mlp_ratio, read_torch_file, translate
+from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_safetensors
+from cosmos_ssl.interop.official import (
+    MAX_SIZE,
+    NAMES,
+    SIZES,
+    ForeignCheckpoint,
+    clip_config,
+    expected_names,
+    listed,
+    mlp_ratio,
+    translate,
+)
 from cosmos_ssl.specs import TowerSpec
 
 log = logging.getLogger(__name__)
@@ -48,10 +59,8 @@ _BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder for ``local-dir:`` and the hub; returns what stays behind. Raises UserError for what OpenCLIP has no place for."""
-    from safetensors.torch import save_file
-
     refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
-    save_file(tensors(model), folder / WEIGHTS[0], metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHTS[0], tensors(model), **{SIZES: json.dumps(model.sizes())})
     (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
     return [*model.left_out("image", "text"), *model.about_logits()]
 
@@ -128,7 +137,7 @@ def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise CheckpointError(f"{folder} holds {CONFIG} and no weights, such as {WEIGHTS[0]}")
-    return read_tensors(read_file(weights), folder, told, partial=partial)
+    return read_tensors(read_tensor_file(weights)[0], folder, told, partial=partial)
 
 
 def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
@@ -140,19 +149,27 @@ def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
         told = read_json(Path(_fetched(name, lambda: download_pretrained_from_hf(repository, filename=CONFIG))))
         weights = Path(_fetched(name, lambda: download_pretrained_from_hf(repository)))
     else:
-        from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+        from open_clip.pretrained import download_pretrained
 
-        model, _, tag = name.partition("/")
-        known = get_pretrained_cfg(model, tag)
-        if not known:
-            raise CheckpointError(
-                f"{name}: OpenCLIP has no weights '{tag}' of {model}. It has {listed(list_pretrained_tags_by_model(model), limit=20)}"
-            )
-        told = {"model_cfg": read_json(_known_model(model) or Path(model)), "preprocess_cfg": dict(known)}
-        told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
-        _check(told, name, partial)  # before much is fetched
+        known, told = published(name, partial=partial)  # before much is fetched
         weights = Path(_fetched(name, lambda: download_pretrained(known)))
-    return read_tensors(read_file(weights), name, told, partial=partial)
+    return read_tensors(read_tensor_file(weights)[0], name, told, partial=partial)
+
+
+def published(name: str, *, partial: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What OpenCLIP knows of the weights ``MODEL/TAG``, and their ``open_clip_config.json``. Raises CheckpointError, fetches nothing."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    model, _, tag = name.partition("/")
+    known = get_pretrained_cfg(model, tag)
+    if not known:
+        raise CheckpointError(
+            f"{name}: OpenCLIP has no weights '{tag}' of {model}. It has {listed(list_pretrained_tags_by_model(model), limit=20)}"
+        )
+    told = {"model_cfg": read_json(_known_model(model) or Path(model)), "preprocess_cfg": dict(known)}
+    told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
+    _check(told, name, partial)
+    return dict(known), told
 
 
 def _fetched(name: str, fetch: Any) -> str:
@@ -163,49 +180,24 @@ def _fetched(name: str, fetch: Any) -> str:
         raise CheckpointError(f"{name} cannot be fetched: {reason}. Reach the hub once, or give a folder with the model") from error
 
 
-def read_file(path: Path) -> Mapping[str, Any]:
-    """The table in a file of torch or safetensors. Raises CheckpointError."""
-    if path.suffix != ".safetensors":
-        return read_torch_file(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no table")
-    return value
-
-
 # ---------------------------------------------------------------------------- reading
 
 
 def plain_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The tensors of a file of OpenCLIP's: bare, or with a training state around; None where it is another program's."""
     table = content.get("state_dict", content)
-    if not isinstance(table, Mapping) or not all(isinstance(value, Tensor) for value in table.values()):
+    if not isinstance(table, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in table.items()):
         return None
-    names = {name: name.removeprefix("module.").removeprefix("text.") for name in table}
-    found = {plain: table[name] for name, plain in names.items() if plain not in _BUFFERS}
+    found = {name.removeprefix("module.").removeprefix("text."): value for name, value in table.items()}
     return found if any(name.startswith("visual.") for name in found) else None
 
 
 def read_tensors(
-    content: Mapping[str, Any], source: str | Path, told: Mapping[str, Any] | None = None, *, partial: bool = False
+    content: Mapping[str, Any], source: str | Path, told: Mapping[str, Any] | None = None, *, sizes: object = None, partial: bool = False
 ) -> ForeignCheckpoint:
     """An OpenCLIP model from its tensors and, where there is one, its ``open_clip_config.json`` (``told``).
 
-    Without that, heads are width / 64 unless a config says more, and the activation is taken to be GELU. Raises
+    Without that, ``sizes`` tell what no tensor does (see ``clip_config``), and the activation is taken to be GELU. Raises
     CheckpointError for tensors that ``clip_vit`` and ``clip_text`` have no place for, or lack, and for settings that
     they do not have (QuickGELU, other towers, other means); with ``partial`` these are told and logged instead.
     """
@@ -219,33 +211,28 @@ def read_tensors(
     scaled = [modality for modality, pairs in _LAYER_SCALES.items() if pairs[0][1].replace("#", "0") in tensors]
     names += [pair for modality in scaled for pair in _LAYER_SCALES[modality]]
     table = {theirs: ours for ours, theirs in names}
-    state, unexpected = {}, []
-    for name, value in tensors.items():
-        ours = translate(name, table)
-        if ours is None:
-            unexpected.append(name)
-        else:
-            state[ours] = value.reshape(()) if name in ("logit_scale", "logit_bias") else value
-    missing = [name for name in expected_names(state, names) if name not in tensors]
-    if (missing or unexpected) and not (partial and state):
-        faults = [f"{name} is missing" for name in missing] + [f"{name} has no place" for name in unexpected]
+    pairs = {name: translate(name, table) for name in tensors}
+    state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
+    unexpected = tuple(name for name, ours in pairs.items() if ours is None)
+    missing = tuple(name for name in expected_names(state, names) if name not in tensors)
+    strange = [name for name in unexpected if name not in _BUFFERS]
+    if (missing or strange) and not (partial and state):
+        faults = [f"{name} is missing" for name in missing] + [f"{name} has no place" for name in strange]
         raise CheckpointError(f"{source} is no model of CLIP's towers: {listed(faults, '; ')}")
-    config = _config(state, source, (told or {}).get("model_cfg", {}))
+    check_weights(state, source)
+    state |= {ours: state[ours].flatten()[0] for ours, _ in scales if ours in state and state[ours].numel() == 1}
+    config = _config(state, source, (told or {}).get("model_cfg", {}), sizes)
     config["model"]["image"] |= {} if pre_norm else {"pre_norm": False}
     for modality in scaled:
         config["model"][modality]["layer_scale"] = 1.0
     loss = scales[0][0].split(".")[1]
-    return ForeignCheckpoint(
-        state=state,
-        config={"name": Path(source).stem, **config, "losses": {loss: {"type": loss}}},
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-    )
+    config = {"name": Path(source).stem, **config, "losses": {loss: {"type": loss}}}
+    return ForeignCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
 
 
-def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, Any]) -> dict[str, Any]:
+def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, Any], sizes: object) -> dict[str, Any]:
     """The sizes that the tensors tell, with what only the model's own config tells."""
-    config = clip_config(state, source)
+    config = clip_config(state, source, sizes)
     image, text = config["model"]["image"], config["model"]["text"]
     vision, words = told.get("vision_cfg", {}), told.get("text_cfg", {})
     if told:
@@ -270,12 +257,27 @@ _TOP = frozenset(("embed_dim", "vision_cfg", "text_cfg", "custom_text", "init_lo
 
 
 def _check(told: Mapping[str, Any], source: object, partial: bool) -> None:
+    bent = list(_bent(told))
+    if bent:
+        raise CheckpointError(f"{source}: its {CONFIG} cannot be used: {listed(bent, '; ')}")
     faults = list(_settings(told.get("model_cfg", {}), told.get("preprocess_cfg", {})))
     if not faults:
         return
     if not partial:
         raise CheckpointError(f"{source} is a model of another kind than clip_vit and clip_text: {listed(faults, '; ', limit=6)}")
     log.warning("%s is a model of another kind, and its weights are taken all the same: %s", source, listed(faults, "; ", limit=6))
+
+
+def _bent(told: Mapping[str, Any]) -> Iterator[str]:
+    """What in an OpenCLIP config is no table or no number where one must be."""
+    model = told.get("model_cfg", {})
+    towers = {key: model.get(key, {}) for key in ("vision_cfg", "text_cfg")} if isinstance(model, dict) else {}
+    tables = {"model_cfg": model, "preprocess_cfg": told.get("preprocess_cfg", {}), **towers}
+    yield from (f"{key} is no table" for key, value in tables.items() if not isinstance(value, dict))
+    for key, name in (("vision_cfg", "head_width"), ("text_cfg", "heads")):
+        value = towers[key].get(name, 1) if isinstance(towers.get(key), dict) else 1
+        if type(value) is not int or not 0 < value < MAX_SIZE:
+            yield f"{key}.{name}: {value}"
 
 
 def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator[str]:
@@ -299,11 +301,11 @@ def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator
     ours = {"mean": TowerSpec(width=1).mean, "std": TowerSpec(width=1).std, "interpolation": "bicubic", "resize_mode": "shortest"}
     for key, value in ours.items():
         found = pictures.get(key)
-        if found is not None and (tuple(found) if key in ("mean", "std") else found) != value:
+        if found is not None and (tuple(found) if isinstance(found, list) else found) != value:
             yield f"preprocess_cfg.{key}: {found}"
 
 
 def _side(size: Any) -> int | None:
     """The side of a square; None for other sizes."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    return int(sides.pop()) if len(sides) == 1 else None
+    first, *others = size if isinstance(size, list | tuple) and size else [size]
+    return first if type(first) is int and all(side == first for side in others) else None

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.files import same_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """Tensor names by what became of them; ``str`` of it is for people."""
+    """Tensor names by what becomes of them; ``str`` of it is for people."""
 
     matched: Sequence[str]
     missing: Sequence[str]
@@ -20,37 +20,33 @@ class LoadReport:
     unexpected: Sequence[str]
     """Of the state, and not in the model."""
     other_shapes: Sequence[str]
-    """In both, with different shapes: the model's keep their values."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing was left over on either side."""
-        return not (self.missing or self.unexpected or self.other_shapes)
+    """In both, with different shapes or types of numbers: the model's keep their values."""
 
     def __str__(self) -> str:
-        parts = [f"{len(self.matched)} tensors loaded"]
-        for word, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.other_shapes)):
-            if names:
-                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                parts.append(f"{len(names)} {word} ({shown})")
-        return "; ".join(parts)
+        count = len(self.matched) + len(self.unexpected) + len(self.other_shapes)
+        kinds = (("of another shape", self.other_shapes), ("not in the model", self.unexpected))
+        left = ", ".join(_some(names, f" {why}") for why, names in kinds if names)
+        kept = f"{_some(self.missing, ' of the model')} as they were" if self.missing else ""
+        return "; ".join(filter(None, (f"{len(self.matched):,} of {count:,} tensors", left and f"left out: {left}", kept)))
 
 
-def load_partial(module: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Copy every tensor of ``state`` that has a namesake of its shape in ``module``.
+def _some(names: Sequence[str], what: str) -> str:
+    return f"{len(names):,}{what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
-    For loads that were asked to be partial; ``source`` is named in the error. Raises CheckpointError where
-    nothing fits at all.
-    """
+
+def compare(module: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ()) -> LoadReport:
+    """What of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have none. Reads no value."""
     own = module.state_dict()
     common = [name for name in own if name in state]
-    report = LoadReport(
-        matched=[name for name in common if own[name].shape == state[name].shape],
+    fits = {name: own[name].shape == state[name].shape and same_kind(state[name], own[name]) for name in common}
+    return LoadReport(
+        matched=[name for name in common if fits[name]],
         missing=[name for name in own if name not in state],
-        unexpected=[name for name in state if name not in own],
-        other_shapes=[name for name in common if own[name].shape != state[name].shape],
+        unexpected=[*(name for name in state if name not in own), *others],
+        other_shapes=[name for name in common if not fits[name]],
     )
-    if not report.matched:
-        raise CheckpointError(f"{source} has nothing in common with the model: {report}")
-    module.load_state_dict({**own, **{name: state[name] for name in report.matched}})
-    return report
+
+
+def load_matched(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Copy what matched."""
+    module.load_state_dict({**module.state_dict(), **{name: state[name] for name in report.matched}})

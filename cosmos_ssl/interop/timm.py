@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.interop.clip import ClipModel
+from cosmos_ssl.interop.files import write_safetensors
 from cosmos_ssl.interop.official import mlp_ratio
 
 _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position, LayerNorms of 1e-5
@@ -17,9 +18,7 @@ _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position
 
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder in the hub's layout for ``timm.create_model("local-dir:...")``; returns what stays behind."""
-    from safetensors.torch import save_file
-
-    save_file(tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors(model))
     (folder / "config.json").write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
     return model.left_out("image")
 

@@ -69,12 +69,12 @@ def test_a_run_folder_as_official_has_both_roles(command: Command, run: Path, tm
     code, out, _ = command("export", "--checkpoint", str(run), "--format", "official", "--output", str(tmp_path / "out"))
     assert code == 0 and out.startswith(f"{tmp_path}/out: the student and the teacher of {run} for official\n")
     content = torch.load(tmp_path / "out" / "mine.pt", weights_only=True)
-    assert content.keys() == {"name", "student", "teacher"} and content["name"] == "mine"
+    assert content.keys() == {"name", "cosmos_ssl.sizes", "student", "teacher"} and content["name"] == "mine"
     assert torch.equal(content["teacher"]["logit_scale"], content["student"]["logit_scale"] + 2)  # of the newest checkpoint
     card = (tmp_path / "out" / "README.md").read_text()
     assert "student/image_to_text_R@1 | 0.25 |" in card and "teacher/image_to_text_R@1 | 0.5 |" in card
-    heads = ["model.image.heads=2", "model.text.heads=4"]
-    again = cosmos_ssl.load(tmp_path / "out" / "mine.pt", "teacher", overrides=heads)
+    again = cosmos_ssl.load(tmp_path / "out" / "mine.pt", "teacher")
+    assert (again.model.image.blocks[0].attn.heads, again.model.text.blocks[0].attn.heads) == (2, 4)
     assert torch.equal(again.model.state_dict()["image.class_token"], content["teacher"]["visual.class_embedding"])
 
 
@@ -107,7 +107,7 @@ def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", str(GOLDEN), "--format", "openclip"], "model.image.heads: must be given"),
+        (["--checkpoint", str(GOLDEN), "--format", "openclip"], "say model.image.heads=.. and model.text.heads=.."),
         (["--checkpoint", "nowhere", "--format", "timm"], "nowhere is no run folder with a checkpoint"),
         (["--checkpoint", str(GOLDEN), "--format", "onnx"], "invalid choice: 'onnx'"),
     ],

@@ -75,7 +75,7 @@ def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, caplog):
     assert latest_checkpoint(tmp_path) == folder / "step_00000001"
     assert "has changed since it was written" in caplog.text
     assert "optimizer.safetensors is missing" in caplog.text
-    assert "manifest.json cannot be used" in caplog.text
+    assert "manifest.json cannot be read" in caplog.text
     os.truncate(folder / "step_00000001/state.json", 3)
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "nowhere") is None

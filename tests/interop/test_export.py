@@ -1,10 +1,12 @@
 """What all exports share: the official form, the folder, the card."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import cosmos_ssl
@@ -31,7 +33,7 @@ def test_an_official_file_keeps_every_bit(folder, roles):
     models = {role: cosmos_ssl.load(GOLDEN, role, overrides=HEADS) for role in roles}
     assert export(models, "official", folder, Origin(name="golden", checkpoint=str(GOLDEN))) == []
     found, recorded = torch.load(folder / "golden.pt", weights_only=True), torch.load(GOLDEN, weights_only=True)
-    assert found.keys() == {"name", *roles} and found["name"] == "golden"
+    assert found.keys() == {"name", "cosmos_ssl.sizes", *roles} and found["name"] == "golden"
     for role in roles:
         expected = {name.removeprefix("module."): value for name, value in recorded[role].items()}
         assert found[role].keys() == expected.keys()
@@ -42,7 +44,7 @@ def test_an_official_file_keeps_every_bit(folder, roles):
 def test_a_model_of_ours_in_the_official_form(make, folder, pixels, words):
     encoder = make(*COSMOS)
     export({"student": encoder}, "official", folder, ORIGIN)
-    again = cosmos_ssl.load(folder / "small.pt", overrides=HEADS)
+    again = cosmos_ssl.load(folder / "small.pt")  # which tells its heads
     assert torch.equal(again.encode_image(pixels(encoder)), encoder.encode_image(pixels(encoder)))
     assert torch.equal(again.encode_text(words(encoder)), encoder.encode_text(words(encoder)))
 
@@ -66,11 +68,13 @@ def test_what_the_official_form_cannot_hold(make, folder, overrides, message):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
-    overrides = [*COSMOS, "model.background=teal", *(["model.image.width=128", "model.image.heads=2"] if form == "official" else [])]
-    export({"teacher": make(*overrides)}, form, folder, Origin(name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}))
+    """No override is needed, and nothing of this machine stands there."""
+    origin = Origin(name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}, licence="mit" if form == "timm" else "other")
+    export({"teacher": make(*COSMOS, "model.background=teal")}, form, folder, origin)
     card = (folder / "README.md").read_text()
     lines, opening = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}
+    monkeypatch.chdir(folder)
     exec(lines, names)
     assert "model" in names and "transparent pictures on teal" in card
     assert form != "official" or names["model"].spec.background == "teal"
@@ -79,16 +83,29 @@ def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
     exec(opening, names)
     assert names["picture"].mode == "RGB" and names["picture"].getpixel((0, 0)) == (0, 128, 128)
     assert "from the teacher of `small`" in card and "Apache-2.0" in card and "## Results" not in card
-    (folder.parent / "usual").mkdir()
-    assert folder.stat().st_mode == (folder.parent / "usual").stat().st_mode
+    assert "far/" not in card and str(folder.parent) not in card
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == origin.licence and ("license_name" in header) == (form != "timm")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_are_for_whom_the_umask_says(make, form, folder, mask):
+    encoder, old = make(*COSMOS), os.umask(mask)
+    try:
+        export({"teacher": encoder}, form, folder, ORIGIN)
+    finally:
+        os.umask(old)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {oct(0o666 & ~mask)}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 def test_the_card_has_the_results_of_its_role(make, folder):
-    metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5, "loss": 3.0}
+    metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5, "loss": 3.0, "loss/clip": 2.0}
     export({"student": make()}, "openclip", folder, Origin(name="small", checkpoint="runs/small", metrics=metrics))
     card = (folder / "README.md").read_text()
-    assert "| retrieval/student/image_to_text_R@1 | 0.25 |" in card and "teacher" not in card and "loss |" not in card
-    assert "from the student of `runs/small`" in card and "| text | 32 | 2 | 2 | 16 of 49,408 tokens |" in card
+    assert "| retrieval/student/image_to_text_R@1 | 0.25 |" in card and "teacher" not in card and "loss" not in card
+    assert "from the student of `small`" in card and "| text | 32 | 2 | 2 | 16 of 49,408 tokens |" in card
 
 
 def test_folders_in_use_are_left_alone(make, folder):

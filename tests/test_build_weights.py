@@ -1,0 +1,201 @@
+"""The one door for weights: found and verified, told in a line, refused where they are damaged or no weights."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cosmos_ssl
+from cosmos_ssl.build import Builder
+from cosmos_ssl.build_weights import check_source, find_source
+from cosmos_ssl.config import load_config
+from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.engine.checkpoint import Snapshot, latest_checkpoint, save_checkpoint, to_host
+from cosmos_ssl.errors import CheckpointError
+
+GOLDEN = Path(__file__).parent / "data" / "golden" / "official_checkpoint.pt"
+HEADS = ["model.image.heads=3", "model.text.heads=2"]
+SMALL = [
+    *("model.image.layers=1", "model.image.width=32", "model.image.heads=2", "model.text.layers=1", "model.text.width=32"),
+    *("model.text.heads=4", "model.embed_dim=32", "data=null", "evaluators=null", "teacher={type: none}"),
+    *("heads=null", "losses.distill=null"),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_config("quickstart", SMALL)
+
+
+@pytest.fixture(scope="module")
+def state(loaded):
+    return to_host(Builder(loaded).assemble(prepare=False).model.state_dict())
+
+
+@pytest.fixture
+def run(tmp_path, loaded, state):
+    """A run folder with two checkpoints."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_yaml(loaded.config.model_dump()))
+    for step in (1, 2):
+        save_checkpoint(folder, Snapshot(step=step, tensors={"student": state, "optimizer": {}}, state={"step": step}))
+    return folder
+
+
+def rewritten(folder, name, content):
+    """Change a file of a checkpoint and make the manifest true to it, as someone who means harm would."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip(folder):
+    data = bytearray((folder / "student.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "student.safetensors").write_bytes(data)
+
+
+def state_of(step):
+    return lambda folder: rewritten(folder, "state.json", json.dumps({"format": 1, "step": step}).encode())
+
+
+def manifest_of(content):
+    return lambda folder: (folder / "manifest.json").write_text(content)
+
+
+def poisoned(value):
+    def poison(folder):
+        state = cosmos_ssl.engine.checkpoint.load_tensors(folder, "student")
+        state["image.norm.weight"] = state["image.norm.weight"].clone()
+        state["image.norm.weight"][3] = value
+        save_file(state, folder / "x", metadata={"role": "student"})
+        rewritten(folder, "student.safetensors", (folder / "x").read_bytes())
+
+    return poison
+
+
+DAMAGE = {
+    "flipped byte": (flip, "student.safetensors has changed since it was written"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "manifest without files": (manifest_of('{"files": {}}'), "manifest.json cannot be used: it does not tell of optimizer.safetensors"),
+    "manifest of strings": (manifest_of('{"files": {"state.json": {"bytes": "3", "sha256": ""}}}'), "it tells no files with their sizes"),
+    "manifest of lists": (manifest_of('{"files": []}'), "it tells no files with their sizes and hashes"),
+    "deep manifest": (manifest_of("[" * 100_000), "manifest.json cannot be read: "),
+    "a file that it does not tell of": (lambda folder: (folder / "teacher.safetensors").write_bytes(b""), "not tell of teacher"),
+    "step of another folder": (state_of(7), "state.json tells step 7, which is no step, or not that of the folder"),
+    "negative step": (state_of(-2), "state.json tells step -2"),
+    "step of words": (state_of("2"), "state.json tells step 2"),
+    "step that is true": (state_of(True), "state.json tells step True"),
+    "no step": (lambda folder: rewritten(folder, "state.json", b'{"format": 1}'), "state.json tells step None"),
+    "state of a list": (lambda folder: rewritten(folder, "state.json", b"[]"), "state.json holds no table"),
+    "another role": (
+        lambda folder: rewritten(folder, "student.safetensors", (folder / "optimizer.safetensors").read_bytes()),
+        "it holds the",
+    ),
+    "NaN": (poisoned(float("nan")), r"student.safetensors holds a NaN or an infinity \(image.norm.weight\)"),
+    "infinity": (poisoned(float("-inf")), r"student.safetensors holds a NaN or an infinity \(image.norm.weight\)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint(run, damage, message, caplog):
+    """Refused where it is named, passed over for the one before where its run is, by readers and by a resume."""
+    one, two = (run / "checkpoints" / f"step_{step:08d}" for step in (1, 2))
+    assert find_source(two).folder == find_source(run).folder == two
+    damage(two)
+    with pytest.raises(CheckpointError, match=rf"^{two} is damaged: .*{message}"):
+        cosmos_ssl.load(two)
+    assert find_source(run).folder == one == latest_checkpoint(run)
+    assert "step_00000002 is damaged" in caplog.text
+    damage(one)
+    with pytest.raises(CheckpointError, match="run holds no sound checkpoint: all were passed over"):
+        cosmos_ssl.load(run)
+
+
+def test_names_of_steps_without_end(run):
+    two = run / "checkpoints" / "step_00000002"
+    state_of(1 << 60)(two)
+    with pytest.raises(CheckpointError, match="tells step 1152921504606846976"):
+        find_source(two.rename(two.with_name(f"step_{1 << 60}")))
+
+
+def test_masks_of_attention_may_be_infinite(run, state):
+    """A part may keep one among its tensors; weights that ran away look otherwise."""
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    save_checkpoint(run, Snapshot(step=3, tensors={"student": state, "optimizer": {"mask": mask}}, state={"step": 3}))
+    assert find_source(run).name.endswith("step_00000003")
+    for step, sick in ((4, mask[0]), (5, -mask)):
+        save_checkpoint(run, Snapshot(step=step, tensors={"student": state, "optimizer": {"mask": sick}}, state={"step": step}))
+        assert find_source(run).name.endswith("step_00000003")
+
+
+def test_every_load_tells_what_it_took(run, state, caplog):
+    with caplog.at_level(logging.INFO, "cosmos_ssl"):
+        cosmos_ssl.load(run)
+        cosmos_ssl.load(GOLDEN, "teacher", overrides=HEADS)
+    assert [record.message for record in caplog.records] == [
+        f"the student of {run}/checkpoints/step_00000002: {len(state)} of {len(state)} tensors",
+        f"the teacher of {GOLDEN}: 83 of 83 tensors",
+    ]
+
+
+def test_a_model_of_another_size_is_refused_before_it_is_built(run):
+    """A config that asks for terabytes, beside small weights."""
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("embed_dim: 32", "embed_dim: 32000000000"))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: image.projection is \[32, 32\], the model's \[32, 32000000000\]"):
+        cosmos_ssl.load(run)
+
+
+# ---------------------------------------------------------------------------- starting from weights
+
+
+def started(*overrides):
+    return Builder(load_config("quickstart", [*SMALL, *overrides])).assemble().start
+
+
+def test_a_start_tells_what_it_took(run, state):
+    pretrained = f"model.pretrained={run}"
+    source = f"{run}/checkpoints/step_00000002"
+    assert started(pretrained) == f"starting from {source}: {len(state)} of {len(state)} tensors"
+    lone = ["model.text=null", "tokenizer=null", "augmenters.text=null", "losses={clip: null, koleo: {type: koleo}}"]
+    image, text = ([name for name in state if name.startswith(tower)] for tower in ("image.", "text."))
+    told = started(pretrained, *lone)
+    left_out = f"left out: {len(text) + 1} not in the model (losses.clip.logit_scale, text."
+    assert told.startswith(f"starting from {source}: {len(image)} of {len(state)} tensors; {left_out}")
+    told = started(pretrained, "model.pretrained_partial=true", "model.text.width=64")
+    assert f"left out: {len(text)} of another shape (text." in told
+
+
+def test_a_start_from_next_to_nothing(run, loaded):
+    other = ["model.image.width=64", "model.image.patch_size=12", "model.text.width=64", "model.embed_dim=64"]
+    with pytest.raises(CheckpointError, match=r"model.pretrained: .*run has nothing of the towers: \d+ of \d+ tensors; left out: "):
+        started(f"model.pretrained={run}", "model.pretrained_partial=true", *other)
+
+
+def test_heads_that_no_shape_tells(run):
+    with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or "):
+        started(f"model.pretrained={run}", "model.text.heads=2")
+
+
+def test_a_source_is_checked_without_reading_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cosmos_ssl.engine.checkpoint, "find_nonfinite", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    for good in (run, run / "checkpoints" / "step_00000001", GOLDEN, "cosmos_vitb16_cc3m", "hf-hub:someone/vit"):
+        check_source(str(good), partial=False)
+    (tmp_path / "cut.pt").write_bytes(GOLDEN.read_bytes()[:50_000])
+    (run / "checkpoints" / "step_00000001" / "student.safetensors").write_bytes(b"")
+    for bad, message in {
+        "nowhere.pt": "nowhere.pt is no run folder with a checkpoint",
+        "cosmos_vitb16_cc4m": "Did you mean 'cosmos_vitb16_cc3m'",
+        str(tmp_path / "cut.pt"): "cut.pt cannot be read as a torch file",
+        str(run / "checkpoints" / "step_00000001"): "is damaged: student.safetensors has 0 bytes, expected ",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            check_source(bad, partial=False)
