@@ -123,8 +123,9 @@ def test_old_ones_go_and_epoch_ones_stay(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_not_finite_is_not_written(tmp_path, dtype):
     mask = torch.full((2, 2), -torch.inf, dtype=dtype)
-    good = Snapshot(step=1, tensors={"student": TENSORS, "teacher": {"mask": mask}}, state={}, buffers={"mask"})
-    save_checkpoint(tmp_path, good)
+    held = {"mask": mask, "least": torch.tensor(torch.inf, dtype=dtype)}
+    good = Snapshot(step=1, tensors={"student": TENSORS, "teacher": held}, state={"step": 1}, buffers=held)
+    assert find_fault(save_checkpoint(tmp_path, good)) is None
     for name, number, buffers in (("mask", -torch.inf, ()), ("mask", torch.nan, {"mask"}), ("weight", torch.inf, {"mask"})):
         bad = torch.ones(3, 4, dtype=dtype)
         bad[1, 2] = number
