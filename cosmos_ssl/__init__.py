@@ -1,6 +1,7 @@
 """COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
 
-``train``, ``load``, ``make_trainer`` and ``Trainer`` are imported when first used, so that ``import cosmos_ssl`` stays free of torch.
+``train``, ``load``, ``evaluate``, ``embed``, ``attend``, ``export``, ``make_trainer`` and ``Trainer`` are imported when first used, so
+that ``import cosmos_ssl`` stays free of torch.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cosmos_ssl.build import load, make_trainer, train
+    from cosmos_ssl.build_evaluate import evaluate
+    from cosmos_ssl.build_uses import attend, embed, export
     from cosmos_ssl.engine.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__", "load", "make_trainer", "train"]
+__all__ = ["Trainer", "__version__", "attend", "embed", "evaluate", "export", "load", "make_trainer", "train"]
 
 _BUILD = "cosmos_ssl.build"
 _HOMES = {"train": _BUILD, "load": _BUILD, "make_trainer": _BUILD, "Trainer": "cosmos_ssl.engine.trainer"}
+_HOMES |= {"evaluate": f"{_BUILD}_evaluate", **dict.fromkeys(("attend", "embed", "export"), f"{_BUILD}_uses")}
 
 
 def __getattr__(name: str) -> Any:

@@ -177,7 +177,7 @@ def evaluate(folder: Path, role: Role) -> dict[str, float]:
     templates = {"retrieval": None, "classification": ["a large {}"], "segmentation": ["a {}"]}
     found: dict[str, float] = {}
     for task, used in templates.items():
-        found |= TASKS[task](Options(data=data, templates=used), Job()).run(encoder, Job())
+        found |= TASKS[task](Options(data=data, templates=used), Job()).run(encoder, Job()).metrics
     found |= peaks(encoder, data)
     return {name: found[name] for name in FIGURES if name in found}
 

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl import __version__
-from cosmos_ssl.cli.checkpoint import add_checkpoint, load_checkpoint
+from cosmos_ssl.cli.checkpoint import add_checkpoint, reading
 from cosmos_ssl.cli.progress import progress
-from cosmos_ssl.errors import EXIT_DONE, StorageError, UserError
+from cosmos_ssl.errors import EXIT_DONE
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,32 +41,16 @@ def _positive(text: str) -> int:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.evaluation.embedding import Job, embed
-    from cosmos_ssl.evaluation.embedding_io import open_samples
-    from cosmos_ssl.evaluation.samples import threads_of_this_process
+    from inspect import signature
 
-    try:
-        samples, usual = open_samples(arguments.data)
-        if usual == "text" and arguments.what not in (None, "text"):
-            raise UserError(f"--what {arguments.what}: {arguments.data[0]} holds texts alone")
-        encoder, checkpoint = load_checkpoint(arguments)
-        job = Job(
-            samples=samples,
-            what=arguments.what or usual,
-            texts=arguments.texts,
-            dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers or threads_of_this_process(),
-            overrides=arguments.overrides,
-            about={"checkpoint": checkpoint, "which": arguments.which, "cosmos_ssl": __version__},
-        )
-        with progress("samples embedded") as told:
-            report = embed(encoder, job, arguments.output, overwrite=arguments.overwrite, progress=told)
-    except OSError as error:
-        raise StorageError(f"embed: storage fails: {error}") from error
+    from cosmos_ssl.build_uses import embed
+
+    options = {name: value for name, value in vars(arguments).items() if name in signature(embed).parameters}
+    with reading(), progress("samples embedded") as told:
+        report = embed(arguments.checkpoint, **options, progress=told)
     if report.kept:
-        print(f"{report.kept:,} of {len(samples):,} samples had been embedded before", file=sys.stderr)
+        print(f"{report.kept:,} of {report.samples:,} samples had been embedded before", file=sys.stderr)
     for reason, (count, key) in report.bad.items():
-        print(f"{count:,} of {len(samples):,} samples left out: {reason}, such as {key}", file=sys.stderr)
-    print(f"{report.rows:,} embeddings of {encoder.spec.embed_dim} numbers in {arguments.output}")
+        print(f"{count:,} of {report.samples:,} samples left out: {reason}, such as {key}", file=sys.stderr)
+    print(f"{report.rows:,} embeddings of {report.width} numbers in {arguments.output}")
     return EXIT_DONE

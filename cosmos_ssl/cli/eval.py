@@ -5,21 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from cosmos_ssl.cli.checkpoint import reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
-from cosmos_ssl.errors import EXIT_DONE, CheckpointError, UserError, did_you_mean
-
-if TYPE_CHECKING:
-    import torch
-
-    from cosmos_ssl.api import Role
-    from cosmos_ssl.build_weights import Source
-    from cosmos_ssl.evaluation.features import Store
-    from cosmos_ssl.evaluation.tasks import Options, Task
-    from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
 
 TASKS = {
     "retrieval": "image-text retrieval: COCO (annotations/, val2017/), Flickr30k (Karpathy's split), shards, a folder with texts",
@@ -32,7 +23,9 @@ TASKS = {
     "winoground": "both (examples.jsonl, images/)",
 }
 ROLES = ("student", "teacher")
-_PRECISIONS = ("fp32", "bf16", "fp16")
+_PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
+_SHORT = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
+_ON_FEATURES = ("knn", "linear_probe")  # what is published of a set is zero-shot
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,7 +46,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--texts", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: txt)")
     parser.add_argument("--label", metavar="FIELD", help="member or key of the JSON with the class (default: cls)")
     parser.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the labels (default: those of the data)")
-    parser.add_argument("--templates", metavar="T", help="openai, simple, or one with {} (default: the set's own, else simple)")
+    parser.add_argument(
+        "--templates", metavar="T", help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)"
+    )
     parser.add_argument("--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)")
     parser.add_argument("-k", type=_positive, metavar="N", help="knn: neighbours (default: 20)")
     parser.add_argument("--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training")
@@ -63,7 +58,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="of the model's arithmetic (default: %(default)s)")
+    precision = "of the model's arithmetic (default: auto, of a run its own where the device is fast in it, else fp32)"
+    parser.add_argument("--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision)
     add_json(parser)
     parser.set_defaults(run=_eval, overrides=[])
 
@@ -79,138 +75,30 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise UserError(f"--task: no task named '{arguments.task}'.{did_you_mean(arguments.task, list(TASKS))} Tasks: {', '.join(TASKS)}")
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    from inspect import signature
+
+    from cosmos_ssl.build_evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 
+    options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}
     with joined_world(arguments.device), named_losses():
-        checkpoint, set_name, metrics = _evaluate(arguments)
+        with reading(shown=World().first), stages(shown=World().first) as told:
+            report = evaluate(arguments.checkpoint, **options, progress=lambda what, done, total: told(f"{what}, batches", done, total))
         if World().first:
-            _report(arguments, checkpoint, set_name, metrics)
+            _report(arguments, report)
     return EXIT_DONE
 
 
-def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]]:
-    """What was read, the known set that the data is, and the metrics of all roles as ``ROLE/NAME``."""
-    from cosmos_ssl.build import load
-    from cosmos_ssl.engine.distributed import World, pick_device
-    from cosmos_ssl.evaluation.features import Job
-    from cosmos_ssl.evaluation.tasks import TASKS as FUNCTIONS
-    from cosmos_ssl.evaluation.tasks import check_model
-
-    with reading(shown=World().first):
-        source = _found(arguments.checkpoint)
-    checkpoint = Path(source.name)
-    evaluator = {} if arguments.data else _evaluator_of_run(checkpoint, arguments.task)
-    metrics: dict[str, float] = {}
-    task: Task | None = None
-    jobs: list[Job] = []
-    with stages(shown=World().first) as told:
-        for role in _roles(source, arguments.which):
-            with reading(shown=World().first):
-                encoder = load(source, role, device=pick_device(arguments.device), overrides=arguments.overrides)
-            encoder.dtype = _dtype(arguments.precision)
-            check_model(arguments.task, encoder)
-            options = _options(arguments, evaluator, encoder)
-            job = Job(
-                store=_store(checkpoint, encoder, options, arguments),
-                batch_size=arguments.batch_size,
-                workers=arguments.workers,
-                max_samples=arguments.max_samples or evaluator.get("max_samples"),
-                allow_missing=arguments.allow_missing,
-                progress=lambda what, done, total: told(f"{what}, batches", done, total),
-            )
-            task = task or FUNCTIONS[arguments.task](options, job)
-            jobs.append(job)
-            metrics |= {f"{role}/{name}": value for name, value in task.run(encoder, job).items()}
-    assert task is not None
-    for job in jobs:
-        job.store.clear()
-    return str(checkpoint) if checkpoint.is_dir() else arguments.checkpoint, task.set_name, metrics
-
-
-def _found(given: str) -> Source:
-    """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
-    from cosmos_ssl.build_weights import find_source
-    from cosmos_ssl.engine.distributed import World
-
-    found = World().from_first(lambda: find_source(given))  # one rank fetches
-    return found if found.folder is not None else find_source(given)
-
-
-def _roles(source: Source, which: str | None) -> tuple[Role, ...]:
-    """The roles asked for; without ``--which`` those that are there. Raises CheckpointError where both are asked for and one is there."""
-    from cosmos_ssl.build_weights import roles_of
-
-    if which in ROLES:
-        return (cast("Role", which),)
-    there = roles_of(source)
-    if which == "both" and len(there) == 1:
-        raise CheckpointError(f"{source} holds the {there[0]} alone: leave out --which both")
-    return there
-
-
-def _dtype(precision: str) -> torch.dtype | None:
-    import torch
-
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _options(arguments: argparse.Namespace, evaluator: Mapping[str, Any], encoder: ModelEncoder) -> Options:
-    """What the flags say; where the data is that of the run's own evaluator, its options hold too."""
-    from dataclasses import fields
-
-    from cosmos_ssl.evaluation.tasks import Options
-
-    known = {field.name for field in fields(Options)}
-    told = {**evaluator, **{name: value for name, value in vars(arguments).items() if value is not None}}
-    told["data"] = told.get("data") or encoder.spec.validation_data
-    if told["data"] is None:
-        raise UserError(f"--data: name what to evaluate on, since {arguments.checkpoint} does not tell it")
-    return Options(**{name: value for name, value in told.items() if name in known})
-
-
-def _evaluator_of_run(checkpoint: Path, task: str) -> dict[str, Any]:
-    """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
-    from cosmos_ssl.config import load_config
-
-    config = checkpoint.parent.parent / "config.yaml"
-    is_ours = (checkpoint / "manifest.json").is_file() and config.is_file()
-    evaluators = load_config(config).tree["evaluators"] if is_ours else {}
-    found: Mapping[str, Any] = next((part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {})
-    given = {name: value for name, value in found.items() if value is not None}
-    return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
-
-
-def _store(checkpoint: Path, encoder: ModelEncoder, options: Options, arguments: argparse.Namespace) -> Store:
-    """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is removed."""
-    from dataclasses import asdict
-
-    from cosmos_ssl import __version__
-    from cosmos_ssl.data.storage import cache_root
-    from cosmos_ssl.evaluation.features import Store, digest, weights_digest
-
-    about = {
-        "version": __version__,
-        "checkpoint": str(checkpoint.resolve() if checkpoint.exists() else checkpoint),  # the same weights may stand in another model
-        "weights": weights_digest(encoder.model),
-        "overrides": arguments.overrides,
-        "image": None if encoder.spec.image is None else asdict(encoder.spec.image),
-        "precision": arguments.precision,
-        "task": arguments.task,
-        "options": asdict(options),
-    }
-    store = Store(cache_root() / "evaluations" / digest(about))
-    store.clear_old()
-    return store
-
-
-def _report(arguments: argparse.Namespace, checkpoint: str, set_name: str, metrics: dict[str, float]) -> None:
+def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
     from cosmos_ssl.evaluation.report import markdown, metric_rows, notes
 
+    metrics, set_name = report["metrics"], report["set"]
     print(table(metric_rows(metrics)), end="")
-    row = markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
+    print(f"{report['samples']:,} samples{f' of {set_name}' if set_name else ''}, {report['precision']} on {report['device']}")
+    row = "" if arguments.task in _ON_FEATURES else markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
     if row and arguments.max_samples is None:
         print(f"\n{row}", end="")
     for note in notes(arguments.task, set_name):
         print(f"note: {note}")
     if arguments.json:
-        write_json(arguments.json, {"task": arguments.task, "checkpoint": checkpoint, "metrics": metrics})
+        write_json(arguments.json, report)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cosmos_ssl.cli.checkpoint import reading
 from cosmos_ssl.errors import EXIT_DONE
-
-if TYPE_CHECKING:
-    from cosmos_ssl.api import Role
-    from cosmos_ssl.build_weights import Source
-    from cosmos_ssl.interop.export import Origin
 
 # The names of cosmos_ssl.interop.export.FORMATS, which would import torch (a test compares them).
 _FORMATS = ("openclip", "huggingface", "timm", "official")
@@ -44,35 +39,12 @@ def _licence(text: str) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.build import load
-    from cosmos_ssl.build_weights import find_source, roles_of
-    from cosmos_ssl.interop.export import export
+    from cosmos_ssl.build_uses import export
 
+    options = {"which": arguments.which, "licence": arguments.license, "overrides": arguments.overrides}
     with reading():
-        source = find_source(arguments.checkpoint)
-        roles: tuple[Role, ...] = (arguments.which,) if arguments.which else ("student",)
-        if arguments.format == "official" and arguments.which is None:
-            roles = roles_of(source)
-        models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
-    notes = export(models, arguments.format, arguments.output, _origin(arguments, source))
-    print(f"{arguments.output}: the {' and the '.join(roles)} of {arguments.checkpoint} for {arguments.format}")
-    for note in notes:
+        done = export(arguments.checkpoint, arguments.format, arguments.output, **options)
+    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.format}")
+    for note in done.notes:
         print(note)
     return EXIT_DONE
-
-
-def _origin(arguments: argparse.Namespace, source: Source) -> Origin:
-    """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
-    from cosmos_ssl.config import load_config
-    from cosmos_ssl.engine.checkpoint import checkpoint_step
-    from cosmos_ssl.engine.run_folder import RunFolder
-    from cosmos_ssl.interop.export import Origin
-
-    if source.folder is None:
-        given = arguments.checkpoint
-        return Origin(name=Path(given).stem or "model", checkpoint=given, licence=arguments.license)
-    run = source.folder.parent.parent
-    result = RunFolder(run).result()
-    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
-    metrics = result["metrics"] if result is not None and result["step"] == step else {}
-    return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=arguments.license)

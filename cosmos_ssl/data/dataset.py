@@ -118,6 +118,10 @@ class Shards(Dataset):
         """Name of the shard that holds sample ``index``."""
         return self.manifest.shards[self.manifest.shard_of(index)].name
 
+    def sources(self, index: int) -> Sequence[str]:
+        """The shard that sample ``index`` is read from."""
+        return [self.manifest.shards[self.manifest.shard_of(index)].url]
+
     def identity(self) -> Mapping[str, Any]:
         """Samples, shards, a digest over name, size and count of each shard, and one of what they hold.
 

@@ -22,6 +22,7 @@ from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.pictures import MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
+_HELD_OUT = ("val", "valid", "validation", "test")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -85,6 +86,8 @@ class Folder(Dataset):
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""
+        if (splits := splits_of(self.root)) is not None and self._classes is None:
+            raise DataError(f"data: {self.root} holds {splits[0].name}/ and {splits[1].name}/: splits, no classes. Name one: {splits[0]}")
         if self._index is None:
             self._index = load_folder(self.root, extensions=self._extensions, cache_dir=self._cache_dir, progress=progress)
         for line in folder_notices(self._index):
@@ -109,6 +112,11 @@ class Folder(Dataset):
     def shard_sizes(self) -> NDArray[np.int64]:
         """All pictures are one shard."""
         return np.array([len(self)], np.int64)
+
+    def sources(self, index: int) -> Sequence[str]:
+        """The files that picture ``index`` is read from."""
+        path = self._path(index)[0]
+        return [str(path), str(path.with_suffix(f".{TEXT_EXTENSION}"))] if self.captions and self.index.notes.texts else [str(path)]
 
     def describe(self, index: int) -> str:
         """The folder that holds picture ``index``, from the root."""
@@ -157,6 +165,12 @@ class Folder(Dataset):
         return caption_schema("txt")({}, retrying(read, str(path)).decode("utf-8", "replace"))
 
 
+def splits_of(root: Path) -> tuple[Path, Path] | None:
+    """``train`` and ``val`` (or ``valid``, ``validation``, ``test``) below a folder that holds both: splits, which are no classes."""
+    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
+    return (root / "train", held_out) if held_out is not None and (root / "train").is_dir() else None
+
+
 def folder_notices(index: FolderIndex) -> list[str]:
     """What a person should know of these folders, one line each."""
     notes, lines = index.notes, []
@@ -193,4 +207,4 @@ def _has_picture(folder: Path) -> bool:
     return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
 
 
-__all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar"]
+__all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar", "splits_of"]

@@ -1,22 +1,31 @@
-"""Sets of pictures with several captions each, in the layouts in which people have them: COCO and Flickr30k."""
+"""Sets of pictures with several captions each, in the layouts in which people have them: COCO and Flickr30k.
+
+A layout is a table of captions, where the pictures may lie beside it, and how the table is read.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from cosmos_ssl.api import BadSample, DataError, Sample
+from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.text_files import read_json, read_text
 
-COCO_CAPTIONS = "annotations/captions_val2017.json"
-COCO_PICTURES = "val2017"
-FLICKR_CAPTIONS = "dataset_flickr30k.json"
-FLICKR_PICTURES = ("flickr30k-images", "flickr30k_images", "images")
+Entries: TypeAlias = list[tuple[str, list[str]]]
+_LOOK = 50
+_TEST_LISTS = ("test.txt", "flickr30k_test.txt")
+_log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +33,10 @@ class CaptionSet:
     """Pictures of a folder and their captions, in the order of the set."""
 
     name: str
-    """``coco`` or ``flickr30k``."""
+    """``coco``, ``coco_karpathy`` or ``flickr30k``; ``flickr30k_all`` where its test split is not told."""
     folder: Path
     entries: Sequence[tuple[str, Sequence[str]]]
-    """File name and captions of each picture."""
+    """Path from the folder and captions of each picture."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -40,13 +49,18 @@ class CaptionSet:
             raise BadSample("no file", str(path))
         return Sample(key=file, image=retrying(path.read_bytes, str(path)), captions={"txt": captions})
 
+    def sources(self, index: int) -> Sequence[str]:
+        """The file of picture ``index``."""
+        return [str(self.folder / self.entries[index][0])]
+
     def identity(self) -> Mapping[str, Any]:
         """Name, and a digest over files and captions."""
         return {"name": self.name, "digest": hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()}
 
     def complete(self, job: Job) -> CaptionSet:
         """The set without pictures that have no file or no caption. Raises DataError for these unless they may be missing."""
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        folders = {Path(file).parent for file, _ in self.entries}
+        there = {str(sub / path.name) for sub in folders if (self.folder / sub).is_dir() for path in (self.folder / sub).iterdir()}
         job.leave_out([file for file, _ in self.entries if file not in there], len(self), f"pictures are not in {self.folder}")
         job.leave_out([file for file, captions in self.entries if not captions], len(self), "pictures have no caption")
         whole = [(file, captions) for file, captions in self.entries if file in there and captions]
@@ -55,52 +69,161 @@ class CaptionSet:
         return CaptionSet(name=self.name, folder=self.folder, entries=whole)
 
 
-def find_caption_set(folder: Path) -> CaptionSet | None:
-    """COCO's or Flickr30k's evaluation split, if its annotations lie in ``folder``. Raises DataError for unusable ones."""
-    if (folder / COCO_CAPTIONS).is_file():
-        return read_coco(folder)
-    if (folder / FLICKR_CAPTIONS).is_file():
-        return read_flickr30k(folder)
-    if (folder / COCO_PICTURES).is_dir() and (folder / "annotations").is_dir():
-        raise DataError(f"data: {folder} looks like COCO, and has no {COCO_CAPTIONS}")
-    picture_folder = next((name for name in FLICKR_PICTURES[:2] if (folder / name).is_dir()), None)
-    if picture_folder is not None:
-        raise DataError(f"data: {folder} holds {picture_folder}, and not Karpathy's {FLICKR_CAPTIONS}, which tells the test split")
-    return None
+# ---------------------------------------------------------------------------- how tables of captions are read
 
 
-def read_coco(folder: Path) -> CaptionSet:
-    """COCO val2017: ``annotations/captions_val2017.json`` and ``val2017/``, pictures by number, all captions of each."""
-    table = _table(folder / COCO_CAPTIONS)
+def _coco(path: Path) -> Entries:
+    """COCO's own form: pictures by number, all captions of each."""
+    table = read_json(path)
     try:
         captions: dict[int, list[str]] = {image["id"]: [] for image in table["images"]}
         for note in table["annotations"]:
-            captions[note["image_id"]].append(" ".join(note["caption"].split()))
+            captions[note["image_id"]].append(_plain(note["caption"]))
         files = {image["id"]: str(image["file_name"]) for image in table["images"]}
+        return [(files[n], captions[n]) for n in sorted(files)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"data: {folder / COCO_CAPTIONS} is not COCO's form: {type(error).__name__} {error}") from error
-    return CaptionSet(name="coco", folder=folder / COCO_PICTURES, entries=[(files[n], captions[n]) for n in sorted(files)])
+        raise DataError(f"data: {path} is not COCO's form: {type(error).__name__} {error}") from error
 
 
-def read_flickr30k(folder: Path, split: str = "test") -> CaptionSet:
-    """Flickr30k by Karpathy's split: ``dataset_flickr30k.json`` and ``flickr30k-images/``, the 1,000 test pictures, all captions."""
-    table = _table(folder / FLICKR_CAPTIONS)
+def _karpathy(path: Path, split: str = "test") -> Entries:
+    """Karpathy's form: the pictures of a split, all captions of each."""
+    table = read_json(path)
     try:
-        entries = [
-            (str(image["filename"]), [" ".join(sentence["raw"].split()) for sentence in image["sentences"]])
+        return [
+            (str(Path(image.get("filepath", ""), image["filename"])), [_plain(sentence["raw"]) for sentence in image["sentences"]])
             for image in table["images"]
             if image["split"] == split
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"data: {folder / FLICKR_CAPTIONS} is not Karpathy's form: {type(error).__name__} {error}") from error
-    pictures = next((name for name in FLICKR_PICTURES if (folder / name).is_dir()), FLICKR_PICTURES[0])
-    return CaptionSet(name="flickr30k", folder=folder / pictures, entries=entries)
+        raise DataError(f"data: {path} is not Karpathy's form: {type(error).__name__} {error}") from error
 
 
-def _table(path: Path) -> Any:
+def _table(path: Path, split: str = "test") -> Entries:
+    """``flickr_annotations_30k.csv``: a picture a row, with its split and a JSON list of captions."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"data: {path} is no JSON: {error}") from error
+        rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        return [(row["filename"], [_plain(one) for one in json.loads(row["raw"])]) for row in rows if row["split"] == split]
+    except DataError:
+        raise
+    except (csv.Error, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise DataError(f"data: {path} is no table of filename, split and raw: {type(error).__name__} {error}") from error
+
+
+_LINE = re.compile(r"(?P<file>[^,|\t#]+\.jpe?g)(?:#\d+)?\s*[,|\t]\s*(?:\d+(?:\s*\|\s*|\s{3}))?(?P<caption>.*)", re.IGNORECASE)
+
+
+def _lines(path: Path) -> Entries:
+    """A caption a line: ``NAME.jpg#0<tab>CAPTION``; below a line of heads ``NAME.jpg| 0| CAPTION`` or ``NAME.jpg,CAPTION``."""
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        match = _LINE.match(line)
+        if match is not None:
+            found.setdefault(match["file"], []).append(_plain(match["caption"]))
+        elif number > 1 and line.strip():
+            raise DataError(f"data: {path}: line {number} is no picture and its caption")
+    return list(found.items())
+
+
+def _plain(caption: str) -> str:
+    return " ".join(caption.split())
+
+
+# ---------------------------------------------------------------------------- where they lie
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """A table by its path from the folder, the folders in which its pictures may lie, and the set that they make."""
+
+    name: str
+    table: str
+    pictures: Sequence[str]
+    read: Callable[[Path], Entries]
+    above: Sequence[str] = ("", "annotations", "karpathy")
+    """Where the table may lie."""
+    beside: str = ""
+    """A folder that lies beside a table whose name alone tells nothing."""
+    whole: bool = False
+    """The table holds all splits and does not tell them."""
+
+    def find(self, folder: Path) -> Path | None:
+        """The table, where it is there."""
+        tables = (folder / above / self.table for above in self.above)
+        return next((path for path in tables if path.is_file() and (path.parent / self.beside).is_dir()), None)
+
+    def open(self, folder: Path, path: Path) -> CaptionSet:
+        """The set: its pictures lie in the first folder that holds one of the first few, else they are looked for in the first folder.
+
+        Of a ``whole`` table it is the test split where a list of its pictures lies beside it; else all, under another name.
+        """
+        name, entries = self.name, self.read(path)
+        if self.whole:
+            listed = next((path.parent / name for name in _TEST_LISTS if (path.parent / name).is_file()), None)
+            if listed is None:
+                name = f"{name}_all"
+                _log.warning(
+                    "%s tells no split, so all %s pictures are taken; %s beside it may list those of the test split, one a line",
+                    path,
+                    f"{len(entries):,}",
+                    _TEST_LISTS[0],
+                )
+            else:
+                names = {Path(line.strip()).stem for line in read_text(listed).splitlines()}
+                entries = [(file, captions) for file, captions in entries if Path(file).stem in names]
+        places = [folder / below for below in self.pictures]
+        some = [file for file, _ in entries[:_LOOK]]
+        place = next((place for place in places if any((place / file).is_file() for file in some)), places[0])
+        return CaptionSet(name=name, folder=place, entries=entries)
+
+
+_FLICKR = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "images")
+_LAYOUTS = (
+    _Layout(name="coco", table="captions_val2017.json", above=("annotations",), pictures=("val2017", "images/val2017"), read=_coco),
+    _Layout(name="coco_karpathy", table="dataset_coco.json", pictures=("", "images"), read=_karpathy),
+    _Layout(name="coco_karpathy", table="coco_test_karpathy.json", pictures=("val2014", "images/val2014"), read=_coco),
+    _Layout(name="flickr30k", table="dataset_flickr30k.json", pictures=_FLICKR, read=_karpathy),
+    _Layout(name="flickr30k", table="flickr_annotations_30k.csv", pictures=_FLICKR, read=_table),
+    _Layout(name="flickr30k", table="flickr30k_test_karpathy.txt", pictures=_FLICKR, read=_lines),
+    _Layout(name="flickr30k", table="results_20130124.token", pictures=_FLICKR, read=_lines, whole=True),
+    _Layout(
+        name="flickr30k",
+        table="results.csv",
+        above=("", "flickr30k_images"),
+        beside="flickr30k_images",
+        pictures=_FLICKR,
+        read=_lines,
+        whole=True,
+    ),
+)
+"""Of a set the first that is there is read."""
+SETS = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS))
+
+
+def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | None:
+    """The set whose captions lie in ``folder``, ``wanted`` where there are several. Raises DataError for unusable ones, UserError."""
+    if wanted is not None and wanted not in SETS:
+        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, SETS)} Sets: {', '.join(SETS)}")
+    found: dict[str, tuple[_Layout, Path]] = {}
+    for layout in _LAYOUTS:
+        path = layout.find(folder)
+        if path is not None and wanted in (None, layout.name):
+            found.setdefault(layout.name, (layout, path))
+    if len(found) > 1:
+        raise DataError(f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(found)}")
+    if found:
+        layout, path = found.popitem()[1]
+        return layout.open(folder, path)
+    looked = ", ".join(layout.table for layout in _LAYOUTS if wanted in (None, layout.name))
+    if wanted is not None:
+        raise DataError(f"data: {folder} does not hold the captions of '{wanted}' (looked for {looked})")
+    _check_no_set(folder)
+    return None
+
+
+def _check_no_set(folder: Path) -> None:
+    """Raise DataError where the pictures of a set lie there without their captions."""
+    if any((folder / name).is_dir() for name in ("val2017", "val2014")) and (folder / "annotations").is_dir():
+        raise DataError(f"data: {folder} looks like COCO, and has no annotations/captions_val2017.json and no dataset_coco.json")
+    if any((folder / name).is_dir() for name in _FLICKR[:2]):
+        tables = ", ".join(layout.table for layout in _LAYOUTS if layout.name == "flickr30k")
+        raise DataError(f"data: {folder} holds Flickr30k's pictures, and none of {tables}")

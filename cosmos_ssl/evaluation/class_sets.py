@@ -22,11 +22,12 @@ from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.data import Folder
-from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.data.folder import picture_folder, splits_of
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
-from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
-from cosmos_ssl.evaluation.samples import EvaluationData, Samples
+from cosmos_ssl.evaluation.classification import load_class_names
+from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
 from cosmos_ssl.pictures import read_regular, to_rgb
 
 IMAGENET = "imagenet"
@@ -41,11 +42,34 @@ class ClassData:
     set_name: str = ""
     """``imagenet``, ``food101``, ...; empty where the set is none that is known."""
     classes: int | None = None
-    """Number of classes that the labels count, where it is known."""
+    """Number of classes that the labels count, where it is known and they are no folders."""
+    folders: Sequence[str] | None = None
+    """The class folders in the order of the labels, where classes are folders."""
     class_names: Sequence[str] | None = None
-    templates: Sequence[str] | None = None
+    """Those that are known of the set, or of the folders."""
+    class_file: Path | None = None
+    """The file of names that lies beside the samples."""
+    templates: str | Sequence[str] | None = None
     train: Callable[[], Samples] | None = None
     """The training split, where it is known to belong to these."""
+
+    def names(self, given: str | Sequence[str] | None = None) -> list[str]:
+        """The name of each class in the order of the labels: as ``given`` (see ``load_class_names``), else those that come with the data.
+
+        Raises ValueError, and DataError where there are none, or where they do not fit the classes.
+        """
+        source = "--class-names" if given is not None else str(self.class_file)
+        given = given if given is not None or self.class_file is None else str(self.class_file)
+        if given is None and self.class_names is None:
+            raise DataError(f"--class-names: give a file with one a line, since none of {', '.join(CLASS_FILES)} comes with the data")
+        if given is None:
+            return list(self.class_names or ())
+        names = load_class_names(given)
+        if self.folders is not None:
+            return in_order_of_folders(names, self.folders, source)
+        if self.classes not in (None, len(names)):
+            raise DataError(f"{source}: {len(names)} class names are given for {self.classes} classes")
+        return names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +130,8 @@ class Reader:
         self.name = name
         self.data = data
         self._named = _named(data)
-        files = getattr(data, "_image_files", None)
-        self._order = sorted(range(len(data)), key=lambda n: str(files[n])) if files is not None else range(len(data))
+        listed = self._named if self._named is not None and hasattr(data, "_image_files") else None
+        self._order = range(len(data)) if listed is None else sorted(range(len(data)), key=lambda n: str(listed[n][0]))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -123,10 +147,14 @@ class Reader:
             raise BadSample("no file", str(path))
         return Sample(key=key, image=retrying(lambda: read_regular(path), str(path)), extras={"cls": int(label)})
 
+    def sources(self, index: int) -> Sequence[str]:
+        """The file of picture ``index``; none where the reader holds all pictures itself (CIFAR)."""
+        return [] if self._named is None else [str(self._named[self._order[index]][0])]
+
     def identity(self) -> Mapping[str, Any]:
-        """Name, size, and a digest of the file names."""
-        files = [str(Path(file).name) for file in getattr(self.data, "_image_files", ())]
-        return {"name": self.name, "samples": len(self), "digest": hashlib.sha256("\0".join(files).encode()).hexdigest()}
+        """Name, size, and a digest of the file names, or of the pictures where they are no files."""
+        held = self.data.data.tobytes() if self._named is None else "\0".join(path.name for path, _ in self._named).encode()
+        return {"name": self.name, "samples": len(self), "digest": hashlib.sha256(held).hexdigest()}
 
 
 def _named(data: Any) -> list[tuple[Path, int]] | None:
@@ -159,17 +187,15 @@ def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
 
 def _plain(data: str, folder: Path | None) -> ClassData:
     """Shards, or a folder with one folder a class: its ``val`` (or ``test``) where it has that and ``train``."""
-    split = None
-    if folder is not None and (folder / "train").is_dir():
-        split = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    own = EvaluationData(data if split is None else str(split))
+    own = EvaluationData(data)
     own.check()
-    names = _names_beside(own.folder) or (_names_beside(folder) if split is not None and folder is not None else None)
+    splits = splits_of(folder) if folder is not None else None
     return ClassData(
         samples=own.samples,
-        classes=len(own.class_names) or None,
-        class_names=names or list(own.class_names) or None,
-        train=partial(Folder, folder / "train", captions=False) if split is not None and folder is not None else None,
+        folders=own.class_names or None,
+        class_names=list(map(spoken, own.class_names)) or None,
+        class_file=own.class_file,
+        train=partial(Folder, splits[0], captions=False) if splits is not None else None,
     )
 
 
@@ -240,14 +266,8 @@ def _imagenet(folder: Path) -> ClassData | None:
     return ClassData(
         samples=Folder(place, captions=False, classes=wnids),
         set_name=IMAGENET if len(there) == len(wnids) else "",
-        classes=len(wnids),
+        folders=wnids,
         class_names=load_class_names("imagenet"),
-        templates=load_templates("openai"),
+        templates="openai",
         train=partial(Folder, train, captions=False, classes=wnids) if train.is_dir() else None,
     )
-
-
-def _names_beside(folder: Path) -> Sequence[str] | None:
-    """Names of classes in a file of a folder, if there is one."""
-    found = next((path for name in CLASS_FILES if (path := folder / name).is_file()), None)
-    return None if found is None else load_class_names(str(found))

@@ -13,24 +13,25 @@ from torch import Tensor
 
 from cosmos_ssl.api import Encoder, normalise
 from cosmos_ssl.evaluation.features import Job, text_features
+from cosmos_ssl.evaluation.text_files import read_text
 
 SIMPLE_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
-TEMPLATE_SETS = ("simple", "openai")
-CLASS_FILES = ("classes.txt", "classnames.txt")
-"""Files beside shards in which class names are sought, one a line (clip-benchmark's sets have the second)."""
+TEMPLATE_SETS = ("simple", "openai", "openclip_simple")
 
 
 def load_templates(templates: str | Sequence[str]) -> list[str]:
-    """Templates with ``{}`` for the class name: the set ``simple``, OpenAI's 80 (``openai``), or those given.
+    """Templates with ``{}`` for the class name: the set ``simple``, OpenAI's 80 (``openai``), OpenCLIP's seven
+    (``openclip_simple``), or those given.
 
     Raises ValueError for a set that is not known and a template without ``{}``.
     """
     if templates == "simple":
         return list(SIMPLE_TEMPLATES)
-    if templates == "openai":
-        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES  # takes seconds
+    if templates in ("openai", "openclip_simple"):
+        from open_clip import zero_shot_metadata as known  # takes seconds
 
-        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+        of_set = known.OPENAI_IMAGENET_TEMPLATES if templates == "openai" else known.SIMPLE_IMAGENET_TEMPLATES
+        return [template("{}") for template in of_set]
     found = [templates] if isinstance(templates, str) else list(templates)
     wrong = [template for template in found if "{}" not in template]
     if wrong or not found:
@@ -49,14 +50,12 @@ def load_class_names(names: str | Sequence[str]) -> list[str]:
 
         return list(IMAGENET_CLASSNAMES)
     if isinstance(names, str):
-        try:
-            found = [line.strip() for line in Path(names).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"class_names: {names} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        found = [line.strip() for line in read_text(Path(names).expanduser(), "class_names").splitlines() if line.strip()]
     else:
         found = list(names)
     if len(found) < 2:
-        raise ValueError(f"class_names: {len(found)} given, at least 2 are needed")
+        where = f"{names} holds {len(found)}" if isinstance(names, str) else f"{len(found)} given"
+        raise ValueError(f"class_names: {where}, at least 2 are needed")
     return found
 
 
@@ -68,11 +67,16 @@ def class_vectors(encoder: Encoder, names: Sequence[str], templates: Sequence[st
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """``top1``, ``top5`` and ``mean_per_class_top1`` of scores [N, C] against labels int64 [N], as shares.
 
-    A label outside 0..C-1 is a class that cannot be found. Of equal scores the right one comes last.
+    A label outside 0..C-1 is a class that cannot be found. Classes stand in the order of a stable sort by falling score, as those of
+    published figures do (``torch.topk``): of equal scores, such as those of equal names, the earlier class comes first. Among scores
+    of minus infinity, which tell that a class was not found, the right one comes last.
     """
     known = (labels >= 0) & (labels < scores.shape[1])
-    right = scores.gather(1, labels.clamp(0, scores.shape[1] - 1)[:, None])
-    ahead = scores.shape[1] - 1 - (scores < right).sum(1)
+    place = labels.clamp(0, scores.shape[1] - 1)[:, None]
+    right = scores.gather(1, place)
+    later = torch.arange(scores.shape[1], device=scores.device) > place
+    beaten = (scores < right) | ((scores == right) & later & (right > -torch.inf))
+    ahead = scores.shape[1] - 1 - beaten.sum(1)
     hit = known & (ahead < 1)
     classes = labels.unique()
     per_class = torch.stack([hit[labels == label].double().mean() for label in classes]).mean()

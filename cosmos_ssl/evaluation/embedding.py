@@ -10,7 +10,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, UserError
 from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.evaluation.embedding_io import Row, What, WithSource, check_output, read_meta, write_embeddings
-from cosmos_ssl.evaluation.features import weights_digest
-from cosmos_ssl.evaluation.samples import read_ahead
+from cosmos_ssl.evaluation.features import check_finite, weights_digest
+from cosmos_ssl.evaluation.samples import Sources, read_ahead
 from cosmos_ssl.models.encoder import ModelEncoder
 
 _PARTS = 1024  # at most: more files than this slow a shared file system down
@@ -51,8 +51,8 @@ class Job:
     """What else the output says of the model."""
 
     def identity(self, encoder: ModelEncoder) -> dict[str, Any]:
-        """All that the numbers depend on, as JSON holds it."""
-        data = {f"data.{name}": value for name, value in self.samples.identity().items()}
+        """All that the numbers depend on, as JSON holds it; ``data.files`` are sizes and times."""
+        data = {f"data.{name}": value for name, value in {**self.samples.identity(), "files": Sources(self.samples).digest()}.items()}
         options = {"what": self.what, "texts": self.texts, "dtype": self.dtype}
         return {"weights": weights_digest(encoder.model), "overrides": list(self.overrides), **options, **data}
 
@@ -71,7 +71,10 @@ class Job:
 class Report:
     """What became of a job."""
 
+    samples: int
     rows: int
+    width: int
+    """Numbers of a row."""
     bad: Mapping[str, tuple[int, str]]
     """Reason -> samples left out for it, and the key of the first."""
     kept: int
@@ -88,7 +91,8 @@ def embed(
     """Write unit vectors of all samples to ``output``: ``.parquet``, or ``.npy`` with its ``.keys.txt`` and ``.meta.json``.
 
     Started again after it was killed, it goes on at the next part. Raises UserError where ``output`` or what lies beside it
-    belongs to another job (unless ``overwrite``), DataError where not one sample can be used, OSError.
+    belongs to another job (unless ``overwrite``), or vectors are not finite; DataError where not one sample can be used, or where
+    files change meanwhile; OSError.
     """
     check_output(output, job.what)
     for modality in ("image", "text"):
@@ -100,11 +104,16 @@ def embed(
         done = None if overwrite else read_meta(output)
         if done is not None:
             _check_same(done.get("job", {}), identity, f"{output} holds other embeddings")
-            shutil.rmtree(folder, ignore_errors=True)  # killed between the last two lines of a job
+            if _beginning(folder) is not None:  # killed between the last two lines of a job
+                shutil.rmtree(folder, ignore_errors=True)
             bad = {reason: (count, key) for reason, (count, key) in done["bad"].items()}
-            return Report(rows=done["rows"], bad=bad, kept=len(job.samples))
+            count, width = len(job.samples), encoder.spec.embed_dim
+            return Report(samples=count, rows=done["rows"], width=width, bad=bad, kept=count)
         kept = _claim(folder, {**identity, "part_size": job.part_size}, overwrite)
         _compute(encoder, job, folder, progress)
+        if Sources(job.samples).digest() != identity["data.files"]:
+            shutil.rmtree(folder)
+            raise DataError("data: files were changed while they were embedded, and nothing is written. Run the same command again")
         report = _assemble(folder, job, output, identity, sum(len(job.parts[part]) for part in kept))
         shutil.rmtree(folder)
     return report
@@ -134,8 +143,8 @@ def _alone(output: Path) -> Iterator[None]:
 def _claim(folder: Path, job: Mapping[str, Any], overwrite: bool) -> list[int]:
     """Make the folder of this job's parts, or find it there; the numbers of the parts in it."""
     path = folder / "job.json"
-    there = json.loads(path.read_bytes()) if path.exists() else None
-    if there is not None and there != job:
+    there = _beginning(folder)
+    if there and there != job:
         if not overwrite:
             _check_same(there, job, f"{folder} holds the beginning of another job")
         shutil.rmtree(folder)
@@ -146,6 +155,23 @@ def _claim(folder: Path, job: Mapping[str, Any], overwrite: bool) -> list[int]:
         with written_whole(path) as file:
             file.write(json.dumps(job, indent=2).encode())
     return [int(part.stem) for part in folder.glob("*.npz")]
+
+
+def _beginning(folder: Path) -> dict[str, Any] | None:
+    """The job that ``folder`` is the beginning of, empty where nothing is told yet; None where there is none.
+
+    Raises UserError for what is no such folder: nothing of somebody else's is ever removed.
+    """
+    if not folder.is_symlink() and not folder.exists():
+        return None
+    found: Any = None
+    with suppress(OSError, ValueError):
+        if not folder.is_symlink() and all(path.suffix == ".part" for path in folder.iterdir()):
+            return {}  # killed as it began
+        found = json.loads((folder / "job.json").read_bytes())
+    if folder.is_symlink() or not isinstance(found, dict) or "part_size" not in found:
+        raise UserError(f"{folder} is no beginning of embeddings, or its job.json is damaged. Move it away, or give another output")
+    return found
 
 
 def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
@@ -226,8 +252,9 @@ def _encode(encoder: ModelEncoder, job: Job, results: Sequence[_Loaded | Bad]) -
     starts = range(0, len(texts), job.batch_size)
     said = (row for at in starts for row in encoder.encode_text(encoder.tokenize(texts[at : at + job.batch_size])).cpu())
     vectors = [next(images if row.text is None else said) for row in rows]
-    found = torch.stack(vectors).numpy().astype(job.dtype) if vectors else np.empty((0, encoder.spec.embed_dim), job.dtype)
-    return _Part(found, rows, bad)
+    found = torch.stack(vectors) if vectors else torch.empty(0, encoder.spec.embed_dim)
+    check_finite(found, "samples")
+    return _Part(found.numpy().astype(job.dtype), rows, bad)
 
 
 def _path(folder: Path, part: int) -> Path:
@@ -269,4 +296,4 @@ def _assemble(folder: Path, job: Job, output: Path, identity: Mapping[str, Any],
         raise DataError(f"data: not one of {len(job.samples):,} samples can be embedded ({reasons or 'there are none'})")
     meta = {**job.about, "job": identity, "rows": count, "bad": bad}
     write_embeddings(output, ((part.vectors, part.rows) for part in map(_read, paths)), (count, width), job.dtype, meta)
-    return Report(rows=count, bad=bad, kept=kept)
+    return Report(samples=len(job.samples), rows=count, width=width, bad=bad, kept=kept)

@@ -67,6 +67,9 @@ class _Files:
         path = self._paths[index]
         return Sample(key=str(path), image=retrying(lambda: read_regular(path), str(path)))
 
+    def sources(self, index: int) -> Sequence[str]:
+        return [str(self._paths[index])]
+
     def describe(self, index: int) -> str:
         return str(self._paths[index].parent)
 
@@ -164,7 +167,7 @@ def read_meta(output: Path) -> dict[str, Any] | None:
 
             return dict(json.loads((parquet.read_schema(output).metadata or {})[_META]))
         return dict(json.loads(output.with_suffix(".meta.json").read_bytes()))
-    except (KeyError, ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+    except (KeyError, TypeError, ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"{output} exists and is no file of embeddings. Give another output, or --overwrite") from error
 
 

@@ -21,9 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import BadSample, DataError, Encoder, Sample
+from cosmos_ssl.api import BadSample, DataError, Encoder, Sample, UserError
 from cosmos_ssl.data.storage import written_whole
-from cosmos_ssl.evaluation.samples import Samples, check_positive, items_of_all, read_ahead, rows_of_all, share, threads_of_this_process
+from cosmos_ssl.evaluation.samples import (
+    Samples,
+    Sources,
+    check_positive,
+    items_of_all,
+    read_ahead,
+    rows_of_all,
+    share,
+    threads_of_this_process,
+)
 from cosmos_ssl.functional import rank, world_size
 from cosmos_ssl.pictures import BACKGROUND
 
@@ -136,9 +145,11 @@ def features_of(
     """What ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
 
     ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are put on
-    ``background``. Raises DataError for samples that cannot be used (unless they may be missing), or where none is left.
+    ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is left, or where
+    files change while they are read and kept; UserError for rows that are not finite.
     """
     count = len(data)
+    sources = Sources(data)
     wanted = count if job.max_samples is None else min(job.max_samples, count)
     chosen = range(count) if wanted == count else np.linspace(0, count - 1, wanted).round().astype(int).tolist()
 
@@ -156,14 +167,37 @@ def features_of(
         rows, notes = compute(good) if good else (None, [])
         return {"rows": None if rows is None else rows.cpu(), "notes": list(notes), "bad": bad}
 
+    stamp = sources.stamp if job.store.folder is not None else _no_stamp
     about = {"name": name, "background": background, "data": data.identity()}
-    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, about, "pictures"))
+    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, about, "pictures", stamp))
+    if changed := items_of_all(sources.changed()):
+        some = ", ".join(changed[:EXAMPLES]) + (", ..." if len(changed) > EXAMPLES else "")
+        raise DataError(
+            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some}). Run the same command again"
+        )
     bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])
     job.leave_out(bad, wanted, "pictures cannot be used")
     if not notes:
         raise DataError(f"{job.data}: not one picture can be used. Run: cosmos-ssl data check")
-    return rows_of_all([piece["rows"] for piece in pieces if piece["rows"] is not None]), notes
+    rows = rows_of_all([piece["rows"] for piece in pieces if piece["rows"] is not None])
+    check_finite(rows, "pictures")
+    return rows, notes
+
+
+def _no_stamp(item: Any) -> list[str]:
+    return []
+
+
+def check_finite(rows: Tensor, what: str) -> None:
+    """Raise UserError where one of the rows [n, ...] is not finite: nothing true comes of such features."""
+    finite = rows.isfinite()
+    if not finite.all():
+        wrong = len(rows) - int(finite.flatten(1).all(1).sum())
+        raise UserError(
+            f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers: its weights are damaged, "
+            "or the precision is too low for them"
+        )
 
 
 def text_features(
@@ -183,7 +217,9 @@ def text_features(
 
     parts = [[part] for part in _cut(texts, max(1, job.batch_size // len(templates)))]
     about = {"match": to_match, "templates": list(templates)}
-    return rows_of_all([piece["rows"] for piece in _pieces(parts, lambda part: part, work, job, about, "texts")])
+    rows = rows_of_all([piece["rows"] for piece in _pieces(parts, lambda part: part, work, job, about, "texts")])
+    check_finite(rows, "texts")
+    return rows
 
 
 def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -199,20 +235,30 @@ def _pieces(
     job: Job,
     about: Mapping[str, Any],
     what: str,
+    stamp: Callable[[Any], list[str]] = _no_stamp,
 ) -> Iterator[dict[str, Any]]:
-    """What ``work`` makes of this rank's share of ``parts``, or the store holds of it, unless a sample that was bad no longer is."""
+    """What ``work`` makes of this rank's share of ``parts``, or the store holds of it.
+
+    What it holds is good while the ``stamp`` of each item is what it was before the item was read, and no sample that was bad can be used.
+    """
     own, all_about = share(parts), digest(about)
 
     def to_load() -> Iterator[tuple[tuple[Sequence[Any], str, dict[str, Any] | None], Sequence[Any]]]:
         for part in own:
             name = digest([all_about, list(part)])
             kept = job.store.get(name)
+            if kept is not None and kept.get("stamps") != [stamp(item) for item in part]:
+                kept = None
             yield (part, name, kept), part if kept is None else [index for index, *_ in kept.get("bad", ())]
 
-    with closing(read_ahead(to_load(), load, job.workers or threads_of_this_process())) as loaded:
+    def stamped(item: Any) -> tuple[list[str], Any]:
+        return stamp(item), load(item)
+
+    with closing(read_ahead(to_load(), stamped, job.workers or threads_of_this_process())) as loaded:
         for done, ((part, name, piece), items) in enumerate(loaded, 1):
-            if piece is None or any(isinstance(item, Loaded) for item in items):
-                piece = work(items if piece is None else [load(item) for item in part])
+            if piece is None or any(isinstance(item, Loaded) for _, item in items):
+                stamps, read = zip(*(items if piece is None else map(stamped, part)), strict=True)
+                piece = {**work(read), "stamps": list(stamps)}
                 job.store.put(name, piece)
             job.progress(what, done, len(own))
             yield piece

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, Sample
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.text_files import read_json, read_text
 
 MMVP_PICTURES = "MLLM_VLM Images"
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -81,6 +83,10 @@ class Pictures:
             raise BadSample("no file", str(path))
         return Sample(key=self.names[index], image=retrying(path.read_bytes, str(path)))
 
+    def sources(self, index: int) -> Sequence[str]:
+        """The file of picture ``index``."""
+        return [str(self.folder / self.names[index])]
+
     def identity(self) -> Mapping[str, Any]:
         """A digest of the names."""
         return {"digest": hashlib.sha256("\n".join(self.names).encode()).hexdigest()}
@@ -90,10 +96,9 @@ def read_mmvp(folder: Path) -> PairSet:
     """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM Images/CATEGORY/NUMBER.jpg``."""
     path = folder / "Questions.csv"
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))[1:]
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or error}. It comes with MMVP-VLM") from error
+        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))[1:]
+    except csv.Error as error:
+        raise DataError(f"data: {path} is not MMVP-VLM's form: {error}") from error
     rows = [row for row in rows if any(row)]
     wrong = next((number for number, row in enumerate(rows, 2) if len(row) != 3), None)
     if wrong is not None or len(rows) % 2 or not rows:
@@ -125,11 +130,8 @@ def read_sugarcrepe(folder: Path, job: Job) -> PairSet:
 
 def _sugarcrepe(path: Path) -> list[tuple[str, str, str]]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return [(row["filename"], row["caption"], row["negative_caption"]) for row in table.values()]
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [(str(row["filename"]), str(row["caption"]), str(row["negative_caption"])) for row in read_json(path).values()]
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"data: {path} is not SugarCrepe's form: {type(error).__name__} {error}") from error
 
 
@@ -138,13 +140,13 @@ def read_winoground(folder: Path) -> PairSet:
     top = folder / "data" if (folder / "data" / "examples.jsonl").is_file() else folder
     path = top / "examples.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
         examples = [
             Example((f"{row['image_0']}.png", f"{row['image_1']}.png"), (str(row["caption_0"]), str(row["caption_1"])), "") for row in rows
         ]
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or error}. It comes with Winoground") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"data: {path} is not Winoground's form: {type(error).__name__} {error}") from error
     return PairSet(name="winoground", folder=top / "images", examples=examples)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_ssl.evaluation.attention_maps import AttentionMap
@@ -17,10 +18,14 @@ from cosmos_ssl.evaluation.attention_maps import AttentionMap
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-SIDE, GAP, LINE = 112, 8, 16  # pixels: a picture's side, the space around it, a line of text
-_TEXT_WIDTH = 420
+SIDE, GAP, LINE = 112, 8, 22  # pixels: a picture's side, the space around it, a line of text
+WORD, WORD_GAP = 18, 6  # pixels: letters of words on their ground, which is so much higher, and the space between lines of them
+_TEXT_WIDTH, _FONT, _SCORE, _SCALE = 560, 14, 48, 10  # pixels: the most that a text takes, letters, the column of scores, a scale
 _INK, _GREY, _GREEN, _RED = (30, 30, 30), (110, 110, 110), (0, 120, 60), (200, 50, 40)
 _HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # five steps of 'inferno'
+
+Colours: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Weights in 0..1 -> red, green, blue in 0..255."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +38,21 @@ class Match:
 
 
 def draw_matches(matches: Sequence[Match]) -> Tensor:
-    """One row a picture: its best texts with their scores, its own in green, and a note."""
-    canvas, draw = _canvas(GAP + SIDE + GAP + _TEXT_WIDTH + GAP, GAP + len(matches) * (SIDE + GAP))
-    for row, match in enumerate(matches):
-        top, left = GAP + row * (SIDE + GAP), GAP + SIDE + GAP
+    """One row a picture: its best texts with their scores, its own in green, and a note below them; as wide as the texts are."""
+    rows = [
+        [(f"{score:.2f}", _cut(text), _GREEN if own else _INK) for text, score, own in match.found] + [("", _cut(match.note), _GREY)]
+        for match in matches
+    ]
+    height = max([SIDE, *(len(row) * LINE for row in rows)]) + 2 * GAP  # twice the space, so that a text stands nearest to its own picture
+    left = GAP + SIDE + 2 * GAP
+    canvas, draw = _canvas(left + _SCORE + max(_width(text) for row in rows for _, text, _ in row) + GAP, len(matches) * height)
+    for number, (match, row) in enumerate(zip(matches, rows, strict=True)):
+        top = GAP + number * height
         canvas.paste(_thumbnail(match.picture), (GAP, top))
-        for line, (text, score, own) in enumerate(match.found):
-            _write(draw, (left, top + line * (LINE + 6)), f"{score:.2f}  {text}", _GREEN if own else _INK)
-        _write(draw, (left, top + SIDE - LINE), match.note, _GREY)
+        first = top + (height - 2 * GAP - len(row) * LINE) // 2 + 2
+        for line, (score, text, colour) in enumerate(row):
+            draw.text((left, first + line * LINE), score, fill=colour, font=_font(_FONT))
+            draw.text((left + _SCORE, first + line * LINE), text, fill=colour, font=_font(_FONT))
     return _tensor(canvas)
 
 
@@ -58,25 +70,33 @@ def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]
     return _tensor(canvas)
 
 
-def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, side: int = SIDE) -> Tensor:
-    """One row a picture: itself, the text's look at it, and its look at the words (darker is more).
+def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, side: int = 160) -> Tensor:
+    """One row a picture: itself, the text's look at it, and its look at the words; below the columns, what their colours mean.
 
-    ``pictures`` are uint8 [3, H, W], cut as the model saw them; ``side`` is what they are shown at, in pixels.
+    ``pictures`` are uint8 [3, H, W], cut as the model saw them; ``side`` is what they are shown at, in pixels. As wide as the words are.
     """
-    canvas, draw = _canvas(GAP + 2 * (side + GAP) + _TEXT_WIDTH + GAP, GAP + len(maps) * (side + GAP))
-    for row, (picture, found) in enumerate(zip(pictures, maps, strict=True)):
-        top = GAP + row * (side + GAP)
+    size = max(WORD, side // 10)
+    texts = [_Words(found.words, size) for found in maps]
+    heights = [max(side, text.height) for text in texts]
+    column = 3 * GAP + 2 * side
+    canvas, draw = _canvas(column + max(side, *(text.width for text in texts)) + GAP, GAP + sum(heights) + len(maps) * GAP + LINE + GAP)
+    top = GAP
+    for picture, found, text, height in zip(pictures, maps, texts, heights, strict=True):
         canvas.paste(_thumbnail(picture, side), (GAP, top))
         canvas.paste(_thumbnail(overlay(picture, found.patches), side), (2 * GAP + side, top))
-        _draw_words(draw, 3 * GAP + 2 * side, top, found.words, side)
+        text.draw(draw, column, top + (height - text.height) // 2)
+        top += height + GAP
+    for left, colours in ((2 * GAP + side, _heat), (column, _ground)):
+        _draw_scale(canvas, draw, (left, top), side - GAP, colours)
     return _tensor(canvas)
 
 
 def draw_words(words: Sequence[tuple[str, float]]) -> Tensor:
-    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take."""
-    height = max((y + LINE for _, y, _, _, _ in _placed(words)), default=LINE)
-    canvas, draw = _canvas(2 * GAP + _TEXT_WIDTH, 2 * GAP + height)
-    _draw_words(draw, GAP, GAP, words, height)
+    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take, and what the ground means."""
+    text = _Words(words, WORD)
+    canvas, draw = _canvas(2 * GAP + max(SIDE, text.width), 3 * GAP + text.height + LINE)
+    text.draw(draw, GAP, GAP)
+    _draw_scale(canvas, draw, (GAP, 2 * GAP + text.height), SIDE, _ground)
     return _tensor(canvas)
 
 
@@ -92,54 +112,110 @@ def draw_classes(picture: Tensor, classes: Tensor) -> Tensor:
     return picture.float().lerp(colours[classes].permute(2, 0, 1), 0.6).round().to(torch.uint8)
 
 
+def draw_segments(rows: Sequence[tuple[Tensor, Tensor, Sequence[tuple[tuple[int, int, int], str]]]], *, side: int = 160) -> Tensor:
+    """One row a picture: itself, itself under the colours of its classes, and what each colour stands for."""
+    texts = [[(colour, _cut(name)) for colour, name in entries] for _, _, entries in rows]
+    width = max(_width(name) for entries in texts for _, name in entries)
+    heights = [max(side, len(entries) * LINE) for entries in texts]
+    column = 3 * GAP + 2 * side
+    canvas, draw = _canvas(column + LINE + width + GAP, GAP + sum(heights) + len(rows) * GAP)
+    top = GAP
+    for (picture, drawn, _), entries, height in zip(rows, texts, heights, strict=True):
+        canvas.paste(_thumbnail(picture, side), (GAP, top))
+        canvas.paste(_thumbnail(drawn, side), (2 * GAP + side, top))
+        for line, (colour, name) in enumerate(entries):
+            draw.rectangle((column, top + line * LINE + 3, column + 13, top + line * LINE + 16), fill=colour)
+            draw.text((column + LINE, top + line * LINE + 2), name, fill=_INK, font=_font(_FONT))
+        top += height + GAP
+    return _tensor(canvas)
+
+
 def overlay(picture: Tensor, weights: Tensor) -> Tensor:
     """A picture, uint8 [3, H, W], under the colours of weights in 0..1 [rows, columns]: uint8 [3, H, W]."""
     from PIL import Image
 
     height, width = picture.shape[-2:]
     smooth = Image.fromarray(weights.float().numpy()).resize((width, height), Image.Resampling.BILINEAR)
-    place = np.clip(np.asarray(smooth, np.float32), 0, 1) * (len(_HEAT) - 1)
-    step = np.minimum(place.astype(int), len(_HEAT) - 2)
-    part = (place - step.astype(np.float32))[..., None]
-    colours = torch.from_numpy(_HEAT[step] * (1 - part) + _HEAT[step + 1] * part).permute(2, 0, 1)
+    colours = torch.from_numpy(_heat(np.asarray(smooth, np.float32))).permute(2, 0, 1)
     return picture.float().lerp(colours, 0.55).round().to(torch.uint8)
 
 
-def _placed(words: Sequence[tuple[str, float]]) -> Iterator[tuple[int, int, int, str, float]]:
-    """Words in lines of the text column: left, top, width, word, weight."""
-    x = y = 0
-    for word, weight in words:
-        width = min(int(_font().getlength(word)) + 6, _TEXT_WIDTH)
-        if x + width > _TEXT_WIDTH:
-            x, y = 0, y + LINE + 6
-        yield x, y, width, word, weight
-        x += width
+def heat_colours() -> list[tuple[int, int, int]]:
+    """The colours of an overlay, from little to much: a few of them (red, green, blue)."""
+    return [(round(red), round(green), round(blue)) for red, green, blue in _HEAT.tolist()]
 
 
-def _draw_words(draw: ImageDraw.ImageDraw, left: int, top: int, words: Sequence[tuple[str, float]], height: int) -> None:
-    """Words on shaded ground, in lines; what does not fit into the height is left out."""
-    for x, y, width, word, weight in _placed(words):
-        if y + LINE > height:
-            return
-        x, y = left + x, top + y
-        ground = (255, round(255 - 170 * weight), round(255 - 200 * weight))
-        draw.rectangle((x, y, x + width - 2, y + LINE - 1), fill=ground)
-        _write(draw, (x + 2, y + 1), word, _INK)
+def _heat(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Colours [..., 3] of weights in 0..1."""
+    place = np.clip(weights, 0, 1) * (len(_HEAT) - 1)
+    step = np.minimum(place.astype(int), len(_HEAT) - 2)
+    part = (place - step.astype(np.float32))[..., None]
+    found: NDArray[np.float32] = _HEAT[step] * (1 - part) + _HEAT[step + 1] * part
+    return found
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
+def _ground(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The ground [..., 3] of words of weights in 0..1."""
+    return 255 - weights[..., None] * np.array([0, 170, 200], np.float32)
+
+
+class _Words:
+    """Words in lines, each on its ground, in letters of ``size`` pixels."""
+
+    def __init__(self, words: Sequence[tuple[str, float]], size: int) -> None:
+        self._size = size
+        self._placed: list[tuple[int, int, int, str, float]] = []
+        x = y = 0
+        for word, weight in words:
+            shown = _cut(word, size)
+            width = _width(shown, size) + 8
+            if x and x + width > _TEXT_WIDTH:
+                x, y = 0, y + size + 2 * WORD_GAP
+            self._placed.append((x, y, width, shown, weight))
+            x += width
+        self.height = y + size + WORD_GAP
+        self.width = max((x + width for x, _, width, *_ in self._placed), default=0)
+
+    def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+        """Draw them there."""
+        for x, y, width, word, weight in self._placed:
+            red, green, blue = (round(value) for value in _ground(np.array(weight, np.float32)).tolist())
+            box = (left + x, top + y, left + x + width - 2, top + y + self._size + WORD_GAP - 1)
+            draw.rectangle(box, fill=(red, green, blue))
+            draw.text((left + x + 3, top + y + 1), word, fill=_INK, font=_font(self._size))
+
+
+def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int], width: int, colours: Colours) -> None:
+    """The colours from little to much, between these words, ``width`` pixels in all."""
+    from PIL import Image
+
+    left, top = place
+    ends = [_width(word) + GAP for word in ("little", "much")]
+    bar = width - sum(ends)
+    strip = np.broadcast_to(colours(np.linspace(0, 1, bar, dtype=np.float32)), (_SCALE, bar, 3))
+    draw.text((left, top), "little", fill=_GREY, font=_font(_FONT))
+    canvas.paste(Image.fromarray(strip.round().astype(np.uint8)), (left + ends[0], top + 4))
+    draw.rectangle((left + ends[0], top + 4, left + ends[0] + bar - 1, top + 3 + _SCALE), outline=_GREY)
+    draw.text((left + ends[0] + bar + GAP, top), "much", fill=_GREY, font=_font(_FONT))
+
+
+def _cut(text: str, size: int = _FONT) -> str:
     """One line of text, cut to the width of the text column."""
     text = " ".join(text.split())[:300]
-    while text and _font().getlength(text) > _TEXT_WIDTH:
+    while text and _width(text, size) > _TEXT_WIDTH - 8:
         text = text.removesuffix("...")[:-2].rstrip() + "..."
-    draw.text(place, text, fill=colour, font=_font())
+    return text
+
+
+def _width(text: str, size: int = _FONT) -> int:
+    return int(_font(size).getlength(text) + 0.5)
 
 
 @cache
-def _font() -> Any:
+def _font(size: int) -> Any:
     from PIL import ImageFont
 
-    return ImageFont.load_default(13)
+    return ImageFont.load_default(size)
 
 
 def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -5,6 +5,7 @@ Shape letters: N pictures that could be used, M texts, C classes, W tower width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors
-from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.features import EXAMPLES, Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.naming import spoken
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import Samples, label_of
+from cosmos_ssl.functional import rank
+
+_log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 class Scores(Protocol):
@@ -82,6 +87,7 @@ def classify(
     def number(sample: Sample) -> int:
         told = label_of(sample, label)
         found = numbers.get(told, told) if isinstance(told, Hashable) else told
+        found = numbers.get(spoken(found), found) if isinstance(found, str) else found
         if not isinstance(found, int) or not 0 <= found < len(names):
             raise DataError(f"{label}: sample {sample.key} has the label '{told}', which is none of the {len(names)} class names")
         return found
@@ -90,12 +96,16 @@ def classify(
         notes = [[one.place, number(one.sample)] for one in loaded]
         return encoder.encode_image(torch.stack([one.pixels for one in loaded])), notes
 
-    vectors = class_vectors(encoder, names, templates, job).cpu()
+    distinct = list(dict.fromkeys(names))  # equal names have the very same score
+    vectors = class_vectors(encoder, distinct, templates, job).cpu()
     images, notes = features_of(
         data, encoder.preprocess, compute, job, name=f"encode_image {label} {digest(list(names))}", background=encoder.spec.background
     )
     places, labels = map(list, zip(*notes, strict=True))
     scores = images @ vectors.T
+    if len(distinct) < len(names):
+        place = {name: number for number, name in enumerate(distinct)}
+        scores = scores[:, [place[name] for name in names]]
     return Classified(accuracy(scores, torch.tensor(labels)), scores, labels, places)
 
 
@@ -121,8 +131,23 @@ def labelled_features(encoder: Encoder, data: Samples, job: Job, label: Callable
 
 
 def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[str, float]:
-    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be found."""
+    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be found.
+
+    Raises DataError where none of the labels is; that some are not is logged.
+    """
     numbers = numbered(train.labels)
+    wanted = list(dict.fromkeys(test.labels))
+    strange = [label for label in wanted if label not in numbers]
+    if strange:
+        told = f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {_some(strange)} are none of the training samples'"
+        if len(strange) == len(wanted):
+            raise DataError(f"{told}, which are {_some(list(numbers))}")
+        if rank() == 0:
+            _log.warning("%s, and their samples cannot be found", told)
     known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
     found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
     return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test.labels]))
+
+
+def _some(labels: Sequence[Hashable]) -> str:
+    return ", ".join(map(repr, labels[:EXAMPLES])) + (", ..." if len(labels) > EXAMPLES else "")

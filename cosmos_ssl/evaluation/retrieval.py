@@ -77,6 +77,11 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
     return image_ranks, torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
 
 
+def best_first(scores: Tensor) -> list[int]:
+    """Candidates of one query in the order in which ``retrieval_ranks`` counts them, of scores [n]; texts in the order of their images."""
+    return cast(list[int], scores.argsort(descending=True, stable=True).tolist())
+
+
 def _own_tile(scores: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A tile of some images and all their texts: best own score [R], true scores [C], candidates beaten [R] and [C]."""
     row = torch.arange(scores.shape[0], device=scores.device)[:, None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -16,13 +17,17 @@ from torch import Tensor
 
 from cosmos_ssl.api import DataError, Sample
 from cosmos_ssl.data import Shards, expand, open_shards
-from cosmos_ssl.data.folder import Folder, picture_folder, similar
+from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
+from cosmos_ssl.data.storage import stat
 from cosmos_ssl.functional import gather_objects, rank, world_size
 
 K = TypeVar("K")
 T = TypeVar("T")
 
+CLASS_FILES = ("classes.txt", "classnames.txt")
+"""Files beside samples in which class names are sought, one a line (clip-benchmark's sets have the second)."""
 _AHEAD = 2  # batches that are read while one is encoded
+_STATS = 16  # files that are looked at together
 
 
 class Samples(Protocol):
@@ -43,7 +48,8 @@ class EvaluationData:
     """Shards of an evaluator, or a folder of pictures, indexed when first read.
 
     ``given`` is what the user names and ``fallback`` what the training set knows of; ``option`` is the key that a message
-    names. Where this and ``numbered_by`` are folders, a class has the number that it has there, whichever classes this one holds.
+    names. Of a folder that holds ``train`` and ``val`` (or ``test``) the first is read as ``train_data``, else the second. Where
+    this and ``numbered_by`` are folders, a class has the number that it has there, whichever classes this one holds.
     """
 
     def __init__(
@@ -61,10 +67,24 @@ class EvaluationData:
     @cached_property
     def samples(self) -> Shards | Folder:
         """The shards or the folder. Raises DataError."""
-        folder = picture_folder(self.urls)
+        folder = self._split
         if folder is None:
             return open_shards(self.urls)
         return Folder(folder, classes=None if self._numbered_by is None else self._numbered_by.class_names or None)
+
+    @property
+    def _split(self) -> Path | None:
+        """The folder of pictures that is read, or None for shards. Raises DataError."""
+        folder = picture_folder(self.urls)
+        splits = splits_of(folder) if folder is not None else None
+        return folder if splits is None else splits[0 if self.option == "train_data" else 1]
+
+    @property
+    def class_file(self) -> Path | None:
+        """The file of class names beside the shards or in the folder (or above its split), if there is one."""
+        above = picture_folder(self.urls)
+        places = [Path(expand(self.urls)[0]).parent] if above is None else dict.fromkeys((self._split or above, above))
+        return next((path for place in places for name in CLASS_FILES if (path := place / name).is_file()), None)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -89,14 +109,57 @@ class EvaluationData:
             raise DataError(f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix("."))
 
     @property
-    def folder(self) -> Path:
-        """The folder of pictures, or that of the first shard."""
-        return picture_folder(self.urls) or Path(expand(self.urls)[0]).parent
-
-    @property
     def name(self) -> str:
         """What messages call it: the path, or the first of several."""
         return self.urls if isinstance(self.urls, str) else next(iter(self.urls), self.option)
+
+
+class Sources:
+    """Sizes and times of the files that samples are read from, as they were when each was first looked at; threads may share one.
+
+    A part's own data set that does not tell its files (``sources``) has none.
+    """
+
+    def __init__(self, data: Samples) -> None:
+        self._data = data
+        self._of: Callable[[int], Sequence[str]] = getattr(data, "sources", lambda index: ())
+        self._seen: dict[str, str] = {}
+
+    def stamp(self, index: int) -> list[str]:
+        """Of each file of one sample."""
+        urls = self._of(index)
+        for url in urls:
+            if url not in self._seen:
+                self._seen[url] = _stamp(url)
+        return [self._seen[url] for url in urls]
+
+    def changed(self) -> list[str]:
+        """The files that are no longer as they were."""
+        return [url for (url, was), now in zip(self._seen.items(), _stamps(self._seen), strict=True) if now != was]
+
+    def digest(self) -> str:
+        """Of all files as they are now."""
+        shards = self._data.manifest.shards if isinstance(self._data, Shards) else None
+        every = (url for n in range(len(self._data)) for url in self._of(n)) if shards is None else (shard.url for shard in shards)
+        found = hashlib.sha256()
+        for stamp in _stamps(every):
+            found.update(stamp.encode() + b"\n")
+        return found.hexdigest()[:16]
+
+
+def _stamps(urls: Iterable[str]) -> Iterator[str]:
+    left = iter(urls)
+    with ThreadPoolExecutor(_STATS) as threads:  # each is waited for on a network file system
+        while some := list(islice(left, 4096)):
+            yield from threads.map(_stamp, some)
+
+
+def _stamp(url: str) -> str:
+    """Size and time of a file; nothing where there is none."""
+    try:
+        return " ".join(map(str, stat(url)))
+    except (OSError, DataError):
+        return ""
 
 
 def read_ahead(batches: Iterable[tuple[K, Sequence[Any]]], load: Callable[[Any], T], workers: int) -> Generator[tuple[K, list[T]]]:

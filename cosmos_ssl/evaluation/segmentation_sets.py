@@ -23,10 +23,10 @@ from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
-from cosmos_ssl.evaluation.classification import CLASS_FILES
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.evaluation.samples import EvaluationData, Samples
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
 from cosmos_ssl.evaluation.segmentation import IGNORED, SegmentationProtocol
+from cosmos_ssl.evaluation.text_files import read_text
 from cosmos_ssl.pictures import open_picture
 
 MASK = "mask.png"
@@ -59,6 +59,10 @@ class SegmentationData:
         """That of the samples, and what their masks mean."""
         return {**self.samples.identity(), "table": self.table.tolist()}
 
+    def sources(self, index: int) -> Sequence[str]:
+        """The files of sample ``index``."""
+        return list(getattr(self.samples, "sources", lambda index: ())(index))
+
     def _labels(self, sample: Sample) -> Tensor:
         if MASK not in sample.extras:
             raise BadSample("no mask", sample.key)
@@ -89,6 +93,10 @@ class PairedFiles:
                 raise BadSample("no file", str(path))
         content = retrying(mask.read_bytes, str(mask))
         return Sample(key=picture.name, image=retrying(picture.read_bytes, str(picture)), extras={MASK: content})
+
+    def sources(self, index: int) -> Sequence[str]:
+        """Picture ``index`` and its mask."""
+        return list(map(str, self.pairs[index]))
 
     def complete(self, job: Job) -> PairedFiles:
         """The pairs of which both files are there. Raises DataError for others unless they may be missing."""
@@ -144,10 +152,7 @@ class _Layout:
         if self.split is None:
             names = [path.relative_to(pictures).as_posix().removesuffix(picture_end) for path in pictures.rglob(f"*{picture_end}")]
         else:
-            try:
-                names = [line.split()[0] for line in (root / self.split).read_text(encoding="utf-8").splitlines() if line.strip()]
-            except OSError as error:
-                raise DataError(f"data: {root / self.split} cannot be read: {error.strerror or error}") from error
+            names = [line.split()[0] for line in read_text(root / self.split).splitlines() if line.strip()]
         return [(pictures / f"{name}{picture_end}", masks / f"{name}{mask_end}") for name in sorted(names)]
 
 
@@ -262,7 +267,7 @@ def find_segmentation_data(data: str, *, wanted: str | None = None, names: str |
     name, (pairs, table) = next(iter(found.items()))
     known = KNOWN[name]
     classes = _class_names(known)
-    if names is not None and len(own := read_class_names(Path(names))) != len(classes):
+    if names is not None and len(own := read_class_names(Path(names).expanduser())) != len(classes):
         raise DataError(f"--class-names: {names} holds {len(own)} classes, {name} has {len(classes)}")
     return SegmentationData(
         samples=PairedFiles(name=name, pairs=pairs),
@@ -293,10 +298,7 @@ def _class_names(known: _Known) -> list[list[str]]:
 
 def read_class_names(path: Any) -> list[list[str]]:
     """A line a class, its names separated by commas. Raises DataError where the file cannot be read or has an empty line."""
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--class-names: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    lines = read_text(path, "--class-names").rstrip().splitlines()
     names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
     if not all(names) or not names:
         raise DataError(f"--class-names: line {names.index([]) + 1 if names else 1} of {path} names no class")
@@ -306,9 +308,9 @@ def read_class_names(path: Any) -> list[list[str]]:
 def _shards(data: str, names: str | None) -> SegmentationData:
     found = EvaluationData(data)
     found.check()
-    path = Path(names) if names is not None else next((p for name in CLASS_FILES if (p := found.folder / name).is_file()), None)
+    path = Path(names).expanduser() if names is not None else found.class_file
     if path is None:
-        raise DataError(f"--class-names: give a file, since {found.folder} holds none of {', '.join(CLASS_FILES)}")
+        raise DataError(f"--class-names: give a file, since none of {', '.join(CLASS_FILES)} lies beside {found.name}")
     samples = open_shards(data)
     if MASK not in samples.read(0).extras:
         raise DataError(f"data: sample {samples.read(0).key} has no {MASK}, which tells the class of each pixel")

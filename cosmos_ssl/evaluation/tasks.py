@@ -1,29 +1,37 @@
-"""The tasks of ``cosmos-ssl eval``: one role's model and data to named numbers."""
+"""The tasks of ``cosmos_ssl.evaluate``: one role's model and data to named numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample, UserError
+from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
-from cosmos_ssl.evaluation.classification import CLASS_FILES, class_vectors, load_class_names, load_templates
+from cosmos_ssl.evaluation.classification import class_vectors, load_templates
 from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
+from cosmos_ssl.evaluation.naming import repeated
 from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
 from cosmos_ssl.evaluation.protocols import Scores, classify, labelled_features, retrieve, trained_accuracy
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, model_input, segment, segmentation_metrics
 from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data
+from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
+
+_log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +49,7 @@ class Options:
     class_names: str | Sequence[str] | None = None
     """A text file with one a line, ``imagenet``, or the names; None is what comes with the data."""
     templates: str | Sequence[str] | None = None
-    """``openai``, ``simple``, or templates with ``{}``; None is what the set is used with, else ``simple``."""
+    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is what the set is used with, else ``simple``."""
     train_data: str | None = None
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
     max_train_samples: int | None = None
@@ -54,22 +62,50 @@ class Options:
     """Correlative self-attention in the last block, for segmentation."""
 
 
+class Found(NamedTuple):
+    """What was found of one role."""
+
+    metrics: dict[str, float]
+    samples: int
+    """Pictures that it was found of; of pairs, examples."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One task on its data, which is looked for when this is made; ``run`` evaluates one role."""
 
     set_name: str
     """The known set that the data is (``coco``, ``flickr30k``, ...), else empty."""
-    run: Callable[[Encoder, Job], dict[str, float]]
+    run: Callable[[Encoder, Job], Found]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What a report says of how it was evaluated."""
+
+
+@contextmanager
+def _flags() -> Iterator[None]:
+    """Let a ValueError of an evaluator's option be a UserError of the flag of that name."""
+    try:
+        yield
+    except ValueError as error:
+        option, colon, told = str(error).partition(": ")
+        if not colon or option not in Options.__dataclass_fields__ or option == "data":
+            raise
+        raise UserError(f"--{option.replace('_', '-')}: {told}") from error
 
 
 def retrieval(options: Options, job: Job) -> Task:
     """Image-text retrieval, as the evaluator ``retrieval`` has it, on COCO, Flickr30k, shards or a folder. Raises DataError."""
     folder = picture_folder(options.data)
-    known = find_caption_set(folder) if folder is not None else None
+    if folder is None and options.set_name is not None:
+        raise DataError(f"data: {options.data} is no folder, which the set '{options.set_name}' is read from")
+    known = find_caption_set(folder, options.set_name) if folder is not None else None
     data: Samples = _given(options.data) if known is None else known.complete(job)
-    name = "" if known is None else known.name
-    return Task(set_name=name, run=lambda encoder, job: retrieve(encoder, data, job, texts=options.texts).metrics)
+
+    def run(encoder: Encoder, job: Job) -> Found:
+        found = retrieve(encoder, data, job, texts=options.texts)
+        return Found(found.metrics, len(found.places))
+
+    return Task(set_name="" if known is None else known.name, run=run, about={"texts": options.texts})
 
 
 def _given(data: str) -> Samples:
@@ -81,22 +117,23 @@ def _given(data: str) -> Samples:
 def classification(options: Options, job: Job) -> Task:
     """Zero-shot classification, as the evaluator ``classification`` has it, with the names and templates of the set. Raises DataError."""
     data = find_class_data(options.data, wanted=options.set_name)
-    names = data.class_names if options.class_names is None else load_class_names(options.class_names)
-    if names is None:
-        raise DataError(f"--class-names: give a file with one a line, since none of {', '.join(CLASS_FILES)} comes with the data")
-    if data.classes not in (None, len(names)):
-        raise DataError(f"--class-names: {len(names)} class names are given for {data.classes} classes")
-    templates = load_templates(options.templates or data.templates or "simple")
+    templates = options.templates or data.templates or "simple"
+    with _flags():
+        names, said = data.names(options.class_names), load_templates(templates)
+    if (told := repeated(names)) and rank() == 0:
+        _log.warning("class names: %s", told)
 
-    def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        return classify(encoder, data.samples, job, names=names, templates=templates, label=options.label).metrics
+    def run(encoder: Encoder, job: Job) -> Found:
+        found = classify(encoder, data.samples, job, names=names, templates=said, label=options.label)
+        return Found(found.metrics, len(found.places))
 
-    return Task(set_name=data.set_name, run=run)
+    return Task(set_name=data.set_name, run=run, about={"classes": len(names), "templates": templates, "label": options.label})
 
 
 def knn(options: Options, job: Job) -> Task:
     """The nearest training pictures' labels, as the evaluator ``knn`` has it. Raises DataError."""
-    return _trained(options, partial(knn_scores, k=options.k, temperature=options.temperature))
+    scores = partial(knn_scores, k=options.k, temperature=options.temperature)
+    return _trained(options, scores, {"k": options.k, "temperature": options.temperature})
 
 
 def probe(options: Options, job: Job) -> Task:
@@ -105,28 +142,34 @@ def probe(options: Options, job: Job) -> Task:
     def scores(train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
         return linear_probe(train, labels, classes=classes)[0].scores(test)
 
-    return _trained(options, scores)
+    return _trained(options, scores, {})
 
 
-def _trained(options: Options, scores: Scores) -> Task:
+def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
     """A task on the tower's features before the projection: ``scores`` of test features from labelled training features."""
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
-        train = find_class_data(options.train_data).samples
+        given = find_class_data(options.train_data)
+        train = given.samples if given.train is None else given.train()  # of a folder that holds all splits
     elif data.train is not None:
         train = data.train()
     else:
         raise DataError("--train-data: name the training samples, since no training split is known to belong to the data")
 
+    # two folders may number their classes differently; shards know nothing of their names
+    by_name = options.label == "cls" and isinstance(data.samples, Folder) and isinstance(train, Folder)
+
     def label(sample: Sample) -> Hashable:
-        of_folder = options.label == "cls" and "class_name" in sample.extras  # two folders may number their classes differently
-        return class_of(sample, "class_name" if of_folder else options.label)
+        return class_of(sample, "class_name" if by_name else options.label)
 
-    def run(encoder: Encoder, job: Job) -> dict[str, float]:
-        known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=options.label)
-        return trained_accuracy(known, labelled_features(encoder, data.samples, job, label, name=options.label), scores)
+    def run(encoder: Encoder, job: Job) -> Found:
+        name = f"{options.label} by name" if by_name else options.label
+        known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
+        test = labelled_features(encoder, data.samples, job, label, name=name)
+        return Found(trained_accuracy(known, test, scores), len(test.places))
 
-    return Task(set_name="", run=run)
+    more = {"train_data": options.train_data, "max_train_samples": options.max_train_samples, "label": options.label}
+    return Task(set_name=data.set_name, run=run, about={**about, **more})
 
 
 def segmentation(options: Options, job: Job) -> Task:
@@ -138,9 +181,10 @@ def segmentation(options: Options, job: Job) -> Task:
         data = replace(data, samples=data.samples.complete(job))
     names = [name for of_class in data.names for name in of_class]
     owners = torch.tensor([number for number, of_class in enumerate(data.names) for _ in of_class])
-    templates = load_templates(options.templates or "openai")
+    with _flags():
+        templates = load_templates(options.templates or "openai")
 
-    def run(encoder: Encoder, job: Job) -> dict[str, float]:
+    def run(encoder: Encoder, job: Job) -> Found:
         spec = encoder.spec.image
         if not isinstance(encoder, ModelEncoder) or spec is None:
             raise UserError("this model has no dense inference, which segmentation needs")
@@ -157,7 +201,7 @@ def segmentation(options: Options, job: Job) -> Task:
             return torch.stack([counted(sample, picture) for _, sample, picture in loaded]), [one.sample.key for one in loaded]
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
-        rows, _ = features_of(
+        rows, keys = features_of(
             data,
             lambda picture: picture,
             compute,
@@ -165,9 +209,9 @@ def segmentation(options: Options, job: Job) -> Task:
             name=f"segmentation {protocol} {names} {templates}",
             background=encoder.spec.background,
         )
-        return segmentation_metrics(rows.sum(0))
+        return Found(segmentation_metrics(rows.sum(0)), len(keys))
 
-    return Task(set_name=data.set_name, run=run)
+    return Task(set_name=data.set_name, run=run, about={"templates": options.templates or "openai", "csa": options.csa})
 
 
 def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Task]:
@@ -179,7 +223,7 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
             raise DataError(f"data: {options.data} is no folder")
         data = read(folder, job).complete(job)
 
-        def run(encoder: Encoder, job: Job) -> dict[str, float]:
+        def run(encoder: Encoder, job: Job) -> Found:
             def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
                 return encoder.match_image(torch.stack([one.pixels for one in loaded])), [one.sample.key for one in loaded]
 
@@ -199,7 +243,7 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
                 )
                 for example in usable.examples
             ]
-            return pair_metrics(usable.name, usable.examples, verdicts)
+            return Found(pair_metrics(usable.name, usable.examples, verdicts), len(usable.examples))
 
         return Task(set_name=data.name, run=run)
 

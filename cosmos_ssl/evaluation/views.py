@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from textwrap import wrap
 from typing import cast
 
 import numpy as np
@@ -14,7 +13,8 @@ from torch import Tensor
 from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, TowerSpec
 from cosmos_ssl.data.order import sample_rng
 
-_GAP, _SIDE, _TEXT_WIDTH, _FONT = 8, 224, 640, 13  # pixels
+_GAP, _SIDE, _FONT = 8, 224, 14  # pixels
+_LEAST, _ROOM = 440, 960  # pixels: the least width, and the most that views take in a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +54,42 @@ def _shown(pixels: Tensor, tower: TowerSpec | None) -> Tensor:
 
 
 def contact_sheet(found: SampleLook) -> Tensor:
-    """The picture and all views of a sample, a row a group, and its texts below: uint8 [3, H, W]."""
-    rows = [[_fitted(found.picture, _SIDE)], *([*views] for views in found.images.values())]
-    lines = [f"{name} {view}: {text}" for name, texts in found.texts.items() for view, text in enumerate(texts, 1)]
-    width = max(_TEXT_WIDTH, *(_GAP + sum(view.shape[2] + _GAP for view in row) for row in rows))
-    heights = [max(view.shape[1] for view in row) + _GAP for row in rows]
+    """The picture with the views of the first group, the other groups below, then the texts, as wide as the views are: uint8 [3, H, W].
+
+    Small views are shown several times as large, all alike.
+    """
+    groups = list(found.images.values())
+    factor = max(1, _SIDE // max((group.shape[-1] for group in groups), default=_SIDE))
+    shown = [[*_enlarged(group, factor)] for group in groups]
+    first, *others = [[_fitted(found.picture, _SIDE), *(shown[0] if shown else ())], *shown[1:]]
+    rows = [row for group in (first, *others) for row in _folded(group)]
+    lines = [f"{name}: {len(group)} views of {group.shape[-1]} x {group.shape[-2]} pixels" for name, group in found.images.items()]
+    lines += [f"{name} {view}: {text}" for name, texts in found.texts.items() for view, text in enumerate(texts, 1)]
+    width = max(_LEAST, *(sum(view.shape[2] + _GAP for view in row) for row in rows)) + _GAP
     texts = _written(lines, width)
-    sheet = torch.full((3, _GAP + sum(heights) + texts.shape[1], width), 255, dtype=torch.uint8)
+    sheet = torch.full(
+        (3, _GAP + sum(max(view.shape[1] for view in row) + _GAP for row in rows) + texts.shape[1], width), 255, dtype=torch.uint8
+    )
     top = _GAP
-    for row, height in zip(rows, heights, strict=True):
+    for row in rows:
         left = _GAP
         for view in row:
             sheet[:, top : top + view.shape[1], left : left + view.shape[2]] = view
             left += view.shape[2] + _GAP
-        top += height
+        top += max(view.shape[1] for view in row) + _GAP
     sheet[:, top:] = texts
     return sheet
+
+
+def _folded(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Views in rows that are not wider than ``_ROOM``."""
+    row: list[Tensor] = []
+    for view in views:
+        if row and sum(one.shape[2] + _GAP for one in [*row, view]) > _ROOM:
+            yield row
+            row = []
+        row.append(view)
+    yield row
 
 
 def _written(lines: Sequence[str], width: int) -> Tensor:
@@ -77,19 +97,33 @@ def _written(lines: Sequence[str], width: int) -> Tensor:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT)
-    letters = max(8, int((width - 2 * _GAP) / font.getlength("e")))
-    folded = [piece for line in lines for piece in wrap(line, letters, subsequent_indent="    ")]
+    folded: list[str] = []
+    for line in lines:
+        folded.append("")
+        for word in line.split():
+            longer = f"{folded[-1]} {word}" if folded[-1] else word
+            if font.getlength(longer) > width - 2 * _GAP and folded[-1].strip():
+                longer = f"    {word}"
+                folded.append("")
+            folded[-1] = longer
     canvas = Image.new("RGB", (width, len(folded) * (_FONT + 6) + _GAP), "white")
-    ImageDraw.Draw(canvas).multiline_text((_GAP, 0), "\n".join(folded), "black", font, spacing=4)
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(folded):
+        draw.text((_GAP, number * (_FONT + 6)), line, "black", font)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
+def _enlarged(picture: Tensor, factor: int) -> Tensor:
+    """Each pixel as a square of ``factor`` x ``factor``."""
+    return picture.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
 def _fitted(picture: Tensor, side: int) -> Tensor:
-    """The picture, made small enough for a square of ``side`` pixels."""
+    """The picture, made to fit a square of ``side`` pixels."""
     from torchvision.transforms.v2.functional import resize
 
     scale = side / max(picture.shape[-2:])
     if scale >= 1:
-        return picture
+        return _enlarged(picture, int(scale))
     fitted: Tensor = resize(picture, [max(1, round(n * scale)) for n in picture.shape[-2:]], antialias=True)
     return fitted

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import cosmos_ssl
-from cosmos_ssl.cli.attend import pair
 from cosmos_ssl.errors import UserError
+from cosmos_ssl.evaluation.attending import pair
 from cosmos_ssl.evaluation.attention_maps import attention_maps
 from cosmos_ssl.evaluation.classification import SIMPLE_TEMPLATES
 from cosmos_ssl.evaluation.pictures import class_colours, overlay
@@ -123,7 +123,7 @@ def test_segmentation(command: Command, run: str, images: list[str], tmp_path: P
     out = tmp_path / "out"
     code, _, err = command("attend", "--checkpoint", run, "--image", *images, "--segment", ", ".join(classes), "--output", str(out))
     assert (code, err) == (0, "")
-    assert names(out) == ["001_a_dog_segments.png", "002_cat_segments.png", "index.html"]
+    assert names(out) == ["001_a_dog_segments.png", "002_cat_segments.png", "grid.png", "index.html"]
     model = cosmos_ssl.load(run)
     side = model.spec.image.image_size
     with Image.open(images[0]) as image:

@@ -15,7 +15,7 @@ from PIL import Image
 from cosmos_ssl.build import make_augmenters
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, sample_rng
-from cosmos_ssl.evaluation.views import look
+from cosmos_ssl.evaluation.views import SampleLook, contact_sheet, look
 
 SMALL = ["augmenters.image.global_crops_size=64", "augmenters.image.local_crops_size=32", "model.image.image_size=64"]
 SMALL += ["model.image.layers=1", "model.text.layers=1", "model.image.patch_size=16"]
@@ -87,3 +87,18 @@ def test_views_are_those_of_the_augmenters(shard: str) -> None:
     crops = augmenters["image"].crop(sample, sample_rng(3, 0, 1))
     assert crops["global"].pixels.shape == found.images["global"].shape  # type: ignore[union-attr, call-overload]
     assert all(views.float().std() > 1 for views in found.images.values()), "shown without the normalisation"
+
+
+def test_a_sheet_is_as_wide_as_its_views() -> None:
+    """The picture stands beside the first views, small ones are enlarged, and the texts take the width that there is."""
+    views = {"global": torch.full((2, 3, 32, 32), 9, dtype=torch.uint8), "local": torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)}
+    sheet = contact_sheet(
+        SampleLook(key="a", picture=torch.zeros(3, 40, 50, dtype=torch.uint8), images=views, texts={"global": ["word " * 60]})
+    )
+    assert sheet.shape[2] == 8 + (200 + 8) + 2 * (224 + 8)  # 50 pixels four times, 32 pixels seven times as large
+    assert sheet[0, 8 + 80, [8 + 100, 216 + 112, 216 + 232 + 112]].tolist() == [0, 9, 9]
+    assert sheet[0, 8 + 232 + 50, 8 + 50] == 99
+    written = (sheet[0, 8 + 232 + 112 + 8 :] < 128).any(0).nonzero()
+    assert 0.9 * sheet.shape[2] < written.max() < sheet.shape[2] - 8
+    many = SampleLook(key="a", picture=torch.zeros(3, 224, 224, dtype=torch.uint8), images={"global": torch.zeros(9, 3, 224, 224).byte()})
+    assert contact_sheet(many).shape[2] == 8 + 4 * 232

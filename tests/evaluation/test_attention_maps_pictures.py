@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from cosmos_ssl.evaluation.attention_maps import AttentionMap
-from cosmos_ssl.evaluation.pictures import GAP, LINE, class_colours, draw_attention, draw_classes, draw_words
+from cosmos_ssl.evaluation.pictures import GAP, LINE, SIDE, WORD, WORD_GAP, class_colours, draw_attention, draw_classes, draw_words
 
 
 def test_words_take_as_many_lines_as_they_need() -> None:
     one = draw_words([("word", 1.0)])
     many = draw_words([("word", 0.5)] * 40 + [("x" * 500, 1.0)])
-    assert one.shape == (3, 2 * GAP + LINE, 2 * GAP + 420)
-    lines = (many.shape[1] - 2 * GAP + 6) / (LINE + 6)
+    height = WORD + WORD_GAP
+    assert one.shape == (3, 3 * GAP + height + LINE, 2 * GAP + SIDE), "with a scale below, and no wider than that"
+    lines = (many.shape[1] - one.shape[1]) / (WORD + 2 * WORD_GAP) + 1
     assert lines == int(lines) and 4 <= lines <= 8
-    assert (many[:, :, -GAP:] == 255).all() and (many[:, -GAP:] == 255).all()
+    assert (many[:, :, -GAP:] == 255).all()
     assert one[:, GAP + 1, GAP + 1].tolist() == [255, 85, 55]  # the strongest ground
     assert draw_words([]).shape == one.shape
 
@@ -24,7 +25,7 @@ def test_a_larger_grid() -> None:
     black = torch.zeros(3, 8, 8, dtype=torch.uint8)
     found = AttentionMap(patches=torch.tensor([[1.0, 0.0]]), words=[("a", 1.0)])
     drawn = draw_attention([black, black], [found, found], side=200)
-    assert drawn.shape == (3, GAP + 2 * (200 + GAP), GAP + 2 * (200 + GAP) + 420 + GAP)
+    assert drawn.shape == (3, 2 * GAP + 2 * (200 + GAP) + LINE, GAP + 3 * (200 + GAP))
     assert drawn[:, GAP + 100, 2 * GAP + 200].sum() > 300 > 20 > drawn[:, GAP + 100, 2 * GAP + 399].sum()
 
 

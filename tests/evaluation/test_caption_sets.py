@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from cosmos_ssl.api import BadSample, DataError
-from cosmos_ssl.evaluation.caption_sets import find_caption_set, read_flickr30k
+from cosmos_ssl.api import BadSample, DataError, UserError
+from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.features import Job
 
 
@@ -61,7 +61,7 @@ def test_flickr30k(flickr):
     assert found.name == "flickr30k" and [file for file, _ in found.entries] == ["1007129816.jpg", "1009434119.jpg"]
     assert found.read(1).captions["txt"] == [f"Text {k} of 1009434119." for k in range(5)]
     (flickr / "flickr30k-images").rename(flickr / "flickr30k_images")
-    assert len(read_flickr30k(flickr).complete(Job())) == 2
+    assert len(find_caption_set(flickr).complete(Job())) == 2
 
 
 def test_missing_pictures_are_named(coco):
@@ -101,7 +101,7 @@ def test_folders_without_annotations(coco, tmp_path):
     (coco / "annotations").rmdir()
     assert find_caption_set(coco) is None
     (coco / "flickr30k-images").mkdir()
-    with pytest.raises(DataError, match=r"not Karpathy's dataset_flickr30k.json"):
+    with pytest.raises(DataError, match=r"holds Flickr30k's pictures, and none of dataset_flickr30k.json, flickr_annotations_30k.csv"):
         find_caption_set(coco)
 
 
@@ -110,3 +110,78 @@ def test_identity_tells_captions_apart(coco):
     path = coco / "annotations/captions_val2017.json"
     path.write_text(path.read_text().replace("one more", "one other"))
     assert find_caption_set(coco).identity() != before
+
+
+def test_coco_2014_by_karpathys_split(tmp_path):
+    """His table names the folder of each picture; clip-benchmark's has COCO's own form."""
+    images = [
+        {
+            "filepath": f"{part}2014",
+            "filename": f"COCO_{part}2014_{n:012d}.jpg",
+            "split": split,
+            "cocoid": n,
+            "sentences": [{"raw": f"Text {k}\n of {n}."} for k in range(5)],
+        }
+        for n, part, split in ((9, "train", "train"), (7, "val", "restval"), (5, "val", "test"), (3, "val", "test"))
+    ]
+    for image in images:
+        picture(tmp_path / "images" / image["filepath"] / image["filename"])
+    table = tmp_path / "annotations/dataset_coco.json"
+    table.parent.mkdir()
+    table.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    found = find_caption_set(tmp_path).complete(Job())
+    assert found.name == "coco_karpathy" and [file for file, _ in found.entries] == [f"val2014/COCO_val2014_{n:012d}.jpg" for n in (5, 3)]
+    assert found.read(1).captions["txt"] == [f"Text {k} of 3." for k in range(5)]
+    (tmp_path / "images/val2014/COCO_val2014_000000000005.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 pictures are not in .*images \(val2014/COCO_val2014_000000000005.jpg\)"):
+        find_caption_set(tmp_path).complete(Job())
+    table.unlink()
+    tables = {"images": [{"id": 3, "file_name": "COCO_val2014_000000000003.jpg"}], "annotations": [{"image_id": 3, "caption": "one"}]}
+    (tmp_path / "coco_test_karpathy.json").write_text(json.dumps(tables))
+    found = find_caption_set(tmp_path).complete(Job())
+    assert found.name == "coco_karpathy" and found.read(0).captions["txt"] == ["one"]
+
+
+CAPTIONS = ['A dog, "Rex".', "Two"]
+QUOTED = json.dumps(CAPTIONS).replace('"', '""')
+FLICKR = {
+    "flickr_annotations_30k.csv": f'raw,sentids,split,filename,img_id\n"{QUOTED}","[0, 1]",test,1.jpg,0\n"[""no""]",[2],train,2.jpg,1\n',
+    "flickr30k_test_karpathy.txt": 'image,caption\n1.jpg,A dog, "Rex".\n1.jpg,Two\n',
+    "results_20130124.token": '1.jpg#0\tA dog, "Rex".\n1.jpg#1\tTwo\n2.jpg#0\tno\n',
+    # Kaggle's; in one line of it a bar is missing
+    "results.csv": 'image_name| comment_number| comment\n1.jpg| 0| A dog, "Rex".\n1.jpg| 1   Two\n2.jpg| 0| no\n',
+}
+
+
+@pytest.mark.parametrize("name", FLICKR)
+def test_flickr30k_in_other_tables(tmp_path, name, caplog):
+    for n in (1, 2):
+        picture(tmp_path / "flickr30k_images" / f"{n}.jpg")
+    (tmp_path / name).write_text(FLICKR[name])
+    found = find_caption_set(tmp_path).complete(Job())
+    assert found.entries[0] == ("1.jpg", CAPTIONS)
+    if name.startswith("results"):
+        assert (
+            found.name == "flickr30k_all"
+            and len(found) == 2
+            and "tells no split, so all 2 pictures are taken; test.txt beside" in caplog.text
+        )
+        (tmp_path / "test.txt").write_text("1\n")
+        found = find_caption_set(tmp_path).complete(Job())
+    assert found.name == "flickr30k" and len(found) == 1
+    (tmp_path / name).write_bytes(b"\xff\xd8\n\n\x00")
+    with pytest.raises(DataError, match="it is no text"):
+        find_caption_set(tmp_path)
+    (tmp_path / name).write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"is no table of filename, split and raw|line 2 is no picture and its caption"):
+        find_caption_set(tmp_path)
+
+
+def test_several_sets_in_one_folder(coco, flickr):
+    with pytest.raises(DataError, match=r"holds several sets\. Say which, such as --set coco\. They are: coco, flickr30k"):
+        find_caption_set(coco)
+    assert find_caption_set(coco, "flickr30k").name == "flickr30k"
+    with pytest.raises(DataError, match=r"does not hold the captions of 'coco_karpathy' \(looked for dataset_coco.json"):
+        find_caption_set(coco, "coco_karpathy")
+    with pytest.raises(UserError, match=r"no set named 'flickr'\. Did you mean 'flickr30k'"):
+        find_caption_set(coco, "flickr")

@@ -198,7 +198,7 @@ def test_imagenet(tmp_path, inner):
     picture(tmp_path / "data/train/n01443537/n01443537_1.JPEG")
     found = find_class_data(str(tmp_path / "data" / inner))
     assert [found.samples.read(n).extras["cls"] for n in range(2)] == [1, 999] and not found.set_name
-    assert found.class_names[1] == "goldfish" and found.class_names[999] == "toilet paper" and len(found.templates) == 80
+    assert found.names()[1] == "goldfish" and found.names()[999] == "toilet paper" and found.templates == "openai"
     assert len(found.train()) == 1 and found.train().read(0).extras["cls"] == 1
     picture(tmp_path / "data/val/n99999999/x.JPEG")
     with pytest.raises(DataError, match=r"1 of 3 classes are not ImageNet's 1,000 \(n99999999\)"):
@@ -215,20 +215,34 @@ def test_all_of_imagenet_is_known_as_such(tmp_path):
 
 
 def test_folders_by_class(tmp_path):
-    picture(tmp_path / "data/red fox/1.png")
+    picture(tmp_path / "data/red_fox/1.png")
     picture(tmp_path / "data/cat/1.png")
     found = find_class_data(str(tmp_path / "data"))
-    assert list(found.class_names) == ["cat", "red fox"] and found.classes == 2 and not found.set_name and found.templates is None
-    lines(tmp_path / "data/classes.txt", "a cat", "a fox")
-    assert list(find_class_data(str(tmp_path / "data")).class_names) == ["a cat", "a fox"]
+    assert found.names() == ["cat", "red fox"] and not found.set_name and found.templates is None
+    for given, expected in (
+        (["a cat", "a fox"], ["a cat", "a fox"]),  # other names, in the order of the folders
+        (["Red Fox", "cat"], ["cat", "Red Fox"]),
+        (["wolf", "red_fox", "cat"], ["cat", "red_fox", "wolf"]),  # of more classes than there are folders
+    ):
+        lines(tmp_path / "data/classes.txt", *given)
+        assert find_class_data(str(tmp_path / "data")).names() == expected
+    lines(tmp_path / "data/classes.txt", "red fox", "house cat")
+    with pytest.raises(DataError, match=r"classes.txt: name 1, 'red fox', stands in the place of the class folder 'cat'\. Give every"):
+        find_class_data(str(tmp_path / "data")).names()
+    assert len(find_class_data(str(tmp_path / "data")).samples) == 2  # names do not matter to neighbours
+    with pytest.raises(DataError, match="--class-names: 3 class names are given for 2 classes"):
+        find_class_data(str(tmp_path / "data")).names(["a", "b", "c"])
     with pytest.raises(DataError, match="does not exist"):
         find_class_data(str(tmp_path / "date"))
 
 
-def test_folders_by_split_and_class(tmp_path):
-    for path in ("train/cat/1.png", "train/cat/2.png", "train/fox/1.png", "test/cat/1.png", "test/fox/1.png"):
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_folders_by_split_and_class(tmp_path, name):
+    for path in ("train/cat/1.png", "train/cat/2.png", "train/fox/1.png", f"{name}/cat/1.png", f"{name}/fox/1.png"):
         picture(tmp_path / "data" / path)
     found = find_class_data(str(tmp_path / "data"))
-    assert list(found.class_names) == ["cat", "fox"] and len(found.samples) == 2 and len(found.train()) == 3
+    assert found.names() == ["cat", "fox"] and len(found.samples) == 2 and len(found.train()) == 3
     lines(tmp_path / "data/classes.txt", "a cat", "a fox")
-    assert list(find_class_data(str(tmp_path / "data")).class_names) == ["a cat", "a fox"]
+    assert find_class_data(str(tmp_path / "data")).names() == ["a cat", "a fox"]
+    lines(tmp_path / f"data/{name}/classes.txt", "one cat", "one fox")
+    assert find_class_data(str(tmp_path / "data")).names() == ["one cat", "one fox"]

@@ -1,11 +1,16 @@
 """Templates, class names, class vectors and accuracy."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors, load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.naming import repeated
+from cosmos_ssl.evaluation.segmentation_sets import read_class_names
 
 
 class Words:
@@ -35,12 +40,24 @@ def test_class_vector_is_the_normalised_mean_of_normalised_templates():
 def test_accuracy_hand_worked():
     scores = torch.tensor([[3.0, 2, 1], [3, 2, 1], [1, 2, 3], [0, 0, 0]])
     found = accuracy(scores, torch.tensor([0, 1, 2, 2]))
-    # class 0: 1 of 1, class 1: 0 of 1, class 2: 1 of 2 (equal scores are no hit)
+    # class 0: 1 of 1, class 1: 0 of 1, class 2: 1 of 2 (of equal scores the earlier classes come first)
     assert found == pytest.approx({"top1": 0.5, "top5": 1.0, "mean_per_class_top1": 0.5})
     many = torch.arange(10.0).repeat(3, 1)
     assert accuracy(many, torch.tensor([9, 5, 4]))["top5"] == pytest.approx(2 / 3)
     assert accuracy(scores, torch.tensor([0, -1, 2, 2]))["top1"] == pytest.approx(0.5)
     assert accuracy(scores * torch.nan, torch.tensor([0, 1, 2, 2]))["top1"] == 0
+
+
+def test_equal_scores_are_in_the_order_of_classes():
+    """As in a stable sort by falling score."""
+    torch.manual_seed(0)
+    scores, labels = torch.randint(0, 3, (200, 9)).float(), torch.randint(0, 9, (200,))
+    ranks = (scores.argsort(dim=1, descending=True, stable=True) == labels[:, None]).int().argmax(1)
+    found = accuracy(scores, labels)
+    assert found["top1"] == pytest.approx((ranks < 1).double().mean().item()) and found["top1"] > 0.1
+    assert found["top5"] == pytest.approx((ranks < 5).double().mean().item())
+    nothing = torch.full((2, 9), -torch.inf)  # of nine classes none was found: none is among the first five
+    assert accuracy(nothing, torch.tensor([0, 8]))["top5"] == 0
 
 
 def test_openai_templates_and_imagenet_names():
@@ -49,6 +66,10 @@ def test_openai_templates_and_imagenet_names():
     assert templates[0] == "a bad photo of a {}."
     assert all(template.count("{}") == 1 for template in templates)
     assert len(load_class_names("imagenet")) == 1000
+    assert (
+        load_templates("openclip_simple")[:2] == ["itap of a {}.", "a bad photo of the {}."] and len(load_templates("openclip_simple")) == 7
+    )
+    assert "'missile' is the name of classes 657 and 744, 'sunglasses'" in repeated(load_class_names("imagenet"))
 
 
 def test_given_templates():
@@ -66,3 +87,23 @@ def test_class_names_of_a_file(tmp_path):
         load_class_names(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="at least 2"):
         load_class_names(["cat"])
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfcat\r\nred fox\r\n")
+    assert load_class_names(str(tmp_path / "names")) == ["cat", "red fox"]
+
+
+def test_class_names_of_what_is_no_such_file(tmp_path):
+    (tmp_path / "one").write_text("cat\n")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xd8\xff\xe0")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("one", "one holds 1, at least 2 are needed"),
+        ("empty", "empty holds 0, at least 2"),
+        ("binary", r"binary cannot be read: it is no text \(UTF-8\)"),
+        ("pipe", "pipe is no regular file, where a text file is due"),
+        ("", "is a folder, where a text file is due"),
+    ):
+        for read, option in ((load_class_names, "class_names"), (lambda path: read_class_names(Path(path)), "--class-names")):
+            if name not in ("one",) or read is load_class_names:
+                with pytest.raises(ValueError, match=f"^{option}: .*(?:{message}|names no class)"):
+                    read(str(tmp_path / name))

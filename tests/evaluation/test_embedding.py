@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Mapping
@@ -325,3 +326,68 @@ def test_data_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             open_samples(given)
+
+
+def test_pictures_that_change_under_their_names(encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither whole nor half a job is taken for that of other pictures; nor what changed meanwhile."""
+    folder, out = tmp_path / "pictures", tmp_path / "e.npy"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(encoded(number))
+    size = len(encoded(0))
+
+    def change(number: int, time: int) -> None:
+        (folder / "0.png").write_bytes(encoded(number)[:size].ljust(size, b"\0"))
+        os.utime(folder / "0.png", ns=(time, time))
+
+    for given in (str(folder), str(folder / "0.png")):
+        change(0, 10**18)
+        embed(encoder, job(given), out, overwrite=True)
+        assert embed(encoder, job(given), out).kept
+        change(9, 10**18 + 1)
+        with pytest.raises(UserError, match=r"e.npy holds other embeddings \(.*data.files: "):
+            embed(encoder, job(given), out)
+    monkeypatch.setattr(embedding, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    half = tmp_path / "half.npy"
+    with pytest.raises(KeyboardInterrupt):
+        embed(encoder, job(str(folder)), half)
+    change(8, 10**18 + 2)
+    with pytest.raises(UserError, match=r"half.npy.parts holds the beginning of another job \(.*data.files: "):
+        embed(encoder, job(str(folder)), half)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="files were changed while they were embedded, and nothing is written"):
+        embed(encoder, job(str(folder)), half, overwrite=True, progress=lambda done, total: change(7, 10**18 + 3 + done))
+    assert not half.exists() and not half.with_name("half.npy.parts").exists()
+    assert embed(encoder, job(str(folder)), half).rows == 4
+
+
+def test_vectors_that_are_not_finite(shards: str, tmp_path: Path) -> None:
+    broken = make()
+    with torch.no_grad():
+        next(iter(broken.model.towers["image"].parameters())).fill_(torch.nan)
+    with pytest.raises(UserError, match=r"features of 1 of 1 samples are not finite numbers|features of 2 of 2 samples"):
+        embed(broken, job(shards), tmp_path / "e.parquet")
+    assert not (tmp_path / "e.parquet").exists()
+
+
+def test_nothing_of_somebody_elses_is_removed(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    """A folder of the name of the parts, a link to one, and a beginning whose table is damaged stop a job, also with --overwrite."""
+    out, parts, theirs = tmp_path / "e.npy", tmp_path / "e.npy.parts", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=r"e\.npy\.parts is no beginning of embeddings, or its job.json is damaged"):
+            embed(encoder, job(shards), out, overwrite=True)
+
+    parts.symlink_to(theirs)
+    refused()
+    parts.unlink()
+    theirs.rename(parts)
+    refused()
+    (parts / "job.json").write_text("{")
+    refused()
+    assert (parts / "thesis.txt").read_text() == "mine"
+    for path in parts.iterdir():
+        path.unlink()
+    assert embed(encoder, job(shards), out).rows == 6, "an empty one is that of a job that was killed as it began"

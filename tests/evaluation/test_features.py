@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import multiprocessing
 
-from cosmos_ssl.api import BadSample, DataError, Sample
+from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.evaluation.features import Job, Store, digest, features_of, text_features, weights_digest
 
 
@@ -107,6 +107,57 @@ def test_a_sample_that_was_mended_is_read_again(tmp_path):
     assert run(data := Numbers(bad=(6,)), job)[1] == [str(n) for n in range(20) if n != 6]
     assert sorted(data.reads) == [4, 5, 5, 6, 6, 7]
     assert run(Numbers(), job)[1] == [str(n) for n in range(20)]
+
+
+class Files(Numbers):
+    """Twenty pictures, each from a file that holds its grey."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def read(self, index):
+        self.reads.append(index)
+        return Grey(key=(self.folder / str(index)).read_text())
+
+    def sources(self, index):
+        return [str(self.folder / str(index))]
+
+
+def test_what_is_kept_is_of_files_as_they_are(tmp_path):
+    """A picture that was changed under its name, in content and time alone, is read again with its batch."""
+    data, job = Files(tmp_path / "data"), Job(store=Store(tmp_path / "store"), batch_size=4)
+    data.folder.mkdir()
+    for n in range(20):
+        (data.folder / str(n)).write_text(f"{n:03d}")
+    run(data, job)
+    run(data, job)
+    assert sorted(data.reads) == list(range(20)), "as long as nothing changes"
+    (data.folder / "5").write_text("105")
+    os.utime(data.folder / "5", ns=(10**18, 10**18))
+    rows, _ = run(data, job)
+    assert sorted(data.reads[20:]) == [4, 5, 6, 7] and rows[5, 0] == 105
+
+    def changes(loaded):
+        (data.folder / "0").write_text("200")
+        os.utime(data.folder / "0", ns=(10**18, len(data.reads)))
+        return compute(loaded)
+
+    job.store.clear()
+    with pytest.raises(DataError, match=r"data: 1 files were changed while they were evaluated on \(.*/0\)\. Run the same"):
+        run(data, job, changes)
+    data.reads.clear()
+    assert run(data, job)[0][0, 0] == 200 and 0 in data.reads and len(data.reads) < 20
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    def wrong(loaded):
+        rows, notes = compute(loaded)
+        return rows.where(rows != 7, value), notes
+
+    with pytest.raises(UserError, match=r"features of 1 of 20 pictures are not finite numbers: its weights are damaged"):
+        run(Numbers(), Job(batch_size=4), wrong)
 
 
 def test_what_nobody_went_on_with_is_removed(tmp_path):

@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from cosmos_ssl.evaluation.attention_maps import AttentionMap, attention_maps, scaled
-from cosmos_ssl.evaluation.pictures import GAP, SIDE, Match, draw_attention, draw_matches, draw_neighbours, overlay
+from cosmos_ssl.evaluation.pictures import (
+    GAP,
+    LINE,
+    SIDE,
+    Match,
+    class_colours,
+    draw_attention,
+    draw_classes,
+    draw_matches,
+    draw_neighbours,
+    draw_segments,
+    overlay,
+)
 
 RED = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 20, 30)
 
@@ -46,16 +58,28 @@ def test_scaled():
     assert scaled(torch.empty(0)).tolist() == []
 
 
+def dark_rows(picture: torch.Tensor) -> list[int]:
+    """The rows of a picture [3, H, W] in which something is drawn."""
+    return (picture < 200).any(0).any(1).nonzero()[:, 0].tolist()
+
+
 def test_matches():
-    rows = [Match(picture=RED, found=[("a very long text " * 20, 0.5, True), ("日本 \n two lines", 0.1, False)], note="") for _ in range(2)]
+    rows = [
+        Match(picture=RED, found=[("a very long text " * 20, 0.5, True), ("日本 \n two lines", 0.1, False)], note="note") for _ in range(2)
+    ]
     picture = draw_matches(rows)
-    assert picture.dtype == torch.uint8
-    assert picture.shape[1] == GAP + 2 * (SIDE + GAP)
+    height = SIDE + 2 * GAP
+    assert picture.dtype == torch.uint8 and picture.shape[1] == 2 * height
     assert picture[:, GAP + SIDE // 2, GAP + SIDE // 2].tolist() == [255, 0, 0]
-    text = picture[:, GAP : GAP + 20, 2 * GAP + SIDE :]
-    green = (text[1].int() - text[0].int() > 60).any()
-    assert green
+    texts = picture[:, :height, 3 * GAP + SIDE :]
+    green = texts[1].int() - texts[0].int() > 60
+    assert green.any() and green.any(1).nonzero().max() < SIDE // 2
     assert (picture[:, :, -GAP:] == 255).all()  # nothing runs over the edge
+    # the note, the lowest of a picture's lines, is nearer to the line above it than to the next picture
+    note = dark_rows(picture[:, :height, 3 * GAP + SIDE :])[-1]
+    assert note < GAP + SIDE and height + GAP - note > 2 * GAP
+    short = draw_matches([Match(picture=RED, found=[("a", 0.5, True)], note="b")])
+    assert short.shape[2] < 250 < picture.shape[2], "as wide as the texts are"
 
 
 def test_neighbours_are_framed_by_their_label():
@@ -67,12 +91,33 @@ def test_neighbours_are_framed_by_their_label():
 
 
 def test_attention():
-    bright = AttentionMap(patches=torch.tensor([[0.0, 1.0]]), words=[("word", 1.0), ("so", 0.0), *[("many", 0.5)] * 200])
-    picture = draw_attention([RED], [bright])
-    assert picture.shape[1:] == (2 * GAP + SIDE, 3 * GAP + 2 * SIDE + 420 + GAP)
-    assert (picture[:, -GAP:] == 255).all()  # words that do not fit are left out
-    shade = picture[:, GAP + 1, 3 * GAP + 2 * SIDE + 1]
-    assert shade[0] > shade[1]
+    bright = AttentionMap(patches=torch.tensor([[0.0, 1.0]]), words=[("word", 1.0), ("so", 0.0), *[("many", 0.5)] * 60])
+    picture = draw_attention([RED], [bright], side=SIDE)
+    assert picture.shape[1] > 2 * SIDE  # no word is left out
+    words = picture[:, : -LINE - 2 * GAP, 3 * GAP + 2 * SIDE :]
+    lines = (words < 255).any(0).any(1)
+    assert not lines[: GAP - 1].any() and (picture[:, :, -GAP:] == 255).all()
+    shade = words[:, int(lines.nonzero()[0]), 1]
+    assert shade.tolist() == [255, 85, 55]  # the ground of the first word, the strongest
+    # below the columns the colours from little to much: of patches from black to bright, of words from white to the strongest ground
+    row = picture[:, -LINE - GAP + 9].float().T
+    patches, ground = row[2 * GAP + SIDE : 3 * GAP + 2 * SIDE], row[3 * GAP + 2 * SIDE :]
+    for scale, colours in ((patches, [(0, 0, 4), (188, 55, 84), (252, 255, 164)]), (ground, [(255, 170, 155), (255, 85, 55)])):
+        assert all((scale - torch.tensor(colour)).abs().sum(1).min() < 45 for colour in colours)
+
+
+def test_attention_is_as_wide_as_its_words():
+    few = AttentionMap(patches=torch.tensor([[0.0, 1.0]]), words=[("a", 1.0)])
+    assert draw_attention([RED], [few], side=SIDE).shape[2] == 4 * GAP + 3 * SIDE  # no narrower than a scale
+
+
+def test_segments():
+    colours = class_colours(2)
+    drawn = draw_classes(RED, torch.zeros(20, 30, dtype=torch.long))
+    picture = draw_segments([(RED, drawn, list(zip(colours, ["cat", "dog"], strict=True)))], side=SIDE)
+    assert picture.shape[1] == 2 * GAP + SIDE and picture[:, GAP + SIDE // 2, GAP + SIDE // 2].tolist() == [255, 0, 0]
+    assert picture[:, GAP + SIDE // 2, 2 * GAP + SIDE + SIDE // 2].tolist() == drawn[:, 0, 0].tolist()
+    assert [picture[:, GAP + line * LINE + 9, 3 * GAP + 2 * SIDE + 5].tolist() for line in range(2)] == [list(c) for c in colours]
 
 
 def test_overlay_is_bright_where_the_weight_is():

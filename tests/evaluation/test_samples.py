@@ -41,7 +41,7 @@ def test_pictures_of_a_folder_are_sorted(folder, caplog):
     assert rows[:, 0].tolist() == list(range(9))
     assert [number for _, _, number in notes] == [0] * 6 + [1] * 3
     assert f"{folder}: 1 of 10 pictures cannot be used (b/9.png: undecodable: " in caplog.text
-    assert data.class_names == ("a", "b") and data.folder == folder
+    assert data.class_names == ("a", "b") and data.class_file is None
     assert torch.equal(data.samples.read(notes[6][0]).decode()[:, 0, 0], torch.full((3,), 6, dtype=torch.uint8))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -63,6 +65,10 @@ class ImageFolder(Folder):
     def read(self, index: int) -> Sample:
         """Sample ``index``; its key is its path from the folder. Raises OSError where storage fails, IndexError."""
         return super().read(self.place(index))
+
+    def sources(self, index: int) -> Sequence[str]:
+        """The files that sample ``index`` is read from."""
+        return super().sources(self.place(index))
 
     def describe(self, index: int) -> str:
         """The folder that holds sample ``index``."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
-from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
+from cosmos_ssl.evaluation.classification import load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.naming import in_order_of_folders, repeated, spoken
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
 from cosmos_ssl.evaluation.protocols import classify
-from cosmos_ssl.evaluation.samples import EvaluationData
+from cosmos_ssl.evaluation.retrieval import best_first
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData
+from cosmos_ssl.functional import rank
 
+_log = logging.getLogger("cosmos_ssl.evaluation")
 SHOWN, BEST = 8, 3
 
 
@@ -19,9 +25,10 @@ class Classification(Evaluator):
 
     ``data`` are shards or a folder with one folder a class (None: the training set's validation data). ``class_names`` is a list in the
     order of the labels, a text file with one a line, ``imagenet``, or None: ``classes.txt`` or ``classnames.txt`` beside the shards or in
-    the folder, else the names of its class folders. ``templates`` is a list with ``{}`` for the name, ``simple``, or ``openai`` (the 80
-    of CLIP). ``label`` names the member or the JSON key with each sample's class: its number from 0, or its name. ``max_samples`` takes
-    evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
+    the folder, else the names of its class folders, underscores as spaces. Names of class folders may come in any order, others come in
+    that of the folders. ``templates`` is a list with ``{}`` for the name, ``simple``, ``openai`` (the 80 of CLIP) or ``openclip_simple``
+    (OpenCLIP's seven). ``label`` names the member or the JSON key with each sample's class: its number from 0, or its name.
+    ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
     """
 
     def __init__(
@@ -45,28 +52,29 @@ class Classification(Evaluator):
     def prepare(self) -> None:
         """Look for the data, and for the names where they are to lie there. Raises DataError."""
         self.data.check(label=self.label)
-        if self.names is None:
-            self._names_beside()
+        if (told := repeated(self._class_names())) and rank() == 0:
+            _log.warning("class_names: %s", told)
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``classes``. Raises DataError."""
-        names = self.names if self.names is not None else self._names_beside()
+        names = self._class_names()
         found = classify(encoder, self.data.samples, self.job, names=names, templates=self.templates, label=self.label)
         if not pictures:
             return Evaluation(metrics=found.metrics)
         matches = []
         for n in torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist():
             scores, own = found.scores[n], found.labels[n]
-            lines = [(names[i], float(scores[i]), i == own) for i in scores.topk(min(BEST, len(names))).indices.tolist()]
+            lines = [(names[i], float(scores[i]), i == own) for i in best_first(scores)[:BEST]]
             picture = self.data.samples.read(found.places[n]).on(encoder.spec.background).decode()
             matches.append(Match(picture=picture, found=lines, note=f"is: {names[own]}"))
         return Evaluation(metrics=found.metrics, pictures={"classes": draw_matches(matches)})
 
-    def _names_beside(self) -> list[str]:
-        paths = [self.data.folder / name for name in CLASS_FILES]
-        found = next((path for path in paths if path.is_file()), None)
-        if found is None and len(self.data.class_names) > 1:
-            return list(self.data.class_names)
-        if found is None:
-            raise DataError(f"class_names: give them, since {self.data.folder} holds none of {', '.join(CLASS_FILES)}")
-        return load_class_names(str(found))
+    def _class_names(self) -> list[str]:
+        """The name of each class in the order of the labels. Raises DataError."""
+        folders, file = self.data.class_names, self.data.class_file
+        if self.names is None and file is None and len(folders) < 2:
+            raise DataError(f"class_names: give them, since none of {', '.join(CLASS_FILES)} lies beside {self.data.name}")
+        if self.names is None and file is None:
+            return list(map(spoken, folders))
+        names = load_class_names(str(file)) if self.names is None else self.names
+        return in_order_of_folders(names, folders, "class_names" if self.names is not None else str(file)) if folders else names

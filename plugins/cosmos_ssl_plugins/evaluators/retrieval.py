@@ -10,6 +10,7 @@ from cosmos_ssl.evaluation.attention_maps import attention_maps
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
 from cosmos_ssl.evaluation.protocols import Retrieved, retrieve
+from cosmos_ssl.evaluation.retrieval import best_first
 from cosmos_ssl.evaluation.samples import EvaluationData
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
@@ -57,11 +58,10 @@ class Retrieval(Evaluator):
         matches = []
         for picture, n in zip(samples, shown, strict=True):
             scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
-            best = scores.topk(min(BEST, len(texts))).indices.tolist()
-            own = [i for i, owner in enumerate(owners) if owner == n]
-            rank = int((scores > scores[own].max()).sum()) + 1
-            lines = [(texts[i], float(scores[i]), owners[i] == n) for i in best]
-            matches.append(Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[own[0]]}"))
+            order = best_first(scores)
+            rank = next(rank for rank, i in enumerate(order, 1) if owners[i] == n)
+            lines = [(texts[i], float(scores[i]), owners[i] == n) for i in order[:BEST]]
+            matches.append(Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[order[rank - 1]]}"))
         drawn = {"matches": draw_matches(matches)}
         if isinstance(encoder, ModelEncoder) and encoder.spec.image is not None:
             few = shown[:: max(1, len(shown) // SHOWN_ATTENTION)][:SHOWN_ATTENTION]

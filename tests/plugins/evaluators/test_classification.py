@@ -18,7 +18,7 @@ def test_top1(encoder, spec, write_shard):
 def test_names_beside_the_shards_and_labels_by_name(encoder, spec, write_shard, tmp_path):
     shard = write_shard("a.tar", [("red", {"json": {"kind": "red"}}), ("green", {"json": {"kind": 1}})])
     evaluator = Classification(spec, data=shard, label="kind")
-    with pytest.raises(DataError, match=r"class_names: give them, since .* holds none of classes.txt, classnames.txt"):
+    with pytest.raises(DataError, match=r"class_names: give them, since none of classes.txt, classnames.txt lies beside .*a.tar"):
         evaluator.prepare()
     (tmp_path / "classnames.txt").write_text("red\ngreen\n")
     evaluator.prepare()
@@ -35,3 +35,12 @@ def test_faults(encoder, spec, write_shard):
         Classification(spec, data=shard, class_names=NAMES, templates="photo")
     with pytest.raises(ValueError, match=r"^class_names: nowhere.txt cannot be read"):
         Classification(spec, data=shard, class_names="nowhere.txt")
+
+
+def test_equal_names_are_told_and_the_first_counts(encoder, spec, write_shard, caplog):
+    """Of two classes of one name the first gets the pictures of both, as in top-k of published figures."""
+    shard = write_shard("a.tar", [("red", {"cls": "0"}), ("red", {"cls": "2"}), ("blue", {"cls": "1"})])
+    evaluator = Classification(spec, data=shard, class_names=["red", "blue", "red"])
+    evaluator.prepare()
+    assert "'red' is the name of classes 0 and 2: their scores are equal" in caplog.text
+    assert evaluator.evaluate(encoder).metrics == pytest.approx({"top1": 2 / 3, "top5": 1, "mean_per_class_top1": 2 / 3})

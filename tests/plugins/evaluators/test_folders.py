@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl_plugins.datasets.image_folder import ImageFolder
 from cosmos_ssl_plugins.evaluators.classification import Classification
 from cosmos_ssl_plugins.evaluators.knn import KNearestNeighbours
 from cosmos_ssl_plugins.evaluators.retrieval import Retrieval
@@ -77,8 +78,15 @@ def test_classes_are_called_as_their_folders(encoder, spec, write):
     found = evaluator.evaluate(encoder, pictures=True)
     assert found.metrics == pytest.approx({"top1": 3 / 4, "top5": 1, "mean_per_class_top1": 5 / 6})
     assert Classification(spec, data=val, templates="a {}", label="class_name").evaluate(encoder).metrics["top1"] == 3 / 4
-    (Path(val) / "classes.txt").write_text("red\ngreen\nyellow\n")  # in place of blue, green, red
-    assert Classification(spec, data=val, templates="a {}").evaluate(encoder).metrics["top1"] == 1 / 4
+    (Path(val) / "classes.txt").write_text("red\nyellow\ngreen\nblue\n")  # found by name, in any order
+    assert Classification(spec, data=val, templates="a {}").evaluate(encoder).metrics["top1"] == 3 / 4
+    (Path(val) / "classes.txt").write_text("a blue\na red\na green\n")  # other words, so in the order of the folders
+    assert Classification(spec, data=val, templates="{}").evaluate(encoder).metrics["top1"] == 1 / 4
+    (Path(val) / "classes.txt").write_text("red\ngreen\nyellow\n")
+    with pytest.raises(DataError, match=r"classes.txt: name 1, 'red', stands in the place of the class folder 'blue'"):
+        Classification(spec, data=val, templates="a {}").prepare()
+    with pytest.raises(DataError, match=r"^class_names: 2 class names are given for 3 classes"):
+        Classification(spec, data=val, templates="a {}", class_names=["a", "b"]).prepare()
     with pytest.raises(DataError, match=r"^data: sample 1.png has no label 'cls'"):
         Classification(spec, data=write("flat", {"1.png": "red"}), class_names=["red", "blue"]).prepare()
 
@@ -91,3 +99,15 @@ def test_retrieval_by_the_texts_beside_pictures(encoder, spec, write):
     evaluator.prepare()
     found = evaluator.evaluate(encoder)
     assert found.metrics["image_to_text_R@1"] == pytest.approx(2 / 3)  # the one without a text is left out
+
+
+def test_splits_are_no_classes(encoder, spec, write):
+    """Of a folder with train/ and val/ one is learned from and the other is evaluated on."""
+    root = write("all", {"train/red/1.png": "red", "train/blue/1.png": "blue", "val/red/1.png": "red", "val/blue/1.png": "red"})
+    evaluator = KNearestNeighbours(spec, train_data=root, data=root, k=1)
+    evaluator.prepare()
+    assert evaluator.train_data.class_names == ("blue", "red") and len(evaluator.train_data.samples) == len(evaluator.data.samples) == 2
+    assert evaluator.evaluate(encoder).metrics["top1"] == 1 / 2
+    with pytest.raises(DataError, match=r"all holds train/ and val/: splits, no classes\. Name one: .*all/train"):
+        ImageFolder(spec, train_data=root).prepare()
+    ImageFolder(spec, train_data=f"{root}/train").prepare()

@@ -15,6 +15,16 @@ def test_labels_pictures_by_their_neighbours(encoder, spec, write_shard):
     assert KNearestNeighbours.modalities == ("image",)
 
 
+def test_labels_that_never_meet(encoder, spec, write_shard, caplog):
+    train = write_shard("train.tar", [("red", {"cls": "0"}), ("blue", {"cls": "1"})])
+    some = write_shard("some.tar", [("red", {"cls": "0"}), ("blue", {"cls": "blue"})])
+    assert KNearestNeighbours(spec, train_data=train, data=some, k=1).evaluate(encoder).metrics["top1"] == 1 / 2
+    assert "1 of 2 labels are known: 'blue' are none of the training samples', and their samples cannot be found" in caplog.text
+    none = write_shard("none.tar", [("red", {"cls": "red"}), ("blue", {"cls": "blue"})])
+    with pytest.raises(DataError, match=r"^0 of 2 labels are known: 'red', 'blue' are none of the training samples', which are 0, 1$"):
+        KNearestNeighbours(spec, train_data=train, data=none, k=1).evaluate(encoder)
+
+
 def test_faults(encoder, spec, write_shard):
     shard = write_shard("a.tar", [("red", {"json": {"kind": ["list"]}})])
     with pytest.raises(DataError, match=r"^train_data: .*nothing.tar does not exist"):

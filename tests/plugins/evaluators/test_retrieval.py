@@ -51,6 +51,18 @@ def test_pictures(encoder, spec, write_shard):
     assert [c.tolist() for c in corner] == [[255, 0, 0], [0, 255, 0]]
 
 
+def test_the_list_and_the_rank_of_matches_are_the_metrics(encoder, spec, write_shard, monkeypatch):
+    """Four pictures of one colour: of equal scores the earlier text comes first, in the list and in the rank alike."""
+    shard = write_shard("a.tar", [("red", {"txt": f"red {n}"}) for n in range(4)])
+    drawn = []
+    monkeypatch.setattr("cosmos_ssl_plugins.evaluators.retrieval.draw_matches", lambda matches: drawn.extend(matches))
+    found = Retrieval(spec, data=shard).evaluate(encoder, pictures=True)
+    for n, match in enumerate(drawn):
+        assert [(text, own) for text, _, own in match.found] == [(f"red {i}", i == n) for i in range(3)]
+        assert match.note == f"own text at rank {n + 1}: red {n}"
+    assert found.metrics["image_to_text_mean_rank"] == 2.5
+
+
 def test_evenly_spread_samples(encoder, spec, write_shard):
     shard = write_shard("a.tar", samples(*["red"] * 5, *["green"] * 5, *["blue"] * 5))
     few = Retrieval(spec, data=shard, max_samples=3).evaluate(encoder).metrics
