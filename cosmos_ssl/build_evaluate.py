@@ -198,9 +198,8 @@ def _store(checkpoint: Source, task: str, overrides: Sequence[str], encoder: Mod
     """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is removed."""
     about = {
         "version": __version__,
-        "checkpoint": str(
-            Path(checkpoint.name).resolve() if Path(checkpoint.name).exists() else checkpoint
-        ),  # the same weights may stand in another model
+        # the same weights may stand in another model
+        "checkpoint": str(Path(checkpoint.name).resolve() if Path(checkpoint.name).exists() else checkpoint),
         "weights": weights_digest(encoder.model),
         "overrides": list(overrides),
         "image": None if encoder.spec.image is None else asdict(encoder.spec.image),

@@ -152,7 +152,8 @@ def export(
     """Write a model for another library, as ``cosmos-ssl export`` does.
 
     ``form`` is ``openclip``, ``huggingface``, ``timm`` or ``official``, ``output`` a new or empty folder. ``which`` None is the student;
-    of the official form, all roles that are there. ``licence`` is the hub's identifier for the card, such as ``mit``. Raises UserError for what the form has no place for.
+    of the official form, all roles that are there. ``licence`` is the hub's identifier for the card, such as ``mit``. Raises UserError
+    for what the form has no place for.
     """
     if form not in forms.FORMATS:
         raise UserError(f"--format {form}: give one of {', '.join(forms.FORMATS)}")
