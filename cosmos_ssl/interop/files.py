@@ -143,7 +143,7 @@ def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.isfinite().all():
+    if tensor.dtype not in (*WEIGHTS, torch.float64) or tensor.isfinite().all():
         return True
     return tensor.ndim > 1 and bool(((tensor == 0) | tensor.isneginf()).all())  # a mask of attention, which a part may keep
 
