@@ -118,25 +118,28 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
         raise CheckpointError(f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits")
     if not any(map(_of_tower, report.matched)):
         raise CheckpointError(f"{place} has nothing of the towers: {report}")
-    notes = _other_heads(model, weights, set(report.matched))
-    if notes and not partial:
-        raise CheckpointError(f"{place} has {notes[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
+    others, assumed = _heads(model, weights, set(report.matched))
+    if others and not partial:
+        raise CheckpointError(f"{place} has {others[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
     weights.check_finite(report.matched)
     load_matched(model, weights.state, report)
-    return "; ".join([f"starting from {weights.source}: {report}", *notes])
+    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
 
 
 def _of_tower(name: str) -> bool:
     return not name.startswith(("heads.", "losses."))
 
 
-def _other_heads(model: Model, weights: Weights, taken: set[str]) -> list[str]:
-    """For people: towers whose attention was taken and was trained with another number of heads, which no shape tells."""
+def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:
+    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and what is assumed."""
     config = weights.config
     ours = isinstance(config, Path)
     if isinstance(config, Path):
         config = read_file(config, []).plain() if config.is_file() else {}
     told = told_heads(config.get("model") or {}, ours=ours)
-    told = {tower: heads for tower, heads in told.items() if f"{tower}.blocks.0.attn.qkv.weight" in taken}
-    found = {tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in told}
-    return [f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in told.items() if found[tower] != heads]
+    towers = [tower for tower in ("image", "text") if f"{tower}.blocks.0.attn.qkv.weight" in taken]
+    own = {tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in towers}
+    others = {tower: heads for tower, heads in told.items() if own.get(tower, heads) != heads}
+    untold = ", ".join(f"{heads} of the {tower} tower" for tower, heads in own.items() if tower not in told)
+    assumed = f"heads, which it does not tell, are taken to be the model's ({untold})" if untold else ""
+    return [f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()], assumed

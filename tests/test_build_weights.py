@@ -80,6 +80,12 @@ def poisoned(value):
     return poison
 
 
+def of_8_bits(folder):
+    tensors = {"image.norm.weight": torch.ones(32).to(torch.float8_e5m2)}
+    save_file(tensors, folder / "x", metadata={"role": "student"})
+    rewritten(folder, "student.safetensors", (folder / "x").read_bytes())
+
+
 DAMAGE = {
     "flipped byte": (flip, "student.safetensors has changed since it was written"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
@@ -115,6 +121,12 @@ def test_a_damaged_checkpoint(run, damage, message, caplog):
     assert "step_00000002 is damaged" in caplog.text
     damage(one)
     with pytest.raises(CheckpointError, match="run holds no sound checkpoint: all were passed over"):
+        cosmos_ssl.load(run)
+
+
+def test_weights_of_another_type_do_not_fit(run):
+    of_8_bits(run / "checkpoints" / "step_00000002")
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* is missing"):
         cosmos_ssl.load(run)
 
 
@@ -180,6 +192,10 @@ def test_a_start_from_next_to_nothing(run, loaded):
 
 
 def test_heads_that_no_shape_tells(run):
+    golden = [*("model.image.width=48", "model.image.patch_size=8", "model.image.image_size=32", "model.image.layers=2"), *HEADS]
+    golden += ["model.text.layers=2", "model.text.vocab_size=256", "tokenizer.context_length=16", f"model.pretrained={GOLDEN}"]
+    told = started(*golden, "augmenters.image.global_crops_size=32", "augmenters.image.local_crops_size=16")
+    assert told.endswith("; heads, which it does not tell, are taken to be the model's (3 of the image tower, 2 of the text tower)")
     with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or "):
         started(f"model.pretrained={run}", "model.text.heads=2")
 

@@ -52,13 +52,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file that others may read as the umask says. Raises OSError."""
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], entry: tuple[str, str] = ("format", "pt")) -> None:
+    """Write a safetensors file that others may read as the umask says; with one entry of metadata, as the order of several is by chance.
+
+    Raises OSError.
+    """
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})  # makes it its owner's alone
+    save_file(dict(tensors), path, metadata=dict([entry]))  # makes it its owner's alone
     path.chmod(mode)
 
 
@@ -143,7 +146,7 @@ def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.isfinite().all():
+    if tensor.dtype not in (*WEIGHTS, torch.float64) or tensor.isfinite().all():
         return True
     return tensor.ndim > 1 and bool(((tensor == 0) | tensor.isneginf()).all())  # a mask of attention, which a part may keep
 

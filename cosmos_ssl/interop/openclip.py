@@ -60,7 +60,7 @@ _BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder for ``local-dir:`` and the hub; returns what stays behind. Raises UserError for what OpenCLIP has no place for."""
     refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
-    write_safetensors(folder / WEIGHTS[0], tensors(model), **{SIZES: json.dumps(model.sizes())})
+    write_safetensors(folder / WEIGHTS[0], tensors(model), (SIZES, json.dumps(model.sizes())))
     (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
     return [*model.left_out("image", "text"), *model.about_logits()]
 
