@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from cosmos_ssl.errors import DataError, UserError, did_you_mean
+from cosmos_ssl.errors import BadSample, DataError, UserError, did_you_mean
 
 DREAMLIP_FIELDS = (
     "raw_caption",
@@ -24,6 +24,9 @@ Schema: TypeAlias = Callable[[Mapping[str, Any], str | None], Captions]
 """JSON member ({} where there is none) and text member -> sentences by field, fields without any left out."""
 
 _ENDS = re.compile(r"\n|</s>|(?<!\d)\.|\.(?!\d)")
+MAX_TEXT, MAX_WORD = 1 << 16, 1 << 10
+"""Letters that a text, and a word in it, may have: byte pairs of a longer word take a tokenizer minutes."""
+_LONG_WORD = re.compile(rf"\w{{{MAX_WORD + 1}}}|[^\w\s]{{{MAX_WORD + 1}}}")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -91,6 +94,24 @@ def _whole_or_list(value: Any) -> list[str]:
 
 def _filled(fields: Mapping[str, list[str]]) -> Captions:
     return {name: sentences for name, sentences in fields.items() if sentences}
+
+
+def text_fault(text: str) -> str:
+    """Why a text is none that a tokenizer can take, in the words of a BadSample; empty for one that is."""
+    if len(text) > MAX_WORD and (len(text) > MAX_TEXT or _LONG_WORD.search(text)):
+        return "caption too long"
+    try:
+        return "" if text.isascii() or text.encode() else ""
+    except UnicodeEncodeError:  # half of a pair, as JSON can spell it
+        return "caption not Unicode"
+
+
+def check_texts(captions: Mapping[str, Sequence[str]]) -> None:
+    """Raise BadSample where a sample has a text that is too long, or none."""
+    for name, texts in captions.items():
+        for text in texts:
+            if fault := text_fault(text):
+                raise BadSample(fault, f"{len(text):,} letters in '{name}'")
 
 
 def check_captions(name: str, looked_at: Iterable[tuple[str, Mapping[str, Any], str | None]]) -> None:

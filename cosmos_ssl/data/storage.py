@@ -5,27 +5,44 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.files import written_whole as written_whole
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""
+GIVE_UP_SECONDS = 180.0
+"""No further attempt begins so long after the first one: a server that never answers costs a time-out each."""
+REQUEST_SECONDS = 120.0
+"""A request that is not answered in whole after this time has failed: a block comes at 70 kB/s at least."""
+STILL_SECONDS = 300.0
+"""Local storage from which nothing at all comes for so long has hung."""
 BLOCK_BYTES = 8 << 20
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created", "Last-Modified", "Content-MD5", "Digest", "modify")
+"""What file systems call the marks that change with a file's content, the best of each first."""
+UNMARKED = "run "
+"""How the stamps begin of what may have changed, or not, before the next run: nothing of it is used again then."""
+_RUN = secrets.token_hex(8)
 _OPEN_FILES = 64
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 class Stat(NamedTuple):
-    """Size of a shard in bytes, and a mark that changes when its content does."""
+    """Size of a shard in bytes, and a mark that changes when its content does; where its server gives none, one of this run alone."""
 
     size: int
     stamp: str
@@ -65,32 +82,129 @@ def filesystem(url: str) -> tuple[Any, str]:
 def stat(url: str) -> Stat:
     """Size and stamp of a shard.
 
-    Raises FileNotFoundError where there is none, DataError where it is a folder or a pipe, OSError where storage fails.
+    Raises FileNotFoundError where its storage says that there is none, DataError where it is a folder or a pipe, OSError
+    where storage fails.
     """
     if is_local(url):
-        found = local_path(url).stat()
+        try:
+            found = bounded(local_path(url).stat, url, STILL_SECONDS)
+        except ValueError as error:  # a NUL
+            raise DataError(f"data: {url!r} is no path") from error
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
         return Stat(found.st_size, str(found.st_mtime_ns))
-    system, path = filesystem(url)
-    info = system.info(path)
-    stamp = next((str(info[k]) for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created") if info.get(k)), "")
-    return Stat(int(info["size"]), stamp)
+    info = request(url, _info)
+    if info is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", url)
+    if info.get("size") is None:
+        raise DataError(f"data: {url}: its server does not tell its size")
+    return Stat(int(info["size"]), next((str(info[key]) for key in _STAMPS if info.get(key)), UNMARKED + _RUN))
+
+
+def _info(system: Any, path: str) -> Any:
+    """What a file system knows of a file, None where it says that there is none. Raises its error where it cannot say."""
+    try:
+        return system.info(path)
+    except FileNotFoundError as error:
+        if error.__cause__ is None or not _is_lost(error.__cause__):
+            return None
+        raise error.__cause__ from None  # fsspec's HTTP says "not found" of whatever goes wrong
+    except Exception as error:
+        if type(error).__module__ == "ftplib" and str(error).startswith("550"):
+            return None
+        raise
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a server did not answer, or answered something else than that a file is not there."""
+    status = getattr(error, "status", None)
+    if status is not None:
+        return status not in (404, 410)
+    lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return lost or type(error).__module__.partition(".")[0] == "aiohttp"
+
+
+def read_whole(url: str, limit: int) -> bytes:
+    """A small file. Raises as ``stat``, and DataError where it holds more than ``limit`` bytes."""
+    size = stat(url).size
+    if size > limit:
+        raise DataError(f"data: {url} holds {size:,} bytes; at most {limit:,} are read")
+    return retrying(local_path(url).read_bytes, url) if is_local(url) else fetch(url, 0, size) if size else b""
 
 
 def retrying(read: Callable[[], _T], what: str) -> _T:
     """Call ``read`` until it succeeds, with growing waits; the last OSError is raised, with ``what`` in it."""
-    for wait in (*RETRY_SECONDS, None):
+    began, attempts = time.monotonic(), 0
+    while True:
         try:
-            return read()
+            found = read()
+            _Reads.count += 1
+            return found
         except UserError:
             raise
         except Exception as error:  # object stores raise errors of their own for a lost connection
-            if wait is None:
+            attempts += 1
+            if attempts > len(RETRY_SECONDS) or time.monotonic() - began > GIVE_UP_SECONDS:
                 said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise OSError(errno.EIO, f"{what}: {said} ({len(RETRY_SECONDS) + 1} attempts)") from error
-            time.sleep(wait)
-    raise AssertionError
+                raise OSError(errno.EIO, f"{what}: {said} ({attempts} attempts)") from error
+            time.sleep(RETRY_SECONDS[attempts - 1])
+
+
+class _Reads:
+    """Reads of this process that have succeeded."""
+
+    count = 0
+
+
+def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Concatenate[str, _P], _T]:
+    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads succeeds."""
+
+    @wraps(function)
+    def watched(url: str, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        return bounded(lambda: function(url, *args, **options), url, STILL_SECONDS, lambda: _Reads.count)
+
+    return watched
+
+
+def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[], int] = lambda: 0) -> _T:
+    """``call()``. Raises TimeoutError, an OSError, after ``seconds`` in which ``moved()`` has stayed the same.
+
+    Nothing ends a read that hangs in the system or in a library: it is made by a thread of its own, which is then left to itself.
+    """
+    done: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="storage", daemon=True).start()
+    last = moved()
+    while True:
+        try:
+            return done.result(seconds)
+        except TimeoutError:
+            if done.done():  # the call's own
+                raise
+            now = moved()
+            if now == last:
+                raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", what) from None
+            last = now
+
+
+def request(url: str, call: Callable[[Any, str], _T]) -> _T:
+    """``call(file system, path)`` of a remote URL, retried. Raises OSError once all attempts failed or timed out."""
+
+    def attempt() -> _T:
+        system, path = filesystem(url)
+        try:
+            return call(system, path)
+        except Exception:
+            type(system).clear_instance_cache()  # the next attempt connects anew: FTP keeps its one connection
+            raise
+
+    return retrying(lambda: bounded(attempt, url, REQUEST_SECONDS), url)
 
 
 @contextmanager
@@ -122,21 +236,6 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            yield cast(IO[bytes], file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 class _File:
@@ -185,14 +284,13 @@ class Reader:
 def fetch(url: str, start: int, stop: int) -> bytes:
     """One request for bytes ``start`` to ``stop`` of a remote shard, retried."""
 
-    def request() -> bytes:
-        system, path = filesystem(url)
+    def read(system: Any, path: str) -> bytes:
         data: bytes = system.cat_file(path, start=start, end=stop)
         if len(data) != stop - start:
             raise OSError(errno.EIO, f"{len(data):,} of {stop - start:,} bytes came")
         return data
 
-    return retrying(request, url)
+    return request(url, read)
 
 
 class BlockCache:

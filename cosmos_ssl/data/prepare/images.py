@@ -26,6 +26,7 @@ IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "
 lie; and whether its name is that of a picture."""
 FILE_BYTES = 1 << 30
 """Larger files are no pictures to train on."""
+_JSON_BYTES = 1 << 24
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
 _LISTED = 1 << 17
 """Names of a folder that are Python objects at a time."""
@@ -98,9 +99,9 @@ class ShardImages(Images):
                 if picture is None:
                     continue
                 told = by_extension.get("json")
-                address = _url(read(told.data, told.size)) if told else ""
+                address = _url(read(told.data, told.size)) if told and told.size <= _JSON_BYTES else ""
                 without += not address
-                if address:
+                if address and group[-1].end - group[0].start <= FILE_BYTES:
                     names.append(address.encode("utf-8", "surrogatepass"))
                     places.append((group[0].start, group[-1].end - group[0].start, picture.data, picture.size))
         except TarFault as error:
@@ -131,7 +132,7 @@ def _url(body: bytes) -> str:
     """The URL in a sample's JSON, empty where there is none."""
     try:
         table = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     found = table.get("url") if isinstance(table, dict) else None
     return found.strip() if isinstance(found, str) else ""

@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all, and what it means where they cannot be read or written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from cosmos_ssl.errors import CosmosError, StorageError, UserError
+
+_REFUSED = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP", "EINVAL")
+)
+"""What another path or other permissions would mend; all else (a full disk, a server that is gone) is storage that was lost."""
+
+
+def storage_error(error: OSError, what: str) -> CosmosError:
+    """The error to tell a user: of ``what``, his to mend (exit code 2) where it may not be there, else StorageError (74)."""
+    said = error.strerror or str(error) or type(error).__name__
+    place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) and os.fsdecode(error.filename) not in what else ""
+    if error.errno in _REFUSED:
+        return UserError(f"{what}: {said}{place}")
+    return StorageError(f"{what}: storage fails: {said}{place}")
+
+
+@contextmanager
+def storage_faults(what: str) -> Iterator[None]:
+    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR``."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, what) from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk.
+
+    What stood there stays until then; a link is replaced, not followed. Raises OSError, also where a device or a pipe stands there.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            yield cast(IO[bytes], file)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
