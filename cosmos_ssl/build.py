@@ -26,6 +26,7 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
+from cosmos_ssl.files import storage_faults
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -270,10 +271,12 @@ def check(loaded: LoadedConfig) -> Assembly:
     return Builder(loaded).assemble(meta=True, prepare=False)
 
 
+@storage_faults("data: storage fails")
 def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
     """Look for all that a run needs outside its config before it is started elsewhere: the run folder and the data.
 
-    Raises UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not indexed yet.
+    Raises StorageError, and UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not
+    indexed yet.
     """
     claim(loaded.config.folder)
     if not scan:

@@ -16,21 +16,20 @@ _REFUSED = frozenset(
     getattr(errno, name)
     for name in ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP", "EINVAL")
 )
-"""What another path or other permissions would mend; all else (a full disk, a server that is gone) is storage that was lost."""
+"""What another path or other permissions would mend (exit code 2); all else (a full disk, a server that is gone) is lost storage (74)."""
 
 
 def storage_error(error: OSError, what: str) -> CosmosError:
-    """The error to tell a user: of ``what``, his to mend (exit code 2) where it may not be there, else StorageError (74)."""
-    said = error.strerror or str(error) or type(error).__name__
-    place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) and os.fsdecode(error.filename) not in what else ""
-    if error.errno in _REFUSED:
-        return UserError(f"{what}: {said}{place}")
-    return StorageError(f"{what}: storage fails: {said}{place}")
+    """The error to tell a user, behind ``what`` failed: UserError where another place or permissions would do, else StorageError."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    place = f" ({name})" if name and name not in what else ""
+    kind = UserError if error.errno in _REFUSED else StorageError
+    return kind(f"{what}: {error.strerror or str(error) or type(error).__name__}{place}")
 
 
 @contextmanager
 def storage_faults(what: str) -> Iterator[None]:
-    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR``."""
+    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR cannot be written``."""
     try:
         yield
     except OSError as error:

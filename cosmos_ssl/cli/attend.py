@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.checkpoint import add_checkpoint, load_checkpoint
-from cosmos_ssl.errors import EXIT_DONE, StorageError, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.files import storage_faults, written_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +65,7 @@ def _attend(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.evaluation.page import Page
 
     page = Page("Attention" if pairs else "Segmentation", f"{checkpoint}, {arguments.which}")
-    with _written(arguments.output):
+    with storage_faults(f"--output {arguments.output} cannot be written"):
         arguments.output.mkdir(parents=True, exist_ok=True)
         if pairs:
             pictures = _prepared(encoder, opened)
@@ -127,16 +127,6 @@ def _prepared(encoder: ModelEncoder, opened: Sequence[tuple[str, Image.Image]]) 
     from cosmos_ssl.models.encoder import resize_crop
 
     return [_Picture(name, encoder.preprocess(image), resize_crop(image, _SIDE)) for name, image in opened]
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from error
-    except OSError as error:
-        raise StorageError(f"--output {folder}: storage fails: {error}") from error
 
 
 def _draw_attention(encoder: ModelEncoder, pairs: Sequence[tuple[_Picture, str]], folder: Path, page: Page) -> None:
@@ -215,8 +205,6 @@ def _stem(name: str) -> str:
 
 def _save(picture: Tensor, path: Path) -> None:
     from PIL import Image
-
-    from cosmos_ssl.data.storage import written_whole
 
     with written_whole(path) as file:
         Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")

@@ -10,7 +10,8 @@ from typing import Any
 from cosmos_ssl import __version__
 from cosmos_ssl.cli.checkpoint import add_checkpoint, load_checkpoint
 from cosmos_ssl.cli.progress import progress
-from cosmos_ssl.errors import EXIT_DONE, StorageError, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.files import storage_faults
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,7 +47,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.evaluation.embedding_io import open_samples
     from cosmos_ssl.evaluation.samples import threads_of_this_process
 
-    try:
+    with storage_faults("embed: storage fails"):
         samples, usual = open_samples(arguments.data)
         if usual == "text" and arguments.what not in (None, "text"):
             raise UserError(f"--what {arguments.what}: {arguments.data[0]} holds texts alone")
@@ -63,8 +64,6 @@ def _embed(arguments: argparse.Namespace) -> int:
         )
         with progress("samples embedded") as told:
             report = embed(encoder, job, arguments.output, overwrite=arguments.overwrite, progress=told)
-    except OSError as error:
-        raise StorageError(f"embed: storage fails: {error}") from error
     if report.kept:
         print(f"{report.kept:,} of {len(samples):,} samples had been embedded before", file=sys.stderr)
     for reason, (count, key) in report.bad.items():

@@ -27,6 +27,8 @@ _ENDS = re.compile(r"\n|</s>|(?<!\d)\.|\.(?!\d)")
 MAX_TEXT, MAX_WORD = 1 << 16, 1 << 10
 """Letters that a text, and a word in it, may have: byte pairs of a longer word take a tokenizer minutes."""
 _LONG_WORD = re.compile(rf"\w{{{MAX_WORD + 1}}}|[^\w\s]{{{MAX_WORD + 1}}}")
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair, as JSON can spell it: no encoding takes it."""
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -100,10 +102,9 @@ def text_fault(text: str) -> str:
     """Why a text is none that a tokenizer can take, in the words of a BadSample; empty for one that is."""
     if len(text) > MAX_WORD and (len(text) > MAX_TEXT or _LONG_WORD.search(text)):
         return "caption too long"
-    try:
-        return "" if text.isascii() or text.encode() else ""
-    except UnicodeEncodeError:  # half of a pair, as JSON can spell it
+    if not text.isascii() and _HALF.search(text):
         return "caption not Unicode"
+    return ""
 
 
 def check_texts(captions: Mapping[str, Sequence[str]]) -> None:

@@ -283,7 +283,9 @@ def notices(manifest: Manifest) -> list[str]:
     repeated = sum(s.notes.repeated for s in manifest.shards)
     if repeated:
         shard = max(manifest.shards, key=lambda s: s.notes.repeated)
-        lines.append(f"data: {repeated:,} members have the name of an earlier one ({shard.name}: {', '.join(shard.notes.repeated_examples)})")
+        lines.append(
+            f"data: {repeated:,} members have the name of an earlier one ({shard.name}: {', '.join(shard.notes.repeated_examples)})"
+        )
     unmarked = [s.name for s in manifest.shards if s.stamp.startswith(UNMARKED)]
     if unmarked:
         lines.append(

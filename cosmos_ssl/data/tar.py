@@ -85,7 +85,7 @@ def _check_rest(read: Read, position: int, size: int) -> None:
         rest = read(position, min(HEADER_BYTES, size - position))
         if not rest or rest.count(0) < len(rest):
             at = position + len(rest) - len(rest.lstrip(b"\0"))
-            raise TarFault(f"more follows its end mark at byte {at:,}; of archives that were put end to end, give each as a shard of its own")
+            raise TarFault(f"more follows its end mark at byte {at:,}; archives put end to end are shards of their own")
         position += len(rest)
 
 

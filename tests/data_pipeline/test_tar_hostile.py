@@ -1,4 +1,4 @@
-"""Archives that are damaged or made to harm: one kind of fault, no loop, little memory; where Python's tarfile reads them too, the same members."""
+"""Archives that are damaged or made to harm: one fault, no loop, little memory; where tarfile reads them too, the same members."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ MAGIC = range(257, 265)
 PREFIX = range(345, 500)
 NUMBERS = [b"zzzzzzzzzzz\0", b"-0000001000\0", b"00000001000\0", b"77777777777\0", b"0o17\0", b"1_0\0", b"+17 \0", b" \0", b"\0" * 12]
 NUMBERS += [b"\x80" + bytes(7) + b"\1" + bytes(3), b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x81" + bytes(11), b"\xff" * 10 + b"\xfe\0"]
-RECORDS = [b"0 path=a\n", b"5 a=\n", b"11 size=-1\n", b"11 size=1x\n", b"11 path=aa\n", b"12 path=\xff\xfe\n", b"10 size=7\n", b"99 path=a\n"]
-RECORDS += [b"-9 path=a\n", b"9 path=a", b"8 path=\n", b"path=a\n", b"25 size=99999999999999999\n", b"25 GNU.sparse.realsize=9\n", b"7 \xff=a\n"]
+RECORDS = [b"0 path=a\n", b"5 a=\n", b"11 size=-1\n", b"11 size=1x\n", b"11 path=aa\n", b"12 path=\xff\xfe\n", b"10 size=7\n"]
+RECORDS += [b"99 path=a\n", b"-9 path=a\n", b"9 path=a", b"8 path=\n", b"path=a\n", b"25 size=99999999999999999\n"]
+RECORDS += [b"25 GNU.sparse.realsize=9\n", b"7 \xff=a\n"]
 
 
 def archives() -> list[bytes]:
