@@ -44,7 +44,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no regular file", str(path))
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+    try:
+        part = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)  # noqa: SIM115
+    except OSError as error:
+        error.filename = str(path)  # the name that people know
+        raise
+    with part as file:
         try:
             yield cast(IO[bytes], file)
             file.flush()

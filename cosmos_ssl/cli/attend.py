@@ -65,7 +65,7 @@ def _attend(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.evaluation.page import Page
 
     page = Page("Attention" if pairs else "Segmentation", f"{checkpoint}, {arguments.which}")
-    with storage_faults(f"--output {arguments.output} cannot be written"):
+    with storage_faults(f"--output {arguments.output}: cannot be written"):
         arguments.output.mkdir(parents=True, exist_ok=True)
         if pairs:
             pictures = _prepared(encoder, opened)

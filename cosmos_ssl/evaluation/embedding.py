@@ -26,7 +26,7 @@ from cosmos_ssl.api import BadSample, DataError, UserError
 from cosmos_ssl.evaluation.embedding_io import Row, What, WithSource, check_output, read_meta, write_embeddings
 from cosmos_ssl.evaluation.features import weights_digest
 from cosmos_ssl.evaluation.samples import read_ahead
-from cosmos_ssl.files import storage_faults, written_whole
+from cosmos_ssl.files import storage_error, written_whole
 from cosmos_ssl.models.encoder import ModelEncoder
 
 _PARTS = 1024  # at most: more files than this slow a shared file system down
@@ -121,13 +121,14 @@ def _alone(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     lock = FileLock(path, timeout=0)
     try:
-        with storage_faults(f"--output {output} cannot be written"):
-            lock.acquire()
+        lock.acquire()
     except Timeout as error:
         raise UserError(f"{output} is being written by another process") from error
     except NotImplementedError:  # a file system without locks
         yield
         return
+    except OSError as error:
+        raise storage_error(error, f"--output {output} cannot be written") from error
     try:
         yield
     finally:

@@ -293,7 +293,7 @@ class Prepare:
         return row, image
 
     def _list(self, output: Output, path: Path) -> None:
-        with storage_faults(f"--list-missing {path} cannot be written"), written_whole(path) as file:
+        with storage_faults(f"--list-missing {path}: cannot be written"), written_whole(path) as file:
             text = io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
             _list_missing(text, output, self.images, Rows(self._stems(output)))
             text.detach()
