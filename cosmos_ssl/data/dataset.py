@@ -23,7 +23,7 @@ from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
-_SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 24
+_SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
 """What a sample may have in all, and in its JSON, which becomes a hundred times as much when it is read."""
 _INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
@@ -188,11 +188,13 @@ def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:
     if "json" not in parts:
         return {}
     if len(parts["json"]) > _JSON_BYTES:
-        raise BadSample("unreadable json", f"{len(parts['json']):,} bytes")
+        raise BadSample("too large", f"{len(parts['json']):,} bytes of JSON")
     try:
         table = json.loads(parts["json"])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadSample("unreadable json", str(error)) from error
+    except RecursionError as error:
+        raise BadSample("unreadable json", "nested too deeply") from error
     if not isinstance(table, dict):
         raise BadSample("unreadable json", "not a table")
     return table

@@ -357,7 +357,8 @@ class BlockCache:
         self._written = 0
         try:
             with FileLock(self._folder / "trim.lock", timeout=0):
-                entries = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self._folder) if not e.name.endswith(".lock")]
+                own = [e for e in os.scandir(self._folder) if e.name.endswith((".block", ".part"))]
+                entries = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in own]
                 total = sum(size for _, size, _ in entries)
                 for _, size, path in sorted(entries):
                     if total <= self._limit * 3 // 4:

@@ -147,7 +147,10 @@ def _check_ours(folder: Path) -> None:
 def _claim(folder: Path, job: Mapping[str, Any], overwrite: bool) -> list[int]:
     """Make the folder of this job's parts, or find it there; the numbers of the parts in it."""
     path = folder / "job.json"
-    there = json.loads(path.read_bytes()) if path.exists() else None
+    try:
+        there = json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Delete {folder}: the work begins anew") from error
     if there is not None and there != job:
         if not overwrite:
             _check_same(there, job, f"{folder} holds the beginning of another job")

@@ -26,7 +26,7 @@ IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "
 lie; and whether its name is that of a picture."""
 FILE_BYTES = 1 << 30
 """Larger files are no pictures to train on."""
-_JSON_BYTES = 1 << 24
+_JSON_BYTES = 1 << 22
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
 _LISTED = 1 << 17
 """Names of a folder that are Python objects at a time."""

@@ -31,8 +31,7 @@ class Output:
     @property
     def report(self) -> dict[str, Any] | None:
         """The report of finished work, None where it goes on."""
-        path = self.folder / REPORT
-        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        found: dict[str, Any] = _read(self.folder / REPORT) or {}
         return found or None
 
     @contextmanager
@@ -83,8 +82,7 @@ class Output:
 
     def note(self, name: str) -> Any:
         """A finished note of the work, None where there is none."""
-        path = self.work / name
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return _read(self.work / name)
 
     def put(self, name: str, value: Any) -> None:
         """Write a note, whole or not at all."""
@@ -99,6 +97,14 @@ class Output:
         with written_whole(self.folder / REPORT) as file:
             file.write(json.dumps(report, indent=1).encode())
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _read(path: Path) -> Any:
+    """A note that was written whole, None where there is none. Raises UserError where it was damaged since."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Give another folder, or delete this one") from error
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
