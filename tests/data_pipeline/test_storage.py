@@ -123,9 +123,9 @@ def test_nothing_of_an_unmarked_shard_is_used_by_another_run(server: Server, mon
     assert is_indexed(plain), "no index made before can help"
     done = server.requests
     assert first.read(1).key == "key00001" and server.requests == done, "within a run blocks are kept"
-    server.body = server.body.replace(b"key00000", b"another0")
+    server.body = server.body.replace(b"raw 0", b"new 0")
     monkeypatch.setattr(storage, "_RUN", "the next")
-    assert Shards(plain).read(0).key == "another0"
+    assert Shards(plain).read(0).captions["raw_caption"] == ["new 0"]
 
 
 def test_local_storage_that_hangs_ends_in_a_sentence(
