@@ -271,7 +271,7 @@ def check(loaded: LoadedConfig) -> Assembly:
     return Builder(loaded).assemble(meta=True, prepare=False)
 
 
-@storage_faults("data: storage fails")
+@storage_faults("storage fails")
 def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
     """Look for all that a run needs outside its config before it is started elsewhere: the run folder and the data.
 
@@ -316,6 +316,7 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
             raise
 
 
+@storage_faults("storage fails")
 def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
     if World().first:
         claim(loaded.config.folder)  # said now rather than after the data is ready

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from cosmos_ssl import build
 from cosmos_ssl.cli import main
+from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, load_manifest, scan, storage
 from cosmos_ssl.data.manifest import is_indexed, notices
-from cosmos_ssl.errors import EXIT_FAULTS, EXIT_LOST, EXIT_USER, DataError
+from cosmos_ssl.errors import EXIT_FAULTS, EXIT_LOST, EXIT_USER, DataError, StorageError
 
 Make = Callable[..., str]
 
@@ -91,6 +93,14 @@ def test_a_server_that_fails_is_lost_storage(
         assert main(["data", command, url(server, kind)]) == EXIT_LOST
         err = capsys.readouterr().err
         assert words in err and "(3 attempts)" in err and "no such shard" not in err
+
+
+def test_a_run_that_finds_its_storage_lost(server: Server, tmp_path: Path) -> None:
+    overrides = ["data.type=webdataset", f"data.train_data={url(server, '500')}", "evaluators=null", f"output_dir={tmp_path / 'run'}"]
+    loaded = load_config("quickstart", overrides)
+    for start in (build.prepare, build.run):
+        with pytest.raises(StorageError, match=r"storage fails: http://.*/500/x\.tar: 500.*\(3 attempts\)"):
+            start(loaded)
 
 
 @pytest.mark.parametrize("scheme", ["http", "ftp"])
