@@ -28,6 +28,7 @@ from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
+from cosmos_ssl.files import storage_faults
 from cosmos_ssl.functional_pulse import heard
 from cosmos_ssl.interop.partial import compare
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
@@ -282,10 +283,12 @@ def check(loaded: LoadedConfig) -> Assembly:
     return Builder(loaded).assemble(meta=True, prepare=False)
 
 
+@storage_faults("storage fails")
 def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
     """Look for all that a run needs outside its config before it is started elsewhere: the run folder and the data.
 
-    Raises UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not indexed yet.
+    Raises StorageError, and UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not
+    indexed yet.
     """
     claim(loaded.config.folder)
     if not scan:
@@ -336,6 +339,7 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
             raise
 
 
+@storage_faults("storage fails")
 def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
     if World().first:
         claim(loaded.config.folder)  # said now rather than after the data is ready

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"cosmos_ssl": ROOT, "cosmos_ssl_plugins": ROOT / "plugins", "cosmos_ssl_launch": ROOT / "launch"}
 FILES = sorted(path for package, root in SOURCES.items() for path in (root / package).rglob("*.py"))
 # Each may import what stands before it.
-ORDER = ["errors", "pictures", "registry", "config", "identity", "types", "specs", "api", "functional", "data", "models"]
+ORDER = ["errors", "files", "pictures", "registry", "config", "identity", "types", "specs", "api", "functional", "data", "models"]
 ORDER += ["evaluation", "interop", "engine", "build", "testing", "cli"]
 NO_TORCH = (*(f"cosmos_ssl.{unit}" for unit in ("errors", "pictures", "registry", "config", "identity")), "cosmos_ssl_launch")
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.build_streams import steady_streams
-from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError, printable
+from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, printable
+from cosmos_ssl.files import storage_error, storage_faults, written_whole
 
 DEBUG = "--debug"
 
@@ -35,6 +36,12 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
         if not _stdout_is_closed():
             raise
         return EXIT_FAILED
+    except OSError as error:
+        if debug:
+            raise
+        told = storage_error(error, "storage fails")
+        print(told, file=sys.stderr)
+        return told.exit_code
 
 
 def _said(text: str, code: int) -> int:
@@ -97,8 +104,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a report. Raises UserError where the file cannot be written."""
-    try:
-        path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error
+    """Write a report, whole or not at all unless a device or a pipe stands there. Raises UserError or StorageError."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    with storage_faults(f"--json {path}: cannot be written"):
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        with written_whole(path) as file:
+            file.write(text.encode("utf-8", "replace"))

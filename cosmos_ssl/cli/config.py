@@ -10,6 +10,7 @@ from typing import Any
 
 from cosmos_ssl.cli.common import table
 from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.files import storage_faults, written_whole
 
 
 def add_parser(subparsers: Any) -> None:
@@ -100,12 +101,9 @@ def _copy(arguments: argparse.Namespace) -> int:
     target: Path = arguments.destination or Path()
     if target.is_dir():
         target /= configs[name].name
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(copy_text(configs[name]))
-    except FileExistsError as error:
-        raise UserError(f"{target} exists already. Give another destination") from error
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists already. Give another destination")
+    with storage_faults(f"{target} cannot be written"), written_whole(target) as file:
+        file.write(copy_text(configs[name]).encode())
     print(target)
     return EXIT_DONE

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from cosmos_ssl.errors import CosmosError, StorageError
+from cosmos_ssl.files import storage_faults
 
 URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::, list files (.list), a folder of .tar files"
 
 
-@contextmanager
-def storage() -> Iterator[None]:
+def storage() -> AbstractContextManager[None]:
     """Storage that fails is told in one line."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, CosmosError):
-            raise
-        raise StorageError(f"data: storage fails: {error}") from error
+    return storage_faults("data: storage fails")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

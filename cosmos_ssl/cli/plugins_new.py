@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -13,6 +14,7 @@ from string import Template
 
 from cosmos_ssl import __version__, registry
 from cosmos_ssl.errors import UserError
+from cosmos_ssl.files import storage_faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +69,18 @@ def new_plugin(name: str, kind: str, output: Path) -> Path:
     }
     templates = resources.files("cosmos_ssl.cli") / "templates"
     texts = {path: Template((templates / f"{template}.template").read_text("utf-8")).substitute(words) for path, template in files.items()}
-    try:
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} exists already. Give another name, or another folder with --output")
+    with storage_faults(f"{folder} cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-        for path, text in texts.items():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_text(text, encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{error.filename} exists already. Give another name, or another folder with --output") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Give another folder with --output") from error
+        try:
+            for path, text in texts.items():
+                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).write_text(text, encoding="utf-8")
+        except OSError:
+            shutil.rmtree(folder)  # made above: nobody else's
+            raise
     return folder
 
 

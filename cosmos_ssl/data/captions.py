@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from cosmos_ssl.errors import DataError, UserError, did_you_mean
+from cosmos_ssl.errors import BadSample, DataError, UserError, did_you_mean
 
 DREAMLIP_FIELDS = (
     "raw_caption",
@@ -41,6 +41,11 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _FILE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|svg|heic|avif|tar|json|txt|csv|parquet|npy|npz|mp4)$", re.IGNORECASE)
+MAX_TEXT, MAX_WORD = 1 << 16, 1 << 10
+"""Letters that a text, and a word in it, may have: byte pairs of a longer word take a tokenizer minutes."""
+_LONG_WORD = re.compile(rf"\w{{{MAX_WORD + 1}}}|[^\w\s]{{{MAX_WORD + 1}}}")
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair, as JSON can spell it: no encoding takes it."""
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -138,6 +143,23 @@ def _whole_or_list(value: Any) -> list[str]:
 
 def _filled(fields: Mapping[str, list[str]]) -> Captions:
     return {name: sentences for name, sentences in fields.items() if sentences}
+
+
+def text_fault(text: str) -> str:
+    """Why a text is none that a tokenizer can take, in the words of a BadSample; empty for one that is."""
+    if len(text) > MAX_WORD and (len(text) > MAX_TEXT or _LONG_WORD.search(text)):
+        return "caption too long"
+    if not text.isascii() and _HALF.search(text):
+        return "caption not Unicode"
+    return ""
+
+
+def check_texts(captions: Mapping[str, Sequence[str]]) -> None:
+    """Raise BadSample where a sample has a text that is too long, or none."""
+    for name, texts in captions.items():
+        for text in texts:
+            if fault := text_fault(text):
+                raise BadSample(fault, f"{len(text):,} letters in '{name}'")
 
 
 def check_captions(name: str, looked_at: Iterable[tuple[str, Mapping[str, Any], str | None]]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.api import Sample
-from cosmos_ssl.data.captions import schema_fields
+from cosmos_ssl.data.captions import check_texts, schema_fields
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.folder import Folder
 from cosmos_ssl.data.manifest import Manifest, Progress, Shard, told_sizes
@@ -198,6 +198,8 @@ def _check(url: str, captions: str | None, max_pixels: int, told: int | None) ->
         report.add("miscounted", f"{count:,} samples, sizes.json says {told:,}")
     if notes.imageless:
         report.add("no image", notes.imageless_examples[0], notes.imageless)
+    if notes.repeated:
+        report.add("repeated name", notes.repeated_examples[0], notes.repeated)
     if count == 0:
         report.add("empty", "no samples")
     manifest = Manifest([Shard(url, found.size, found.stamp, count, notes)], headers.offsets, headers.lengths)
@@ -247,6 +249,7 @@ def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report
             report.note(ONE_COLOUR, key)
         if wants_caption and not sample.captions:
             raise BadSample("no caption")
+        check_texts(sample.captions)
         return sample
     except BadSample as error:
         report.add(error.reason, f"{key}: {error.detail}" if error.detail else key)

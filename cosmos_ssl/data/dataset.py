@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, Dataset, Sample
-from cosmos_ssl.data.captions import caption_schema, check_captions
+from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
 from cosmos_ssl.data.manifest import Manifest, Progress, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
+_SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
+"""What a sample may have in all, and in its JSON, which becomes a hundred times as much when it is read."""
+_INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -136,7 +140,7 @@ class Shards(Dataset):
         return found
 
     def read(self, index: int) -> Sample:
-        """Sample ``index``. Raises BadSample for unreadable JSON, OSError where storage fails, IndexError."""
+        """Sample ``index``. Raises BadSample for what cannot be parsed or is too large, OSError where storage fails, IndexError."""
         key, parts = self._members(index)
         image = next((parts[e] for e in parts if e in IMAGE_EXTENSIONS), None)
         wants_table = self._full or (self._schema_name not in (None, "txt"))
@@ -147,11 +151,16 @@ class Shards(Dataset):
         if self._full:
             extras["json"] = table
             extras |= {name: body for name, body in parts.items() if name not in (*IMAGE_EXTENSIONS, "json", "txt", "cls")}
-        return Sample(key=key, image=image, captions=self._captions(table, _text(parts)), extras=extras, max_pixels=self._max_pixels)
+        captions = self._captions(table, _text(parts))
+        if self._schema_name == "all":  # whatever is text: not all of it was meant to be a caption
+            captions = {name: fit for name, texts in captions.items() if (fit := [text for text in texts if not text_fault(text)])}
+        return Sample(key=key, image=image, captions=captions, extras=extras, max_pixels=self._max_pixels)
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of one sample by extension, in one read."""
         shard, offset, length = self.manifest.locate(index)
+        if length > _SAMPLE_BYTES:
+            raise BadSample("too large", f"at least {length:,} bytes at byte {offset:,} of {shard.name}")
         data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
         try:
             found = [
@@ -160,7 +169,12 @@ class Shards(Dataset):
             ]
         except TarFault as error:
             raise OSError(f"{shard.url} has changed since it was indexed ({error} at sample {index})") from error
-        return found[0][0], {extension: body for _, extension, body in found}
+        if not found:
+            raise OSError(f"{shard.url} has changed since it was indexed (zeros at sample {index})")
+        parts = {extension: body for _, extension, body in found}
+        if len(parts) < len(found):
+            raise BadSample("repeated member", f"{found[0][0]} has more than one of {', '.join(f'.{extension}' for extension in parts)}")
+        return found[0][0], parts
 
 
 def open_shards(
@@ -188,10 +202,14 @@ def _digest(lines: Iterable[str]) -> str:
 def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:
     if "json" not in parts:
         return {}
+    if len(parts["json"]) > _JSON_BYTES:
+        raise BadSample("too large", f"{len(parts['json']):,} bytes of JSON")
     try:
         table = json.loads(parts["json"])
     except ValueError as error:
         raise BadSample("unreadable json", str(error)) from error
+    except RecursionError as error:
+        raise BadSample("unreadable json", "nested too deeply") from error
     if not isinstance(table, dict):
         raise BadSample("unreadable json", "not a table")
     return table
@@ -203,4 +221,8 @@ def _text(parts: Mapping[str, bytes]) -> str | None:
 
 def _label(body: bytes) -> int | str:
     text = body.decode("utf-8", "replace").strip()
-    return int(text) if text.lstrip("-").isdecimal() else text
+    if not text.lstrip("-").isdecimal():
+        return text
+    if not _INTEGER.fullmatch(text):
+        raise BadSample("unreadable label", text[:40])
+    return int(text)

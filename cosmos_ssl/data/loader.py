@@ -37,6 +37,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.data.budget import Replacement
+from cosmos_ssl.data.captions import check_texts
 from cosmos_ssl.data.limits import check_open_files, check_shared_memory
 from cosmos_ssl.data.order import Order, replacement, sample_rng
 from cosmos_ssl.data.workers import Board, Failure, WorkerStart, held_signals, lost
@@ -258,11 +259,25 @@ class _SampleViewer:
                 modality, is_text = augmenter.modality, augmenter.modality == "text"
                 whose = f"augmenters.{modality}{_whose(augmenter)}"
                 self.at = f"{whose} on sample {sample.key} of {shard}"
-                if is_text and not any(sample.captions.values()):
-                    raise BadSample("no caption")
+                if is_text:
+                    self._check_captions(sample, shard)
                 rng = sample_rng(self.order.seed, epoch, position, attempt, text=is_text)
                 crops[modality] = _checked(augmenter.crop(sample, rng), self.offers[modality], is_text, whose)
         return SampleViews(image=crops.get("image", {}), text=crops.get("text", {}))
+
+    def _check_captions(self, sample: Sample, shard: str) -> None:
+        """Raise PluginError where the data set gives something else than lists of sentences, BadSample where none or no good ones."""
+        captions = sample.captions
+        if not isinstance(captions, Mapping) or not all(map(_are_sentences, captions.values())):
+            whose = f"data{_whose(self.dataset)}: sample {sample.key} of {shard} has the captions {str(captions)[:80]}"
+            raise PluginError(f"{whose}, expected lists of sentences by field, such as {{'txt': ['a dog']}}")
+        if not any(captions.values()):
+            raise BadSample("no caption")
+        check_texts(sample.captions)
+
+
+def _are_sentences(texts: Any) -> bool:
+    return isinstance(texts, Sequence) and not isinstance(texts, str | bytes) and all(isinstance(text, str) for text in texts)
 
 
 def _whose(part: Part) -> str:

@@ -21,22 +21,24 @@ from numpy.typing import NDArray
 from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
 from cosmos_ssl.data.storage import (
     BLOCK_BYTES,
+    UNMARKED,
     Reader,
     Stat,
     cache_root,
-    fetch,
     first_writable,
     is_local,
     local_path,
     lock,
+    read_whole,
     shard_name,
     stat,
-    written_whole,
 )
 from cosmos_ssl.errors import DataError
+from cosmos_ssl.files import written_whole
 from cosmos_ssl.functional_pulse import alive
 
 _MAGIC = b"cosmos-manifest-2\n"
+_SIZES_BYTES = 1 << 28
 
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""
@@ -165,6 +167,8 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
     try:
         stats = stat_all(names)
     except DataError:
+        return True
+    if any(found.stamp.startswith(UNMARKED) for found in stats):  # each run has to index these for itself
         return True
     return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
@@ -296,14 +300,13 @@ def told_sizes(urls: Sequence[str]) -> dict[str, int]:
 
 def _sizes_json(url: str) -> Mapping[str, int]:
     try:
-        size = stat(url).size
-        text = local_path(url).read_bytes() if is_local(url) else fetch(url, 0, size)
+        text = read_whole(url, _SIZES_BYTES)
     except OSError:  # none there
         return {}
     try:
         sizes = json.loads(text)
         return {str(name): int(count) for name, count in sizes.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"data: {url} is not a table of shard names and counts: {error}") from error
 
 
@@ -320,6 +323,18 @@ def notices(manifest: Manifest) -> list[str]:
         lines.append(
             f"data: {imageless:,} keys have no image and are left out ({shard.name}: {', '.join(shard.notes.imageless_examples)})."
             " Members of a sample stand side by side and share their name up to the first dot"
+        )
+    repeated = sum(s.notes.repeated for s in manifest.shards)
+    if repeated:
+        shard = max(manifest.shards, key=lambda s: s.notes.repeated)
+        lines.append(
+            f"data: {repeated:,} members have the name of an earlier one ({shard.name}: {', '.join(shard.notes.repeated_examples)})"
+        )
+    unmarked = [s.name for s in manifest.shards if s.stamp.startswith(UNMARKED)]
+    if unmarked:
+        lines.append(
+            f"data: {len(unmarked):,} of {len(manifest.shards):,} shards come without ETag and time of change, so that each run indexes and"
+            f" fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
         )
     if bare:
         shard = max(manifest.shards, key=lambda s: s.notes.bare)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from string import ascii_letters
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.storage import fetch, filesystem, is_local, local_path
+from cosmos_ssl.data.storage import fetch, is_local, local_path, read_whole, request, retrying, unless_still
 from cosmos_ssl.data.tar import BLOCK, Member, TarFault, members, sample_key
 from cosmos_ssl.errors import DataError
 
@@ -25,8 +28,13 @@ _HEAD = 2048
 """Bytes of each member that a shard's content hash covers: they come with its header."""
 _SPREAD = 1 << 20
 """Bytes of each of the blocks at a shard's begin, middle and end that it covers."""
+_MOST = 2**32 - 1
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?")
 EXAMPLES = 3
 """Names shown in a message before the dots."""
+MAX_SHARDS = 1 << 20
+"""More names than this are a slip of the finger; they would take gigabytes and hours."""
+LIST_BYTES = 1 << 28
 
 
 def expand(urls: str | Sequence[str]) -> list[str]:
@@ -34,8 +42,8 @@ def expand(urls: str | Sequence[str]) -> list[str]:
 
     Braces expand in order, ``*`` and ``?`` match existing files in sorted order, a folder stands for its ``.tar`` files in
     that order. A file ``NAME.list`` holds one path or URL a line (relative paths start at its folder, ``#`` starts a comment)
-    and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be read, or a
-    shard is named twice outside of lists.
+    and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be read, a shard
+    is named twice outside of lists, or there would be more than ``MAX_SHARDS``.
     """
     from braceexpand import braceexpand
 
@@ -45,30 +53,59 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     for text in [urls] if isinstance(urls, str) else urls:
         for part in filter(None, (p.strip() for p in text.split("::"))):
             try:
+                _check_count(_strings(part), part)
                 names = list(braceexpand(part))
-            except ValueError as error:  # UnbalancedBracesError
-                raise DataError(f"data: '{part}': braces do not match") from error
+            except (ValueError, RecursionError) as error:  # UnbalancedBracesError
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(f"data: '{part[:80]}': braces do not match") from error
             for url in (url for name in names for url in _glob(name)):
                 (listed if url.endswith(LIST_EXTENSION) else found).append(url)
                 order += read_list(url) if url.endswith(LIST_EXTENSION) else [url]
+            _check_count(len(order), part)
     if not order:
         raise DataError("data: no shards are named. Give a path such as 'train-{0000..0009}.tar'")
     for urls_given in (found, listed):
         if len(set(urls_given)) < len(urls_given):
-            twice = next(url for i, url in enumerate(urls_given) if url in urls_given[:i])
-            raise DataError(f"data: {twice} is named twice")
+            raise DataError(f"data: {next(url for url, times in Counter(urls_given).items() if times > 1)} is named twice")
     return order
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MAX_SHARDS:
+        raise DataError(f"data: '{where[:80]}' names {count:,} shards; at most {MAX_SHARDS:,} are read together")
+
+
+def _strings(pattern: str) -> int:
+    """How many strings a pattern with braces stands for; ``braceexpand`` would hold all of them in memory before it gave the first."""
+    outer: list[tuple[int, int, int]] = []
+    before, product, start, at = 0, 1, 0, 0
+    while at < len(pattern):
+        letter = pattern[at]
+        if letter == "\\":
+            at += 1
+        elif letter == "{":
+            outer.append((before, product, start))
+            before, product, start = 0, 1, at + 1
+        elif letter == "," and outer:
+            before, product = before + product, 1
+        elif letter == "}" and outer:
+            found = _RANGE.fullmatch(pattern, start, at)
+            inner = before + product
+            if found is not None:
+                first, last = (ascii_letters.index(end) if end.isalpha() else int(end) for end in found.group(1, 2))
+                inner = abs(last - first) // (int(found[3] or 1) or 1) + 1
+            before, product, start = outer.pop()
+            product *= inner
+        at += 1
+    return product
 
 
 def read_list(url: str) -> list[str]:
     """The shards that a list file names, in its order. Raises DataError where it cannot be read or names none."""
     try:
-        if is_local(url):
-            text = local_path(url).read_text("utf-8")
-        else:
-            system, path = filesystem(url)
-            text = system.cat_file(path).decode()
-    except FileNotFoundError as error:
+        text = read_whole(url, LIST_BYTES).decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"data: no such list of shards: {url}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"data: {url} is no list of shards: it is no text") from error
@@ -87,8 +124,7 @@ def _glob(url: str) -> list[str]:
         path = path.absolute()
         matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     elif "*" in url:
-        system, path_there = filesystem(url)
-        matches = sorted(system.unstrip_protocol(p) for p in system.glob(path_there))
+        matches = request(url, lambda system, path: sorted(system.unstrip_protocol(p) for p in system.glob(path)))
     else:
         return [url]
     if not matches:
@@ -131,19 +167,29 @@ class Notes:
     imageless_examples: list[str] = field(default_factory=list)
     bare: int = 0
     bare_examples: list[str] = field(default_factory=list)
+    repeated: int = 0
+    """Members whose names earlier ones of the shard have."""
+    repeated_examples: list[str] = field(default_factory=list)
 
 
+@unless_still
 def scan(url: str, size: int) -> Scan:
     """Walk the headers of one shard. Raises OSError where storage fails; a damaged archive is a ``fault``."""
     offsets: list[int] = []
     lengths: list[int] = []
     notes, fault = Notes(), ""
+    names = set[str]()
     read, content = header_reader(url, size), blake2b(digest_size=16)
     groups = grouped(_hashed(members(read, size), read, content))
     try:
         for group in groups:
             extensions = {sample_key(m.name)[1] for m in group}
             notes.keys += 1
+            for member in group:
+                if member.name in names:
+                    notes.repeated += 1
+                    notes.repeated_examples += [f"{member.name} at byte {member.start:,}"] * (notes.repeated <= EXAMPLES)
+                names.add(member.name)
             if extensions.isdisjoint(IMAGE_EXTENSIONS):
                 notes.imageless += 1
                 notes.imageless_examples += [group[0].name] * (notes.imageless <= EXAMPLES)
@@ -152,7 +198,7 @@ def scan(url: str, size: int) -> Scan:
                 notes.bare += 1
                 notes.bare_examples += [group[0].name] * (notes.bare <= EXAMPLES)
             offsets.append(group[0].start)
-            lengths.append(group[-1].end - group[0].start)
+            lengths.append(min(group[-1].end - group[0].start, _MOST))  # more than a sample may have is a bad one when it is read
     except TarFault as error:
         fault = str(error)
     for start in (0, max(0, size - _SPREAD) // 2, max(0, size - _SPREAD)):
@@ -192,7 +238,7 @@ def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
         chunk = 8 * BLOCK
 
         def more(offset: int, count: int) -> bytes:
-            return os.pread(file.fileno(), count, offset)
+            return retrying(lambda: os.pread(file.fileno(), count, offset), url)
     else:
         chunk = 4 << 20
 

@@ -20,6 +20,7 @@ from cosmos_ssl.data.scan import pool
 from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, caption, draw, make_scene, sentences
 from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.files import storage_error
 from cosmos_ssl.functional_pulse import alive
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
@@ -79,7 +80,7 @@ def default_folder(options: SceneOptions) -> Path:
 def write_scenes(folder: Path, options: SceneOptions) -> Path:
     """Write the shards ``train-*.tar`` and ``val-*.tar`` into ``folder``, unless they are there; all or nothing.
 
-    Raises DataError where the folder cannot be written or holds something else.
+    Raises DataError where the folder holds something else, UserError or StorageError where it cannot be written.
     """
     if _written(folder, options):
         return folder
@@ -96,7 +97,7 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
     except OSError as error:
         if _written(folder, options):  # another process was quicker, where the file system has no locks
             return folder
-        raise DataError(f"scenes: {folder} cannot be written: {error.strerror or error}") from error
+        raise storage_error(error, f"scenes: {folder} cannot be written") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -22,7 +22,7 @@ from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_loc
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError, UserError
 
-_SAMPLE = np.dtype([("offset", "<i8"), ("length", "<u4"), ("held_out", "?")])
+_SAMPLE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("held_out", "?")])
 _LOOK_SAMPLES = 16
 Progress = Callable[[str, int, int], None]
 

@@ -7,27 +7,44 @@ import hashlib
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from cosmos_ssl.errors import BadSample, DataError, UserError
+from cosmos_ssl.files import part_name
+from cosmos_ssl.files import written_whole as written_whole
 from cosmos_ssl.functional_pulse import alive
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""
+GIVE_UP_SECONDS = 180.0
+"""No further attempt begins so long after the first one: a server that never answers costs a time-out each."""
+REQUEST_SECONDS = 120.0
+"""A request that is not answered in whole after this time has failed: a block comes at 70 kB/s at least."""
+STILL_SECONDS = 300.0
+"""Local storage from which nothing at all comes for so long has hung."""
 BLOCK_BYTES = 8 << 20
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created", "Last-Modified", "Content-MD5", "Digest", "modify")
+"""What file systems call the marks that change with a file's content, the best of each first."""
+UNMARKED = "run "
+"""How the stamps begin of what may have changed, or not, before the next run: nothing of it is used again then."""
+_RUN = secrets.token_hex(8)
 _OPEN_FILES = 64
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 class Stat(NamedTuple):
-    """Size of a shard in bytes, and a mark that changes when its content does."""
+    """Size of a shard in bytes, and a mark that changes when its content does; where its server gives none, one of this run alone."""
 
     size: int
     stamp: str
@@ -67,32 +84,129 @@ def filesystem(url: str) -> tuple[Any, str]:
 def stat(url: str) -> Stat:
     """Size and stamp of a shard.
 
-    Raises FileNotFoundError where there is none, DataError where it is a folder or a pipe, OSError where storage fails.
+    Raises FileNotFoundError where its storage says that there is none, DataError where it is a folder or a pipe, OSError
+    where storage fails.
     """
     if is_local(url):
-        found = local_path(url).stat()
+        try:
+            found = bounded(local_path(url).stat, url, STILL_SECONDS)
+        except ValueError as error:  # a NUL
+            raise DataError(f"data: {url!r} is no path") from error
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
         return Stat(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}")  # unpacking puts the first back, not the second
-    system, path = filesystem(url)
-    info = system.info(path)
-    stamp = next((str(info[k]) for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created") if info.get(k)), "")
-    return Stat(int(info["size"]), stamp)
+    info = request(url, _info)
+    if info is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", url)
+    if info.get("size") is None:
+        raise DataError(f"data: {url}: its server does not tell its size")
+    return Stat(int(info["size"]), next((str(info[key]) for key in _STAMPS if info.get(key)), UNMARKED + _RUN))
+
+
+def _info(system: Any, path: str) -> Any:
+    """What a file system knows of a file, None where it says that there is none. Raises its error where it cannot say."""
+    try:
+        return system.info(path)
+    except FileNotFoundError as error:
+        if error.__cause__ is None or not _is_lost(error.__cause__):
+            return None
+        raise error.__cause__ from None  # fsspec's HTTP says "not found" of whatever goes wrong
+    except Exception as error:
+        if type(error).__module__ == "ftplib" and str(error).startswith("550"):
+            return None
+        raise
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a server did not answer, or answered something else than that a file is not there."""
+    status = getattr(error, "status", None)
+    if status is not None:
+        return status not in (404, 410)
+    lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return lost or type(error).__module__.partition(".")[0] == "aiohttp"
+
+
+def read_whole(url: str, limit: int) -> bytes:
+    """A small file. Raises as ``stat``, and DataError where it holds more than ``limit`` bytes."""
+    size = stat(url).size
+    if size > limit:
+        raise DataError(f"data: {url} holds {size:,} bytes; at most {limit:,} are read")
+    return retrying(local_path(url).read_bytes, url) if is_local(url) else fetch(url, 0, size) if size else b""
 
 
 def retrying(read: Callable[[], _T], what: str) -> _T:
     """Call ``read`` until it succeeds, with growing waits; the last OSError is raised, with ``what`` in it."""
-    for wait in (*RETRY_SECONDS, None):
+    began, attempts = time.monotonic(), 0
+    while True:
         try:
-            return read()
+            found = read()
+            _Reads.count += 1
+            return found
         except (UserError, BadSample):
             raise
         except Exception as error:  # object stores raise errors of their own for a lost connection
-            if wait is None:
+            attempts += 1
+            if attempts > len(RETRY_SECONDS) or time.monotonic() - began > GIVE_UP_SECONDS:
                 said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise OSError(errno.EIO, f"{what}: {said} ({len(RETRY_SECONDS) + 1} attempts)") from error
-            time.sleep(wait)
-    raise AssertionError
+                raise OSError(errno.EIO, f"{what}: {said} ({attempts} attempts)") from error
+            time.sleep(RETRY_SECONDS[attempts - 1])
+
+
+class _Reads:
+    """Reads of this process that have succeeded."""
+
+    count = 0
+
+
+def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Concatenate[str, _P], _T]:
+    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads succeeds."""
+
+    @wraps(function)
+    def watched(url: str, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        return bounded(lambda: function(url, *args, **options), url, STILL_SECONDS, lambda: _Reads.count)
+
+    return watched
+
+
+def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[], int] = lambda: 0) -> _T:
+    """``call()``. Raises TimeoutError, an OSError, after ``seconds`` in which ``moved()`` has stayed the same.
+
+    Nothing ends a read that hangs in the system or in a library: it is made by a thread of its own, which is then left to itself.
+    """
+    done: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="storage", daemon=True).start()
+    last = moved()
+    while True:
+        try:
+            return done.result(seconds)
+        except TimeoutError:
+            if done.done():  # the call's own
+                raise
+            now = moved()
+            if now == last:
+                raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", what) from None
+            last = now
+
+
+def request(url: str, call: Callable[[Any, str], _T]) -> _T:
+    """``call(file system, path)`` of a remote URL, retried. Raises OSError once all attempts failed or timed out."""
+
+    def attempt() -> _T:
+        system, path = filesystem(url)
+        try:
+            return call(system, path)
+        except Exception:
+            type(system).clear_instance_cache()  # the next attempt connects anew: FTP keeps its one connection
+            raise
+
+    return retrying(lambda: bounded(attempt, url, REQUEST_SECONDS), url)
 
 
 @contextmanager
@@ -136,26 +250,6 @@ def first_writable(places: Sequence[Path]) -> Path | None:
         if (not hasattr(os, "getuid") or there.stat().st_uid == os.getuid()) and is_writable(path.parent):
             return path
     return places[-1] if is_writable(places[-1].parent) else None
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk. Raises OSError."""
-    part = _part(path.parent)
-    with part.open("x+b") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def _part(folder: Path) -> Path:
-    """A name for a file that is not whole. It is opened as any file, so that it is for whom the umask says (tempfile's are not)."""
-    return folder / f"tmp{secrets.token_hex(8)}.part"
 
 
 class _File:
@@ -205,14 +299,13 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     """One request for bytes ``start`` to ``stop`` of a remote shard, retried."""
     alive()
 
-    def request() -> bytes:
-        system, path = filesystem(url)
+    def read(system: Any, path: str) -> bytes:
         data: bytes = system.cat_file(path, start=start, end=stop)
         if len(data) != stop - start:
             raise OSError(errno.EIO, f"{len(data):,} of {stop - start:,} bytes came")
         return data
 
-    return retrying(request, url)
+    return request(url, read)
 
 
 class BlockCache:
@@ -262,7 +355,7 @@ class BlockCache:
 
     def _store(self, name: str, block: bytes) -> None:
         try:
-            with (part := _part(self._folder)).open("xb") as file:
+            with (part := part_name(self._folder)).open("xb") as file:
                 file.write(block)
             part.replace(self._folder / f"{name}.block")
         except OSError:
@@ -279,7 +372,8 @@ class BlockCache:
         self._written = 0
         try:
             with FileLock(self._folder / "trim.lock", timeout=0):
-                entries = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self._folder) if not e.name.endswith(".lock")]
+                own = [e for e in os.scandir(self._folder) if e.name.endswith((".block", ".part"))]
+                entries = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in own]
                 total = sum(size for _, size, _ in entries)
                 for _, size, path in sorted(entries):
                     if total <= self._limit * 3 // 4:

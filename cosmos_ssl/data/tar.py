@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
+HEADER_BYTES = 1 << 20
+"""An extended header or a long name of more bytes than this is refused: readers hold them in memory."""
+
+_FILES = b"\x00\x30\x37"  # NUL of old archives, 0, and 7: "contiguous", which all read as 0
+_BODILESS = b"123456"  # links, devices, folders, pipes: whatever size they state, nothing follows
+_LONG_NAME, _LONG_LINK, _FOR_ALL, _SPARSE = b"L", b"K", b"g", b"S"
+_EXTENDED = b"xX"  # POSIX, and Solaris before it
+_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_KEPT = (b"path", b"size")
+Read = Callable[[int, int], bytes]
 
 
 class TarFault(ValueError):
@@ -26,35 +37,34 @@ class Member(NamedTuple):
         return _padded(self.data + self.size)
 
 
-def members(read: Callable[[int, int], bytes], size: int, *, whole: bool = True) -> Iterator[Member]:
+def members(read: Read, size: int, *, whole: bool = True) -> Iterator[Member]:
     """Yield the regular files of the archive of ``size`` bytes that ``read(offset, count)`` gives.
 
     Knows the POSIX, GNU and pax forms. Raises TarFault at the first header that cannot be right, where the archive
-    ends inside a member, and where a ``whole`` one lacks the zeros that every writer puts at the end.
+    ends inside a member, and where a ``whole`` one lacks the zeros that every writer puts at the end, or goes on after them.
+    Every header lies behind the one before it, and none of more than ``HEADER_BYTES`` is read.
     """
     position = 0
     start: int | None = None
-    pax: dict[str, str] = {}
+    told: dict[bytes, bytes] = {}
     while position + BLOCK <= size:
         header = read(position, BLOCK)
-        if header.count(0) == BLOCK:  # the end mark
-            return
+        if header.count(0) == BLOCK and start is None:
+            return _check_rest(read, position, size) if whole else None
         kind, body = _check(header, position), position + BLOCK
-        count = int(pax["size"]) if "size" in pax and kind in b"0\0" else _number(header[124:136])
+        count = 0 if kind in _BODILESS else _size(header, kind, told, position)
         if body + count > size:
             raise TarFault(f"{size:,} of at least {body + count:,} bytes")
-        if start is None:
-            start = position
-        if kind == b"L":
-            pax["path"] = read(body, count).rstrip(b"\0").decode("utf-8", "replace")
-        elif kind == b"x":
-            pax |= _pax_records(read(body, count))
+        if kind in (_LONG_NAME, _LONG_LINK, _FOR_ALL) or kind in _EXTENDED:
+            more = _extension(read, kind, body, count)
+            if kind != _FOR_ALL:  # of several headers before a file the first one counts, as for Python
+                start, told = position if start is None else start, {**more, **told}
         else:
-            if kind in (b"0", b"\0"):
-                yield Member(pax.get("path") or _name(header), start, body, count)
-            start, pax = None, {}
+            if kind in _FILES:
+                yield Member(_name(header, told), position if start is None else start, body, count)
+            start, told = None, {}
         position = _padded(body + count)
-    if position != size or (whole and size):
+    if start is not None or position != size or (whole and size):
         raise TarFault(f"{size:,} of at least {position + 2 * BLOCK * whole:,} bytes")
 
 
@@ -69,38 +79,100 @@ def _padded(position: int) -> int:
     return -(-position // BLOCK) * BLOCK
 
 
+def _check_rest(read: Read, position: int, size: int) -> None:
+    """Nothing but zeros may follow the end mark: what does would be left out without a word."""
+    while position < size:
+        rest = read(position, min(HEADER_BYTES, size - position))
+        if not rest or rest.count(0) < len(rest):
+            at = position + len(rest) - len(rest.lstrip(b"\0"))
+            raise TarFault(f"more follows its end mark at byte {at:,}; archives put end to end are shards of their own")
+        position += len(rest)
+
+
 def _check(header: bytes, position: int) -> bytes:
     """The type flag of a header whose checksum holds."""
     try:
-        holds = int(header[148:156].strip(b" \0"), 8) == sum(header[:148]) + 8 * 32 + sum(header[156:])
+        holds = len(header) == BLOCK and _octal(header[148:156]) == sum(header[:148]) + 8 * 32 + sum(header[156:])
     except ValueError:
         holds = False
     if not holds:
         raise TarFault("no tar file (compressed shards must be unpacked first)" if position == 0 else f"damaged at byte {position:,}")
-    return header[156:157]
+    kind = header[156:157]
+    if kind == _SPARSE:
+        raise _sparse(position)
+    is_folder = kind == b"\0" and header[:100].partition(b"\0")[0].endswith(b"/")  # as before folders had a type
+    return b"5" if is_folder else kind
 
 
-def _number(field: bytes) -> int:
-    """A number as headers hold it: octal digits, or base 256 where the top bit is set (8 GiB and more)."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+def _sparse(position: int) -> TarFault:
+    return TarFault(f"a sparse file at byte {position:,}, whose holes are left out. Pack it without tar's -S")
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0":  # only POSIX headers have a prefix there
-        prefix = header[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "replace")
+def _size(header: bytes, kind: bytes, told: dict[bytes, bytes], position: int) -> int:
+    """Bytes of a body: as its extended header says, where a file has one, else as its own does."""
+    try:
+        if b"size" in told and kind not in (_LONG_NAME, _LONG_LINK, _FOR_ALL) and kind not in _EXTENDED:
+            return int(told[b"size"])
+        field = header[124:136]
+        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)  # base 256: 8 GiB and more
+    except ValueError as error:
+        raise TarFault(f"the header at byte {position:,} states no size") from error
 
 
-def _pax_records(body: bytes) -> dict[str, str]:
-    """The ``length key=value`` records of an extended header."""
-    records: dict[str, str] = {}
-    while body:
-        length = int(body.partition(b" ")[0])
-        key, _, value = body[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "replace")
-        body = body[length:]
+def _octal(field: bytes) -> int:
+    """A number as headers hold it. Raises ValueError for all but octal digits (Python's ``int`` takes signs, too)."""
+    digits = field.partition(b"\0")[0].strip(b" ")
+    if not digits.isdigit() and digits:
+        raise ValueError(field)
+    return int(digits or b"0", 8)
+
+
+def _name(header: bytes, told: dict[bytes, bytes]) -> str:
+    name = told.get(b"path")
+    if name is None:
+        name = header[:100].partition(b"\0")[0]
+        if header[257:263] == b"ustar\0":  # only POSIX headers have a prefix there
+            prefix = header[345:500].partition(b"\0")[0]
+            name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _extension(read: Read, kind: bytes, body: int, count: int) -> dict[bytes, bytes]:
+    """What an extended header tells of ``path`` and ``size`` of the file after it."""
+    position = body - BLOCK
+    if count > HEADER_BYTES:
+        raise TarFault(f"the extended header at byte {position:,} would hold {count:,} bytes")
+    found = read(body, _padded(count))
+    if found[count:].strip(b"\0"):
+        raise TarFault(f"the extended header at byte {position:,} is longer than it states")
+    if kind == _LONG_LINK:
+        return {}
+    if kind == _LONG_NAME:
+        return {b"path": found.partition(b"\0")[0]}
+    records = _pax_records(found[:count], position)
+    if any(key.startswith(b"GNU.sparse.") for key in records):
+        raise _sparse(position)
+    records = {key: records[key] for key in _KEPT if key in records}
+    if b"size" in records and not records[b"size"].isdigit():
+        raise _malformed(position)
+    if kind == _FOR_ALL and records:
+        raise TarFault(f"the global header at byte {position:,} gives all files one {' and one '.join(k.decode() for k in records)}")
+    return {key: value.rstrip(b"/") if key == b"path" else value for key, value in records.items()}
+
+
+def _malformed(position: int) -> TarFault:
+    return TarFault(f"the extended header at byte {position:,} is malformed")
+
+
+def _pax_records(body: bytes, position: int) -> dict[bytes, bytes]:
+    """The ``length key=value`` records of an extended header, each ended by a newline."""
+    records: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(body):
+        found = _RECORD.match(body, at)
+        end = at + int(found[1]) if found else 0
+        if found is None or not found.end() < end <= len(body) or body[end - 1 : end] != b"\n":
+            raise _malformed(position)
+        records[found[2]] = body[found.end() : end - 1]
+        at = end
     return records

@@ -7,6 +7,7 @@ file that is either whole or not there, and at the end the output is put togethe
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, UserError
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.evaluation.embedding_io import Row, What, WithSource, check_output, read_meta, write_embeddings
 from cosmos_ssl.evaluation.features import check_finite, weights_digest
 from cosmos_ssl.evaluation.samples import Sources, read_ahead
+from cosmos_ssl.files import storage_error, written_whole
 from cosmos_ssl.models.encoder import ModelEncoder
 
 _PARTS = 1024  # at most: more files than this slow a shared file system down
+_PART = re.compile(r"job\.json|\d{6}\.npz|tmp\w+\.part|\.nfs\w+")
 Bad: TypeAlias = tuple[str, str]
 """A sample that cannot be used: its reason, and its key."""
 
@@ -101,6 +103,7 @@ def embed(
     folder = output.with_name(f"{output.name}.parts")
     identity = job.identity(encoder)
     with _alone(output):
+        _check_ours(folder)
         done = None if overwrite else read_meta(output)
         if done is not None:
             _check_same(done.get("job", {}), identity, f"{output} holds other embeddings")
@@ -133,11 +136,21 @@ def _alone(output: Path) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         yield
         return
+    except OSError as error:
+        raise storage_error(error, f"--output {output} cannot be written") from error
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise UserError where something else stands in the place of the folder of parts, which is removed in the end."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is no folder of this command, which keeps its parts there. Move it, or give another output")
+    if folder.is_dir() and (strange := [path.name for path in folder.iterdir() if not _PART.fullmatch(path.name)]):
+        raise UserError(f"{folder} holds something else ({strange[0]}), and the parts would go there. Move it, or give another output")
 
 
 def _claim(folder: Path, job: Mapping[str, Any], overwrite: bool) -> list[int]:

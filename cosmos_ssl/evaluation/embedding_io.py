@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data.dataset import open_shards
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
-from cosmos_ssl.data.storage import retrying, written_whole
+from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.evaluation.samples import Samples
+from cosmos_ssl.files import storage_faults, written_whole
 from cosmos_ssl.pictures import read_regular
 
 What: TypeAlias = Literal["image", "text", "both"]
@@ -154,7 +156,8 @@ def check_output(output: Path, what: What) -> None:
         except ImportError as error:
             way = "Run: pip install 'cosmos-ssl[eval]', or give a .npy file"
             raise UserError(f"--output {output}: Parquet needs pyarrow. {way}") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with storage_faults(f"--output {output} cannot be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def read_meta(output: Path) -> dict[str, Any] | None:
@@ -213,13 +216,15 @@ def _utf8(column: Sequence[str | None]) -> list[str | None]:
 
 def _write_npy(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
     """The array; beside it the key of each row, one a line, and ``meta``. The array comes last: where it is, all is."""
-    output.unlink(missing_ok=True)
-    with written_whole(output) as file:
+    beside = output.with_suffix(".meta.json"), output.with_suffix(".keys.txt")
+    with written_whole(output) as file, written_whole(beside[0]) as about, written_whole(beside[1]) as keys:
         np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-        with written_whole(output.with_suffix(".keys.txt")) as keys:
-            for vectors, rows in parts:
-                file.write(vectors.tobytes())
-                lines = (" ".join(row.key.splitlines()) for row in rows)
-                keys.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-        with written_whole(output.with_suffix(".meta.json")) as about:
-            about.write(json.dumps(meta, indent=2).encode())
+        for vectors, rows in parts:
+            file.write(vectors.tobytes())
+            lines = (" ".join(row.key.splitlines()) for row in rows)
+            keys.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+        about.write(json.dumps(meta, indent=2).encode())
+        for written in (file, about, keys):
+            written.flush()
+            os.fsync(written.fileno())
+        output.unlink(missing_ok=True)  # what stood there stands until the new one has found room

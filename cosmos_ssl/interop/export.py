@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cosmos_ssl import __version__
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import UserError
+from cosmos_ssl.files import storage_error, storage_faults
 from cosmos_ssl.interop import huggingface, openclip, timm
 from cosmos_ssl.interop.clip import ClipModel, describe, refuse
 from cosmos_ssl.interop.official import CROSS_HEADS, SIZES, expected_names, to_official
@@ -53,22 +57,32 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty. Give another folder")
-    try:
+    with storage_faults(f"--output {folder} cannot be written"):
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))  # for its owner alone
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror}") from error
     try:
         (temporary := place / "whole").mkdir()
         described = [describe(encoder, origin.name, role, text=form != "timm") for role, encoder in models.items()]
         notes = _write_official(models, described, temporary) if form == "official" else _WRITERS[form](described[0], temporary)
         (temporary / "README.md").write_text(card(described, form, origin, notes), encoding="utf-8")
         temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (failed := _system_error(error)) is None:
+            raise
+        raise storage_error(failed, f"--output {folder} cannot be written") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return notes
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system refused, where that is what went wrong: safetensors says it in words, ``torch.save`` fails once more over it."""
+    if isinstance(error, OSError):
+        return error
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if told is not None:
+        return OSError(int(told[1]), os.strerror(int(told[1])))
+    return None if error.__context__ is None else _system_error(error.__context__)
 
 
 # ---------------------------------------------------------------------------- official
@@ -80,7 +94,8 @@ def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[Cli
     for (role, encoder), model in zip(models.items(), described, strict=True):
         refuse("the official form", _official_faults(encoder, model))
         content[role] = _official_tensors(model)
-    torch.save(content, folder / _file(described[0]))
+    with (folder / _file(described[0])).open("wb") as file:
+        torch.save(content, file)
     return []
 
 

@@ -197,9 +197,16 @@ def test_bad_input(command: Command, run: str, images: list[str], tmp_path: Path
     assert code == 2 and err.startswith(message.format(t=tmp_path)), err
 
 
-def test_places_that_cannot_be_used(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+def test_places_that_cannot_be_used(command: Command, run: str, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ("attend", "--image", images[0], "--text", "x")
     code, _, err = command(*base, "--checkpoint", run, "--output", images[0])
     assert (code, err) == (2, f"--output {images[0]}: cannot be written: File exists\n")
     code, _, err = command(*base, "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"))
     assert code == 2 and f"{tmp_path} is no run folder with a checkpoint" in err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = command(*base, "--checkpoint", run, "--output", str(tmp_path / "out"))
+    assert (code, err) == (74, f"--output {tmp_path / 'out'}: cannot be written: No space left on device\n")

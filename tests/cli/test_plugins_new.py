@@ -143,7 +143,7 @@ def test_places_that_cannot_be_used(command: Command, tmp_path: Path, monkeypatc
     code, _, err = command("plugins", "new", "our-loss", "--kind", "loss", "--output", str(tmp_path / "file" / "x"))
     assert (code, err) == (
         2,
-        f"{tmp_path / 'file' / 'x' / 'our-loss'} cannot be written: Not a directory. Give another folder with --output\n",
+        f"{tmp_path / 'file' / 'x' / 'our-loss'} cannot be written: Not a directory\n",
     )
 
     def refuse(*_: object, **__: object) -> None:
@@ -151,7 +151,7 @@ def test_places_that_cannot_be_used(command: Command, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     code, _, err = command("plugins", "new", "your-loss", "--kind", "loss", "--output", str(tmp_path))
-    assert (code, err) == (2, f"{tmp_path / 'your-loss'} cannot be written: Permission denied. Give another folder with --output\n")
+    assert (code, err) == (2, f"{tmp_path / 'your-loss'} cannot be written: Permission denied\n")
 
 
 def test_kinds_must_be_known(command: Command) -> None:

@@ -74,6 +74,38 @@ def test_faulty_samples_are_bad_samples(shards: Make) -> None:
     assert data.read(2).extras["cls"] == "a name"
 
 
+def test_what_cannot_be_parsed_is_a_bad_sample(shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [
+        ("json", b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        ("json", b'{"a": ' + b"9" * 5000 + b"}", "unreadable json"),
+        ("json", b" " * (1 << 22) + b"{}", "too large: 4,194,306 bytes of JSON"),
+        ("cls", b"--5", "unreadable label: --5"),
+        ("cls", b"7" * 5000, "unreadable label: 777"),
+        ("JSON", b"{}", "repeated member: key00005 has more than one of"),
+    ]
+
+    def change(number: int, members: dict[str, bytes]) -> None:
+        if number < len(bad):
+            extension, body, _ = bad[number]
+            members[extension] = body
+
+    data = open_shards(shards(len(bad) + 1, change=change))
+    for number, (_, _, words) in enumerate(bad):
+        with pytest.raises(BadSample, match=words):
+            data.read(number)
+    assert data.read(len(bad)).extras["cls"] == len(bad) % 5
+    monkeypatch.setattr("cosmos_ssl.data.dataset._SAMPLE_BYTES", 1000)
+    with pytest.raises(BadSample, match=r"too large: at least 4,096 bytes at byte [\d,]+ of a-000\.tar"):
+        data.read(len(bad))
+
+
+def test_what_is_no_caption_is_left_out_where_all_text_is_read(shards: Make) -> None:
+    def change(number: int, members: dict[str, bytes]) -> None:
+        members["json"] = b'{"mask": "' + b"x" * 2000 + b'", "half": "\\ud83d", "good": "a dog"}'
+
+    assert set(open_shards(shards(1, change=change)).read(0).captions) == {"txt", "good"}
+
+
 def test_a_shard_that_changes_under_a_run_is_a_storage_error(shards: Make, tmp_path: Path) -> None:
     data = Shards(shards(3))
     data.read(0)
@@ -83,6 +115,9 @@ def test_a_shard_that_changes_under_a_run_is_a_storage_error(shards: Make, tmp_p
     with pytest.raises(OSError, match=r"a-000\.tar.*byte .* was indexed and is not there .3 attempts"):
         data.read(2)
     path.write_bytes(b"x" * len(body))
+    with pytest.raises(OSError, match="has changed since it was indexed"):
+        data.read(2)
+    path.write_bytes(bytes(len(body)))
     with pytest.raises(OSError, match="has changed since it was indexed"):
         data.read(2)
 

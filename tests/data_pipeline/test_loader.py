@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,40 @@ def test_a_replacement_depends_on_the_position_alone(shards: Make, views: dict[s
     parts = [next(loader(pattern, views, batch=20, rank=r, world=2).batches(0, 1)) for r in (0, 1)]
     assert [key for part in parts for key in part.views.keys] == list(whole.views.keys)
     assert parts[0].replaced + parts[1].replaced == whole.replaced
+
+
+class Captioned(Shards):
+    """Gives every sample the same captions."""
+
+    captions: Any
+
+    def read(self, index: int) -> Sample:
+        return replace(super().read(index), captions=self.captions)
+
+
+@pytest.mark.parametrize("captions", [{"txt": "abc"}, {"txt": b"abc"}, {"txt": ["a", 1]}, {"txt": None}, "abc", ["abc"]])
+def test_captions_are_lists_of_sentences(shards: Make, views: dict[str, Any], captions: Any) -> None:
+    data = Captioned(pattern := shards(9))
+    data.captions, data.part_source = captions, "'mine' of my-data 0.3.1"
+    message = "data ('mine' of my-data 0.3.1): sample key"
+    with pytest.raises(PluginError, match=re.escape(message) + r"\d+ of a-000\.tar has the captions .*, expected lists of sentences"):
+        list(loader(pattern, views, dataset=data).batches(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a " * 40_000, "caption too long"),
+        ("q" * 1025, "caption too long"),
+        ("!?" * 600, "caption too long"),
+        ("\ud83d", "caption not Unicode"),
+    ],
+)
+def test_texts_that_no_tokenizer_takes_are_bad_samples(shards: Make, views: dict[str, Any], text: str, reason: str) -> None:
+    data = Captioned(pattern := shards(9))
+    data.captions = {"txt": ["good", text]}
+    with pytest.raises(TrainingError, match=rf"32 samples in a row .*{reason}: [\d,]+ letters in 'txt'"):
+        list(loader(pattern, views, dataset=data).batches(0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

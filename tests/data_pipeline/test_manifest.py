@@ -19,7 +19,7 @@ from cosmos_ssl.data import manifest as manifest_module
 from cosmos_ssl.data import scan as scan_module
 from cosmos_ssl.data.manifest import notices
 from cosmos_ssl.data.storage import filesystem
-from cosmos_ssl.errors import DataError
+from cosmos_ssl.errors import BadSample, DataError
 
 Make = Callable[..., str]
 
@@ -205,6 +205,28 @@ def test_misnamed_members_are_told(tmp_path: Path, tar: Callable[..., Path], par
     lines = notices(found)
     assert "1 keys have no image and are left out (m.tar: a.json)" in lines[0] and "side by side" in lines[0]
     assert "1 images have no captions (m.tar: a.png)" in lines[1]
+
+
+def test_repeated_names_are_told(tmp_path: Path, tar: Callable[..., Path], parts: Any) -> None:
+    found = load_manifest(str(tar(tmp_path / "m.tar", [("a", parts(0)), ("b", parts(1)), ("a", parts(2))])))
+    assert len(found) == 3, "each is a sample"
+    (line,) = notices(found)
+    assert "4 members have the name of an earlier one (m.tar: a.png at byte 8,192, a.json at byte" in line
+
+
+def test_a_member_beyond_four_gigabytes_stops_nothing(tmp_path: Path, parts: Any) -> None:
+    path = tmp_path / "big.tar"
+    with path.open("wb") as file:
+        for name, size in (("a.png", 10), ("b.png", 5 << 30), ("c.png", 10)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf(tarfile.PAX_FORMAT if size > 10 else tarfile.GNU_FORMAT))
+            file.seek(-(-size // 512) * 512, 1)  # a hole: nothing is written
+        file.truncate(file.tell() + 1024)
+    found = load_manifest(str(path))
+    assert len(found) == 3 and found.locate(1)[2] == 2**32 - 1 and found.locate(2)[1] > 5 << 30
+    with pytest.raises(BadSample, match="too large"):
+        Shards(str(path), manifest=found).read(1)
 
 
 def test_many_shards_are_scanned_by_processes(shards: Make) -> None:

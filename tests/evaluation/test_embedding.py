@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Mapping
@@ -290,6 +291,42 @@ def test_two_processes_do_not_write_the_same_file(encoder: ModelEncoder, shards:
             embed(encoder, job(shards), tmp_path / "e.npy")
 
     embed(encoder, job(shards), tmp_path / "e.npy", progress=meanwhile)
+
+
+def test_a_folder_that_is_not_ours_is_never_touched(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+    theirs, output = tmp_path / "theirs", tmp_path / "e.npy"
+    theirs.mkdir()
+    for name in ("thesis.txt", "x.part", "000001.npz"):
+        (theirs / name).write_text("theirs")
+    folder = tmp_path / "e.npy.parts"
+    for place in (lambda: shutil.copytree(theirs, folder), lambda: folder.symlink_to(theirs), lambda: folder.write_text("theirs")):
+        place()
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=r"e\.npy\.parts (holds something else|is no folder of this command)"):
+                embed(encoder, job(shards), output, overwrite=overwrite)
+        assert not output.exists() and len(list(theirs.iterdir())) == 3
+        assert len(list(folder.iterdir())) == 3 if folder.is_dir() else folder.read_text() == "theirs"
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
+
+
+def test_a_full_disk_keeps_the_old_embeddings(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "e.npy"
+    embed(encoder, job(shards), output)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("e.*")}
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if not Path(f"/proc/self/fd/{handle}").readlink().parent.name.endswith(".parts"):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed(encoder, job(shards, dtype="float16"), output, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("e.*") if path.is_file()} == before
 
 
 def test_bad_input(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.data.prepare.tables import URL_NAMES, Told, find_tables, open_table
-from cosmos_ssl.data.storage import cache_root, lock, written_whole
+from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import StorageError, UserError
+from cosmos_ssl.files import written_whole
 
 _REQUIREMENT = "img2dataset>=1.45"
 _SHARD = 10_000
@@ -79,7 +80,10 @@ def _write_urls(tables: Sequence[str], url_column: str | None, options: FetchOpt
     identity = {"tables": sources, "url_column": url_column, "image_size": options.image_size}
     note, urls = options.folder / "fetch.json", options.folder / "urls.parquet"
     if note.is_file():
-        found = json.loads(note.read_bytes())
+        try:
+            found = json.loads(note.read_bytes())
+        except ValueError as error:
+            raise UserError(f"--fetch {options.folder}: fetch.json is damaged ({error}). Give another folder") from error
         if found["identity"] != identity:
             raise UserError(f"--fetch {options.folder}: this folder holds the images of other tables or options. Give another folder")
         return int(found["urls"])
@@ -128,13 +132,13 @@ def _command(command: Sequence[str], options: FetchOptions) -> list[str]:
 
 def _run(command: Sequence[str], folder: Path, told: Callable[[], None]) -> None:
     log = folder / "img2dataset.log"
-    try:
-        with log.open("ab") as file:
+    with log.open("ab") as file:
+        try:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
             )
-    except OSError as error:
-        raise UserError(f"--fetch: {command[0]} cannot be run: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"--fetch: {command[0]} cannot be run: {error.strerror}") from error
     try:
         while True:
             try:
@@ -166,8 +170,8 @@ def read_stats(folder: Path) -> Fetched:
     found = Fetched()
     for path in sorted(folder.glob("*_stats.json")):
         try:
-            stats = json.loads(path.read_bytes())
-        except ValueError:  # written in place: it was killed in the midst
+            stats = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError):  # written in place: it was killed in the midst
             continue
         shard = path.with_name(path.name.replace("_stats.json", ".tar"))
         if not shard.is_file():

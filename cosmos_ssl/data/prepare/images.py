@@ -17,11 +17,12 @@ from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, folder_shards, groupe
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat, written_whole
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError
-from cosmos_ssl.pictures import open_picture, read_regular, undecodable
+from cosmos_ssl.pictures import FILE_BYTES, open_picture, read_regular, undecodable
 
 IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")])
 """One image of a part: hashed URL or path; where its sample (or its name in the list of names) lies; in a shard, where its bytes
 lie; and whether its name is that of a picture."""
+_JSON_BYTES = 1 << 22
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
 _LISTED = 1 << 17
 """Names of a folder that are Python objects at a time."""
@@ -94,9 +95,9 @@ class ShardImages(Images):
                 if picture is None:
                     continue
                 told = by_extension.get("json")
-                address = _url(read(told.data, told.size)) if told else ""
+                address = _url(read(told.data, told.size)) if told and told.size <= _JSON_BYTES else ""
                 without += not address
-                if address:
+                if address and group[-1].end - group[0].start <= FILE_BYTES:
                     names.append(address.encode("utf-8", "surrogatepass"))
                     places.append((group[0].start, group[-1].end - group[0].start, picture.data, picture.size))
         except TarFault as error:
@@ -127,7 +128,7 @@ def _url(body: bytes) -> str:
     """The URL in a sample's JSON, empty where there is none."""
     try:
         table = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     found = table.get("url") if isinstance(table, dict) else None
     return found.strip() if isinstance(found, str) else ""

@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.data.workers import WorkerStart
 from cosmos_ssl.errors import StorageError, UserError
+from cosmos_ssl.files import storage_error, written_whole
 
 REPORT = "shards.json"
 _T = TypeVar("_T")
@@ -31,8 +31,7 @@ class Output:
     @property
     def report(self) -> dict[str, Any] | None:
         """The report of finished work, None where it goes on."""
-        path = self.folder / REPORT
-        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        found: dict[str, Any] = _read(self.folder / REPORT) or {}
         return found or None
 
     @contextmanager
@@ -46,7 +45,7 @@ class Output:
         try:
             begun = self._identity()
             there = begun is not None or (not self.folder.is_dir() and self.folder.exists())
-            there = there or (self.folder.is_dir() and any(path != self.work for path in self.folder.iterdir()))
+            there = there or (self.folder.is_dir() and any(not self._is_own_work(path) for path in self.folder.iterdir()))
             if there and not resume:
                 word = "is finished" if self.report else "was begun" if begun else "exists"
                 hint = " or go on with it by --continue" if begun and not self.report else ""
@@ -65,11 +64,15 @@ class Output:
         except Timeout as error:
             raise UserError(f"--output {self.folder}: another process is at work on it") from error
         except OSError as error:
-            if isinstance(error, UserError):
-                raise
-            what = error.strerror or str(error)
-            place = f" ({error.filename})" if error.filename else ""
-            raise StorageError(f"--output {self.folder}: {what}{place}. The same command with --continue goes on from here") from error
+            told = storage_error(error, f"--output {self.folder} cannot be written")
+            hint = ". The same command with --continue goes on from here" if isinstance(told, StorageError) else ""
+            raise type(told)(f"{told}{hint}") from error
+
+    def _is_own_work(self, path: Path) -> bool:
+        """Whether this is the work of a process that was killed before it noted what it does: it is removed in the end."""
+        if path != self.work or path.is_symlink() or not path.is_dir():
+            return False
+        return all(inner.name == "lock" or inner.suffix == ".part" for inner in path.iterdir())
 
     def _identity(self) -> dict[str, Any] | None:
         if (report := self.report) is not None:
@@ -79,8 +82,7 @@ class Output:
 
     def note(self, name: str) -> Any:
         """A finished note of the work, None where there is none."""
-        path = self.work / name
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return _read(self.work / name)
 
     def put(self, name: str, value: Any) -> None:
         """Write a note, whole or not at all."""
@@ -95,6 +97,14 @@ class Output:
         with written_whole(self.folder / REPORT) as file:
             file.write(json.dumps(report, indent=1).encode())
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _read(path: Path) -> Any:
+    """A note that was written whole, None where there is none. Raises UserError where it was damaged since."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Give another folder, or delete this one") from error
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 from collections import Counter
@@ -23,6 +24,7 @@ from cosmos_ssl.data.prepare.sentences import SPLITTERS
 from cosmos_ssl.data.prepare.tables import find_tables
 from cosmos_ssl.data.prepare.writing import ShardJob
 from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.files import storage_faults, written_whole
 
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "dreamlip": {name: name for name in DREAMLIP_FIELDS},
@@ -297,11 +299,10 @@ class Prepare:
         return row, image
 
     def _list(self, output: Output, path: Path) -> None:
-        try:
-            with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                _list_missing(file, output, self.images, Rows(self._stems(output)))
-        except OSError as error:
-            raise UserError(f"--list-missing {path}: cannot be written: {error.strerror}") from error
+        with storage_faults(f"--list-missing {path}: cannot be written"), written_whole(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
+            _list_missing(text, output, self.images, Rows(self._stems(output)))
+            text.detach()
 
 
 def nothing_matched(counts: Counts, examples: tuple[str, str]) -> str:

@@ -36,6 +36,8 @@ def find_tables(patterns: Sequence[str]) -> list[Path]:
         for path in paths:
             if not path.exists():
                 raise UserError(f"--table {path}: no such file")
+            if not path.is_file() and not path.is_dir():  # a pipe would be waited for without end
+                raise UserError(f"--table {path}: no regular file")
             found += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not found:
         raise UserError(f"--table {patterns[0]}: this folder holds no parquet file")

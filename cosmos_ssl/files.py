@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all, and what it means where they cannot be read or written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from cosmos_ssl.errors import CosmosError, StorageError, UserError
+
+_REFUSED = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP", "EINVAL")
+)
+"""What another path or other permissions would mend (exit code 2); all else (a full disk, a server that is gone) is lost storage (74)."""
+
+
+def storage_error(error: OSError, what: str) -> CosmosError:
+    """The error to tell a user, behind ``what`` failed: UserError where another place or permissions would do, else StorageError."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    place = f" ({name})" if name and name not in what else ""
+    kind = UserError if error.errno in _REFUSED else StorageError
+    return kind(f"{what}: {error.strerror or str(error) or type(error).__name__}{place}")
+
+
+@contextmanager
+def storage_faults(what: str) -> Iterator[None]:
+    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR cannot be written``."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, what) from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk.
+
+    What stood there stays until then; a link is replaced, not followed. Raises OSError, also where a device or a pipe stands there.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
+    part = part_name(path.parent)
+    try:
+        file = part.open("x+b")
+    except OSError as error:
+        error.filename = str(path)  # the name that people know
+        raise
+    with file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def part_name(folder: Path) -> Path:
+    """A name for a file that is not whole. It is opened as any file, so that it is for whom the umask says (tempfile's are not)."""
+    return folder / f"tmp{secrets.token_hex(8)}.part"
