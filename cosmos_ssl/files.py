@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +26,10 @@ def storage_error(error: OSError, what: str) -> CosmosError:
     place = f" ({name})" if name and name not in what else ""
     kind = UserError if error.errno in _REFUSED else StorageError
     return kind(f"{what}: {error.strerror or str(error) or type(error).__name__}{place}")
+
+
+_SEAL = 16
+"""Bytes of the hash that a sealed file ends by."""
 
 
 @contextmanager
@@ -59,6 +64,29 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def seal(file: IO[bytes]) -> None:
+    """End a file that is being written by a hash of all that stands in it."""
+    digest = _digest(file, file.seek(0, os.SEEK_END))
+    file.write(digest)
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError unless a file ends by the hash of what stands in it, OSError where it cannot be read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - _SEAL
+        if size < 0 or _digest(file, size) != file.read(_SEAL):
+            raise ValueError(f"{path} is damaged")
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    file.seek(0)
+    found = blake2b(digest_size=_SEAL)
+    while size and (chunk := file.read(min(size, 1 << 22))):
+        found.update(chunk)
+        size -= len(chunk)
+    return found.digest()
 
 
 def part_name(folder: Path) -> Path:

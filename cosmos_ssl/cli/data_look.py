@@ -160,9 +160,9 @@ def _spread(total: int, count: int) -> list[int]:
 def _write(folder: Path, looks: list[SampleLook], subtitle: str, notes: list[str]) -> Path:
     from torchvision.io import encode_png
 
-    from cosmos_ssl.data.storage import written_whole
     from cosmos_ssl.evaluation.page import Page
     from cosmos_ssl.evaluation.views import contact_sheet
+    from cosmos_ssl.files import written_whole
 
     folder.mkdir(parents=True, exist_ok=True)
     page = Page("What the model sees", subtitle)

@@ -14,9 +14,10 @@ from cosmos_ssl.data.check import ShardReport
 from cosmos_ssl.data.prepare.output import Output, cores, in_processes
 from cosmos_ssl.data.prepare.writing import TAR_END
 from cosmos_ssl.data.scan import expand, scan
-from cosmos_ssl.data.storage import Reader, Stat, is_local, local_path, stat, written_whole
+from cosmos_ssl.data.storage import Reader, Stat, is_local, local_path, stat
 from cosmos_ssl.data.tar import members, sample_key
 from cosmos_ssl.errors import UserError
+from cosmos_ssl.files import written_whole
 
 
 def fixed_folder(urls: str | Sequence[str]) -> Path:

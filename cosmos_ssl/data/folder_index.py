@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
 from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
-from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying, written_whole
+from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying
 from cosmos_ssl.errors import DataError, did_you_mean
+from cosmos_ssl.files import check_seal, seal, written_whole
 from cosmos_ssl.functional_pulse import alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
@@ -90,7 +91,7 @@ class FolderIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return FolderIndex.open, (self.path, self.digest)
+            return _reopened, (self.path, self.digest)
         return FolderIndex, (self._head, self.columns)
 
     def looked_into(self, hashes: Mapping[str, str], marks: NDArray[np.int64]) -> FolderIndex:
@@ -127,8 +128,13 @@ class FolderIndex:
         return sizes
 
     @classmethod
-    def open(cls, path: Path, digest: str | None = None) -> Self:
-        """Map an index file. Raises OSError or ValueError where there is none of this form, or it has another digest."""
+    def open(cls, path: Path, digest: str | None = None, *, verify: bool = True) -> Self:
+        """Map an index file, once it is read and found sound (``verify``).
+
+        Raises OSError or ValueError where there is none of this form, or it has another digest.
+        """
+        if verify:
+            check_seal(path)
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError(f"{path} is no index of a folder")
@@ -141,8 +147,6 @@ class FolderIndex:
         for name, dtype in _COLUMNS.items():
             start = -(-start // 64) * 64
             stop = start + head["lengths"][name] * np.dtype(dtype).itemsize
-            if stop > len(whole):
-                raise ValueError(f"{path} is cut short")
             columns[name] = whole[start:stop].view(dtype)
             start = stop
         return cls(head, columns, path)
@@ -156,6 +160,11 @@ class FolderIndex:
             for column in self.columns.values():
                 file.write(bytes(-file.tell() % 64))
                 file.write(np.ascontiguousarray(column).data)
+            seal(file)
+
+
+def _reopened(path: Path, digest: str) -> FolderIndex:
+    return FolderIndex.open(path, digest, verify=False)
 
 
 def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> bytes:

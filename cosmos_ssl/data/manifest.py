@@ -34,7 +34,7 @@ from cosmos_ssl.data.storage import (
     stat,
 )
 from cosmos_ssl.errors import DataError
-from cosmos_ssl.files import written_whole
+from cosmos_ssl.files import check_seal, seal, written_whole
 from cosmos_ssl.functional_pulse import alive
 
 _MAGIC = b"cosmos-manifest-2\n"
@@ -80,7 +80,7 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return Manifest.open, (self.path, [s.url for s in self.shards])
+            return _reopened, (self.path, [s.url for s in self.shards])
         return Manifest, (self.shards, self._offsets, self._lengths)
 
     def shard_of(self, index: int) -> int:
@@ -94,19 +94,21 @@ class Manifest:
         return self.shards[self.shard_of(index)], int(self._offsets[index]), int(self._lengths[index])
 
     @classmethod
-    def open(cls, path: Path, urls: Sequence[str]) -> Self:
-        """Map a manifest file. Raises OSError or ValueError where there is none of this form for these shards."""
+    def open(cls, path: Path, urls: Sequence[str], *, verify: bool = True) -> Self:
+        """Map a manifest file, once it is read and found sound (``verify``).
+
+        Raises OSError or ValueError where there is none of this form for these shards.
+        """
+        if verify:
+            check_seal(path)
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError(f"{path} is no manifest")
             head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             start = -(-file.tell() // 64) * 64
-        try:
-            if [shard_name(url) for url in urls] != [row.pop("name") for row in head]:
-                raise ValueError(f"{path} is of other shards")
-            shards = [Shard(url, notes=Notes(**row.pop("notes")), **row) for url, row in zip(urls, head, strict=True)]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged") from error
+        if [shard_name(url) for url in urls] != [row.pop("name") for row in head]:
+            raise ValueError(f"{path} is of other shards")
+        shards = [Shard(url, notes=Notes(**row.pop("notes")), **row) for url, row in zip(urls, head, strict=True)]
         count = sum(shard.samples for shard in shards)
         if count == 0:
             return cls(shards, np.empty(0, np.int64), np.empty(0, np.uint32), path)
@@ -123,12 +125,17 @@ class Manifest:
             file.write(lead + bytes(-len(lead) % 64))
             file.write(np.ascontiguousarray(self._offsets).data)
             file.write(np.ascontiguousarray(self._lengths).data)
+            seal(file)
 
     def part(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Offsets and lengths of the samples of one shard."""
         end = int(self._ends[number])
         span = slice(end - int(self.sizes[number]), end)
         return self._offsets[span], self._lengths[span]
+
+
+def _reopened(path: Path, urls: Sequence[str]) -> Manifest:
+    return Manifest.open(path, urls, verify=False)
 
 
 def load_manifest(

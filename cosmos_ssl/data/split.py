@@ -18,9 +18,10 @@ from cosmos_ssl.data.prepare.output import Output, in_processes
 from cosmos_ssl.data.prepare.pipeline import schema_beside
 from cosmos_ssl.data.prepare.writing import TAR_END
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, LIST_EXTENSION, expand, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_local, local_path, written_whole
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_local, local_path
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError, UserError
+from cosmos_ssl.files import written_whole
 
 _SAMPLE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("held_out", "?")])
 _LOOK_SAMPLES = 16

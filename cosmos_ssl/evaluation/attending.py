@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, UserError
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.errors import StorageError
 from cosmos_ssl.evaluation.attention_maps import AttentionMap, attention_maps
 from cosmos_ssl.evaluation.classification import SIMPLE_TEMPLATES, class_vectors
@@ -22,6 +21,7 @@ from cosmos_ssl.evaluation.features import check_finite
 from cosmos_ssl.evaluation.page import Page
 from cosmos_ssl.evaluation.pictures import class_colours, draw_attention, draw_classes, draw_segments, draw_words, heat_colours, overlay
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, model_input, segment
+from cosmos_ssl.files import written_whole
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.pictures import open_picture, read_regular, to_rgb
 

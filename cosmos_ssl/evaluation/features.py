@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample, UserError
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.evaluation.samples import (
     Samples,
     Sources,
@@ -33,6 +32,7 @@ from cosmos_ssl.evaluation.samples import (
     share,
     threads_of_this_process,
 )
+from cosmos_ssl.files import written_whole
 from cosmos_ssl.functional import rank, world_size
 from cosmos_ssl.pictures import BACKGROUND
 

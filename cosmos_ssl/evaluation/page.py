@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cosmos_ssl.data.storage import written_whole
+from cosmos_ssl.files import written_whole
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _WEBP_SIDE = 16_383  # pixels: no WebP is longer

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.errors import CheckpointError, did_you_mean
+from cosmos_ssl.files import written_whole
 
 REPOSITORY = "sankim2/cosmos"
 _DATA = ("cc3m", "cc12m", "yfcc15m", "merged30m", "pixelprose")

@@ -327,7 +327,9 @@ def test_pickled_copies_map_the_same_file(odd: Path) -> None:
 
 def test_a_damaged_index_is_made_again(odd: Path) -> None:
     path = load_folder(odd).path
-    for damage in (b"", b"rubbish", path.read_bytes()[:60], path.read_bytes()[:-8]):
+    whole = path.read_bytes()
+    flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)]
+    for damage in (b"", b"rubbish", whole[:60], whole[:-8], *flipped):
         path.write_bytes(damage)
         assert len(load_folder(odd)) == 9
 

@@ -154,11 +154,15 @@ def test_where_nothing_can_be_written_the_manifest_stays_in_memory(shards: Make,
 
 def test_a_damaged_manifest_is_made_again(shards: Make) -> None:
     pattern = shards(4)
-    path = load_manifest(pattern).path
+    manifest = load_manifest(pattern)
+    places, path = [manifest.locate(n)[1:] for n in range(4)], manifest.path
     assert path is not None
-    for damage in (b"", b"rubbish", path.read_bytes()[:60]):
+    whole = path.read_bytes()
+    flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)]
+    for damage in (b"", b"rubbish", whole[:60], *flipped):
         path.write_bytes(damage)
-        assert len(load_manifest(pattern)) == 4
+        made = load_manifest(pattern)
+        assert [made.locate(n)[1:] for n in range(len(made))] == places
 
 
 def test_a_missing_shard_is_named(shards: Make) -> None:

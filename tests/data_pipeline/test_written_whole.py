@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from cosmos_ssl.data.storage import BlockCache, written_whole
+from cosmos_ssl.data.storage import BlockCache
+from cosmos_ssl.files import written_whole
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.data.prepare.rows import KEY, hashed
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, folder_shards, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat, written_whole
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError
+from cosmos_ssl.files import written_whole
 from cosmos_ssl.pictures import FILE_BYTES, open_picture, read_regular, undecodable
 
 IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")])

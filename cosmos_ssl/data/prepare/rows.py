@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.prepare.tables import IMAGE_NAMES, URL_NAMES, Table, Told, caption_columns, open_table
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.errors import BadSample, UserError
+from cosmos_ssl.files import written_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,8 +16,8 @@ from cosmos_ssl.data.prepare.images import Images, check_picture, load_index
 from cosmos_ssl.data.prepare.joining import open_mapped, spans
 from cosmos_ssl.data.prepare.rows import Rows
 from cosmos_ssl.data.prepare.sentences import SPLITTERS, sentences, whole
-from cosmos_ssl.data.storage import written_whole
 from cosmos_ssl.errors import BadSample
+from cosmos_ssl.files import written_whole
 
 _HEAD = b"0000644\0" + b"0000000\0" * 2  # mode, owner, group
 _TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(80) + bytes(167)  # a plain file, POSIX form
