@@ -145,6 +145,13 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
     return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
 
+def check_shards(urls: str | Sequence[str]) -> None:
+    """Raise DataError unless all local shards, and of those on other storage the first, are there. Raises OSError where storage fails."""
+    names = expand(urls)
+    remote = [url for url in names if not is_local(url)]
+    _stat_all([url for url in names if is_local(url)] + remote[:1])
+
+
 def _stat_all(urls: Sequence[str]) -> list[Stat]:
     with ThreadPoolExecutor(min(32, len(urls))) as threads:
         found = list(threads.map(_stat_or_none, urls))

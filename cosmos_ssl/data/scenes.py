@@ -20,7 +20,7 @@ from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, 
 from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
 
-__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
+__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "is_written", "write_scenes"]
 
 _VERSION = 2
 """Raised when the same options would give other shards than before."""
@@ -79,20 +79,20 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
 
     Raises DataError where the folder cannot be written or holds something else.
     """
-    if _written(folder, options):
+    if is_written(folder, options):
         return folder
     part = folder.parent / f".{folder.name}.{os.getpid()}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.parent / f".{folder.name}.lock"):
-            if _written(folder, options):
+            if is_written(folder, options):
                 return folder
             shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
             part.mkdir()
             _write_all(part, options)
             part.replace(folder)
     except OSError as error:
-        if _written(folder, options):  # another process was quicker, where the file system has no locks
+        if is_written(folder, options):  # another process was quicker, where the file system has no locks
             return folder
         raise DataError(f"scenes: {folder} cannot be written: {error.strerror or error}") from error
     finally:
@@ -100,7 +100,8 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
     return folder
 
 
-def _written(folder: Path, options: SceneOptions) -> bool:
+def is_written(folder: Path, options: SceneOptions) -> bool:
+    """Whether the shards of these options lie in ``folder``. Raises DataError where something else does."""
     note = {"version": _VERSION, **asdict(options)}
     if (folder / _NOTE).exists():
         if json.loads((folder / _NOTE).read_text()) == note:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl import build
+from cosmos_ssl import build, build_start
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.errors import StorageError
 from cosmos_ssl_launch import main
@@ -22,7 +22,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[LoadedConfig]:
     """The runs that were started; nothing is trained."""
     runs: list[LoadedConfig] = []
     monkeypatch.setattr(build, "check", lambda loaded: None)
-    monkeypatch.setattr(build, "run", runs.append)
+    monkeypatch.setattr(build, "run", lambda loaded, fork: runs.append(loaded))
+    monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: "the data")
     return runs
 
 
@@ -50,7 +51,8 @@ def test_trains_here_and_says_so(launch: Launch, trained: list[LoadedConfig]) ->
 def test_dry_run_prints_the_resolved_config(launch: Launch, trained: list[LoadedConfig]) -> None:
     code, out, _ = launch("--dry-run", "output_dir=there")
     assert code == 0 and not trained and "output_dir: there\n" in out
-    assert out.endswith("# both stages of checks passed. Without --dry-run this trains here, in one process, into there\n")
+    said = "# all checks passed (not looked into: the data). Without --dry-run this trains here, in one process, into there\n"
+    assert out.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_a_world_started_by_others_is_joined(launch: Launch, trained: list[Loade
 
 
 def test_exit_code_of_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(loaded: LoadedConfig) -> None:
+    def run(loaded: LoadedConfig, fork: str | None) -> None:
         raise StorageError("no space")
 
     monkeypatch.setattr(build, "run", run)
@@ -111,7 +113,7 @@ def test_what_slurm_would_be_given(launch: Launch, trained: list[LoadedConfig], 
     )
     code, out, err = launch("--dry-run", "--profile", "mine.yaml", "name=a b", "profile.partition=gpu")
     assert (code, err) == (0, "") and not trained and not (tmp_path / "runs").exists()
-    config, _, script = out.partition("# both stages of checks passed. Without --dry-run this is given to sbatch:\n")
+    config, _, script = out.partition("# all checks passed (not looked into: the data). Without --dry-run this is given to sbatch:\n")
     assert "name: a b\n" in config
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
