@@ -92,9 +92,9 @@ def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: b
     with blaming(assembly.teacher, "teacher"):
         assembly.teacher.prepare()
     folder = RunFolder(config.folder)
+    source = find_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, assembly.places())
     folder.belong(mine, accept_data=config.loader.changed_data == "accept")
-    source = find_source(folder, fork) if fork is not None else None
     if source is not None:
         with _no_copies():
             load_exactly(assembly.model, load_tensors(source, "student"), f"--fork: {source}")
