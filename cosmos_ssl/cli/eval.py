@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from cosmos_ssl.cli.checkpoint import add_trust_code
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, CheckpointError, UserError, did_you_mean
@@ -62,6 +63,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="of the model's arithmetic (default: %(default)s)")
+    add_trust_code(parser)
     add_json(parser)
     parser.set_defaults(run=_eval, overrides=[])
 
@@ -101,7 +103,8 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[str, str, dict[str, float]
     jobs: list[Job] = []
     with stages(shown=World().first) as told:
         for role in _roles(checkpoint, arguments.which):
-            encoder = load(checkpoint, role, device=pick_device(arguments.device), overrides=arguments.overrides)
+            given = {"overrides": arguments.overrides, "trust_code": arguments.trust_code}
+            encoder = load(checkpoint, role, device=pick_device(arguments.device), **given)
             encoder.dtype = _dtype(arguments.precision)
             check_model(arguments.task, encoder)
             options = _options(arguments, evaluator, encoder)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_ssl.cli.checkpoint import add_trust_code
 from cosmos_ssl.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower")
     parser.add_argument("--which", choices=("student", "teacher"), help="whose weights (default: student; official: both where there are)")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add_trust_code(parser)
     parser.set_defaults(run=_export, overrides=[])
 
 
@@ -45,7 +47,7 @@ def _export(arguments: argparse.Namespace) -> int:
     roles: tuple[Role, ...] = (arguments.which,) if arguments.which else ("student",)
     if arguments.format == "official" and arguments.which is None:
         roles = roles_of(source)
-    models = {role: load(source, role, overrides=arguments.overrides) for role in roles}
+    models = {role: load(source, role, overrides=arguments.overrides, trust_code=arguments.trust_code) for role in roles}
     notes = export(models, arguments.format, arguments.output, _origin(arguments.checkpoint, Path(source)))
     print(f"{arguments.output}: the {' and the '.join(roles)} of {arguments.checkpoint} for {arguments.format}")
     for note in notes:

@@ -30,7 +30,22 @@ def at(run_dir, step):
 
 
 def tensors(checkpoint):
-    return {f"{role}.{name}": value for role in ("student", "teacher", "optimizer") for name, value in load_tensors(checkpoint, role).items()}
+    found = {role: load_tensors(checkpoint, role) for role in ("student", "teacher", "optimizer")}
+    return {f"{role}.{name}": value for role, each in found.items() for name, value in each.items()}
+
+
+class Killed(Exception):
+    """What ends a run as if it were killed: nothing is saved after it."""
+
+
+class Killer:
+    """A writer that does so at the first row."""
+
+    def scalars(self, step, values):
+        self.trainer.between_steps = False
+        raise Killed
+
+    sync = close = lambda self: None
 
 
 def fork(tiny, run_dir, source, config=None, **options):
@@ -56,18 +71,14 @@ def samples(order, steps):
     return {step: sorted(f"s{index}" for index in order.batch(step)) for step in steps}
 
 
-def test_it_starts_where_the_other_stood_and_goes_on_by_itself(tiny, old, rows, tmp_path, monkeypatch):
+def test_it_starts_where_the_other_stood_and_goes_on_by_itself(tiny, old, rows, tmp_path):
     """Another learning rate: the same tensors, step and samples; then the same command goes on, with or without the source."""
-    source, config = tmp_path / "moved", tiny.make_config(optimizer={"lr": 0.1})
+    source, config, killer = tmp_path / "moved", tiny.make_config(optimizer={"lr": 0.1}), Killer()
     shutil.copytree(old, source)
-    trainer, seen = fork(tiny, tmp_path / "new", at(source, 3), config)
-    taken = {}
-    monkeypatch.setattr(type(trainer), "_loop", lambda self: taken.update(tensors(at(tmp_path / "new", 3))))
-    monkeypatch.setattr(type(trainer), "_save_now", lambda self, save=type(trainer)._save_now: save(self) if not taken else None)
-    monkeypatch.setattr(type(trainer), "_finish", lambda self: {})
-    trainer.train()  # as if it were killed at once: all of it is in the new folder by then
-    monkeypatch.undo()
-    whole = tensors(at(old, 3))
+    killer.trainer, _ = fork(tiny, tmp_path / "new", at(source, 3), config, writers=[killer])
+    with pytest.raises(Killed):
+        killer.trainer.train()
+    taken, whole = tensors(at(tmp_path / "new", 3)), tensors(at(old, 3))
     assert taken.keys() == whole.keys() and all(torch.equal(taken[name], whole[name]) for name in whole)
     told = json.loads((tmp_path / "new" / "fork.json").read_text())
     assert told == {"checkpoint": str(at(source, 3)), "saved_step": 3, "step": 3, "changed": ["optimizer.lr: 0.05 -> 0.1"]}
@@ -104,7 +115,7 @@ def test_another_batch_size(tiny, old, rows, tmp_path):
     tiny.make_trainer(tmp_path / "five", tiny.make_config(schedule={"epochs": 2, "warmup_steps": 2, "max_steps": 5})).train()
     trainer, seen = fork(tiny, tmp_path / "new", tmp_path / "five", tiny.make_config(**double))
     trainer.train()
-    assert seen == samples(trainer.order, range(2, 4)) and sorted(sum(seen.values(), [])) == sorted(f"s{i}" for i in range(20))
+    assert seen == samples(trainer.order, range(2, 4)) and {key for keys in seen.values() for key in keys} == {f"s{i}" for i in range(20)}
     within = {"training": {"batch_size": 2, "precision": "fp32", "device": "cpu", "seed": 3}}
     with pytest.raises(UserError, match=r"step 3 lies within an epoch, where the order .* loader.lanes=4"):
         fork(tiny, tmp_path / "other", at(old, 3), tiny.make_config(**within))[0].train()
