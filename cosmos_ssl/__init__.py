@@ -1,6 +1,12 @@
 """COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
 
-``train``, ``load``, ``make_trainer`` and ``Trainer`` are imported when first used, so that ``import cosmos_ssl`` stays free of torch.
+    train(config, overrides=(), *, fork=None)                                    train a config; the final metrics
+    make_trainer(config, overrides=(), *, fork=None, writers=())                 the trainer that train runs, built
+    load(checkpoint, which='student', *, device='cpu', overrides=(), trust_code=False)    a trained model
+    Trainer(assembly, config, run_dir, *, device=None, console=None, writers=(), signals=None)
+
+They are imported when first used, so that ``import cosmos_ssl`` stays free of torch; ``help(cosmos_ssl.train)`` says more.
+For writing parts: ``cosmos_ssl.api``, ``cosmos_ssl.functional``, ``cosmos_ssl.testing``.
 """
 
 from __future__ import annotations
@@ -24,3 +30,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,6 +22,7 @@ from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
 
 
+@named_losses()
 def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
     """Claim the run folder, index the data, and look for all else that a run needs, before it is started elsewhere.
 
@@ -37,6 +38,7 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
         ask_fork(RunFolder(loaded.config.folder), fork)
 
 
+@named_losses()
 def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str:
     """Look for all that a start would refuse, but write and index nothing; what was not looked into.
 
@@ -49,17 +51,16 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
     assembly = builder.assemble(meta=True, prepare=False)
     dataset = assembly.dataset
     assert dataset is not None, "a config that was checked"
-    with named_losses(), blaming(dataset, "data"):
+    with blaming(dataset, "data"):
         there = dataset.check_exists()
         if there and not here:
             _must_be_indexed(assembly)
         indexed = there and isinstance(dataset, Shards | Folder) and dataset.is_indexed
-    with named_losses():
-        if indexed:
-            assembly = builder.assemble(meta=True)
-        else:
-            _evaluators(builder, assembly, there)
-        _look(builder, assembly, fork, prepared=indexed)
+    if indexed:
+        assembly = builder.assemble(meta=True)
+    else:
+        _evaluators(builder, assembly, there)
+    _look(builder, assembly, fork, prepared=indexed)
     if indexed:
         return ""
     return "what the data hold, which are not indexed yet" if there else "the data, which are made or found at the start"

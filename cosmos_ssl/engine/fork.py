@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +41,14 @@ class Fork:
 # ---------------------------------------------------------------------------- what a folder knows of it
 
 
-def told_fork(folder: RunFolder) -> Mapping[str, Any] | None:
-    """What ``fork.json`` holds, or None for a run that goes on from no other."""
-    found: Mapping[str, Any] | None = json.loads(folder.fork.read_text()) if folder.fork.exists() else None
-    return found
+def told_fork(folder: RunFolder) -> Path | None:
+    """The checkpoint that the run in ``folder`` goes on from by its ``fork.json``; None for one of its own. Raises UserError."""
+    if not folder.fork.exists():
+        return None
+    try:
+        return Path(json.loads(folder.fork.read_text())["checkpoint"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder.fork} is damaged. Give another output_dir, or delete the file where the run has checkpoints") from error
 
 
 def find_source(folder: RunFolder, source: str | Path) -> Path | None:
@@ -60,8 +63,7 @@ def find_source(folder: RunFolder, source: str | Path) -> Path | None:
     if run == folder.path.resolve():
         raise UserError(f"--fork: {source} is the run folder itself. Give the run with the changes another output_dir")
     if folder.identity() is not None:
-        told = told_fork(folder)
-        known = None if told is None else Path(told["checkpoint"])
+        known = told_fork(folder)
         if known is None or (known != path if named else known.parent.parent != run):
             raise UserError(
                 f"run folder {folder.path} is no fork of {source}. Give another output_dir, or leave out --fork to go on with it"

@@ -184,10 +184,8 @@ class Trainer:
 
     def _fork(self) -> Fork | None:
         """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""
-        told = told_fork(self.folder)
-        if told is None:
-            return None
-        return plan_fork(Path(told["checkpoint"]), self.identity, self.config, self.dataset.shard_sizes)
+        checkpoint = told_fork(self.folder)
+        return None if checkpoint is None else plan_fork(checkpoint, self.identity, self.config, self.dataset.shard_sizes)
 
     def _settle(self, fork: Fork | None) -> None:
         """On the first rank: make the folder this run's; what was taken over from another run is kept here from now on."""

@@ -177,6 +177,9 @@ def test_folders_that_cannot_be_a_fork(tiny, old, tmp_path):
     tiny.make_trainer(tmp_path / "own").train()
     with pytest.raises(UserError, match=r"run folder .*own is no fork of .*run. Give another output_dir"):
         ask_fork(RunFolder(tmp_path / "own"), old)
+    (tmp_path / "own" / "fork.json").write_text("[]")
+    with pytest.raises(UserError, match=r"fork\.json is damaged"):
+        ask_fork(RunFolder(tmp_path / "own"), old)
     with pytest.raises(CheckpointError, match="no run folder with a sound checkpoint"):
         ask_fork(RunFolder(tmp_path / "new"), tmp_path)
     shutil.copytree(old, tmp_path / "bent")
