@@ -1,7 +1,16 @@
 """COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
 
-``train``, ``load``, ``evaluate``, ``embed``, ``attend``, ``export``, ``make_trainer`` and ``Trainer`` are imported when first used, so
-that ``import cosmos_ssl`` stays free of torch.
+    train(config, overrides=(), *, fork=None)                                    train a config; the final metrics
+    make_trainer(config, overrides=(), *, fork=None, writers=())                 the trainer that train runs, built
+    load(checkpoint, which='student', *, device='cpu', overrides=(), trust_code=False)    a trained model
+    evaluate(model, task, data=None, *, which=None, ...)                         the report of cosmos-ssl eval
+    embed(model, data, output, *, what=None, ...)                                embeddings as Parquet or NumPy
+    attend(model, images, texts=(), *, output, ...)                              a page of where words look in pictures
+    export(model, form, output, *, which=None, ...)                              a folder for another library
+    Trainer(assembly, config, run_dir, *, device=None, console=None, writers=(), signals=None)
+
+They are imported when first used, so that ``import cosmos_ssl`` stays free of torch; ``help(cosmos_ssl.train)`` says more.
+For writing parts: ``cosmos_ssl.api``, ``cosmos_ssl.functional``, ``cosmos_ssl.testing``.
 """
 
 from __future__ import annotations
@@ -28,3 +37,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

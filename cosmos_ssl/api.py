@@ -3,6 +3,8 @@
 A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its
 constructor takes one ``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise
 ``ValueError`` there for values that make no sense. ``type: NAME`` picks a part, ``DIST:NAME`` says whose.
+An option that says where something lies has the type ``Location``, one that changes nothing of what is computed
+``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
 
 A loss in full::
 
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
 from cosmos_ssl.registry import API_VERSION
+from cosmos_ssl.registry_marks import Aside, Location
 from cosmos_ssl.specs import Evaluation, GroupPlan, LossOutput, Need, ParameterRule, Progress, Spec, StepContext, TowerSpec, ViewSpec
 from cosmos_ssl.types import (
     ALL,
@@ -57,6 +60,7 @@ from cosmos_ssl.types import (
 __all__ = [
     "ALL",
     "API_VERSION",
+    "Aside",
     "Augmenter",
     "BadSample",
     "DataError",
@@ -72,6 +76,7 @@ __all__ = [
     "ImageCrops",
     "ImageGroup",
     "Kind",
+    "Location",
     "Loss",
     "LossOutput",
     "Modality",
@@ -247,6 +252,10 @@ class Teacher(Part, nn.Module, ABC):
     """False for the part that stands for 'no teacher'."""
     model: nn.Module
 
+    def prepare(self) -> None:
+        """Look for what ``start`` reads, before training: a missing file is better found now. Raises UserError."""
+        return
+
     def start(self, build: Callable[[], nn.Module], student: nn.Module) -> None:
         """Make the teacher's model: rebuilt from the config, then loaded with the student's start values."""
         self.model = build()
@@ -272,6 +281,13 @@ class Dataset(Part, ABC):
         ``training.timeout_minutes`` ends the run.
         """
 
+    def check_exists(self) -> bool:
+        """Whether the data are there as far as a glance tells, before ``prepare``; False where that cannot be told, or it makes them.
+
+        For a dry run, which indexes nothing. Raises DataError where something is plainly missing.
+        """
+        return False
+
     @property
     @abstractmethod
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -286,7 +302,10 @@ class Dataset(Part, ABC):
         return f"sample {index}"
 
     def identity(self) -> Mapping[str, Any]:
-        """What makes this set this set (names, sizes and counts of shards), for the run's identity."""
+        """What makes this set this set (names, sizes, counts and contents of shards), for the run's identity; mappings may be nested.
+
+        What is not known, at the start of a run or when it goes on, is left out: it is no difference then.
+        """
         return {"samples": int(self.shard_sizes.sum())}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, 
 from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.build_weights import Source, find_source, read_weights, start_from
 from cosmos_ssl.config import Config, LoadedConfig, load_config, part_paths
-from cosmos_ssl.data import Shards
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.engine.checkpoint import check_fit
 from cosmos_ssl.engine.distributed import World, joined_world
+from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
@@ -30,11 +31,14 @@ from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.functional_pulse import heard
+from cosmos_ssl.identity_places import fingerprint
 from cosmos_ssl.interop.partial import compare
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+from cosmos_ssl.registry import shown
+from cosmos_ssl.registry_marks import Mark
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +96,11 @@ def meta_device() -> Iterator[None]:
 class Builder:
     """Builds the parts of one config, in the order of ``Spec``; faults of one stage are raised together."""
 
-    def __init__(self, loaded: LoadedConfig) -> None:
+    def __init__(self, loaded: LoadedConfig, *, trust_code: bool = True) -> None:
+        """``trust_code``: also import classes that no installed package offers (``python:MODULE.CLASS``)."""
         self.loaded = loaded
         self.config: Config = loaded.config
+        self.trust_code = trust_code
         self.chosen = self._choose()
 
     # ------------------------------------------------------------------ choosing
@@ -107,7 +113,7 @@ class Builder:
             reserved = {"type", *registry.GROUPS[group].reserved}
             try:
                 record = registry.find(group, keys["type"])
-                cls = registry.load(record)
+                cls = registry.load(record, trust_code=self.trust_code)
                 given = {key: value for key, value in keys.items() if key not in reserved}
                 options, wrong = registry.check_options(record, cls, given)
             except PluginError as error:
@@ -211,7 +217,22 @@ class Builder:
             frozen=model.freeze_unread(plan),
             start=start,
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
+            places=self._places,
         )
+
+    def _places(self) -> dict[str, str | None]:
+        """What lies at the places that options name, and None for options that are no part of a run (``identity.Identity``)."""
+        found: dict[str, str | None] = {}
+        for path, chosen in self.chosen.items():
+            for name, mark in registry.marks(chosen.record.group, chosen.cls).items():
+                value = chosen.options.get(name)
+                if mark is Mark.ASIDE or chosen.record.group == "datasets":  # the data set tells what it holds
+                    found[f"{path}.{name}"] = None
+                elif value is not None and chosen.record.group != "evaluators":
+                    found[f"{path}.{name}"] = fingerprint(value)
+        if self.config.model.pretrained is not None:
+            found["model.pretrained"] = fingerprint(self.config.model.pretrained)
+        return found
 
     def _towers(self, spec: Spec) -> dict[Modality, Tower]:
         made = cast(dict[Modality, Tower], self._layer({"image": "model.image", "text": "model.text"}, spec))
@@ -249,23 +270,33 @@ class Builder:
     def _losses(self, spec: Spec) -> dict[str, Loss]:
         return cast(dict[str, Loss], self._layer({name: f"losses.{name}" for name in self.config.losses}, spec))
 
+    def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
+        """The evaluators, which have looked at no data yet. Raises ConfigError."""
+        return cast(dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec))
+
     def _evaluators(self, spec: Spec, towers: Mapping[Modality, Tower], prepare: bool) -> dict[str, ScheduledEvaluator]:
-        made = cast(dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec))
+        made = self.make_evaluators(spec)
         missing = [
             self._fault(f"evaluators.{name}.type", f"needs model.{modality}, which the config does not have")
             for name, evaluator in made.items()
             for modality in evaluator.modalities
             if modality not in towers
         ]
-        for name, evaluator in made.items() if prepare else ():
+        missing += self.missing_data(made) if prepare else []
+        if missing:
+            raise ConfigError(missing)
+        return {name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs) for name, e in made.items()}
+
+    def missing_data(self, evaluators: Mapping[str, Evaluator]) -> list[str]:
+        """What evaluators do not find of their data."""
+        missing = []
+        for name, evaluator in evaluators.items():
             try:
                 with blaming(evaluator, f"evaluators.{name}"):
                     evaluator.prepare()
             except DataError as error:
                 missing.append(self._option_fault(f"evaluators.{name}", error))
-        if missing:
-            raise ConfigError(missing)
-        return {name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs) for name, e in made.items()}
+        return missing
 
     def _layer(self, paths: Mapping[str, str], spec: Spec) -> dict[str, Any]:
         """Parts that do not see one another: all their faults at once."""
@@ -278,27 +309,10 @@ class Builder:
 
 def check(loaded: LoadedConfig) -> Assembly:
     """Stage two: import the named parts, check their options and what they require, on the meta device."""
+    check_names(loaded)
     if loaded.config.data is None:
         raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
     return Builder(loaded).assemble(meta=True, prepare=False)
-
-
-@storage_faults("storage fails")
-def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:
-    """Look for all that a run needs outside its config before it is started elsewhere: the run folder and the data.
-
-    Raises StorageError, and UserError where one is missing or the folder is another run's; without ``scan`` also where shards are not
-    indexed yet.
-    """
-    claim(loaded.config.folder)
-    if not scan:
-        dataset = Builder(loaded).assemble(meta=True, prepare=False).dataset
-        if isinstance(dataset, Shards) and not dataset.is_indexed:
-            raise DataError(f"data: these shards are not indexed yet. Run: {dataset.index_command}")
-    dataset = Builder(loaded).assemble(meta=True, watched=lambda: _watched(loaded)).dataset
-    folder = loaded.config.folder
-    if dataset is not None and (folder / "identity.json").exists():
-        RunFolder(folder).belong(loaded.config, dataset.identity())
 
 
 def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmenter]]:
@@ -309,7 +323,7 @@ def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmente
 
 
 @contextmanager
-def _watched(loaded: LoadedConfig) -> Iterator[None]:
+def watched(loaded: LoadedConfig) -> Iterator[None]:
     """End this process where nothing is heard of the data's preparation for as long as of a step."""
     rank = World().rank
     folder = RunFolder(loaded.config.folder, rank)
@@ -319,20 +333,41 @@ def _watched(loaded: LoadedConfig) -> Iterator[None]:
         yield
 
 
+def check_names(loaded: LoadedConfig) -> None:
+    """Raise ConfigError where ``name`` or ``output_dir`` would write more into a batch script, or elsewhere than it says."""
+    name, folder = loaded.config.name, loaded.config.output_dir
+    faults = [
+        loaded.fault(key, f"{shown(text)} holds control characters, such as line ends. Leave them out")
+        for key, text in (("name", name), ("output_dir", folder or ""))
+        if any(unicodedata.category(letter) == "Cc" for letter in text)
+    ]
+    if folder is None and (name in ("", ".", "..") or "/" in name):
+        faults.append(loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir"))
+    if faults:
+        raise ConfigError(faults)
+
+
 def claim(folder: Path) -> None:
     """Raise UserError unless a run could write into ``folder`` now."""
     with RunFolder(folder).locked():
         pass
 
 
-def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) -> dict[str, float]:
+def _claim(folder: Path, fork: str | Path | None) -> None:
+    claim(folder)
+    if fork is not None:
+        ask_fork(RunFolder(folder), fork)
+
+
+def run(loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
 
+    ``fork``: a run folder, or one of its checkpoints, that a new run goes on from.
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
     with steady_streams(), Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
         try:
-            return _trainer(loaded, signals=signals).train()
+            return _trainer(loaded, fork=fork, signals=signals).train()
         except Interrupted as error:
             if leaving is not None:
                 error.exit_code = leaving(error.number)
@@ -340,46 +375,60 @@ def run(loaded: LoadedConfig, *, leaving: Callable[[int], int] | None = None) ->
 
 
 @storage_faults("storage fails")
-def _trainer(loaded: LoadedConfig, *, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
-    if World().first:
-        claim(loaded.config.folder)  # said now rather than after the data is ready
-    assembly = Builder(loaded).assemble(watched=lambda: _watched(loaded))
+def _trainer(loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
+    World().from_first(lambda: _claim(loaded.config.folder, fork))  # said now rather than after the data is ready
+    assembly = Builder(loaded).assemble(watched=lambda: watched(loaded))
     return Trainer(assembly, loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 
-def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, float]:
+def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, fork: str | Path | None = None) -> dict[str, float]:
     """Train what ``config`` says (a file, a packaged name, or a mapping in which classes may stand for parts); the final metrics.
 
-    ``overrides`` are ``key.sub=value`` strings. The same call again resumes. Raises UserError for a config,
-    data or a run folder that cannot be used.
+    ``overrides`` are ``key.sub=value`` strings. The same call again resumes. ``fork``: the run folder, or one of its checkpoints,
+    whose weights, teacher, optimiser and step a new run takes over. Raises UserError for a config, data or a run folder that
+    cannot be used.
     """
     loaded = load_config(config, overrides)
     check(loaded)
-    return run(loaded)
+    return run(loaded, fork=fork)
 
 
-def make_trainer(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, writers: Sequence[Writer] = ()) -> Trainer:
+def make_trainer(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    fork: str | Path | None = None,
+    writers: Sequence[Writer] = (),
+) -> Trainer:
     """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics. Raises as ``train`` does."""
     loaded = load_config(config, overrides)
     check(loaded)
-    return _trainer(loaded, writers=writers)
+    return _trainer(loaded, fork=fork, writers=writers)
 
 
 def load(
-    checkpoint: str | Path | Source, which: Role = "student", *, device: torch.device | str = "cpu", overrides: Sequence[str] = ()
+    checkpoint: str | Path | Source,
+    which: Role = "student",
+    *,
+    device: torch.device | str = "cpu",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> ModelEncoder:
     """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
     OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. What was read is logged in a line, at the level of
-    information. Raises CheckpointError for anything else, for what is damaged, and where weights do not fit or are not finite.
+    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages; ``trust_code``
+    also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is logged in a line, at the
+    level of information. Raises CheckpointError for anything else, for what is damaged, and where weights do not fit or are not
+    finite, ConfigError for a part that cannot be used.
     """
     weights = read_weights(find_source(checkpoint), which)
     loaded = load_config(weights.config, ["evaluators=null", *overrides])
     assumed = weights.assumed(loaded)
-    check_fit(Builder(loaded).assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
-    assembly = Builder(loaded).assemble(prepare=False)
+    builder = Builder(loaded, trust_code=trust_code)
+    check_fit(builder.assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
+    assembly = builder.assemble(prepare=False)
     weights.check_finite(weights.state)
     assembly.model.load_state_dict(weights.state)
     assembly.model.requires_grad_(False).eval()

@@ -53,12 +53,13 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     overrides: Sequence[str] = (),
+    trust_code: bool = False,
     progress: Progress = _no_progress,
 ) -> dict[str, Any]:
     """Evaluate a model on the data of a task, as ``cosmos-ssl eval`` does; the report that its ``--json`` writes.
 
     ``model`` is a run folder (its newest checkpoint), one of its checkpoints, an official file, a released name, an OpenCLIP model, or
-    what ``load`` returns (then ``which``, ``device`` and ``overrides`` are as it is). ``task`` is a key of
+    what ``load`` returns (then ``which``, ``device``, ``overrides`` and ``trust_code`` are as it is). ``task`` is a key of
     ``cosmos_ssl.evaluation.tasks.TASKS``, and its options are those of ``Options`` there; without ``data`` a run is evaluated on what
     its own evaluator of the task works on, with its options. ``which`` None takes all roles that are there. ``precision`` is ``auto``
     (of a run its own where this device is fast in it, else ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
@@ -79,7 +80,7 @@ def evaluate(
             )
         source = _found(model)
         roles: dict[str, Callable[[], ModelEncoder]] = {}
-        roles |= {role: partial(_load, source, role, device, precision, overrides) for role in _roles(source, which)}
+        roles |= {role: partial(_load, source, role, device, precision, overrides, trust_code) for role in _roles(source, which)}
         told = told if "data" in told else {**_evaluator_of_run(source, task), **told}
         name = str(source) if source.folder is not None else str(model)
         return _run(roles, name, task, told, settings, partial(_store, source, task, overrides))
@@ -151,13 +152,15 @@ def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
     return there
 
 
-def _load(checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str]) -> ModelEncoder:
+def _load(checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str], trust_code: bool) -> ModelEncoder:
     place = pick_device(device)
     config = _config_of_run(checkpoint)
     if precision == "auto" and config is not None:
         own = resolve_precision(config.config.training.precision, place)
         precision = own if has_fast_path(own, place) else precision
-    return _in_precision(load(checkpoint, role, device=place, overrides=overrides), "fp32" if precision == "auto" else precision)
+    return _in_precision(
+        load(checkpoint, role, device=place, overrides=overrides, trust_code=trust_code), "fp32" if precision == "auto" else precision
+    )
 
 
 def _in_precision(encoder: ModelEncoder, precision: str) -> ModelEncoder:

@@ -26,14 +26,19 @@ from cosmos_ssl.models.encoder import ModelEncoder
 
 
 def open_model(
-    model: str | Path | ModelEncoder, which: Role = "student", *, device: str = "auto", overrides: Sequence[str] = ()
+    model: str | Path | ModelEncoder,
+    which: Role = "student",
+    *,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> tuple[ModelEncoder, str]:
     """A model, and the name of what was read: of a run folder its newest checkpoint. A loaded model stays as it is. Raises UserError."""
     if isinstance(model, ModelEncoder):
         return model, "model"
     place = choose_device(device)
     source = find_source(model)
-    return load(source, which, device=place, overrides=overrides), str(source)
+    return load(source, which, device=place, overrides=overrides, trust_code=trust_code), str(source)
 
 
 def choose_device(name: str) -> str:
@@ -65,6 +70,7 @@ def embed(
     which: Role = "student",
     device: str = "auto",
     overrides: Sequence[str] = (),
+    trust_code: bool = False,
     progress: Callable[[int, int], None] = _no_progress,
 ) -> embedding.Report:
     """Write unit vectors of a folder of pictures, picture files, shards, or the lines of a text file, as ``cosmos-ssl embed`` does.
@@ -79,7 +85,7 @@ def embed(
         samples, usual = open_samples(names)
         if usual == "text" and what not in (None, "text"):
             raise UserError(f"--what {what}: {names[0]} holds texts alone")
-        encoder, checkpoint = open_model(model, which, device=device, overrides=overrides)
+        encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
         job = embedding.Job(
             samples=samples,
             what=what or usual,
@@ -108,6 +114,7 @@ def attend(
     which: Role = "student",
     device: str = "auto",
     overrides: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Path:
     """Draw where words look in pictures and pictures in words, or zero-shot segmentation, as ``cosmos-ssl attend`` does; its page.
 
@@ -123,7 +130,7 @@ def attend(
         raise UserError(f"--segment '{''.join(segment)}': name at least two classes, such as 'cat,grass,sky'")
     pairs = pair(len(paths), len(said), all_pairs=all_pairs) if said else []
     opened = opened_pictures(paths)
-    encoder, checkpoint = open_model(model, which, device=device, overrides=overrides)
+    encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
     if pairs and not has_attention(encoder):
         raise UserError(
             f"{checkpoint} has no cross-attention head, so no text looks at a picture in it. --segment works without one; --text does not"
@@ -148,6 +155,7 @@ def export(
     which: Role | None = None,
     licence: str = "other",
     overrides: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Exported:
     """Write a model for another library, as ``cosmos-ssl export`` does.
 
@@ -163,7 +171,7 @@ def export(
         return Exported((role,), forms.export({role: model}, form, Path(output), origin))
     source = find_source(model)
     roles: tuple[Role, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
-    models = {role: load(source, role, overrides=overrides) for role in roles}
+    models = {role: load(source, role, overrides=overrides, trust_code=trust_code) for role in roles}
     return Exported(roles, forms.export(models, form, Path(output), _origin(str(model), source, licence)))
 
 

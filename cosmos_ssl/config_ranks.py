@@ -3,16 +3,59 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from cosmos_ssl.config import Config
-from cosmos_ssl.errors import ConfigError
+from cosmos_ssl.errors import ConfigError, UserError
+from cosmos_ssl.registry import shown
+
+_HOW = "Start ranks by torchrun, srun or profile.nproc, or unset these variables"
+_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
 
 
 def started_ranks() -> int:
-    """Ranks of the world that torchrun, srun or cosmos-launch started this process in; 1 outside of one."""
+    """Ranks of the world that torchrun, srun or cosmos-launch started this process in; 1 outside of one.
+
+    Raises UserError where the variables that tell it are set in part, or make no sense.
+    """
+    _number("LOCAL_RANK", 0)
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+        return _ranks("WORLD_SIZE", "RANK", ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "RANK" in os.environ:
+        raise UserError(f"RANK is set ({os.environ['RANK']}), and WORLD_SIZE is not. {_HOW}")
+    if "SLURM_STEP_ID" in os.environ and "SLURM_NTASKS" in os.environ:
+        return _ranks("SLURM_NTASKS", "SLURM_PROCID", _SRUN)
+    return 1
+
+
+def _ranks(size: str, rank: str, needed: Sequence[str]) -> int:
+    """The number of ranks that the variable ``size`` tells. Several ranks need all the variables in ``needed``."""
+    ranks = _number(size, 1) or 1
+    own = _number(rank, 0)
+    if own is not None and own >= ranks:
+        raise _fault(rank, f"a number below {size} ({ranks})")
+    if ranks > 1:
+        missing = [name for name in needed if not os.environ.get(name)]
+        if missing:
+            raise UserError(f"{size} is set ({ranks}), and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. {_HOW}")
+        _number("MASTER_PORT", 1, 65_535)
+        _number("SLURM_LOCALID", 0)
+        _number("SLURM_JOB_NUM_NODES", 1)
+    return ranks
+
+
+def _number(name: str, least: int, most: int = 10**9) -> int | None:
+    """The number in a variable, None where it is not set. Raises UserError."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and least <= int(text[:12]) <= most):
+        raise _fault(name, f"a whole number from {least} on" if most == 10**9 else f"a whole number from {least} to {most:,}")
+    return int(text)
+
+
+def _fault(name: str, wanted: str) -> UserError:
+    return UserError(f"the environment variable {name} is {shown(os.environ[name])}, expected {wanted}. {_HOW}")
 
 
 def possible_ranks(config: Config) -> list[int]:

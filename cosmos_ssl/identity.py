@@ -1,11 +1,11 @@
-"""What makes a run this run: a hash of the part of its config that changes the mathematics."""
+"""What makes a run this run: the part of its config that changes the mathematics, its data, and what lies at the places it names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,35 +21,84 @@ _IGNORED = (
     *("training.max_nonfinite_steps", "training.timeout_minutes", "training.trace_steps"),
 )
 
-_PATH_KEY = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")
-
 _ABSENT = object()
 
 
-def identity(config: Config) -> str:
-    """Hash of all that changes what is computed: not ranks, workers, micro-batch, backends, evaluators, log or paths.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A run's identity, as its folder keeps it."""
 
-    Paths of the data are left out as well: which samples they hold is the data set's own identity.
-    """
-    text = json.dumps(_mathematics(config.model_dump()), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    config: Mapping[str, Any]
+    """The whole tree. What counts of it is all but ranks, workers, micro-batch, backends, evaluators, log and ``places``."""
+    data: Mapping[str, Any]
+    """What the data set says of itself (``Dataset.identity``)."""
+    places: Mapping[str, str | None] = field(default_factory=dict)
+    """Key path of each option that is no value to compare -> what lies at the place that it names, or None where that is no part of
+    a run or the data set tells it."""
 
+    @classmethod
+    def of(cls, config: Config, data: Mapping[str, Any], places: Mapping[str, str | None] | None = None) -> Identity:
+        """The identity of a run that starts now, as JSON would give it back."""
+        return cls(**json.loads(json.dumps({"config": config.model_dump(), "data": dict(data), "places": dict(places or {})})))
 
-def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What of the identity differs between two trees (``LoadedConfig.tree``), as ``model.image.width: 768 -> 384``.
+    def plain(self) -> dict[str, Any]:
+        """As it is written."""
+        return asdict(self)
 
-    Keys that one of them lacks, because another version wrote it, count with their defaults.
-    """
-    before, after = (dict(_leaves(_mathematics(_complete(tree)))) for tree in (old, new))
-    return [
-        f"{path}: {_word(before.get(path, _ABSENT))} -> {_word(after.get(path, _ABSENT))}"
-        for path in dict.fromkeys((*before, *after))
-        if before.get(path, _ABSENT) != after.get(path, _ABSENT)
-    ]
+    def digest(self) -> str:
+        """Hash of what counts of the config."""
+        text = json.dumps(_mathematics(self.config, self.places), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def config_changes(self, before: Identity) -> list[str]:
+        """What counts of the config and differs, as ``model.image.width: 768 -> 384``.
+
+        Keys that one of the two lacks, because another version wrote it, count with their defaults. Where a version before wrote
+        down no contents of a place, names are compared.
+        """
+        new, old = dict(self.places), dict(before.places)
+        for path in {*new, *old}:
+            if new.get(path, old.get(path)) is None:
+                new[path] = old[path] = None
+            elif path not in new or path not in old:
+                new.pop(path, None)
+                old.pop(path, None)
+        then, now = (dict(_leaves(_mathematics(_complete(tree), places))) for tree, places in ((before.config, old), (self.config, new)))
+        differ = [path for path in dict.fromkeys((*then, *now)) if then.get(path, _ABSENT) != now.get(path, _ABSENT)]
+        return [
+            _change(path, _at(before.config, path), _at(self.config, path))
+            if path in new
+            else _change(path, then.get(path, _ABSENT), now.get(path, _ABSENT))
+            for path in differ
+        ]
+
+    def data_changes(self, before: Identity) -> list[str]:
+        """What differs in the data, as ``data, samples: 20 -> 24``. What is known at one of the two times alone is no difference."""
+        then, now = dict(_leaves(before.data)), dict(_leaves(self.data))
+        return [_change(f"data, {key}", then[key], now[key]) for key in then if key in now and now[key] != then[key]]
+
+    def knowing(self, before: Identity) -> Identity:
+        """This one, with what was known of the same data before and is not now."""
+        return replace(self, data=_merged(before.data, self.data))
 
 
 def _word(value: Any) -> str:
     return "not given" if value is _ABSENT else shown(value)
+
+
+def _change(path: str, before: Any, now: Any) -> str:
+    return f"{path}: {_word(before)} " + ("holds something else now" if before == now else f"-> {_word(now)}")
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(old[key], value) for key, value in new.items() if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)}
+    return {**old, **new, **both}
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
 
 
 def _complete(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,27 +108,25 @@ def _complete(tree: Mapping[str, Any]) -> dict[str, Any]:
         return dict(tree)
 
 
-def _mathematics(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _mathematics(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[str, Any]:
+    """What counts of a config, with what lies at ``places`` in their stead."""
     kept: dict[str, Any] = json.loads(json.dumps(tree))
-    for path in _IGNORED:
+    for path in (*_IGNORED, *places):
         *above, key = path.split(".")
         holder = kept
         for step in above:
             holder = holder.get(step) or {}
-        holder.pop(key, None)
+        if key in holder and places.get(path) is not None:
+            holder[key] = places[path]
+        else:
+            holder.pop(key, None)
     loader, training = kept.get("loader"), kept.get("training")
     if loader and training and loader.get("lanes") is None:
         loader["lanes"] = max(n for n in range(1, 257) if training["batch_size"] % n == 0)
-    kept["data"] = {key: value for key, value in (kept.get("data") or {}).items() if not _is_path(key, value)}
     pretrained = (kept.get("model") or {}).get("pretrained")
-    if isinstance(pretrained, str):  # the file may move, another file is another run
+    if isinstance(pretrained, str) and "model.pretrained" not in places:
         kept["model"]["pretrained"] = PurePosixPath(pretrained).name
     return kept
-
-
-def _is_path(key: str, value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return bool(_PATH_KEY.search(key)) or any(isinstance(text, str) and ("/" in text or ".tar" in text) for text in texts)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 from cosmos_ssl import __version__
 from cosmos_ssl.errors import PluginError, did_you_mean
 from cosmos_ssl.registry_docs import option_docs
+from cosmos_ssl.registry_marks import Mark, mark_of
 
 OWN = "cosmos-ssl"
 
@@ -203,14 +204,20 @@ def spelling(record: Record) -> str:
 # ---------------------------------------------------------------------------- loading
 
 
-def load(record: Record) -> type[Any]:
+def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     """Import a part and hold it to the contract.
 
     Raises PluginError where its distribution needs another cosmos-ssl, it cannot be imported, is not a concrete
-    subclass of its group's base, or its constructor does not have the form of the contract.
+    subclass of its group's base, or its constructor does not have the form of the contract; without ``trust_code`` also
+    for a class that no distribution offers, unless it was given in this process.
     """
     if record.distribution != CODE:
         _check_bound(record)
+    elif not trust_code and record.qualified not in _given:
+        raise PluginError(
+            f"'{record.qualified}' is code that no installed package offers, and what is loaded may not name any. "
+            "If you trust where it comes from: trust_code=True, on the command line --trust-code"
+        )
     try:
         entry = metadata.EntryPoint(name=record.name, value=record.object_path, group=record.group)
         found: Any = _given[record.qualified] if record.qualified in _given else entry.load()
@@ -280,6 +287,20 @@ def options(cls: type[Any]) -> list[Option]:
     return found
 
 
+_PLACE = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")
+
+
+def marks(group: str, cls: type[Any]) -> dict[str, Mark]:
+    """The options of a part whose types say that they name a place, or are no part of a run.
+
+    Of a data set that says so of none, which may be older than these types, those with the names of paths.
+    """
+    found = {option.name: mark for option in options(cls) if (mark := mark_of(option.type)) is not None}
+    if found or group != "datasets":
+        return found
+    return {option.name: Mark.LOCATION for option in options(cls) if _PLACE.search(option.name)}
+
+
 def _path(cls: type[Any]) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
@@ -297,11 +318,10 @@ def _resolved(cls: type[Any], parameter: inspect.Parameter) -> Any:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as it is written in Python, without module names."""
+    """A type as it is written in Python, without module names and marks."""
+    annotation = typing.get_type_hints(SimpleNamespace(__annotations__={"option": annotation}))["option"]
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__ if annotation is not type(None) else "None"
-    if typing.get_origin(annotation) is typing.Annotated:
-        return type_name(typing.get_args(annotation)[0])
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation).replace("NoneType", "None"))
 
 

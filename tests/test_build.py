@@ -137,6 +137,29 @@ def test_requirements_that_are_not_on_offer(override, message):
         check(load_config("quickstart", [override]))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=../../x", r"name: '\.\./\.\./x' is no name of one folder in runs/\. Give another name, or output_dir"),
+        ("name=..", r"name: '\.\.' is no name"),
+        ("name='a\\n#SBATCH --wrap=x'", None),
+        ('name="a\\n#SBATCH --wrap=x"', r"name: 'a\\n#SBATCH --wrap=x' holds control characters"),
+        ('output_dir="a\\x1b[2J"', r"output_dir: 'a\\x1b\[2J' holds control characters"),
+        ("name='sweep of lr, β=0.9'", None),
+    ],
+)
+def test_a_name_is_a_folder_and_a_line(override, message):
+    if message is None:
+        check(load_config("quickstart", [override]))
+        return
+    with pytest.raises(ConfigError, match=message):
+        check(load_config("quickstart", [override]))
+
+
+def test_a_name_with_a_slash_needs_a_folder():
+    check(load_config("quickstart", ["name=sweep/a", "output_dir=runs/sweep/a"]))
+
+
 def test_missing_shards_are_named_before_training(tmp_path):
     overrides = [
         f"data={{type: webdataset, train_data: '{tmp_path}/none-{{0000..0001}}.tar'}}",

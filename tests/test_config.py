@@ -1,4 +1,4 @@
-"""The config: YAML, merging, overrides, faults with their place, ranks, identity."""
+"""The config: YAML, merging, overrides, faults with their place, ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from cosmos_ssl.config import Config, LoadedConfig, load_config, locate
 from cosmos_ssl.config_ranks import check_ranks, possible_ranks
 from cosmos_ssl.config_source import dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
-from cosmos_ssl.identity import identity, identity_differences
 
 BASE = """\
 name: base
@@ -407,51 +406,3 @@ def test_impossible_ranks_are_refused_with_the_possible_ones() -> None:
     wanted = "training.batch_size: 1024 cannot be shared by 12 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, 16, 32, 64, 128, 256."
     assert str(caught.value) == wanted
     check_ranks(config_of(), 8)
-
-
-# ---------------------------------------------------------------------------- identity
-
-SAME = [
-    *("name=b", "output_dir=/y", "evaluators=null", "checkpoints.every_steps=3", "logging.every_steps=1", "profile=p"),
-    *("loader.workers=1", "loader.prefetch=9", "loader.error_budget=0.5", "loader.lanes=96"),
-    *("training.micro_batch_size=8", "training.attention=sdpa", "training.compile=true", "training.deterministic=true"),
-    *("training.device=cpu", "training.trace_steps=3"),
-    *("data.train_data=/moved/{0..3}.tar", "data.validation_data=v.tar", "data.cache_dir=c", "data.cache_gib=3"),
-]
-OTHER = [
-    *("model.image.width=64", "training.batch_size=48", "training.seed=1", "training.precision=fp32", "loader.lanes=48"),
-    *("schedule.epochs=3", "optimizer.lr=1", "heads.cross.num_heads=4", "losses.clip.loss_weight=2", "data.caption_schema=txt"),
-    *("teacher.update_when=before_optimizer_step", "augmenters.image.flip_prob=0", "loader.shuffle_samples=3", "model.pretrained=a.pt"),
-    "model.background=#808080",
-]
-
-
-@pytest.mark.parametrize("override", SAME)
-def test_identity_does_not_change_with(load: Load, override: str) -> None:
-    a, b = load(), load("", override)
-    assert identity(a.config) == identity(b.config) and not identity_differences(a.tree, b.tree)
-
-
-@pytest.mark.parametrize("override", OTHER)
-def test_identity_changes_with(load: Load, override: str) -> None:
-    a, b = load(), load("", override)
-    assert identity(a.config) != identity(b.config) and identity_differences(a.tree, b.tree)
-
-
-def test_differences_are_named(load: Load) -> None:
-    a, b = load(), load("losses: {distill: null}\n", "model.image.width=384", "heads.cross.mask_padding=true", "model.pretrained=/a/b.pt")
-    assert identity_differences(a.tree, b.tree) == [
-        "model.image.width: 128 -> 384",
-        "model.pretrained: null -> 'b.pt'",
-        "losses.distill.type: 'cross_modality_distillation' -> not given",
-        "losses.distill.loss_weight: 1.0 -> not given",
-        "losses.distill.head: 'cross' -> not given",
-        "heads.cross.mask_padding: not given -> true",
-    ]
-
-
-def test_a_tree_of_an_older_version_counts_with_the_defaults(load: Load) -> None:
-    loaded = load()
-    older = {key: value for key, value in loaded.tree.items() if key not in ("schedule", "optimizer")}
-    older["model"] = {key: value for key, value in older["model"].items() if key != "background"}
-    assert not identity_differences(older, loaded.tree)

@@ -45,6 +45,7 @@ def _attend(arguments: argparse.Namespace) -> int:
             which=arguments.which,
             device=arguments.device,
             overrides=arguments.overrides,
+            trust_code=arguments.trust_code,
         )
     print(page)
     return EXIT_DONE

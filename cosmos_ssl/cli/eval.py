@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import reading
+from cosmos_ssl.cli.checkpoint import add_trust_code, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
@@ -60,6 +60,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     precision = "of the model's arithmetic (default: auto, of a run its own where the device is fast in it, else fp32)"
     parser.add_argument("--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision)
+    add_trust_code(parser)
     add_json(parser)
     parser.set_defaults(run=_eval, overrides=[])
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import reading
+from cosmos_ssl.cli.checkpoint import add_trust_code, reading
 from cosmos_ssl.errors import EXIT_DONE
 
 # The names of cosmos_ssl.interop.export.FORMATS, which would import torch (a test compares them).
@@ -29,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     licence = "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 (default: %(default)s)"
     parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add_trust_code(parser)
     parser.set_defaults(run=_export, overrides=[])
 
 
@@ -41,7 +42,7 @@ def _licence(text: str) -> str:
 def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build_uses import export
 
-    options = {"which": arguments.which, "licence": arguments.license, "overrides": arguments.overrides}
+    options = {"which": arguments.which, "licence": arguments.license, "overrides": arguments.overrides, "trust_code": arguments.trust_code}
     with reading():
         done = export(arguments.checkpoint, arguments.format, arguments.output, **options)
     print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.format}")

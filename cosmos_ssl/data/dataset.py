@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
-from cosmos_ssl.data.manifest import Manifest, Progress, is_indexed, load_manifest, notices
+from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
 from cosmos_ssl.data.tar import TarFault, members, sample_key
@@ -86,6 +86,11 @@ class Shards(Dataset):
         urls = [self._urls] if isinstance(self._urls, str) else self._urls
         where = [] if self._cache_dir is None else ["--cache-dir", self._cache_dir]
         return shlex.join(["cosmos-ssl", "data", "index", *urls, *where])
+
+    def check_exists(self) -> bool:
+        """Raise DataError where a local shard, or the first one elsewhere, is missing; OSError where storage fails."""
+        check_shards(self._urls)
+        return True
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
-from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, load_folder, shown, similar
+from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, check_folder, is_indexed, load_folder, shown, similar
 from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
@@ -83,6 +83,16 @@ class Folder(Dataset):
             hint = did_you_mean(unknown[0], self._classes)
             raise DataError(f"data: {self.root}: the class folder '{unknown[0]}'{more} none of the {len(known)} known classes.{hint}")
         return [known.get(name, -1) for name in own]
+
+    @property
+    def is_indexed(self) -> bool:
+        """False where no index is of the folder as it is now, so that ``prepare`` would scan it."""
+        return self._index is not None or is_indexed(self.root, extensions=self._extensions, cache_dir=self._cache_dir)
+
+    def check_exists(self) -> bool:
+        """Raise DataError where there is no such folder."""
+        check_folder(self.root)
+        return True
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""

@@ -191,8 +191,7 @@ def load_folder(
     """
     progress = progress or alive
     began = time.time_ns()
-    if not root.is_dir():
-        raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")
+    check_folder(root)
     places = _places(root, extensions, cache_dir)
     for path in places:
         cached = _fresh(path, root, began, full_hash)
@@ -207,6 +206,18 @@ def load_folder(
             scan_folder(root, extensions, full_hash or _was_hashed(kept), progress).save(kept)
             index = FolderIndex.open(kept)
     return index
+
+
+def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None) -> bool:
+    """Whether ``load_folder`` would find a cached index."""
+    began = time.time_ns()
+    return any(_fresh(path, root, began) is not None for path in _places(root, extensions, cache_dir))
+
+
+def check_folder(root: Path) -> None:
+    """Raise DataError unless ``root`` is a folder."""
+    if not root.is_dir():
+        raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")
 
 
 def similar(path: Path) -> str:

@@ -180,6 +180,13 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
     return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
 
+def check_shards(urls: str | Sequence[str]) -> None:
+    """Raise DataError unless all local shards, and of those on other storage the first, are there. Raises OSError where storage fails."""
+    names = expand(urls)
+    remote = [url for url in names if not is_local(url)]
+    stat_all([url for url in names if is_local(url)] + remote[:1])
+
+
 def stat_all(urls: Sequence[str]) -> list[Stat]:
     """Size and stamp of each shard. Raises DataError where some are missing or are no files."""
     with ThreadPoolExecutor(min(32, len(urls))) as threads:

@@ -100,6 +100,31 @@ class Order:
         """Epoch of a step, and the number of the step within it."""
         return divmod(step, self.steps_per_epoch)
 
+    def step_after(self, before: Order, step: int) -> int:
+        """The step at which as much of the same data is behind as after ``step`` steps of ``before``.
+
+        At an epoch's end that is as many epochs; within one it is the same samples, which takes the same sequence of samples
+        and a batch that divides what is behind. Raises UserError where there is no such step.
+        """
+        epoch, inside = before.epoch_of(step)
+        seen = inside * before.batch_size
+        if self._sequence() != before._sequence() and inside:
+            raise UserError(
+                f"step {step:,} lies within an epoch, where the order of samples goes on only with training.seed={before.seed}, "
+                f"loader.lanes={before.lanes}, the same loader.shuffle_samples and a training.batch_size that leaves as many samples an "
+                f"epoch ({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an epoch's end"
+            )
+        if seen % self.batch_size:
+            raise UserError(
+                f"after step {step:,}, {seen:,} samples of an epoch are behind, which training.batch_size={self.batch_size} "
+                "does not divide. Give one that does, or take a checkpoint of an epoch's end"
+            )
+        return epoch * self.steps_per_epoch + seen // self.batch_size
+
+    def _sequence(self) -> tuple[int | None, ...]:
+        """All that the sequence of samples of an epoch depends on, for the same shards."""
+        return self.samples, self.seed, self.lanes, self._lane_length, None if self._small else self._window
+
     def batch(self, step: int) -> NDArray[np.int64]:
         """Sample indices of the global batch of ``step``, int64 [batch], lane after lane."""
         epoch, step = self.epoch_of(step)

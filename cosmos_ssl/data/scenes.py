@@ -23,7 +23,7 @@ from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_error
 from cosmos_ssl.functional_pulse import alive
 
-__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "write_scenes"]
+__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "is_written", "write_scenes"]
 
 _VERSION = 2
 """Raised when the same options would give other shards than before."""
@@ -82,20 +82,20 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
 
     Raises DataError where the folder holds something else, UserError or StorageError where it cannot be written.
     """
-    if _written(folder, options):
+    if is_written(folder, options):
         return folder
     part = folder.parent / f".{folder.name}.{os.getpid()}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.parent / f".{folder.name}.lock"):
-            if _written(folder, options):
+            if is_written(folder, options):
                 return folder
             shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
             part.mkdir()
             _write_all(part, options)
             part.replace(folder)
     except OSError as error:
-        if _written(folder, options):  # another process was quicker, where the file system has no locks
+        if is_written(folder, options):  # another process was quicker, where the file system has no locks
             return folder
         raise storage_error(error, f"scenes: {folder} cannot be written") from error
     finally:
@@ -103,7 +103,8 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
     return folder
 
 
-def _written(folder: Path, options: SceneOptions) -> bool:
+def is_written(folder: Path, options: SceneOptions) -> bool:
+    """Whether the shards of these options lie in ``folder``. Raises DataError where something else does."""
     note = {"version": _VERSION, **asdict(options)}
     if (folder / _NOTE).exists():
         with suppress(ValueError):  # damaged

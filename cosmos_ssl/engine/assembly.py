@@ -1,4 +1,4 @@
-"""What a trainer works on: all parts of a run, built and wired, whoever built them."""
+"""What a trainer works on: all parts of a run, built and wired, whoever built them; its order of samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Spec, Teacher, Tokenizer
+from cosmos_ssl.config import Config
+from cosmos_ssl.data.order import Order
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import Plan
 
@@ -17,6 +22,18 @@ class ScheduledEvaluator:
 
     evaluator: Evaluator
     every_epochs: int | None = None
+
+
+def make_order(config: Config, shard_sizes: NDArray[np.int64]) -> Order:
+    """The order in which a run of this config takes the samples of shards of these sizes. Raises UserError."""
+    loader, training = config.loader, config.training
+    return Order(shard_sizes, training.batch_size, lanes=loader.lanes, shuffle_samples=loader.shuffle_samples, seed=training.seed)
+
+
+def total_steps(config: Config, order: Order) -> int:
+    """Steps of a whole run."""
+    wanted = config.schedule.epochs * order.steps_per_epoch
+    return min(wanted, config.schedule.max_steps or wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +58,5 @@ class Assembly:
     """For people: what was taken over from ``model.pretrained``."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Config path of each part -> name, distribution and version."""
+    places: Callable[[], Mapping[str, str | None]] = dict
+    """Reads what lies at the places that options name (``identity.Identity``)."""

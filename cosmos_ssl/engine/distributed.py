@@ -33,7 +33,7 @@ BUCKET = 25 << 20
 def joined_world(device: str) -> Iterator[None]:
     """Be a member of the started world while entered: gloo for host tensors, NCCL for those on CUDA devices.
 
-    Raises StorageError where the others cannot be reached.
+    Raises UserError where the variables that tell of it make no sense, StorageError where the others cannot be reached.
     """
     if started_ranks() == 1 or dist.is_initialized():
         yield
@@ -41,7 +41,10 @@ def joined_world(device: str) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:  # srun alone
         from submitit.helpers import TorchDistributedEnvironment
 
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # it asks whether it is in charge
+        given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ.update(given)
     cuda = pick_device(device).type == "cuda"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)

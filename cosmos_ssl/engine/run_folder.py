@@ -18,7 +18,7 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.config_files import read_object, set_aside
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.errors import UserError, printable
-from cosmos_ssl.identity import identity_differences
+from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,10 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.log = path / (f"log.rank{rank}.txt" if rank else "log.txt")
         self.trace = path / "trace" / f"rank{rank}.json.gz"
+        self.fork = path / "fork.json"
         self._result = path / "result.json"
         self._identity = path / "identity.json"
+        self._mine: Identity | None = None
         self._accepted: list[str] = []
 
     @contextmanager
@@ -66,7 +68,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}. Give another output_dir") from error
+            raise self._unwritable(str(error.strerror)) from error
         try:
             self._claim(handle, key)
             try:
@@ -75,6 +77,18 @@ class RunFolder:
                 _held.discard(key)
         finally:
             os.close(handle)
+
+    def check_free(self) -> None:
+        """Raise UserError unless a run could write here now. No folder is made."""
+        if self.path.exists():
+            with self.locked():
+                return
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise self._unwritable("Permission denied" if above.is_dir() else f"{above} is no folder")
+
+    def _unwritable(self, why: str) -> UserError:
+        return UserError(f"output_dir: {self.path} cannot be written: {why}. Give another output_dir")
 
     def _claim(self, handle: int, key: Path) -> None:
         try:
@@ -104,32 +118,53 @@ class RunFolder:
 
     # ------------------------------------------------------------------ whose folder it is
 
-    def belong(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Claim the folder for the run of this config and data set.
+    def belong(self, mine: Identity, *, accept_data: bool = False) -> None:
+        """Hold the folder against the run that wants it; ``record`` makes it that run's. Nothing is written here.
 
-        Raises UserError where it is another's; shards that have changed may be accepted (``loader.changed_data``).
+        Raises UserError where it is another's; data that have changed may be accepted (``loader.changed_data``).
         """
-        mine = {"config": config.model_dump(), "data": _plain(data)}
-        if not self._identity.exists():
-            write_whole(self._identity, json.dumps(mine, indent=1))
+        self._mine = mine
+        theirs = self.identity()
+        if theirs is None:
             return
-        advice = "It tells whose run this is: bring it back from a copy, or delete it if the run is of this very config and data"
-        theirs = read_object(self._identity, {"config": dict, "data": dict}, advice)
-        changed = identity_differences(theirs["config"], mine["config"]) if theirs["config"] != mine["config"] else []
-        moved = [f"data, {fault}" for fault in differences(theirs["data"], mine["data"])]
-        if not changed and moved and config.loader.changed_data == "accept":
+        changed, moved = mine.config_changes(theirs), mine.data_changes(theirs)
+        if not moved:
+            self._mine = mine.knowing(theirs)
+        if moved and not changed and accept_data:
             self._accepted = moved
-            write_whole(self._identity, json.dumps(mine, indent=1))
-        elif changed or moved:
-            whose, how = ("config", "") if changed else ("data set", ", or loader.changed_data=accept to go on with the shards of now")
+        elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another {whose} ({_listed(changed + moved)}). Give another output_dir{how}."
+                f"run folder {self.path} belongs to another config ({_listed(changed + moved)}). Give another output_dir. "
+                f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
+                f"model.pretrained={self.path} the weights alone"
             )
+        elif moved:
+            how = "loader.changed_data=accept to go on with the shards of now"
+            raise UserError(f"run folder {self.path} belongs to another data set ({_listed(moved)}). Give another output_dir, or {how}.")
+
+    def identity(self) -> Identity | None:
+        """Whose folder it is, or None."""
+        if not self._identity.exists():
+            return None
+        advice = "It tells whose run this is: bring it back from a copy, or delete it if the run is of this very config and data"
+        found = read_object(self._identity, {"config": dict, "data": dict}, advice)
+        return Identity(config=found["config"], data=found["data"], places=found.get("places", {}))
+
+    def identify(self, *, finished: bool = False) -> None:
+        """Write down the identity that ``belong`` was given, with what was not known of it before.
+
+        Raises UserError for a ``finished`` run whose data have changed: it has not seen those of now.
+        """
+        if finished and self._accepted:
+            raise UserError(f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another output_dir")
+        if self._mine is not None and self.identity() != self._mine:
+            write_whole(self._identity, json.dumps(self._mine.plain(), indent=1))
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
-        """Write the resolved config and the versions at work; say so where versions, or accepted shards, have changed since the start."""
+        """Write identity, resolved config and versions; say so where versions, or accepted shards, have changed since the start."""
         if self._accepted:
             log.warning("the shards have changed since this run began (%s); it goes on with those of now", _listed(self._accepted))
+        self.identify()
         write_whole(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)
@@ -185,11 +220,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key: old -> new`` for every key that differs."""
     absent = "absent"
     return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in dict.fromkeys((*old, *new)) if old.get(k) != new.get(k)]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back."""
-    return json.loads(json.dumps(value))
 
 
 def _listed(faults: Sequence[str], limit: int = 4) -> str:

@@ -17,7 +17,7 @@ from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.models.contract import blaming, checked_moves
 from cosmos_ssl.models.model import Model
 
@@ -107,7 +107,10 @@ class RunState:
             load_exactly(self.teacher_model, load_tensors(path, "teacher"), f"{path}/teacher.safetensors")
         tensors = load_tensors(path, "optimizer")
         for name, value in self._teacher_extras().items():
-            value.copy_(tensors.pop(f"{_TEACHER}{name}"))
+            told = tensors.pop(f"{_TEACHER}{name}", None)
+            if told is None or told.shape != value.shape:
+                raise CheckpointError(f"{path}/optimizer.safetensors does not fit the teacher: {name} is missing or of another shape")
+            value.copy_(told)
         self.optimizer.load(tensors)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -17,12 +17,12 @@ from cosmos_ssl.api import Progress, Views
 from cosmos_ssl.config import Config
 from cosmos_ssl.config_ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
-from cosmos_ssl.data.order import Order
-from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
 from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, named_losses, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
+from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -33,7 +33,7 @@ from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.functional import gather_objects
-from cosmos_ssl.identity import identity
+from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import resolve_backend
 
 log = logging.getLogger(__name__)
@@ -75,13 +75,7 @@ class Trainer:
         assert assembly.dataset is not None, "a model built to be read, not trained"
         self.dataset = assembly.dataset
         loader = config.loader
-        self.order = Order(
-            self.dataset.shard_sizes,
-            config.training.batch_size,
-            lanes=loader.lanes,
-            shuffle_samples=loader.shuffle_samples,
-            seed=config.training.seed,
-        )
+        self.order = make_order(config, self.dataset.shard_sizes)
         self.loader = Loader(
             self.dataset,
             self.order,
@@ -96,8 +90,7 @@ class Trainer:
             background=config.model.background,
         )
         self.steps_per_epoch = self.order.steps_per_epoch
-        wanted = config.schedule.epochs * self.steps_per_epoch
-        self.total_steps = min(wanted, config.schedule.max_steps or wanted)
+        self.total_steps = total_steps(config, self.order)
         if config.training.deterministic:
             be_deterministic()
 
@@ -115,11 +108,10 @@ class Trainer:
                 stack.enter_context(self.signals)
             self.world.from_first(lambda: stack.enter_context(self.folder.locked()))
             stack.enter_context(named_losses())
-            self.world.from_first(lambda: self.folder.belong(self.config, self.dataset.identity()))
-            result = self.world.from_first(self.folder.result)
-            if result is not None and result["step"] == self.total_steps:
+            metrics = self.world.from_first(self._finished)
+            if metrics is not None:
                 log.info("run %s is finished (step %s)", self.folder.path, f"{self.total_steps:,}")
-                return dict(result["metrics"])
+                return metrics
             with self.folder.logged():
                 try:
                     return self._run()
@@ -127,6 +119,16 @@ class Trainer:
                     unforeseen = not isinstance(error, CosmosError) or error.__cause__ is not None or hasattr(error, "__notes__")
                     log.info("the run ended: %s", error or type(error).__name__, exc_info=unforeseen, extra={"file_only": True})
                     raise
+
+    def _finished(self) -> dict[str, float] | None:
+        """On the first rank: the final metrics where there is nothing left to do. Raises UserError for a folder that is another run's."""
+        self.identity = Identity.of(self.config, self.dataset.identity(), self.assembly.places())
+        self.folder.belong(self.identity, accept_data=self.config.loader.changed_data == "accept")
+        result = self.folder.result()
+        if result is None or result["step"] != self.total_steps:
+            return None
+        self.folder.identify(finished=True)
+        return dict(result["metrics"])
 
     def _run(self) -> dict[str, float]:
         """Start or resume, loop, finish."""
@@ -151,24 +153,28 @@ class Trainer:
 
     def _start(self, stack: ExitStack) -> None:
         """Make all that a run needs, as new or as the newest sound checkpoint left it."""
-        if self.world.first:
-            self.folder.record(self.config, self.assembly.parts)
         newest = self.world.from_first(lambda: latest_checkpoint(self.folder.path))
         self.state = RunState(self.assembly, self.config, self.device)
         self.state.model.train()
         training = self.config.training
         self.step = Step(self.assembly, precision=training.precision, micro_batch_size=training.micro_batch_size, device=self.device)
-        saved = self.state.restore(newest) if newest is not None else None
+        with refusing(self.folder):
+            fork = self.world.from_first(self._fork) if newest is None else None
+            source = newest if fork is None else fork.checkpoint
+            saved = self.state.restore(source) if source is not None else None
+        if fork is not None:
+            self.state.step = fork.step
         if self.world.first:
             cut_rows(self.folder.metrics, self.state.step)
         self.evaluated = self._already_evaluated()
-        self._announce(saved)
+        self._announce(saved, fork)
         self.writers = Writers(list(self._make_writers()) if self.world.first else [])
         stack.callback(self.writers.close)
         if self.world.first:
-            sound = None if saved is None else self.state.step
+            sound = None if newest is None else self.state.step
             self.checkpoints = CheckpointWriter(self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps, sound)
             stack.callback(self.checkpoints.close)
+        self.world.from_first(lambda: self._settle(fork))
         self.loader.check_limits()
         self.signals.at_once = False
         self.watchdog = stack.enter_context(Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing))
@@ -176,6 +182,18 @@ class Trainer:
         self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch, save_seconds)
         stack.enter_context(self.watch.showing(self.state.step))
         self.clock = Clock()
+
+    def _fork(self) -> Fork | None:
+        """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""
+        checkpoint = told_fork(self.folder)
+        return None if checkpoint is None else plan_fork(checkpoint, self.identity, self.config, self.dataset.shard_sizes)
+
+    def _settle(self, fork: Fork | None) -> None:
+        """On the first rank: make the folder this run's; what was taken over from another run is kept here from now on."""
+        if fork is not None:
+            note_fork(self.folder, fork)
+            self._save_now()
+        self.folder.record(self.config, self.assembly.parts)
 
     def _finish(self) -> dict[str, float]:
         """Mark the run as finished and show its final table."""
@@ -324,7 +342,7 @@ class Trainer:
             "samples": self.state.step * self.config.training.batch_size,
             "epoch": self.state.step / self.steps_per_epoch,
             "ranks": self.world.size,
-            "identity": {"config": identity(self.config), "data": dict(self.dataset.identity())},
+            "identity": {"config": self.identity.digest(), "data": self.identity.data},
             "versions": versions(self.assembly.parts),
         }
         self.checkpoints.write(self.state.snapshot(about))
@@ -389,9 +407,11 @@ class Trainer:
             f"{self.folder.path} at step {step:,} (sample {step * self.config.training.batch_size:,}, epoch {step // self.steps_per_epoch})"
         )
 
-    def _announce(self, saved: Mapping[str, Any] | None) -> None:
+    def _announce(self, saved: Mapping[str, Any] | None, fork: Fork | None) -> None:
         """Say what is trained on what, from where on."""
-        if saved is None:
+        if fork is not None:
+            log.info("%s, training goes on in %s.", fork, self._place())
+        elif saved is None:
             size = sum(parameter.numel() for parameter in self.state.model.parameters())
             training = self.config.training
             log.info(

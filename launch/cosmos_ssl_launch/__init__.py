@@ -43,7 +43,14 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="X.yaml",
         help="a file, or the name of a config that comes with cosmos-ssl; several are queued as a job array",
     )
-    parser.add_argument(_DRY_RUN, action="store_true", help="check and print config and batch script, but neither train nor queue")
+    parser.add_argument(
+        "--fork",
+        metavar="OLD",
+        help="go on from this run folder, or one of its checkpoints, in another output_dir: weights, optimiser and step are taken over",
+    )
+    parser.add_argument(
+        _DRY_RUN, action="store_true", help="check all that a start would, print config and batch script, and train and write nothing"
+    )
     _add_place(parser)
     return parser
 
@@ -57,6 +64,7 @@ def _train(argv: Sequence[str]) -> int:
         arguments.config,
         arguments.overrides,
         profile=arguments.profile,
+        fork=arguments.fork,
         dry_run=arguments.dry_run,
         follow=arguments.follow,
         snapshot=not arguments.no_snapshot,

@@ -24,6 +24,7 @@ def launch(
     overrides: Sequence[str],
     *,
     profile: str | None = None,
+    fork: str | None = None,
     dry_run: bool = False,
     follow: bool = False,
     snapshot: bool = True,
@@ -50,27 +51,32 @@ def launch(
     for one in loaded:
         build.check(one)
     if isinstance(place, SlurmProfile):
-        return _on_slurm(loaded, place, dry_run=dry_run, follow=follow, snapshot=snapshot)
-    return _here(configs[0], overrides, loaded[0], place.ranks, joined, dry_run=dry_run)
+        return _on_slurm(loaded, place, fork=fork, dry_run=dry_run, follow=follow, snapshot=snapshot)
+    return _here(configs[0], overrides, loaded[0], place.ranks, joined, fork=fork, dry_run=dry_run)
 
 
-def _here(config: str, overrides: Sequence[str], loaded: LoadedConfig, ranks: int, joined: int, *, dry_run: bool) -> int:
+def _here(config: str, overrides: Sequence[str], loaded: LoadedConfig, ranks: int, joined: int, *, fork: str | None, dry_run: bool) -> int:
     """Train in this process or in several of this machine."""
-    from cosmos_ssl import build
+    from cosmos_ssl import build, build_start
 
     where = "in one process" if ranks == 1 else f"as one of {ranks} ranks" if joined > 1 else f"in {ranks} processes"
     if dry_run:
+        left = build_start.dry_run(loaded, here=True, fork=fork)
         print(dump_yaml(loaded.tree), end="")
-        print(f"# both stages of checks passed. Without --dry-run this trains here, {where}, into {loaded.config.folder}")
+        print(f"{_passed(left)} this trains here, {where}, into {loaded.config.folder}")
         return EXIT_DONE
     if joined == 1 and ranks > 1:
-        build.prepare(loaded)
+        build_start.prepare(loaded, fork=fork)
     if joined == 1 or os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         print(f"training here, {where}, into {loaded.config.folder}", flush=True)
     if joined == 1 and ranks > 1:
         return run_ranks(["--config", config, *overrides], ranks)
-    build.run(loaded)
+    build.run(loaded, fork=fork)
     return EXIT_DONE
+
+
+def _passed(left: str) -> str:
+    return f"# all checks passed{f' (not looked into: {left})' if left else ''}. Without --dry-run"
 
 
 def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
@@ -83,23 +89,24 @@ def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
         raise UserError(f"output_dir: {twice} would be the run folder of several configs. Leave output_dir out, and names differ")
 
 
-def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, dry_run: bool, follow: bool, snapshot: bool) -> int:
+def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str | None, dry_run: bool, follow: bool, snapshot: bool) -> int:
     """Queue one run, or several as an array, once all that can be checked here has been."""
-    from cosmos_ssl import build
+    from cosmos_ssl import build_start
     from cosmos_ssl_launch import slurm
     from cosmos_ssl_launch.snapshot import drop_snapshot, take_snapshot
 
     if dry_run:
+        left = {build_start.dry_run(one, here=False, fork=fork) for one in loaded} - {""}
         for one in loaded:
             print(f"# the config of {one.config.folder}\n{dump_yaml(one.tree)}")
         script = slurm.batch_script(loaded, place, snapshot=snapshot)
-        print(f"# both stages of checks passed. Without --dry-run this is given to sbatch:\n{script}", end="")
+        print(f"{_passed('; '.join(sorted(left)))} this is given to sbatch:\n{script}", end="")
         return EXIT_DONE
     if follow and len(loaded) > 1:
         raise UserError("--follow shows one run; these are several. Leave it out, and see: cosmos-launch status RUN_FOLDER")
     for one in loaded:
         check_not_queued(one.config.folder)
-        build.prepare(one, scan=False)
+        build_start.prepare(one, scan=False, fork=fork)
     for one in loaded:
         if snapshot:
             take_snapshot(one.config.folder, one.tree)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cosmos_ssl.config_source import COMMAND_LINE, Node, fault, merge, parse_overrides, read_file
 from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
 from cosmos_ssl.registry import describe_errors
 
 Positive = Annotated[int, Field(gt=0)]
-Line = Annotated[str, Field(pattern=r"^[^\n]*$")]
+
+
+def _one_line(text: str) -> str:
+    """Refuse what would write more lines into a batch script than one."""
+    if any(unicodedata.category(letter) == "Cc" and letter != "\t" for letter in text):
+        raise PydanticCustomError("one_line", "one line without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -60,11 +71,11 @@ class SlurmProfile(_Profile):
     """Ranks of each node: one a GPU."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     cpus_per_task: Positive | None = None
-    mem: str | int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    mem: Line | int | None = None
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    constraint: Line | None = None
     time: Annotated[Positive, BeforeValidator(minutes, json_schema_input_type=str | int)] = 720
     """Minutes, or any of SLURM's forms."""
     signal_delay_s: Positive = 120
@@ -74,8 +85,8 @@ class SlurmProfile(_Profile):
     srun_args: list[Line] = []
     python: Line | None = None
     """What starts Python within srun; by default the Python that submits."""
-    environment: dict[Name, str | int | float] = {}
-    slurm: dict[Annotated[str, Field(pattern=r"^[a-z][a-z_-]*$")], str | int | bool] = {}
+    environment: dict[Name, Line | int | float] = {}
+    slurm: dict[Annotated[str, Field(pattern=r"^[a-z][a-z_-]*$")], Line | int | bool] = {}
     """Further options of sbatch, by name."""
     restarts_without_progress: Annotated[int, Field(ge=0)] = 3
     """So many restarts in a row without a new checkpoint end a job."""

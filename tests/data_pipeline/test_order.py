@@ -110,3 +110,24 @@ def test_randomness_is_keyed_by_sample() -> None:
     assert len(set(values)) == len(values) and draw(0, 0, 5) == values[0]
     chosen = [replacement(0, 0, position, 1, 1000) for position in range(200)]
     assert len(set(chosen)) > 150 and max(chosen) < 1000
+
+
+@pytest.mark.parametrize("shuffle_samples", [10**6, 96])
+def test_another_batch_size_goes_on_with_the_same_samples(shuffle_samples: int) -> None:
+    """Wherever a step is named, what is behind in that epoch is the same set of samples."""
+    old = Order(SIZES, 32, lanes=4, shuffle_samples=shuffle_samples, seed=3)
+    found = 0
+    for batch in (8, 16, 64, 96):
+        new = Order(SIZES, batch, lanes=4, shuffle_samples=shuffle_samples, seed=3)
+        assert new.step_after(old, 2 * old.steps_per_epoch) == 2 * new.steps_per_epoch
+        for step in range(old.steps_per_epoch + 1, old.steps_per_epoch + 6):
+            try:
+                epoch, inside = new.epoch_of(new.step_after(old, step))
+            except UserError:
+                continue
+            behind = np.sort(np.concatenate([old.batch(s) for s in range(old.steps_per_epoch, step)]))
+            first = epoch * new.steps_per_epoch
+            assert epoch == 1
+            assert np.array_equal(behind, np.sort(np.concatenate([new.batch(s) for s in range(first, first + inside)])))
+            found += 1
+    assert found >= 5

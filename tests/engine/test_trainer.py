@@ -148,6 +148,24 @@ def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path):
     assert said.getvalue() == f"run {tmp_path} is finished (step 10)\n"
 
 
+def test_a_finished_run_is_not_finished_for_another_one(tiny, tmp_path, monkeypatch):
+    """Options with a slash are options; data that have changed were not trained on. What tells whose the folder is stays as it was."""
+
+    def of(parts, **loader):
+        return tiny.make_trainer(tmp_path, tiny.make_config(data={"type": "numbers", "parts": parts}, loader={"workers": 0, **loader}))
+
+    of(["x/y.tar", "b"]).train()
+    kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "identity.json")}
+    with pytest.raises(UserError, match=re.escape('another config (data.parts: ["x/y.tar", "b"] -> ["x/y.tar", "c"])')):
+        of(["x/y.tar", "c"]).train()
+    monkeypatch.setattr(tiny, "SAMPLES", 21)  # as many steps
+    with pytest.raises(UserError, match="another data set"):
+        of(["x/y.tar", "b"]).train()
+    with pytest.raises(UserError, match="is finished, with other data"):
+        of(["x/y.tar", "b"], changed_data="accept").train()
+    assert kept == {name: (tmp_path / name).read_text() for name in kept}
+
+
 def test_more_shards_are_accepted_from_the_same_step_on(tiny, rows, tmp_path, monkeypatch):
     crash(tiny, tmp_path, 5)
     monkeypatch.setattr(tiny, "SAMPLES", 32)

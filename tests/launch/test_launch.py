@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl import build
+from cosmos_ssl import build, build_start
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.errors import StorageError
+from cosmos_ssl_launch import launch as launch_module
 from cosmos_ssl_launch import main
 
 Launch = Callable[..., tuple[int, str, str]]
@@ -22,14 +23,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[LoadedConfig]:
     """The runs that were started; nothing is trained."""
     runs: list[LoadedConfig] = []
     monkeypatch.setattr(build, "check", lambda loaded: None)
-    monkeypatch.setattr(build, "run", runs.append)
+    monkeypatch.setattr(build, "run", lambda loaded, fork: runs.append(loaded))
+    monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: "the data")
     return runs
 
 
 @pytest.fixture
 def launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[LoadedConfig]) -> Launch:
     monkeypatch.chdir(tmp_path)
-    for variable in ("COSMOS_PROFILE", "WORLD_SIZE"):
+    for variable in ("COSMOS_PROFILE", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(variable, raising=False)
 
     def launch(*argv: str) -> tuple[int, str, str]:
@@ -50,7 +52,8 @@ def test_trains_here_and_says_so(launch: Launch, trained: list[LoadedConfig]) ->
 def test_dry_run_prints_the_resolved_config(launch: Launch, trained: list[LoadedConfig]) -> None:
     code, out, _ = launch("--dry-run", "output_dir=there")
     assert code == 0 and not trained and "output_dir: there\n" in out
-    assert out.endswith("# both stages of checks passed. Without --dry-run this trains here, in one process, into there\n")
+    said = "# all checks passed (not looked into: the data). Without --dry-run this trains here, in one process, into there\n"
+    assert out.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +82,8 @@ def test_profile_from_flag_config_and_environment_in_that_order(launch: Launch, 
 
 
 def test_a_world_started_by_others_is_joined(launch: Launch, trained: list[LoadedConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("COSMOS_PROFILE", "slurm")
     code, out, _ = launch("profile.nproc=4")
     assert code == 0 and len(trained) == 1 and out.startswith("training here, as one of 2 ranks, into ")
@@ -88,8 +91,20 @@ def test_a_world_started_by_others_is_joined(launch: Launch, trained: list[Loade
     assert "cannot be shared by 3 ranks" in launch()[2]
 
 
+def test_what_a_run_goes_on_from_is_handed_on(launch: Launch, monkeypatch: pytest.MonkeyPatch, no_slurm: None) -> None:
+    """To the check, to the one process, and before several are started or a job is queued to the folder."""
+    told: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(build, "run", lambda loaded, fork: told.append(("run", fork)))
+    monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
+    monkeypatch.setattr(build_start, "prepare", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
+    monkeypatch.setattr(launch_module, "run_ranks", lambda arguments, ranks: told.append(("ranks", " ".join(arguments[:2]))) or 0)
+    for words in (["--dry-run"], [], ["profile.nproc=2"], ["--profile", "slurm"]):
+        launch("--fork", "old", "output_dir=new", *words)
+    assert told == [("check", "old"), ("run", "old"), ("prepare", "old"), ("ranks", "--config methods/clip"), ("prepare", "old")]
+
+
 def test_exit_code_of_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(loaded: LoadedConfig) -> None:
+    def run(loaded: LoadedConfig, fork: str | None) -> None:
         raise StorageError("no space")
 
     monkeypatch.setattr(build, "run", run)
@@ -111,7 +126,7 @@ def test_what_slurm_would_be_given(launch: Launch, trained: list[LoadedConfig], 
     )
     code, out, err = launch("--dry-run", "--profile", "mine.yaml", "name=a b", "profile.partition=gpu")
     assert (code, err) == (0, "") and not trained and not (tmp_path / "runs").exists()
-    config, _, script = out.partition("# both stages of checks passed. Without --dry-run this is given to sbatch:\n")
+    config, _, script = out.partition("# all checks passed (not looked into: the data). Without --dry-run this is given to sbatch:\n")
     assert "name: a b\n" in config
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -103,3 +104,21 @@ def test_kinds(tmp_path: Path, text: str, message: str) -> None:
 def test_a_profile_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"no profile 'slrm': there is no such file. Did you mean 'slurm'\? Those that come with"):
         read_profile("slrm")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [*("partition", "account", "qos", "constraint", "mem", "python", "setup", "srun_args"), "environment.A", "slurm.mail-user"],
+)
+@pytest.mark.parametrize("evil", ["gpu\n#SBATCH --wrap=evil", "gpu\r", "a\x1b[2J"])
+def test_no_value_writes_more_than_its_line(tmp_path: Path, key: str, evil: str) -> None:
+    outer, _, inner = key.partition(".")
+    value = json.dumps(evil)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"kind: slurm\n{outer}: {f'{{{inner}: {value}}}' if inner else f'[{value}]' if key in ('setup', 'srun_args') else value}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_profile(str(path))
+    said = str(caught.value)
+    assert f"mine.yaml:2  {key}" in said and "one line without control characters" in said and said.isprintable()

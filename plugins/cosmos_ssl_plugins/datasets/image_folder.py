@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import Sample, Spec
+from cosmos_ssl.api import Aside, Location, Sample, Spec
 from cosmos_ssl.data.folder import EXTENSIONS, Folder
 
 # The order shuffles whole shards and then, where there are more than loader.shuffle_samples, within windows of neighbours.
@@ -33,10 +33,10 @@ class ImageFolder(Folder):
         self,
         spec: Spec,
         *,
-        train_data: str,
-        validation_data: str | None = None,
+        train_data: Location,
+        validation_data: Location | None = None,
         extensions: tuple[str, ...] = EXTENSIONS,
-        cache_dir: str | None = None,
+        cache_dir: Aside[str | None] = None,
         max_pixels: int = 1 << 26,
     ) -> None:
         super().__init__(train_data, extensions=extensions, captions=bool(spec.text_views), cache_dir=cache_dir, max_pixels=max_pixels)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_ssl.api import Spec
+from cosmos_ssl.api import Location, Spec
 from cosmos_ssl.data import Manifest, Shards
 from cosmos_ssl.data.manifest import Progress
-from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
+from cosmos_ssl.data.scenes import SceneOptions, default_folder, is_written, write_scenes
 
 
 class Scenes(Shards):
@@ -30,7 +30,7 @@ class Scenes(Shards):
         image_size: int = 64,
         colours: int = 8,
         seed: int = 0,
-        folder: str | None = None,
+        folder: Location | None = None,
         caption_schema: str | None = "dreamlip",
     ) -> None:
         self._options = SceneOptions(
@@ -48,6 +48,10 @@ class Scenes(Shards):
         if self._manifest is None:
             write_scenes(self._folder, self._options)
         return super().manifest
+
+    def check_exists(self) -> bool:
+        """Whether they are written; if not, ``prepare`` writes them."""
+        return is_written(self._folder, self._options)
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Write the scenes that are missing, then as for any shards."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosmos_ssl.api import Spec
+from cosmos_ssl.api import Aside, Location, Spec
 from cosmos_ssl.data import Shards
 
 
@@ -20,11 +20,11 @@ class WebDataset(Shards):
         self,
         spec: Spec,
         *,
-        train_data: str | list[str],
+        train_data: Location | list[Location],
         caption_schema: str | None = "dreamlip",
-        validation_data: str | None = None,
-        cache_dir: str | None = None,
-        cache_gib: float = 32.0,
+        validation_data: Location | None = None,
+        cache_dir: Aside[str | None] = None,
+        cache_gib: Aside[float] = 32.0,
         max_pixels: int = 1 << 26,
     ) -> None:
         if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used

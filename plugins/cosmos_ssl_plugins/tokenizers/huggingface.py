@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Spec, Tokenizer, UserError
+from cosmos_ssl.api import Location, Spec, Tokenizer, UserError
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -19,7 +19,7 @@ class HuggingFaceTokenizer(Tokenizer):
     never run. Raises UserError where it cannot be loaded or has nothing to pad with.
     """
 
-    def __init__(self, spec: Spec, *, name: str, context_length: int = 77) -> None:
+    def __init__(self, spec: Spec, *, name: Location, context_length: int = 77) -> None:
         if context_length < 3:
             raise ValueError(f"context_length: {context_length} leaves no room between the special tokens")
         self.context_length = context_length

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, Spec, TextGroup, Tower, TowerSpec, UserError
+from cosmos_ssl.api import GroupFeatures, GroupPlan, Location, Modality, Spec, TextGroup, Tower, TowerSpec, UserError
 from cosmos_ssl.models.transformer import pick_views
 
 
@@ -37,7 +37,7 @@ class HuggingFaceText(Tower):
         self,
         spec: Spec,
         *,
-        model: str | None = None,
+        model: Location | None = None,
         pretrained: bool = False,
         architecture: str | None = None,
         config: dict[str, Any] | None = None,
