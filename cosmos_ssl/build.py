@@ -183,14 +183,8 @@ class Builder:
             spec = replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in towers.items()}))
             augmenters, offers = self._augmenters(spec)
             spec = replace(spec, **offers)
-        dataset: Dataset | None = self._make("data", spec)
-        if dataset is not None:
-            with blaming(dataset, "data"):
-                if prepare:
-                    with watched():
-                        dataset.prepare()
-                    spec = replace(spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size))
-                spec = replace(spec, validation_data=dataset.validation_data)
+        with watched() if prepare else nullcontext():
+            dataset, spec = self._dataset(spec, prepare)
         with meta_device() if meta else nullcontext():
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
@@ -219,6 +213,17 @@ class Builder:
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
             places=self._places,
         )
+
+    def _dataset(self, spec: Spec, prepare: bool) -> tuple[Dataset | None, Spec]:
+        """The data set, and what is known with it."""
+        dataset: Dataset | None = self._make("data", spec)
+        if dataset is None:
+            return None, spec
+        with blaming(dataset, "data"):
+            if prepare:
+                dataset.prepare()
+                spec = replace(spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size))
+            return dataset, replace(spec, validation_data=dataset.validation_data)
 
     def _places(self) -> dict[str, str | None]:
         """What lies at the places that options name, and None for options that are no part of a run (``identity.Identity``)."""

@@ -15,12 +15,13 @@ from cosmos_ssl.build_weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.checkpoint import checkpoint_step
 from cosmos_ssl.engine.run_folder import RunFolder
-from cosmos_ssl.errors import StorageError, UserError
+from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
 from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
 from cosmos_ssl.evaluation.embedding_io import What, open_samples
 from cosmos_ssl.evaluation.samples import threads_of_this_process
+from cosmos_ssl.files import storage_faults
 from cosmos_ssl.interop import export as forms
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -81,7 +82,7 @@ def embed(
     where ``output`` holds other embeddings (unless ``overwrite``); StorageError.
     """
     names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
-    try:
+    with storage_faults("embed: storage fails"):
         samples, usual = open_samples(names)
         if usual == "text" and what not in (None, "text"):
             raise UserError(f"--what {what}: {names[0]} holds texts alone")
@@ -97,10 +98,6 @@ def embed(
             about={"checkpoint": checkpoint, "which": which, "cosmos_ssl": __version__},
         )
         return embedding.embed(encoder, job, Path(output), overwrite=overwrite, progress=progress)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror}") from error
-    except OSError as error:
-        raise StorageError(f"embed: storage fails: {error}") from error
 
 
 def attend(

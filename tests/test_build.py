@@ -1,6 +1,7 @@
 """From a config to a run: training by the Python API, loading what it left and official files, faults of stage two."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_nothing_unread_stays_trainable_in_an_image_only_run():
     assert check(load_config("quickstart")).frozen == []
 
 
-def test_a_run_starts_from_trained_towers(trained, tmp_path):
+def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     run, _ = trained
     config = tmp_path / "next.yaml"
     config.write_text(json.dumps({**TINY, "evaluators": None}))
@@ -188,8 +189,13 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path):
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit the towers: .* of another shape"):
         Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
-    partial = Builder(load_config(config, [*start, "model.image.patch_size=8", "model.pretrained_partial=true"])).assemble().model
-    assert torch.equal(partial.text.projection, source["text.projection"])
+    part = [*start, "model.image.patch_size=8", "model.pretrained_partial=true", f"output_dir={tmp_path}/part", "schedule.max_steps=1"]
+    assembly = Builder(load_config(config, part)).assemble()
+    assert torch.equal(assembly.model.text.projection, source["text.projection"])
+    capsys.readouterr()
+    cosmos_ssl.train(config, part)
+    assert re.search(r"starting from .*: \d+ of \d+ tensors; left out: 2 of another shape \(image", assembly.start)
+    assert assembly.start in capsys.readouterr().out and assembly.start in (tmp_path / "part" / "log.txt").read_text()
 
 
 HANGS = """

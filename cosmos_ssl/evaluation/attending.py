@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, UserError
-from cosmos_ssl.errors import StorageError
 from cosmos_ssl.evaluation.attention_maps import AttentionMap, attention_maps
 from cosmos_ssl.evaluation.classification import SIMPLE_TEMPLATES, class_vectors
 from cosmos_ssl.evaluation.features import check_finite
 from cosmos_ssl.evaluation.page import Page
 from cosmos_ssl.evaluation.pictures import class_colours, draw_attention, draw_classes, draw_segments, draw_words, heat_colours, overlay
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, model_input, segment
-from cosmos_ssl.files import written_whole
+from cosmos_ssl.files import storage_faults, written_whole
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.pictures import open_picture, read_regular, to_rgb
 
@@ -82,7 +80,7 @@ def draw_page(
     """
     opened = [(name, to_rgb(image, encoder.spec.background)) for name, image in opened]
     page = Page("Attention" if pairs else "Segmentation", subtitle)
-    with _written(folder):
+    with storage_faults(f"--output {folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         if pairs:
             pictures = [_Picture(name, encoder.preprocess(image), resize_crop(image, _SIDE)) for name, image in opened]
@@ -91,16 +89,6 @@ def draw_page(
             _draw_segments(encoder, opened, names, folder, page, grid="segments_grid.png" if pairs else "grid.png")
         page.write(folder / "index.html")
     return folder / "index.html"
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from error
-    except OSError as error:
-        raise StorageError(f"--output {folder}: storage fails: {error}") from error
 
 
 def _draw_attention(encoder: ModelEncoder, pairs: Sequence[tuple[_Picture, str]], folder: Path, page: Page) -> None:

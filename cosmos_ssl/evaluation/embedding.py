@@ -103,7 +103,6 @@ def embed(
     folder = output.with_name(f"{output.name}.parts")
     identity = job.identity(encoder)
     with _alone(output):
-        _check_ours(folder)
         done = None if overwrite else read_meta(output)
         if done is not None:
             _check_same(done.get("job", {}), identity, f"{output} holds other embeddings")
@@ -145,14 +144,6 @@ def _alone(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_ours(folder: Path) -> None:
-    """Raise UserError where something else stands in the place of the folder of parts, which is removed in the end."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is no folder of this command, which keeps its parts there. Move it, or give another output")
-    if folder.is_dir() and (strange := [path.name for path in folder.iterdir() if not _PART.fullmatch(path.name)]):
-        raise UserError(f"{folder} holds something else ({strange[0]}), and the parts would go there. Move it, or give another output")
-
-
 def _claim(folder: Path, job: Mapping[str, Any], overwrite: bool) -> list[int]:
     """Make the folder of this job's parts, or find it there; the numbers of the parts in it."""
     path = folder / "job.json"
@@ -178,11 +169,11 @@ def _beginning(folder: Path) -> dict[str, Any] | None:
     if not folder.is_symlink() and not folder.exists():
         return None
     found: Any = None
-    with suppress(OSError, ValueError):
-        if not folder.is_symlink() and all(path.suffix == ".part" for path in folder.iterdir()):
-            return {}  # killed as it began
-        found = json.loads((folder / "job.json").read_bytes())
-    if folder.is_symlink() or not isinstance(found, dict) or "part_size" not in found:
+    if not folder.is_symlink() and folder.is_dir() and all(_PART.fullmatch(path.name) for path in folder.iterdir()):
+        path = folder / "job.json"
+        with suppress(OSError, ValueError):
+            found = json.loads(path.read_bytes()) if path.exists() else {"part_size": None}  # killed as it began
+    if not isinstance(found, dict) or "part_size" not in found:
         raise UserError(f"{folder} is no beginning of embeddings, or its job.json is damaged. Move it away, or give another output")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import cosmos_ssl
 from cosmos_ssl.build import Builder
 from cosmos_ssl.cli import export as command_module
+from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint, to_host
@@ -94,6 +96,24 @@ def test_a_damaged_checkpoint_is_passed_over(command: Command, run: Path, tmp_pa
     student = cosmos_ssl.load(run / "checkpoints" / "step_00000001").model.state_dict()
     assert torch.equal(teacher["logit_scale"], student["losses.clip.logit_scale"] + 1)
     assert "## Results" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_told_of_a_load_and_of_the_licence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was passed over and what was taken on standard error, also where one that is named is damaged."""
+    damaged = run / "checkpoints" / "step_00000002"
+    flags = ["--format", "timm", "--license", "cc-by-nc-4.0", "--output", str(tmp_path / "out")]
+    (damaged / "state.json").write_text("{}")
+    assert main(["export", "--checkpoint", str(damaged), *flags]) == 2
+    assert capsys.readouterr().err == f"{damaged} is damaged: state.json has 2 bytes, expected 29\n"
+    assert main(["export", "--checkpoint", str(run), *flags]) == 0
+    passed, taken = capsys.readouterr().err.splitlines()
+    assert passed.startswith(f"warning: {damaged} is damaged (state.json has 2 bytes, expected 29) and is passed over")
+    assert re.fullmatch(rf"the student of {run}/checkpoints/step_00000001: (\d+) of \1 tensors", taken)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\n") and "`mine, step 1`" in card and str(tmp_path) not in card
+    with pytest.raises(SystemExit):
+        main(["export", "--checkpoint", str(run), *flags[:2], "--license", "My Own: \n x", *flags[4:]])
+    assert "is no identifier of a licence on the hub, such as mit" in capsys.readouterr().err
 
 
 def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_folder_that_is_not_ours_is_never_touched(encoder: ModelEncoder, shard
     for place in (lambda: shutil.copytree(theirs, folder), lambda: folder.symlink_to(theirs), lambda: folder.write_text("theirs")):
         place()
         for overwrite in (False, True):
-            with pytest.raises(UserError, match=r"e\.npy\.parts (holds something else|is no folder of this command)"):
+            with pytest.raises(UserError, match=r"e\.npy\.parts is no beginning of embeddings"):
                 embed(encoder, job(shards), output, overwrite=overwrite)
         assert not output.exists() and len(list(theirs.iterdir())) == 3
         assert len(list(folder.iterdir())) == 3 if folder.is_dir() else folder.read_text() == "theirs"

