@@ -170,9 +170,10 @@ def _beginning(folder: Path) -> dict[str, Any] | None:
         return None
     found: Any = None
     if not folder.is_symlink() and folder.is_dir() and all(_PART.fullmatch(path.name) for path in folder.iterdir()):
-        path = folder / "job.json"
+        if not (path := folder / "job.json").exists():
+            return {}  # killed as it began
         with suppress(OSError, ValueError):
-            found = json.loads(path.read_bytes()) if path.exists() else {"part_size": None}  # killed as it began
+            found = json.loads(path.read_bytes())
     if not isinstance(found, dict) or "part_size" not in found:
         raise UserError(f"{folder} is no beginning of embeddings, or its job.json is damaged. Move it away, or give another output")
     return found
