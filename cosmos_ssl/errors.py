@@ -5,6 +5,7 @@ Users' mistakes are ``UserError``: one clear message, no traceback. ``assert`` i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -79,6 +80,17 @@ def is_lost_rank(error: BaseException) -> bool:
     return type(error).__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
+
+
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ud800-\\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` with what would act on a terminal instead of being shown (control characters, turns of direction) as escapes.
+
+    Newlines and tabs stay. What came with data, paths and names of others goes through here before it is printed.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:

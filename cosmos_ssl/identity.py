@@ -25,6 +25,8 @@ _PATH_KEY = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s
 
 _ABSENT = object()
 
+_PRECISION = "training.precision"
+
 
 def identity(config: Config) -> str:
     """Hash of all that changes what is computed: not ranks, workers, micro-batch, backends, evaluators, log or paths.
@@ -38,9 +40,12 @@ def identity(config: Config) -> str:
 def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What of the identity differs between two trees (``LoadedConfig.tree``), as ``model.image.width: 768 -> 384``.
 
-    Keys that one of them lacks, because another version wrote it, count with their defaults.
+    Keys that one of them lacks, because another version wrote it, count with their defaults. A new ``training.precision: auto``
+    goes on in the old one.
     """
     before, after = (dict(_leaves(_mathematics(_complete(tree)))) for tree in (old, new))
+    if after.get(_PRECISION) == "auto":
+        after[_PRECISION] = before.get(_PRECISION, "auto")
     return [
         f"{path}: {_word(before.get(path, _ABSENT))} -> {_word(after.get(path, _ABSENT))}"
         for path in dict.fromkeys((*before, *after))

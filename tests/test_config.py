@@ -287,7 +287,7 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
         ("training: {trace_steps: -1}", "x.yaml:2  training.trace_steps: expected greater than or equal to 0, got -1"),
         ("training: {compile: yes}", "x.yaml:2  training.compile: expected a boolean, got 'yes'"),
         ("training: 3", "x.yaml:2  training: expected a mapping, got 3"),
-        ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
+        ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'auto', 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
         ("teacher:\n  update_when: later", "x.yaml:3  teacher.update_when: expected 'before_optimizer_step' or "),
         ("losses: {clip: {loss_weight: x}}", "x.yaml:2  losses.clip.loss_weight: expected a number, got 'x'"),
         ("losses: [a]", 'x.yaml:2  losses: expected a mapping, got ["a"]'),

@@ -106,12 +106,16 @@ class RunFolder:
         moved = [f"data, {fault}" for fault in differences(theirs["data"], mine["data"])]
         if not changed and moved and config.loader.changed_data == "accept":
             self._accepted = moved
-            write_whole(self._identity, json.dumps(mine, indent=1))
+            write_whole(self._identity, json.dumps({**theirs, "data": mine["data"]}, indent=1))
         elif changed or moved:
             whose, how = ("config", "") if changed else ("data set", ", or loader.changed_data=accept to go on with the shards of now")
             raise UserError(
                 f"run folder {self.path} belongs to another {whose} ({_listed(changed + moved)}). Give another output_dir{how}."
             )
+
+    def begun_in(self) -> str:
+        """``training.precision`` with which the run was begun; ``auto`` in what is resumed goes on in it."""
+        return str(json.loads(self._identity.read_text())["config"]["training"]["precision"])
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
         """Write the resolved config and the versions at work; say so where versions, or accepted shards, have changed since the start."""

@@ -29,9 +29,8 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
 from cosmos_ssl.models.contract import blaming, checked_pixels, describe
+from cosmos_ssl.models.precision import DTYPES
 from cosmos_ssl.types import map_tensors
-
-_DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,7 @@ class Step:
         self.model = assembly.model
         self.teacher = assembly.teacher
         self.plan = assembly.plan
-        self.dtype = _DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.micro_batch_size = micro_batch_size
         self.device = device or torch.device("cpu")
         self._buffers: list[tuple[Tensor, Tensor]] = []
