@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
@@ -29,9 +29,14 @@ from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
-from cosmos_ssl.models.plan import make_plan
+from cosmos_ssl.models.plan import Plan, make_plan
 
 log = logging.getLogger(__name__)
+
+MAX_PARAMETERS = 10**11
+"""Of one part."""
+MAX_PIXELS = 1 << 26
+"""Of all views of one sample together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,9 @@ class Chosen:
         """Build the part. ValueError is the user's; anything else is the plugin's fault, and named as such."""
         try:
             part = self.cls(spec, **self.options)
-        except (ValueError, CosmosError):
+        except (ValueError, CosmosError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit in a constructor too
             raise PluginError(f"{self.record} failed when it was built: {registry.first_line(error)}") from error
         part = cast(Part, part)
         part.part_name = name
@@ -180,10 +185,12 @@ class Builder:
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
         model = Model(towers, heads, losses, spec.embed_dim)
+        self._check_size(model)
         if config.model.pretrained is not None and prepare and not meta:
             start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
         plan = make_plan(spec, towers, heads, losses)
+        self._check_views(spec, towers, plan)
         return Assembly(
             spec=spec,
             dataset=dataset,
@@ -222,6 +229,32 @@ class Builder:
             with blaming(augmenter, f"augmenters.{modality}"):
                 offers[f"{modality}_views"] = checked_offers(augmenter.offers())
         return cast(dict[Modality, Augmenter], made), offers
+
+    def _check_views(self, spec: Spec, towers: Mapping[Modality, Tower], plan: Plan) -> None:
+        """Raise ConfigError for views that are too large to hold, or that a tower is to encode and cannot."""
+        faults = []
+        for modality, tower in towers.items():
+            views = spec.views(modality)
+            pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
+            if pixels > MAX_PIXELS:
+                faults.append(self._fault(f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"))
+            read = {*plan.student.of(modality), *(plan.teacher.of(modality) if plan.teacher is not None else ())}
+            with blaming(tower, f"model.{modality}"):
+                try:
+                    tower.check_views({name: view for name, view in views.items() if name in read})
+                except ValueError as error:
+                    faults.append(self._fault(f"augmenters.{modality}", str(error)))
+        if faults:
+            raise ConfigError(faults)
+
+    def _check_size(self, model: Model) -> None:
+        """Raise ConfigError for a model that no machine holds."""
+        parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
+        parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {f"losses.{name}": model.loss(name) for name in model.losses}
+        for path, part in parts.items():
+            count = sum(parameter.numel() for parameter in part.parameters())
+            if count > MAX_PARAMETERS:
+                raise ConfigError([self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be")])
 
     def _heads(self, spec: Spec) -> tuple[dict[str, Head], Spec]:
         """The heads in the order listed; each sees the outputs of those above."""

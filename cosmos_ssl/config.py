@@ -7,29 +7,21 @@ Options of parts are not here: they are the arguments of the part's constructor,
 from __future__ import annotations
 
 import json
-import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cosmos_ssl import registry
 from cosmos_ssl.config_source import MAX_KEYS, Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
-from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean, printable
+from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
+from cosmos_ssl.registry_bounds import Count, Few, Share, Size, Strength, Whole
 
-# Numbers are finite (_STRICT) and no larger than what makes sense, so that nothing is allocated or waited for without end
-Positive = Annotated[int, Field(gt=0, le=10**9)]
-Whole = Annotated[int, Field(ge=0, le=10**9)]
-Few = Annotated[int, Field(gt=0, le=1024)]
-Size = Annotated[int, Field(gt=0, le=1 << 16)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, le=100)]
-Factor = Annotated[float, Field(ge=0, le=1e6)]
 Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 _STRICT = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
@@ -69,7 +61,7 @@ class TeacherPart(Part):
 class EvaluatorPart(Part):
     """An evaluator and how often it runs; it always runs at the end."""
 
-    every_epochs: Positive | None = None
+    every_epochs: Count | None = None
 
 
 class ModelConfig(Section):
@@ -98,7 +90,7 @@ class LoaderConfig(Section):
 
     workers: Annotated[int, Field(ge=0, le=1024)] = 8
     lanes: Size | None = None
-    shuffle_samples: Positive = 262_144
+    shuffle_samples: Count = 262_144
     prefetch: Few = 2
     error_budget: Share = 0.01
     changed_data: Literal["refuse", "accept"] = "refuse"
@@ -108,22 +100,22 @@ class RuleConfig(Section):
     """A parameter rule: ``match`` is an fnmatch pattern over full names (``image.blocks.0.*``)."""
 
     match: str
-    lr_scale: Factor | None = None
-    weight_decay_scale: Factor | None = None
+    lr_scale: Strength | None = None
+    weight_decay_scale: Strength | None = None
     frozen: bool = False
-    frozen_epochs: Factor | None = None
+    frozen_epochs: Strength | None = None
 
 
 class OptimizerConfig(Section):
     """AdamW; no decay on parameters of fewer than two dimensions."""
 
     type: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0, le=100)] = 5e-4
+    lr: Annotated[float, Field(gt=0, le=1000)] = 5e-4
     beta1: Beta = 0.9
     beta2: Beta = 0.98
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
-    weight_decay: Rate = 0.5
-    weight_decay_end: Rate | None = None
+    weight_decay: Strength = 0.5
+    weight_decay_end: Strength | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     rules: list[RuleConfig] = []
 
@@ -131,10 +123,10 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine to ``final_lr`` over all steps."""
 
-    epochs: Positive = 32
-    max_steps: Positive | None = None
+    epochs: Count = 32
+    max_steps: Count | None = None
     warmup_steps: Whole = 2000
-    final_lr: Rate = 0.0
+    final_lr: Strength = 0.0
 
 
 class TrainingConfig(Section):
@@ -144,7 +136,7 @@ class TrainingConfig(Section):
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Count | None = None
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
@@ -152,7 +144,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     clip_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    max_nonfinite_steps: Positive = 20
+    max_nonfinite_steps: Count = 20
     timeout_minutes: Minutes | None = 30.0
     trace_steps: Annotated[int, Field(ge=0, le=1024)] = 0
 
@@ -164,16 +156,16 @@ class CheckpointsConfig(Section):
     """
 
     every_minutes: Minutes | None = 30.0
-    every_steps: Positive | None = None
-    keep_last: Positive = 2
-    keep_every_epochs: Positive | None = None
+    every_steps: Count | None = None
+    keep_last: Count = 2
+    keep_every_epochs: Count | None = None
     on_failure: Literal["continue", "stop"] = "continue"
 
 
 class LoggingConfig(Section):
     """Console, ``metrics.jsonl`` and TensorBoard."""
 
-    every_steps: Positive = 20
+    every_steps: Count = 20
     tensorboard: bool = True
 
 
@@ -327,7 +319,14 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_at_home(item) for item in value]
-    return _HOME.sub(lambda found: os.path.expanduser(found[0]), value) if isinstance(value, str) else value
+    return _HOME.sub(_home, value) if isinstance(value, str) else value
+
+
+def _home(found: re.Match[str]) -> str:
+    try:
+        return str(Path(found[0]).expanduser())
+    except RuntimeError:  # nobody of this name, or no home
+        return found[0]
 
 
 def _unwritable(value: Any, keys: tuple[str, ...] = ()) -> Found:
@@ -353,7 +352,9 @@ def _needless_nulls(root: Node) -> Found:
         there = [name for name, node in nodes.items() if node.value is not None or node.removes]
         for name, node in nodes.items():
             if node.value is None and not node.removes:
-                found.append(([group, name], f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}"))
+                found.append(
+                    ([group, name], f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}")
+                )
     return found
 
 
@@ -419,17 +420,11 @@ def _part_faults(tree: Mapping[str, Any]) -> Found:
     return found
 
 
-def _is_name(name: str) -> bool:
-    """Whether ``name`` can be that of a run folder, which stays below ``runs``."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and name == printable(name) and "\n" not in name and ".." not in path.parts and not path.is_absolute()
-
-
 def _agreement_faults(config: Config) -> Found:
     """Sections that do not fit one another."""
     found: Found = []
-    if not _is_name(config.name):
-        found.append((["name"], f"{registry.shown(config.name)} is no name of a folder below runs/"))
+    if config.folder.parts[:1] and config.folder.parts[0].startswith("~"):
+        found.append((["output_dir"], f"no home folder is known for {config.folder.parts[0]}"))
     batch, micro, lanes = config.training.batch_size, config.training.micro_batch_size, config.loader.lanes
     if micro is not None and batch % micro:
         found.append((["training", "micro_batch_size"], f"{micro} does not divide training.batch_size ({batch})"))

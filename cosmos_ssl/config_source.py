@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -18,7 +20,7 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 import cosmos_ssl
-from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
+from cosmos_ssl.errors import ConfigError, UserError, did_you_mean, printable
 from cosmos_ssl.registry import class_name, shown
 
 Scalar: TypeAlias = "str | int | float | bool | None"
@@ -80,16 +82,24 @@ def fault(origin: str, path: str, message: str) -> str:
     """One fault, as it is shown: where, which key, what; further lines stand under the key."""
     margin = f"{origin}  "
     head = f"{margin}{path}: " if path else margin
-    return head + message.replace("\n", "\n" + " " * len(margin))
+    return printable(head + message.replace("\n", "\n" + " " * len(margin)))
 
 
-def from_plain(value: Any, origin: str) -> Node:
-    """The node of a value that was given as Python objects."""
+def from_plain(value: Any, origin: str, path: str = "") -> Node:
+    """The node of a value that was given as Python objects. Raises ConfigError for what no config can hold."""
     if isinstance(value, Mapping):
-        return Node({str(key): from_plain(item, origin) for key, item in value.items()}, origin)
+        return Node({str(key): from_plain(item, origin, f"{path}.{key}" if path else str(key)) for key, item in value.items()}, origin)
     if isinstance(value, list | tuple):
-        return Node([from_plain(item, origin) for item in value], origin)
-    return Node(class_name(value) if isinstance(value, type) else value, origin)
+        return Node([from_plain(item, origin, f"{path}.{i}") for i, item in enumerate(value)], origin)
+    if isinstance(value, type):
+        return Node(class_name(value), origin)
+    if isinstance(value, os.PathLike):
+        return Node(os.fsdecode(value), origin)
+    if value is None or isinstance(value, str | bool | int | float):
+        return Node(value, origin, removes=value is None)  # whoever put the tree together may have merged it already
+    if isinstance(value, Real):  # a number of another library
+        return Node(int(value) if isinstance(value, Integral) else float(value), origin)
+    raise ConfigError([fault(origin, path, f"a {type(value).__name__} is nothing that a config can hold")])
 
 
 def merge(parent: Node, child: Node) -> Node:

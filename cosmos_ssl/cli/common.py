@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError
+from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, UserError, printable
 
 DEBUG = "--debug"
 
@@ -27,7 +27,7 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
     except CosmosError as error:
         if debug:
             raise
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -79,6 +79,7 @@ def _called(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[argpar
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Rows of equal length as aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join(
         (indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() + "\n" for row in rows

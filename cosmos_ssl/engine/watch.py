@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from cosmos_ssl.errors import printable
 from cosmos_ssl.functional_waits import waits
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        text = self.format(record)
+        text = printable(self.format(record))
         line = text if record.levelno < logging.WARNING else f"warning: {text}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

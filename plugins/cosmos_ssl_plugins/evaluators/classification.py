@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
+from cosmos_ssl.api import Count, DataError, Encoder, Evaluation, Evaluator, Few, Size, Spec
 from cosmos_ssl.evaluation.classification import CLASS_FILES, load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
@@ -32,9 +32,9 @@ class Classification(Evaluator):
         class_names: str | list[str] | None = None,
         templates: str | list[str] = "simple",
         label: str = "cls",
-        batch_size: int = 256,
-        workers: int | None = None,
-        max_samples: int | None = None,
+        batch_size: Size = 256,
+        workers: Few | None = None,
+        max_samples: Count | None = None,
     ) -> None:
         self.data = EvaluationData(data, fallback=spec.validation_data)
         self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from cosmos_ssl.api import ALL, Loss, LossOutput, Need, Spec, StepContext, normalise
+from cosmos_ssl.api import ALL, Loss, LossOutput, Need, Spec, StepContext, Strength, normalise
 from cosmos_ssl.functional import sigmoid_loss
 
 
@@ -17,7 +17,7 @@ class SigLip(Loss):
     Local image crops are left out, as in the loss ``clip``.
     """
 
-    def __init__(self, spec: Spec, *, init_logit_scale: float = 10.0, init_logit_bias: float = -10.0) -> None:
+    def __init__(self, spec: Spec, *, init_logit_scale: Strength = 10.0, init_logit_bias: float = -10.0) -> None:
         """Both are learned, and neither is bounded (section 3.2).
 
         init_logit_scale: inverse temperature at the start, above 0; its logarithm is the parameter.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, Spec, TextGroup, Tower, TowerSpec
+from cosmos_ssl.api import Count, Few, GroupFeatures, GroupPlan, Modality, Share, Size, Spec, Strength, TextGroup, Tower, TowerSpec
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
 from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
@@ -41,13 +41,13 @@ class ClipText(Tower):
         self,
         spec: Spec,
         *,
-        width: int = 512,
-        layers: int = 12,
-        heads: int | None = None,
-        vocab_size: int | None = None,
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        width: Size = 512,
+        layers: Few = 12,
+        heads: Size | None = None,
+        vocab_size: Count | None = None,
+        mlp_ratio: Strength = 4.0,
+        layer_scale: Strength | None = None,
+        drop_path: Share = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
