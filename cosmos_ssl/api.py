@@ -165,8 +165,8 @@ class Tower(Part, nn.Module, ABC):
     def forward(self, groups: Mapping[str, Any], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode ``groups[name]`` (ImageGroup, float; or TextGroup) for every name in ``plan``."""
 
-    def check_views(self, views: Mapping[str, ViewSpec]) -> None:
-        """Raise ValueError for view groups that it is to encode and cannot, so that this is known before training."""
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError where it cannot encode these view groups, or the tokenizer's ids, so that this is known before training."""
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """fnmatch patterns of parameters that this plan never reaches (they are frozen)."""

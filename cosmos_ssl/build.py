@@ -24,12 +24,13 @@ from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
+from cosmos_ssl.engine.step import refuse_accumulation
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_tower, checked_widths
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
-from cosmos_ssl.models.plan import Plan, make_plan
+from cosmos_ssl.models.plan import make_plan
 
 log = logging.getLogger(__name__)
 
@@ -185,12 +186,10 @@ class Builder:
             heads, spec = self._heads(spec)
             losses = self._losses(spec)
         model = Model(towers, heads, losses, spec.embed_dim)
-        self._check_size(model)
         if config.model.pretrained is not None and prepare and not meta:
             start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
         teacher: Teacher = self._make("teacher", spec)
         plan = make_plan(spec, towers, heads, losses)
-        self._check_views(spec, towers, plan)
         return Assembly(
             spec=spec,
             dataset=dataset,
@@ -230,31 +229,28 @@ class Builder:
                 offers[f"{modality}_views"] = checked_offers(augmenter.offers())
         return cast(dict[Modality, Augmenter], made), offers
 
-    def _check_views(self, spec: Spec, towers: Mapping[Modality, Tower], plan: Plan) -> None:
-        """Raise ConfigError for views that are too large to hold, or that a tower is to encode and cannot."""
-        faults = []
-        for modality, tower in towers.items():
-            views = spec.views(modality)
-            pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
-            if pixels > MAX_PIXELS:
-                faults.append(self._fault(f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"))
-            read = {*plan.student.of(modality), *(plan.teacher.of(modality) if plan.teacher is not None else ())}
-            with blaming(tower, f"model.{modality}"):
-                try:
-                    tower.check_views({name: view for name, view in views.items() if name in read})
-                except ValueError as error:
-                    faults.append(self._fault(f"augmenters.{modality}", str(error)))
-        if faults:
-            raise ConfigError(faults)
-
-    def _check_size(self, model: Model) -> None:
-        """Raise ConfigError for a model that no machine holds."""
+    def check_sizes(self, assembly: Assembly) -> None:
+        """Raise ConfigError for parts and views that no machine holds, and views that a tower cannot encode."""
+        spec, model, faults = assembly.spec, assembly.model, []
         parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
         parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {f"losses.{name}": model.loss(name) for name in model.losses}
         for path, part in parts.items():
             count = sum(parameter.numel() for parameter in part.parameters())
             if count > MAX_PARAMETERS:
-                raise ConfigError([self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be")])
+                faults.append(self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
+        for modality, tower in model.towers.items():
+            views = spec.views(modality)
+            pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
+            if pixels > MAX_PIXELS:
+                faults.append(self._fault(f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"))
+            read = {name for role in (assembly.plan.student, assembly.plan.teacher) if role is not None for name in role.of(modality)}
+            with blaming(tower, f"model.{modality}"):
+                try:
+                    tower.check_inputs({name: view for name, view in views.items() if name in read})
+                except ValueError as error:
+                    faults.append(self._option_fault(f"model.{modality}", error))
+        if faults:
+            raise ConfigError(faults)
 
     def _heads(self, spec: Spec) -> tuple[dict[str, Head], Spec]:
         """The heads in the order listed; each sees the outputs of those above."""
@@ -300,7 +296,12 @@ def check(loaded: LoadedConfig) -> Assembly:
     """Stage two: import the named parts, check their options and what they require, on the meta device."""
     if loaded.config.data is None:
         raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
-    return Builder(loaded).assemble(meta=True, prepare=False)
+    builder = Builder(loaded)
+    assembly = builder.assemble(meta=True, prepare=False)
+    builder.check_sizes(assembly)
+    if loaded.config.training.micro_batch_size is not None:
+        refuse_accumulation(assembly)
+    return assembly
 
 
 def prepare(loaded: LoadedConfig, *, scan: bool = True) -> None:

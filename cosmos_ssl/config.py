@@ -24,19 +24,17 @@ from cosmos_ssl.registry_bounds import Count, Few, Share, Size, Strength, Whole
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
 
-_STRICT = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys are errors, numbers are not made from strings."""
+    """Base of the sections: unknown keys are errors, numbers are finite and not made from strings."""
 
-    model_config = ConfigDict(_STRICT, extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
     """One part: ``type`` picks it, the other keys are its options."""
 
-    model_config = ConfigDict(_STRICT, extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     type: str
 
@@ -70,7 +68,7 @@ class ModelConfig(Section):
     embed_dim: Size = 512
     image: Part | None = None
     text: Part | None = None
-    pretrained: str | None = None
+    pretrained: Annotated[str, Field(min_length=1)] | None = None
     pretrained_partial: bool = False
 
 

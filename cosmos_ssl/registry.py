@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
@@ -276,23 +276,30 @@ def _bounds(distribution: str) -> tuple[SpecifierSet, ...]:
 # ---------------------------------------------------------------------------- options
 
 
-def options(cls: type[Any]) -> list[Option]:
+_options: dict[type[Any], tuple[Option, ...]] = {}
+
+
+def options(cls: type[Any]) -> tuple[Option, ...]:
     """The options of a part: its constructor's arguments after ``spec``, in their order.
 
     Raises PluginError where the constructor does not have the form of the contract.
     """
+    if cls not in _options:
+        _options[cls] = tuple(_read_options(cls))
+    return _options[cls]
+
+
+def _read_options(cls: type[Any]) -> Iterator[Option]:
     constructor = cls.__init__
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
     if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
         raise PluginError(f"{_path(cls)}: the first argument of the constructor must be the spec")
     docs = option_docs(cls, [parameter.name for parameter in parameters[1:]])
-    found = []
     for parameter in parameters[1:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             raise PluginError(f"{_path(cls)}: '{parameter.name}' must be keyword-only: options are typed arguments after '*'")
         annotation = _resolved(cls, parameter)
-        found.append(Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, "")))
-    return found
+        yield Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, ""))
 
 
 def _path(cls: type[Any]) -> str:

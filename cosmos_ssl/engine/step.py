@@ -66,7 +66,7 @@ class Step:
         self._reached = False
         self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
         if micro_batch_size is not None:
-            _refuse_accumulation(assembly)
+            refuse_accumulation(assembly)
 
     def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
         """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
@@ -319,7 +319,7 @@ def _join(parts: Sequence[Features]) -> Features:
     return map_tensors(parts[0], lambda _: next(joined))
 
 
-def _refuse_accumulation(assembly: Assembly) -> None:
+def refuse_accumulation(assembly: Assembly) -> None:
     """Name the parts that cannot work on micro-batches."""
     model = assembly.model
     mixing = [f"heads.{name} mixes samples" for name in assembly.plan.student.heads if model.head(name).mixes_samples]

@@ -29,7 +29,7 @@ class Named(nn.ModuleDict):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Called for every new part."""
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # nn.Module's would take the flag ``training`` for the part of this name

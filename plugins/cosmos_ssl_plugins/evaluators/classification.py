@@ -40,6 +40,8 @@ class Classification(Evaluator):
         self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.names = None if class_names is None else load_class_names(class_names)
         self.templates = load_templates(templates)
+        if not label:
+            raise ValueError("label: an empty name. Give cls, or another member or key of the JSON")
         self.label = label
 
     def prepare(self) -> None:

@@ -50,6 +50,8 @@ class KNearestNeighbours(Evaluator):
         self.train_job = replace(self.job, max_samples=max_train_samples, data=self.train_data.name)
         self.k = k
         self.temperature = temperature
+        if not label:
+            raise ValueError("label: an empty name. Give cls, or another member or key of the JSON")
         self.label = label
 
     def prepare(self) -> None:

@@ -36,13 +36,15 @@ class Retrieval(Evaluator):
         workers: Few | None = None,
         max_samples: Count | None = None,
     ) -> None:
+        if not texts:
+            raise ValueError("texts: an empty name. Give txt, or a key of the JSON")
         self.data = EvaluationData(data, fallback=spec.validation_data)
         self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.texts = texts
 
     def prepare(self) -> None:
-        """Look for the data. Raises DataError."""
-        self.data.check()
+        """Look for the data and its texts. Raises DataError."""
+        self.data.check(texts=self.texts)
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""

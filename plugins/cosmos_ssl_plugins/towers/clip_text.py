@@ -13,7 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import Count, Few, GroupFeatures, GroupPlan, Modality, Share, Size, Spec, Strength, TextGroup, Tower, TowerSpec
+from cosmos_ssl.api import (
+    Count,
+    Few,
+    GroupFeatures,
+    GroupPlan,
+    Modality,
+    Share,
+    Size,
+    Spec,
+    Strength,
+    TextGroup,
+    Tower,
+    TowerSpec,
+    ViewSpec,
+)
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
 from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
@@ -52,6 +66,7 @@ class ClipText(Tower):
     ) -> None:
         super().__init__()
         check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
+        self.vocab_size = spec.vocab_size
         self.spec = TowerSpec(width=width)
         self.attention = spec.attention
         self.layer_count = layers + 1
@@ -88,6 +103,11 @@ class ClipText(Tower):
         layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
         return {name: self._features(x, layout, captions, name, wanted) for name, wanted in plan.items()}
+
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError where the tokenizer has more ids than the embedding rows."""
+        if self.token_embedding.num_embeddings < self.vocab_size:
+            raise ValueError(f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}")
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""

@@ -126,12 +126,12 @@ class ClipViT(Tower):
         packed = self.norm(self.blocks(self.norm_pre(packed), layout))
         return {name: self._features(packed, layout, read) for name, read in zip(plan, reads, strict=True)}
 
-    def check_views(self, views: Mapping[str, ViewSpec]) -> None:
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
         """Raise ValueError for views that are smaller than a patch."""
         patch = self.spec.patch_size
         for name, view in views.items():
             if view.size is not None and view.size < patch:
-                raise ValueError(f"the views '{name}' are {view.size} pixels wide, a patch of model.image {patch}")
+                raise ValueError(f"the views '{name}' of augmenters.image are {view.size} pixels wide, less than a patch of {patch}")
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Dense inference: pixels [B, 3, H, W] of any size -> normed tokens [B, N, W] and pooled [B, W], not projected.

@@ -66,13 +66,15 @@ class TimmImage(Tower):
         self._depths = _depths(self.model)
         self.layer_count = max(self._depths.values()) + 1
 
-    def check_views(self, views: Mapping[str, ViewSpec]) -> None:
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
         """Raise ValueError for sizes that the model cannot take: others than its own, or no multiples of its patches."""
         size, patch = self.spec.image_size, self.spec.patch_size
         for name, view in views.items():
             if view.size is not None and (view.size % patch if self.dynamic else view.size != size):
                 takes = f"multiples of {patch}" if self.dynamic else f"{size} alone"
-                raise ValueError(f"the views '{name}' are {view.size} pixels wide: timm's '{self.model_name}' takes {takes}")
+                raise ValueError(
+                    f"the views '{name}' of augmenters.image are {view.size} pixels wide: timm's '{self.model_name}' takes {takes}"
+                )
 
     def forward(self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode the views in ``plan``; pixels float [V, B, 3, H, W]. Raises UserError for a size that the model cannot take."""
