@@ -2,9 +2,9 @@
 
 A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its
 constructor takes one ``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise
-``ValueError`` there for values that make no sense. ``type: NAME`` picks a part, ``DIST:NAME`` says whose.
-An option that says where something lies has the type ``Location``, one that changes nothing of what is computed
-``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
+``ValueError`` there for values that make no sense. Types such as ``Size`` and ``Share`` bound numbers. ``type: NAME`` picks a
+part, ``DIST:NAME`` says whose. An option that says where something lies has the type ``Location``, one that changes nothing of
+what is computed ``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
 
 A loss in full::
 
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
 from cosmos_ssl.registry import API_VERSION
+from cosmos_ssl.registry_bounds import Count, Few, Pixels, Share, Size, Strength, Temperature, Whole
 from cosmos_ssl.registry_marks import Aside, Location
 from cosmos_ssl.specs import Evaluation, GroupPlan, LossOutput, Need, ParameterRule, Progress, Spec, StepContext, TowerSpec, ViewSpec
 from cosmos_ssl.types import (
@@ -63,12 +64,14 @@ __all__ = [
     "Aside",
     "Augmenter",
     "BadSample",
+    "Count",
     "DataError",
     "Dataset",
     "Encoder",
     "Evaluation",
     "Evaluator",
     "Features",
+    "Few",
     "GroupFeatures",
     "GroupPlan",
     "Head",
@@ -83,14 +86,19 @@ __all__ = [
     "Need",
     "ParameterRule",
     "Part",
+    "Pixels",
     "PluginError",
     "Progress",
     "Role",
     "Sample",
     "SampleViews",
+    "Share",
+    "Size",
     "Spec",
     "StepContext",
+    "Strength",
     "Teacher",
+    "Temperature",
     "TextGroup",
     "Tokenizer",
     "Tower",
@@ -98,6 +106,7 @@ __all__ = [
     "UserError",
     "ViewSpec",
     "Views",
+    "Whole",
     "normalise",
 ]
 
@@ -159,6 +168,9 @@ class Tower(Part, nn.Module, ABC):
     @abstractmethod
     def forward(self, groups: Mapping[str, Any], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode ``groups[name]`` (ImageGroup, float; or TextGroup) for every name in ``plan``."""
+
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError where it cannot encode these view groups, or the tokenizer's ids, so that this is known before training."""
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """fnmatch patterns of parameters that this plan never reaches (they are frozen)."""

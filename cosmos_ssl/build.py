@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
@@ -26,6 +26,7 @@ from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
+from cosmos_ssl.engine.step import refuse_accumulation
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError
@@ -41,6 +42,11 @@ from cosmos_ssl.registry import shown
 from cosmos_ssl.registry_marks import Mark
 
 log = logging.getLogger(__name__)
+
+MAX_PARAMETERS = 10**11
+"""Of one part."""
+MAX_PIXELS = 1 << 26
+"""Of all views of one sample together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +268,29 @@ class Builder:
                 offers[f"{modality}_views"] = checked_offers(augmenter.offers())
         return cast(dict[Modality, Augmenter], made), offers
 
+    def check_sizes(self, assembly: Assembly) -> None:
+        """Raise ConfigError for parts and views that no machine holds, and views that a tower cannot encode."""
+        spec, model, faults = assembly.spec, assembly.model, []
+        parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
+        parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {f"losses.{name}": model.loss(name) for name in model.losses}
+        for path, part in parts.items():
+            count = sum(parameter.numel() for parameter in part.parameters())
+            if count > MAX_PARAMETERS:
+                faults.append(self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
+        for modality, tower in model.towers.items():
+            views = spec.views(modality)
+            pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
+            if pixels > MAX_PIXELS:
+                faults.append(self._fault(f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"))
+            read = {name for role in (assembly.plan.student, assembly.plan.teacher) if role is not None for name in role.of(modality)}
+            with blaming(tower, f"model.{modality}"):
+                try:
+                    tower.check_inputs({name: view for name, view in views.items() if name in read})
+                except ValueError as error:
+                    faults.append(self._option_fault(f"model.{modality}", error))
+        if faults:
+            raise ConfigError(faults)
+
     def _heads(self, spec: Spec) -> tuple[dict[str, Head], Spec]:
         """The heads in the order listed; each sees the outputs of those above."""
         heads: dict[str, Head] = {}
@@ -317,7 +346,12 @@ def check(loaded: LoadedConfig) -> Assembly:
     check_names(loaded)
     if loaded.config.data is None:
         raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
-    return Builder(loaded).assemble(meta=True, prepare=False)
+    builder = Builder(loaded)
+    assembly = builder.assemble(meta=True, prepare=False)
+    builder.check_sizes(assembly)
+    if loaded.config.training.micro_batch_size is not None:
+        refuse_accumulation(assembly)
+    return assembly
 
 
 def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmenter]]:

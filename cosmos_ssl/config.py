@@ -12,15 +12,16 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cosmos_ssl import registry
-from cosmos_ssl.config_source import Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
+from cosmos_ssl.config_source import MAX_KEYS, Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
 from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
 from cosmos_ssl.pictures import BACKGROUND, is_colour
+from cosmos_ssl.registry_bounds import Count, Few, Share, Size, Strength, Whole
 
 
 def _colour(name: str) -> str:
@@ -29,21 +30,21 @@ def _colour(name: str) -> str:
     return name
 
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Colour = Annotated[str, AfterValidator(_colour)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys are errors, numbers are not made from strings."""
+    """Base of the sections: unknown keys are errors, numbers are finite and not made from strings."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
     """One part: ``type`` picks it, the other keys are its options."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     type: str
 
@@ -56,7 +57,7 @@ class Part(BaseModel):
 class LossPart(Part):
     """A loss and its weight in the total."""
 
-    loss_weight: float = 1.0
+    loss_weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
 
 
 class TeacherPart(Part):
@@ -68,7 +69,7 @@ class TeacherPart(Part):
 class EvaluatorPart(Part):
     """An evaluator and how often it runs; it always runs at the end."""
 
-    every_epochs: Positive | None = None
+    every_epochs: Count | None = None
 
 
 class ModelConfig(Section):
@@ -77,10 +78,10 @@ class ModelConfig(Section):
     ``background`` is what transparent pictures are put on, by name or as '#rrggbb'.
     """
 
-    embed_dim: Positive = 512
+    embed_dim: Size = 512
     image: Part | None = None
     text: Part | None = None
-    pretrained: str | None = None
+    pretrained: Annotated[str, Field(min_length=1)] | None = None
     pretrained_partial: bool = False
     background: Colour = BACKGROUND
 
@@ -99,10 +100,10 @@ class LoaderConfig(Section):
     and with the epochs of what is there now.
     """
 
-    workers: Annotated[int, Field(ge=0)] = 8
-    lanes: Positive | None = None
-    shuffle_samples: Positive = 262_144
-    prefetch: Positive = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 8
+    lanes: Size | None = None
+    shuffle_samples: Count = 262_144
+    prefetch: Few = 2
     error_budget: Share = 0.01
     changed_data: Literal["refuse", "accept"] = "refuse"
 
@@ -111,22 +112,22 @@ class RuleConfig(Section):
     """A parameter rule: ``match`` is an fnmatch pattern over full names (``image.blocks.0.*``)."""
 
     match: str
-    lr_scale: float | None = None
-    weight_decay_scale: float | None = None
+    lr_scale: Strength | None = None
+    weight_decay_scale: Strength | None = None
     frozen: bool = False
-    frozen_epochs: float | None = None
+    frozen_epochs: Strength | None = None
 
 
 class OptimizerConfig(Section):
     """AdamW; no decay on parameters of fewer than two dimensions."""
 
     type: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    beta1: Share = 0.9
-    beta2: Share = 0.98
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.5
-    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    lr: Annotated[float, Field(gt=0, le=1000)] = 5e-4
+    beta1: Beta = 0.9
+    beta2: Beta = 0.98
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
+    weight_decay: Strength = 0.5
+    weight_decay_end: Strength | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     rules: list[RuleConfig] = []
 
@@ -134,27 +135,30 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine to ``final_lr`` over all steps."""
 
-    epochs: Positive = 32
-    max_steps: Positive | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000
-    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Count = 32
+    max_steps: Count | None = None
+    warmup_steps: Whole = 2000
+    final_lr: Strength = 0.0
 
 
 class TrainingConfig(Section):
-    """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``."""
+    """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``.
 
-    batch_size: Positive = 1024
-    micro_batch_size: Positive | None = None
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    ``precision: auto`` is amp_fp16 on CUDA, fp32 elsewhere, and in a run that was begun in another one, that.
+    """
+
+    batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
+    micro_batch_size: Count | None = None
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    max_nonfinite_steps: Positive = 20
-    timeout_minutes: Annotated[float, Field(gt=0)] | None = 30.0
-    trace_steps: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    clip_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    max_nonfinite_steps: Count = 20
+    timeout_minutes: Minutes | None = 30.0
+    trace_steps: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 class CheckpointsConfig(Section):
@@ -163,17 +167,17 @@ class CheckpointsConfig(Section):
     ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
     """
 
-    every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
-    every_steps: Positive | None = None
-    keep_last: Positive = 2
-    keep_every_epochs: Positive | None = None
+    every_minutes: Minutes | None = 30.0
+    every_steps: Count | None = None
+    keep_last: Count = 2
+    keep_every_epochs: Count | None = None
     on_failure: Literal["continue", "stop"] = "continue"
 
 
 class LoggingConfig(Section):
     """Console, ``metrics.jsonl`` and TensorBoard."""
 
-    every_steps: Positive = 20
+    every_steps: Count = 20
     tensorboard: bool = True
 
 
@@ -287,27 +291,83 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     registry.check_installed()
     faults: list[str] = []
-    if isinstance(source, Mapping):
-        path, written = None, read_mapping(source, faults)
-    else:
-        path = find_config(source)
-        written = read_file(path, faults)
-    root = merge(written, parse_overrides(overrides, faults))
-    tree: dict[str, Any] = root.plain()
+    path = None if isinstance(source, Mapping) else find_config(source)
+    try:
+        written = read_mapping(source, faults) if isinstance(source, Mapping) else read_file(cast(Path, path), faults)
+        root = merge(written, parse_overrides(overrides, faults))
+        tree: dict[str, Any] = _at_home(root.plain())
+        odd = _unwritable(tree)
+    except RecursionError as error:
+        raise ConfigError([fault(str(path or "config"), "", "nested too deeply")]) from error
+    if odd:  # the next steps would stumble over them
+        raise ConfigError(faults + _located(root, odd))
     if path is not None and tree.get("name") is None:
         tree["name"] = path.stem
     config, found = _validate(tree)
     found += _part_faults(tree)
+    found += _needless_nulls(root)
     if config is not None:
         found += _agreement_faults(config)
-    faults += [fault(_locate(root, keys), ".".join(keys), message) for keys, message in found]
+    faults += _located(root, found)
     if faults or config is None:
         raise ConfigError(faults)
     return LoadedConfig(config, config.model_dump(), root, path)
 
 
+def _located(root: Node, found: Found) -> list[str]:
+    return [fault(_locate(root, keys), ".".join(keys), message) for keys, message in found]
+
+
 Found = list[tuple[list[str], str]]
 """Faults before they are located: the keys that lead there, and the message."""
+
+
+_HOME = re.compile(r"(?:^|(?<=::))~[\w.-]*(?=/|::|$)")
+
+
+def _at_home(value: Any) -> Any:
+    """The same values, ``~/`` and ``~user/`` at the start of a path as the home folder."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return _HOME.sub(_home, value) if isinstance(value, str) else value
+
+
+def _home(found: re.Match[str]) -> str:
+    try:
+        return str(Path(found[0]).expanduser())
+    except RuntimeError:  # nobody of this name, or no home
+        return found[0]
+
+
+def _unwritable(value: Any, keys: tuple[str, ...] = ()) -> Found:
+    """Keys and strings that no file of a run could hold, or no path: with a zero byte, or half a character; and depths that none has."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if inside and len(keys) > MAX_KEYS:
+        return [([*keys], "nested too deeply")]
+    found = [fault for key, item in inside for fault in _unwritable(item, (*keys, str(key)))]
+    if any(isinstance(text, str) and _NO_TEXT.search(text) for text in (value, *keys[-1:])):
+        found.append(([*keys], "holds a character that no text has"))
+    return found
+
+
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+def _needless_nulls(root: Node) -> Found:
+    """Nulls in the place of named parts that are not there: most likely another name was meant."""
+    found: Found = []
+    for group in NAMED_GROUPS:
+        named = root.at([group])
+        nodes = named.value if named is not None and isinstance(named.value, dict) else {}
+        there = [name for name, node in nodes.items() if node.value is not None or node.removes]
+        for name, node in nodes.items():
+            if node.value is None and not node.removes:
+                found.append(
+                    ([group, name], f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}")
+                )
+    return found
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
@@ -317,7 +377,7 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
             return Config.model_validate_json(json.dumps(tree)), []
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        nulls = [found["loc"] for found in errors if _is_null(tree, found["loc"])]
+        nulls = [found["loc"] for found in errors if found["type"] != "extra_forbidden" and _is_null(tree, found["loc"])]
         if not nulls:
             return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
         for loc in nulls:
@@ -362,8 +422,8 @@ def _part_faults(tree: Mapping[str, Any]) -> Found:
     found: Found = []
     for path, group, keys in part_paths(tree):
         steps = path.split(".", 1) if group in NAMED_GROUPS else path.split(".")
-        if group in NAMED_GROUPS and not re.fullmatch(r"[A-Za-z_][\w-]*", steps[1]):
-            found.append((steps, f"'{steps[1]}' is no name: use letters, digits, - and _"))
+        if group in NAMED_GROUPS and not re.fullmatch(r"[A-Za-z_][\w-]{0,99}", steps[1]):
+            found.append((steps, f"{registry.shown(steps[1])} is no name: use letters, digits, - and _, at most 100"))
         if isinstance(keys.get("type"), str):
             try:
                 registry.find(group, keys["type"])
@@ -375,6 +435,8 @@ def _part_faults(tree: Mapping[str, Any]) -> Found:
 def _agreement_faults(config: Config) -> Found:
     """Sections that do not fit one another."""
     found: Found = []
+    if config.folder.parts[:1] and config.folder.parts[0].startswith("~"):
+        found.append((["output_dir"], f"no home folder is known for {config.folder.parts[0]}"))
     batch, micro, lanes = config.training.batch_size, config.training.micro_batch_size, config.loader.lanes
     if micro is not None and batch % micro:
         found.append((["training", "micro_batch_size"], f"{micro} does not divide training.batch_size ({batch})"))

@@ -70,4 +70,8 @@ def _part_schema(record: registry.Record, definitions: dict[str, Any]) -> dict[s
             schema = {}
         definitions.update(schema.pop("$defs", {}))
         properties[option.name] = _or_null({**schema, **({"description": option.doc} if option.doc else {})})
-    return {"properties": properties, "additionalProperties": False, "description": (cls.__doc__ or "").strip().partition("\n")[0]}
+    return {
+        "properties": properties,
+        "additionalProperties": False,
+        "description": " ".join((cls.__doc__ or "").strip().partition("\n\n")[0].split()),
+    }

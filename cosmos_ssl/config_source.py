@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -18,8 +20,8 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 import cosmos_ssl
-from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
-from cosmos_ssl.registry import class_name
+from cosmos_ssl.errors import ConfigError, UserError, did_you_mean, printable
+from cosmos_ssl.registry import class_name, shown
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 
@@ -27,6 +29,15 @@ COMMAND_LINE = "command line"
 
 MAX_VALUES = 20_000
 """Values of one file, aliases counted each time they are used."""
+
+MAX_BYTES = 1 << 20
+"""Of one file."""
+
+MAX_FILES = 100
+"""Files that a config extends, directly and by way of others, each counted as often as it is named."""
+
+MAX_KEYS = 32
+"""Keys of one override's path."""
 
 _CORE = {  # YAML 1.2's core schema: what a plain scalar means, and the characters it may start with
     "null": (r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
@@ -45,6 +56,8 @@ class Node:
 
     value: Scalar | list[Node] | dict[str, Node]
     origin: str
+    removes: bool = False
+    """A null that stands over something."""
 
     def at(self, path: Sequence[str]) -> Node | None:
         """The node under a key path, or None."""
@@ -69,20 +82,30 @@ def fault(origin: str, path: str, message: str) -> str:
     """One fault, as it is shown: where, which key, what; further lines stand under the key."""
     margin = f"{origin}  "
     head = f"{margin}{path}: " if path else margin
-    return head + message.replace("\n", "\n" + " " * len(margin))
+    return printable(head + message.replace("\n", "\n" + " " * len(margin)))
 
 
-def from_plain(value: Any, origin: str) -> Node:
-    """The node of a value that was given as Python objects."""
+def from_plain(value: Any, origin: str, path: str = "") -> Node:
+    """The node of a value that was given as Python objects. Raises ConfigError for what no config can hold."""
     if isinstance(value, Mapping):
-        return Node({str(key): from_plain(item, origin) for key, item in value.items()}, origin)
+        return Node({str(key): from_plain(item, origin, f"{path}.{key}" if path else str(key)) for key, item in value.items()}, origin)
     if isinstance(value, list | tuple):
-        return Node([from_plain(item, origin) for item in value], origin)
-    return Node(class_name(value) if isinstance(value, type) else value, origin)
+        return Node([from_plain(item, origin, f"{path}.{i}") for i, item in enumerate(value)], origin)
+    if isinstance(value, type):
+        return Node(class_name(value), origin)
+    if isinstance(value, os.PathLike):
+        return Node(os.fsdecode(value), origin)
+    if value is None or isinstance(value, str | bool | int | float):
+        return Node(value, origin, removes=value is None)  # whoever put the tree together may have merged it already
+    if isinstance(value, Real):  # a number of another library
+        return Node(int(value) if isinstance(value, Integral) else float(value), origin)
+    raise ConfigError([fault(origin, path, f"a {type(value).__name__} is nothing that a config can hold")])
 
 
 def merge(parent: Node, child: Node) -> Node:
     """``child`` over ``parent``: mappings by key, unless the child names another ``type``; all else is replaced."""
+    if child.value is None:
+        return replace(child, removes=parent.value is not None or parent.removes)
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
     old, new = parent.value.get("type"), child.value.get("type")
@@ -238,37 +261,61 @@ def find_config(name: str | Path, beside: Path = Path()) -> Path:
     """
     for folder in (beside, *config_folders()):
         for path in (folder / name, folder / f"{name}.yaml"):
-            if path.is_file():
+            if _is_file(path):
                 return path if folder == beside else _short(path)
+    if _is_there(beside / name):
+        raise UserError(f"no config '{name}': it is {'a folder' if (beside / name).is_dir() else 'no regular file'}")
     hint = did_you_mean(str(name).removesuffix(".yaml"), list(packaged_configs()))
     raise UserError(
         f"no config '{name}': there is no such file, and none of this name comes with cosmos-ssl.{hint} See: cosmos-ssl config list"
     )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def read_file(path: Path, faults: list[str], above: tuple[Path, ...] = ()) -> Node:
+def read_file(path: Path, faults: list[str]) -> Node:
     """A config file merged over what it extends. Raises ConfigError where one of the files cannot be read at all."""
+    return _read(path, faults, (), [])
+
+
+def _read(path: Path, faults: list[str], above: tuple[Path, ...], named: list[Path]) -> Node:
+    """A file over what it extends; ``above`` are the files that led here, ``named`` all that were read so far."""
+    named.append(path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError([fault(str(path), "", f"is larger than {MAX_BYTES >> 20} MiB, and no config")])
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([fault(str(path), "", f"cannot be read: {error}")]) from error
     root = parse_yaml(text, str(path), faults)
     if not isinstance(root.value, dict):
         raise ConfigError([fault(root.origin, "", "a config is a mapping of keys to values")])
-    return _extended(root, path.parent, faults, (*above, path.resolve()))
+    return _extended(root, path.parent, faults, (*above, path.resolve()), named)
 
 
 def read_mapping(tree: Mapping[str, Any], faults: list[str]) -> Node:
     """A config given as Python objects, merged over what it extends; a part's ``type`` may be its class."""
-    return _extended(from_plain(tree, "config"), Path(), faults, ())
+    return _extended(from_plain(tree, "config"), Path(), faults, (), [])
 
 
-def _extended(root: Node, folder: Path, faults: list[str], seen: tuple[Path, ...]) -> Node:
-    """``root`` over the configs that its key ``extends`` names; ``seen`` are the files that led here."""
+def _extended(root: Node, folder: Path, faults: list[str], seen: tuple[Path, ...], named: list[Path]) -> Node:
+    """``root`` over the configs that its key ``extends`` names."""
     values = cast(dict[str, Node], root.value)
     own = Node({key: node for key, node in values.items() if key != "extends"}, root.origin)
     extends = values.get("extends")
@@ -285,7 +332,9 @@ def _extended(root: Node, folder: Path, faults: list[str], seen: tuple[Path, ...
         if base.resolve() in seen:
             chain = " -> ".join(file.name for file in (*seen, base.resolve()))
             raise ConfigError([fault(extends.origin, "extends", f"goes in a circle: {chain}")])
-        parent = read_file(base, faults, seen)
+        if len(named) > MAX_FILES:
+            raise ConfigError([fault(extends.origin, "extends", f"more than {MAX_FILES} files, counted as often as they are named")])
+        parent = _read(base, faults, seen, named)
         merged = parent if merged is None else merge(merged, parent)
     return own if merged is None else merge(merged, own)
 
@@ -312,8 +361,8 @@ def parse_overrides(overrides: Sequence[str], faults: list[str]) -> Node:
     for text in overrides:
         path, equals, value = text.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            faults.append(fault(COMMAND_LINE, "", f"'{text}': expected key.sub=value"))
+        if not equals or not all(keys) or len(keys) > MAX_KEYS:
+            faults.append(fault(COMMAND_LINE, "", f"{shown(text)}: expected key.sub=value"))
             continue
         node = _override_value(value.strip(), path, faults)
         for key in reversed(keys):

@@ -77,6 +77,13 @@ class Identity:
         then, now = dict(_leaves(before.data)), dict(_leaves(self.data))
         return [_change(f"data, {key}", then[key], now[key]) for key in then if key in now and now[key] != then[key]]
 
+    def begun_as(self, before: Identity) -> Identity:
+        """This one in the precision that the run was begun in, where it leaves that open (``training.precision: auto``)."""
+        mine, theirs = self.config.get("training", {}), before.config.get("training", {})
+        if mine.get("precision") != "auto" or "precision" not in theirs:
+            return self
+        return replace(self, config={**self.config, "training": {**mine, "precision": theirs["precision"]}})
+
     def knowing(self, before: Identity) -> Identity:
         """This one, with what was known of the same data before and is not now."""
         return replace(self, data=_merged(before.data, self.data))

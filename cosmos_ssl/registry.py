@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
-from types import SimpleNamespace
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl import __version__
 from cosmos_ssl.errors import PluginError, did_you_mean
 from cosmos_ssl.registry_docs import option_docs
 from cosmos_ssl.registry_marks import Mark, mark_of
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 OWN = "cosmos-ssl"
 
@@ -125,6 +129,7 @@ def records() -> tuple[Record, ...]:
 def forget() -> None:
     """Read the metadata again at the next look-up (a distribution was installed meanwhile)."""
     _discover.cache_clear()
+    _bounds.cache_clear()
 
 
 @lru_cache(maxsize=4)
@@ -132,17 +137,17 @@ def _discover(path: tuple[str, ...]) -> tuple[Record, ...]:
     seen: set[str] = set()
     found: set[Record] = set()
     for distribution in metadata.distributions(path=list(path)):
-        text = distribution.read_text("entry_points.txt")
-        if not text or "cosmos_ssl." not in text:
-            continue
-        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        try:
+            text = distribution.read_text("entry_points.txt")
+            if not text or "cosmos_ssl." not in text:
+                continue
+            name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+            entries = distribution.entry_points
+        except (TypeError, ValueError, OSError):
+            continue  # files in no encoding, or that are no list of entry points, harm nobody else
         if not name or canonical(name) in seen:
             continue  # half removed, or shadowed: the first one on the path is the one that imports
         seen.add(canonical(name))
-        try:
-            entries = distribution.entry_points
-        except (TypeError, ValueError):
-            continue  # a file that is no list of entry points harms nobody else
         for entry in entries:
             prefix, _, group = entry.group.rpartition(".")
             if prefix == "cosmos_ssl" and group in GROUPS:
@@ -221,7 +226,9 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     try:
         entry = metadata.EntryPoint(name=record.name, value=record.object_path, group=record.group)
         found: Any = _given[record.qualified] if record.qualified in _given else entry.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit in a part's module is a fault of the part
         raise PluginError(f"{record} cannot be imported: {first_line(error)}") from error
     wanted = GROUPS[record.group].base
     base = getattr(import_module("cosmos_ssl.api"), wanted)
@@ -249,42 +256,57 @@ def _described(found: object) -> str:
 
 def _check_bound(record: Record) -> None:
     """Hold a distribution to its own requirement on cosmos-ssl."""
+    for bound in _bounds(record.distribution):
+        if not bound.contains(__version__, prereleases=True):
+            raise PluginError(
+                f"{record} needs cosmos-ssl {bound}, and this is {__version__}. "
+                f"Install a fitting cosmos-ssl or another {record.distribution}"
+            )
+
+
+@lru_cache
+def _bounds(distribution: str) -> tuple[SpecifierSet, ...]:
+    """The versions of cosmos-ssl that a distribution asks for."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    for text in metadata.distribution(record.distribution).requires or ():
+    found = []
+    for text in metadata.distribution(distribution).requires or ():
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue  # its installer's concern
-        if canonical(requirement.name) != OWN or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        if not requirement.specifier.contains(__version__, prereleases=True):
-            raise PluginError(
-                f"{record} needs cosmos-ssl {requirement.specifier}, and this is {__version__}. "
-                f"Install a fitting cosmos-ssl or another {record.distribution}"
-            )
+        if canonical(requirement.name) == OWN and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.append(requirement.specifier)
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------- options
 
 
-def options(cls: type[Any]) -> list[Option]:
+_options: dict[type[Any], tuple[Option, ...]] = {}
+
+
+def options(cls: type[Any]) -> tuple[Option, ...]:
     """The options of a part: its constructor's arguments after ``spec``, in their order.
 
     Raises PluginError where the constructor does not have the form of the contract.
     """
+    if cls not in _options:
+        _options[cls] = tuple(_read_options(cls))
+    return _options[cls]
+
+
+def _read_options(cls: type[Any]) -> Iterator[Option]:
     constructor = cls.__init__
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
     if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
         raise PluginError(f"{_path(cls)}: the first argument of the constructor must be the spec")
     docs = option_docs(cls, [parameter.name for parameter in parameters[1:]])
-    found = []
     for parameter in parameters[1:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             raise PluginError(f"{_path(cls)}: '{parameter.name}' must be keyword-only: options are typed arguments after '*'")
         annotation = _resolved(cls, parameter)
-        found.append(Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, "")))
-    return found
+        yield Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, ""))
 
 
 _PLACE = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")
@@ -319,8 +341,14 @@ def _resolved(cls: type[Any], parameter: inspect.Parameter) -> Any:
 
 def type_name(annotation: Any) -> str:
     """A type as it is written in Python, without module names and marks."""
-    annotation = typing.get_type_hints(SimpleNamespace(__annotations__={"option": annotation}))["option"]
-    if isinstance(annotation, type) and not typing.get_args(annotation):
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(inner[0])
+    if origin in (typing.Union, UnionType):
+        return " | ".join(map(type_name, inner))
+    if isinstance(origin, type) and inner:
+        return f"{origin.__name__}[{', '.join('...' if one is ... else type_name(one) for one in inner)}]"
+    if isinstance(annotation, type):
         return annotation.__name__ if annotation is not type(None) else "None"
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation).replace("NoneType", "None"))
 
@@ -330,7 +358,8 @@ def check_options(record: Record, cls: type[Any], given: Mapping[str, Any]) -> t
 
     Returns the values in the argument's types (an int for a float, a list for a tuple are converted, nothing
     else is; a null where None is no value stands for the default), and the faults as (key, message); a key may
-    reach into a value (``scale.1``) and is empty where no key of the config is at fault.
+    reach into a value (``scale.1``) and is empty where no key of the config is at fault. Numbers that are not finite, or
+    need more than 64 bits, are no value of any option.
     """
     known = {option.name: option for option in options(cls)}
     values: dict[str, Any] = {}
@@ -339,7 +368,7 @@ def check_options(record: Record, cls: type[Any], given: Mapping[str, Any]) -> t
         if key not in known:
             faults.append((key, _unknown(record, cls, key, list(known))))
             continue
-        converted, found = _convert(record, known[key], value)
+        converted, found = (None, odd) if (odd := _odd_numbers(key, value)) else _convert(record, known[key], value)
         if not found:
             values[key] = converted
         elif value is not None:
@@ -369,6 +398,18 @@ def _convert(record: Record, option: Option, value: Any) -> tuple[Any, list[tupl
         return adapter.validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
         return None, [(".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)]
+
+
+def _odd_numbers(path: str, value: Any) -> list[tuple[str, str]]:
+    """Faults of the numbers inside a value that no computation can use."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return [fault for key, item in items for fault in _odd_numbers(f"{path}.{key}", item)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [(path, f"expected a finite number, got {shown(value)}")]
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return [(path, f"expected a number of at most 64 bits, got {shown(value)}")]
+    return []
 
 
 _UNKNOWN = "unknown key"
@@ -407,5 +448,7 @@ def _plain_words(error: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a config would write it, cut to a line's length."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

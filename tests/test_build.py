@@ -21,6 +21,8 @@ TINY = {
     "extends": "quickstart",
     "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
     "augmenters": {"text": {"num_sampled_captions": 3}},
+    "heads": {"cross": None, "training": {"type": "cross_attention"}},  # a part may have any name, also of what modules have
+    "losses": {"clip": None, "forward": {"type": "clip"}, "distill": {"head": "training"}},
     "data": {"train_samples": 32, "validation_samples": 8},
     "loader": {"workers": 0},
     "schedule": {"epochs": 1, "warmup_steps": 1},

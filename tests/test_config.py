@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cosmos_ssl import registry
 from cosmos_ssl.config import Config, LoadedConfig, load_config, locate
 from cosmos_ssl.config_ranks import check_ranks, possible_ranks
-from cosmos_ssl.config_source import dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
+from cosmos_ssl.config_source import MAX_BYTES, dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
 
 BASE = """\
@@ -170,6 +172,21 @@ def test_null_removes(load: Load) -> None:
     assert list(config.losses) == ["clip"] and config.evaluators == {} and config.teacher.type == "none" and config.model.embed_dim == 512
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("trianing: null", "x.yaml:2  trianing: unknown key. Did you mean 'training'?"),
+        ("trianing:", "x.yaml:2  trianing: unknown key. Did you mean 'training'?"),
+        ("training: {batchsize: ~}", "x.yaml:2  training.batchsize: unknown key. Did you mean 'batch_size'?"),
+        ("losses: {distil: null}", "x.yaml:2  losses.distil: there is no loss of this name to remove. Did you mean 'distill'?"),
+        ("heads:\n  own: null", "x.yaml:3  heads.own: there is no head of this name to remove."),
+    ],
+)
+def test_a_null_that_removes_nothing_is_a_fault(load: Load, text: str, fault: str) -> None:
+    assert any(found.startswith(fault) for found in faults_of(load, text))
+    assert faults_of(load, "", "evaluators.knn=null") == ("command line  evaluators.knn: there is no evaluator of this name to remove.",)
+
+
 def test_null_is_a_value_where_it_means_something(load: Load) -> None:
     assert load().config.checkpoints.every_minutes == 30
     assert load("checkpoints: {every_minutes: null}\n").config.checkpoints.every_minutes is None
@@ -212,6 +229,15 @@ def test_circles_and_missing_parents_are_refused(load: Load) -> None:
         load_config("d.yaml")
 
 
+def test_files_that_are_extended_are_bounded(load: Load) -> None:
+    for n in range(1, 31):  # 2^30 of them, as many as a list of two at each of thirty levels names
+        Path(f"f{n}.yaml").write_text(f"extends: [f{n - 1}.yaml, f{n - 1}.yaml]\n")
+    Path("f0.yaml").write_text("extends: parent.yaml\n")
+    with pytest.raises(ConfigError, match=r"^f\d\.yaml:1  extends: more than 100 files, counted as often as they are named$"):
+        load_config("f30.yaml")
+    assert load_config("f4.yaml").config.model.embed_dim == 64
+
+
 def test_files_that_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no config 'quickstrat\.yaml'.*See: cosmos-ssl config list"):
@@ -222,6 +248,15 @@ def test_files_that_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(ConfigError, match=r"latin\.yaml  cannot be read: .*utf-8"):
         load_config("latin.yaml")
+    Path("large.yaml").write_text("#" * (MAX_BYTES + 1))
+    with pytest.raises(ConfigError, match=r"large\.yaml  is larger than 1 MiB, and no config"):
+        load_config("large.yaml")
+    os.mkfifo("pipe.yaml")
+    for name, what in (("pipe.yaml", "no regular file"), ("/dev/zero", "no regular file"), (".", "a folder")):
+        with pytest.raises(UserError, match=f"no config '{name}': it is {what}"):
+            load_config(name)
+    with pytest.raises(UserError, match="there is no such file"):
+        load_config("x" * 5000)
     Path("empty.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.yaml:1  model: needs a tower"):
         load_config("empty.yaml")
@@ -286,7 +321,7 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
         ("training: {trace_steps: -1}", "x.yaml:2  training.trace_steps: expected greater than or equal to 0, got -1"),
         ("training: {compile: yes}", "x.yaml:2  training.compile: expected a boolean, got 'yes'"),
         ("training: 3", "x.yaml:2  training: expected a mapping, got 3"),
-        ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
+        ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'auto', 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
         ("teacher:\n  update_when: later", "x.yaml:3  teacher.update_when: expected 'before_optimizer_step' or "),
         ("losses: {clip: {loss_weight: x}}", "x.yaml:2  losses.clip.loss_weight: expected a number, got 'x'"),
         ("losses: [a]", 'x.yaml:2  losses: expected a mapping, got ["a"]'),
@@ -339,6 +374,70 @@ def test_parts_of_others_are_named_by_distribution(load: Load, install: Callable
 def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
     faults = faults_of(load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1")
     assert len(faults) == 5 and [text.split(":")[0] for text in faults].count("x.yaml") == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        *[(path, ".inf", "finite number, got .inf") for path in ("optimizer.lr", "schedule.final_lr", "optimizer.weight_decay")],
+        *[(path, ".nan", "finite number, got .nan") for path in ("losses.clip.loss_weight", "training.timeout_minutes", "optimizer.eps")],
+        *[(path, "-1", "0") for path in ("optimizer.lr", "loader.workers", "training.clip_grad_norm", "schedule.warmup_steps")],
+        *[(path, "1", "less than 1, got 1") for path in ("optimizer.beta1", "optimizer.beta2")],
+        *[(path, "99999999999999999999", "less than or equal to") for path in ("loader.workers", "loader.prefetch", "loader.lanes")],
+        *[(path, "99999999999999999999", "less than or equal to") for path in ("training.batch_size", "training.trace_steps")],
+        ("training.seed", str(1 << 63), f"less than {1 << 63}"),
+        ("optimizer.rules", "[{match: a, lr_scale: -1}]", "greater than or equal to 0"),
+        ("optimizer.rules", "[{match: a, frozen_epochs: .inf}]", "finite number"),
+        ("checkpoints.every_minutes", "1e-300", "greater than or equal to 0.001"),
+        ("model.pretrained", "''", "at least 1 character"),
+    ],
+)
+def test_numbers_are_finite_and_bounded(load: Load, path: str, value: str, words: str) -> None:
+    (fault,) = faults_of(load, "", f"{path}={value}")
+    assert fault.startswith(f"command line  {path}") and words in fault
+
+
+def test_seeds_and_infinite_warm_ups_that_are_sound(load: Load) -> None:
+    assert load("", f"training.seed={(1 << 63) - 1}", "schedule.warmup_steps=0", "loader.workers=0").config.training.seed == (1 << 63) - 1
+
+
+def test_paths_may_begin_at_home(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/users/ann")
+    loaded = load("output_dir: ~/runs/a\ndata: {train_data: '~/x/{0..3}.tar::s3://b/~c.tar::~/y.tar'}\n", "model.pretrained=~/old")
+    assert loaded.config.folder == Path("/users/ann/runs/a") and loaded.config.model.pretrained == "/users/ann/old"
+    assert loaded.tree["data"]["train_data"] == "/users/ann/x/{0..3}.tar::s3://b/~c.tar::/users/ann/y.tar"
+    assert loaded.origin("output_dir") == "x.yaml:2" and load("data: {train_data: ['~/a']}\n").tree["data"]["train_data"] == [
+        "/users/ann/a"
+    ]
+    assert faults_of(load, "output_dir: ~nobody-at-all/x") == ("x.yaml:2  output_dir: no home folder is known for ~nobody-at-all",)
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escapes(load: Load) -> None:
+    (fault,) = faults_of(load, 'training: {precision: "\\e[31mred"}\n')
+    assert "\x1b" not in fault and "[31mred" in fault
+    (fault,) = faults_of(load, '"\\e[2J": 1\n')
+    assert fault.startswith("x.yaml:2  \\x1b[2J: unknown key")
+    assert faults_of(load, 'profile: "a\\0b"\n') == ("x.yaml:2  profile: holds a character that no text has",)
+    assert faults_of(load, 'data: {train_data: "\\ud800"}\n') == ("x.yaml:2  data.train_data: holds a character that no text has",)
+
+
+def test_depth_is_bounded(load: Load) -> None:
+    assert faults_of(load, f"data: {{train_data: {'[' * 40}x{']' * 40}}}\n")[0].endswith("nested too deeply")
+    assert faults_of(load, "", ".".join("a" * 2000) + "=1")[0].startswith("command line  'a.a.a")
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="config  nested too deeply"):
+        load_config({"data": deep})
+
+
+def test_python_values_of_a_mapping(load: Load) -> None:
+    tree = load().tree
+    numbers = {**tree["schedule"], "epochs": np.int64(3), "final_lr": np.float32(0.5)}
+    loaded = load_config({**tree, "output_dir": Path("there"), "schedule": numbers})
+    assert loaded.config.folder == Path("there") and (loaded.config.schedule.epochs, loaded.config.schedule.final_lr) == (3, 0.5)
+    with pytest.raises(ConfigError, match=r"^config  data\.train_data\.0: a set is nothing that a config can hold$"):
+        load_config({**tree, "data": {"type": "webdataset", "train_data": [{1}]}})
 
 
 def test_an_image_only_config(load: Load) -> None:

@@ -159,6 +159,7 @@ PATH = "(my-parts 0.3.1, my_parts:Part)"
     ("module", "words"),
     [
         ("import einops_x", f"losses/part {PATH} cannot be imported: ModuleNotFoundError: No module named 'einops_x'"),
+        ("import sys; sys.exit(0)", f"losses/part {PATH} cannot be imported: SystemExit: 0"),
         ("class Part: pass", f"losses/part {PATH} is no Loss: expected a subclass of cosmos_ssl.api.Loss, found the class Part"),
         ("from cosmos_ssl.api import Loss\nclass Part(Loss): pass", f"losses/part {PATH} is an incomplete Loss: it does not define"),
     ],
@@ -176,6 +177,7 @@ BEFORE = {  # found before training: group, methods, what is said
     ),
     "untyped": ("losses", "def __init__(self, spec, *, t=1): super().__init__()", "my_parts:Part: the option 't' has no type"),
     "built": ("heads", "def __init__(self, spec): {}['x']", f"heads/part {PATH} failed when it was built: KeyError: 'x'"),
+    "leaves": ("heads", "def __init__(self, spec): raise SystemExit(0)", f"heads/part {PATH} failed when it was built: SystemExit: 0"),
     "refuses": ("heads", "def __init__(self, spec): raise ValueError('not so')", f"heads.part: not so {WHOSE}"),
     "requires": ("losses", "def requires(self): return self.nothing", f"losses.part {WHOSE} failed: AttributeError"),
     "needs": ("losses", "def requires(self): return ['image']", f"losses.part {WHOSE} requires ['image'], expected a list of Need"),

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cosmos_ssl.build import check
 from cosmos_ssl.config import Config, load_config
+from cosmos_ssl.models.precision import resolve_precision
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -65,7 +67,7 @@ def test_recipe_holds_the_published_numbers(name: str) -> None:
     config = recipe(name)
     batch, momentum, schema, _, _ = DATA[name.partition("_")[2]]
     assert config.name == f"cosmos_{name}"
-    assert config.training.batch_size == batch and config.training.precision == "amp_fp16"
+    assert config.training.batch_size == batch and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
     assert config.teacher.type == "ema" and config.teacher.update_when == "before_optimizer_step"
     assert config.teacher.options == {"momentum_teacher": momentum}
     assert config.data.options["caption_schema"] == schema

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from cosmos_ssl.api import GroupPlan, ViewSpec
 from cosmos_ssl.build import check
 from cosmos_ssl.config import Config, load_config
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.optim import settings
+from cosmos_ssl.models.precision import resolve_precision
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 # The authors' READMEs: top-1 on ImageNet by k-NN and by a linear classifier (iBOT also fine-tuned), GPUs x batch.
@@ -46,7 +48,7 @@ def test_what_all_three_share(name: str) -> None:
     config = recipe(name)
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, config.schedule.final_lr) == (0.9, 0.999, 0.04, 1e-6)
-    assert config.training.clip_grad_norm == 3.0 and config.training.precision == "amp_fp16"
+    assert config.training.clip_grad_norm == 3.0 and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
     assert config.teacher.type == "ema" and config.teacher.update_when == "after_optimizer_step"
     assert config.teacher.options["final_momentum_teacher"] == 1.0
     assert all(loss.options.get("student_temp", 0.1) == 0.1 for loss in config.losses.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -143,6 +144,16 @@ def test_damaged_metadata_harms_nobody(install: Install) -> None:
 # ---------------------------------------------------------------------------- names
 
 
+@pytest.mark.parametrize("file", ["METADATA", "entry_points.txt"])
+def test_metadata_in_no_encoding_harm_nobody(install: Install, file: str) -> None:
+    site = install("strange", entries={"losses/strange": "a:T"})
+    (bent,) = site.glob(f"strange*/{file}")
+    bent.write_bytes(bent.read_bytes() + b"\n[caf\xe9]\n\xff\xfe = x:y\n")
+    registry.forget()
+    assert "clip" in {record.name for record in registry.records()} and not any(r.name == "strange" for r in registry.records())
+    registry.load(registry.find("losses", "clip"))
+
+
 def test_a_bare_name_means_our_own_part(install: Install) -> None:
     install("my-losses", entries={"losses/clip": "my_losses:Clip"})
     assert registry.find("losses", "clip").own
@@ -191,6 +202,7 @@ def test_loads_a_part(install: Install) -> None:
         ("import einops_that_is_not_there", "cannot be imported: ModuleNotFoundError: No module named 'einops_that_is_not_there'"),
         ("raise RuntimeError('first\\nsecond')", "cannot be imported: RuntimeError: first"),
         ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("class Odd(BaseException): pass\nraise Odd('x')", "cannot be imported: Odd: x"),
         ("", "cannot be imported: AttributeError"),
         ("class Triplet: pass", "is no Loss: expected a subclass of cosmos_ssl.api.Loss, found the class Triplet"),
         ("def Triplet(): pass", "is no Loss: expected a subclass of cosmos_ssl.api.Loss, found a function"),
@@ -283,6 +295,9 @@ def test_null_stands_for_the_default_where_it_is_no_value(install: Install) -> N
         ({"size": 1.5}, "size", "expected an integer or a list, got 1.5"),
         ({"size": [1, "x"]}, "size.1", "expected an integer, got 'x'"),
         ({"note": 3}, "note", "expected a string, got 3"),
+        ({"margin": math.nan}, "margin", "expected a finite number, got .nan"),
+        ({"scale": [0.5, -math.inf]}, "scale.1", "expected a finite number, got -.inf"),
+        ({"size": [1, 1 << 63]}, "size.1", "expected a number of at most 64 bits, got 9223372036854775808"),
     ],
 )
 def test_faults_of_options(install: Install, given: dict[str, Any], key: str, words: str) -> None:
@@ -302,6 +317,20 @@ def test_type_that_no_config_can_hold(install: Install) -> None:
     record, cls = load_triplet(install, "import torch\n" + loss_source("dtype: torch.dtype = torch.float32"))
     with pytest.raises(PluginError, match="the option 'dtype' has the type dtype, which no config can hold"):
         registry.check_options(record, cls, {"head": "x", "dtype": "float32"})
+
+
+def test_types_of_options_may_bound_numbers(install: Install) -> None:
+    bounded = "x: Size | None = 3, y: tuple[Share, ...] = (), z: dict[str, Count] = {}"
+    source = f"from cosmos_ssl.api import Count, Share, Size\n{loss_source(bounded)}"
+    record, cls = load_triplet(install, source)
+    types = {option.name: option.type_name for option in registry.options(cls)}
+    assert (types["x"], types["y"], types["z"]) == ("int | None", "tuple[float, ...]", "dict[str, int]")
+    faults = dict(registry.check_options(record, cls, {"head": "x", "x": 1 << 20, "y": [0.5, 2], "z": {"a": 0}})[1])
+    assert faults == {
+        "x": "expected less than or equal to 65536, got 1048576",
+        "y.1": "expected less than or equal to 1, got 2",
+        "z.a": "expected greater than or equal to 1, got 0",
+    }
 
 
 def test_spec_may_be_typed_for_checkers_alone(install: Install) -> None:

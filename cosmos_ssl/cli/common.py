@@ -92,6 +92,7 @@ def _called(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[argpar
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Rows of equal length as aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join(
         (indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() + "\n" for row in rows

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,18 @@ def _list(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+_LABEL = re.compile(r"\w+: ")
+"""What ends the description in the comment that a config begins with: ``Command:``, ``Hardware:``."""
+
+
 def _purpose(path: Path) -> str:
-    """The first line of the comment that a config begins with."""
-    with path.open(encoding="utf-8") as file:
-        line = file.readline()
-    return line.lstrip("# ").rstrip() if line.startswith("#") else ""
+    """The first sentence of the comment that a config begins with."""
+    lines = (
+        line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    )
+    first = next(lines, "")
+    text = " ".join([first, *takewhile(lambda line: line and not _LABEL.match(line), lines)])
+    return re.split(r"(?<=[.!?]) (?=[A-Z(])", text)[0]
 
 
 def _copy(arguments: argparse.Namespace) -> int:

@@ -84,7 +84,9 @@ def _built(record: registry.Record, cls: type[Any], options: Mapping[str, Any]) 
         try:
             with meta_device():
                 return cls(spec, **options), ""
-        except Exception as error:  # another model around it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # another model around it
             reason = reason or registry.first_line(error)
     return None, f"cannot be told: {reason}"
 

@@ -45,11 +45,13 @@ class SceneOptions:
     shard_samples: int = 1024
 
     def __post_init__(self) -> None:
-        if self.image_size < 16:
-            raise UserError(f"scenes: image_size: {self.image_size} is too small to draw in, 16 is the least")
+        if not 16 <= self.image_size <= 4096:
+            raise UserError(f"scenes: image_size: {self.image_size} is not among 16 to 4096")
         for name in ("train_samples", "validation_samples", "shard_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"scenes: {name}: {getattr(self, name)} is not positive")
+            if not 1 <= getattr(self, name) <= 10**9:
+                raise UserError(f"scenes: {name}: {getattr(self, name)} is not among 1 to 1,000,000,000")
+        if self.seed < 0:
+            raise UserError(f"scenes: seed: {self.seed} is below zero")
         if not 2 <= self.colours <= len(COLOURS):
             raise UserError(f"scenes: colours: {self.colours} is not among 2 to {len(COLOURS)}")
 

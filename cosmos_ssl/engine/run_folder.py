@@ -127,6 +127,7 @@ class RunFolder:
         theirs = self.identity()
         if theirs is None:
             return
+        mine = self._mine = mine.begun_as(theirs)
         changed, moved = mine.config_changes(theirs), mine.data_changes(theirs)
         if not moved:
             self._mine = mine.knowing(theirs)
@@ -159,6 +160,12 @@ class RunFolder:
             raise UserError(f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another output_dir")
         if self._mine is not None and self.identity() != self._mine:
             write_whole(self._identity, json.dumps(self._mine.plain(), indent=1))
+
+    def begun_in(self) -> str:
+        """``training.precision`` with which the run was begun; ``auto`` in what is resumed goes on in it."""
+        whose = self.identity() or self._mine
+        assert whose is not None, "belong comes first"
+        return str(whose.config["training"]["precision"])
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
         """Write identity, resolved config and versions; say so where versions, or accepted shards, have changed since the start."""

@@ -38,7 +38,7 @@ class Counters:
 class RunState:
     """Owns what training changes; ``snapshot`` and ``restore`` are exact to the last bit."""
 
-    def __init__(self, assembly: Assembly, config: Config, device: torch.device) -> None:
+    def __init__(self, assembly: Assembly, config: Config, device: torch.device, precision: str = "fp32") -> None:
         """Put the model on ``device``, start the teacher, make the optimiser. Raises UserError."""
         self.assembly = assembly
         self.step = 0
@@ -48,7 +48,7 @@ class RunState:
             self.teacher.start(assembly.build_model, self.model)
         self.teacher.to(device)
         self.optimizer = Optimizer(self.model, config.optimizer, config.schedule, device)
-        self.scaler = torch.amp.GradScaler(device.type) if config.training.precision == "amp_fp16" else None
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
         self.budget = BadSampleBudget(config.loader.error_budget)
         self.counters = Counters()
         if config.training.compile:

@@ -30,9 +30,8 @@ from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
 from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
 from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.precision import DTYPES
 from cosmos_ssl.types import map_tensors
-
-_DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +60,14 @@ class Step:
         self.model = assembly.model
         self.teacher = assembly.teacher
         self.plan = assembly.plan
-        self.dtype = _DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.micro_batch_size = micro_batch_size
         self.device = device or torch.device("cpu")
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._reached = False
         self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
         if micro_batch_size is not None:
-            _refuse_accumulation(assembly)
+            refuse_accumulation(assembly)
 
     def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
         """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
@@ -330,7 +329,7 @@ def _join(parts: Sequence[Features]) -> Features:
     return map_tensors(parts[0], lambda _: next(joined))
 
 
-def _refuse_accumulation(assembly: Assembly) -> None:
+def refuse_accumulation(assembly: Assembly) -> None:
     """Name the parts that cannot work on micro-batches."""
     model = assembly.model
     mixing = [f"heads.{name} mixes samples" for name in assembly.plan.student.heads if model.head(name).mixes_samples]

@@ -21,6 +21,7 @@ from cosmos_ssl.engine.flops import counted, trace
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
 from cosmos_ssl.models.contract import blaming
+from cosmos_ssl.models.precision import resolve_precision
 from cosmos_ssl.types import map_tensors
 
 SHORTEST = 3
@@ -76,7 +77,8 @@ def measure_step(
     device = device or torch.device("cpu")
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
     state = RunState(assembly, config, device)
-    step = Step(assembly, precision=config.training.precision if device.type == "cuda" else "fp32", device=device)
+    precision = resolve_precision(config.training.precision, device) if device.type == "cuda" else "fp32"
+    step = Step(assembly, precision=precision, device=device)
     views = step.finish(make_views(assembly, samples, caption_tokens).to(device))
     progress = Progress(step=0, total_steps=1)
     flops: dict[str, dict[str, int]] = {}

@@ -35,10 +35,9 @@ from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import resolve_backend
+from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
 
 log = logging.getLogger(__name__)
-
-_AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class Trainer:
@@ -154,10 +153,11 @@ class Trainer:
     def _start(self, stack: ExitStack) -> None:
         """Make all that a run needs, as new or as the newest sound checkpoint left it."""
         newest = self.world.from_first(lambda: latest_checkpoint(self.folder.path))
-        self.state = RunState(self.assembly, self.config, self.device)
+        self.precision = resolve_precision(self.world.from_first(self.folder.begun_in), self.device)
+        self.state = RunState(self.assembly, self.config, self.device, self.precision)
         self.state.model.train()
-        training = self.config.training
-        self.step = Step(self.assembly, precision=training.precision, micro_batch_size=training.micro_batch_size, device=self.device)
+        micro = self.config.training.micro_batch_size
+        self.step = Step(self.assembly, precision=self.precision, micro_batch_size=micro, device=self.device)
         with refusing(self.folder):
             fork = self.world.from_first(self._fork) if newest is None else None
             source = newest if fork is None else fork.checkpoint
@@ -342,6 +342,7 @@ class Trainer:
             "samples": self.state.step * self.config.training.batch_size,
             "epoch": self.state.step / self.steps_per_epoch,
             "ranks": self.world.size,
+            "precision": self.precision,
             "identity": {"config": self.identity.digest(), "data": self.identity.data},
             "versions": versions(self.assembly.parts),
         }
@@ -365,12 +366,12 @@ class Trainer:
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused():
-                found = evaluate(name, self.assembly, self._alive, _AUTOCAST[self.config.training.precision], pictures=self.world.first)
+                found = evaluate(name, self.assembly, self._alive, DTYPES[self.precision], pictures=self.world.first)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
             self.signals.ahead = ahead
-            log.info("%s after step %s (%.1f s): %s", name, f"{step:,}", time.monotonic() - start, summary(found))
+            log.info("%s after step %s (%s, %.1f s): %s", name, f"{step:,}", self.precision, time.monotonic() - start, summary(found))
         self.evaluated = set()
 
     # ------------------------------------------------------------------ small things
@@ -413,19 +414,33 @@ class Trainer:
             log.info("%s, training goes on in %s.", fork, self._place())
         elif saved is None:
             size = sum(parameter.numel() for parameter in self.state.model.parameters())
-            training = self.config.training
             log.info(
                 "training %s (%s parameters) into %s: %s steps, %s an epoch, batch %s, %s on %s",
                 *(self.config.name, f"{size:,}", self.folder.path, f"{self.total_steps:,}", f"{self.steps_per_epoch:,}"),
-                *(f"{training.batch_size:,}", training.precision, self.device),
+                *(f"{self.config.training.batch_size:,}", self.precision, self.device),
             )
             if self.assembly.start:
                 log.info("%s", self.assembly.start)
         else:
             moved = f" on {self.world.size} ranks; it was saved on {saved['ranks']}" if saved["ranks"] != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)
+        self._announce_precision(saved)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
+
+    def _announce_precision(self, saved: Mapping[str, Any] | None) -> None:
+        """Say what ``auto`` is, that it has changed, and where a precision has no fast path."""
+        before = self.precision if saved is None else saved.get("precision", self.precision)
+        if before != self.precision:
+            log.info("precision: %s (auto on %s); until here it was %s", self.precision, self.device.type, before)
+        elif self.config.training.precision == "auto":
+            log.info("precision: %s (auto on %s)", self.precision, self.device.type)
+        if saved is None and not has_fast_path(self.precision, self.device):
+            faster = "amp_fp16" if self.device.type == "cuda" else "fp32"
+            log.warning(
+                "training.precision: this %s has no fast path for %s, and a step may take many times as long. Faster here: %s",
+                *(self.device.type, self.precision, f"training.precision={faster}"),
+            )
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:

@@ -17,7 +17,7 @@ from cosmos_ssl.evaluation.classification import accuracy, class_vectors
 from cosmos_ssl.evaluation.features import EXAMPLES, Job, Loaded, digest, features_of, numbered, text_features
 from cosmos_ssl.evaluation.naming import spoken
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
-from cosmos_ssl.evaluation.samples import Samples, label_of
+from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
 from cosmos_ssl.functional import rank
 
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -59,7 +59,7 @@ def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -
     told = [(place, own) for place, _, own, _ in notes if own]
     if not told:
         _, key, _, others = notes[0]
-        raise DataError(f"texts: samples such as {key} have no texts '{texts}'. They have: {', '.join(others) or 'none'}")
+        raise no_texts(key, texts, others)
     job.leave_out([key for _, key, own, _ in notes if not own], len(notes), f"samples have no texts '{texts}'")
     found = [text for _, own in told for text in own]
     owners = [number for number, (_, own) in enumerate(told) for _ in own]

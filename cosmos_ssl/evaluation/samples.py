@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Sample
+from cosmos_ssl.api import BadSample, DataError, Sample
 from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
 from cosmos_ssl.data.storage import stat
@@ -28,6 +29,7 @@ CLASS_FILES = ("classes.txt", "classnames.txt")
 """Files beside samples in which class names are sought, one a line (clip-benchmark's sets have the second)."""
 _AHEAD = 2  # batches that are read while one is encoded
 _STATS = 16  # files that are looked at together
+_LOOKED_AT = 16
 
 
 class Samples(Protocol):
@@ -91,22 +93,37 @@ class EvaluationData:
         """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without class folders."""
         return self.samples.class_names if isinstance(self.samples, Folder) else ()
 
-    def check(self, *, label: str | None = None) -> None:
-        """Raise DataError where there is no data, or local shards are missing; of a folder, where it cannot be used or has no ``label``."""
+    def check(self, *, label: str | None = None, texts: str | None = None) -> None:
+        """Raise DataError where there is no data, local shards are missing or a folder cannot be used.
+
+        Of what lies here also where a few samples have no ``label``, or none of them ``texts``.
+        """
         if not self.urls:
             raise DataError(f"{self.option}: name the shards or the folder to evaluate on, since the training data has no validation data")
+        missing: list[str] = []
+        seen: list[Sample] = []
         try:
-            if picture_folder(self.urls) is not None:
-                sample = self.samples.read(0)
-                if label is not None:
-                    label_of(sample, label)
-                return
-            missing = [url for url in expand(self.urls) if "://" not in url and not Path(url).exists()]
+            local = [] if picture_folder(self.urls) is not None else [url for url in expand(self.urls) if "://" not in url]
+            missing = [url for url in local if not Path(url).exists()]
+            if not missing and (local or picture_folder(self.urls) is not None):
+                seen = self._few()
+            for sample in seen if label is not None else ():
+                label_of(sample, label or "")
         except DataError as error:
             raise DataError(f"{self.option}: {str(error).removeprefix('data: ')}") from error
         if missing:
             more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
             raise DataError(f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix("."))
+        if texts is not None and seen and not any(sample.captions.get(texts) for sample in seen):
+            raise no_texts(seen[0].key, texts, seen[0].captions)
+
+    def _few(self) -> list[Sample]:
+        """Evenly spread samples; bad ones are left out, as when all are read."""
+        found = []
+        for index in range(0, len(self.samples), max(1, len(self.samples) // _LOOKED_AT)):
+            with suppress(BadSample):
+                found.append(self.samples.read(index))
+        return found
 
     @property
     def name(self) -> str:
@@ -195,6 +212,11 @@ def rows_of_all(parts: Sequence[Tensor]) -> Tensor:
     """The rows [n, ...] on the host that all ranks have computed, in order; some ranks may have none."""
     found = [rows for rows in gather_objects(torch.cat(list(parts)) if parts else None) if rows is not None]
     return torch.cat(found) if found else torch.empty(0)
+
+
+def no_texts(key: str, texts: str, there: Iterable[str]) -> DataError:
+    """What is raised where no sample has the texts that were asked for."""
+    return DataError(f"texts: samples such as {key} have no texts '{texts}'. They have: {', '.join(there) or 'none'}")
 
 
 def label_of(sample: Sample, name: str) -> object:

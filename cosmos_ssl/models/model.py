@@ -25,6 +25,17 @@ from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, 
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
+class Named(nn.ModuleDict):
+    """Parts by name, with tensors named ``NAME.*``. Any name will do, also those of a module's own attributes, such as ``forward``."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Called for every new part."""
+        self._modules[name] = module  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # nn.Module's would take the flag ``training`` for the part of this name
+
+
 class Model(nn.Module):
     """Towers, heads and losses of one role.
 
@@ -41,8 +52,8 @@ class Model(nn.Module):
         """Whether parts are watched for what they change in place, too, which takes time."""
         self.image = towers.get("image")
         self.text = towers.get("text")
-        self.heads = nn.ModuleDict(heads)
-        self.losses = nn.ModuleDict(losses)
+        self.heads = Named(heads)
+        self.losses = Named(losses)
 
     @property
     def towers(self) -> dict[Modality, Tower]:
@@ -121,7 +132,7 @@ class Model(nn.Module):
             outputs = plan.student.heads.get(name)
             with blaming(self.head(name), f"heads.{name}"):
                 unread += [f"heads.{name}.{pattern}" for pattern in (("*",) if outputs is None else self.head(name).unread(outputs))]
-        frozen = [name for name, _ in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in unread)]
-        for name in frozen:
-            self.get_parameter(name).requires_grad_(False)
-        return frozen
+        frozen = {name: p for name, p in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in unread)}
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
+        return list(frozen)

@@ -183,6 +183,8 @@ class Blocks(nn.ModuleList):
             raise ValueError(f"drop_path: {drop_path:g} is no share below 1")
         rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
         hidden = int(width * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio: {mlp_ratio:g} leaves the MLP no width")
         super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
         self.grad_checkpointing = grad_checkpointing
         for block in self:

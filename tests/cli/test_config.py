@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def test_list(command: Command) -> None:
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and "cosmos/vitb16_cc3m" in names and not any("shared" in name for name in names)
     assert "COSMOS, ViT-B/16, CC3M-recap" in out
+    assert "CLIP on both global views and all texts of compare/cosmos.yaml: what COSMOS is without distillation.\n" in out
+    whole = re.compile(r"[.!?]$|^(COSMOS|DINO|DINOv2|iBOT)\b.*\w\)?$")
+    assert all(whole.search(line.split(maxsplit=1)[1]) for line in out.splitlines()[1:])
 
 
 @pytest.mark.parametrize("name", packaged_configs())

@@ -11,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from cosmos_ssl.engine import trainer as trainer_module
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors, read_state
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CheckpointError, StorageError, TrainingError, UserError
+from cosmos_ssl.models import precision
 
 
 def weights(run_dir):
@@ -71,14 +73,44 @@ def test_workers_change_nothing(tiny, rows, tmp_path):
     assert rows(tmp_path / "none") == rows(tmp_path / "two")
 
 
-@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
-def test_half_precision_resumes_exactly(tiny, rows, tmp_path, precision):
-    config = tiny.make_config(training={"precision": precision, "batch_size": 4, "device": "cpu"})
+@pytest.mark.parametrize("name", ["amp_bf16", "amp_fp16"])
+def test_half_precision_resumes_exactly(tiny, rows, tmp_path, name):
+    config = tiny.make_config(training={"precision": name, "batch_size": 4, "device": "cpu"})
     tiny.make_trainer(tmp_path / "whole", config).train()
     crash(tiny, tmp_path / "cut", 8, config)
     tiny.make_trainer(tmp_path / "cut", config).train()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    assert ("loss_scale" in rows(tmp_path / "cut")[0]) == (precision == "amp_fp16")
+    assert ("loss_scale" in rows(tmp_path / "cut")[0]) == (name == "amp_fp16")
+
+
+def told(tiny, folder, name):
+    """What the console shows of a run in this precision on the CPU."""
+    said = io.StringIO()
+    config = tiny.make_config(training={"precision": name, "batch_size": 4, "device": "cpu"})
+    tiny.make_trainer(folder, config, Console(file=said, width=300)).train()
+    return said.getvalue()
+
+
+def test_auto_is_said_and_goes_on_in_what_a_run_was_begun_in(tiny, rows, tmp_path, monkeypatch):
+    assert "batch 4, fp32 on cpu\nprecision: fp32 (auto on cpu)\n" in told(tiny, tmp_path / "auto", "auto")
+    config = tiny.make_config(training={"precision": "amp_bf16", "batch_size": 4, "device": "cpu"})
+    tiny.make_trainer(tmp_path / "whole", config).train()
+    crash(tiny, tmp_path / "cut", 8, config)
+    assert "precision: amp_bf16 (auto on cpu)" in told(tiny, tmp_path / "cut", "auto")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"training\.precision: 'amp_bf16' -> 'fp32'"):
+        told(tiny, tmp_path / "cut", "fp32")
+    with monkeypatch.context() as elsewhere:  # a device on which auto is another precision
+        elsewhere.setattr(trainer_module, "resolve_precision", lambda name, device: "amp_bf16")
+        crash(tiny, tmp_path / "moved", 8, tiny.make_config(training={"precision": "auto", "batch_size": 4, "device": "cpu"}))
+    assert "precision: fp32 (auto on cpu); until here it was amp_bf16" in told(tiny, tmp_path / "moved", "auto")
+
+
+def test_a_precision_without_a_fast_path_is_named_at_the_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 9.0)
+    warning = "warning: training.precision: this cpu has no fast path for amp_fp16, and a step may take many times as long. Faster here: "
+    assert warning + "training.precision=fp32\n" in told(tiny, tmp_path / "slow", "amp_fp16")
+    assert "warning" not in told(tiny, tmp_path / "fast", "fp32")
 
 
 def test_without_a_teacher(tiny, tmp_path):
@@ -328,7 +360,7 @@ def test_the_console_shows_lines_and_a_table(tiny, tmp_path):
     text = said.getvalue()
     assert f"training tiny (121 parameters) into {tmp_path}: 10 steps, 5 an epoch, batch 4, fp32 on cpu" in text
     assert "step  1 of 10  epoch 0.20  loss 2.193  match 2.193  lr 2.50e-02" in text
-    assert re.search(r"^mean after step 5 \(\d+\.\d s\): student mean 0\.\d+; teacher mean 0\.\d+$", text, re.MULTILINE)
+    assert re.search(r"^mean after step 5 \(fp32, \d+\.\d s\): student mean 0\.\d+; teacher mean 0\.\d+$", text, re.MULTILINE)
     assert re.search(r"mean mean +│ +0\.\d+ │ +0\.\d+ │", text) and f"finished {tmp_path} at step 10 (sample 40, epoch 2)" in text
 
 

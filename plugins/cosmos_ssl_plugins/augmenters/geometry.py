@@ -61,5 +61,10 @@ def check_crops(prefix: str, size: int, scale: tuple[float, float], ratio: tuple
         raise ValueError(f"{start}size: {size} is no size in pixels")
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"{start}scale: {list(scale)} is not a range of area shares between 0 and 1")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"{'crops_' if prefix else ''}ratio: {list(ratio)} is not a range of aspect ratios")
+    check_span("crops_ratio" if prefix else "ratio", ratio, "aspect ratios", most=1000)
+
+
+def check_span(option: str, span: tuple[float, float], what: str, *, most: float) -> None:
+    """Raise ValueError for a range that runs backwards or leaves 1 / ``most`` .. ``most``."""
+    if not 1 / most <= span[0] <= span[1] <= most:
+        raise ValueError(f"{option}: {list(span)} is not a range of {what} from {1 / most:g} to {most:g}")

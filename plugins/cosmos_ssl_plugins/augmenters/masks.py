@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cosmos_ssl_plugins.augmenters.geometry import check_span
+
 SMALLEST = 4
 """Patches of the smallest block, as in DINOv2 (BEiT: 16)."""
 TRIES = 10
@@ -40,8 +42,7 @@ class BlockMasks:
             raise ValueError("mask_probability: the image tower has no patches to mask, or they are larger than the global views")
         if not 0 < self.ratio[0] <= self.ratio[1] <= 1:
             raise ValueError(f"mask_ratio: {list(self.ratio)} is not a range of shares between 0 and 1")
-        if not 0 < self.aspect[0] <= self.aspect[1]:
-            raise ValueError(f"mask_aspect: {list(self.aspect)} is not a range of aspect ratios")
+        check_span("mask_aspect", self.aspect, "aspect ratios", most=1000)
 
     def __call__(self, views: int, rng: np.random.Generator) -> Tensor:
         """Masks bool [V, N], True where a patch is hidden; each view by itself."""

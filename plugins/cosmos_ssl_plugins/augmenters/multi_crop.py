@@ -9,10 +9,23 @@ from typing import ClassVar
 
 import numpy as np
 
-from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
-from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
+from cosmos_ssl.api import (
+    Augmenter,
+    Few,
+    ImageCrops,
+    ImageGroup,
+    Modality,
+    Pixels,
+    Sample,
+    Spec,
+    Strength,
+    TowerSpec,
+    ViewSpec,
+    Whole,
+)
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_span, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.masks import BlockMasks
-from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish
+from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish
 
 
 class MultiCrop(Augmenter):
@@ -42,18 +55,18 @@ class MultiCrop(Augmenter):
         self,
         spec: Spec,
         *,
-        global_crops_number: int = 2,
-        global_crops_size: int = 224,
+        global_crops_number: Few = 2,
+        global_crops_size: Pixels = 224,
         global_crops_scale: tuple[float, float] = (0.4, 1.0),
-        local_crops_number: int = 6,
-        local_crops_size: int = 96,
+        local_crops_number: Whole = 6,
+        local_crops_size: Pixels = 96,
         local_crops_scale: tuple[float, float] = (0.05, 0.4),
         crops_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.5,
         color_jitter_prob: float = 0.8,
-        brightness: float = 0.4,
-        contrast: float = 0.4,
-        saturation: float = 0.2,
+        brightness: Strength = 0.4,
+        contrast: Strength = 0.4,
+        saturation: Strength = 0.2,
         hue: float = 0.1,
         grayscale_prob: float = 0.2,
         gaussian_blur_probs: tuple[float, float, float] = (1.0, 0.1, 0.5),
@@ -75,8 +88,7 @@ class MultiCrop(Augmenter):
         _check_shares(most=math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
         check_range("hue", hue, most=0.5)
         check_range("solarize_threshold", solarize_threshold, most=255)
-        if not 0 < gaussian_blur_radius[0] <= gaussian_blur_radius[1]:
-            raise ValueError(f"gaussian_blur_radius: {list(gaussian_blur_radius)} is not a range of radii above 0")
+        check_span("gaussian_blur_radius", gaussian_blur_radius, "radii", most=MAX_BLUR)
         tower = spec.image or TowerSpec(width=0)
         self.mean, self.std = tower.mean, tower.std
         self.ratio = crops_ratio

@@ -27,6 +27,9 @@ FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11
 CPU_BYTES, DEVICE_BYTES = 1 << 20, 1 << 28
 """Float pixels worked on at once: a part of a core's cache, or a bound on the device memory taken."""
 
+MAX_BLUR = 100.0
+"""Pixels; a wider blur leaves nothing of a view."""
+
 _TIE = 2.0**-12
 """Added before values are cut: more than float32 loses here, so that whole results stay whole."""
 

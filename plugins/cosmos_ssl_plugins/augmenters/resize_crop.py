@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Pixels, Sample, Spec, TowerSpec, ViewSpec
 from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.photometric import mirror, standardise
 
@@ -28,7 +28,7 @@ class ResizeCrop(Augmenter):
         self,
         spec: Spec,
         *,
-        size: int = 224,
+        size: Pixels = 224,
         scale: tuple[float, float] = (0.9, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = False,

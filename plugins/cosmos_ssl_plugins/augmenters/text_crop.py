@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cosmos_ssl.api import Augmenter, BadSample, Modality, Sample, Spec, ViewSpec
+from cosmos_ssl.api import Augmenter, BadSample, Few, Modality, Sample, Spec, ViewSpec
 from cosmos_ssl.data import join_sentences
 
 
@@ -26,9 +26,9 @@ class TextCrop(Augmenter):
         self,
         spec: Spec,
         *,
-        num_sampled_captions: int = 8,
-        num_global_captions: int = 2,
-        max_sentences: int = 5,
+        num_sampled_captions: Few = 8,
+        num_global_captions: Few = 2,
+        max_sentences: Few = 5,
         caption_fields: list[str] | None = None,
         join: bool = True,
     ) -> None:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, Spec, TowerSpec, ViewSpec
-from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
+from cosmos_ssl.api import Augmenter, Few, ImageCrops, ImageGroup, Modality, Pixels, Sample, Spec, Strength, TowerSpec, ViewSpec
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_span, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.multi_crop import check_range
-from cosmos_ssl_plugins.augmenters.photometric import Draw, Strengths, finish, standardise
+from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish, standardise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +26,15 @@ class ViewGroup:
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
 
-    number: int = 1
-    size: int = 224
+    number: Few = 1
+    size: Pixels = 224
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_prob: float = 0.0
     color_jitter_prob: float = 0.0
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
     hue: float = 0.1
     grayscale_prob: float = 0.0
     gaussian_blur_prob: float = 0.0
@@ -57,8 +57,7 @@ class ViewGroup:
             "solarize_threshold": 255,
         }.items():
             check_range(option, getattr(self, option), most=most)
-        if not 0 < self.gaussian_blur_radius[0] <= self.gaussian_blur_radius[1]:
-            raise ValueError(f"gaussian_blur_radius: {list(self.gaussian_blur_radius)} is not a range of radii above 0")
+        check_span("gaussian_blur_radius", self.gaussian_blur_radius, "radii", most=MAX_BLUR)
 
     @property
     def draw(self) -> Draw | None:

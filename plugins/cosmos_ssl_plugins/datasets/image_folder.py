@@ -39,6 +39,8 @@ class ImageFolder(Folder):
         cache_dir: Aside[str | None] = None,
         max_pixels: int = 1 << 26,
     ) -> None:
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels: {max_pixels} leaves no picture")
         super().__init__(train_data, extensions=extensions, captions=bool(spec.text_views), cache_dir=cache_dir, max_pixels=max_pixels)
         self.validation_data = validation_data
 

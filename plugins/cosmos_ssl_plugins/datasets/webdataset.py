@@ -29,5 +29,9 @@ class WebDataset(Shards):
     ) -> None:
         if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used
             caption_schema = None
+        if not 0 <= cache_gib <= 1 << 20:
+            raise ValueError(f"cache_gib: {cache_gib:g} is no size of a cache in GiB")
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels: {max_pixels} leaves no picture")
         super().__init__(train_data, caption_schema=caption_schema, cache_dir=cache_dir, cache_gib=cache_gib, max_pixels=max_pixels)
         self.validation_data = validation_data

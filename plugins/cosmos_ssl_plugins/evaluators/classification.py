@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from cosmos_ssl.api import DataError, Encoder, Evaluation, Evaluator, Spec
+from cosmos_ssl.api import Count, DataError, Encoder, Evaluation, Evaluator, Few, Size, Spec
 from cosmos_ssl.evaluation.classification import load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.naming import in_order_of_folders, repeated, spoken
@@ -39,14 +39,16 @@ class Classification(Evaluator):
         class_names: str | list[str] | None = None,
         templates: str | list[str] = "simple",
         label: str = "cls",
-        batch_size: int = 256,
-        workers: int | None = None,
-        max_samples: int | None = None,
+        batch_size: Size = 256,
+        workers: Few | None = None,
+        max_samples: Count | None = None,
     ) -> None:
         self.data = EvaluationData(data, fallback=spec.validation_data)
         self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.names = None if class_names is None else load_class_names(class_names)
         self.templates = load_templates(templates)
+        if not label:
+            raise ValueError("label: an empty name. Give cls, or another member or key of the JSON")
         self.label = label
 
     def prepare(self) -> None:

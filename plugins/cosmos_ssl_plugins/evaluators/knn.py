@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Modality, Spec, normalise
+from cosmos_ssl.api import Count, Encoder, Evaluation, Evaluator, Few, Modality, Size, Spec, Temperature, normalise
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.pictures import draw_neighbours
@@ -36,13 +36,13 @@ class KNearestNeighbours(Evaluator):
         *,
         train_data: str | list[str],
         data: str | list[str] | None = None,
-        k: int = 20,
-        temperature: float = 0.07,
+        k: Count = 20,
+        temperature: Temperature = 0.07,
         label: str = "cls",
-        batch_size: int = 256,
-        workers: int | None = None,
-        max_samples: int | None = None,
-        max_train_samples: int | None = None,
+        batch_size: Size = 256,
+        workers: Few | None = None,
+        max_samples: Count | None = None,
+        max_train_samples: Count | None = None,
     ) -> None:
         check_positive(k=k, temperature=temperature, max_train_samples=max_train_samples)
         self.train_data = EvaluationData(train_data, option="train_data")
@@ -51,6 +51,8 @@ class KNearestNeighbours(Evaluator):
         self.train_job = replace(self.job, max_samples=max_train_samples, data=self.train_data.name)
         self.k = k
         self.temperature = temperature
+        if not label:
+            raise ValueError("label: an empty name. Give cls, or another member or key of the JSON")
         self.label = label
 
     def prepare(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Spec
+from cosmos_ssl.api import Count, Encoder, Evaluation, Evaluator, Few, Size, Spec
 from cosmos_ssl.evaluation.attention_maps import attention_maps
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
@@ -33,17 +33,19 @@ class Retrieval(Evaluator):
         *,
         data: str | list[str] | None = None,
         texts: str = "txt",
-        batch_size: int = 256,
-        workers: int | None = None,
-        max_samples: int | None = None,
+        batch_size: Size = 256,
+        workers: Few | None = None,
+        max_samples: Count | None = None,
     ) -> None:
+        if not texts:
+            raise ValueError("texts: an empty name. Give txt, or a key of the JSON")
         self.data = EvaluationData(data, fallback=spec.validation_data)
         self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
         self.texts = texts
 
     def prepare(self) -> None:
-        """Look for the data. Raises DataError."""
-        self.data.check()
+        """Look for the data and its texts. Raises DataError."""
+        self.data.check(texts=self.texts)
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import ALL, Features, Head, HeadOutput, Need, Spec, Views, normalise
+from cosmos_ssl.api import ALL, Features, Head, HeadOutput, Need, Size, Spec, Views, normalise
 from cosmos_ssl.models.attention import attention
 
 
@@ -63,7 +63,7 @@ class CrossAttention(Head):
     The token maps (tower width to D) live here.
     """
 
-    def __init__(self, spec: Spec, *, num_heads: int = 8, mask_padding: bool = False) -> None:
+    def __init__(self, spec: Spec, *, num_heads: Size = 8, mask_padding: bool = False) -> None:
         """``mask_padding`` hides the pads of the text from image views; the published method attends to them.
 
         Raises ValueError where a tower is missing or the width is not a multiple of ``num_heads``.
@@ -72,7 +72,7 @@ class CrossAttention(Head):
         if spec.image is None or spec.text is None:
             raise ValueError("cross-attention needs both model.image and model.text")
         width = spec.embed_dim
-        if width % num_heads:
+        if num_heads < 1 or width % num_heads:
             raise ValueError(f"num_heads: model.embed_dim ({width}) is not a multiple of {num_heads}")
         self.width = width
         self.mask_padding = mask_padding

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from cosmos_ssl.api import ParameterRule, Spec
+from cosmos_ssl.api import Count, ParameterRule, Size, Spec, Strength
 from cosmos_ssl_plugins.heads.per_group import PerGroup, global_batch_norm, group_needs
 
 
@@ -51,12 +51,12 @@ class DinoProjection(Prototypes):
         self,
         spec: Spec,
         *,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int = 65536,
+        hidden_dim: Size = 2048,
+        bottleneck_dim: Size = 256,
+        output_dim: Count = 65536,
         batch_norm: bool = False,
         norm_last_layer: bool = True,
-        freeze_last_layer: float = 1.0,
+        freeze_last_layer: Strength = 1.0,
     ) -> None:
         """Raises ValueError for impossible sizes and where there is no image tower.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosmos_ssl.api import Spec
+from cosmos_ssl.api import Count, Size, Spec, Strength
 from cosmos_ssl_plugins.heads.dino_projection import Prototypes
 
 
@@ -17,11 +17,11 @@ class DinoV2Projection(Prototypes):
         self,
         spec: Spec,
         *,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int = 65536,
+        hidden_dim: Size = 2048,
+        bottleneck_dim: Size = 256,
+        output_dim: Count = 65536,
         batch_norm: bool = False,
-        freeze_last_layer: float = 1.0,
+        freeze_last_layer: Strength = 1.0,
     ) -> None:
         """Raises ValueError for impossible sizes and where there is no image tower.
 

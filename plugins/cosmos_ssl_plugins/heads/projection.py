@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from cosmos_ssl.api import Modality, Need, Spec
+from cosmos_ssl.api import Few, Modality, Need, Size, Spec
 from cosmos_ssl_plugins.heads.per_group import BatchNorm, PerGroup, group_needs
 
 
@@ -24,9 +24,9 @@ class Projection(PerGroup):
         *,
         input: str = "pooled",
         modality: Modality = "image",
-        hidden_dim: int = 2048,
-        output_dim: int = 256,
-        layers: int = 2,
+        hidden_dim: Size = 2048,
+        output_dim: Size = 256,
+        layers: Few = 2,
         batch_norm: bool = True,
         output_batch_norm: bool = False,
     ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext
+from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
 from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
 
 
@@ -24,12 +24,12 @@ class Dino(Loss):
         *,
         head: str,
         centering: Centering = "center",
-        warmup_teacher_temp: float = 0.04,
-        teacher_temp: float = 0.04,
-        warmup_teacher_temp_epochs: float = 0,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        sinkhorn_iterations: int = 3,
+        warmup_teacher_temp: Temperature = 0.04,
+        teacher_temp: Temperature = 0.04,
+        warmup_teacher_temp_epochs: Strength = 0,
+        student_temp: Temperature = 0.1,
+        center_momentum: Share = 0.9,
+        sinkhorn_iterations: Few = 3,
     ) -> None:
         """Raises ValueError for a head without the output ``global``, fewer than two views, and impossible values.
 

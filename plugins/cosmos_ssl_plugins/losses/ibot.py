@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext
+from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
 from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
 
 OUTPUT = "global_masked"
@@ -26,12 +26,12 @@ class Ibot(Loss):
         *,
         head: str,
         centering: Centering = "center",
-        warmup_teacher_temp: float = 0.04,
-        teacher_temp: float = 0.07,
-        warmup_teacher_temp_epochs: float = 30,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        sinkhorn_iterations: int = 3,
+        warmup_teacher_temp: Temperature = 0.04,
+        teacher_temp: Temperature = 0.07,
+        warmup_teacher_temp_epochs: Strength = 30,
+        student_temp: Temperature = 0.1,
+        center_momentum: Share = 0.9,
+        sinkhorn_iterations: Few = 3,
     ) -> None:
         """Raises ValueError for a head without the output ``global_masked``, and impossible values.
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext, normalise
+from cosmos_ssl.api import Loss, LossOutput, Need, Share, Spec, StepContext, normalise
 from cosmos_ssl.functional import rank
 
 
@@ -18,7 +18,7 @@ class Koleo(Loss):
     samples, and as in DINOv2 (weight 0.1) a sum over views. Neighbours are sought in the same view of all ranks.
     """
 
-    def __init__(self, spec: Spec, *, kind: Literal["pooled", "projected"] = "pooled", eps: float = 1e-8) -> None:
+    def __init__(self, spec: Spec, *, kind: Literal["pooled", "projected"] = "pooled", eps: Share = 1e-8) -> None:
         """Raises ValueError for a batch of one sample, or an ``eps`` that is not above zero.
 
         kind: features before (``pooled``) or after the tower's projection.

@@ -20,12 +20,14 @@ class SigLip(Loss):
     def __init__(self, spec: Spec, *, init_logit_scale: float = 10.0, init_logit_bias: float = -10.0) -> None:
         """Both are learned, and neither is bounded (section 3.2).
 
-        init_logit_scale: inverse temperature at the start, above 0; its logarithm is the parameter.
+        init_logit_scale: inverse temperature at the start; its logarithm is the parameter.
         init_logit_bias: bias of the logits at the start; below 0, since nearly all pairs are no match.
         """
         super().__init__()
-        if init_logit_scale <= 0:
-            raise ValueError(f"init_logit_scale: {init_logit_scale:g} is not above 0")
+        if not 1e-3 <= init_logit_scale <= 1e3:
+            raise ValueError(f"init_logit_scale: {init_logit_scale:g} is outside 0.001..1000")
+        if not -1e3 <= init_logit_bias <= 1e3:
+            raise ValueError(f"init_logit_bias: {init_logit_bias:g} is outside -1000..1000")
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
 

@@ -13,7 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, Modality, Spec, TextGroup, Tower, TowerSpec
+from cosmos_ssl.api import (
+    Count,
+    Few,
+    GroupFeatures,
+    GroupPlan,
+    Modality,
+    Share,
+    Size,
+    Spec,
+    Strength,
+    TextGroup,
+    Tower,
+    TowerSpec,
+    ViewSpec,
+)
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
 from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
@@ -41,17 +55,18 @@ class ClipText(Tower):
         self,
         spec: Spec,
         *,
-        width: int = 512,
-        layers: int = 12,
-        heads: int | None = None,
-        vocab_size: int | None = None,
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        width: Size = 512,
+        layers: Few = 12,
+        heads: Size | None = None,
+        vocab_size: Count | None = None,
+        mlp_ratio: Strength = 4.0,
+        layer_scale: Strength | None = None,
+        drop_path: Share = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
+        self.vocab_size = spec.vocab_size
         self.spec = TowerSpec(width=width)
         self.attention = spec.attention
         self.layer_count = layers + 1
@@ -88,6 +103,11 @@ class ClipText(Tower):
         layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
         return {name: self._features(x, layout, captions, name, wanted) for name, wanted in plan.items()}
+
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError where the tokenizer has more ids than the embedding rows."""
+        if self.token_embedding.num_embeddings < self.vocab_size:
+            raise ValueError(f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}")
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""

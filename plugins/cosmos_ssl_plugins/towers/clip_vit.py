@@ -13,7 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, Spec, Tower, TowerSpec
+from cosmos_ssl.api import (
+    Few,
+    GroupFeatures,
+    GroupPlan,
+    ImageGroup,
+    Modality,
+    Pixels,
+    Share,
+    Size,
+    Spec,
+    Strength,
+    Tower,
+    TowerSpec,
+    ViewSpec,
+    Whole,
+)
 from cosmos_ssl.models.attention import Ints, take_rows
 from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
 
@@ -40,15 +55,15 @@ class ClipViT(Tower):
         self,
         spec: Spec,
         *,
-        width: int = 768,
-        layers: int = 12,
-        patch_size: int = 16,
-        image_size: int = 224,
-        heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        registers: int = 0,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        width: Size = 768,
+        layers: Few = 12,
+        patch_size: Pixels = 16,
+        image_size: Pixels = 224,
+        heads: Size | None = None,
+        mlp_ratio: Strength = 4.0,
+        registers: Whole = 0,
+        layer_scale: Strength | None = None,
+        drop_path: Share = 0.0,
         mask_token: bool = False,
         pre_norm: bool = True,
         grad_checkpointing: bool = False,
@@ -110,6 +125,13 @@ class ClipViT(Tower):
         layout = self._lay_out(reads, start, packed.device)
         packed = self.norm(self.blocks(self.norm_pre(packed), layout))
         return {name: self._features(packed, layout, read) for name, read in zip(plan, reads, strict=True)}
+
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError for views that are smaller than a patch."""
+        patch = self.spec.patch_size
+        for name, view in views.items():
+            if view.size is not None and view.size < patch:
+                raise ValueError(f"the views '{name}' of augmenters.image are {view.size} pixels wide, less than a patch of {patch}")
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Dense inference: pixels [B, 3, H, W] of any size -> normed tokens [B, N, W] and pooled [B, W], not projected.

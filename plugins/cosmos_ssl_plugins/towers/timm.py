@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, Spec, Tower, TowerSpec, UserError
+from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, Pixels, Share, Spec, Tower, TowerSpec, UserError, ViewSpec
 from cosmos_ssl.models.transformer import pick_views
 
 
@@ -36,8 +36,8 @@ class TimmImage(Tower):
         *,
         model: str,
         pretrained: bool = False,
-        image_size: int | None = None,
-        drop_path: float = 0.0,
+        image_size: Pixels | None = None,
+        drop_path: Share = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -65,6 +65,16 @@ class TimmImage(Tower):
         self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
         self._depths = _depths(self.model)
         self.layer_count = max(self._depths.values()) + 1
+
+    def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
+        """Raise ValueError for sizes that the model cannot take: others than its own, or no multiples of its patches."""
+        size, patch = self.spec.image_size, self.spec.patch_size
+        for name, view in views.items():
+            if view.size is not None and (view.size % patch if self.dynamic else view.size != size):
+                takes = f"multiples of {patch}" if self.dynamic else f"{size} alone"
+                raise ValueError(
+                    f"the views '{name}' of augmenters.image are {view.size} pixels wide: timm's '{self.model_name}' takes {takes}"
+                )
 
     def forward(self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode the views in ``plan``; pixels float [V, B, 3, H, W]. Raises UserError for a size that the model cannot take."""
