@@ -11,6 +11,7 @@ from cosmos_ssl.build import Builder, claim, watched
 from cosmos_ssl.build_weights import start_from
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.data import Folder, Shards
+from cosmos_ssl.data.storage import only_looking
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import named_losses, pick_device
@@ -39,6 +40,7 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
 
 
 @named_losses()
+@only_looking()
 def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str:
     """Look for all that a start would refuse, but write and index nothing; what was not looked into.
 

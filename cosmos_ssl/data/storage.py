@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from stat import S_ISREG
@@ -242,8 +243,23 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
+_only_looking: ContextVar[bool] = ContextVar("only_looking", default=False)
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """While entered, what is indexed is kept in memory alone."""
+    token = _only_looking.set(True)
+    try:
+        yield
+    finally:
+        _only_looking.reset(token)
+
+
 def first_writable(places: Sequence[Path]) -> Path | None:
     """The first of these files that may be made, None where none can: in a folder of another user at the last place alone."""
+    if _only_looking.get():
+        return None
     for path in places[:-1]:
         there = next(folder for folder in path.parents if folder.exists())
         if (not hasattr(os, "getuid") or there.stat().st_uid == os.getuid()) and is_writable(path.parent):
