@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from cosmos_ssl.errors import CosmosError, StorageError, UserError
 
@@ -44,18 +44,23 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no regular file", str(path))
+    part = part_name(path.parent)
     try:
-        part = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)  # noqa: SIM115
+        opened = part.open("x+b")
     except OSError as error:
         error.filename = str(path)  # the name that people know
         raise
-    with part as file:
+    with opened as file:
         try:
-            yield cast(IO[bytes], file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
+            part.replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
+
+
+def part_name(folder: Path) -> Path:
+    """A name for a file that is not whole. It is opened as any file, so that it is for whom the umask says (tempfile's are not)."""
+    return folder / f"tmp{secrets.token_hex(8)}.part"

@@ -18,7 +18,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.errors import BadSample, DataError, UserError
+from cosmos_ssl.files import part_name
 from cosmos_ssl.files import written_whole as written_whole
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -92,7 +93,7 @@ def stat(url: str) -> Stat:
             raise DataError(f"data: {url!r} is no path") from error
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
-        return Stat(found.st_size, str(found.st_mtime_ns))
+        return Stat(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}")  # unpacking puts the first back, not the second
     info = request(url, _info)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", url)
@@ -140,7 +141,7 @@ def retrying(read: Callable[[], _T], what: str) -> _T:
             found = read()
             _Reads.count += 1
             return found
-        except UserError:
+        except (UserError, BadSample):
             raise
         except Exception as error:  # object stores raise errors of their own for a lost connection
             attempts += 1
@@ -340,9 +341,9 @@ class BlockCache:
 
     def _store(self, name: str, block: bytes) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
+            with (part := part_name(self._folder)).open("xb") as file:
                 file.write(block)
-            Path(file.name).replace(self._folder / f"{name}.block")
+            part.replace(self._folder / f"{name}.block")
         except OSError:
             return
         self._written += len(block)
