@@ -22,6 +22,7 @@ from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_loc
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError, UserError
 from cosmos_ssl.files import written_whole
+from cosmos_ssl.pictures import FILE_BYTES
 
 _SAMPLE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("held_out", "?")])
 _LOOK_SAMPLES = 16
@@ -98,7 +99,7 @@ def _index_shard(url: str, found: Stat, share: float, by: str, path: Path) -> No
             picture = next((member for member in group if sample_key(member.name)[1] in IMAGE_EXTENSIONS), None)
             if picture is not None:
                 key = sample_key(picture.name)[0].encode("utf-8", "surrogateescape")
-                what = key if by == "key" else read(picture.data, picture.size)
+                what = key if by == "key" else read(picture.data, min(picture.size, FILE_BYTES))
                 rows.append((group[0].start, group[-1].end - group[0].start, is_held_out(what, share)))
     except TarFault as error:
         raise DataError(f"data: {url} is cut short or damaged: {error}. 'cosmos-ssl data check --fix' keeps what is whole") from error

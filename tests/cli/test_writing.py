@@ -98,8 +98,8 @@ def test_a_new_plugin_that_finds_no_room_leaves_nothing(command: Command, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    code, _, err = command("plugins", "new", "my-loss", "--kind", "loss", "--output", str(tmp_path))
-    assert (code, "No space left" in err) == (EXIT_LOST, True) and not (tmp_path / "my-loss").exists()
+    code, _, err = command("plugins", "new", "roomless-loss", "--kind", "loss", "--output", str(tmp_path))
+    assert (code, "No space left" in err) == (EXIT_LOST, True) and not (tmp_path / "roomless-loss").exists()
 
 
 @pytest.mark.parametrize(
