@@ -19,6 +19,8 @@ from cosmos_ssl.engine.fork import ask_fork, find_source, plan_fork
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.identity import Identity
+from cosmos_ssl.interop import openclip
+from cosmos_ssl.interop.hub import RELEASED
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
 
@@ -62,10 +64,10 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
         assembly = builder.assemble(meta=True)
     else:
         _evaluators(builder, assembly, there)
-    _look(builder, assembly, fork, prepared=indexed)
-    if indexed:
-        return ""
-    return "what the data hold, which are not indexed yet" if there else "the data, which are made or found at the start"
+    left = (
+        [] if indexed else ["what the data hold, which are not indexed yet" if there else "the data, which are made or found at the start"]
+    )
+    return "; ".join([*left, *_look(builder, assembly, fork, prepared=indexed)])
 
 
 def _must_be_indexed(assembly: Assembly) -> None:
@@ -85,24 +87,31 @@ def _evaluators(builder: Builder, assembly: Assembly, there: bool) -> None:
         raise ConfigError(missing)
 
 
-def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: bool) -> None:
-    """Weights, teacher, and whose the run folder is; ``prepared``: the data are known."""
-    config, dataset = builder.config, assembly.dataset
+def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: bool) -> list[str]:
+    """Weights, teacher, and whose the run folder is; ``prepared``: the data are known. What is left to the start, since it is fetched."""
+    config, dataset, places = builder.config, assembly.dataset, assembly.places()
     assert dataset is not None, "a config that was checked"
+    fetched = {path: what for path, what in places.items() if what is not None and _is_published(what)}  # no file here: the name itself
     with _no_copies():
-        if config.model.pretrained is not None:
+        if config.model.pretrained is not None and "model.pretrained" not in fetched:
             start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)
     with blaming(assembly.teacher, "teacher"):
-        assembly.teacher.prepare()
+        if not any(path.startswith("teacher.") for path in fetched):
+            assembly.teacher.prepare()
     folder = RunFolder(config.folder)
     source = find_source(folder, fork) if fork is not None else None
-    mine = Identity.of(config, dataset.identity() if prepared else {}, assembly.places())
+    mine = Identity.of(config, dataset.identity() if prepared else {}, places)
     folder.belong(mine, accept_data=config.loader.changed_data == "accept")
     if source is not None:
         with _no_copies():
             load_exactly(assembly.model, load_tensors(source, "student"), f"--fork: {source}")
         if prepared:
             plan_fork(source, mine, config, dataset.shard_sizes)
+    return [f"{path} ({what}), which is fetched at the start" for path, what in fetched.items()]
+
+
+def _is_published(name: str) -> bool:
+    return name.removesuffix(".pt") in RELEASED or openclip.is_published(name)
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def test_a_sound_run_passes_and_leaves_nothing_behind(place: Path) -> None:
     assert left() == left("model.pretrained=old") == left("teacher={type: frozen, checkpoint: old, which: student}") == ""
     assert left("data.folder=unwritten") == "the data, which are made or found at the start"
     assert left("schedule.epochs=2", fork="old") == ""
+    published = left("model.pretrained=cosmos_vitb16_cc3m", "teacher={type: frozen, checkpoint: hf-hub:org/name}")
+    assert published.count("which is fetched at the start") == 2
     assert sorted(place.rglob("*")) == before
 
 
