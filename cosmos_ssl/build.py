@@ -355,7 +355,7 @@ def load(
     assumed = weights.assumed(loaded)
     check_fit(Builder(loaded).assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
     assembly = Builder(loaded).assemble(prepare=False)
-    weights.check_finite(weights.state)
+    weights.check_finite(assembly.model, weights.state)
     assembly.model.load_state_dict(weights.state)
     assembly.model.requires_grad_(False).eval()
     report = compare(assembly.model, weights.state, weights.left_out)

@@ -180,9 +180,10 @@ def find_fault(path: Path, *, whole: bool = True) -> str | None:
                 if whole and hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                     return f"{name} has changed since it was written"
         read_state(path)
-        for name in (name for name in files if name.endswith(TENSORS)):
-            tensors = load_tensors(path, name.removesuffix(TENSORS))
-            if whole and (sick := find_nonfinite(tensors)):
+        tensors = {name: load_tensors(path, name.removesuffix(TENSORS)) for name in files if name.endswith(TENSORS)}
+        trained = {name.rpartition(".")[0] for name in tensors.get(f"optimizer{TENSORS}", ())}
+        for name, found in tensors.items() if whole else ():
+            if sick := find_nonfinite(found, buffers=found.keys() - trained):
                 return f"{name} holds a NaN or an infinity ({sick})"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
