@@ -468,7 +468,7 @@ def load(
     builder = Builder(loaded, trust_code=trust_code)
     check_fit(builder.assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
     assembly = builder.assemble(prepare=False)
-    weights.check_finite(weights.state)
+    weights.check_finite(assembly.model, weights.state)
     assembly.model.load_state_dict(weights.state)
     assembly.model.requires_grad_(False).eval()
     report = compare(assembly.model, weights.state, weights.left_out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,19 @@ def find_source(checkpoint: str | Path | Source, *, whole: bool = True) -> Sourc
     """
     if isinstance(checkpoint, Source):
         return checkpoint
-    path = checkpoint_path(checkpoint)
+    with _readable(checkpoint):
+        return _found(checkpoint_path(checkpoint), whole)
+
+
+@contextmanager
+def _readable(checkpoint: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
+
+
+def _found(path: Path, whole: bool) -> Source:
     if is_foreign(path):
         return Source(str(path))
     if is_checkpoint(path):
@@ -69,9 +82,10 @@ class Weights:
     left_out: Sequence[str] = ()
     """Other names in a file of another program's."""
 
-    def check_finite(self, names: Iterable[str]) -> None:
-        """Raise CheckpointError where one of these tensors holds a NaN or an infinity; a run's were looked at when they were found."""
-        if self.source.folder is None and (sick := find_nonfinite({name: self.state[name] for name in names})):
+    def check_finite(self, model: Model, names: Iterable[str]) -> None:
+        """Raise CheckpointError where one of these tensors holds a NaN, or a parameter among them an infinity."""
+        buffers = {name for name, _ in model.named_buffers()}
+        if sick := find_nonfinite({name: self.state[name] for name in names}, buffers):
             raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
 
     def assumed(self, loaded: LoadedConfig) -> str:
@@ -100,7 +114,9 @@ def roles_of(source: Source) -> tuple[Role, ...]:
 
 def check_source(checkpoint: str, *, partial: bool) -> None:
     """Raise UserError where ``start_from`` would find nothing to start from, or something damaged. Reads no tensor, fetches nothing."""
-    if not is_remote(checkpoint, partial=partial):
+    with _readable(checkpoint):
+        remote = is_remote(checkpoint, partial=partial)
+    if not remote:
         read_weights(find_source(checkpoint, whole=False), "student", partial=partial)
 
 
@@ -121,7 +137,7 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
     others, assumed = _heads(model, weights, set(report.matched))
     if others and not partial:
         raise CheckpointError(f"{place} has {others[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
-    weights.check_finite(report.matched)
+    weights.check_finite(model, report.matched)
     load_matched(model, weights.state, report)
     return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
 

@@ -74,7 +74,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
 
     Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not finite.
     """
-    infinite = _check_finite(snapshot)
+    _check_finite(snapshot)
     parent = run_dir / "checkpoints"
     parent.mkdir(exist_ok=True)
     final = parent / f"step_{snapshot.step:08d}"
@@ -87,7 +87,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
             f"{name}.safetensors": _write(temporary / f"{name}.safetensors", _safetensors(tensors, name))
             for name, tensors in snapshot.tensors.items()
         }
-        files["state.json"] = _write(temporary / "state.json", _json({"format": FORMAT, "infinite": infinite, **snapshot.state}))
+        files["state.json"] = _write(temporary / "state.json", _json({"format": FORMAT, **snapshot.state}))
         _write(temporary / "manifest.json", _json({"format": FORMAT, "files": files}))
         _sync_folder(temporary)
         if final.exists():  # a damaged one of this step: a sound one is never written again
@@ -100,18 +100,12 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     return final
 
 
-def _check_finite(snapshot: Snapshot) -> list[str]:
-    """The names of buffers that hold infinities. Raises TrainingError for any other tensor that is not finite."""
-    infinite = set()
+def _check_finite(snapshot: Snapshot) -> None:
+    """Raise TrainingError for the first tensor that is not finite."""
     for role, tensors in snapshot.tensors.items():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.numel():
-                ends = torch.stack(tensor.aminmax())  # NaN where any number is
-                if ends.isnan().any() or (ends.isinf().any() and name not in snapshot.buffers):
-                    raise TrainingError(f"{name} of the {role} is not finite")
-                if ends.isinf().any():
-                    infinite.add(name)
-    return sorted(infinite)
+        sick = find_nonfinite(tensors, buffers=snapshot.buffers)
+        if sick:
+            raise TrainingError(f"{sick} of the {role} is not finite")
 
 
 def _check_room(folder: Path, snapshot: Snapshot) -> None:
@@ -198,10 +192,11 @@ def find_fault(path: Path, *, whole: bool = True) -> str | None:
             with (path / name).open("rb") as file:
                 if whole and hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                     return f"{name} has changed since it was written"
-        meant = set(map(str, read_state(path).get("infinite") or ()))
-        for name in (name for name in files if name.endswith(TENSORS)):
-            tensors = load_tensors(path, name.removesuffix(TENSORS))
-            if whole and (sick := find_nonfinite({tensor: value for tensor, value in tensors.items() if tensor not in meant})):
+        read_state(path)
+        tensors = {name: load_tensors(path, name.removesuffix(TENSORS)) for name in files if name.endswith(TENSORS)}
+        trained = {name.rpartition(".")[0] for name in tensors.get(f"optimizer{TENSORS}", ())}
+        for name, found in tensors.items() if whole else ():
+            if sick := find_nonfinite(found, buffers=found.keys() - trained):
                 return f"{name} holds a NaN or an infinity ({sick})"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

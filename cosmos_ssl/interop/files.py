@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,14 @@ def same_kind(tensor: Tensor, value: Tensor) -> bool:
     return tensor.dtype == value.dtype or (tensor.dtype in WEIGHTS and value.dtype in WEIGHTS)
 
 
-def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor with a NaN or an infinity in it; None where there is none."""
-    return next((name for name, tensor in tensors.items() if not _finite(tensor)), None)
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.dtype not in (*WEIGHTS, torch.float64) or tensor.isfinite().all():
-        return True
-    return tensor.ndim > 1 and bool(((tensor == 0) | tensor.isneginf()).all())  # a mask of attention, which a part may keep
+def find_nonfinite(tensors: Mapping[str, Tensor], buffers: Collection[str] = ()) -> str | None:
+    """The name of a tensor with a NaN or an infinity in it, or None; ``buffers`` may hold infinities, as masks do."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in (*WEIGHTS, torch.float64) and tensor.numel():
+            ends = torch.stack(tensor.aminmax())  # NaN where any number is
+            if ends.isnan().any() or (name not in buffers and ends.isinf().any()):
+                return name
+    return None
 
 
 def _first_line(error: Exception) -> str:
