@@ -192,7 +192,11 @@ BEFORE = {  # found before training: group, methods, what is said
     "wrong tower": ("towers", "modality = 'text'", f"model.image {WHOSE} encodes texts, expected a tower of images"),
     "unread": ("towers", "def unread(self, plan): return plan.nothing", f"model.image {WHOSE} failed: AttributeError"),
     "prepare": ("evaluators", "def prepare(self): return {}['x']", f"evaluators.part {WHOSE} failed: KeyError: 'x'"),
-    "sizes": ("datasets", "shard_sizes = [8]", f"data {WHOSE} gives the shard_sizes [8], expected an array of counts, int64 [shards]"),
+    "sizes": (
+        "datasets",
+        "shard_sizes = [8]",
+        f"data {WHOSE} gives the shard_sizes [8], expected counts from 0 on as an array, int64 [shards]",
+    ),
     "data": ("datasets", "def prepare(self): return {}['x']", f"data {WHOSE} failed: KeyError: 'x'"),
 }
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -65,5 +66,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
             text += f". Stacks of all threads are in {self.stacks}"
         finally:
-            print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
             os._exit(EXIT_LOST)

@@ -97,7 +97,8 @@ def checked_sizes(sizes: object) -> NDArray[np.int64]:
     """The samples of each shard of a data set. Raises Fault."""
     good = isinstance(sizes, np.ndarray) and sizes.ndim == 1 and np.issubdtype(sizes.dtype, np.integer) and bool((sizes >= 0).all())
     if not good:
-        raise Fault(f"gives the shard_sizes {sizes!r}, expected an array of counts, int64 [shards]")
+        shown = f"{sizes.dtype} {list(sizes.shape)}" if isinstance(sizes, np.ndarray) else repr(sizes)
+        raise Fault(f"gives the shard_sizes {shown}, expected counts from 0 on as an array, int64 [shards]")
     return cast(NDArray[np.int64], sizes)
 
 
