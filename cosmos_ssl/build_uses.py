@@ -38,9 +38,13 @@ def open_model(
 
 
 def _newest(checkpoint: str | Path) -> Path:
-    path = checkpoint_path(checkpoint)
-    is_run = path.is_dir() and not (path / "manifest.json").exists()
-    return (latest_checkpoint(path) or path) if is_run else path
+    """The file or folder that is read: of a run folder its newest checkpoint. Raises UserError."""
+    try:
+        path = checkpoint_path(checkpoint)
+        is_run = path.is_dir() and not (path / "manifest.json").exists()
+        return (latest_checkpoint(path) or path) if is_run else path
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        raise UserError(f"--checkpoint {str(checkpoint)[:100]}: cannot be read: {error.strerror}") from error
 
 
 def choose_device(name: str) -> str:
