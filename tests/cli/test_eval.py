@@ -97,8 +97,8 @@ def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict
     assert code == 0, err
     found = json.loads(report.read_text())
     assert found["task"] == "retrieval" and found["checkpoint"] == str(folder / "checkpoints" / "step_00000002")
-    about = (found["data"], found["set"], found["texts"], found["samples"], found["precision"], found["device"])
-    assert about == (shards, "", "txt", 40, "fp32", "cpu")
+    about = (found["data"], found["set"], found["texts"], found["samples"], found["precision"], found["device"], found["roles"])
+    assert about == (shards, "", "txt", 40, "fp32", "cpu", ["student", "teacher"])
     assert "40 samples, fp32 on cpu" in out
     assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
     assert out.splitlines()[0].split() == ["METRIC", "STUDENT", "TEACHER"] and "image_to_text_R@1 (%)" in out
@@ -109,7 +109,7 @@ def test_in_python(command: Command, trained: tuple[Path, dict[str, float]], sha
     folder, metrics = trained
     report = cosmos_ssl.evaluate(folder, "retrieval", shards, which="teacher")
     assert command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))[0] == 0
-    assert {**json.loads((tmp_path / "e.json").read_text()), "metrics": report["metrics"]} == report
+    assert {**json.loads((tmp_path / "e.json").read_text()), "metrics": report["metrics"], "roles": ["teacher"]} == report
     assert report["metrics"] == pytest.approx({n: v for n, v in own(metrics, "retrieval").items() if n.startswith("teacher")})
     model = cosmos_ssl.load(folder, "teacher")
     loaded = cosmos_ssl.evaluate(model, "retrieval", shards)
@@ -160,7 +160,13 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
         code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
         assert code == 0, err
         assert json.loads(report.read_text())["metrics"]["student/top1"] == 1
+    whole = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path), "--json", str(report))  # train/ is learned from
+    for more in ((), ("--train-data", str(tmp_path))):
+        assert command(*whole, "--task", "knn", "-k", "3", *more)[0] == 0
+        found = json.loads(report.read_text())
+        assert found["metrics"]["student/top1"] == 1 and (found["samples"], found["k"]) == (6, 3)
     assert command(*words, "--task", "classification", "--templates", "a {}")[0] == 0
+    assert json.loads(report.read_text())["classes"] == 2
     code, _, err = command(*words, "--task", "linear_probe")
     assert code == 2 and err.startswith("--train-data: name the training samples")
     (tmp_path / "names").write_text("a\nb\nc\n")
