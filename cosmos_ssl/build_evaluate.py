@@ -64,9 +64,9 @@ def evaluate(
     its own evaluator of the task works on, with its options. ``which`` None takes all roles that are there. ``precision`` is ``auto``
     (of a run its own where this device is fast in it, else ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
 
-    The report holds ``task``, ``checkpoint``, ``data``, ``set``, ``samples`` (pictures that were used), ``precision``, ``device``, what
-    the task says of how it was done (``templates``, ``k``, ...) and ``metrics``: ``ROLE/NAME`` (of a loaded model ``model/NAME``) ->
-    share in 0..1, or rank. Under torchrun all ranks share the work and get it; the evaluation of a checkpoint that was ended goes on.
+    The report holds ``task``, ``checkpoint``, ``roles``, ``data``, ``set``, ``samples`` (pictures that were used), ``precision``,
+    ``device``, what the task says of how it was done (``templates``, ``k``, ...) and ``metrics``: ``ROLE/NAME`` (of a loaded model
+    ``model/NAME``) -> share in 0..1, or rank. Under torchrun all ranks share the work and get it; what was ended of a checkpoint goes on.
     Raises UserError for what cannot be used, StorageError where storage or another rank is lost.
     """
     _check(task, device, precision)
@@ -126,6 +126,7 @@ def _run(
     return {
         "task": task,
         "checkpoint": name,
+        "roles": list(roles),
         "data": options.data,
         "set": made.set_name,
         **made.about,

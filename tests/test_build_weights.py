@@ -161,10 +161,10 @@ def test_every_load_tells_what_it_took(run, state, caplog):
 
 
 def test_a_model_of_another_size_is_refused_before_it_is_built(run):
-    """A config that asks for terabytes, beside small weights."""
+    """A config that asks for hundreds of gigabytes, beside small weights."""
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("embed_dim: 32", "embed_dim: 32000000000"))
-    with pytest.raises(CheckpointError, match=r"does not fit the model: image.projection is \[32, 32\], the model's \[32, 32000000000\]"):
+    config.write_text(config.read_text().replace("width: 32", "width: 65536"))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: image.class_token is \[32\], the model's \[65536\]"):
         cosmos_ssl.load(run)
 
 

@@ -13,7 +13,7 @@ from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
 
 TASKS = {
-    "retrieval": "image-text retrieval: COCO (annotations/, val2017/), Flickr30k (Karpathy's split), shards, a folder with texts",
+    "retrieval": "image-text retrieval: COCO (2017, or Karpathy's split of 2014), Flickr30k, shards, a folder with texts",
     "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, shards with labels",
     "knn": "nearest neighbours on frozen features, of the same data and its training split",
     "linear_probe": "logistic regression on frozen features, likewise",

@@ -26,12 +26,11 @@ from cosmos_ssl.data.folder import picture_folder, splits_of
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import load_class_names
-from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken
+from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken, wordnet
 from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
 from cosmos_ssl.pictures import read_regular, to_rgb
 
 IMAGENET = "imagenet"
-_WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,10 @@ class ClassData:
         source = "--class-names" if given is not None else str(self.class_file)
         given = given if given is not None or self.class_file is None else str(self.class_file)
         if given is None and self.class_names is None:
-            raise DataError(f"--class-names: give a file with one a line, since none of {', '.join(CLASS_FILES)} comes with the data")
+            called = "class folders are called by WordNet numbers that are not all ImageNet's, and " if wordnet(self.folders or ()) else ""
+            raise DataError(
+                f"--class-names: give a file with one a line, since {called}none of {', '.join(CLASS_FILES)} comes with the data"
+            )
         if given is None:
             return list(self.class_names or ())
         names = load_class_names(given)
@@ -193,7 +195,7 @@ def _plain(data: str, folder: Path | None) -> ClassData:
     return ClassData(
         samples=own.samples,
         folders=own.class_names or None,
-        class_names=list(map(spoken, own.class_names)) or None,
+        class_names=None if wordnet(own.class_names) else list(map(spoken, own.class_names)) or None,
         class_file=own.class_file,
         train=partial(Folder, splits[0], captions=False) if splits is not None else None,
     )
@@ -237,7 +239,12 @@ def _open(name: str, root: Path, split: Mapping[str, Any]) -> Reader:
     known = KNOWN[name]
     reader = getattr(import_module(known.module), known.reader)
     try:
-        return Reader(name, reader(str(root), download=False, **split))
+        data = reader(str(root), download=False, **split)
+        if not len(data):
+            raise DataError(f"data: {name} in {root} holds no picture")
+        return Reader(name, data)
+    except DataError:
+        raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise DataError(f"data: {name} in {root} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -251,17 +258,16 @@ def _clip_benchmark() -> Any:
 
 
 def _imagenet(folder: Path) -> ClassData | None:
-    """ImageNet where ``folder``, or its ``val``, holds one folder a WordNet number. Raises DataError for one of another set."""
+    """ImageNet where ``folder``, or its ``val``, holds one folder a WordNet number of its 1,000."""
     place = folder / "val" if (folder / "val").is_dir() else folder
-    there = sorted(path.name for path in place.iterdir() if _WNID.fullmatch(path.name))
+    there = sorted(path.name for path in place.iterdir() if wordnet([path.name]))
     if not there:
         return None
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo("imagenet-1k").label_names()
-    strangers = sorted(set(there) - set(wnids))
-    if strangers:
-        raise DataError(f"data: {place}: {len(strangers)} of {len(there)} classes are not ImageNet's 1,000 ({', '.join(strangers[:5])})")
+    if not set(there) <= set(wnids):
+        return None
     train = place.parent / "train"
     return ClassData(
         samples=Folder(place, captions=False, classes=wnids),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cosmos_ssl.api import DataError
 
 _EXAMPLES = 3
+_WNID = re.compile(r"n\d{8}")
 
 
 def spoken(name: str) -> str:
     """A folder's name as words: ``red_fox`` is a red fox."""
     return " ".join(name.replace("_", " ").split()) or name
+
+
+def wordnet(folders: Sequence[str]) -> bool:
+    """Whether class folders are called by WordNet numbers, which are no words for a prompt."""
+    return any(map(_WNID.fullmatch, folders))
 
 
 def repeated(names: Sequence[str]) -> str:

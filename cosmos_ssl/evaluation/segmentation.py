@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.api import TowerSpec, normalise
+from cosmos_ssl.evaluation.features import check_finite
 
 IGNORED = 255
 """The label of pixels that do not count."""
@@ -70,7 +71,8 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
 def window_logits(encoder: DenseEncoder, pixels: Tensor, vectors: Tensor, protocol: SegmentationProtocol, patch_size: int) -> Tensor:
     """Cosines of pixels and names [Q, H, W]: of a normalised picture [3, H, W] and vectors [Q, D], averaged over windows.
 
-    Windows are encoded together; one that is no whole number of patches is filled up with zeros.
+    Windows are encoded together; one that is no whole number of patches is filled up with zeros. Raises UserError for features that
+    are not finite.
     """
     _, height, width = pixels.shape
     places = [(*y, *x) for y in windows(height, protocol.window, protocol.stride) for x in windows(width, protocol.window, protocol.stride)]
@@ -79,6 +81,7 @@ def window_logits(encoder: DenseEncoder, pixels: Tensor, vectors: Tensor, protoc
     crops = F.pad(crops, (0, -columns % patch_size, 0, -rows % patch_size))
     grid = [side // patch_size for side in crops.shape[-2:]]
     tokens, _ = encoder.dense(crops, csa=protocol.csa)
+    check_finite(tokens, "windows")
     logits = (normalise(tokens) @ vectors.T).transpose(1, 2).unflatten(2, grid)
     total: Tensor = logits.new_zeros(len(vectors), height, width)
     count: Tensor = logits.new_zeros(height, width)

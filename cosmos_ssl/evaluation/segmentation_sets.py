@@ -72,7 +72,11 @@ class SegmentationData:
             raise BadSample("unreadable mask", f"{sample.key}: {error}") from error
         if values.ndim != 2 or values.dtype != np.uint8:
             raise BadSample("unreadable mask", f"{sample.key}: {values.dtype}, {values.ndim} dimensions; one byte a pixel is due")
-        return torch.from_numpy(self.table[values]).long()
+        labels = torch.from_numpy(self.table[values]).long()
+        most = int(labels.where(labels != IGNORED, 0).max())
+        if most >= len(self.names):
+            raise DataError(f"--class-names: {sample.key} has pixels of class {most + 1}, and {len(self.names)} classes are named")
+        return labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

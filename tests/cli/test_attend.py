@@ -165,6 +165,25 @@ def test_transparent_pictures_are_put_on_the_models_background(command: Command,
     assert pictures[0] == pictures[1]
 
 
+def test_in_python(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
+    """The function is what the command calls, and takes a model that is in memory, too."""
+    words = ("attend", "--checkpoint", run, "--image", *images, "--text", "a dog", "--segment", "a,b", "--output", str(tmp_path / "a"))
+    assert command(*words)[0] == 0
+    model = cosmos_ssl.load(run)
+    page = cosmos_ssl.attend(model, images, "a dog", segment=["a", "b"], output=tmp_path / "b")
+    assert page == tmp_path / "b" / "index.html" and names(tmp_path / "a") == names(tmp_path / "b")
+    assert {"grid.png", "segments_grid.png"} < set(names(tmp_path / "a"))
+    for path in (tmp_path / "a").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    with pytest.raises(UserError, match="--segment 'a': name at least two classes"):
+        cosmos_ssl.attend(model, images, segment=["a"], output=tmp_path / "c")
+    with torch.no_grad():
+        next(iter(model.model.towers["image"].parameters())).fill_(torch.nan)
+    for options in ({"texts": "a dog"}, {"segment": ["a", "b"]}):
+        with pytest.raises(UserError, match="are not finite numbers"):
+            cosmos_ssl.attend(model, images, output=tmp_path / "c", **options)
+
+
 def test_models_without_such_heads(command: Command, images: list[str], tmp_path: Path) -> None:
     plain = train(tmp_path, "heads=null", "losses.distill=null", "teacher={type: none}")
     base = ("attend", "--checkpoint", plain, "--image", images[0], "--output", str(tmp_path / "out"))

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 import cosmos_ssl
 from cosmos_ssl.cli.progress import progress
+from cosmos_ssl.errors import UserError
 
 Command = Callable[..., tuple[int, str, str]]
 SCRIPT = Path(sys.executable).parent / "cosmos-ssl"
@@ -58,6 +59,20 @@ def test_shards(command: Command, run: Path, tmp_path: Path) -> None:
     assert code == 2 and err == f"{out} holds other embeddings (what: image -> both). Give another output, or --overwrite\n"
     code, said, _ = command(*base, "--what", "both", "--texts", "raw_caption", "--overwrite")
     assert (code, said) == (0, f"48 embeddings of 32 numbers in {out}\n")
+
+
+def test_in_python(command: Command, run: Path, tmp_path: Path) -> None:
+    """The function is what the command calls, and takes a model that is in memory, too."""
+    data = sorted((run.parent / "scenes").glob("val-*.tar"))
+    report = cosmos_ssl.embed(cosmos_ssl.load(run), data, tmp_path / "a.npy")
+    assert (report.samples, report.rows, report.width, report.kept) == (24, 24, 32, 0)
+    assert command("embed", "--checkpoint", str(run), "--data", *map(str, data), "--output", str(tmp_path / "b.npy"))[0] == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"--what image: .*t\.txt holds texts alone"):
+        cosmos_ssl.embed(run, tmp_path / "t.txt", tmp_path / "c.npy", what="image")
+    with pytest.raises(UserError, match="cannot be written: "):
+        cosmos_ssl.embed(run, tmp_path / "t.txt", tmp_path / "t.txt" / "c.npy")
 
 
 def test_bad_samples_are_told(command: Command, run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 import cosmos_ssl
 from cosmos_ssl.cli import eval as command_file
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
+from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation.tasks import TASKS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -96,8 +97,44 @@ def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict
     assert code == 0, err
     found = json.loads(report.read_text())
     assert found["task"] == "retrieval" and found["checkpoint"] == str(folder / "checkpoints" / "step_00000002")
+    about = (found["data"], found["set"], found["texts"], found["samples"], found["precision"], found["device"], found["roles"])
+    assert about == (shards, "", "txt", 40, "fp32", "cpu", ["student", "teacher"])
+    assert "40 samples, fp32 on cpu" in out
     assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
     assert out.splitlines()[0].split() == ["METRIC", "STUDENT", "TEACHER"] and "image_to_text_R@1 (%)" in out
+
+
+def test_in_python(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    """The functions are what the commands call; a model that is in memory is evaluated alike."""
+    folder, metrics = trained
+    report = cosmos_ssl.evaluate(folder, "retrieval", shards, which="teacher")
+    assert command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))[0] == 0
+    assert {**json.loads((tmp_path / "e.json").read_text()), "metrics": report["metrics"], "roles": ["teacher"]} == report
+    assert report["metrics"] == pytest.approx({n: v for n, v in own(metrics, "retrieval").items() if n.startswith("teacher")})
+    model = cosmos_ssl.load(folder, "teacher")
+    loaded = cosmos_ssl.evaluate(model, "retrieval", shards)
+    assert {name.replace("model/", "teacher/"): value for name, value in loaded["metrics"].items()} == report["metrics"]
+    seen = cosmos_ssl.evaluate(model, "classification", shards, templates=["a {}"], precision="amp_bf16", max_samples=9)
+    assert (seen["samples"], seen["precision"], seen["templates"]) == (9, "amp_bf16", ["a {}"]) and model.dtype is None
+    for wrong in ({"task": "retreival"}, {"device": "abacus"}, {"precision": "fp64"}, {"templates": "foo"}, {"set_name": "x"}):
+        with pytest.raises(UserError, match="--"):
+            cosmos_ssl.evaluate(model, **{"task": "classification", "data": shards, **wrong})
+
+
+def test_precision_is_the_runs_own(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+    """Where the device is fast in it; the evaluators of a run are asked in that, too."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["training"]["precision"] = "amp_bf16"
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    words = ("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))
+    for fast, given, used in ((True, (), "amp_bf16"), (False, (), "fp32"), (False, ("--precision", "bf16"), "amp_bf16")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cosmos_ssl.build_evaluate.has_fast_path", lambda precision, device, fast=fast: fast)
+            code, out, err = command(*words, *given)
+        assert code == 0 and f"40 samples, {used} on cpu" in out, err
+        assert json.loads((tmp_path / "e.json").read_text())["precision"] == used
 
 
 def test_classification_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
@@ -123,7 +160,13 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
         code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
         assert code == 0, err
         assert json.loads(report.read_text())["metrics"]["student/top1"] == 1
+    whole = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path), "--json", str(report))  # train/ is learned from
+    for more in ((), ("--train-data", str(tmp_path))):
+        assert command(*whole, "--task", "knn", "-k", "3", *more)[0] == 0
+        found = json.loads(report.read_text())
+        assert found["metrics"]["student/top1"] == 1 and (found["samples"], found["k"]) == (6, 3)
     assert command(*words, "--task", "classification", "--templates", "a {}")[0] == 0
+    assert json.loads(report.read_text())["classes"] == 2
     code, _, err = command(*words, "--task", "linear_probe")
     assert code == 2 and err.startswith("--train-data: name the training samples")
     (tmp_path / "names").write_text("a\nb\nc\n")
@@ -348,11 +391,36 @@ def test_a_released_name_is_reported_beside_the_published_figures(
         (["--task", "retrieval", "--data", "nowhere/x.tar"], "data: nowhere/x.tar does not exist"),
         (["--task", "retrieval", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--task", "retrieval", "--texts", "long"], "texts: samples such as "),
+        (["--task", "classification", "--templates", "foo"], "--templates: 'foo' has no {} for the class name. Give templates"),
+        (["--task", "classification", "--class-names", "missing.txt"], "--class-names: missing.txt cannot be read: No such file"),
+        (["--task", "classification", "--class-names", "{t}/one"], "--class-names: {t}/one holds 1, at least 2 are needed"),
+        (["--task", "classification", "--class-names", "{t}/binary"], "--class-names: {t}/binary cannot be read: it is no text"),
+        (["--task", "classification", "--class-names", "{t}/pipe"], "--class-names: {t}/pipe is no regular file"),
+        (["--task", "segmentation", "--templates", "foo"], "--templates: 'foo' has no {} for the class name"),
+        (["--task", "segmentation", "--class-names", "{t}/pipe"], "--class-names: {t}/pipe is no regular file"),
+        (["--task", "segmentation", "--class-names", "{t}/one"], "--class-names: val-0000000 has pixels of class "),
+        (["--task", "retrieval", "--set", "coco"], "data: scenes is no folder, which the set 'coco' is read from"),
+        (["--task", "mmvp", "--data", "{t}"], "data: {t}/Questions.csv is no regular file, where a text file is due"),
+        (["--task", "winoground", "--data", "{t}"], "data: {t}/examples.jsonl cannot be read: it is no text"),
+        (["--task", "sugarcrepe", "--allow-missing", "--data", "{t}"], "data: {t}/add_att.json is no JSON: "),
+        (["--task", "knn", "--train-data", "{t}/numbered"], "0 of 31 labels are known: "),
     ],
 )
-def test_what_is_wrongly_given(command: Command, trained: tuple[Path, dict[str, float]], words: list[str], message: str) -> None:
-    code, out, err = command("eval", "--checkpoint", str(trained[0]), *words)
-    assert code == 2 and not out and err.startswith(message)
+def test_what_is_wrongly_given(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, words: list[str], message: str
+) -> None:
+    (tmp_path / "one").write_text("cat\n")
+    for name in ("binary", "examples.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff\xe0")
+    for name in ("pipe", "Questions.csv"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "add_att.json").write_text("[" * 100_000)
+    for n in range(2):
+        (tmp_path / f"numbered/{n}").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / f"numbered/{n}/1.png")
+    given = ["--data", shards] if words[1] in ("segmentation", "knn") else []
+    code, out, err = command("eval", "--checkpoint", str(trained[0]), *given, *(word.replace("{t}", str(tmp_path)) for word in words))
+    assert code == 2 and not out and message.replace("{t}", str(tmp_path)).replace("scenes", shards) in err, err
 
 
 def test_checkpoints_that_cannot_be_used(command: Command, shards: str, monkeypatch: pytest.MonkeyPatch) -> None:

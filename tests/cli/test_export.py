@@ -19,6 +19,7 @@ from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint, to_host
+from cosmos_ssl.errors import UserError
 from cosmos_ssl.interop.export import FORMATS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -65,6 +66,15 @@ def test_a_golden_file_as_openclip(command: Command, tmp_path: Path) -> None:
     with torch.no_grad():
         images = model.encode_image(torch.cat([recorded["image.0"], recorded["image.1"]]), normalize=True)
     torch.testing.assert_close(images, recorded["teacher.image_features"], atol=1e-5, rtol=0)
+
+
+def test_in_python(run: Path, tmp_path: Path) -> None:
+    """The function is what the command calls, and takes a model that is in memory, too."""
+    roles, notes = cosmos_ssl.export(run, "official", tmp_path / "out")
+    assert roles == ("student", "teacher") and notes == []
+    assert cosmos_ssl.export(cosmos_ssl.load(run, "teacher"), "timm", tmp_path / "timm", which="teacher").roles == ("teacher",)
+    with pytest.raises(UserError, match="--format onnxx: give one of openclip"):
+        cosmos_ssl.export(run, "onnxx", tmp_path / "no")
 
 
 def test_a_run_folder_as_official_has_both_roles(command: Command, run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,8 @@ def test_known_sets(name, tmp_path):
         shades = [min(1, round(sample.decode()[0].float().mean().item() / 100)) for sample in samples]
         assert shades == [sample.extras["cls"] for sample in samples]
     assert found.samples.identity()["samples"] == len(samples)
+    files = [found.samples.sources(n) for n in range(len(samples))]
+    assert all(not of if name.startswith("cifar") else Path(of[0]).is_file() for of in files)
     assert (found.train is None) == (name in ("sun397", "caltech101"))
     if found.train is not None:
         assert len(found.train()) >= 2
@@ -178,6 +181,9 @@ def test_pictures_that_are_not_there_or_damaged(tmp_path):
         found.read(1).decode()
     Image.new("LA", (8, 6), 0).save(root / "dtd/dtd/images/polka-dotted/p_1.jpg", "PNG")
     assert found.read(1).on("teal").decode()[:, 0, 0].tolist() == [0, 128, 128]
+    (root / "dtd/dtd/labels/test1.txt").write_text("")
+    with pytest.raises(DataError, match=r"data: dtd in .* holds no picture"):
+        find_class_data(str(root))
     (root / "dtd/dtd/labels/test1.txt").unlink()
     with pytest.raises(DataError, match=r"data: dtd in .* cannot be read"):
         find_class_data(str(root))
@@ -201,8 +207,10 @@ def test_imagenet(tmp_path, inner):
     assert found.names()[1] == "goldfish" and found.names()[999] == "toilet paper" and found.templates == "openai"
     assert len(found.train()) == 1 and found.train().read(0).extras["cls"] == 1
     picture(tmp_path / "data/val/n99999999/x.JPEG")
-    with pytest.raises(DataError, match=r"1 of 3 classes are not ImageNet's 1,000 \(n99999999\)"):
-        find_class_data(str(tmp_path / "data"))
+    found = find_class_data(str(tmp_path / "data"))  # of another set: neighbours need no words for its classes
+    assert len(found.samples) == 3 and found.train is not None
+    with pytest.raises(DataError, match=r"WordNet numbers that are not all ImageNet's, and none of classes\.txt"):
+        found.names()
 
 
 def test_all_of_imagenet_is_known_as_such(tmp_path):

@@ -1,6 +1,8 @@
 """The data of evaluators: which samples are read, in what order, what is told of bad ones."""
 
 import logging
+import os
+import tarfile
 from contextlib import closing
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from PIL import Image
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl.data import Folder, open_shards
 from cosmos_ssl.evaluation.features import Job, features_of
-from cosmos_ssl.evaluation.samples import EvaluationData, read_ahead
+from cosmos_ssl.evaluation.samples import EvaluationData, Sources, read_ahead
 
 
 @pytest.fixture
@@ -48,6 +51,30 @@ def test_pictures_of_a_folder_are_sorted(folder, caplog):
 def test_evenly_spread_samples_come_from_all_classes(folder):
     _, notes = read(EvaluationData([str(folder)]), max_samples=3)
     assert [key for _, key, _ in notes] == ["a/0.png", "a/4.png"]  # the third is the broken one
+
+
+def test_sizes_and_times_of_files(folder, tmp_path):
+    """Of a folder each picture and its text, of shards each shard; also where only the time differs, or a file is gone."""
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for path in sorted(folder.glob("a/*.png")):
+            tar.add(path, path.name)
+    text = folder / "a" / "1.txt"
+    text.write_text("one")
+    for data, file, inside, outside in (
+        (Folder(folder), folder / "a" / "1.png", 1, 2),
+        (Folder(folder), text, 1, 2),
+        (open_shards(str(shard)), shard, 0, None),
+    ):
+        sources = Sources(data)
+        before, whole = sources.stamp(inside), sources.digest()
+        assert outside is None or sources.stamp(outside) != before
+        assert not sources.changed() and sources.digest() == whole
+        os.utime(file, ns=(10**18, 10**18))
+        assert sources.changed() == [str(file)] and sources.digest() != whole
+        assert sources.stamp(inside) == before != Sources(data).stamp(inside), "as it was when it was first looked at"
+    text.unlink()
+    assert Sources(Folder(folder, captions=False)).stamp(1) == Sources(Folder(folder)).stamp(1)[:1]
 
 
 def test_reading_ahead():

@@ -73,7 +73,7 @@ WEIGHTS = {
     "no width": (changed(PROJ, lambda x: x[:0]), r"the sizes of the model cannot be told from its tensors \(one of them is empty\)"),
     "no dimensions": (changed("visual.conv1.weight", lambda x: x[0, 0, 0, 0]), "the sizes of the model cannot be told from its tensors"),
     "a wide one beside": (
-        changed(PROJ, lambda x: torch.zeros(1 << 20, 1)),
+        changed(PROJ, lambda x: torch.zeros(1 << 16, 1)),
         r"does not fit the model: image.class_token is \[8\], the model's",
     ),
     "not a number": (changed("ln_final.bias", lambda x: x.log()), "text.norm.bias holds a NaN or an infinity"),

@@ -9,7 +9,7 @@ import torch
 from cosmos_ssl.api import Count, DataError, Encoder, Evaluation, Evaluator, Few, Size, Spec
 from cosmos_ssl.evaluation.classification import load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.evaluation.naming import in_order_of_folders, repeated, spoken
+from cosmos_ssl.evaluation.naming import in_order_of_folders, repeated, spoken, wordnet
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
 from cosmos_ssl.evaluation.protocols import classify
 from cosmos_ssl.evaluation.retrieval import best_first
@@ -74,7 +74,7 @@ class Classification(Evaluator):
     def _class_names(self) -> list[str]:
         """The name of each class in the order of the labels. Raises DataError."""
         folders, file = self.data.class_names, self.data.class_file
-        if self.names is None and file is None and len(folders) < 2:
+        if self.names is None and file is None and (len(folders) < 2 or wordnet(folders)):
             raise DataError(f"class_names: give them, since none of {', '.join(CLASS_FILES)} lies beside {self.data.name}")
         if self.names is None and file is None:
             return list(map(spoken, folders))

@@ -87,6 +87,8 @@ def test_classes_are_called_as_their_folders(encoder, spec, write):
         Classification(spec, data=val, templates="a {}").prepare()
     with pytest.raises(DataError, match=r"^class_names: 2 class names are given for 3 classes"):
         Classification(spec, data=val, templates="a {}", class_names=["a", "b"]).prepare()
+    with pytest.raises(DataError, match=r"^class_names: give them"):  # WordNet numbers are no words
+        Classification(spec, data=write("wordnet", {"n01440764/1.png": "red", "n01443537/1.png": "blue"})).prepare()
     with pytest.raises(DataError, match=r"^data: sample 1.png has no label 'cls'"):
         Classification(spec, data=write("flat", {"1.png": "red"}), class_names=["red", "blue"]).prepare()
 
