@@ -201,7 +201,7 @@ def open_shards(
 
 
 def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:

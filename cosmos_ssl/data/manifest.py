@@ -211,14 +211,18 @@ def _stat_or_none(url: str) -> Stat | None:
 
 def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
     """Where a manifest may lie, best first. Beside the shards its name survives a move of the folder."""
-    by_url = f"manifest-{hashlib.sha256(chr(10).join(urls).encode()).hexdigest()[:16]}.bin"
+    by_url = f"manifest-{_name_digest(urls)}.bin"
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / by_url]
     places = [cache_root() / "manifests" / by_url]
     if is_local(urls[0]):
-        by_name = hashlib.sha256("\n".join(map(shard_name, urls)).encode()).hexdigest()[:16]
+        by_name = _name_digest([shard_name(url) for url in urls])
         places.insert(0, local_path(urls[0]).absolute().parent / ".cosmos_ssl" / f"manifest-{by_name}.bin")
     return places
+
+
+def _name_digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bool = False) -> Manifest | None:

@@ -67,7 +67,7 @@ def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = Fa
     stats = stat_all(urls)
     lines = "\n".join(f"{url} {found.size} {found.stamp}" for url, found in zip(urls, stats, strict=True))
     identity = {
-        "shards": [len(urls), urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]],
+        "shards": [len(urls), urls[0], hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]],
         "share": options.share,
         "samples_per_shard": options.samples_per_shard,
         **({"by": options.by} if options.by != "key" else {}),  # which is all that there once was
@@ -199,9 +199,9 @@ def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         for group, times, given in zip(names, repeats, groups, strict=True):
-            file.write(f"# {' '.join(given)}: {len(group):,} shards, {times} times\n".encode())
+            file.write(f"# {' '.join(given)}: {len(group):,} shards, {times} times\n".encode("utf-8", "surrogateescape"))
             lines = "".join(f"{_beside(name, path)}\n" for name in group)
-            file.writelines([lines.encode()] * times)
+            file.writelines([lines.encode("utf-8", "surrogateescape")] * times)
     manifest = load_manifest([str(path)])
     fields = [_fields(found) for found in sets]
     return Merged(len(manifest.shards), len(manifest), len(single), sum(map(len, sets)), fields)

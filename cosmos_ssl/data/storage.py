@@ -338,7 +338,7 @@ class BlockCache:
 
     def read(self, url: str, found: Stat, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset``, through the blocks that hold them."""
-        name = hashlib.sha256(f"{url} {found.size} {found.stamp}".encode()).hexdigest()[:24]
+        name = hashlib.sha256(f"{url} {found.size} {found.stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
         parts = []
         for block in range(offset // BLOCK_BYTES, (offset + count - 1) // BLOCK_BYTES + 1):
             first = block * BLOCK_BYTES
