@@ -16,6 +16,7 @@ from typing import Any
 
 from cosmos_ssl.config import Config
 from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.engine.watch import PlainFormatter
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.identity import identity_differences
 
@@ -82,7 +83,7 @@ class RunFolder:
     def logged(self) -> Iterator[None]:
         """Copy everything that the project logs into log.txt."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("cosmos_ssl").addHandler(handler)
         try:
             yield

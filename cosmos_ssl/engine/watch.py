@@ -25,17 +25,26 @@ _SHARE = 0.7
 _SLOW = 0.1
 
 
+class PlainFormatter(logging.Formatter):
+    """Log records in which nothing acts on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging.Formatter, then ``printable``."""
+        return printable(super().format(record))
+
+
 class _ConsoleHandler(logging.Handler):
     """Log records as plain lines above the progress bar."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
+        self.setFormatter(PlainFormatter())
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        text = printable(self.format(record))
+        text = self.format(record)
         line = text if record.levelno < logging.WARNING else f"warning: {text}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
