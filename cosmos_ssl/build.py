@@ -269,7 +269,7 @@ class Builder:
         return cast(dict[Modality, Augmenter], made), offers
 
     def check_sizes(self, assembly: Assembly) -> None:
-        """Raise ConfigError for parts and views that no machine holds, and views that a tower cannot encode."""
+        """Raise ConfigError for parts and views that no machine holds, views that a tower cannot encode, heads without samples to mix."""
         spec, model, faults = assembly.spec, assembly.model, []
         parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
         parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {f"losses.{name}": model.loss(name) for name in model.losses}
@@ -277,6 +277,8 @@ class Builder:
             count = sum(parameter.numel() for parameter in part.parameters())
             if count > MAX_PARAMETERS:
                 faults.append(self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
+        mixing = [name for name in assembly.plan.student.heads if model.head(name).mixes_samples and spec.batch_size < 2]
+        faults += [self._fault(f"heads.{name}", "mixes samples, and training.batch_size is 1. Take at least 2") for name in mixing]
         for modality, tower in model.towers.items():
             views = spec.views(modality)
             pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
 def test_show_tells_what_a_part_requires_and_offers(command: Command, arguments: list[str], words: str) -> None:
     code, out, err = command("plugins", "show", *arguments)
     assert (code, err) == (0, "") and words in out, out
+
+
+def test_what_is_shown_of_our_options_are_whole_sentences() -> None:
+    own = [record for record in registry.records() if record.own]
+    docs = [option.doc for record in own for option in registry.options(registry.load(record)) if option.doc]
+    assert len(docs) > 100 and not [doc for doc in docs if not re.search(r"[.!?]$", doc)]
+    webdataset = {option.name: option.doc for option in registry.options(registry.load(registry.find("datasets", "webdataset")))}
+    assert webdataset["caption_schema"].endswith("or null for pictures alone.")
 
 
 def test_show_finds_heads_of_the_same_distribution_first(command: Command, install: Install) -> None:

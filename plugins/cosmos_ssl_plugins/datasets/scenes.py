@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_ssl.api import Location, Spec
+from cosmos_ssl.api import Location, Spec, UserError
 from cosmos_ssl.data import Manifest, Shards
 from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scenes import SceneOptions, default_folder, is_written, write_scenes
@@ -33,9 +33,11 @@ class Scenes(Shards):
         folder: Location | None = None,
         caption_schema: str | None = "dreamlip",
     ) -> None:
-        self._options = SceneOptions(
-            train_samples=train_samples, validation_samples=validation_samples, image_size=image_size, colours=colours, seed=seed
-        )
+        numbers = {"train_samples": train_samples, "validation_samples": validation_samples, "image_size": image_size}
+        try:
+            self._options = SceneOptions(**numbers, colours=colours, seed=seed)
+        except UserError as error:  # located at the option
+            raise UserError(str(error).removeprefix("scenes: ")) from error
         self._folder = Path(folder).expanduser() if folder else default_folder(self._options)
         self.validation_data = self._options.pattern(self._folder, "val")
         if spec.image_views and not spec.text_views:  # no text augmenter: captions are not used

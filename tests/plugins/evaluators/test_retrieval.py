@@ -86,5 +86,9 @@ def test_faults(encoder, spec, write_shard, tmp_path):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), max_samples=0)
     with pytest.raises(DataError, match=r"have no texts 'raw'. They have: txt, short, long"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), texts="raw").evaluate(encoder)
+    found = Retrieval(spec, data=write_shard("a.tar", samples("red", "blue")), texts="raw")
+    with pytest.raises(DataError, match=r"^texts: samples such as 0000 have no texts 'raw'. They have: txt, short, long"):
+        found.prepare()  # before training rather than after an epoch of it
+    Retrieval(spec, data=write_shard("a.tar", [(None, {"txt": "red"}), ("red", {"txt": "red"})])).prepare()
     with pytest.raises(DataError, match="not one picture can be used"):
         Retrieval(spec, data=write_shard("b.tar", [(None, {"txt": "red"})])).evaluate(encoder)
