@@ -14,10 +14,11 @@ from cosmos_ssl.data import Folder, Shards
 from cosmos_ssl.data.storage import only_looking
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
-from cosmos_ssl.engine.distributed import named_losses, pick_device
+from cosmos_ssl.engine.distributed import pick_device
 from cosmos_ssl.engine.fork import ask_fork, find_source, plan_fork
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import ConfigError, DataError
+from cosmos_ssl.files import storage_faults
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.interop import openclip
 from cosmos_ssl.interop.hub import RELEASED
@@ -25,7 +26,7 @@ from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
 
 
-@named_losses()
+@storage_faults("storage fails")
 def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
     """Claim the run folder, index the data, and look for all else that a run needs, before it is started elsewhere.
 
@@ -41,7 +42,7 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
         ask_fork(RunFolder(loaded.config.folder), fork)
 
 
-@named_losses()
+@storage_faults("storage fails")
 @only_looking()
 def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str:
     """Look for all that a start would refuse, but write and index nothing; what was not looked into.

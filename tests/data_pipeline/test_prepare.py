@@ -464,5 +464,5 @@ def test_the_outcome_trains(images: Callable[..., list[Path]], tmp_path: Path, s
     assert cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small) == metrics, "the same bytes at another time: the same data, a finished run"
     body[body.index(b"jpg") + 700] ^= 1
     shard.write_bytes(body)
-    with pytest.raises(UserError, match=r"belongs to another data set \(data, content: \w+ -> \w+\)"):
+    with pytest.raises(UserError, match=r"belongs to another data set \(data, content: '\w+' -> '\w+'\)"):
         cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)

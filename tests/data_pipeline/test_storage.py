@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cosmos_ssl import build
+from cosmos_ssl import build, build_start
 from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, load_manifest, scan, storage
@@ -98,7 +98,7 @@ def test_a_server_that_fails_is_lost_storage(
 def test_a_run_that_finds_its_storage_lost(server: Server, tmp_path: Path) -> None:
     overrides = ["data.type=webdataset", f"data.train_data={url(server, '500')}", "evaluators=null", f"output_dir={tmp_path / 'run'}"]
     loaded = load_config("quickstart", overrides)
-    for start in (build.prepare, build.run):
+    for start in (build_start.prepare, build.run):
         with pytest.raises(StorageError, match=r"storage fails: http://.*/500/x\.tar: 500.*\(3 attempts\)"):
             start(loaded)
 
