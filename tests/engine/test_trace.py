@@ -111,7 +111,7 @@ def test_a_run_is_resumed_with_and_without(tiny, tmp_path):
 
 def test_a_signal_among_the_traced_steps_saves_and_leaves(tiny, tmp_path):
     said = io.StringIO()
-    endless = tiny.make_config(training=TRAINING | {"trace_steps": 50_000}, schedule={"epochs": 100_000, "warmup_steps": 2})
+    endless = tiny.make_config(training=TRAINING | {"trace_steps": 1_000}, schedule={"epochs": 100_000, "warmup_steps": 2})
     trainer = tiny.make_trainer(
         tmp_path, endless, Console(file=said, width=300), writers=[At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))]
     )
