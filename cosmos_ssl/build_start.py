@@ -20,8 +20,7 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.identity import Identity
-from cosmos_ssl.interop import openclip
-from cosmos_ssl.interop.hub import RELEASED
+from cosmos_ssl.interop.foreign import is_remote
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
 
@@ -92,7 +91,7 @@ def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: b
     """Weights, teacher, and whose the run folder is; ``prepared``: the data are known. What is left to the start, since it is fetched."""
     config, dataset, places = builder.config, assembly.dataset, assembly.places()
     assert dataset is not None, "a config that was checked"
-    fetched = {path: what for path, what in places.items() if what is not None and _is_published(what)}  # no file here: the name itself
+    fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}  # no file here: the name itself
     with _no_copies():
         if config.model.pretrained is not None and "model.pretrained" not in fetched:
             start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)
@@ -109,10 +108,6 @@ def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: b
         if prepared:
             plan_fork(source, mine, config, dataset.shard_sizes)
     return [f"{path} ({what}), which is fetched at the start" for path, what in fetched.items()]
-
-
-def _is_published(name: str) -> bool:
-    return name.removesuffix(".pt") in RELEASED or openclip.is_published(name)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from cosmos_ssl.config_source import read_file
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.files import find_nonfinite
-from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, is_remote, read_foreign
+from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.heads import assume_heads, told_heads
 from cosmos_ssl.interop.hub import checkpoint_path
 from cosmos_ssl.interop.official import ROLES
@@ -37,15 +37,15 @@ class Source:
         return self.name
 
 
-def find_source(checkpoint: str | Path | Source, *, whole: bool = True) -> Source:
+def find_source(checkpoint: str | Path | Source) -> Source:
     """What ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
 
-    ``whole=False`` looks at sizes of files alone. Raises CheckpointError for a checkpoint that is damaged, and for anything else.
+    Raises CheckpointError for a checkpoint that is damaged, and for anything else.
     """
     if isinstance(checkpoint, Source):
         return checkpoint
     with _readable(checkpoint):
-        return _found(checkpoint_path(checkpoint), whole)
+        return _found(checkpoint_path(checkpoint))
 
 
 @contextmanager
@@ -56,15 +56,15 @@ def _readable(checkpoint: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
 
 
-def _found(path: Path, whole: bool) -> Source:
+def _found(path: Path) -> Source:
     if is_foreign(path):
         return Source(str(path))
     if is_checkpoint(path):
-        fault = find_fault(path, whole=whole)
+        fault = find_fault(path)
         if fault is not None:
             raise CheckpointError(f"{path} is damaged: {fault}")
         return Source(str(path), path)
-    newest = latest_checkpoint(path, whole=whole)
+    newest = latest_checkpoint(path)
     if newest is None:
         if checkpoint_folders(path):
             raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
@@ -110,14 +110,6 @@ def roles_of(source: Source) -> tuple[Role, ...]:
     if source.folder is None:
         return foreign_roles(source.name) or ()
     return tuple(role for role in ROLES if (source.folder / f"{role}.safetensors").exists())
-
-
-def check_source(checkpoint: str, *, partial: bool) -> None:
-    """Raise UserError where ``start_from`` would find nothing to start from, or something damaged. Reads no tensor, fetches nothing."""
-    with _readable(checkpoint):
-        remote = is_remote(checkpoint, partial=partial)
-    if not remote:
-        read_weights(find_source(checkpoint, whole=False), "student", partial=partial)
 
 
 def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 import cosmos_ssl
 from cosmos_ssl.build import Builder
-from cosmos_ssl.build_weights import check_source, find_source
+from cosmos_ssl.build_weights import find_source, read_weights
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config_source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, latest_checkpoint, save_checkpoint, to_host
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.foreign import is_remote
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "official_checkpoint.pt"
 HEADS = ["model.image.heads=3", "model.text.heads=2"]
@@ -141,10 +142,10 @@ def test_only_buffers_may_be_infinite(run, state):
     name = "image.norm.weight"
     tensors = {"student": {**state, name: torch.full((32,), float("inf"))}, "optimizer": {}}
     save_checkpoint(run, Snapshot(step=3, tensors=tensors, state={"step": 3}, buffers={name}))
-    for step, (moved, value) in enumerate((("image.other", "0"), (name, "inf"), ("image.other", "nan")), 3):
-        if step > 3:
-            one = {"student": state, "optimizer": {f"{moved}.exp_avg": torch.ones(32)}}
-            poisoned(float(value))(save_checkpoint(run, Snapshot(step=step, tensors=one, state={"step": step})))
+    assert find_source(run).name.endswith("step_00000003")
+    for step, (moved, value) in enumerate(((name, "inf"), ("image.other", "nan")), 4):
+        one = {"student": state, "optimizer": {f"{moved}.exp_avg": torch.ones(32)}}
+        poisoned(float(value))(save_checkpoint(run, Snapshot(step=step, tensors=one, state={"step": step})))
         assert find_source(run).name.endswith("step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000003: image.norm.weight holds a NaN or an infinity"):
         cosmos_ssl.load(run)  # where the model says that it is no buffer
@@ -203,11 +204,10 @@ def test_heads_that_no_shape_tells(run):
         started(f"model.pretrained={run}", "model.text.heads=2")
 
 
-def test_a_source_is_checked_without_reading_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cosmos_ssl.engine.checkpoint, "find_nonfinite", None)
-    monkeypatch.setattr(hashlib, "file_digest", None)
-    for good in (run, run / "checkpoints" / "step_00000001", GOLDEN, "cosmos_vitb16_cc3m", "hf-hub:someone/vit"):
-        check_source(str(good), partial=False)
+def test_what_is_no_source(run, tmp_path):
+    for name in ("cosmos_vitb16_cc3m", "hf-hub:someone/vit", "ViT-B-32/laion2b_s34b_b79k"):
+        assert is_remote(name)  # not fetched by a dry run
+    assert not is_remote(str(run)) and not is_remote("0" * 32)
     (tmp_path / "cut.pt").write_bytes(GOLDEN.read_bytes()[:50_000])
     (run / "checkpoints" / "step_00000001" / "student.safetensors").write_bytes(b"")
     for bad, message in {
@@ -218,4 +218,4 @@ def test_a_source_is_checked_without_reading_it(run, tmp_path, monkeypatch):
         str(run / "checkpoints" / "step_00000001"): "is damaged: student.safetensors has 0 bytes, expected ",
     }.items():
         with pytest.raises(CheckpointError, match=message):
-            check_source(bad, partial=False)
+            read_weights(find_source(bad), "student")

@@ -179,23 +179,20 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and (checkpoint_step(path) is not None or (path / "manifest.json").exists() or (path / "state.json").exists())
 
 
-def find_fault(path: Path, *, whole: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers finite.
-
-    ``whole=False`` takes the sizes and heads of its files for their contents.
-    """
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers finite."""
     try:
         files = _manifest(path)
         for name, told in files.items():
             if (size := (path / name).stat().st_size) != told["bytes"]:
                 return f"{name} has {size:,} bytes, expected {told['bytes']:,}"
             with (path / name).open("rb") as file:
-                if whole and hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                     return f"{name} has changed since it was written"
         read_state(path)
         tensors = {name: load_tensors(path, name.removesuffix(TENSORS)) for name in files if name.endswith(TENSORS)}
         trained = {name.rpartition(".")[0] for name in tensors.get(f"optimizer{TENSORS}", ())}
-        for name, found in tensors.items() if whole else ():
+        for name, found in tensors.items():
             if sick := find_nonfinite(found, buffers=found.keys() - trained):
                 return f"{name} holds a NaN or an infinity ({sick})"
     except FileNotFoundError as error:
@@ -223,10 +220,10 @@ def _manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
     return files
 
 
-def latest_checkpoint(run_dir: Path, *, whole: bool = True) -> Path | None:
+def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest sound checkpoint (see ``find_fault``), or None; newer ones that are not are named in the log."""
     for path in reversed(checkpoint_folders(run_dir)):
-        fault = find_fault(path, whole=whole)
+        fault = find_fault(path)
         if fault is None:
             return path
         log.warning("%s is damaged (%s) and is passed over", path, fault)
