@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import HashStore
 
 from cosmos_ssl.config_ranks import started_ranks
 from cosmos_ssl.engine.distributed import joined_world
@@ -80,6 +81,9 @@ def test_ranks_of_srun_alone_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SRUN, "MASTER_PORT": "1234"}.items():
         monkeypatch.setenv(name, value)
     met: dict[str, str] = {}
+    store = HashStore()
+    store.multi_set([f"left/{rank}" for rank in range(4)], [""] * 4)
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(store, 3, 4)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: met.update({name: os.environ[name] for name in TORCHRUN}))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with joined_world("cpu"):

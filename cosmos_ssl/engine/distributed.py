@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_ssl.config_ranks import started_ranks
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, is_lost_rank
+from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
 from cosmos_ssl.functional_waits import waits
 
@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: longer than a save or a look-up on slow storage takes."""
+
+LEAVING = timedelta(seconds=2)
+"""How long a rank that has ended waits for the others to end."""
 
 BUCKET = 25 << 20
 """Bytes of gradients that are averaged in one collective."""
@@ -47,13 +50,30 @@ def joined_world(device: str) -> Iterator[None]:
         os.environ.update(given)
     cuda = pick_device(device).type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        store, own, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT)
     except (dist.DistError, RuntimeError) as error:
         raise StorageError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from error
     try:
         yield
+        _leave_together(store, own, size)
+    except CosmosError as error:
+        if error.exit_code != EXIT_LOST:
+            _leave_together(store, own, size)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _leave_together(store: dist.Store, own: int, size: int) -> None:
+    """Wait until every rank is about to leave: a broadcast fails on the rank that gives where the one that receives is already gone.
+
+    By way of the store, since every collective ends like that broadcast. Ranks that do not come are not waited for.
+    """
+    with suppress(dist.DistError, RuntimeError):  # the rank that keeps the store may be the first to go
+        store.set(f"left/{own}", "")
+        store.wait([f"left/{other}" for other in range(size)], LEAVING)
 
 
 @contextmanager

@@ -4,13 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import HashStore
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
-from cosmos_ssl.engine.distributed import GradientMean
+from cosmos_ssl.engine.distributed import GradientMean, joined_world
 from cosmos_ssl.engine.metrics import read_rows
+from cosmos_ssl.engine.signals import Interrupted
+from cosmos_ssl.errors import StorageError
 
 LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
@@ -108,3 +114,23 @@ def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_pat
         assert found[0][name] == pytest.approx(found[1][name])
     refused = subprocess.run([*command, "profile.nproc=3"], capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert refused.returncode == 2 and "Possible: 1, 2, 4, 8, 16" in refused.stderr
+
+
+def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
+    """A broadcast fails on the rank that gives where the one that receives has already gone: the wait is by way of the store."""
+    store, left = HashStore(), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(store.check(["left/1"])))
+    for ended, together in ((None, True), (Interrupted(signal.SIGTERM), True), (StorageError("another rank was lost"), False)):
+        store.delete_key("left/1")
+        other = threading.Timer(0.2, store.set, ["left/1", ""])
+        other.start()
+        with nullcontext() if ended is None else pytest.raises(type(ended)), joined_world("cpu"):
+            if ended is not None:
+                raise ended
+        other.join()
+        assert left.pop() == together
