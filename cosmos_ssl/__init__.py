@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cosmos_ssl.build import load, make_trainer, train
-    from cosmos_ssl.build_evaluate import evaluate
-    from cosmos_ssl.build_uses import attend, embed, export
+    from cosmos_ssl.build.evaluate import evaluate
+    from cosmos_ssl.build.uses import attend, embed, export
     from cosmos_ssl.engine.trainer import Trainer
 
 __version__ = "0.1.0"
+API_VERSION = 1
+"""Of the plugin contract: raised when a part written for the version before would no longer work."""
+
 __all__ = ["Trainer", "__version__", "attend", "embed", "evaluate", "export", "load", "make_trainer", "train"]
 
 _BUILD = "cosmos_ssl.build"
 _HOMES = {"train": _BUILD, "load": _BUILD, "make_trainer": _BUILD, "Trainer": "cosmos_ssl.engine.trainer"}
-_HOMES |= {"evaluate": f"{_BUILD}_evaluate", **dict.fromkeys(("attend", "embed", "export"), f"{_BUILD}_uses")}
+_HOMES |= {"evaluate": f"{_BUILD}.evaluate", **dict.fromkeys(("attend", "embed", "export"), f"{_BUILD}.uses")}
 
 
 def __getattr__(name: str) -> Any:

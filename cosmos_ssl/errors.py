@@ -99,3 +99,9 @@ def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest candidate, or an empty string."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"cosmos_ssl": ROOT, "cosmos_ssl_plugins": ROOT / "plugins", "cosmos_ssl_launch": ROOT / "launch"}
 FILES = sorted(path for package, root in SOURCES.items() for path in (root / package).rglob("*.py"))
 # Each may import what stands before it.
-ORDER = ["errors", "files", "pictures", "registry", "config", "identity", "types", "specs", "api", "functional", "data", "models"]
-ORDER += ["evaluation", "interop", "engine", "build", "testing", "cli"]
-NO_TORCH = (*(f"cosmos_ssl.{unit}" for unit in ("errors", "pictures", "registry", "config", "identity")), "cosmos_ssl_launch")
+ORDER = ["errors", "streams", "files", "pictures", "bounds", "marks", "api", "registry", "config", "identity", "functional", "data"]
+ORDER += ["shards", "models", "evaluation", "interop", "engine", "cost", "build", "testing", "cli"]
+NO_TORCH = (
+    *(f"cosmos_ssl.{unit}" for unit in ("errors", "streams", "pictures", "bounds", "marks", "registry", "config", "identity")),
+    "cosmos_ssl_launch",
+)
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")
-LAUNCH_MAY = ("errors", "registry", "config", "build", "cli")
+LAUNCH_MAY = ("errors", "streams", "registry", "config", "build", "cli")
 HEAVY = ("torch", "torchvision", "timm", "transformers", "open_clip", "lightly", "xformers", "submitit", "tensorboard", "fvcore")
 
 
@@ -31,10 +35,12 @@ def module_name(path: Path) -> str:
     raise ValueError(path)
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def unit_of(module: str) -> str:
-    """The name in ORDER that a module of cosmos_ssl belongs to; ``config_source`` belongs to ``config``."""
-    name = module.split(".")[1] if "." in module else ""
-    return next((unit for unit in ORDER if name == unit or name.startswith(f"{unit}_")), name)
+    """The name in ORDER that a module of cosmos_ssl belongs to."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def imports(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[int, str]]:
@@ -48,7 +54,9 @@ def imports(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[int, str]
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             source = ".".join(part for part in (base, node.module) if part)
             # "from cosmos_ssl import build" names a module; "from cosmos_ssl.api import Loss" names an object
-            yield from ((node.lineno, f"{source}.{alias.name}" if source in SOURCES else source) for alias in node.names)
+            for alias in node.names:
+                named = f"{source}.{alias.name}"
+                yield node.lineno, named if source in SOURCES or named in MODULES else source
 
 
 def forbidden(path: Path, target: str) -> str:
@@ -62,7 +70,7 @@ def forbidden(path: Path, target: str) -> str:
             return "the core finds parts through entry points alone"
         here, there = unit_of(module), unit_of(target)
         if module == "cosmos_ssl" or there not in ORDER:
-            return "" if module == "cosmos_ssl" or there in ("__version__", "") else f"'{there}' has no place in ORDER"
+            return "" if module == "cosmos_ssl" or there in ("__version__", "API_VERSION", "") else f"'{there}' has no place in ORDER"
         if here not in ORDER:
             return f"'{here}' has no place in ORDER"
         return "" if ORDER.index(there) <= ORDER.index(here) else f"'{here}' comes before '{there}'"
@@ -70,7 +78,7 @@ def forbidden(path: Path, target: str) -> str:
     if target_package != "cosmos_ssl":
         return "parts and launch do not know of each other"
     there = unit_of(target)
-    return "" if there in allowed or there in ("", "__version__") else f"only {', '.join(allowed)} may be imported here"
+    return "" if there in allowed or there in ("", "__version__", "API_VERSION") else f"only {', '.join(allowed)} may be imported here"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -88,11 +96,24 @@ def test_import_directions(path: Path) -> None:
         ("plugins/cosmos_ssl_plugins/losses/x.py", "cosmos_ssl.registry", False),
         ("plugins/cosmos_ssl_plugins/losses/x.py", "cosmos_ssl.api", True),
         ("launch/cosmos_ssl_launch/x.py", "cosmos_ssl.engine.trainer", False),
-        ("cosmos_ssl/config_source.py", "cosmos_ssl.registry", True),
+        ("cosmos_ssl/config/source.py", "cosmos_ssl.registry", True),
     ],
 )
 def test_the_directions_are_told_apart(importer: str, target: str, allowed: bool) -> None:
     assert (not forbidden(ROOT / importer, target)) == allowed
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """At module level, a package's files by way of its ``__init__`` too."""
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        graph[module_name(path)] = {target for _, target in imports(path, tree) if target in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if module_name(p).startswith(NO_TORCH)], ids=module_name)

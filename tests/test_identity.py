@@ -12,8 +12,7 @@ import pytest
 
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
-from cosmos_ssl.identity import Identity
-from cosmos_ssl.identity_places import fingerprint
+from cosmos_ssl.identity import Identity, fingerprint
 
 BASE = {
     "name": "base",

@@ -26,9 +26,9 @@ from bench import Row, report, row
 from PIL import Image
 
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
-from cosmos_ssl.data.prepare.joining import join
-from cosmos_ssl.data.prepare.rows import hashed
-from cosmos_ssl.data.prepare.writing import TAR_END, tar_member
+from cosmos_ssl.shards.prepare.joining import join
+from cosmos_ssl.shards.prepare.rows import hashed
+from cosmos_ssl.shards.prepare.writing import TAR_END, tar_member
 
 SHARD = 10_000
 MB = 1e6

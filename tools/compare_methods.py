@@ -234,7 +234,7 @@ def methods(overrides: tuple[str, ...], *, equal_compute: bool) -> list[Method]:
     """The recipes with their costs; ``equal_compute`` adds CLIP, trained longer until it has cost what COSMOS costs."""
     from cosmos_ssl.build import Builder
     from cosmos_ssl.config import load_config
-    from cosmos_ssl.engine.step_cost import measure_step
+    from cosmos_ssl.cost.step_cost import measure_step
 
     found = {}
     for recipe, label in LABELS.items():

@@ -32,7 +32,7 @@ def _attend(arguments: argparse.Namespace) -> int:
     names = [name.strip() for name in (arguments.segment or "").split(",") if name.strip()]
     if arguments.segment is not None and len(names) < 2:
         raise UserError(f"--segment '{arguments.segment}': name at least two classes, such as 'cat,grass,sky'")
-    from cosmos_ssl.build_uses import attend
+    from cosmos_ssl.build.uses import attend
 
     with reading():
         page = attend(

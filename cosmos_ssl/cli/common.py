@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, printable
 from cosmos_ssl.files import storage_error, storage_faults, written_whole
+from cosmos_ssl.streams import steady_streams
 
 DEBUG = "--debug"
 

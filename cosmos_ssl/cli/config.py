@@ -60,7 +60,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.config import load_config
-    from cosmos_ssl.config_source import dump_yaml
+    from cosmos_ssl.config.source import dump_yaml
 
     loaded = load_config(arguments.config, arguments.overrides)
     print(dump_yaml(loaded.tree, loaded.origin if arguments.origin else None), end="")
@@ -68,7 +68,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.config_schema import config_schema
+    from cosmos_ssl.config.schema import config_schema
 
     schema, broken = config_schema()
     for message in broken:
@@ -78,7 +78,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.config_source import packaged_configs
+    from cosmos_ssl.config.source import packaged_configs
 
     rows = [(name, _purpose(path)) for name, path in packaged_configs().items() if "shared" not in Path(name).parts]
     print(table([("NAME", "WHAT"), *rows]), end="")
@@ -100,7 +100,7 @@ def _purpose(path: Path) -> str:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.config_source import copy_text, packaged_configs
+    from cosmos_ssl.config.source import copy_text, packaged_configs
     from cosmos_ssl.errors import did_you_mean
 
     configs = packaged_configs()

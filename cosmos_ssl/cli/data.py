@@ -15,7 +15,7 @@ from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, UserError
 
 if TYPE_CHECKING:
-    from cosmos_ssl.data.check import ShardReport
+    from cosmos_ssl.shards.check import ShardReport
 
 _URLS = f"{URLS}; or one folder of pictures"
 
@@ -102,9 +102,9 @@ def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.check import check_folder, check_shards
     from cosmos_ssl.data.folder import picture_folder
-    from cosmos_ssl.data.stats import default_schema
+    from cosmos_ssl.shards.check import check_folder, check_shards
+    from cosmos_ssl.shards.stats import default_schema
 
     folder = picture_folder(arguments.urls)
     noun = "shard" if folder is None else "folder"
@@ -137,7 +137,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _fix(reports: Sequence[ShardReport], captions: str | None, arguments: argparse.Namespace) -> None:
-    from cosmos_ssl.data.fix import fix_shards, fixed_folder
+    from cosmos_ssl.shards.fix import fix_shards, fixed_folder
 
     folder = arguments.output or fixed_folder(arguments.urls)
     with storage(), progress("shards fixed") as told:

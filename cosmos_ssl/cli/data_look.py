@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.stats import collect_stats, default_schema
+    from cosmos_ssl.shards.stats import collect_stats, default_schema
 
     if arguments.samples < 0:
         raise UserError(f"--samples: {arguments.samples} is negative; 0 looks at all")
@@ -136,7 +136,7 @@ def _show(arguments: argparse.Namespace) -> int:
 def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, str]:
     """The shards by the schema of the config; where they have no captions by it, by their own, with a notice."""
     from cosmos_ssl.data import Shards
-    from cosmos_ssl.data.stats import default_schema
+    from cosmos_ssl.shards.stats import default_schema
 
     shards = Shards(urls, caption_schema=wanted)
     if wanted is None:

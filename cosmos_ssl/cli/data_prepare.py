@@ -13,7 +13,7 @@ from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
-    from cosmos_ssl.data.prepare import Counts, FetchOptions, PrepareOptions
+    from cosmos_ssl.shards.prepare import Counts, FetchOptions, PrepareOptions
 
 _SCHEMAS = {
     "dreamlip": "the recaptioned tables of CC3M, CC12M and YFCC15M: seven caption columns",
@@ -82,8 +82,8 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.prepare import Prepare, PrepareOptions, fetch
-    from cosmos_ssl.data.prepare.output import cores
+    from cosmos_ssl.shards.prepare import Prepare, PrepareOptions, fetch
+    from cosmos_ssl.shards.prepare.output import cores
 
     if (arguments.images is None) == (arguments.fetch is None):
         raise UserError("give --images DIR or SHARDS, or --fetch DIR to download them; one of the two")
@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fetch_options(arguments: argparse.Namespace, options: PrepareOptions) -> FetchOptions:
-    from cosmos_ssl.data.prepare import FetchOptions
+    from cosmos_ssl.shards.prepare import FetchOptions
 
     return FetchOptions(
         folder=arguments.fetch.absolute(),

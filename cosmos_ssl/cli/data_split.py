@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.split import merge_shards
+    from cosmos_ssl.shards.split import merge_shards
 
     with storage():
         merged = merge_shards([[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output)
@@ -59,8 +59,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _split(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.prepare.output import cores
-    from cosmos_ssl.data.split import SplitOptions, split_shards
+    from cosmos_ssl.shards.prepare.output import cores
+    from cosmos_ssl.shards.split import SplitOptions, split_shards
 
     options = SplitOptions(
         urls=arguments.urls,

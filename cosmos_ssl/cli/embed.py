@@ -43,7 +43,7 @@ def _positive(text: str) -> int:
 def _embed(arguments: argparse.Namespace) -> int:
     from inspect import signature
 
-    from cosmos_ssl.build_uses import embed
+    from cosmos_ssl.build.uses import embed
 
     options = {name: value for name, value in vars(arguments).items() if name in signature(embed).parameters}
     with reading(), progress("samples embedded") as told:

@@ -78,7 +78,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     from inspect import signature
 
-    from cosmos_ssl.build_evaluate import evaluate
+    from cosmos_ssl.build.evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 
     options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}

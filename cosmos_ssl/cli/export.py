@@ -40,7 +40,7 @@ def _licence(text: str) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.build_uses import export
+    from cosmos_ssl.build.uses import export
 
     options = {"which": arguments.which, "licence": arguments.license, "overrides": arguments.overrides, "trust_code": arguments.trust_code}
     with reading():

@@ -12,7 +12,7 @@ from cosmos_ssl.cli.common import add_json, write_json
 from cosmos_ssl.errors import EXIT_DONE
 
 if TYPE_CHECKING:
-    from cosmos_ssl.engine.step_cost import StepCost
+    from cosmos_ssl.cost.step_cost import StepCost
 
 CONVENTION = "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
 NOTES = (
@@ -65,8 +65,8 @@ def _flops(arguments: argparse.Namespace) -> int:
     fixed = ["evaluators=null", *(["training.attention=auto"] if arguments.device == "cpu" else [])]
     loaded = [load_config(config, [*fixed, *arguments.overrides]) for config in arguments.configs]
     from cosmos_ssl.build import Builder  # after stage one, which needs no torch
+    from cosmos_ssl.cost.step_cost import measure_step
     from cosmos_ssl.engine.distributed import pick_device
-    from cosmos_ssl.engine.step_cost import measure_step
 
     device = pick_device(arguments.device)
     builders = [Builder(each) for each in loaded]  # a wrong option of the last is said before the first is run

@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from cosmos_ssl import __version__, registry
+from cosmos_ssl import API_VERSION, __version__, registry
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.errors import EXIT_DONE
 
@@ -33,7 +33,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {"cosmos-ssl": f"{__version__} (plugin API {registry.API_VERSION})", "python": platform.python_version()}
+    found = {"cosmos-ssl": f"{__version__} (plugin API {API_VERSION})", "python": platform.python_version()}
     found["system"] = platform.platform()
     for name in _LIBRARIES:
         try:

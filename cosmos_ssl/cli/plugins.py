@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl import __version__, registry
+from cosmos_ssl import API_VERSION, __version__, registry
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.plugins_new import KINDS, new_plugin
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, ConfigError, PluginError, UserError, did_you_mean
@@ -68,7 +68,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(shown, end="")
         print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
         return EXIT_FAULTS if faults else EXIT_DONE
-    print(f"cosmos-ssl {__version__}, plugin API {registry.API_VERSION}")
+    print(f"cosmos-ssl {__version__}, plugin API {API_VERSION}")
     rows = [(record.group, registry.spelling(record), record.source, record.object_path) for record in records]
     print(table([("GROUP", "NAME", "FROM", "OBJECT"), *rows]), end="")
     if arguments.json:
@@ -99,7 +99,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for record in records:
         try:
             cls = registry.load(record)
-            registry.check_options(record, cls, {option.name: None for option in registry.options(cls)})  # types that a config can hold
+            registry.check_options(record, cls, {option.name: None for option in registry.options_of(cls)})  # types that a config can hold
         except PluginError as error:
             broken[record] = str(error)
             print(error)
@@ -124,7 +124,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     record = _named(arguments.part)
     cls = registry.load(record)
-    options = registry.options(cls)
+    options = registry.options_of(cls)
     reserved = registry.GROUPS[record.group].reserved
     found = facts(record, cls, _given(record, cls, arguments.overrides))
     print(record)
@@ -150,7 +150,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _given(record: registry.Record, cls: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Options from the command line, in the constructor's types. Raises ConfigError for those it does not have."""
-    from cosmos_ssl.config_source import fault, parse_overrides
+    from cosmos_ssl.config.source import fault, parse_overrides
 
     faults: list[str] = []
     given = parse_overrides(overrides, faults).plain()

@@ -11,7 +11,7 @@ from typing import Any
 from cosmos_ssl import registry
 from cosmos_ssl.api import Need, Spec, TowerSpec, ViewSpec
 from cosmos_ssl.build import meta_device
-from cosmos_ssl.errors import PluginError
+from cosmos_ssl.errors import PluginError, first_line
 
 SPEC = Spec(
     embed_dim=512,
@@ -61,7 +61,7 @@ def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> 
 
 def _variants(cls: type[Any], given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of each way to build the part: where it can do without a head, so and with one."""
-    options = {option.name: option for option in registry.options(cls)}
+    options = {option.name: option for option in registry.options_of(cls)}
     choices = {name: typing.get_args(o.type) for name, o in options.items() if o.required and typing.get_origin(o.type) is typing.Literal}
     given = {**{name: values[0] for name, values in choices.items()}, **given}
     if "head" not in options or "head" in given:
@@ -74,7 +74,7 @@ def _variants(cls: type[Any], given: Mapping[str, Any]) -> Iterator[dict[str, An
 
 def _built(record: registry.Record, cls: type[Any], options: Mapping[str, Any]) -> tuple[Any, str]:
     """The part on the meta device, or None and the reason."""
-    missing = [option.name for option in registry.options(cls) if option.required and option.name not in options]
+    missing = [option.name for option in registry.options_of(cls) if option.required and option.name not in options]
     if missing:
         return None, f"depends on {', '.join(missing)}: give {'=... '.join(missing)}=... behind the part's name"
     reason = ""
@@ -87,7 +87,7 @@ def _built(record: registry.Record, cls: type[Any], options: Mapping[str, Any]) 
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # another model around it
-            reason = reason or registry.first_line(error)
+            reason = reason or first_line(error)
     return None, f"cannot be told: {reason}"
 
 

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
-from cosmos_ssl.registry import first_line
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, first_line
 
 _PR_SET_PDEATHSIG = 1
 _POLITE = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
-from cosmos_ssl.config_files import set_aside
+from cosmos_ssl.config.files import set_aside
 from cosmos_ssl.engine.checkpoint import Snapshot, checkpoint_folders, checkpoint_step, save_checkpoint
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 

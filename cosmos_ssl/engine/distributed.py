@@ -14,11 +14,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from cosmos_ssl.config_ranks import started_ranks
+from cosmos_ssl.config.ranks import started_ranks
 from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
-from cosmos_ssl.functional_waits import waits
+from cosmos_ssl.functional.waits import waits
 
 T = TypeVar("T")
 
@@ -50,9 +52,9 @@ def joined_world(device: str) -> Iterator[None]:
         os.environ.update(given)
     cuda = pick_device(device).type == "cuda"
     try:
-        store, own, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT)
     except (dist.DistError, RuntimeError) as error:
         raise StorageError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from error
     try:
@@ -66,7 +68,7 @@ def joined_world(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _leave_together(store: dist.Store, own: int, size: int) -> None:
+def _leave_together(store: Store, own: int, size: int) -> None:
     """Wait until every rank is about to leave: a broadcast fails on the rank that gives where the one that receives is already gone.
 
     By way of the store, since every collective ends like that broadcast. Ranks that do not come are not waited for.

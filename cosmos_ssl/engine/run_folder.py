@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import Config
-from cosmos_ssl.config_files import read_object, set_aside
-from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.config.files import read_object, set_aside
+from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import UserError, printable
 from cosmos_ssl.identity import Identity
 

@@ -25,13 +25,13 @@ from cosmos_ssl.api import (
     StepContext,
     Views,
 )
+from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
 from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.precision import DTYPES
-from cosmos_ssl.types import map_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosmos_ssl.api import Progress, Views
 from cosmos_ssl.config import Config
-from cosmos_ssl.config_ranks import check_ranks
+from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cosmos_ssl.api.part import TowerSpec
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
 from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_safetensors
@@ -25,7 +26,6 @@ from cosmos_ssl.interop.official import (
     mlp_ratio,
     translate,
 )
-from cosmos_ssl.specs import TowerSpec
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from cosmos_ssl.api import (
     TowerSpec,
     ViewSpec,
 )
+from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.errors import CosmosError, is_lost_rank
-from cosmos_ssl.types import map_tensors
 
 
 def is_built_in(part: object, group: str, name: str) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from cosmos_ssl.build_streams import steady_streams
 from cosmos_ssl.cli.common import DEBUG, execute, parse
+from cosmos_ssl.streams import steady_streams
 
 _EPILOG = (
     "key.sub=value arguments override single values of the config, profile.KEY=value those of the profile; "

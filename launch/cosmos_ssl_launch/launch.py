@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_ssl.config import LoadedConfig, load_config
-from cosmos_ssl.config_ranks import check_ranks, started_ranks
-from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.config.ranks import check_ranks, started_ranks
+from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from cosmos_ssl_launch.local import run_ranks
 from cosmos_ssl_launch.profile import LocalProfile, Profile, SlurmProfile, read_profile
@@ -57,7 +57,8 @@ def launch(
 
 def _here(config: str, overrides: Sequence[str], loaded: LoadedConfig, ranks: int, joined: int, *, fork: str | None, dry_run: bool) -> int:
     """Train in this process or in several of this machine."""
-    from cosmos_ssl import build, build_start
+    from cosmos_ssl import build
+    from cosmos_ssl.build import start as build_start
 
     where = "in one process" if ranks == 1 else f"as one of {ranks} ranks" if joined > 1 else f"in {ranks} processes"
     if dry_run:
@@ -91,7 +92,7 @@ def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
 
 def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str | None, dry_run: bool, follow: bool, snapshot: bool) -> int:
     """Queue one run, or several as an array, once all that can be checked here has been."""
-    from cosmos_ssl import build_start
+    from cosmos_ssl.build import start as build_start
     from cosmos_ssl_launch import slurm
     from cosmos_ssl_launch.snapshot import drop_snapshot, take_snapshot
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from cosmos_ssl.config_source import COMMAND_LINE, Node, fault, merge, parse_overrides, read_file
+from cosmos_ssl.config.source import COMMAND_LINE, Node, fault, merge, parse_overrides, read_file
 from cosmos_ssl.errors import ConfigError, UserError, did_you_mean
 from cosmos_ssl.registry import describe_errors
 

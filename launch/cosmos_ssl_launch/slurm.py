@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.config_files import read_object
-from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.config.files import read_object
+from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, UserError
 from cosmos_ssl_launch.job import Job, log_file
 from cosmos_ssl_launch.profile import SlurmProfile

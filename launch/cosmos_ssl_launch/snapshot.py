@@ -11,7 +11,7 @@ from typing import Any
 
 from cosmos_ssl import registry
 from cosmos_ssl.config import part_paths
-from cosmos_ssl.config_source import packaged_configs
+from cosmos_ssl.config.source import packaged_configs
 from cosmos_ssl.errors import UserError
 
 CODE = "code"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cosmos_ssl.config import load_config
-from cosmos_ssl.config_schema import config_schema
-from cosmos_ssl.config_source import packaged_configs, parse_yaml
+from cosmos_ssl.config.schema import config_schema
+from cosmos_ssl.config.source import packaged_configs, parse_yaml
 
 Command = Callable[..., tuple[int, str, str]]
 Install = Callable[..., Path]

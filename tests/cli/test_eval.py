@@ -131,7 +131,7 @@ def test_precision_is_the_runs_own(command: Command, trained: tuple[Path, dict[s
     words = ("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))
     for fast, given, used in ((True, (), "amp_bf16"), (False, (), "fp32"), (False, ("--precision", "bf16"), "amp_bf16")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("cosmos_ssl.build_evaluate.has_fast_path", lambda precision, device, fast=fast: fast)
+            patch.setattr("cosmos_ssl.build.evaluate.has_fast_path", lambda precision, device, fast=fast: fast)
             code, out, err = command(*words, *given)
         assert code == 0 and f"40 samples, {used} on cpu" in out, err
         assert json.loads((tmp_path / "e.json").read_text())["precision"] == used

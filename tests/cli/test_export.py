@@ -17,7 +17,7 @@ from cosmos_ssl.build import Builder
 from cosmos_ssl.cli import export as command_module
 from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
-from cosmos_ssl.config_source import dump_yaml
+from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint, to_host
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.interop.export import FORMATS

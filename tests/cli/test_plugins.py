@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl import registry
+from cosmos_ssl import __version__, registry
 
 Command = Callable[..., tuple[int, str, str]]
 Install = Callable[..., Path]
@@ -36,13 +36,11 @@ def test_list(command: Command, install: Install) -> None:
     install("my-losses", "0.3.1", entries={"losses/clip": "no_such_module:X", "losses/triplet": "no_such_module:Y"})
     code, out, _ = command("plugins", "list")
     head, columns, *rows = out.splitlines()
-    assert (
-        code == 0 and head == f"cosmos-ssl {registry.__version__}, plugin API 1" and columns.split() == ["GROUP", "NAME", "FROM", "OBJECT"]
-    )
+    assert code == 0 and head == f"cosmos-ssl {__version__}, plugin API 1" and columns.split() == ["GROUP", "NAME", "FROM", "OBJECT"]
     cells = [[row[columns.index(name) :].split("  ")[0].strip() for name in ("GROUP", "NAME", "FROM", "OBJECT")] for row in rows]
     assert ["losses", "my-losses:clip", "my-losses 0.3.1", "no_such_module:X"] in cells
     assert ["losses", "triplet", "my-losses 0.3.1", "no_such_module:Y"] in cells
-    assert ["losses", "clip", f"cosmos-ssl {registry.__version__}", "cosmos_ssl_plugins.losses.clip:Clip"] in cells
+    assert ["losses", "clip", f"cosmos-ssl {__version__}", "cosmos_ssl_plugins.losses.clip:Clip"] in cells
 
 
 def test_list_as_json(command: Command, tmp_path: Path) -> None:
@@ -52,7 +50,7 @@ def test_list_as_json(command: Command, tmp_path: Path) -> None:
 
 
 def test_list_where_nothing_is_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_discover", lambda path: ())
+    monkeypatch.setattr("cosmos_ssl.registry.parts.discover", lambda path: ())
     assert command("plugins", "list")[::2] == (2, f"{registry.NOT_INSTALLED}\n")
 
 
@@ -107,9 +105,9 @@ def test_show_tells_what_a_part_requires_and_offers(command: Command, arguments:
 
 def test_what_is_shown_of_our_options_are_whole_sentences() -> None:
     own = [record for record in registry.records() if record.own]
-    docs = [option.doc for record in own for option in registry.options(registry.load(record)) if option.doc]
+    docs = [option.doc for record in own for option in registry.options_of(registry.load(record)) if option.doc]
     assert len(docs) > 100 and not [doc for doc in docs if not re.search(r"[.!?]$", doc)]
-    webdataset = {option.name: option.doc for option in registry.options(registry.load(registry.find("datasets", "webdataset")))}
+    webdataset = {option.name: option.doc for option in registry.options_of(registry.load(registry.find("datasets", "webdataset")))}
     assert webdataset["caption_schema"].endswith("or null for pictures alone.")
 
 

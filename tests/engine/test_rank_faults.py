@@ -19,7 +19,7 @@ from cosmos_ssl.api import Sample
 from cosmos_ssl.data import Loader, Order, load_manifest
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault
 from cosmos_ssl.errors import StorageError
-from cosmos_ssl.testing_bench import small_config
+from cosmos_ssl.testing.examples import small_config
 
 IMPATIENT = {"training": {"timeout_minutes": 0.15}}
 COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/distributed\.py\", line \d+ in finish"

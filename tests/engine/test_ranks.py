@@ -122,7 +122,7 @@ def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
+    monkeypatch.setattr("cosmos_ssl.engine.distributed.rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(store.check(["left/1"])))
     for ended, together in ((None, True), (Interrupted(signal.SIGTERM), True), (StorageError("another rank was lost"), False)):

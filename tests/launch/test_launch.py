@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl import build, build_start
+from cosmos_ssl import build
+from cosmos_ssl.build import start as build_start
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.errors import StorageError
 from cosmos_ssl_launch import launch as launch_module

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cosmos_ssl
-from cosmos_ssl.config_source import packaged_configs
+from cosmos_ssl.config.source import packaged_configs
 from cosmos_ssl_launch.snapshot import drop_snapshot, sources, take_snapshot
 
 HEAD = '"""Hers."""\nfrom cosmos_ssl.api import Head\n\n\nclass Mine(Head):\n    """Hers."""\n'
@@ -46,7 +46,7 @@ def test_what_is_copied(tree: dict[str, object], tmp_path: Path) -> None:
 
 def test_python_takes_it_from_the_copy_also_in_a_clone(tree: dict[str, object], tmp_path: Path) -> None:
     code = take_snapshot(tmp_path, tree)
-    asked = "import cosmos_ssl, cosmos_ssl.config_source as c; print(cosmos_ssl.__file__, c.find_config('quickstart').resolve())"
+    asked = "import cosmos_ssl, cosmos_ssl.config.source as c; print(cosmos_ssl.__file__, c.find_config('quickstart').resolve())"
     done = subprocess.run(
         [sys.executable, "-c", asked],
         cwd=Path(cosmos_ssl.__file__).parents[1],

@@ -1,0 +1,156 @@
+"""DOC api.loss"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosmos_ssl.api.part import ParameterRule, Part, Progress
+from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, _check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """One thing that a head or a loss reads. The union of all needs is the plan of a step.
+
+    Either features (``modality``, ``group``, ``views``, ``kind``) or a head's output (``head``).
+    A head runs on whichever role its readers ask for; ``role`` in a head's own needs is ignored.
+    """
+
+    role: Role = "student"
+    modality: Modality | None = None
+    group: str = ALL
+    views: tuple[int, ...] | None = None
+    """Which of the group's views; None is all of them."""
+    kind: Kind = "projected"
+    pads: bool = False
+    """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
+    head: str | None = None
+    outputs: tuple[str, ...] | None = None
+    """Which of the head's outputs; None is all of them."""
+    gathered: bool = False
+    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for masked patches."""
+
+    def __post_init__(self) -> None:
+        if (self.head is None) == (self.modality is None):
+            raise ValueError("a Need names either a modality or a head")
+        if self.outputs is not None and self.head is None:
+            raise ValueError("a Need names outputs of a head only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFeatures:
+    """What a tower computed for one view group; what nobody asked for is None."""
+
+    views: tuple[int, ...]
+    """The views of the group that were encoded, in the order of the leading dimension."""
+    pooled: Tensor | None = None
+    """[V, B, W], before the projection; towers always give it."""
+    projected: Tensor | None = None
+    """[V, B, D], not normalised."""
+    tokens: Tensor | None = None
+    """[views asked for, B, N or S, W], after the final norm; image: patches alone."""
+    token_views: tuple[int, ...] = ()
+    """The views that ``tokens`` holds, in its order."""
+    masked_tokens: Tensor | None = None
+    """[M, W], the tokens at masked positions, in the order of ``masks[V, B, N]`` as a boolean index."""
+
+    def __post_init__(self) -> None:
+        if self.pooled is not None:
+            _check("pooled", self.pooled, "V B W", V=len(self.views))
+        if self.projected is not None:
+            _check("projected", self.projected, "V B D", V=len(self.views))
+        if self.tokens is not None:
+            _check("tokens", self.tokens, "V B N W", V=len(self.token_views))
+
+    @property
+    def unit(self) -> Tensor:
+        """``projected`` scaled to length one, float32 at least: [V, B, D]."""
+        assert self.projected is not None, "projected was not asked for: name it in requires()"
+        return normalise(self.projected)
+
+    def tokens_of(self, views: Sequence[int]) -> Tensor:
+        """The tokens of these views: [len(views), B, N or S, W]."""
+        assert self.tokens is not None, "tokens were not asked for: name them in requires()"
+        if tuple(views) == self.token_views:
+            return self.tokens
+        return self.tokens[[self.token_views.index(view) for view in views]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What one role computed for a batch: features by modality and group, head outputs by head."""
+
+    image: Mapping[str, GroupFeatures] = field(default_factory=dict)
+    text: Mapping[str, GroupFeatures] = field(default_factory=dict)
+    heads: Mapping[str, HeadOutput] = field(default_factory=dict)
+
+    def of(self, modality: Modality) -> Mapping[str, GroupFeatures]:
+        """The groups of one modality."""
+        return self.image if modality == "image" else self.text
+
+    def stack(self, modality: Modality, kind: Literal["pooled", "projected"] = "projected", group: str = ALL) -> Tensor:
+        """One group's features, or those of all groups one after the other: [V, B, W or D]."""
+        groups = self.of(modality)
+        chosen = list(groups.values()) if group == ALL else [groups[group]]
+        tensors = [getattr(features, kind) for features in chosen]
+        assert all(tensor is not None for tensor in tensors), f"{kind} was not asked for: name it in requires()"
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Scale the last dimension to length one, in float32 at least (half precision loses the small angles)."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """All that a loss may read in one step."""
+
+    views: Views
+    student: Features
+    teacher: Features | None
+    gathered: Mapping[Role, Features]
+    """Features asked for with ``gathered=True``: [V, ranks x B, ...] in rank order, gradients included."""
+    progress: Progress
+    head: Callable[..., HeadOutput]
+    """``head(name, *args, **kwargs)`` calls a head's ``respond`` method (heads conditioned on other samples)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """What a loss returns: ``terms`` are summed and trained on, ``metrics`` are only logged.
+
+    Every value is a scalar tensor and a mean over this rank's samples.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Part, nn.Module, ABC):
+    """Scalar terms of a step's features. Runs exactly once an optimiser step; owns its scales and biases."""
+
+    calls_heads: ClassVar[bool] = False
+    """True where ``forward`` uses ``ctx.head``: bars exact accumulation."""
+
+    @abstractmethod
+    def requires(self) -> Sequence[Need]:
+        """What ``forward`` reads."""
+
+    @abstractmethod
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """The terms, each a scalar and a mean over this rank's samples."""
+
+    def after_step(self) -> None:
+        """Called once after every optimiser step, on student and teacher alike (clamp a scale here)."""
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        """Rules of the parameters."""
+        return ()

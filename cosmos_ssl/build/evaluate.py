@@ -1,0 +1,216 @@
+"""``cosmos_ssl.evaluate``: a trained or released model on the data of a task; what is computed is kept until all is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from cosmos_ssl import __version__
+from cosmos_ssl.api import Role, Spec, UserError
+from cosmos_ssl.build import load
+from cosmos_ssl.build.weights import Source, find_source, roles_of
+from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.data.storage import cache_root
+from cosmos_ssl.engine.distributed import World, joined_world, named_losses, pick_device
+from cosmos_ssl.errors import CheckpointError, did_you_mean
+from cosmos_ssl.evaluation.features import Job, Store, digest, weights_digest
+from cosmos_ssl.evaluation.tasks import TASKS, Options, Task, check_model
+from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
+_ROLES = ("student", "teacher")
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+def evaluate(
+    model: str | Path | ModelEncoder,
+    task: str,
+    data: str | Path | None = None,
+    *,
+    which: Literal["student", "teacher", "both"] | None = None,
+    set_name: str | None = None,
+    texts: str | None = None,
+    label: str | None = None,
+    class_names: str | Sequence[str] | None = None,
+    templates: str | Sequence[str] | None = None,
+    train_data: str | Path | None = None,
+    k: int | None = None,
+    csa: bool = True,
+    max_samples: int | None = None,
+    max_train_samples: int | None = None,
+    allow_missing: bool = False,
+    batch_size: int = 256,
+    workers: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+    progress: Progress = _no_progress,
+) -> dict[str, Any]:
+    """Evaluate a model on the data of a task, as ``cosmos-ssl eval`` does; the report that its ``--json`` writes.
+
+    ``model`` is a run folder (its newest checkpoint), one of its checkpoints, an official file, a released name, an OpenCLIP model, or
+    what ``load`` returns (then ``which``, ``device``, ``overrides`` and ``trust_code`` are as it is). ``task`` is a key of
+    ``cosmos_ssl.evaluation.tasks.TASKS``, and its options are those of ``Options`` there; without ``data`` a run is evaluated on what
+    its own evaluator of the task works on, with its options. ``which`` None takes all roles that are there. ``precision`` is ``auto``
+    (of a run its own where this device is fast in it, else ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
+
+    The report holds ``task``, ``checkpoint``, ``roles``, ``data``, ``set``, ``samples`` (pictures that were used), ``precision``,
+    ``device``, what the task says of how it was done (``templates``, ``k``, ...) and ``metrics``: ``ROLE/NAME`` (of a loaded model
+    ``model/NAME``) -> share in 0..1, or rank. Under torchrun all ranks share the work and get it; what was ended of a checkpoint goes on.
+    Raises UserError for what cannot be used, StorageError where storage or another rank is lost.
+    """
+    _check(task, device, precision)
+    told = _given(data=data, set_name=set_name, texts=texts, label=label, class_names=class_names, templates=templates)
+    told |= _given(train_data=train_data, k=k, csa=csa, max_samples=max_samples, max_train_samples=max_train_samples)
+    settings = {"batch_size": batch_size, "workers": workers, "allow_missing": allow_missing, "progress": progress}
+    with joined_world(device), named_losses():
+        if isinstance(model, ModelEncoder):
+            return _run(
+                {"model": lambda: _in_precision(model, precision)}, "model", task, told, settings, lambda encoder, options: Store(None)
+            )
+        source = _found(model)
+        roles: dict[str, Callable[[], ModelEncoder]] = {}
+        roles |= {role: partial(_load, source, role, device, precision, overrides, trust_code) for role in _roles(source, which)}
+        told = told if "data" in told else {**_evaluator_of_run(source, task), **told}
+        name = str(source) if source.folder is not None else str(model)
+        return _run(roles, name, task, told, settings, partial(_store, source, task, overrides))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None}
+
+
+def _check(task: str, device: str, precision: str) -> None:
+    if task not in TASKS:
+        raise UserError(f"--task: no task named '{task}'.{did_you_mean(task, list(TASKS))} Tasks: {', '.join(TASKS)}")
+    if device not in _DEVICES:
+        raise UserError(f"--device {device}: give one of {', '.join(_DEVICES)}")
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"--precision {precision}: give one of auto, {', '.join(DTYPES)}")
+
+
+def _run(
+    roles: Mapping[str, Callable[[], ModelEncoder]],
+    name: str,
+    task: str,
+    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    store: Callable[[ModelEncoder, Options], Store],
+) -> dict[str, Any]:
+    """The report of all roles, evaluated one after another."""
+    metrics: dict[str, float] = {}
+    made: Task | None = None
+    jobs: list[Job] = []
+    for role, make in roles.items():
+        encoder = make()
+        check_model(task, encoder)
+        options = _options(told, encoder.spec, name)
+        job = Job(store=store(encoder, options), max_samples=told.get("max_samples"), **settings)
+        made = made or TASKS[task](options, job)
+        jobs.append(job)
+        found = made.run(encoder, job)
+        metrics |= {f"{role}/{metric}": value for metric, value in found.metrics.items()}
+    assert made is not None
+    for job in jobs:
+        job.store.clear()
+    return {
+        "task": task,
+        "checkpoint": name,
+        "roles": list(roles),
+        "data": options.data,
+        "set": made.set_name,
+        **made.about,
+        "samples": found.samples,
+        "precision": _precision_of(encoder),
+        "device": encoder.device.type,
+        "metrics": metrics,
+    }
+
+
+def _found(given: str | Path) -> Source:
+    """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
+    found = World().from_first(lambda: find_source(given))  # one rank fetches
+    return found if found.folder is not None else find_source(given)
+
+
+def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
+    """The roles asked for; without ``which`` those that are there. Raises CheckpointError where both are asked for and one is there."""
+    if which in _ROLES:
+        return (cast(Role, which),)
+    there = roles_of(checkpoint)
+    if which == "both" and len(there) == 1:
+        raise CheckpointError(f"{checkpoint} holds the {there[0]} alone: leave out --which both")
+    return there
+
+
+def _load(checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str], trust_code: bool) -> ModelEncoder:
+    place = pick_device(device)
+    config = _config_of_run(checkpoint)
+    if precision == "auto" and config is not None:
+        own = resolve_precision(config.config.training.precision, place)
+        precision = own if has_fast_path(own, place) else precision
+    return _in_precision(
+        load(checkpoint, role, device=place, overrides=overrides, trust_code=trust_code), "fp32" if precision == "auto" else precision
+    )
+
+
+def _in_precision(encoder: ModelEncoder, precision: str) -> ModelEncoder:
+    """The encoder in this precision; ``auto`` leaves it as it is."""
+    dtype = encoder.dtype if precision == "auto" else DTYPES[precision]
+    return ModelEncoder(encoder.model, encoder.spec, encoder.tokenizer, dtype=dtype)
+
+
+def _precision_of(encoder: ModelEncoder) -> str:
+    return next((name for name, dtype in DTYPES.items() if dtype == encoder.dtype), str(encoder.dtype))
+
+
+def _options(told: Mapping[str, Any], spec: Spec, name: str) -> Options:
+    """What is told of the task and its data."""
+    known = {field.name for field in fields(Options)}
+    data = told.get("data") or spec.validation_data
+    if data is None:
+        raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
+    return Options(**{**{option: value for option, value in told.items() if option in known}, "data": data})
+
+
+def _config_of_run(checkpoint: Source) -> LoadedConfig | None:
+    """The config of the run that wrote a checkpoint; None for other models."""
+    config = None if checkpoint.folder is None else checkpoint.folder.parent.parent / "config.yaml"
+    return load_config(config) if config is not None and config.is_file() else None
+
+
+def _evaluator_of_run(checkpoint: Source, task: str) -> dict[str, Any]:
+    """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
+    config = _config_of_run(checkpoint)
+    evaluators = {} if config is None else config.tree["evaluators"]
+    found: Mapping[str, Any] = next((part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {})
+    given = {name: value for name, value in found.items() if value is not None}
+    return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
+
+
+def _store(checkpoint: Source, task: str, overrides: Sequence[str], encoder: ModelEncoder, options: Options) -> Store:
+    """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is removed."""
+    about = {
+        "version": __version__,
+        # the same weights may stand in another model
+        "checkpoint": str(Path(checkpoint.name).resolve() if Path(checkpoint.name).exists() else checkpoint),
+        "weights": weights_digest(encoder.model),
+        "overrides": list(overrides),
+        "image": None if encoder.spec.image is None else asdict(encoder.spec.image),
+        "precision": _precision_of(encoder),
+        "task": task,
+        "options": asdict(options),
+    }
+    store = Store(cache_root() / "evaluations" / digest(about))
+    store.clear_old()
+    return store

@@ -1,0 +1,183 @@
+"""What is done with a trained model, by the name of its checkpoint: ``cosmos_ssl.embed``, ``attend`` and ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cosmos_ssl import __version__
+from cosmos_ssl.api import Role
+from cosmos_ssl.build import load
+from cosmos_ssl.build.weights import Source, find_source, roles_of
+from cosmos_ssl.config import load_config
+from cosmos_ssl.engine.checkpoint import checkpoint_step
+from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.errors import UserError
+from cosmos_ssl.evaluation import embedding
+from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
+from cosmos_ssl.evaluation.attention_maps import has_attention
+from cosmos_ssl.evaluation.embedding_io import What, open_samples
+from cosmos_ssl.evaluation.samples import threads_of_this_process
+from cosmos_ssl.files import storage_faults
+from cosmos_ssl.interop import export as forms
+from cosmos_ssl.models.encoder import ModelEncoder
+
+
+def open_model(
+    model: str | Path | ModelEncoder,
+    which: Role = "student",
+    *,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+) -> tuple[ModelEncoder, str]:
+    """A model, and the name of what was read: of a run folder its newest checkpoint. A loaded model stays as it is. Raises UserError."""
+    if isinstance(model, ModelEncoder):
+        return model, "model"
+    place = choose_device(device)
+    source = find_source(model)
+    return load(source, which, device=place, overrides=overrides, trust_code=trust_code), str(source)
+
+
+def choose_device(name: str) -> str:
+    """The device of this name, of ``auto`` the GPU, or the CPU where there is none. Raises UserError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; no driver; a number that is not there
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+def embed(
+    model: str | Path | ModelEncoder,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    what: What | None = None,
+    texts: str = "txt",
+    dtype: str = "float32",
+    batch_size: int = 256,
+    workers: int | None = None,
+    overwrite: bool = False,
+    which: Role = "student",
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+    progress: Callable[[int, int], None] = _no_progress,
+) -> embedding.Report:
+    """Write unit vectors of a folder of pictures, picture files, shards, or the lines of a text file, as ``cosmos-ssl embed`` does.
+
+    ``model`` is what ``evaluate`` takes; ``output`` ends in ``.parquet``, or in ``.npy`` (with its ``.keys.txt`` and ``.meta.json``).
+    ``what`` is ``image``, ``text`` or ``both`` (None: ``text`` of a text file, else ``image``), ``texts`` the captions of shards:
+    ``txt``, or a field of the JSON. The same call again continues what was interrupted. Raises UserError for what cannot be used, and
+    where ``output`` holds other embeddings (unless ``overwrite``); StorageError.
+    """
+    names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
+    with storage_faults("embed: storage fails"):
+        samples, usual = open_samples(names)
+        if usual == "text" and what not in (None, "text"):
+            raise UserError(f"--what {what}: {names[0]} holds texts alone")
+        encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
+        job = embedding.Job(
+            samples=samples,
+            what=what or usual,
+            texts=texts,
+            dtype=dtype,
+            batch_size=batch_size,
+            workers=workers or threads_of_this_process(),
+            overrides=overrides,
+            about={"checkpoint": checkpoint, "which": which, "cosmos_ssl": __version__},
+        )
+        return embedding.embed(encoder, job, Path(output), overwrite=overwrite, progress=progress)
+
+
+def attend(
+    model: str | Path | ModelEncoder,
+    images: str | Path | Sequence[str | Path],
+    texts: str | Sequence[str] = (),
+    *,
+    output: str | Path,
+    segment: Sequence[str] = (),
+    all_pairs: bool = False,
+    which: Role = "student",
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+) -> Path:
+    """Draw where words look in pictures and pictures in words, or zero-shot segmentation, as ``cosmos-ssl attend`` does; its page.
+
+    ``model`` is what ``evaluate`` takes; ``images`` are files; ``texts`` one for each of them, one for all, or all with all of them
+    (``all_pairs``); ``segment`` are class names, by which each place of a picture is coloured. ``output`` is a folder that gets
+    ``index.html``, ``grid.png`` and a picture of each. Raises UserError, StorageError.
+    """
+    paths = [Path(image) for image in ([images] if isinstance(images, str | Path) else images)]
+    said = [texts] if isinstance(texts, str) else list(texts)
+    if not said and not segment:
+        raise UserError("--text or --segment: give at least one text, or class names such as --segment 'cat,grass,sky'")
+    if len(segment) == 1 or isinstance(segment, str):
+        raise UserError(f"--segment '{''.join(segment)}': name at least two classes, such as 'cat,grass,sky'")
+    pairs = pair(len(paths), len(said), all_pairs=all_pairs) if said else []
+    opened = opened_pictures(paths)
+    encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
+    if pairs and not has_attention(encoder):
+        raise UserError(
+            f"{checkpoint} has no cross-attention head, so no text looks at a picture in it. --segment works without one; --text does not"
+        )
+    told = [(image, said[text]) for image, text in pairs]
+    return draw_page(encoder, opened, told, segment, Path(output), subtitle=f"{checkpoint}, {which}")
+
+
+class Exported(NamedTuple):
+    """What was written for another library."""
+
+    roles: tuple[Role, ...]
+    notes: list[str]
+    """What people should know of it."""
+
+
+def export(
+    model: str | Path | ModelEncoder,
+    form: str,
+    output: str | Path,
+    *,
+    which: Role | None = None,
+    licence: str = "other",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+) -> Exported:
+    """Write a model for another library, as ``cosmos-ssl export`` does.
+
+    ``form`` is ``openclip``, ``huggingface``, ``timm`` or ``official``, ``output`` a new or empty folder. ``which`` None is the student;
+    of the official form, all roles that are there. ``licence`` is the hub's identifier for the card, such as ``mit``. Raises UserError
+    for what the form has no place for.
+    """
+    if form not in forms.FORMATS:
+        raise UserError(f"--format {form}: give one of {', '.join(forms.FORMATS)}")
+    if isinstance(model, ModelEncoder):
+        role: Role = which or "student"
+        origin = forms.Origin(name="model", checkpoint="a loaded model", licence=licence)
+        return Exported((role,), forms.export({role: model}, form, Path(output), origin))
+    source = find_source(model)
+    roles: tuple[Role, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
+    models = {role: load(source, role, overrides=overrides, trust_code=trust_code) for role in roles}
+    return Exported(roles, forms.export(models, form, Path(output), _origin(str(model), source, licence)))
+
+
+def _origin(given: str, source: Source, licence: str) -> forms.Origin:
+    """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
+    if source.folder is None:
+        return forms.Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
+    run = source.folder.parent.parent
+    result = RunFolder(run).result()
+    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
+    metrics = result["metrics"] if result is not None and result["step"] == step else {}
+    return forms.Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=licence)

@@ -1,0 +1,153 @@
+"""Weights of any origin, in our form: one door that finds and verifies them, to load a model from and to start one from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosmos_ssl.api import Role
+from cosmos_ssl.config import LoadedConfig
+from cosmos_ssl.config.source import read_file
+from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.files import find_nonfinite
+from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
+from cosmos_ssl.interop.heads import assume_heads, told_heads
+from cosmos_ssl.interop.hub import checkpoint_path
+from cosmos_ssl.interop.official import ROLES
+from cosmos_ssl.interop.partial import compare, load_matched
+from cosmos_ssl.models.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights that were found and, where they are a run's, verified: nothing of them is read before."""
+
+    name: str
+    """The file, folder or published name."""
+    folder: Path | None = None
+    """Of a run: the folder of the checkpoint."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_source(checkpoint: str | Path | Source) -> Source:
+    """What ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
+
+    Raises CheckpointError for a checkpoint that is damaged, and for anything else.
+    """
+    if isinstance(checkpoint, Source):
+        return checkpoint
+    with _readable(checkpoint):
+        return _found(checkpoint_path(checkpoint))
+
+
+@contextmanager
+def _readable(checkpoint: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
+
+
+def _found(path: Path) -> Source:
+    if is_foreign(path):
+        return Source(str(path))
+    if is_checkpoint(path):
+        fault = find_fault(path)
+        if fault is not None:
+            raise CheckpointError(f"{path} is damaged: {fault}")
+        return Source(str(path), path)
+    newest = latest_checkpoint(path)
+    if newest is None:
+        if checkpoint_folders(path):
+            raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
+        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model")
+    return Source(str(newest), newest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The tensors of one role, by our names, and the config of the model that they are of."""
+
+    source: Source
+    config: Path | Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    left_out: Sequence[str] = ()
+    """Other names in a file of another program's."""
+
+    def check_finite(self, model: Model, names: Iterable[str]) -> None:
+        """Raise CheckpointError where one of these tensors holds a NaN, or a parameter among them an infinity."""
+        buffers = {name for name, _ in model.named_buffers()}
+        if sick := find_nonfinite({name: self.state[name] for name in names}, buffers):
+            raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
+
+    def assumed(self, loaded: LoadedConfig) -> str:
+        """For people: what a config of theirs, with overrides, leaves to assume. Raises CheckpointError where that would be a guess."""
+        return "" if isinstance(self.config, Path) else assume_heads(loaded.tree["model"], self.source)
+
+
+def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weights:
+    """The weights of one role. ``partial`` takes another program's also where it has others beside, or lacks some.
+
+    Their values stay in the file until they are used. Raises CheckpointError.
+    """
+    if source.folder is not None:
+        return Weights(source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which))
+    foreign = read_foreign(source.name, which, partial=partial)
+    assert foreign is not None, "found before"
+    return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
+
+
+def roles_of(source: Source) -> tuple[Role, ...]:
+    """The roles that are there. Raises CheckpointError."""
+    if source.folder is None:
+        return foreign_roles(source.name) or ()
+    return tuple(role for role in ROLES if (source.folder / f"{role}.safetensors").exists())
+
+
+def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
+    """Start a model from the student of a checkpoint; says in a line what was taken over, what not, and why.
+
+    The towers must be there whole unless ``partial``, and something of one in any case; heads and losses are taken where they
+    fit. Raises CheckpointError.
+    """
+    weights = read_weights(find_source(checkpoint), "student", partial=partial)
+    place = f"model.pretrained: {checkpoint}"
+    report = compare(model, weights.state, weights.left_out)
+    left = [name for name in (*report.missing, *report.other_shapes) if _of_tower(name)]
+    if left and not partial:
+        raise CheckpointError(f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits")
+    if not any(map(_of_tower, report.matched)):
+        raise CheckpointError(f"{place} has nothing of the towers: {report}")
+    others, assumed = _heads(model, weights, set(report.matched))
+    if others and not partial:
+        raise CheckpointError(f"{place} has {others[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
+    weights.check_finite(model, report.matched)
+    load_matched(model, weights.state, report)
+    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
+
+
+def _of_tower(name: str) -> bool:
+    return not name.startswith(("heads.", "losses."))
+
+
+def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:
+    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and what is assumed."""
+    config = weights.config
+    ours = isinstance(config, Path)
+    if isinstance(config, Path):
+        config = read_file(config, []).plain() if config.is_file() else {}
+    told = told_heads(config.get("model") or {}, ours=ours)
+    towers = [tower for tower in ("image", "text") if f"{tower}.blocks.0.attn.qkv.weight" in taken]
+    own = {tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in towers}
+    others = {tower: heads for tower, heads in told.items() if own.get(tower, heads) != heads}
+    untold = ", ".join(f"{heads} of the {tower} tower" for tower, heads in own.items() if tower not in told)
+    assumed = f"heads, which it does not tell, are taken to be the model's ({untold})" if untold else ""
+    return [f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()], assumed

@@ -1,0 +1,205 @@
+"""The config: every section with its keys, types and defaults, and how a YAML file becomes one.
+
+Options of parts are not here: they are the arguments of the part's constructor, checked in a second stage
+(``build``) that imports the parts. The first stage, ``load_config``, imports none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from cosmos_ssl.bounds import Count, Few, Share, Size, Strength, Whole
+from cosmos_ssl.pictures import BACKGROUND, is_colour
+
+
+def _colour(name: str) -> str:
+    if not is_colour(name):
+        raise PydanticCustomError("colour", "Input should be a colour, such as white or '#ffa500'")
+    return name
+
+
+Colour = Annotated[str, AfterValidator(_colour)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are errors, numbers are finite and not made from strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """One part: ``type`` picks it, the other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    type: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but ``type``; reserved keys of the subclasses are fields and left out too."""
+        return dict(self.model_extra or {})
+
+
+class LossPart(Part):
+    """A loss and its weight in the total."""
+
+    loss_weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+
+
+class TeacherPart(Part):
+    """A teacher and when it moves."""
+
+    update_when: Literal["before_optimizer_step", "after_optimizer_step"] = "after_optimizer_step"
+
+
+class EvaluatorPart(Part):
+    """An evaluator and how often it runs; it always runs at the end."""
+
+    every_epochs: Count | None = None
+
+
+class ModelConfig(Section):
+    """The towers. ``pretrained`` starts them from a run folder, a checkpoint, an official file or an OpenCLIP model.
+
+    ``background`` is what transparent pictures are put on, by name or as '#rrggbb'.
+    """
+
+    embed_dim: Size = 512
+    image: Part | None = None
+    text: Part | None = None
+    pretrained: Annotated[str, Field(min_length=1)] | None = None
+    pretrained_partial: bool = False
+    background: Colour = BACKGROUND
+
+
+class AugmentersConfig(Section):
+    """One augmenter a modality."""
+
+    image: Part | None = None
+    text: Part | None = None
+
+
+class LoaderConfig(Section):
+    """Order and reading of samples. ``lanes`` and ``shuffle_samples`` are part of the run.
+
+    A run whose shards have changed is refused; with ``changed_data: accept`` it goes on at the same step, in the order
+    and with the epochs of what is there now.
+    """
+
+    workers: Annotated[int, Field(ge=0, le=1024)] = 8
+    lanes: Size | None = None
+    shuffle_samples: Count = 262_144
+    prefetch: Few = 2
+    error_budget: Share = 0.01
+    changed_data: Literal["refuse", "accept"] = "refuse"
+
+
+class RuleConfig(Section):
+    """A parameter rule: ``match`` is an fnmatch pattern over full names (``image.blocks.0.*``)."""
+
+    match: str
+    lr_scale: Strength | None = None
+    weight_decay_scale: Strength | None = None
+    frozen: bool = False
+    frozen_epochs: Strength | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW; no decay on parameters of fewer than two dimensions."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=1000)] = 5e-4
+    beta1: Beta = 0.9
+    beta2: Beta = 0.98
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
+    weight_decay: Strength = 0.5
+    weight_decay_end: Strength | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    rules: list[RuleConfig] = []
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine to ``final_lr`` over all steps."""
+
+    epochs: Count = 32
+    max_steps: Count | None = None
+    warmup_steps: Whole = 2000
+    final_lr: Strength = 0.0
+
+
+class TrainingConfig(Section):
+    """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``.
+
+    ``precision: auto`` is amp_fp16 on CUDA, fp32 elsewhere, and in a run that was begun in another one, that.
+    """
+
+    batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
+    micro_batch_size: Count | None = None
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    clip_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    max_nonfinite_steps: Count = 20
+    timeout_minutes: Minutes | None = 30.0
+    trace_steps: Annotated[int, Field(ge=0, le=1024)] = 0
+
+
+class CheckpointsConfig(Section):
+    """When checkpoints are written and which are kept; one is always written when leaving.
+
+    ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
+    """
+
+    every_minutes: Minutes | None = 30.0
+    every_steps: Count | None = None
+    keep_last: Count = 2
+    keep_every_epochs: Count | None = None
+    on_failure: Literal["continue", "stop"] = "continue"
+
+
+class LoggingConfig(Section):
+    """Console, ``metrics.jsonl`` and TensorBoard."""
+
+    every_steps: Count = 20
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = "run"
+    output_dir: str | None = None
+    model: ModelConfig = ModelConfig()
+    tokenizer: Part | None = None
+    augmenters: AugmentersConfig = AugmentersConfig()
+    heads: dict[str, Part] = {}
+    losses: dict[str, LossPart] = {}
+    teacher: TeacherPart = TeacherPart(type="none")
+    data: Part | None = None
+    loader: LoaderConfig = LoaderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluators: dict[str, EvaluatorPart] = {}
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``output_dir``, or ``runs/NAME``."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def lanes(self) -> int:
+        """``loader.lanes``, by default the largest divisor of the batch up to 256."""
+        return self.loader.lanes or max(n for n in range(1, 257) if self.training.batch_size % n == 0)

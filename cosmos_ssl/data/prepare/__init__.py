@@ -1,6 +1,0 @@
-"""From published caption tables and their images to training shards."""
-
-from cosmos_ssl.data.prepare.fetch import FetchOptions, fetch
-from cosmos_ssl.data.prepare.pipeline import PRESETS, Counts, Prepare, PrepareOptions, schema_beside
-
-__all__ = ["PRESETS", "Counts", "FetchOptions", "Prepare", "PrepareOptions", "fetch", "schema_beside"]

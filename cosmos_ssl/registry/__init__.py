@@ -1,0 +1,42 @@
+"""Finds parts by the metadata of installed distributions, loads the named ones, and checks their options.
+
+Listing reads metadata alone; a part is imported by ``load``. Nothing here imports torch: the base class of
+a group is looked up in ``cosmos_ssl.api`` when a part of it is loaded.
+"""
+
+from cosmos_ssl.registry.loading import class_name, forget, load
+from cosmos_ssl.registry.options import Option, check_options, describe_errors, marks, options_of, shown
+from cosmos_ssl.registry.parts import (
+    CODE,
+    GROUPS,
+    NOT_INSTALLED,
+    OWN,
+    Record,
+    canonical,
+    check_installed,
+    find,
+    records,
+    spelling,
+)
+
+__all__ = [
+    "CODE",
+    "GROUPS",
+    "NOT_INSTALLED",
+    "OWN",
+    "Option",
+    "Record",
+    "canonical",
+    "check_installed",
+    "check_options",
+    "class_name",
+    "describe_errors",
+    "find",
+    "forget",
+    "load",
+    "marks",
+    "options_of",
+    "records",
+    "shown",
+    "spelling",
+]

@@ -1,0 +1,366 @@
+"""From caption tables and images to shards: tables stored, images indexed, both joined, shards written; any stage can be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from cosmos_ssl.data.captions import DREAMLIP_FIELDS
+from cosmos_ssl.errors import DataError, UserError
+from cosmos_ssl.files import storage_faults, written_whole
+from cosmos_ssl.shards.prepare import writing
+from cosmos_ssl.shards.prepare.images import FolderImages, Images, ShardImages, load_index, open_images
+from cosmos_ssl.shards.prepare.joining import NO_ROW, REPEATED, join, open_mapped
+from cosmos_ssl.shards.prepare.output import Output, in_processes
+from cosmos_ssl.shards.prepare.rows import Rows, TableNote, Wanted, check_table, pieces, store_rows
+from cosmos_ssl.shards.prepare.sentences import SPLITTERS
+from cosmos_ssl.shards.prepare.tables import find_tables
+from cosmos_ssl.shards.prepare.writing import ShardJob
+
+PRESETS: Mapping[str, Mapping[str, str]] = {
+    "dreamlip": {name: name for name in DREAMLIP_FIELDS},
+    "pixelprose": {"original_caption": "original_caption", "vlm_caption": "caption"},
+}
+"""Columns of the published tables and the fields that the caption schema of that name reads."""
+_WHOLE = {"pixelprose": frozenset({"original_caption"})}  # one sentence, however many full stops
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and how much in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareOptions:
+    """What is made of what. Raises UserError for values that make no sense."""
+
+    schema: str
+    """dreamlip, pixelprose or captions (any columns)."""
+    tables: Sequence[str]
+    images: Sequence[str]
+    output: Path
+    caption_columns: Sequence[str] = ()
+    url_column: str | None = None
+    image_column: str | None = None
+    samples_per_shard: int = 5000
+    name: str = "train"
+    rule: str | None = None
+    """How captions are cut into sentences; by default as published where the tables are, else carefully."""
+    decode: bool = True
+    max_pixels: int = 1 << 26
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for option in ("samples_per_shard", "workers", "max_pixels"):
+            if getattr(self, option) < 1:
+                raise UserError(f"--{option.replace('_', '-')}: {getattr(self, option)} is not positive")
+        if self.sentence_rule not in SPLITTERS:
+            raise UserError(f"--sentences: no rule '{self.rule}'. Known: {', '.join(SPLITTERS)}")
+        if not self.columns:
+            raise UserError("--caption-columns: which columns hold captions? Name them, such as short,long")
+        if taken := {"key", "url", "image"} & set(self.columns.values()):
+            raise UserError(f"--caption-columns: '{min(taken)}' is the name of something else in a sample's JSON. Rename that column")
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name) or len(self.name) > 64:
+            raise UserError(f"--name: '{self.name}' is no name for shards: letters, digits, - and _ are")
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Caption columns and the fields that they become."""
+        preset = PRESETS.get(self.schema, {})
+        return {c: preset.get(c, c) for c in self.caption_columns} if self.caption_columns else preset
+
+    @property
+    def sentence_rule(self) -> str:
+        """The rule by which captions are cut."""
+        return self.rule or ("published" if self.schema in PRESETS else "careful")
+
+    @property
+    def caption_schema(self) -> str:
+        """The ``data.caption_schema`` that reads these shards."""
+        return self.schema if self.schema in PRESETS and not self.caption_columns else f"json:{','.join(self.columns.values())}"
+
+
+@dataclass(slots=True)
+class Counts:
+    """How rows and images were found to belong together, and what became of them."""
+
+    rows: int = 0
+    images: int = 0
+    matched: int = 0
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0
+    rows_without_image: int = 0
+    rows_repeated: int = 0
+    images_without_row: int = 0
+    images_repeated: int = 0
+    images_without_url: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    """Rows that could not be used, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    listed: dict[str, int] = field(default_factory=dict)
+    """Caption fields that held lists already, and in how many samples."""
+
+
+class Prepare:
+    """One run of ``cosmos-ssl data prepare``."""
+
+    def __init__(self, options: PrepareOptions, progress: Progress = lambda what, done, total: None) -> None:
+        self.options = options
+        self.progress = progress
+        self.tables = find_tables(options.tables)
+        self.images = open_images(options.images)
+        root = self.images.root.as_posix() if isinstance(self.images, FolderImages) else ""
+        self.wanted = Wanted(
+            captions=options.columns,
+            by_url=self.images.by_url,
+            url_column=options.url_column,
+            image_column=options.image_column,
+            root=root,
+        )
+        for table in self.tables:
+            check_table(table, self.wanted)
+
+    def run(self, *, resume: bool = False, missing: Path | None = None) -> Counts:
+        """Write the shards; of finished work its counts. Raises UserError, DataError, StorageError."""
+        output = Output(self.options.output.absolute())
+        with output.claimed(self.identity(), resume=resume):
+            if (report := output.report) is not None:
+                if missing is not None:
+                    raise UserError("--list-missing: this output is finished and its index is gone; ask for the list in a --dry-run")
+                return Counts(**report["counts"])
+            counts, plan = self._join(output)
+            self._write(output, plan, counts)
+            if missing is not None:
+                self._list(output, missing)
+            sizes = {name: output.note(f"{name}.json")["samples"] for name in plan["names"]}
+            report = {"identity": self.identity(), "caption_schema": self.options.caption_schema, "counts": asdict(counts)}
+            output.finish(sizes, report)
+        return counts
+
+    def dry_run(self, missing: Path | None = None) -> Counts:
+        """Count what would match; nothing is kept. Raises UserError, DataError, OSError."""
+        beside = next(f for f in self.options.output.absolute().parents if f.is_dir())
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".dry-run-") as folder:
+            output = Output(Path(folder))
+            output.work.mkdir()
+            counts, _ = self._join(output, captions=False)
+            if missing is not None:
+                self._list(output, missing)
+        return counts
+
+    def identity(self) -> dict[str, Any]:
+        """What the shards depend on, in plain values."""
+        options = self.options
+        found: dict[str, Any] = {"tables": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in self.tables]}
+        if isinstance(self.images, FolderImages):
+            found["images"] = str(self.images.root)
+        else:
+            assert isinstance(self.images, ShardImages)
+            lines = "\n".join(f"{url} {self.images.stat(i).size}" for i, url in enumerate(self.images.urls))
+            found["images"] = [len(self.images.urls), self.images.urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]]
+        kept = ("samples_per_shard", "name", "decode", "max_pixels", "url_column", "image_column")
+        return found | {"captions": dict(options.columns), "rule": options.sentence_rule} | {name: getattr(options, name) for name in kept}
+
+    def _stems(self, output: Output) -> list[Path]:
+        return [output.work / f"table-{i:04d}" for i in range(len(self.tables))]
+
+    def _join(self, output: Output, *, captions: bool = True) -> tuple[Counts, Any]:
+        """Tables, images and the join, each only where it is not done yet."""
+        if (plan := output.note("plan.json")) is None:
+            self._store(output, captions)
+            notes = self._index(output)
+            rows = Rows(self._stems(output))
+            join(output.work, rows.keys(), (load_index(output.work, part)["key"] for part in range(len(notes))))
+            plan = self._plan(output, notes)
+            output.put("plan.json", plan)
+        return Counts(**plan["counts"]), plan
+
+    def _store(self, output: Output, captions: bool) -> None:
+        todo = [(p, s) for p, s in zip(self.tables, self._stems(output), strict=True) if not s.with_suffix(".json").is_file()]
+        sizes = [path.stat().st_size for path, _ in todo]
+        if len(todo) == 1 or self.options.workers == 1:
+            for number, (path, stem) in enumerate(todo):
+                before = sum(sizes[:number])
+                self.progress("bytes of tables read", before, sum(sizes))
+                store_rows(path, self.wanted, stem, captions=captions, told=self._told("bytes of tables read", before, sum(sizes)))
+            return
+        done = 0
+        self.progress("bytes of tables read", 0, sum(sizes))
+        jobs = [(path, self.wanted, stem, captions) for path, stem in todo]
+        for number, _ in in_processes(self.options.workers, _store_rows, jobs):
+            done += sizes[number]
+            self.progress("bytes of tables read", done, sum(sizes))
+
+    def _told(self, what: str, before: int, total: int) -> Callable[[int], None]:
+        return lambda read: self.progress(what, before + read, total)
+
+    def _index(self, output: Output) -> list[dict[str, int]]:
+        work = output.work
+        if isinstance(self.images, FolderImages):
+            count = self.images.list_files(work)
+            return [self.images.index_part(work, part) for part in range(count)]
+        assert isinstance(self.images, ShardImages)
+        notes: dict[int, dict[str, int]] = {}
+        for part in range(len(self.images.urls)):
+            if (note := output.note(f"index/{part:05d}.json")) is not None:
+                notes[part] = note
+        todo = [part for part in range(len(self.images.urls)) if part not in notes]
+        self.progress("image shards indexed", len(notes), len(self.images.urls))
+        for number, note in in_processes(self.options.workers, _index_part, [(self.images, work, part) for part in todo]):
+            output.put(f"index/{todo[number]:05d}.json", note)
+            notes[todo[number]] = note
+            self.progress("image shards indexed", len(notes), len(self.images.urls))
+        if not any(note["images"] for note in notes.values()):
+            without = sum(note["without a URL"] for note in notes.values())
+            what = f"none of {without:,} images has a 'url' in its JSON" if without else "no images at all"
+            raise DataError(f"--images: these shards hold {what}. Images in shards are joined by URL; else give a folder of images")
+        return [notes[part] for part in sorted(notes)]
+
+    def _plan(self, output: Output, notes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """Where each shard begins, and what was matched."""
+        row_of = open_mapped(output.work / "row_of", np.dtype(np.int64))
+        counts, part_sizes, starts, begin = Counts(), list[int](), list[int](), 0
+        for part in range(len(notes)):
+            picture = load_index(output.work, part)["picture"]
+            rows = row_of[begin : begin + len(picture)]
+            places = np.flatnonzero(rows >= 0)
+            offset = -counts.matched % self.options.samples_per_shard
+            starts += (begin + places[offset :: self.options.samples_per_shard]).tolist()
+            counts.matched += len(places)
+            counts.images_without_row += int(((rows == NO_ROW) & picture).sum())
+            counts.images_repeated += int((rows == REPEATED).sum())
+            part_sizes.append(len(picture))
+            begin += len(picture)
+        state = open_mapped(output.work / "state", np.dtype(np.uint8))
+        for first in range(0, len(state), 1 << 24):
+            found = np.bincount(state[first : first + (1 << 24)], minlength=3)
+            counts.rows_without_image += int(found[0])
+            counts.rows_repeated += int(found[2])
+        counts.images = sum(note["images"] for note in notes)
+        counts.images_without_url = sum(note["without a URL"] for note in notes)
+        for stem in self._stems(output):
+            table = TableNote(**json.loads(stem.with_suffix(".json").read_bytes()))
+            counts.rows += table.rows
+            for reason, count in table.faults.items():
+                counts.bad[reason] = counts.bad.get(reason, 0) + count
+                counts.examples.setdefault(reason, ", ".join(table.examples[reason]))
+        counts.shards = len(starts)
+        digits = max(4, len(str(len(starts) - 1)))
+        names = [f"{self.options.name}-{shard:0{digits}d}.tar" for shard in range(len(starts))]
+        return {"counts": asdict(counts), "part_sizes": part_sizes, "starts": [*starts, begin], "names": names}
+
+    def _write(self, output: Output, plan: Mapping[str, Any], counts: Counts) -> None:
+        if not plan["names"]:
+            raise DataError(nothing_matched(counts, self._examples(output)))
+        writing.JOB = ShardJob(
+            folder=output.folder,
+            work=output.work,
+            images=self.images,
+            stems=self._stems(output),
+            part_sizes=plan["part_sizes"],
+            starts=plan["starts"],
+            names=plan["names"],
+            fields=list(self.options.columns.values()),
+            whole_fields=_WHOLE.get(self.options.schema, frozenset()),
+            rule=self.options.sentence_rule,
+            max_pixels=self.options.max_pixels,
+            decode=self.options.decode,
+        )
+        left_out, done, total = Counter[str](), 0, counts.matched
+        todo = []
+        for shard, name in enumerate(plan["names"]):
+            if (note := output.note(f"{name}.json")) is None:
+                todo.append(shard)
+            else:
+                done += _add(counts, note, left_out)
+        self.progress("samples written", done, total)
+        for _, note in in_processes(self.options.workers, writing.write_shard, [(shard,) for shard in todo]):
+            done += _add(counts, note, left_out)
+            self.progress("samples written", done, total)
+        for reason, count in left_out.most_common():
+            counts.bad[reason] = counts.bad.get(reason, 0) + count
+        if counts.samples == 0:
+            what = ", ".join(f"{reason} {count:,}" for reason, count in counts.bad.items())
+            raise DataError(f"--output: not one of {counts.matched:,} samples can be used: {what} ({next(iter(counts.examples.values()))})")
+
+    def _examples(self, output: Output) -> tuple[str, str]:
+        rows = Rows(self._stems(output))
+        row = rows.name(0) if len(rows) else "-"
+        index = load_index(output.work, 0)
+        image = self.images.name(output.work, 0, index[0]) if len(index) else "-"
+        return row, image
+
+    def _list(self, output: Output, path: Path) -> None:
+        with storage_faults(f"--list-missing {path}: cannot be written"), written_whole(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
+            _list_missing(text, output, self.images, Rows(self._stems(output)))
+            text.detach()
+
+
+def nothing_matched(counts: Counts, examples: tuple[str, str]) -> str:
+    """Why there is no sample, with a row and an image to compare."""
+    row, image = examples
+    return (
+        f"--images: not one of {counts.rows:,} rows names one of {counts.images:,} images."
+        f" The first row names {row!r}, the first image is {image!r}"
+    )
+
+
+def _add(counts: Counts, note: Mapping[str, Any], left_out: Counter[str]) -> int:
+    counts.samples += note["samples"]
+    counts.bytes += note["size"]
+    for reason, name, detail in note["left_out"]:
+        left_out[reason] += 1
+        counts.examples.setdefault(reason, f"{name}: {detail}" if detail else name)
+    for name, count in note["listed"].items():
+        counts.listed[name] = counts.listed.get(name, 0) + count
+    return int(note["samples"]) + len(note["left_out"])
+
+
+def _store_rows(path: Path, wanted: Wanted, stem: Path, captions: bool) -> None:
+    store_rows(path, wanted, stem, captions=captions)
+
+
+def _index_part(images: Images, work: Path, part: int) -> dict[str, int]:
+    return images.index_part(work, part)
+
+
+def _list_missing(file: TextIO, output: Output, images: Images, rows: Rows) -> None:
+    """One line for each row without an image, image without a row, and row left out: what, name, reason."""
+    number = 0
+    for state in pieces(output.work / "state", np.dtype(np.uint8)):
+        for place in np.flatnonzero(state != 1).tolist():
+            file.write(f"row\t{rows.name(number + place)}\t{'repeated' if state[place] == 2 else 'no image'}\n")
+        number += len(state)
+    row_of = open_mapped(output.work / "row_of", np.dtype(np.int64))
+    begin = 0
+    plan = output.note("plan.json")
+    for part, size in enumerate(plan["part_sizes"]):
+        index = load_index(output.work, part)
+        found = row_of[begin : begin + size]
+        begin += size
+        for place in np.flatnonzero((found < 0) & index["picture"]).tolist():
+            name = images.name(output.work, part, index[place])
+            file.write(f"image\t{name}\t{'repeated' if found[place] == REPEATED else 'no row'}\n")
+    for name in plan["names"]:
+        for reason, row, detail in (output.note(f"{name}.json") or {"left_out": []})["left_out"]:
+            file.write(f"sample\t{row}\t{reason}{': ' * bool(detail)}{detail}\n")
+
+
+def schema_beside(shard: str) -> str | None:
+    """The caption schema that the report beside a shard names, None where there is none."""
+    from cosmos_ssl.data.storage import is_local, local_path
+
+    try:
+        found = json.loads((local_path(shard).parent / "shards.json").read_bytes())["caption_schema"] if is_local(shard) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

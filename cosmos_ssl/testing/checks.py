@@ -1,0 +1,262 @@
+"""Checks that this project's own parts pass, for the tests of your package; and what such tests are made of.
+
+::
+
+    from cosmos_ssl.testing import check_loss, small_run
+
+    def test_contract():
+        check_loss("my-losses:triplet", margin=0.5)  # a registered name or a class, and its options
+
+    def test_training(tmp_path):
+        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU
+        start, end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to step
+        assert end < start
+
+A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
+training would. What breaks the contract is an AssertionError that names the part.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cosmos_ssl
+from cosmos_ssl import registry
+from cosmos_ssl.api import Augmenter, BadSample, Head, ImageCrops, ImageGroup, Loss, Need, Sample, Teacher, Tower, ViewSpec
+from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.engine.metrics import read_rows
+from cosmos_ssl.errors import CosmosError
+from cosmos_ssl.testing.examples import (
+    example_samples,
+    example_spec,
+    reader,
+    small_config,
+)
+from cosmos_ssl.testing.model import ModelCheck, expect
+
+PART = "part"
+"""What the part under test is called in the config of a check."""
+
+
+def small_run(folder: Path | str, config: Mapping[str, Any] | None = None, *, steps: int = 4) -> list[dict[str, float]]:
+    """Train a small COSMOS on 8 pictures of ``scenes`` for some steps, in seconds; the rows of its ``metrics.jsonl``, one a step.
+
+    ``config`` is merged over that of the run: add a loss or a head, put another teacher or augmenter in the place of
+    its own; a ``type`` may be a class. All that is written lies in ``folder``, one run a folder. Raises as ``train``.
+    """
+    cosmos_ssl.train(small_config(str(folder), steps, config))
+    return [row for row in read_rows(Path(folder) / "run" / "metrics.jsonl") if "loss" in row]
+
+
+def check_options(group: str, part: str | type[Any]) -> None:
+    """Every option of a part has a type that a config can hold, a default of that type and a line in the docs."""
+    with _naming(group, part) as (record, cls):
+        for option in registry.options_of(cls):
+            expect(option.doc, f"the option '{option.name}' has no docs: write ``{option.name}: what it is`` in the docstring of the class")
+            default = {option.name: option.default} if not option.required and _is_plain(option.default) else {option.name: None}
+            wrong = [message for key, message in registry.check_options(record, cls, default)[1] if key]
+            expect(not wrong, f"the default of '{option.name}' is none of its own type ({option.type_name}): {' '.join(wrong)}")
+
+
+def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a loss to the contract, with these options.
+
+    ``around`` is merged over ``example_config``: other heads to read (``{"heads": {"mine": {"type": ...}}}``), other views.
+    The loss must be made of documented options, ask only for what there is, and return named finite scalars, the same ones
+    for the same batch and state, in bfloat16 too; gradients must reach all that it asks for; what it moves must be buffers, so
+    that a step can be undone; and another copy with its state must go on as it does.
+    """
+    check_options("losses", part)
+    with _naming("losses", part):
+        check = ModelCheck({"losses": {"clip": None, PART: {"type": part, **options}}}, around)
+        check.run(f"losses.{PART}")
+
+
+def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a head to the contract, with these options; ``around`` as of ``check_loss``.
+
+    As a loss, and: each output has its width and is the same when asked for alone (unless samples mix); ``unread`` names exactly the
+    parameters that an output does not reach; a sample's output depends on no other sample unless ``mixes_samples``.
+    """
+    check_options("heads", part)
+    with _naming("heads", part):
+        reads = reader(Need(head=PART), Need(head=PART, role="teacher"))
+        check = ModelCheck({"heads": {PART: {"type": part, **options}}, "losses": {"clip": None, "reads": {"type": reads}}}, around)
+        check.run(f"heads.{PART}")
+        check.head(PART)
+
+
+def check_tower(part: str | type[Tower], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a tower to the contract, with these options; ``around`` as of ``check_loss``.
+
+    It encodes what is asked for of every group: pooled and projected features, and as far as its capabilities say tokens and
+    masked patches; gradients reach every parameter that ``unread`` does not name.
+    """
+    check_options("towers", part)
+    with _naming("towers", part) as (_, cls):
+        modality = cls.modality
+        tower = {"model": {modality: {"type": part, **options}}}
+        capabilities = ModelCheck(tower, around).assembly.model.towers[modality].capabilities
+        needs = [Need(modality=modality), Need(modality=modality, role="teacher", group="global")]
+        if "tokens" in capabilities:
+            needs += [Need(modality=modality, group="global", kind="tokens", views=(0,))]
+        if "masks" in capabilities:
+            needs += [Need(modality=modality, group="global", kind="masked_tokens")]
+        config = {**tower, "heads": {"cross": None}, "losses": {"clip": None, "reads": {"type": reader(*needs)}}}
+        ModelCheck(config, around).run(f"model.{modality}")
+
+
+def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a teacher to the contract, with these options; ``around`` as of ``check_loss``.
+
+    It makes a second model that takes no gradients and shares nothing with the student, moves that model alone,
+    returns numbers, and another copy with its state goes on as it does.
+    """
+    check_options("teachers", part)
+    with _naming("teachers", part) as (_, cls):
+        reads = [Need(modality="image"), *([Need(modality="image", role="teacher")] if cls.present else [])]
+        config = {"losses": {"clip": None, "reads": {"type": reader(*reads)}}, "teacher": {"type": part, **options}}
+        ModelCheck(config, around).teacher()
+
+
+def check_augmenter(
+    part: str | type[Augmenter], /, *, around: Mapping[str, Any] | None = None, samples: Sequence[Sample] | None = None, **options: Any
+) -> None:
+    """Hold an augmenter to the contract, with these options, on ``samples`` (default: ``example_samples()``).
+
+    Crops are the groups on offer, of their shapes, a function of sample and ``rng`` alone, in a copy sent to another
+    process too; ``finish`` gives finite floats, a function of crops and parameters, whatever else is in the batch.
+    """
+    check_options("augmenters", part)
+    with _naming("augmenters", part) as (_, cls):
+        expect(cls.modality in ("image", "text"), f"its modality is {cls.modality!r}, expected 'image' or 'text'")
+        config = {"augmenters": {cls.modality: {"type": part, **options}}, "heads": {"cross": None}}
+        config["losses"] = {"clip": None, "reads": {"type": reader(Need(modality=cls.modality))}}
+        augmenter = ModelCheck(config, around).assembly.augmenters[cls.modality]
+        offers = augmenter.offers()
+        expect(offers and all(view.views > 0 for view in offers.values()), f"it offers {dict(offers)}, expected groups with views")
+        given = list(samples or example_samples())
+        crops = [_crops(augmenter, sample, seed) for seed, sample in enumerate(given)]
+        if cls.modality == "text":
+            _check_texts(offers, crops)
+        else:
+            patch = example_spec().image
+            assert patch is not None
+            _check_pictures(augmenter, offers, crops, patch.patch_size)
+
+
+def _crops(augmenter: Augmenter, sample: Sample, seed: int) -> Mapping[str, Any]:
+    """The views of one sample, found to be a function of sample and seed."""
+    found = augmenter.crop(sample, np.random.default_rng(seed))
+    for number, other in enumerate((augmenter, pickle.loads(pickle.dumps(augmenter)))):
+        with torch.random.fork_rng(devices=()):
+            for start in (random.seed, np.random.seed, torch.manual_seed):
+                cast(Callable[[int], object], start)(seed + 100)
+            again = other.crop(sample, np.random.default_rng(seed))
+        why = "all randomness must come from it" if number == 0 else "what it needs must survive pickling"
+        expect(_same(found, again), f"crop gives other views for the same sample and rng{' in a copy' * number}: {why}")
+    if sample.image is not None and augmenter.modality == "image":
+        try:
+            augmenter.crop(replace(sample, image=b"no picture"), np.random.default_rng(seed))
+        except BadSample:
+            pass
+        else:
+            expect(False, "crop takes a picture that cannot be decoded, expected BadSample (sample.decode() raises it)")
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, ImageCrops) and isinstance(second, ImageCrops):
+        return all(_same(getattr(first, name), getattr(second, name)) for name in ("pixels", "params", "masks"))
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    return bool(first == second)
+
+
+def _check_texts(offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]]) -> None:
+    for views in crops:
+        expect(views.keys() == offers.keys(), f"crop gives the groups {list(views)}, and offers {list(offers)}")
+        for name, texts in views.items():
+            good = len(texts) == offers[name].views and all(isinstance(text, str) for text in texts)
+            expect(good, f"crop gives {texts!r} as '{name}', expected {offers[name].views} strings")
+
+
+def _check_pictures(augmenter: Augmenter, offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]], patch: int) -> None:
+    for views in crops:
+        expect(views.keys() == offers.keys(), f"crop gives the groups {list(views)}, and offers {list(offers)}")
+        for name, view in offers.items():
+            found, size = views[name], view.size or 0
+            expect(isinstance(found, ImageCrops), f"crop gives '{name}' as {type(found).__name__}, expected ImageCrops")
+            wanted = {"pixels": (torch.uint8, [view.views, 3, size, size])}
+            wanted["params"] = (torch.float32, [view.views, *views[name].params.shape[1:]])
+            if view.masks:
+                wanted["masks"] = (torch.bool, [view.views, (size // patch) ** 2])
+            for what, (dtype, shape) in wanted.items():
+                x = getattr(found, what)
+                shown = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
+                good = x is not None and (x.dtype, list(x.shape)) == (dtype, shape)
+                expect(good, f"{what} of '{name}' are {shown}, expected {dtype} {shape}")
+            expect(view.masks or found.masks is None, f"'{name}' comes with masks that are not on offer")
+    for name, view in offers.items():
+        columns = [[getattr(views[name], what) for views in crops] for what in ("pixels", "params", "masks")]
+        same = len({tuple(x.shape) for x in columns[1]}) == 1
+        expect(same, f"params of '{name}' differ in shape between samples")
+        pixels, params, masks = (None if column[0] is None else torch.stack(column, dim=1) for column in columns)
+        assert pixels is not None and params is not None
+        _check_finish(augmenter, name, ImageGroup(pixels=pixels, params=params, masks=masks if view.masks else None))
+
+
+def _check_finish(augmenter: Augmenter, name: str, group: ImageGroup) -> None:
+    before = group.pixels.clone()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        found = augmenter.finish(group)
+        torch.manual_seed(1)
+        again = augmenter.finish(group)
+    x = found.pixels
+    good = x.is_floating_point() and x.shape == before.shape
+    expect(good, f"finish gives '{name}' as {x.dtype} {list(x.shape)}, expected float {list(before.shape)}")
+    expect(bool(x.isfinite().all()), f"finish gives numbers in '{name}' that are not finite")
+    expect(torch.equal(group.pixels, before), f"finish changes the crops of '{name}' in place")
+    expect(torch.equal(x, again.pixels), f"finish draws random numbers for '{name}': draw them in crop and hand them over as params")
+    for i in range(x.shape[1]):
+        alone = augmenter.finish(map_tensors(group, lambda tensor, i=i: tensor[:, [i]]))  # type: ignore[misc]
+        close = torch.allclose(alone.pixels, x[:, [i]], rtol=1e-5, atol=1e-5)
+        expect(close, f"finish gives sample {i} of '{name}' other pixels in a batch than alone")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a config could hold the value as it is."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+@contextmanager
+def _naming(group: str, part: str | type[Any]) -> Iterator[tuple[registry.Record, type[Any]]]:
+    """The record and class of a part; what goes wrong meanwhile names it."""
+    name = part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
+    try:
+        record = registry.find(group, part if isinstance(part, str) else registry.class_name(part))
+        name = str(record) if record.distribution != registry.CODE else name
+        yield record, registry.load(record)
+    except (AssertionError, CosmosError) as error:
+        raise AssertionError(f"{name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while {name} was checked")
+        raise

@@ -1,0 +1,327 @@
+"""The small model, batch and run that ``cosmos_ssl.testing`` checks parts with.
+
+Shape letters as in ``cosmos_ssl.api.views``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_ssl.api import (
+    ALL,
+    Augmenter,
+    Features,
+    GroupFeatures,
+    HeadOutput,
+    ImageGroup,
+    Loss,
+    LossOutput,
+    Modality,
+    Need,
+    Progress,
+    Role,
+    Sample,
+    Spec,
+    StepContext,
+    TextGroup,
+    Tokenizer,
+    TowerSpec,
+    Views,
+    ViewSpec,
+)
+from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.build import Builder
+from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.config.source import from_plain, merge
+from cosmos_ssl.engine.assembly import Assembly
+
+SAMPLES = 6
+PROGRESS = Progress(step=3, total_steps=10, steps_per_epoch=5)
+
+
+def example_spec(**changes: Any) -> Spec:
+    """The spec of a small model of both towers: image groups ``global`` (with masks) and ``local``, texts alike, a head ``cross``.
+
+    ``changes`` are fields of ``Spec``.
+    """
+    spec = Spec(
+        embed_dim=32,
+        batch_size=SAMPLES,
+        steps_per_epoch=5,
+        epochs=2,
+        has_teacher=True,
+        context_length=12,
+        vocab_size=260,
+        image=TowerSpec(width=32, image_size=32, patch_size=8),
+        text=TowerSpec(width=24),
+        image_views={"global": ViewSpec(views=2, size=32, masks=True), "local": ViewSpec(views=2, size=16)},
+        text_views={"global": ViewSpec(views=2), "local": ViewSpec(views=2)},
+        heads={"cross": {"image": 32, "text": 32}},
+    )
+    return replace(spec, **changes)
+
+
+def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int = 0) -> Views:
+    """A batch of random views as losses and heads see them, of every group that ``spec`` (default: ``example_spec()``) offers.
+
+    Pixels are float [V, B, 3, H, W]; masks hide no patch, some or half of them; texts have 2 tokens to all of the context.
+    """
+    spec = spec or example_spec()
+    draw = torch.Generator().manual_seed(seed)
+    patch = spec.image.patch_size if spec.image is not None else 1
+
+    def image(group: ViewSpec) -> ImageGroup:
+        size = group.size or 32
+        pixels = torch.randn(group.views, samples, 3, size, size, generator=draw)
+        share = torch.rand(group.views, samples, 1, generator=draw) / 2
+        share[:, ::3] = 0  # methods with masks leave some samples whole
+        masks = torch.rand(group.views, samples, (size // max(1, patch)) ** 2, generator=draw) < share
+        masks[:, 1::3, 0] = True
+        return ImageGroup(pixels=pixels, params=torch.zeros(group.views, samples, 0), masks=masks if group.masks else None)
+
+    def text(group: ViewSpec) -> TextGroup:
+        lengths = torch.randint(2, spec.context_length + 1, (group.views, samples), generator=draw)
+        tokens = torch.randint(1, spec.vocab_size, (group.views, samples, spec.context_length), generator=draw)
+        return TextGroup(tokens=tokens.masked_fill(torch.arange(spec.context_length) >= lengths[..., None], 0), lengths=lengths)
+
+    return Views(
+        keys=[f"sample{i}" for i in range(samples)],
+        image={name: image(group) for name, group in spec.image_views.items()},
+        text={name: text(group) for name, group in spec.text_views.items()},
+    )
+
+
+def example_samples(count: int = 4) -> list[Sample]:
+    """Samples as a data set holds them: noisy JPEG pictures, wide, tall and small, with a few captions and a label each."""
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        width, height = [(80, 60), (48, 96), (20, 24), (64, 64)][i % 4]
+        coarse = draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG")
+        captions = {
+            "raw_caption": [f"Picture {i} of a test."],
+            "short": ["A dog.", "Two cats sit.", "It rains.", "Red and blue.", "Noise."],
+        }
+        samples.append(Sample(key=f"sample{i}", image=file.getvalue(), captions=captions, extras={"label": i}))
+    return samples
+
+
+def example_features(
+    needs: Sequence[Need], spec: Spec | None = None, *, views: Views | None = None, role: Role = "student", seed: int = 0
+) -> Features:
+    """Random features of ``views`` (default: ``example_views(spec)``) that hold what ``needs`` ask of ``role``, and nothing else.
+
+    Every view of a group is there; all tensors are leaves that take gradients. Outputs of heads are [2, B, width].
+    """
+    spec = spec or example_spec()
+    views = views or example_views(spec)
+    draw = torch.Generator().manual_seed(seed)
+    needs = [need for need in needs if need.role == role]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).requires_grad_()
+
+    def features(modality: Modality, name: str) -> GroupFeatures | None:
+        kinds = {need.kind for need in needs if need.modality == modality and need.group in (ALL, name)}
+        tower = spec.image if modality == "image" else spec.text
+        if not kinds or tower is None:
+            return None
+        group = views.image[name] if modality == "image" else views.text[name]
+        (count, samples), every = group.shape, tuple(range(group.shape[0]))
+        places = (group.pixels.shape[-1] // tower.patch_size) ** 2 if isinstance(group, ImageGroup) else spec.context_length
+        masked = int(group.masks.sum()) if isinstance(group, ImageGroup) and group.masks is not None else 0
+        return GroupFeatures(
+            views=every,
+            pooled=random(count, samples, tower.width),
+            projected=random(count, samples, spec.embed_dim) if "projected" in kinds else None,
+            tokens=random(count, samples, places, tower.width) if "tokens" in kinds else None,
+            token_views=every if "tokens" in kinds else (),
+            masked_tokens=random(masked, tower.width) if "masked_tokens" in kinds else None,
+        )
+
+    image = {name: found for name in views.image if (found := features("image", name)) is not None}
+    text = {name: found for name in views.text if (found := features("text", name)) is not None}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for need in needs:
+        widths = spec.heads[need.head] if need.head is not None else {}
+        given = {name: random(2, len(views), widths[name]) for name in need.outputs or widths}
+        if need.head is not None:
+            heads[need.head] = {**given, **heads.get(need.head, {})}
+    return Features(image=image, text=text, heads=heads)
+
+
+def example_context(loss: Loss, spec: Spec | None = None, *, views: Views | None = None, seed: int = 0) -> StepContext:
+    """What ``loss`` reads in one step of one process, random: for tests that compare its values with a plain formula."""
+    needs = loss.requires()
+    student = example_features(needs, spec, views=views, seed=seed)
+    teacher = example_features(needs, spec, views=views, role="teacher", seed=seed + 1)
+    given: dict[Role, Features] = {"student": student, "teacher": map_tensors(teacher, Tensor.detach)}
+
+    def no_head(name: str, *args: Any, **kwargs: Any) -> HeadOutput:
+        raise NotImplementedError(f"there is no head '{name}' to call: replace ctx.head by one of your own")
+
+    return StepContext(
+        views=views or example_views(spec),
+        student=student,
+        teacher=given["teacher"],
+        gathered=given,  # one process: what is gathered is what is there
+        progress=PROGRESS,
+        head=no_head,
+    )
+
+
+# ---------------------------------------------------------------------------- the parts around the one under test
+
+
+class ExampleCrops(Augmenter):
+    """Stands for the image augmenter of a model whose views ``example_views`` draws."""
+
+    modality: ClassVar[Modality] = "image"
+
+    def __init__(self, spec: Spec) -> None:
+        """No options."""
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """``global`` with masks, and ``local``."""
+        return example_spec().image_views
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, Any]:
+        """Never called."""
+        raise NotImplementedError("example_views draws these views")
+
+
+class ExampleTexts(ExampleCrops):
+    """Stands for the text augmenter."""
+
+    modality: ClassVar[Modality] = "text"
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """``global`` and ``local``."""
+        return example_spec().text_views
+
+
+class ExampleTokenizer(Tokenizer):
+    """One token a byte, 1 before and 2 after them, 0 for pads."""
+
+    def __init__(self, spec: Spec) -> None:
+        """No options."""
+        self.vocab_size, self.context_length, self.pad_id = 260, 12, 0
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids int64 [n, 12] and lengths int64 [n]."""
+        rows = [[1, *(byte + 3 for byte in text.encode()[:10]), 2] for text in texts]
+        ids = torch.tensor([row + [0] * (12 - len(row)) for row in rows], dtype=torch.int64).view(-1, 12)
+        return ids, self.lengths(ids)
+
+
+class ReadsNeeds(Loss):
+    """Means of all that a part gives, in fixed random directions, so that every gradient is one of a kind."""
+
+    def __init__(self, spec: Spec) -> None:
+        """No options."""
+        super().__init__()
+
+    needs: ClassVar[Sequence[Need]] = ()
+
+    def requires(self) -> Sequence[Need]:
+        """The needs of the class."""
+        return self.needs
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        """One term a tensor that was asked of the student; what was asked of the teacher must be there."""
+        terms: dict[str, Tensor] = {}
+        for need in self.needs:
+            features = ctx.student if need.role == "student" else ctx.teacher
+            assert features is not None
+            if need.head is not None:
+                found = dict(features.heads[need.head])
+            else:
+                assert need.modality is not None
+                groups = features.of(need.modality)
+                found = {f"{name}_{need.kind}": getattr(group, need.kind) for name, group in groups.items() if need.group in ("*", name)}
+            terms |= {f"{need.head or need.modality}_{name}": directed(x) for name, x in found.items() if need.role == "student"}
+        return LossOutput(terms=terms)
+
+
+def directed(x: Tensor) -> Tensor:
+    """The mean of ``x`` in a random direction that its shape decides, float32."""
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()))
+    return (x.float() * direction.to(x.device)).mean()
+
+
+def reader(*needs: Need) -> type[Loss]:
+    """A loss that reads these needs."""
+    return type("Reads", (ReadsNeeds,), {"needs": needs, "__module__": __name__, "__qualname__": f"Reads{abs(hash(needs))}"})
+
+
+# ---------------------------------------------------------------------------- model and run
+
+
+def example_config(*changes: Mapping[str, Any] | None) -> LoadedConfig:
+    """The config of the small model behind ``example_spec``, with ``changes`` merged over it (a ``type`` may be a class)."""
+    tree: dict[str, Any] = {
+        "name": "example",
+        "model": {
+            "embed_dim": 32,
+            "image": {"type": "clip_vit", "width": 32, "heads": 2, "layers": 1, "patch_size": 8, "image_size": 32, "mask_token": True},
+            "text": {"type": "clip_text", "width": 24, "heads": 2, "layers": 1},
+        },
+        "tokenizer": {"type": ExampleTokenizer},
+        "augmenters": {"image": {"type": ExampleCrops}, "text": {"type": ExampleTexts}},
+        "heads": {"cross": {"type": "cross_attention", "num_heads": 4}},
+        "losses": {"clip": {"type": "clip"}},
+        "teacher": {"type": "ema", "momentum_teacher": 0.9},
+        "training": {"batch_size": SAMPLES, "precision": "fp32", "device": "cpu"},
+    }
+    return load_config(_merged(tree, *changes))
+
+
+def example_assembly(loaded: LoadedConfig, *, meta: bool = False) -> Assembly:
+    """The parts of a config, wired; no data set."""
+    return Builder(loaded).assemble(meta=meta, prepare=False)
+
+
+def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The quickstart on towers of one layer and 8 pictures of 32 pixels, one batch, with all that it writes inside ``folder``."""
+    tree: dict[str, Any] = {
+        "extends": "quickstart",
+        "name": "small",
+        "output_dir": f"{folder}/run",
+        "model": {
+            "embed_dim": 32,
+            "image": {"type": "clip_vit", "width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
+            "text": {"type": "clip_text", "width": 64, "heads": 2, "layers": 1},
+        },
+        "augmenters": {
+            "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1},
+            "text": {"type": "text_crop", "num_sampled_captions": 3},
+        },
+        "data": {"type": "scenes", "train_samples": 8, "validation_samples": 8, "image_size": 32, "folder": f"{folder}/scenes"},
+        "loader": {"workers": 0},
+        "optimizer": {"lr": 2e-3},
+        "schedule": {"epochs": steps, "warmup_steps": 1},
+        "training": {"batch_size": 8, "device": "cpu"},
+        "evaluators": None,
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    return _merged(tree, changes)
+
+
+def _merged(tree: Mapping[str, Any], *changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Mappings merged by key; a part of another ``type`` replaces the one before it."""
+    root = from_plain(tree, "example")
+    for change in changes:
+        root = merge(root, from_plain(change or {}, "config"))
+    plain: dict[str, Any] = root.plain()
+    return plain

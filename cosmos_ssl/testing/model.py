@@ -1,0 +1,233 @@
+"""Checks of a part inside the small model: builds alike, trains, can be undone, goes on from its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_ssl.api import Features, GroupFeatures, Head, ParameterRule, Progress, Views
+from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.engine.step import Step, StepResult
+from cosmos_ssl.models.encoder import ModelEncoder
+from cosmos_ssl.models.model import Model
+from cosmos_ssl.testing.examples import PROGRESS, example_assembly, example_config, example_views
+
+
+def expect(condition: object, message: str) -> None:
+    """Raise AssertionError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise AssertionError(message)
+
+
+class ModelCheck:
+    """A config whose model is built twice and run as training would."""
+
+    def __init__(self, config: Mapping[str, Any], around: Mapping[str, Any] | None) -> None:
+        """Raises PluginError or ConfigError for a part that cannot be built, or requires what is not on offer."""
+        self.loaded = example_config(around, config)
+        self.assembly = example_assembly(self.loaded)
+        self.views = example_views(self.assembly.spec)
+
+    def run(self, path: str) -> None:
+        """Hold the part under ``path`` to what is true of every part of a model."""
+        first, second = self.assembly, example_assembly(self.loaded)
+        self._built_alike(first.model, second.model)
+        part = first.model.get_submodule(path.removeprefix("model."))
+        _check_rules(cast(Any, part).parameter_rules(), part)
+        for assembly in (first, second):
+            assembly.teacher.start(assembly.build_model, assembly.model)
+            assembly.model.train()
+        step = Step(first)
+        before = _state(first.model)
+        result = self._step(step)
+        _finite({**result.logs, **{name: p.grad for name, p in first.model.named_parameters() if p.grad is not None}})
+        step.restore_buffers()
+        _equal(before, _state(first.model), "a step that is undone leaves {} changed: move nothing but buffers")
+        again = self._step(step)
+        expect(torch.equal(again.loss, result.loss), "one batch and state give two losses: keep state in buffers, draw from torch alone")
+        _move(first.model)
+        first.teacher.update(first.model, PROGRESS)
+        second.model.load_state_dict(_state(first.model))
+        second.teacher.load_state_dict(first.teacher.state_dict())
+        ours, theirs = self._step(step), self._step(Step(second))
+        expect(torch.equal(ours.loss, theirs.loss), "a copy with the same state gives another loss: keep state in buffers")
+        _equal(_state(first.model), _state(second.model), "a copy with the same state moves {} elsewhere: keep state in buffers")
+        _finite(self._step(Step(first, precision="amp_bf16")).logs, " under bfloat16")
+
+    def _step(self, step: Step) -> StepResult:
+        return step(self.views, PROGRESS)
+
+    def _built_alike(self, first: Model, second: Model) -> None:
+        """One seed gives one start, and the meta device (the check before training) the same parameters."""
+        _equal(_state(first), _state(second), "two builds with one seed start {} differently: draw from torch alone")
+        meta = example_assembly(self.loaded, meta=True).model
+        shapes = {name: x.shape for name, x in first.named_parameters()}
+        expect(shapes == {name: x.shape for name, x in meta.named_parameters()}, "it has other parameters on the meta device")
+        real = [name for name, x in meta.named_parameters() if not x.is_meta]
+        expect(not real, f"{', '.join(real)} is not on the device that it is built on: give no device")
+
+    # ------------------------------------------------------------------ heads
+
+    def head(self, name: str) -> None:
+        """Hold a head to what ``Head`` promises of its outputs."""
+        model = self.assembly.model
+        head, widths = model.head(name), model.head(name).outputs()
+        known = self.assembly.spec.heads[name]
+        expect(widths and dict(widths) == dict(known), f"outputs() gives {dict(widths)}, expected the same names and widths at each call")
+        features = _detached(self._features())
+        state = _state(head)
+        together = self._outputs(head, features, self.views, tuple(widths))
+        for output in widths:
+            head.load_state_dict(state)
+            head.requires_grad_(True).zero_grad(set_to_none=True)
+            alone = self._outputs(head, features, self.views, (output,))
+            close = head.mixes_samples or torch.allclose(alone[output], together[output], rtol=1e-4, atol=1e-5)
+            expect(close, f"the output '{output}' is another one when asked for alone")
+            (alone[output] * torch.randn_like(alone[output])).sum().backward()
+            reached = {key for key, parameter in head.named_parameters() if parameter.grad is not None}
+            unread = {key for key, _ in head.named_parameters() if any(fnmatchcase(key, p) for p in head.unread((output,)))}
+            wrong = sorted(({key for key, _ in head.named_parameters()} - reached) ^ unread)
+            expect(not wrong, f"unread([{output!r}]) is wrong about {', '.join(wrong)}: it names what this output does not reach")
+        head.load_state_dict(state)
+        if not head.mixes_samples:
+            self._samples_apart(head, features, tuple(widths))
+        if head.matches:
+            self._matches(model)
+
+    def _features(self) -> Features:
+        with torch.no_grad():
+            return self.assembly.model.encode(self.views, self.assembly.plan.student)
+
+    def _outputs(self, head: Head, features: Features, views: Views, outputs: Sequence[str], seed: int = 0) -> Mapping[str, Tensor]:
+        torch.manual_seed(seed)
+        return head(features, views, outputs)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _samples_apart(self, head: Head, features: Features, outputs: Sequence[str]) -> None:
+        """Half of the batch gives half of the outputs."""
+        whole, other = (self._outputs(head, features, self.views, outputs, seed) for seed in (0, 1))
+        if any(not torch.equal(whole[name], other[name]) for name in outputs):
+            return  # it draws random numbers, other ones for other batches
+        count = len(self.views) // 2
+        half = self._outputs(head, _first(features, self.views, count), self.views.slice(0, count), outputs)
+        for name in outputs:
+            expected = _first_of(whole[name], self.views, count)
+            close = expected.shape == half[name].shape and torch.allclose(half[name], expected, rtol=1e-4, atol=1e-5)
+            expect(close, f"the output '{name}' of a sample depends on others of the batch: say so with mixes_samples = True")
+
+    def _matches(self, model: Model) -> None:
+        encoder = ModelEncoder(model, self.assembly.spec)
+        image, text = self.views.image["global"], self.views.text["global"]
+        scores = encoder.match(encoder.match_image(image.pixels[0]), encoder.match_text(text.tokens[0, :4]))
+        wanted = [len(self.views), 4]
+        expect(list(scores.shape) == wanted, f"match gives {list(scores.shape)}, expected [pictures, texts], {wanted}")
+        expect(bool(scores.isfinite().all()), "match gives scores that are not finite")
+
+    # ------------------------------------------------------------------ teachers
+
+    def teacher(self) -> None:
+        """Hold the config's teacher to what ``Teacher`` promises."""
+        first, second = self.assembly, example_assembly(self.loaded)
+        student, teacher = first.model, first.teacher
+        before = _state(student)
+        teacher.start(first.build_model, student)
+        _equal(before, _state(student), "start changes {} of the student")
+        if not teacher.present:
+            expect(not list(teacher.parameters()), "it is not present, and has parameters")
+            expect(not teacher.update(student, PROGRESS), "it is not present, and its update returns something")
+            return
+        trained = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+        expect(not trained, f"{', '.join(trained[:3])} takes gradients: a teacher must not")
+        shared = {x.data_ptr() for x in student.parameters()} & {x.data_ptr() for x in teacher.parameters()}
+        expect(not shared, "it shares parameters with the student: build its model anew")
+        expect(teacher.model is not student, "its model is the student: build another one")
+        second.teacher.start(second.build_model, second.model)
+        for number in range(4):
+            _move(student)
+            second.model.load_state_dict(_state(student))
+            if number == 2:
+                second.teacher.load_state_dict(teacher.state_dict())
+            self._update(first.model, teacher, number)
+            if number >= 2:
+                self._update(second.model, second.teacher, number)
+        _equal(_state(teacher), _state(second.teacher), "a copy with the same state moves {} elsewhere: keep state in buffers")
+        Step(first)(self.views, PROGRESS)
+
+    def _update(self, student: Model, teacher: Any, number: int) -> None:
+        before = _state(student)
+        moved = teacher.update(student, Progress(step=number, total_steps=4, steps_per_epoch=2))
+        _equal(before, _state(student), "update changes {} of the student")
+        good = isinstance(moved, Mapping) and all(isinstance(name, str) for name in moved)
+        expect(good, f"update returns {moved!r}, expected a mapping of names to numbers")
+        _finite({name: torch.as_tensor(value, dtype=torch.float64) for name, value in moved.items()}, " that update returns")
+        _finite(_state(teacher))
+        graph = [name for name, parameter in teacher.named_parameters() if not parameter.is_leaf or parameter.requires_grad]
+        expect(not graph, f"update leaves a graph on {', '.join(graph[:3])}: work under torch.no_grad()")
+
+
+# ---------------------------------------------------------------------------- small things
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor], message: str) -> None:
+    """Same names and bits; ``message`` has a place for what differs."""
+    other = [name for name in {**first, **second} if name not in first or name not in second or not torch.equal(first[name], second[name])]
+    expect(not other, message.format(f"{', '.join(other[:3])}{f' and {len(other) - 3} more' * (len(other) > 3)}"))
+
+
+def _finite(values: Mapping[str, Tensor | None], where: str = "") -> None:
+    wrong = [name for name, value in values.items() if value is not None and value.is_floating_point() and not value.isfinite().all()]
+    expect(not wrong, f"{', '.join(wrong[:3])}{where} is not finite")
+
+
+@torch.no_grad()
+def _move(model: Model) -> None:
+    """Change every parameter a little, and run the hooks, as an optimiser would."""
+    draw = torch.Generator().manual_seed(len(list(model.parameters())))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter), alpha=0.01)
+    model.after_step()
+
+
+def _check_rules(rules: Sequence[ParameterRule], part: nn.Module) -> None:
+    names = [name for name, _ in part.named_parameters()]
+    for rule in rules:
+        expect(isinstance(rule, ParameterRule), f"parameter_rules gives {rule!r}, expected ParameterRule")
+        matched = any(fnmatchcase(name, rule.match) for name in names)
+        expect(matched, f"the parameter rule '{rule.match}' matches none of its parameters: {', '.join(names[:8]) or 'it has none'}")
+
+
+def _detached(features: Features) -> Features:
+    return map_tensors(features, lambda tensor: tensor.detach())
+
+
+def _first_of(x: Tensor, views: Views, count: int) -> Tensor:
+    """The rows of the first samples: of [V, B, ...], or of the masked patches of a group, [M, ...]."""
+    if x.dim() == 2:
+        for group in views.image.values():
+            if group.masks is not None and int(group.masks.sum()) == len(x):
+                return x[group.masks.nonzero()[:, 1] < count]
+    return x[:, :count]
+
+
+def _first(features: Features, views: Views, count: int) -> Features:
+    """The features of the first samples of a batch."""
+
+    def cut(group: GroupFeatures) -> GroupFeatures:
+        names = ("pooled", "projected", "tokens", "masked_tokens")
+        found = {name: x for name in names if (x := getattr(group, name)) is not None}
+        return replace(group, **cast(Any, {name: _first_of(x, views, count) for name, x in found.items()}))
+
+    return Features(
+        image={name: cut(group) for name, group in features.image.items()},
+        text={name: cut(group) for name, group in features.text.items()},
+        heads={name: {key: _first_of(x, views, count) for key, x in given.items()} for name, given in features.heads.items()},
+    )

@@ -1,0 +1,189 @@
+"""Every method and every ablation, shrunk, trains for a few steps on procedural scenes through the Python API."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cosmos_ssl
+from cosmos_ssl.build import check
+from cosmos_ssl.config import Config, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ABLATIONS = sorted((CONFIGS / "cosmos" / "ablations").glob("*.yaml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+STEPS = 3
+# What makes parts small, by type: sizes alone, so that what is tested is the recipe.
+SHRUNK: dict[str, dict[str, Any]] = {
+    "clip_vit": {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
+    "clip_text": {"width": 64, "layers": 1, "heads": 1},
+    "clip": {"context_length": 24},
+    "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
+    "resize_crop": {"size": 32},
+    "cross_attention": {"num_heads": 2},
+    "projection": {"hidden_dim": 24, "output_dim": 16},
+    "dino_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
+    "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
+}
+RUN = ["loader.workers=0", "evaluators=null", "logging={every_steps: 1, tensorboard: false}", "model.embed_dim=32"]
+RUN += ["training.batch_size=8", "training.precision=fp32", "training.device=cpu", f"schedule.max_steps={STEPS}", "schedule.warmup_steps=1"]
+
+
+def shrink(config: Config, scenes: Path) -> list[str]:
+    """Overrides that make a run of ``config`` small; pictures without captions where it reads no text."""
+    schema = "null" if config.model.text is None else "dreamlip"
+    data = f"data={{type: scenes, train_samples: 24, validation_samples: 8, image_size: 48, caption_schema: {schema}, folder: '{scenes}'}}"
+    parts: dict[str, Any] = {"model.image": config.model.image, "model.text": config.model.text, "tokenizer": config.tokenizer}
+    parts |= {"augmenters.image": config.augmenters.image, "augmenters.text": config.augmenters.text}
+    parts |= {f"heads.{name}": head for name, head in config.heads.items()}
+    sizes = [
+        f"{path}.{option}={value}"
+        for path, part in parts.items()
+        if part is not None
+        for option, value in SHRUNK.get(part.type, {}).items()
+    ]
+    image = config.augmenters.image
+    groups = image.options.get("groups", {}) if image is not None else {}
+    return [*RUN, data, *sizes, *(f"augmenters.image.groups.{name}.size=32" for name in groups)]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, without what the clock has a part in."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("samples_per_second", "data_wait")
+    return [{key: value for key, value in row.items() if key not in timed} for row in found if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scenes lie that all runs here read."""
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.mark.parametrize("path", [*METHODS, *ABLATIONS], ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+def test_trains(path: Path, scenes: Path, tmp_path: Path) -> None:
+    config = load_config(path).config
+    metrics = cosmos_ssl.train(path, [*shrink(config, scenes), f"output_dir={tmp_path}/run"])
+    logged = rows(tmp_path / "run")
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    terms = {"loss", *(f"loss/{name}" for name in config.losses)}
+    assert terms <= metrics.keys() and all(terms <= row.keys() for row in logged)
+    assert all(math.isfinite(value) for row in logged for value in row.values() if isinstance(value, float))
+    for row in logged:
+        total = sum(part.loss_weight * row[f"loss/{name}"] for name, part in config.losses.items())
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
+
+
+def test_resumes_to_the_same_numbers(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SILC: contrast, self-distillation with a running centre, and a moving teacher; cut off after its second step."""
+    path, run = CONFIGS / "methods" / "silc.yaml", tmp_path / "run"
+    overrides = [*shrink(load_config(path).config, scenes), f"output_dir={run}", "checkpoints.every_steps=2"]
+    cosmos_ssl.train(path, overrides)
+    before = rows(run)
+    last = run / "checkpoints" / f"step_{STEPS:08d}"
+    shutil.rmtree(last)
+    (run / "result.json").unlink()
+    assert [folder.name for folder in last.parent.iterdir()] == ["step_00000002"]
+    capsys.readouterr()
+    cosmos_ssl.train(path, overrides)
+    assert "at step 2 (sample 16" in capsys.readouterr().out
+    assert rows(run) == before and last.is_dir()
+
+
+def test_methods_and_ablations_are_there() -> None:
+    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"}
+    assert {path.stem for path in ABLATIONS} == {"no_cross_attention", "no_text_crop", "no_image_crop", "no_distillation"}
+
+
+def test_image_only_methods_have_nothing_of_texts() -> None:
+    for name in ("dino", "ibot", "dinov2"):
+        config = load_config(CONFIGS / "methods" / f"{name}.yaml").config
+        assert config.model.text is None and config.tokenizer is None and config.augmenters.text is None
+
+
+def test_text_image_methods_differ_by_the_method_alone() -> None:
+    cosmos = load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
+    for name in ("clip", "siglip", "slip", "silc", "cosmos"):
+        config = load_config(CONFIGS / "methods" / f"{name}.yaml").config
+        for section in ("model", "tokenizer", "data", "optimizer", "schedule", "training", "evaluators", "loader"):
+            assert getattr(config, section) == getattr(cosmos, section), (name, section)
+
+
+def test_cosmos_as_a_method_is_the_published_recipe() -> None:
+    assert load_config(CONFIGS / "methods" / "cosmos.yaml").config == load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "texts", "heads", "losses"),
+    [
+        ("no_cross_attention", {"global": 2, "local": 6}, {"global": 2, "local": 6}, [], ["clip", "distill"]),
+        ("no_text_crop", {"global": 2, "local": 6}, {"global": 2}, ["cross"], ["clip", "distill"]),
+        ("no_image_crop", {"global": 2}, {"global": 2, "local": 6}, ["cross"], ["clip", "distill"]),
+        ("no_distillation", {"global": 2}, {"global": 2, "local": 6}, [], ["clip"]),
+    ],
+)
+def test_an_ablation_lacks_what_it_says(
+    name: str, images: dict[str, int], texts: dict[str, int], heads: list[str], losses: list[str]
+) -> None:
+    assembly = check(load_config(CONFIGS / "cosmos" / "ablations" / f"{name}.yaml"))
+    plan = assembly.plan.student
+    assert {group: view.views for group, view in assembly.spec.image_views.items()} == images
+    assert {group: view.views for group, view in assembly.spec.text_views.items()} == texts
+    assert {group: len(planned.views) for group, planned in plan.image.items()} == images
+    assert list(plan.heads) == heads and list(assembly.model.losses) == losses and not assembly.frozen
+    assert (assembly.plan.teacher is None) == ("distill" not in losses)
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "simsiam": {
+        "heads": {
+            "project": {"type": "projection", "layers": 3, "hidden_dim": 24, "output_dim": 16, "output_batch_norm": True},
+            "predict": {"type": "projection", "input": "project", "hidden_dim": 8, "output_dim": 16},
+        },
+        "losses": {"pairs": {"type": "lightly", "loss": "NegativeCosineSimilarity", "head": "predict", "target_head": "project"}},
+    },
+    "byol": {
+        "heads": {
+            "project": {"type": "projection", "hidden_dim": 24, "output_dim": 16},
+            "predict": {"type": "projection", "input": "project", "hidden_dim": 24, "output_dim": 16},
+        },
+        "losses": {
+            "pairs": {
+                "type": "lightly",
+                "loss": "NegativeCosineSimilarity",
+                "head": "predict",
+                "target": "teacher",
+                "target_head": "project",
+            }
+        },
+        "teacher": {"type": "ema", "momentum_teacher": 0.99, "final_momentum_teacher": 1.0},
+    },
+    "barlow_twins": {
+        "heads": {"project": {"type": "projection", "layers": 3, "hidden_dim": 24, "output_dim": 16}},
+        "losses": {"pairs": {"type": "lightly", "loss": "BarlowTwinsLoss", "options": {"lambda_param": 0.01}, "head": "project"}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_view_pair_methods_of_lightly_train(name: str, scenes: Path, tmp_path: Path) -> None:
+    """Methods without a recipe of their own, from the parts that there are: heads on heads, targets without gradient."""
+    tree = {
+        "extends": "base",
+        "model": {"image": {"type": "clip_vit"}},
+        "augmenters": {"image": {"type": "multi_crop", "local_crops_number": 0}},
+        **PAIRS[name],
+    }
+    config = load_config({**tree, "data": {"type": "scenes"}}).config
+    cosmos_ssl.train(tree, [*shrink(config, scenes), f"output_dir={tmp_path}/run"])
+    losses = [row["loss/pairs"] for row in rows(tmp_path / "run")]
+    assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses) and len(set(losses)) == STEPS
+    if name != "barlow_twins":
+        assert all(-1 <= loss <= 1 for loss in losses)

@@ -1,0 +1,10 @@
+"""What all tests of this folder share."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _apart(own_cache: None) -> None:
+    """Indexes and downloads of one test are no other's."""

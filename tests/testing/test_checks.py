@@ -1,0 +1,490 @@
+"""``cosmos_ssl.testing``: all of our own augmenters, heads, losses and teachers pass its checks, and it finds what breaks them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cosmos_ssl import registry, testing
+from cosmos_ssl.api import (
+    Augmenter,
+    Features,
+    Head,
+    HeadOutput,
+    ImageCrops,
+    ImageGroup,
+    Loss,
+    LossOutput,
+    Modality,
+    Need,
+    ParameterRule,
+    Progress,
+    Sample,
+    Spec,
+    StepContext,
+    Teacher,
+    Views,
+    ViewSpec,
+)
+
+CHECKS = {
+    "augmenters": testing.check_augmenter,
+    "heads": testing.check_head,
+    "losses": testing.check_loss,
+    "teachers": testing.check_teacher,
+    "towers": testing.check_tower,
+}
+OWN = [record for record in registry.records() if record.own]
+PROTOTYPES: dict[str, Any] = {"hidden_dim": 24, "bottleneck_dim": 16, "output_dim": 40}
+DINO: dict[str, Any] = {"heads": {"dino": {"type": "dino_projection", **PROTOTYPES}}}
+# What a part must be given, or is too large without: options, or several sets of them.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "augmenters/multi_crop": [
+        {"global_crops_size": 32, "local_crops_size": 16},
+        {"global_crops_size": 32, "local_crops_number": 0, "mask_probability": 0.7, "solarize_probs": (0.5, 0.5, 0.5)},
+    ],
+    "augmenters/resize_crop": [{"size": 32}, {"size": 32, "flip": True}],
+    "augmenters/view_groups": [{"groups": {"a": {"size": 32}, "b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}}],
+    "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
+    "heads/dino_projection": [PROTOTYPES, {**PROTOTYPES, "norm_last_layer": False, "batch_norm": True}],
+    "heads/dinov2_projection": [PROTOTYPES],
+    "heads/projection": [
+        {"hidden_dim": 24, "output_dim": 16},
+        {"input": "projected", "modality": "text", "hidden_dim": 24, "layers": 3, "batch_norm": False},
+        {"input": "cross", "hidden_dim": 24, "output_batch_norm": True},
+    ],
+    "losses/cross_modality_distillation": [{}, {"head": "cross"}],
+    "losses/dino": [{"head": "dino"}, {"head": "dino", "centering": "sinkhorn"}],
+    "losses/ibot": [{"head": "dino"}],
+    "losses/lightly": [
+        {"loss": "NTXentLoss"},
+        {"loss": "VICRegLoss", "head": "dino"},
+        {"loss": "NegativeCosineSimilarity", "target": "teacher", "group": "local"},
+    ],
+    "teachers/ema": [{}, {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9}],
+    "teachers/frozen": [],  # needs a checkpoint: below
+    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
+    "towers/clip_vit": [
+        {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
+        {"width": 24, "heads": 2, "layers": 1, "patch_size": 8, "image_size": 32, "mask_token": True, "layer_scale": 1e-2},
+    ],
+    "towers/huggingface": [{"architecture": "bert", "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}],
+    "towers/timm": [],  # its smallest models are too large for the pictures here
+}
+AROUND = {"losses/dino": DINO, "losses/ibot": DINO, "losses/lightly": DINO}
+
+
+def cases() -> list[Any]:
+    """Every own part of the kinds that can be checked, with each set of options."""
+    found = []
+    for record in OWN:
+        name = f"{record.group}/{record.name}"
+        if record.group in CHECKS:
+            found += [pytest.param(record, options, id=f"{name}-{i}") for i, options in enumerate(OPTIONS.get(name, [{}]))]
+    return found
+
+
+@pytest.mark.parametrize(("record", "options"), cases())
+def test_own_part(record: registry.Record, options: dict[str, Any]) -> None:
+    CHECKS[record.group](record.qualified, around=AROUND.get(f"{record.group}/{record.name}"), **options)
+
+
+@pytest.mark.parametrize("record", OWN, ids=lambda record: f"{record.group}/{record.name}")
+def test_options_of_every_own_part_are_described(record: registry.Record) -> None:
+    testing.check_options(record.group, record.qualified)
+
+
+def test_frozen_teacher(tmp_path: Path) -> None:
+    testing.small_run(tmp_path, steps=1)
+    testing.check_teacher("frozen", checkpoint=str(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------------------- what the checks find
+
+
+class Sound(Loss):
+    """A loss without fault.
+
+    ``scale``: of the term.
+    """
+
+    def __init__(self, spec: Spec, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(scale))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def requires(self) -> Sequence[Need]:
+        return [Need(modality="image", group="global")]
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        self.steps += 1
+        x = ctx.student.image["global"].unit
+        return LossOutput(terms={"term": self.weight * (x[0] * x[1]).sum(-1).mean() / self.steps})
+
+
+class Undocumented(Sound):
+    """A loss."""
+
+
+class WrongDefault(Sound):
+    """``scale``: of the term."""
+
+    def __init__(self, spec: Spec, *, scale: float = "large") -> None:  # type: ignore[assignment]
+        super().__init__(spec)
+
+
+class CountsInPython(Sound):
+    """``scale``: of the term."""
+
+    calls = 0
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        self.calls += 1
+        return LossOutput(terms={"term": super().forward(ctx).terms["term"] * self.calls})
+
+
+class KeepsItsCentre(Sound):
+    """``scale``: of the term."""
+
+    def __init__(self, spec: Spec, *, scale: float = 1.0) -> None:
+        super().__init__(spec, scale=scale)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+
+class DrawsFromNumpy(Sound):
+    """``scale``: of the term."""
+
+    def __init__(self, spec: Spec, *, scale: float = 1.0) -> None:
+        super().__init__(spec, scale=float(np.random.default_rng().random()))
+
+
+class StaysOnTheCpu(Sound):
+    """``scale``: of the term."""
+
+    def __init__(self, spec: Spec, *, scale: float = 1.0) -> None:
+        super().__init__(spec)
+        self.weight = nn.Parameter(torch.ones((), device="cpu"))
+
+
+class DividesByZero(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms=super().forward(ctx).terms, metrics={"ratio": self.weight.detach() / 0})
+
+
+class ForgetsItsWeight(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms={"term": ctx.student.image["global"].unit.std()})
+
+
+class GivesNumbers(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms=super().forward(ctx).terms, metrics={"x": 1.0})  # type: ignore[dict-item]
+
+
+class ChangesItsInput(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        projected = ctx.student.image["global"].projected
+        assert projected is not None
+        projected.detach().clamp_(-1, 1)
+        return super().forward(ctx)
+
+
+class RulesForNothing(Sound):
+    """``scale``: of the term."""
+
+    def parameter_rules(self) -> Sequence[ParameterRule]:
+        return [ParameterRule(match="wieght", lr_scale=2.0)]
+
+
+class AsksTooMuch(Sound):
+    """``scale``: of the term."""
+
+    def requires(self) -> Sequence[Need]:
+        return [Need(modality="image", group="huge")]
+
+
+class Plain(Head):
+    """A head without fault: two maps of projected features."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(spec.embed_dim, 5), nn.Linear(spec.embed_dim, 7)
+
+    def outputs(self) -> Mapping[str, int]:
+        return {"a": 5, "b": 7}
+
+    def requires(self, outputs: Collection[str]) -> Sequence[Need]:
+        return [Need(modality="image", group="global")]
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        x = features.image["global"].projected
+        return {name: self.get_submodule(name)(x) for name in outputs}
+
+    def unread(self, outputs: Collection[str]) -> Sequence[str]:
+        return [f"{name}.*" for name in ("a", "b") if name not in outputs]
+
+
+class WrongWidth(Plain):
+    """``b`` is wider than it says."""
+
+    def outputs(self) -> Mapping[str, int]:
+        return {"a": 5, "b": 6}
+
+
+class GivesIntegers(Plain):
+    """Rounds."""
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: x.long() for name, x in super().forward(features, views, outputs).items()}
+
+
+class ReadsAll(Plain):
+    """Knows of no unread parameters."""
+
+    def unread(self, outputs: Collection[str]) -> Sequence[str]:
+        return ()
+
+
+class Mixes(Plain):
+    """Centres over the batch."""
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: x - x.mean(1, keepdim=True) for name, x in super().forward(features, views, outputs).items()}
+
+
+class DependsOnTheOther(Plain):
+    """One output changes with the company."""
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: x * len(outputs) for name, x in super().forward(features, views, outputs).items()}
+
+
+class Corner(Augmenter):
+    """An augmenter without fault: a corner of the picture, shifted by chance."""
+
+    modality: ClassVar[Modality] = "image"
+
+    def __init__(self, spec: Spec) -> None:
+        self.size = 16
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        return {"global": ViewSpec(views=1, size=self.size)}
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        shift = int(rng.integers(4))
+        pixels = sample.decode()[None, :, shift : shift + self.size, : self.size]
+        return {"global": ImageCrops(pixels=pixels.contiguous(), params=torch.rand(1, 1) * 0)}
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        return replace(group, pixels=group.pixels / 255)
+
+
+class GlobalRandomness(Corner):
+    """Draws from Python's generator."""
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        return super().crop(sample, np.random.default_rng(random.getrandbits(32)))
+
+
+class WrongCrops(Corner):
+    """Gives floats."""
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        crops = super().crop(sample, rng)["global"]
+        return {"global": replace(crops, pixels=crops.pixels.float())}
+
+
+class OtherGroups(Corner):
+    """Names its group otherwise."""
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        return {"local": super().crop(sample, rng)["global"]}
+
+
+class TakesAnything(Corner):
+    """Sees a picture where there is none."""
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        return {"global": ImageCrops(pixels=torch.zeros(1, 3, 16, 16, dtype=torch.uint8), params=torch.zeros(1, 0))}
+
+
+class DrawsOnTheDevice(Corner):
+    """Draws in finish."""
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        return replace(group, pixels=group.pixels / 255 + torch.rand(()))
+
+
+class WholeBatch(Corner):
+    """Normalises by the batch."""
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        pixels = group.pixels.float()
+        return replace(group, pixels=(pixels - pixels.mean()) / pixels.std())
+
+
+class InPlace(Corner):
+    """Changes its crops."""
+
+    def finish(self, group: ImageGroup) -> ImageGroup:
+        return replace(group, pixels=group.pixels.add_(1).float())
+
+
+class Copy(Teacher):
+    """A teacher without fault: the student as it was a step ago."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        self.model.load_state_dict(student.state_dict())
+        return {"momentum": 0.0}
+
+
+class Same(Copy):
+    """The student itself."""
+
+    def start(self, build: Callable[[], nn.Module], student: nn.Module) -> None:
+        self.model = student
+
+
+class Learns(Copy):
+    """Takes gradients."""
+
+    def start(self, build: Callable[[], nn.Module], student: nn.Module) -> None:
+        self.model = build()
+
+
+class MovesTheStudent(Copy):
+    """Pulls the student back."""
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        for own, other in zip(self.model.parameters(), student.parameters(), strict=True):
+            other.lerp_(own, 0.5)
+        return {}
+
+
+class Remembers(Copy):
+    """Follows every second time."""
+
+    calls = 0
+
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        self.calls += 1
+        return super().update(student, progress) if self.calls % 3 == 0 else {}
+
+
+class Silent(Copy):
+    """Returns nothing."""
+
+    def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("cls", [Sound, Plain, Corner, Copy])
+def test_sound_parts_pass(cls: type[Any]) -> None:
+    check = {Loss: testing.check_loss, Head: testing.check_head, Augmenter: testing.check_augmenter, Teacher: testing.check_teacher}
+    check[cls.__base__](cls)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("check", "cls", "words"),
+    [
+        (testing.check_loss, Undocumented, "the option 'scale' has no docs"),
+        (testing.check_loss, WrongDefault, "the default of 'scale' is none of its own type (float): expected a number, got 'large'"),
+        (testing.check_loss, CountsInPython, "one batch and state give two losses: keep state in buffers"),
+        (testing.check_loss, KeepsItsCentre, "a copy with the same state gives another loss"),
+        (testing.check_loss, DrawsFromNumpy, "two builds with one seed start losses.part.weight differently"),
+        (testing.check_loss, StaysOnTheCpu, "losses.part.weight is not on the device that it is built on"),
+        (testing.check_loss, DividesByZero, "part/ratio is not finite"),
+        (testing.check_loss, ChangesItsInput, "changed its input of shape [2, 6, 32] in place"),
+        (testing.check_head, GivesIntegers, "returned 'a' as torch.int64 on cpu, expected floats on cpu"),
+        (testing.check_loss, ForgetsItsWeight, "no gradient reaches losses.part.weight"),
+        (testing.check_loss, GivesNumbers, "returned 'x' as float, expected a scalar tensor"),
+        (testing.check_loss, RulesForNothing, "the parameter rule 'wieght' matches none of its parameters: weight"),
+        (testing.check_loss, AsksTooMuch, "reads the image views 'huge', which augmenters.image does not make"),
+        (testing.check_loss, Plain, "is no Loss"),
+        (testing.check_head, WrongWidth, "returned 'b' of shape [2, 6, 7], expected [V, 6, 6]"),
+        (testing.check_head, ReadsAll, "unread(['a']) is wrong about b.bias, b.weight"),
+        (testing.check_head, Mixes, "the output 'a' of a sample depends on others of the batch: say so with mixes_samples"),
+        (testing.check_head, DependsOnTheOther, "the output 'a' is another one when asked for alone"),
+        (testing.check_augmenter, GlobalRandomness, "crop gives other views for the same sample and rng: all randomness"),
+        (testing.check_augmenter, WrongCrops, "pixels of 'global' are torch.float32 [1, 3, 16, 16], expected torch.uint8 [1, 3, 16, 16]"),
+        (testing.check_augmenter, OtherGroups, "crop gives the groups ['local'], and offers ['global']"),
+        (testing.check_augmenter, TakesAnything, "crop takes a picture that cannot be decoded"),
+        (testing.check_augmenter, DrawsOnTheDevice, "finish draws random numbers for 'global'"),
+        (testing.check_augmenter, WholeBatch, "finish gives sample 0 of 'global' other pixels in a batch than alone"),
+        (testing.check_augmenter, InPlace, "finish changes the crops of 'global' in place"),
+        (testing.check_teacher, Same, "takes gradients: a teacher must not"),
+        (testing.check_teacher, Learns, "takes gradients: a teacher must not"),
+        (testing.check_teacher, MovesTheStudent, "update changes image.class_token"),
+        (testing.check_teacher, Remembers, "a copy with the same state moves model.image.class_token"),
+        (testing.check_teacher, Silent, "update returns None, expected a mapping of names to numbers"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_faults_are_found_and_named(check: Callable[[type[Any]], None], cls: type[Any], words: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check(cls)
+    message = str(caught.value)
+    assert words in message and f"{cls.__module__}:{cls.__qualname__}" in message, message
+
+
+def test_errors_of_a_part_keep_their_kind_and_are_named() -> None:
+    class Crashes(Sound):
+        """``scale``: of the term."""
+
+        def forward(self, ctx: StepContext) -> LossOutput:
+            raise KeyError("no such thing")
+
+    with pytest.raises(AssertionError, match=r"Crashes: losses\.part \(.*Crashes.*\) failed: KeyError: 'no such thing'"):
+        testing.check_loss(Crashes)
+
+
+# ---------------------------------------------------------------------------- what tests of values are made of
+
+
+def test_example_features_hold_what_is_asked_for_and_nothing_else() -> None:
+    needs = [Need(modality="image", group="global", kind="masked_tokens"), Need(modality="text", group="local"), Need(head="cross")]
+    views = testing.example_views()
+    found = testing.example_features(needs)
+    assert set(found.image) == {"global"} and set(found.text) == {"local"}
+    masks = views.image["global"].masks
+    assert masks is not None and found.image["global"].masked_tokens is not None
+    assert found.image["global"].masked_tokens.shape == (int(masks.sum()), 32) and found.image["global"].projected is None
+    assert found.text["local"].unit.shape == (2, 6, 32) and {name: x.shape[-1] for name, x in found.heads["cross"].items()} == {
+        "image": 32,
+        "text": 32,
+    }
+    assert (masks.sum(-1) == 0).any() and (masks.sum(-1) > 0).any()
+
+
+def test_example_context_is_what_a_loss_reads() -> None:
+    loss = Sound(testing.example_spec(), scale=3.0)
+    ctx = testing.example_context(loss)
+    a, b = ctx.student.image["global"].unit.detach()
+    torch.testing.assert_close(loss(ctx).terms["term"], 3 * (a * b).sum(-1).mean())
+
+
+def test_example_spec_is_that_of_the_example_config() -> None:
+    from cosmos_ssl.testing.examples import example_assembly
+
+    built = example_assembly(testing.example_config()).spec
+    assert replace(built, steps_per_epoch=5, epochs=2) == testing.example_spec()
