@@ -9,8 +9,8 @@
     export(model, form, output, *, which=None, ...)                              a folder for another library
     Trainer(assembly, config, run_dir, *, device=None, console=None, writers=(), signals=None)
 
-They are imported when first used, so that ``import cosmos_ssl`` stays free of torch; ``help(cosmos_ssl.train)`` says more.
-For writing parts: ``cosmos_ssl.api``, ``cosmos_ssl.functional``, ``cosmos_ssl.testing``.
+They are imported when first used, so that ``import cosmos_ssl`` stays free of torch; ``help(cosmos_ssl.train)`` says
+more. For writing parts: ``cosmos_ssl.api``, ``cosmos_ssl.functional``, ``cosmos_ssl.testing``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Numbers with their bounds, as types of config keys and of parts' options (``layers: Few = 12``).
 
-A number that is outside is refused before anything is built. The bounds are far from what
-is of use: they keep a mistyped number from taking all memory, or from a computation that never ends. Every float of a config
-is finite.
+A number that is outside is refused before anything is built. The bounds are far from what is of use: they keep a
+mistyped number from taking all memory, or from a computation that never ends. Every float of a config is finite.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ _UNPRINTABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    """``text`` with what would act on a terminal instead of being shown (control characters, turns of direction) as escapes.
+    """``text`` with what would act on a terminal instead of being shown (control characters, turns of direction) as
+    escapes.
 
     Newlines and tabs stay. What came with data, paths and names of others goes through here before it is printed.
     """

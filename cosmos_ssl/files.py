@@ -15,13 +15,29 @@ from cosmos_ssl.errors import CosmosError, StorageError, UserError
 
 _REFUSED = frozenset(
     getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP", "EINVAL")
+    for name in (
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENOENT",
+        "ENOTDIR",
+        "EISDIR",
+        "EEXIST",
+        "ENOTEMPTY",
+        "ENAMETOOLONG",
+        "ELOOP",
+        "EINVAL",
+    )
 )
-"""What another path or other permissions would mend (exit code 2); all else (a full disk, a server that is gone) is lost storage (74)."""
+"""What another path or other permissions would mend (exit code 2); all else (a full disk, a server that is gone) is
+lost storage (74).
+"""
 
 
 def storage_error(error: OSError, what: str) -> CosmosError:
-    """The error to tell a user, behind ``what`` failed: UserError where another place or permissions would do, else StorageError."""
+    """The error to tell a user, behind ``what`` failed: UserError where another place or permissions would do, else
+    StorageError.
+    """
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     place = f" ({name})" if name and name not in what else ""
     kind = UserError if error.errno in _REFUSED else StorageError
@@ -34,7 +50,9 @@ _SEAL = 16
 
 @contextmanager
 def storage_faults(what: str) -> Iterator[None]:
-    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR cannot be written``."""
+    """Raise what the system refuses meanwhile as ``storage_error`` of ``what``, such as ``--output DIR cannot be
+    written``.
+    """
     try:
         yield
     except OSError as error:
@@ -45,7 +63,8 @@ def storage_faults(what: str) -> Iterator[None]:
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write ``path`` into: under a temporary name beside it until it is whole and on the disk.
 
-    What stood there stays until then; a link is replaced, not followed. Raises OSError, also where a device or a pipe stands there.
+    What stood there stays until then; a link is replaced, not followed. Raises OSError, also where a device or a pipe
+    stands there.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no regular file", str(path))
@@ -90,5 +109,8 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 
 
 def part_name(folder: Path) -> Path:
-    """A name for a file that is not whole. It is opened as any file, so that it is for whom the umask says (tempfile's are not)."""
+    """A name for a file that is not whole.
+
+    It is opened as any file, so that it is for whom the umask says (tempfile's are not).
+    """
     return folder / f"tmp{secrets.token_hex(8)}.part"

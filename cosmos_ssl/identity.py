@@ -1,4 +1,6 @@
-"""What makes a run this run: the part of its config that changes the mathematics, its data, and what lies at the places it names."""
+"""What makes a run this run: the part of its config that changes the mathematics, its data, and what lies at the places
+it names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from cosmos_ssl.registry import shown
 _IGNORED = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
     *("loader.workers", "loader.prefetch", "loader.error_budget", "loader.changed_data"),
-    *("training.micro_batch_size", "training.attention", "training.compile", "training.deterministic", "training.device"),
+    *(
+        "training.micro_batch_size",
+        "training.attention",
+        "training.compile",
+        "training.deterministic",
+        "training.device",
+    ),
     *("training.max_nonfinite_steps", "training.timeout_minutes", "training.trace_steps"),
 )
 
@@ -29,17 +37,22 @@ class Identity:
     """A run's identity, as its folder keeps it."""
 
     config: Mapping[str, Any]
-    """The whole tree. What counts of it is all but ranks, workers, micro-batch, backends, evaluators, log and ``places``."""
+    """The whole tree.
+
+    What counts of it is all but ranks, workers, micro-batch, backends, evaluators, log and ``places``.
+    """
     data: Mapping[str, Any]
     """What the data set says of itself (``Dataset.identity``)."""
     places: Mapping[str, str | None] = field(default_factory=dict)
-    """Key path of each option that is no value to compare -> what lies at the place that it names, or None where that is no part of
-    a run or the data set tells it."""
+    """Key path of each option that is no value to compare -> what lies at the place that it names, or None where that
+    is no part of a run or the data set tells it."""
 
     @classmethod
     def of(cls, config: Config, data: Mapping[str, Any], places: Mapping[str, str | None] | None = None) -> Identity:
         """The identity of a run that starts now, as JSON would give it back."""
-        return cls(**json.loads(json.dumps({"config": config.model_dump(), "data": dict(data), "places": dict(places or {})})))
+        return cls(
+            **json.loads(json.dumps({"config": config.model_dump(), "data": dict(data), "places": dict(places or {})}))
+        )
 
     def plain(self) -> dict[str, Any]:
         """As it is written."""
@@ -53,8 +66,8 @@ class Identity:
     def config_changes(self, before: Identity) -> list[str]:
         """What counts of the config and differs, as ``model.image.width: 768 -> 384``.
 
-        Keys that one of the two lacks, because another version wrote it, count with their defaults. Where a version before wrote
-        down no contents of a place, names are compared.
+        Keys that one of the two lacks, because another version wrote it, count with their defaults. Where a version
+        before wrote down no contents of a place, names are compared.
         """
         new, old = dict(self.places), dict(before.places)
         for path in {*new, *old}:
@@ -63,7 +76,10 @@ class Identity:
             elif path not in new or path not in old:
                 new.pop(path, None)
                 old.pop(path, None)
-        then, now = (dict(_leaves(_mathematics(_complete(tree), places))) for tree, places in ((before.config, old), (self.config, new)))
+        then, now = (
+            dict(_leaves(_mathematics(_complete(tree), places)))
+            for tree, places in ((before.config, old), (self.config, new))
+        )
         differ = [path for path in dict.fromkeys((*then, *now)) if then.get(path, _ABSENT) != now.get(path, _ABSENT)]
         return [
             _change(path, _at(before.config, path), _at(self.config, path))
@@ -73,12 +89,17 @@ class Identity:
         ]
 
     def data_changes(self, before: Identity) -> list[str]:
-        """What differs in the data, as ``data, samples: 20 -> 24``. What is known at one of the two times alone is no difference."""
+        """What differs in the data, as ``data, samples: 20 -> 24``.
+
+        What is known at one of the two times alone is no difference.
+        """
         then, now = dict(_leaves(before.data)), dict(_leaves(self.data))
         return [_change(f"data, {key}", then[key], now[key]) for key in then if key in now and now[key] != then[key]]
 
     def begun_as(self, before: Identity) -> Identity:
-        """This one in the precision that the run was begun in, where it leaves that open (``training.precision: auto``)."""
+        """This one in the precision that the run was begun in, where it leaves that open (``training.precision:
+        auto``).
+        """
         mine, theirs = self.config.get("training", {}), before.config.get("training", {})
         if mine.get("precision") != "auto" or "precision" not in theirs:
             return self
@@ -98,7 +119,11 @@ def _change(path: str, before: Any, now: Any) -> str:
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(old[key], value) for key, value in new.items() if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)}
+    both = {
+        key: _merged(old[key], value)
+        for key, value in new.items()
+        if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
+    }
     return {**old, **new, **both}
 
 
@@ -153,7 +178,8 @@ _BLOCK, _BLOCKS = 1 << 16, 256
 def fingerprint(places: str | Sequence[str]) -> str:
     """What lies at ``places``: sizes and blocks from all over the contents, or of a checkpoint its manifest.
 
-    A name behind which there is no file here (a model on a hub) stands for itself. Up to 16 MiB are read whole. Raises OSError.
+    A name behind which there is no file here (a model on a hub) stands for itself. Up to 16 MiB are read whole. Raises
+    OSError.
     """
     found = [_found(place) for place in ([places] if isinstance(places, str) else places)]
     return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()[:32]
@@ -165,7 +191,12 @@ def _found(place: str) -> str:
         return _digest([("", path)])
     if not path.is_dir():
         return place
-    checkpoints = [path, *sorted((path / "checkpoints").glob("step_*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)]
+    checkpoints = [
+        path,
+        *sorted(
+            (path / "checkpoints").glob("step_*"), key=lambda folder: (len(folder.name), folder.name), reverse=True
+        ),
+    ]
     manifest = next((file for folder in checkpoints if (file := folder / "manifest.json").is_file()), None)
     return _digest([("", manifest)] if manifest is not None else list(_files(path)))
 

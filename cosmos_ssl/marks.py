@@ -1,4 +1,6 @@
-"""What an option's type says of a run's identity: whether its value names a place, or changes nothing of what is computed."""
+"""What an option's type says of a run's identity: whether its value names a place, or changes nothing of what is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ class Mark(Enum):
 Location = Annotated[str, Mark.LOCATION]
 """The type of an option that says where something lies (``Location | None``, ``Location | list[Location]``).
 
-What lies there is part of a run, where it lies is not: a file that was moved is the same, another one of the same name is not.
+What lies there is part of a run, where it lies is not: a file that was moved is the same, another one of the same name
+is not.
 """
 
 Aside = Annotated[T, Mark.ASIDE]
-"""The type of an option that changes nothing of what is computed (``Aside[float]``): it may differ when a run goes on."""
+"""The type of an option that changes nothing of what is computed (``Aside[float]``): it may differ when a run goes on.
+"""
 
 
 def mark_of(annotation: Any) -> Mark | None:

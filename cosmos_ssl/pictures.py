@@ -34,7 +34,10 @@ _lock = threading.Lock()
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a file. Raises BadSample for a pipe or a device, which might never end, and for a file that is too large; OSError."""
+    """The bytes of a file.
+
+    Raises BadSample for a pipe or a device, which might never end, and for a file that is too large; OSError.
+    """
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -45,7 +48,9 @@ def read_regular(path: Path) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would be waited for until someone writes into it
+    return os.open(
+        path, flags | getattr(os, "O_NONBLOCK", 0)
+    )  # a pipe would be waited for until someone writes into it
 
 
 @contextmanager
@@ -82,12 +87,17 @@ def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, decode: bool = Tr
 
 @cache
 def _be_quiet() -> None:
-    """What PIL warns of (odd EXIF blocks, pictures larger than it likes) is judged here. Once: ``catch_warnings`` is not for threads."""
+    """What PIL warns of (odd EXIF blocks, pictures larger than it likes) is judged here.
+
+    Once: ``catch_warnings`` is not for threads.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _admit(max_pixels: int) -> None:
-    """Ours is the only limit: where it is above PIL's, a global of the process, that one is raised to it and never lowered."""
+    """Ours is the only limit: where it is above PIL's, a global of the process, that one is raised to it and never
+    lowered.
+    """
     from PIL import Image
 
     if (Image.MAX_IMAGE_PIXELS or max_pixels) < max_pixels:
@@ -125,8 +135,8 @@ def to_rgb(picture: Any, background: str = BACKGROUND) -> Image.Image:
 def _eight_bits(picture: Any) -> Image.Image:
     """Grey of 16 or 32 bits, or of floats, as 8 bits: of mode L, or LA with a transparent value.
 
-    Values of 16 bits reach to 65,535, also where PIL widens them to 32. Others tell no range: the least of 1 (floats), 255 and
-    65,535 that holds them all is taken for white. Raises BadSample where none does.
+    Values of 16 bits reach to 65,535, also where PIL widens them to 32. Others tell no range: the least of 1 (floats),
+    255 and 65,535 that holds them all is taken for white. Raises BadSample where none does.
     """
     import numpy as np
     from PIL import Image

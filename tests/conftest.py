@@ -41,9 +41,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     ) -> Path:
         info = site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", *(f"Requires-Dist: {text}\n" for text in requires)]
+        lines = [
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+            *(f"Requires-Dist: {text}\n" for text in requires),
+        ]
         (info / "METADATA").write_text("".join(lines))
-        sections = [f"[cosmos_ssl.{group}]\n{part} = {path}\n" for key, path in entries.items() for group, part in [key.split("/")]]
+        sections = [
+            f"[cosmos_ssl.{group}]\n{part} = {path}\n"
+            for key, path in entries.items()
+            for group, part in [key.split("/")]
+        ]
         (info / "entry_points.txt").write_text("\n".join(sections))
         for module, source in (modules or {}).items():
             (site / f"{module}.py").write_text(source)
@@ -77,11 +84,22 @@ def jpeg(number: int, side: int = 24) -> bytes:
 
 def members_of(number: int) -> dict[str, bytes]:
     """A sample as the tests' shards hold it, by extension."""
-    table = {"raw_caption": [f"raw {number}"], "longIB_captions": [f"long {number} a", f"long {number} b"], "number": number}
-    return {"png": jpeg(number), "json": json.dumps(table).encode(), "txt": f"text {number}".encode(), "cls": str(number % 5).encode()}
+    table = {
+        "raw_caption": [f"raw {number}"],
+        "longIB_captions": [f"long {number} a", f"long {number} b"],
+        "number": number,
+    }
+    return {
+        "png": jpeg(number),
+        "json": json.dumps(table).encode(),
+        "txt": f"text {number}".encode(),
+        "cls": str(number % 5).encode(),
+    }
 
 
-def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]], format: int = tarfile.USTAR_FORMAT) -> Path:
+def write_tar(
+    path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]], format: int = tarfile.USTAR_FORMAT
+) -> Path:
     """A shard of (key, {extension: bytes})."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
@@ -109,7 +127,9 @@ def parts() -> Callable[[int], dict[str, bytes]]:
 def shards(tmp_path: Path) -> Callable[..., str]:
     """Make shards of these sizes; their pattern. Samples are numbered through."""
 
-    def make(*sizes: int, folder: str = "shards", change: Callable[[int, dict[str, bytes]], Any] = lambda i, m: None) -> str:
+    def make(
+        *sizes: int, folder: str = "shards", change: Callable[[int, dict[str, bytes]], Any] = lambda i, m: None
+    ) -> str:
         number = 0
         for shard, size in enumerate(sizes):
             samples = []

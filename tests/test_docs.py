@@ -49,7 +49,12 @@ def commands(script: str) -> list[list[str]]:
 
 def documented() -> list[tuple[str, list[str]]]:
     """Every command, with the file that it stands in."""
-    found = [(path, command) for path in DOCUMENTS for block in blocks(path.read_text(), "bash") for command in commands(block)]
+    found = [
+        (path, command)
+        for path in DOCUMENTS
+        for block in blocks(path.read_text(), "bash")
+        for command in commands(block)
+    ]
     for path in RECIPES:
         header = "\n".join(re.findall(r"^# (?:Command|Data): *(.*)", path.read_text(), re.MULTILINE))
         found += [(path, command) for command in commands(header)]
@@ -88,7 +93,9 @@ def check_pytest(words: list[str]) -> None:
         assert marks <= {"slow", "slurm", "gpu"}, marks
 
 
-@pytest.mark.parametrize(("source", "command"), documented(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60])
+@pytest.mark.parametrize(
+    ("source", "command"), documented(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60]
+)
 def test_documented_commands_exist(source: str, command: list[str]) -> None:
     program, *words = command
     if program == "cosmos-launch":
@@ -125,7 +132,9 @@ def test_readme_is_short_and_its_test_command_is_that_of_ci() -> None:
 def test_the_test_behind_each_promise_exists() -> None:
     there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     there |= {
-        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     promised = re.findall(r"test_\w+(?:\.py)?", (ROOT / "launch/README.md").read_text())
     assert len(promised) > 15 and not set(promised) - there

@@ -1,4 +1,6 @@
-"""Files written whole: what stood there stands until the new one is on the disk; what failed has one exit code everywhere."""
+"""Files written whole: what stood there stands until the new one is on the disk; what failed has one exit code
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ def test_no_device_or_pipe_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(errno.EACCES, EXIT_USER), (errno.EROFS, EXIT_USER), (errno.ENOTDIR, EXIT_USER), (errno.ENOSPC, EXIT_LOST), (errno.EIO, EXIT_LOST)],
+    [
+        (errno.EACCES, EXIT_USER),
+        (errno.EROFS, EXIT_USER),
+        (errno.ENOTDIR, EXIT_USER),
+        (errno.ENOSPC, EXIT_LOST),
+        (errno.EIO, EXIT_LOST),
+    ],
 )
 def test_what_failed_says_who_can_mend_it(number: int, code: int) -> None:
     error = storage_error(OSError(number, os.strerror(number), "/a/b"), "--output /a cannot be written")

@@ -20,7 +20,10 @@ BASE = {
     "tokenizer": {"type": "clip"},
     "augmenters": {"image": {"type": "multi_crop", "global_crops_scale": [0.4, 1.0]}, "text": {"type": "text_crop"}},
     "heads": {"cross": {"type": "cross_attention", "num_heads": 8}},
-    "losses": {"clip": {"type": "clip", "loss_weight": 0.5}, "distill": {"type": "cross_modality_distillation", "head": "cross"}},
+    "losses": {
+        "clip": {"type": "clip", "loss_weight": 0.5},
+        "distill": {"type": "cross_modality_distillation", "head": "cross"},
+    },
     "teacher": {"type": "ema", "momentum_teacher": 0.99},
     "data": {"type": "webdataset", "train_data": "a/{0000..0003}.tar", "caption_schema": "json:long/cap"},
     "training": {"batch_size": 96},
@@ -34,9 +37,26 @@ SAME = [
     *("data.train_data=/moved/{0..3}.tar", "data.validation_data=v.tar", "data.cache_dir=c", "data.cache_gib=3"),
 ]
 OTHER = [
-    *("model.image.width=64", "training.batch_size=48", "training.seed=1", "training.precision=fp32", "loader.lanes=48"),
-    *("schedule.epochs=3", "optimizer.lr=1", "heads.cross.num_heads=4", "losses.clip.loss_weight=2", "data.caption_schema=txt"),
-    *("teacher.update_when=before_optimizer_step", "augmenters.image.flip_prob=0", "loader.shuffle_samples=3", "model.pretrained=a.pt"),
+    *(
+        "model.image.width=64",
+        "training.batch_size=48",
+        "training.seed=1",
+        "training.precision=fp32",
+        "loader.lanes=48",
+    ),
+    *(
+        "schedule.epochs=3",
+        "optimizer.lr=1",
+        "heads.cross.num_heads=4",
+        "losses.clip.loss_weight=2",
+        "data.caption_schema=txt",
+    ),
+    *(
+        "teacher.update_when=before_optimizer_step",
+        "augmenters.image.flip_prob=0",
+        "loader.shuffle_samples=3",
+        "model.pretrained=a.pt",
+    ),
     "data.caption_schema=json:shrt/cap",
 ]
 
@@ -60,7 +80,12 @@ def test_identity_changes_with(override: str) -> None:
 
 
 def test_differences_are_named() -> None:
-    given = ("losses.distill=null", "model.image.width=384", "heads.cross.mask_padding=true", "model.pretrained=/a/b.pt")
+    given = (
+        "losses.distill=null",
+        "model.image.width=384",
+        "heads.cross.mask_padding=true",
+        "model.pretrained=/a/b.pt",
+    )
     assert identity(*given).config_changes(identity()) == [
         "model.image.width: 128 -> 384",
         "model.pretrained: null -> 'b.pt'",
@@ -106,7 +131,11 @@ class New(Old):
     ],
 )
 def test_paths_are_told_by_type(install: Callable[..., Path], part: str, before: str, now: str, same: bool) -> None:
-    install("outside", entries={"datasets/old": "outside_data:Old", "datasets/new": "outside_data:New"}, modules={"outside_data": OUTSIDE})
+    install(
+        "outside",
+        entries={"datasets/old": "outside_data:Old", "datasets/new": "outside_data:New"},
+        modules={"outside_data": OUTSIDE},
+    )
     base = {**BASE, "data": {"type": part, **({"root": "r"} if part == "old" else {})}}
     a, b = (identity(f"data.{given}", base=base) for given in (before, now))
     assert (a.digest() == b.digest()) is same and bool(b.config_changes(a)) is not same
@@ -157,7 +186,11 @@ def test_what_lies_at_a_place(tmp_path: Path) -> None:
         (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
         (run / "checkpoints" / f"step_{step}" / "manifest.json").write_text(json.dumps({"step": step}))
     newest = fingerprint(str(run))
-    assert newest == fingerprint(str(run / "checkpoints" / "step_100000000")) != fingerprint(str(run / "checkpoints" / "step_99999999"))
+    assert (
+        newest
+        == fingerprint(str(run / "checkpoints" / "step_100000000"))
+        != fingerprint(str(run / "checkpoints" / "step_99999999"))
+    )
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text("{}")
     (tmp_path / "hub" / ".cache").write_text("x")
@@ -192,7 +225,11 @@ def test_what_is_known_of_the_data_at_one_time_alone_is_no_difference() -> None:
     before = of(samples=4, shards={"count": 2, "digest": "a"}, full="x")
     now = of(samples=4, shards={"count": 2, "digest": "a", "content": "b"})
     assert not now.data_changes(before)
-    assert now.knowing(before).data == {"samples": 4, "shards": {"count": 2, "digest": "a", "content": "b"}, "full": "x"}
+    assert now.knowing(before).data == {
+        "samples": 4,
+        "shards": {"count": 2, "digest": "a", "content": "b"},
+        "full": "x",
+    }
     assert of(shards={"content": "c"}, full="y").data_changes(now.knowing(before)) == [
         "data, shards.content: 'b' -> 'c'",
         "data, full: 'x' -> 'y'",

@@ -41,7 +41,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_holds_what_git_holds(wheel: zipfile.ZipFile) -> None:
     expected = {
-        f"{home}{name.removeprefix(folder)}" for name in tracked() for folder, home in HOMES.items() if name.startswith(f"{folder}/")
+        f"{home}{name.removeprefix(folder)}"
+        for name in tracked()
+        for folder, home in HOMES.items()
+        if name.startswith(f"{folder}/")
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -50,7 +53,12 @@ def test_wheel_holds_what_git_holds(wheel: zipfile.ZipFile) -> None:
 
 def test_nothing_foreign_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:
     info = f"cosmos_ssl-{PYPROJECT['project']['version']}.dist-info"
-    assert {name.split("/")[0] for name in wheel.namelist()} == {"cosmos_ssl", "cosmos_ssl_plugins", "cosmos_ssl_launch", info}
+    assert {name.split("/")[0] for name in wheel.namelist()} == {
+        "cosmos_ssl",
+        "cosmos_ssl_plugins",
+        "cosmos_ssl_launch",
+        info,
+    }
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 

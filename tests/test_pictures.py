@@ -70,7 +70,11 @@ def test_what_is_transparent_is_put_on_the_background(body: bytes) -> None:
 
 
 def test_half_transparent_is_mixed() -> None:
-    assert np.asarray(open_rgb(encoded(colour("RGBA", (200, 100, 0, 128))))).reshape(-1, 3)[0].tolist() == [227, 177, 127]
+    assert np.asarray(open_rgb(encoded(colour("RGBA", (200, 100, 0, 128))))).reshape(-1, 3)[0].tolist() == [
+        227,
+        177,
+        127,
+    ]
     some = np.asarray(open_rgb(palette(transparency=b"\xff\0")))  # one of the two colours
     assert sorted({tuple(pixel) for pixel in some.reshape(-1, 3).tolist()} & {(255, 255, 255)}) == [(255, 255, 255)]
     assert len(np.unique(some.reshape(-1, 3), axis=0)) == 2

@@ -28,5 +28,8 @@ def test_the_module_shows_what_there_is_with_signatures(name: str) -> None:
 
 
 def test_looking_imports_nothing_heavy() -> None:
-    code = "import sys, cosmos_ssl; assert 'train' in dir(cosmos_ssl) and cosmos_ssl.__doc__; print('torch' in sys.modules)"
+    code = (
+        "import sys, cosmos_ssl; assert 'train' in dir(cosmos_ssl) and cosmos_ssl.__doc__; print('torch' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

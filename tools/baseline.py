@@ -1,8 +1,8 @@
 """COSMOS the plain way, for the benchmarks to be compared with: the same losses from the usual modules.
 
-Captions padded to the context length, one pass an image size, multi-head attention modules, cross-attention called view by
-view with token maps for every view, every pair of views with its full logits, an EMA and an AdamW that go parameter by
-parameter. One process. Weights are taken from a model of ours, so that losses can be compared.
+Captions padded to the context length, one pass an image size, multi-head attention modules, cross-attention called view
+by view with token maps for every view, every pair of views with its full logits, an EMA and an AdamW that go parameter
+by parameter. One process. Weights are taken from a model of ours, so that losses can be compared.
 
 Shape letters: B samples, N patches, S context length, W tower width, D shared width.
 """
@@ -20,7 +20,13 @@ from torch.nn import functional as F
 from cosmos_ssl.api import Views
 from cosmos_ssl.models.model import Model
 
-_LAYER = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "linear1", "mlp.fc2": "linear2", "attn.proj": "self_attn.out_proj"}
+_LAYER = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "mlp.fc1": "linear1",
+    "mlp.fc2": "linear2",
+    "attn.proj": "self_attn.out_proj",
+}
 
 
 def _layers(state: Mapping[str, Tensor], prefix: str, heads: int) -> nn.ModuleList:
@@ -29,12 +35,16 @@ def _layers(state: Mapping[str, Tensor], prefix: str, heads: int) -> nn.ModuleLi
     width = state[f"{prefix}0.norm1.weight"].shape[0]
     hidden = state[f"{prefix}0.mlp.fc1.weight"].shape[0]
     layers = nn.ModuleList(
-        nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        nn.TransformerEncoderLayer(
+            width, heads, hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         for _ in range(count)
     )
     for number, layer in enumerate(layers):
         own = {
-            f"{theirs}.{leaf}": state[f"{prefix}{number}.{ours}.{leaf}"] for ours, theirs in _LAYER.items() for leaf in ("weight", "bias")
+            f"{theirs}.{leaf}": state[f"{prefix}{number}.{ours}.{leaf}"]
+            for ours, theirs in _LAYER.items()
+            for leaf in ("weight", "bias")
         }
         own |= {f"self_attn.in_proj_{leaf}": state[f"{prefix}{number}.attn.qkv.{leaf}"] for leaf in ("weight", "bias")}
         layer.load_state_dict(own)
@@ -108,7 +118,9 @@ class Ask(nn.Module):
         self.norm_q, self.norm_kv = _norm(state, f"{name}.norm_q"), _norm(state, f"{name}.norm_kv")
         self.attention = nn.MultiheadAttention(self.norm_q.normalized_shape[0], heads, batch_first=True)
         own = {f"in_proj_{leaf}": state[f"{name}.qkv.{leaf}"] for leaf in ("weight", "bias")}
-        self.attention.load_state_dict(own | {f"out_proj.{leaf}": state[f"{name}.proj.{leaf}"] for leaf in ("weight", "bias")})
+        self.attention.load_state_dict(
+            own | {f"out_proj.{leaf}": state[f"{name}.proj.{leaf}"] for leaf in ("weight", "bias")}
+        )
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
         kv = self.norm_kv(tokens)
@@ -126,14 +138,18 @@ class PlainCosmos(nn.Module):
         self.cross = "heads.cross.image_tokens.weight" in state
         if self.cross:
             self.distill_scale = nn.Parameter(state["losses.distill.logit_scale"].clone())
-            self.image_tokens, self.text_tokens = (nn.Linear(*state[f"heads.cross.{m}_tokens.weight"].T.shape) for m in ("image", "text"))
+            self.image_tokens, self.text_tokens = (
+                nn.Linear(*state[f"heads.cross.{m}_tokens.weight"].T.shape) for m in ("image", "text")
+            )
             for modality in ("image", "text"):
                 own = {leaf: state[f"heads.cross.{modality}_tokens.{leaf}"] for leaf in ("weight", "bias")}
                 getattr(self, f"{modality}_tokens").load_state_dict(own)
             self.image_asks_text = Ask(state, "heads.cross.image_asks_text", heads[2])
             self.text_asks_image = Ask(state, "heads.cross.text_asks_image", heads[2])
 
-    def encode(self, views: Views, groups: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def encode(
+        self, views: Views, groups: Sequence[str]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Unit features and mapped tokens of every view, images then texts: four lists over views."""
         images, image_tokens, texts, text_tokens = [], [], [], []
         for name in groups:
@@ -144,7 +160,9 @@ class PlainCosmos(nn.Module):
                 images += pooled.chunk(group.shape[0])
                 image_tokens += tokens.chunk(group.shape[0])
         chosen = [views.text[name] for name in groups if name in views.text]
-        pooled, tokens = self.text(torch.cat([g.tokens.flatten(0, 1) for g in chosen]), torch.cat([g.lengths.flatten() for g in chosen]))
+        pooled, tokens = self.text(
+            torch.cat([g.tokens.flatten(0, 1) for g in chosen]), torch.cat([g.lengths.flatten() for g in chosen])
+        )
         tokens = self.text_tokens(tokens) if self.cross else tokens
         count = sum(g.shape[0] for g in chosen)
         texts += pooled.chunk(count)
@@ -193,7 +211,9 @@ class PlainStep:
             ]
             scale = self.student.distill_scale.exp()
             sides = itertools.product(cross, teachers)
-            found["distill"] = _mean([_mean([info_nce(s, t, scale) for s, t in itertools.product(*side)]) for side in sides])
+            found["distill"] = _mean(
+                [_mean([info_nce(s, t, scale) for s, t in itertools.product(*side)]) for side in sides]
+            )
         return found
 
     def __call__(self, views: Views) -> dict[str, Tensor]:

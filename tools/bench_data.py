@@ -42,7 +42,9 @@ SIZE = (640, 427)
 LATENCY = 0.005
 BATCH = 32
 WORDS = [
-    f"{adjective} {noun}" for adjective in ("red", "small", "old", "bright") for noun in ("dog", "hill", "bird", "wall", "stone", "light")
+    f"{adjective} {noun}"
+    for adjective in ("red", "small", "old", "bright")
+    for noun in ("dog", "hill", "bird", "wall", "stone", "light")
 ]
 
 
@@ -52,12 +54,19 @@ def write_shards(folder: Path, samples: int, shards: int) -> str:
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
             for number in range(shard, samples, shards):
-                coarse = Image.fromarray(rng.integers(0, 256, (27, 40, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-                picture = np.asarray(coarse, dtype=np.int16) + rng.integers(-6, 7, (SIZE[1], SIZE[0], 3), dtype=np.int16)
+                coarse = Image.fromarray(rng.integers(0, 256, (27, 40, 3), dtype=np.uint8)).resize(
+                    SIZE, Image.Resampling.BICUBIC
+                )
+                picture = np.asarray(coarse, dtype=np.int16) + rng.integers(
+                    -6, 7, (SIZE[1], SIZE[0], 3), dtype=np.int16
+                )
                 buffer = io.BytesIO()
                 Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=88)
                 fields = ("raw", "shortIB", "longIB", "shortSV", "longSV", "shortLLA", "longLLA")
-                captions = {f"{field}_caption{'' if field == 'raw' else 's'}": [sentence(names) for _ in range(5)] for field in fields}
+                captions = {
+                    f"{field}_caption{'' if field == 'raw' else 's'}": [sentence(names) for _ in range(5)]
+                    for field in fields
+                }
                 for extension, data in (("jpg", buffer.getvalue()), ("json", json.dumps(captions).encode())):
                     info = tarfile.TarInfo(f"{number:06d}.{extension}")
                     info.size = len(data)
@@ -83,7 +92,9 @@ class PlainBlur:
 def plain_transforms() -> list[Callable[[Image.Image], torch.Tensor]]:
     """Two global and six local views."""
 
-    def chain(size: int, scale: tuple[float, float], blur: float, solarize: float) -> Callable[[Image.Image], torch.Tensor]:
+    def chain(
+        size: int, scale: tuple[float, float], blur: float, solarize: float
+    ) -> Callable[[Image.Image], torch.Tensor]:
         return tv.Compose(
             [
                 tv.RandomResizedCrop(size, scale, interpolation=tv.InterpolationMode.BICUBIC),
@@ -114,7 +125,9 @@ class Plain:
         picture = Image.open(io.BytesIO(sample.image or b"")).convert("RGB")
         views = [transform(picture) for transform in self.transforms]
         sentences = sample.sentences()
-        texts = [". ".join(random.sample(sentences, random.randint(1, 5))) for _ in range(2)] + random.sample(sentences, 6)
+        texts = [". ".join(random.sample(sentences, random.randint(1, 5))) for _ in range(2)] + random.sample(
+            sentences, 6
+        )
         return views, torch.cat([self.tokenizer([text]) for text in texts])
 
     def batch(self, indices: Sequence[int]) -> list[torch.Tensor]:
@@ -145,7 +158,11 @@ class Late(LocalFileSystem):  # type: ignore[misc]
 def loader(assembly: Assembly, shards: Shards, workers: int) -> Loader:
     """Ours, over a data set."""
     order = Order(shards.shard_sizes, BATCH, lanes=4, shuffle_samples=1 << 18, seed=0)
-    parts = {"image": assembly.augmenters["image"], "text": assembly.augmenters["text"], "tokenizer": assembly.tokenizer}
+    parts = {
+        "image": assembly.augmenters["image"],
+        "text": assembly.augmenters["text"],
+        "tokenizer": assembly.tokenizer,
+    }
     return Loader(shards, order, **parts, workers=workers)  # type: ignore[arg-type]
 
 
@@ -182,7 +199,9 @@ def measure_cpu(assembly: Assembly, shards: Shards, pairs: int) -> list[Row]:
     for title, name, goal in (("worker side", "worker", 4), ("whole, with photometric work", "whole", 1.9)):
         ratio = statistics.median(a / b for a, b in zip(times["plain"], times[name], strict=True))
         rows.append(row(title, ratio, "x plain", least=goal))
-    return rows + [row(f"{name}, time", 1e3 * statistics.median(found) / BATCH, "ms a sample") for name, found in times.items()]
+    return rows + [
+        row(f"{name}, time", 1e3 * statistics.median(found) / BATCH, "ms a sample") for name, found in times.items()
+    ]
 
 
 def measure_source(assembly: Assembly, pattern: str, folder: Path, pairs: int) -> list[Row]:
@@ -222,7 +241,9 @@ def main() -> int:
     threads = torch.get_num_threads()
     try:
         pattern = write_shards(folder, arguments.samples, 4)
-        assembly = Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble(meta=True, prepare=False)
+        assembly = Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble(
+            meta=True, prepare=False
+        )
         shards = Shards(pattern, caption_schema="dreamlip")
         shards.prepare()
         torch.set_num_threads(1)

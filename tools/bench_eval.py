@@ -69,7 +69,10 @@ def main() -> int:
     retrieval_metrics(*features(64))
     expected, slow = timed(plain, *inputs)
     found, fast = min((timed(retrieval_metrics, *inputs) for _ in range(3)), key=lambda pair: pair[1])
-    memory = {side: number_of("bench_eval.py", "--peak-of", side, "--images", str(arguments.images)) / 2**20 for side in ("plain", "ours")}
+    memory = {
+        side: number_of("bench_eval.py", "--peak-of", side, "--images", str(arguments.images)) / 2**20
+        for side in ("plain", "ours")
+    }
     worst = max(abs(found[name] - expected[name]) for name in expected)
     rows = [
         row("speed", slow / fast, "x sorting", least=20),

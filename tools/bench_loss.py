@@ -40,7 +40,9 @@ def unit(views: int, samples: int, seed: int = 0, width: int = WIDTH) -> Tensor:
 
 
 def both(world: int, rows: int = ROWS, width: int = WIDTH) -> Callable[[], Tensor]:
-    """Both losses on one rank of a world, forward and backward: 8 texts with 2 images, 16 cross features with 4 of the teacher."""
+    """Both losses on one rank of a world, forward and backward: 8 texts with 2 images, 16 cross features with 4 of the
+    teacher.
+    """
     texts, cross = unit(8, rows, 0, width).requires_grad_(), unit(16, rows, 1, width).requires_grad_()
     images, teacher = unit(2, world * rows, 2, width).requires_grad_(), unit(4, world * rows, 3, width)
 
@@ -71,7 +73,13 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(dist, name)
-        if name not in ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"):
+        if name not in (
+            "all_reduce",
+            "all_gather_single",
+            "all_gather_into_tensor",
+            "reduce_scatter_single",
+            "reduce_scatter_tensor",
+        ):
             return function
 
         def counted(tensor: Tensor, *rest: Any, **options: Any) -> Any:
@@ -104,7 +112,10 @@ def collectives() -> list[Row]:
     width, samples = 64, 8
     view = 4 * samples * width  # one view of all ranks
     everything = view * (8 + 8 + 16 + 4) + view * (8 + 8 + 16)  # forward all, backward the student's
-    return [row("collectives a step, both losses", calls, most=4), row("bytes moved", moved / everything, "of gathering all", most=0.25)]
+    return [
+        row("collectives a step, both losses", calls, most=4),
+        row("bytes moved", moved / everything, "of gathering all", most=0.25),
+    ]
 
 
 def difference() -> float:

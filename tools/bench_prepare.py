@@ -60,8 +60,18 @@ def make(folder: Path, rows: int, side: int) -> tuple[Path, Path]:
             with (folder / f"{shard:05d}.tar").open("wb") as file:
                 for place, number in enumerate(order[start : start + SHARD].tolist()):
                     key = f"{shard:05d}{place:04d}"
-                    table = {"caption": "alt", "url": url(number), "key": key, "status": "success", "width": side, "height": side}
-                    file.write(tar_member(f"{key}.jpg", pictures[number % 16]) + tar_member(f"{key}.json", json.dumps(table).encode()))
+                    table = {
+                        "caption": "alt",
+                        "url": url(number),
+                        "key": key,
+                        "status": "success",
+                        "width": side,
+                        "height": side,
+                    }
+                    file.write(
+                        tar_member(f"{key}.jpg", pictures[number % 16])
+                        + tar_member(f"{key}.json", json.dumps(table).encode())
+                    )
                 file.write(TAR_END)
         (folder / "whole").touch()
     return folder / "captions.csv", folder
@@ -111,7 +121,9 @@ def plain_loop(table: Path, images: Path, output: Path) -> int:
 
 
 def private_bytes(parent: int) -> int:
-    """Memory of a process and its children that the kernel cannot take back: no mapped files, and what forks share counts once."""
+    """Memory of a process and its children that the kernel cannot take back: no mapped files, and what forks share
+    counts once.
+    """
     children = Path(f"/proc/{parent}/task/{parent}/children")
     total = 0
     try:
@@ -157,7 +169,9 @@ def joins(rows: int) -> tuple[float, float]:
         base = sqlite3.connect(f"{folder}/base")
         base.execute("PRAGMA journal_mode=OFF")
         base.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-        base.executemany("INSERT INTO rows VALUES (?, ?)", ((key, number) for number, key in enumerate(_digests(names))))
+        base.executemany(
+            "INSERT INTO rows VALUES (?, ?)", ((key, number) for number, key in enumerate(_digests(names)))
+        )
         for at in range(0, rows, 8192):
             for key in _digests([names[i] for i in order[at : at + 8192]]):
                 base.execute("SELECT number FROM rows WHERE key = ?", (key,)).fetchone()
@@ -177,7 +191,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where data are made and kept (default: a temporary folder)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the large table (default: %(default)s)")
     parser.add_argument("--small-rows", type=int, default=100_000, help="(default: %(default)s)")
-    parser.add_argument("--side", type=int, default=256, help="pixels of the pictures of the small set (default: %(default)s)")
+    parser.add_argument(
+        "--side", type=int, default=256, help="pixels of the pictures of the small set (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the lines there, as JSON")
     arguments = parser.parse_args()

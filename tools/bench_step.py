@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A whole training step beside the plain way of doing it: python tools/bench_step.py [--json FILE].
 
-Both train the same model from the same weights on the same synthetic batch, each in a process of its own, with the settings
-of memory and threads that belong to its way; they take turns, and speed is the median ratio of paired steps. Memory is the peak
-of each process. FLOPs: every matrix product at 2 m n k, attention's two and their backward passes included (causal ones in
-full), forward and backward of student and teacher.
+Both train the same model from the same weights on the same synthetic batch, each in a process of its own, with the
+settings of memory and threads that belong to its way; they take turns, and speed is the median ratio of paired steps.
+Memory is the peak of each process. FLOPs: every matrix product at 2 m n k, attention's two and their backward passes
+included (causal ones in full), forward and backward of student and teacher.
 
-``--compile`` measures our step with ``training.compile`` beside our step without it, on batches of changing caption lengths;
-the time that compiling takes is that of the first steps beyond what such steps take later.
+``--compile`` measures our step with ``training.compile`` beside our step without it, on batches of changing caption
+lengths; the time that compiling takes is that of the first steps beyond what such steps take later.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ class Work:
 
     def __init__(self, variant: str, samples: int, device: torch.device, overrides: Sequence[str] = ()) -> None:
         config, own = VARIANTS[variant]
-        settings = ["evaluators=null", f"training.batch_size={samples}", "training.precision=fp32", "schedule.warmup_steps=0"]
+        settings = [
+            "evaluators=null",
+            f"training.batch_size={samples}",
+            "training.precision=fp32",
+            "schedule.warmup_steps=0",
+        ]
         self.loaded = load_config(config, [*own, *settings, *overrides])
         self.device = device
         self.assembly = Builder(self.loaded).assemble(prepare=False)
@@ -92,8 +97,13 @@ class Work:
         return run
 
     def eager(self) -> Callable[[], dict[str, Tensor]]:
-        """Our step on other batches, and so other lengths, each time; for ``compiled`` too, which is the config's affair."""
-        step, batches = self.ours(), cycle([self._batch(len(self.views), seed).to(self.device) for seed in range(BATCHES)])
+        """Our step on other batches, and so other lengths, each time; for ``compiled`` too, which is the config's
+        affair.
+        """
+        step, batches = (
+            self.ours(),
+            cycle([self._batch(len(self.views), seed).to(self.device) for seed in range(BATCHES)]),
+        )
 
         def run() -> dict[str, Tensor]:
             self.views = next(batches)
@@ -115,7 +125,12 @@ class Work:
         student = PlainCosmos(self.assembly.model, counts, image["patch_size"]).to(self.device)
         optimizer = self.loaded.config.optimizer
         teacher = self.loaded.tree["teacher"]
-        step = PlainStep(student, momentum=teacher.get("momentum_teacher", 0.999), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+        step = PlainStep(
+            student,
+            momentum=teacher.get("momentum_teacher", 0.999),
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+        )
         return lambda: step(self.views)
 
     def _batch(self, samples: int, seed: int = 0) -> Views:
@@ -138,7 +153,10 @@ class Work:
 
 def flops(step: Callable[[], Any]) -> float:
     """FLOPs of one step."""
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    cpu = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
 
     def forward(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -163,7 +181,9 @@ class Side:
     def __init__(self, side: str, options: Sequence[str]) -> None:
         command = [sys.executable, __file__, "--side", side, *options]
         environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if side != "plain" else {})  # as cosmos-launch sets it
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ask(self, what: str) -> Any:
         """Have it do ``step``, ``flops`` or ``peak``; what it answers."""
@@ -225,7 +245,9 @@ def measure(variant: str, samples: int, pairs: int, device: torch.device, overri
     ]
 
 
-def measure_compiled(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
+def measure_compiled(
+    variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]
+) -> list[Row]:
     """The rows of one variant, compiled beside not."""
     options = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
     with TemporaryDirectory() as cache:
@@ -243,7 +265,11 @@ def measure_compiled(variant: str, samples: int, pairs: int, device: torch.devic
         row(f"{variant}: eager step", seconds[0], "s"),
         row(f"{variant}: compiling", sum(step[1][0] for step in first) - BATCHES * seconds[1], "s"),
         row(f"{variant}: peak memory, compiled", memory[1] / memory[0], "of eager"),
-        row(f"{variant}: largest difference of losses", max(abs(eager[name] - compiled[name]) for name in eager), most=1e-5),
+        row(
+            f"{variant}: largest difference of losses",
+            max(abs(eager[name] - compiled[name]) for name in eager),
+            most=1e-5,
+        ),
     ]
 
 
@@ -266,7 +292,11 @@ def main() -> int:
         answer(arguments.variants[0], arguments.samples, arguments.side, device, overrides)
         return 0
     measured = measure_compiled if arguments.compile else measure
-    rows = [line for variant in arguments.variants for line in measured(variant, arguments.samples, arguments.pairs, device, overrides)]
+    rows = [
+        line
+        for variant in arguments.variants
+        for line in measured(variant, arguments.samples, arguments.pairs, device, overrides)
+    ]
     report(rows, arguments.json)
     return int(any(not line["ok"] for line in rows if "difference" in line["name"]))
 

@@ -1,40 +1,42 @@
 #!/usr/bin/env python3
 """CLIP, CLIP with multi-crop and COSMOS on procedural scenes: python tools/compare_methods.py [--json FILE].
 
-Equal towers, data, optimiser, schedule and number of samples, and the learning rate that suits each (configs/compare/); several
-seeds. A run is trained and evaluated by a process of its own on one core, ``--jobs`` of them side by side. The same command again
-goes on where it was.
+Equal towers, data, optimiser, schedule and number of samples, and the learning rate that suits each (configs/compare/);
+several seeds. A run is trained and evaluated by a process of its own on one core, ``--jobs`` of them side by side. The
+same command again goes on where it was.
 
 What is measured, on validation scenes that no run trains on, in per cent:
 
 - retrieval: R@1 and R@5 of the scene's caption among those of all validation scenes, and of the picture among all.
 - classification: which of the 24 classes (colour and shape) the large object is, zero-shot, by the text "a large NAME".
-- segmentation: zero-shot mIoU over the 24 classes of the pixels of objects, by SCLIP's protocol with one window and "a NAME".
-- similarity peak: how often the patch most similar to the text "a NAME" lies on that object, over all objects of all scenes. It
-  needs no head, so it compares all methods.
-- attention peak: how often the patch that COSMOS's cross-attention head looks at most for that text lies on that object; and how
-  often it does if the text names all objects of the scene but that one. CLIP has no such head.
+- segmentation: zero-shot mIoU over the 24 classes of the pixels of objects, by SCLIP's protocol with one window and "a
+  NAME".
+- similarity peak: how often the patch most similar to the text "a NAME" lies on that object, over all objects of all
+  scenes. It needs no head, so it compares all methods.
+- attention peak: how often the patch that COSMOS's cross-attention head looks at most for that text lies on that
+  object; and how often it does if the text names all objects of the scene but that one. CLIP has no such head.
 
-A patch lies on an object if the exact mask has a pixel of it there; the line ``any patch`` says how often that is by chance.
-Every method keeps a moving average of its weights (``teacher``), from which only COSMOS learns.
+A patch lies on an object if the exact mask has a pixel of it there; the line ``any patch`` says how often that is by
+chance. Every method keeps a moving average of its weights (``teacher``), from which only COSMOS learns.
 
-Settings were chosen on other scenes and another seed than those reported (``data.seed=7 training.seed=100``), by single trials
-of 98,304 samples. R@1 image to text / text to image and top-1, in per cent:
+Settings were chosen on other scenes and another seed than those reported (``data.seed=7 training.seed=100``), by single
+trials of 98,304 samples. R@1 image to text / text to image and top-1, in per cent:
 
 - CLIP, learning rate 2.5e-4: 39 / 37, 39. 5e-4: 49 / 44, 51. 1e-3: 43 / 42, 44.
 - CLIP with multi-crop, 1e-3: 71 / 70, 94. 2e-3: 70 / 68, 95.
 - COSMOS, 2e-3: 85 / 84, 96.
 
-Global crops of 90 to 100 % of a picture, as CLIP has them, matter most. Of 40 to 100 %, which suit photos, captions are often false:
-they say what lies where. CLIP with multi-crop then had 34 / 37, 26 (2e-3; 26 / 31, 18 with 1e-3) and COSMOS 56 / 57, 55 (43 / 48, 47
-with 1e-3, 58 / 62, 48 with 3e-3); over three seeds as reported, with 2e-3, 27 / 30, 17 and 51 / 55, 51. A momentum of 0.99 instead of
-0.97 gave COSMOS 49 / 55, 41 there, on scenes of other three colours. CLIP trained longer keeps CLIP's learning rate.
+Global crops of 90 to 100 % of a picture, as CLIP has them, matter most. Of 40 to 100 %, which suit photos, captions are
+often false: they say what lies where. CLIP with multi-crop then had 34 / 37, 26 (2e-3; 26 / 31, 18 with 1e-3) and
+COSMOS 56 / 57, 55 (43 / 48, 47 with 1e-3, 58 / 62, 48 with 3e-3); over three seeds as reported, with 2e-3, 27 / 30, 17
+and 51 / 55, 51. A momentum of 0.99 instead of 0.97 gave COSMOS 49 / 55, 41 there, on scenes of other three colours.
+CLIP trained longer keeps CLIP's learning rate.
 
-Scenes have three colours. With eight, colours and places alone nearly tell scenes apart, shapes come late, and classification and
-segmentation stay near their floor for all methods.
+Scenes have three colours. With eight, colours and places alone nearly tell scenes apart, shapes come late, and
+classification and segmentation stay near their floor for all methods.
 
-COSMOS's attention looks at what the text leaves out. A guess why: the head adds what it finds to the text's feature, which holds what
-the text says already.
+COSMOS's attention looks at what the text leaves out. A guess why: the head adds what it finds to the text's feature,
+which holds what the text says already.
 """
 
 from __future__ import annotations
@@ -200,16 +202,22 @@ def peaks(encoder: Any, data: str) -> dict[str, float]:
 
         found["any_patch"].append(on.float().mean(1))
         found["similarity_peak"].append(hits(patch_scores(encoder, pixels, vectors)[pictures, classes].flatten(1)))
-        others = [classes[(pictures == picture) & (classes != own)] for picture, own in zip(pictures, classes, strict=True)]
+        others = [
+            classes[(pictures == picture) & (classes != own)] for picture, own in zip(pictures, classes, strict=True)
+        ]
         for name, named in {"attention_peak": classes[:, None], "attention_peak_left_out": others}.items():
-            texts = encoder.tokenize([" and ".join(f"a {CLASS_NAMES[number]}" for number in row.tolist()) for row in named])
+            texts = encoder.tokenize(
+                [" and ".join(f"a {CLASS_NAMES[number]}" for number in row.tolist()) for row in named]
+            )
             if (weights := encoder.cross_attention(pixels[pictures], texts)) is not None:
                 found[name].append(hits(weights["text"]))
     return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
 
 def scene_objects(encoder: Any, data: str, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Pictures [B, 3, H, W]; of each of their objects: its picture [M], its class [M], which patches lie on it, bool [M, N]."""
+    """Pictures [B, 3, H, W]; of each of their objects: its picture [M], its class [M], which patches lie on it, bool
+    [M, N].
+    """
     import numpy as np
     import torch
     from PIL import Image
@@ -220,8 +228,12 @@ def scene_objects(encoder: Any, data: str, batch_size: int = 128) -> Iterator[tu
     shards, patch = open_shards(data), encoder.spec.image.patch_size
     for start in range(0, len(shards), batch_size):
         samples = [shards.read(index) for index in range(start, min(start + batch_size, len(shards)))]
-        masks = torch.from_numpy(np.stack([np.array(Image.open(io.BytesIO(sample.extras["mask.png"]))) for sample in samples])).long()
-        pairs = [(picture, value - 1) for picture, mask in enumerate(masks) for value in mask.unique().tolist() if value]
+        masks = torch.from_numpy(
+            np.stack([np.array(Image.open(io.BytesIO(sample.extras["mask.png"]))) for sample in samples])
+        ).long()
+        pairs = [
+            (picture, value - 1) for picture, mask in enumerate(masks) for value in mask.unique().tolist() if value
+        ]
         pictures, classes = (torch.tensor(column) for column in zip(*pairs, strict=True))
         on = F.max_pool2d((masks[pictures] == classes[:, None, None] + 1).float(), patch).flatten(1).bool()
         yield torch.stack([encoder.preprocess(sample.decode()) for sample in samples]), pictures, classes, on
@@ -241,9 +253,17 @@ def methods(overrides: tuple[str, ...], *, equal_compute: bool) -> list[Method]:
         loaded = load_config(f"compare/{recipe}.yaml", overrides)
         assert loaded.config.data is not None
         epochs, size = loaded.config.schedule.epochs, loaded.config.data.options["train_samples"]
-        cost = measure_step(Builder(loaded).assemble(prepare=False), loaded.config, caption_tokens=CAPTION_TOKENS[recipe])
+        cost = measure_step(
+            Builder(loaded).assemble(prepare=False), loaded.config, caption_tokens=CAPTION_TOKENS[recipe]
+        )
         found[recipe] = Method(
-            key=recipe, label=label, recipe=recipe, overrides=overrides, epochs=epochs, samples=epochs * size, flops=cost.flops["total"]
+            key=recipe,
+            label=label,
+            recipe=recipe,
+            overrides=overrides,
+            epochs=epochs,
+            samples=epochs * size,
+            flops=cost.flops["total"],
         )
     if equal_compute:
         clip, cosmos = found["clip"], found["cosmos"]
@@ -299,7 +319,9 @@ def gathered(runs: Sequence[Run], compared: Sequence[Method]) -> list[Row]:
 def row(name: str, values: Sequence[float], unit: str) -> Row:
     """Mean, extremes and standard deviation (of a sample) of one figure."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    mean, least, most, deviation = (float(f"{x:.6g}") for x in (statistics.fmean(values), min(values), max(values), deviation))
+    mean, least, most, deviation = (
+        float(f"{x:.6g}") for x in (statistics.fmean(values), min(values), max(values), deviation)
+    )
     return Row(name=name, value=mean, unit=unit, least=least, most=most, deviation=deviation, seeds=len(values))
 
 
@@ -310,25 +332,37 @@ def markdown(rows: Sequence[Row], compared: Sequence[Method], role: str) -> str:
     def line(text: str, name: str, digits: int = 1) -> list[str]:
         cells = []
         for each in (found.get(f"{method.key}/{name}") for method in compared):
-            mean, *ends = ("", "", "") if each is None else (f"{each[key]:,.{digits}f}" for key in ("value", "least", "most"))
+            mean, *ends = (
+                ("", "", "") if each is None else (f"{each[key]:,.{digits}f}" for key in ("value", "least", "most"))
+            )
             cells.append((mean if ends[0] == ends[1] else f"{mean} ({' to '.join(ends)})") or "-")
         return [text, *cells]
 
     lines = [[f"{role}, %", *(method.label for method in compared)], ["---"] * (1 + len(compared))]
     lines += [line(text, f"{role}/{name}") for name, text in FIGURES.items()]
-    lines += [line("samples", "samples", 0), line("GFLOP a sample", "flops", 2), line("minutes of training on one core", "minutes")]
+    lines += [
+        line("samples", "samples", 0),
+        line("GFLOP a sample", "flops", 2),
+        line("minutes of training on one core", "minutes"),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> int:
     """Train, evaluate, print the tables."""
-    parser = argparse.ArgumentParser(description="CLIP, CLIP with multi-crop and COSMOS on procedural scenes, on equal samples.")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the runs (default: runs/compare, with --quick runs/compare_quick)")
+    parser = argparse.ArgumentParser(
+        description="CLIP, CLIP with multi-crop and COSMOS on procedural scenes, on equal samples."
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="the runs (default: runs/compare, with --quick runs/compare_quick)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: those of the recipes")
     parser.add_argument("--equal-compute", action="store_true", help="also train CLIP for the FLOPs of COSMOS")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side, on a core each (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="runs side by side, on a core each (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny runs that show that all works, and nothing else")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
@@ -341,7 +375,9 @@ def main() -> int:
     output = arguments.output or Path("runs/compare_quick" if arguments.quick else "runs/compare")
     compared = methods((*(QUICK if arguments.quick else ()), *chosen), equal_compute=arguments.equal_compute)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    runs = [Run(method=method, seed=seed, folder=output / f"{method.key}_{seed}") for method in compared for seed in seeds]
+    runs = [
+        Run(method=method, seed=seed, folder=output / f"{method.key}_{seed}") for method in compared for seed in seeds
+    ]
     try:
         run_all(runs, arguments.jobs)
     except KeyboardInterrupt:

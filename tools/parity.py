@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare our parts with recorded values of the official program: python tools/parity.py DIR.
 
-DIR holds ``meta.json`` (sizes, optimiser), ``official_checkpoint.pt`` (start weights) and ``golden.safetensors`` (inputs
-and outputs). The model is rebuilt through a config and trained by the engine's own step. One line a recorded
+DIR holds ``meta.json`` (sizes, optimiser), ``official_checkpoint.pt`` (start weights) and ``golden.safetensors``
+(inputs and outputs). The model is rebuilt through a config and trained by the engine's own step. One line a recorded
 quantity: name, largest absolute difference, limit, ok or FAIL. Exit 1 on any FAIL, 2 where DIR cannot be used.
 """
 
@@ -115,7 +115,11 @@ class Recording:
         text = {"global": ids[:GLOBAL_TEXTS], "local": ids[GLOBAL_TEXTS:]}
         return Views(
             keys=[str(number) for number in range(self.meta["batch"])],
-            image={n: ImageGroup(pixels=torch.stack(p), params=torch.empty(len(p), len(p[0]), 0)) for n, p in image.items() if p},
+            image={
+                n: ImageGroup(pixels=torch.stack(p), params=torch.empty(len(p), len(p[0]), 0))
+                for n, p in image.items()
+                if p
+            },
             text={n: TextGroup(tokens=t, lengths=t.argmax(-1) + 1) for n, t in text.items() if len(t)},
         )
 
@@ -180,9 +184,13 @@ def train(recording: Recording) -> tuple[list[dict[str, float]], list[str]]:
         logs = step(recording.views, progress).logs
         norm = state.optimizer.clip(None)
         if number == 0:
-            without = list(to_official({n: p for n, p in recording.assembly.model.named_parameters() if p.grad is None}))
+            without = list(
+                to_official({n: p for n, p in recording.assembly.model.named_parameters() if p.grad is None})
+            )
         state.move(progress)
-        scales = {name: loss.get_parameter("logit_scale").detach() for name, loss in recording.assembly.model.losses.items()}
+        scales = {
+            name: loss.get_parameter("logit_scale").detach() for name, loss in recording.assembly.model.losses.items()
+        }
         row: dict[str, Tensor | float] = {
             "distill_loss": logs["loss/distill"],
             "clip_loss": logs["loss/clip"],
@@ -246,7 +254,9 @@ def _line(name: str, value: Tensor, recorded: Tensor, limit: float) -> Line:
 def main() -> int:
     """Print the lines; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with meta.json, official_checkpoint.pt, golden.safetensors")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder with meta.json, official_checkpoint.pt, golden.safetensors"
+    )
     folder = parser.parse_args().folder
     count = failed = 0
     try:

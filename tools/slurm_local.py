@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A SLURM of two nodes on one machine, to try things and for tests: python tools/slurm_local.py start|stop|status.
 
-It runs Debian's packages ``slurm-wlm`` and ``munge`` as root, without systemd, dbus or cgroups, also in a
-container. Nodes n1 and n2 have 2 CPUs each; jobs of partition ``high`` preempt and requeue those of ``low``, the default.
+It runs Debian's packages ``slurm-wlm`` and ``munge`` as root, without systemd, dbus or cgroups, also in a container.
+Nodes n1 and n2 have 2 CPUs each; jobs of partition ``high`` preempt and requeue those of ``low``, the default.
 Configuration, state, logs, pids and munge's key and socket lie in one folder; a SLURM or munge that the machine already
 has is left alone. ``start`` prints the line that lets a shell use it: ``eval "$(python tools/slurm_local.py start)"``.
 Exit 1 where something is down or failed, 2 where the command cannot be carried out.
@@ -72,7 +72,8 @@ MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptParameters=send_user_signal
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory} State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 \
+ Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory} State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=15 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
@@ -89,23 +90,31 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """One of the daemons: its name (a slurmd has its node's), the command that starts it, the file of its process id."""
+    """One of the daemons: its name (a slurmd has its node's), the command that starts it, the file of its process
+    id.
+    """
 
     name: str
     command: tuple[str, ...]
     pid_file: Path
 
     def pid(self) -> int | None:
-        """Its process id: that in its file if the process is this daemon, else, the file being stale or gone, one that is."""
+        """Its process id: that in its file if the process is this daemon, else, the file being stale or gone, one that
+        is.
+        """
         with suppress(OSError, ValueError):
             if self.is_process(Path("/proc") / str(int(self.pid_file.read_text()))):
                 return int(self.pid_file.read_text())
         return next(iter(processes(self.is_process)), None)
 
     def is_process(self, process: Path) -> bool:
-        """Whether a folder of /proc is that of this daemon, alive: same program, same arguments, so of the same cluster."""
+        """Whether a folder of /proc is that of this daemon, alive: same program, same arguments, so of the same
+        cluster.
+        """
         program, *words = (process / "cmdline").read_bytes().split(b"\0")
-        return Path(os.fsdecode(program)).name == self.command[0] and words[:-1] == [os.fsencode(word) for word in self.command[1:]]
+        return Path(os.fsdecode(program)).name == self.command[0] and words[:-1] == [
+            os.fsencode(word) for word in self.command[1:]
+        ]
 
     def end(self) -> None:
         """End it: SIGTERM, after 10 s SIGKILL."""
@@ -165,7 +174,8 @@ class Cluster:
     def start(self, ports: int | None) -> None:
         """Start what does not run yet, and wait until all nodes are up.
 
-        Where nothing runs, what an earlier cluster left, one that was killed too, is cleared first. Raises Refused and Failed.
+        Where nothing runs, what an earlier cluster left, one that was killed too, is cleared first. Raises Refused and
+        Failed.
         """
         running = self.running
         if not running:
@@ -178,7 +188,9 @@ class Cluster:
                 if daemon.name not in running:
                     self._launch(daemon)
             if len(running) < len(self.daemons) and not until(lambda: self.is_up((*UP, *DRAIN)), WAIT):
-                raise Failed(f"not up after {WAIT:.0f} s: daemons {self.running}, nodes {self.node_states()}\n{self.logs()}")
+                raise Failed(
+                    f"not up after {WAIT:.0f} s: daemons {self.running}, nodes {self.node_states()}\n{self.logs()}"
+                )
         except Failed:
             if not running:
                 self.stop()
@@ -190,7 +202,9 @@ class Cluster:
         environment = {"PATH": SEARCH, "SLURM_CONF": str(self.config), "LANG": "C.UTF-8"}
         command = (shutil.which(daemon.command[0], path=SEARCH) or "", *daemon.command[1:])
         with (self.folder / "log" / "start").open("a") as file, suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=WAIT)
+            done = subprocess.run(
+                command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=WAIT
+            )
             if done.returncode == 0:
                 return
         raise Failed(f"{daemon.name} does not start\n{self.logs()}")
@@ -199,7 +213,9 @@ class Cluster:
         """Remove the files of an earlier cluster here, and end processes of its jobs."""
         if self.folder.exists():
             if self.folder.stat().st_uid != 0 or self.folder.stat().st_mode & 0o022:
-                raise Refused(f"{self.folder} must belong to root and nobody else may write to it; give another --folder")
+                raise Refused(
+                    f"{self.folder} must belong to root and nobody else may write to it; give another --folder"
+                )
             if any(self.folder.iterdir()) and not (self.config.is_file() and self.config.read_text().startswith(MARK)):
                 raise Refused(f"{self.folder} holds other files; give another --folder")
             self._end_jobs()
@@ -210,9 +226,13 @@ class Cluster:
     def _write(self, ports: int) -> None:
         """Write the configuration and munge's key. Raises Refused where a port is taken."""
         if len(str(self.folder)) > LONGEST or any(character in " ,#" for character in str(self.folder)):
-            raise Refused(f"{self.folder}: at most {LONGEST} characters, without space, comma and #; give another --folder")
+            raise Refused(
+                f"{self.folder}: at most {LONGEST} characters, without space, comma and #; give another --folder"
+            )
         if taken := [port for port in range(ports, ports + PORTS) if not is_free(port)]:
-            raise Refused(f"port {taken[0]} is in use or none; give the first of {PORTS} free ones in a row with --ports")
+            raise Refused(
+                f"port {taken[0]} is in use or none; give the first of {PORTS} free ones in a row with --ports"
+            )
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 // len(NODES)  # MiB
         text = CONFIG.format(
             folder=self.folder,
@@ -268,11 +288,15 @@ class Cluster:
     def _is_task(self, process: Path) -> bool:
         """Whether a folder of /proc is that of a process that a slurmd of this cluster started for a job."""
         words = (process / "environ").read_bytes().split(b"\0")
-        return os.fsencode(f"SLURM_CONF={self.config}") in words and any(word.startswith(b"SLURMD_NODENAME=") for word in words)
+        return os.fsencode(f"SLURM_CONF={self.config}") in words and any(
+            word.startswith(b"SLURMD_NODENAME=") for word in words
+        )
 
     def _is_step(self, process: Path) -> bool:
         """Whether a folder of /proc is that of a slurmstepd of this cluster."""
-        return (process / "exe").readlink().name.startswith("slurmstepd") and (process / "cwd").readlink() == self.folder / "log"
+        return (process / "exe").readlink().name.startswith("slurmstepd") and (
+            process / "cwd"
+        ).readlink() == self.folder / "log"
 
     # ------------------------------------------------------------------------ status
 
@@ -358,7 +382,9 @@ def require(install: bool) -> None:
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
         "start": "start what does not run yet and wait until both nodes are up",
@@ -368,8 +394,12 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     added = {name: commands.add_parser(name, help=text, description=text) for name, text in texts.items()}
     for command in added.values():
         default = Path(tempfile.gettempdir()) / "slurm_local"
-        command.add_argument("--folder", type=Path, default=default, help="where all files of the cluster lie (default: %(default)s)")
-    added["start"].add_argument("--ports", type=int, help=f"first of {PORTS} in a row (default: the first free ones from {FIRST_PORT})")
+        command.add_argument(
+            "--folder", type=Path, default=default, help="where all files of the cluster lie (default: %(default)s)"
+        )
+    added["start"].add_argument(
+        "--ports", type=int, help=f"first of {PORTS} in a row (default: the first free ones from {FIRST_PORT})"
+    )
     added["start"].add_argument("--install", action="store_true", help="install missing packages by apt-get")
     return parser.parse_args(words)
 
@@ -386,7 +416,10 @@ def main(words: Sequence[str] | None = None) -> int:
         with alone():
             if options.command == "start":
                 cluster.start(options.ports)
-                print(f"up: nodes {', '.join(NODES)}; partitions low, high; to end it: stop --folder {cluster.folder}", file=sys.stderr)
+                print(
+                    f"up: nodes {', '.join(NODES)}; partitions low, high; to end it: stop --folder {cluster.folder}",
+                    file=sys.stderr,
+                )
                 print(f"export SLURM_CONF={shlex.quote(str(cluster.config))}")
             elif not cluster.stop():
                 print(f"nothing runs in {cluster.folder}", file=sys.stderr)

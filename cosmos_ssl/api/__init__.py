@@ -1,10 +1,10 @@
 """The plugin contract on one page: what each kind of part must do.
 
-A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its
-constructor takes one ``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise
-``ValueError`` there for values that make no sense. Types such as ``Size`` and ``Share`` bound numbers. ``type: NAME`` picks a
-part, ``DIST:NAME`` says whose. An option that says where something lies has the type ``Location``, one that changes nothing of
-what is computed ``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
+A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its constructor takes one
+``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise ``ValueError`` there for values that make
+no sense. Types such as ``Size`` and ``Share`` bound numbers. ``type: NAME`` picks a part, ``DIST:NAME`` says whose. An
+option that says where something lies has the type ``Location``, one that changes nothing of what is computed
+``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
 
 A loss in full::
 
@@ -34,7 +34,19 @@ from cosmos_ssl.api.loss import Features, GroupFeatures, Loss, LossOutput, Need,
 from cosmos_ssl.api.part import ParameterRule, Part, Progress, Spec, TowerSpec, ViewSpec
 from cosmos_ssl.api.teacher import Teacher
 from cosmos_ssl.api.tower import GroupPlan, Tower
-from cosmos_ssl.api.views import ALL, HeadOutput, ImageCrops, ImageGroup, Kind, Modality, Role, Sample, SampleViews, TextGroup, Views
+from cosmos_ssl.api.views import (
+    ALL,
+    HeadOutput,
+    ImageCrops,
+    ImageGroup,
+    Kind,
+    Modality,
+    Role,
+    Sample,
+    SampleViews,
+    TextGroup,
+    Views,
+)
 from cosmos_ssl.bounds import Count, Few, Pixels, Share, Size, Strength, Temperature, Whole
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
 from cosmos_ssl.marks import Aside, Location

@@ -25,12 +25,13 @@ class Dataset(Part, ABC):
     def prepare(self) -> None:
         """Write or index what is missing; called once, on one process, before any sample is read.
 
-        What takes many minutes calls ``cosmos_ssl.functional.alive()`` now and then: a preparation of which nothing is heard for
-        ``training.timeout_minutes`` ends the run.
+        What takes many minutes calls ``cosmos_ssl.functional.alive()`` now and then: a preparation of which nothing is
+        heard for ``training.timeout_minutes`` ends the run.
         """
 
     def check_exists(self) -> bool:
-        """Whether the data are there as far as a glance tells, before ``prepare``; False where that cannot be told, or it makes them.
+        """Whether the data are there as far as a glance tells, before ``prepare``; False where that cannot be told, or
+        it makes them.
 
         For a dry run, which indexes nothing. Raises DataError where something is plainly missing.
         """
@@ -50,7 +51,8 @@ class Dataset(Part, ABC):
         return f"sample {index}"
 
     def identity(self) -> Mapping[str, Any]:
-        """What makes this set this set (names, sizes, counts and contents of shards), for the run's identity; mappings may be nested.
+        """What makes this set this set (names, sizes, counts and contents of shards), for the run's identity; mappings
+        may be nested.
 
         What is not known, at the start of a run or when it goes on, is left out: it is no difference then.
         """

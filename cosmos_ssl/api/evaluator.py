@@ -37,15 +37,21 @@ class Encoder(Protocol):
         ...
 
     def match_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures -> what ``match`` wants to know of each, [B, ...]; unit vectors where no head says otherwise."""
+        """Normalised pictures -> what ``match`` wants to know of each, [B, ...]; unit vectors where no head says
+        otherwise.
+        """
         ...
 
     def match_text(self, tokens: Tensor) -> Tensor:
-        """Token ids -> what ``match`` wants to know of each text, [T, ...]; unit vectors where no head says otherwise."""
+        """Token ids -> what ``match`` wants to know of each text, [T, ...]; unit vectors where no head says
+        otherwise.
+        """
         ...
 
     def match(self, images: Tensor, texts: Tensor) -> Tensor:
-        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: a head's ``match``, by default the dot product."""
+        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: a head's ``match``, by default the dot
+        product.
+        """
         ...
 
     def preprocess(self, image: Any) -> Tensor:

@@ -20,7 +20,9 @@ class Head(Part, nn.Module, ABC):
     """
 
     mixes_samples: bool = False
-    """True, of a class or an instance, where a sample's output depends on others of the batch (batch norm): bars exact accumulation."""
+    """True, of a class or an instance, where a sample's output depends on others of the batch (batch norm): bars exact
+    accumulation.
+    """
 
     @abstractmethod
     def outputs(self) -> Mapping[str, int]:

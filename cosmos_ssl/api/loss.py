@@ -35,7 +35,9 @@ class Need:
     outputs: tuple[str, ...] | None = None
     """Which of the head's outputs; None is all of them."""
     gathered: bool = False
-    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for masked patches."""
+    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for masked
+    patches.
+    """
 
     def __post_init__(self) -> None:
         if (self.head is None) == (self.modality is None):

@@ -10,7 +10,10 @@ from cosmos_ssl.pictures import BACKGROUND
 
 
 class Part:
-    """Base of all parts. For messages: what the config calls it, and, of other packages' parts, the package and its version."""
+    """Base of all parts.
+
+    For messages: what the config calls it, and, of other packages' parts, the package and its version.
+    """
 
     part_name: str = ""
     part_source: str = ""

@@ -41,7 +41,9 @@ class Tower(Part, nn.Module, ABC):
         """Encode ``groups[name]`` (ImageGroup, float; or TextGroup) for every name in ``plan``."""
 
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
-        """Raise ValueError where it cannot encode these view groups, or the tokenizer's ids, so that this is known before training."""
+        """Raise ValueError where it cannot encode these view groups, or the tokenizer's ids, so that this is known
+        before training.
+        """
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """fnmatch patterns of parameters that this plan never reaches (they are frozen)."""

@@ -34,7 +34,10 @@ def _check(name: str, tensor: Tensor, shape: str, **sizes: int) -> None:
     )
     if wrong:
         known = ", ".join(f"{k}={v}" for k, v in sizes.items())
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]" + (f" with {known}" if known else ""))
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]"
+            + (f" with {known}" if known else "")
+        )
 
 
 def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
@@ -46,7 +49,9 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
     if isinstance(value, list | tuple):
         return cast(_T, type(value)(map_tensors(item, function) for item in value))
     if is_dataclass(value) and not isinstance(value, type):
-        return cast(_T, replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)}))
+        return cast(
+            _T, replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+        )
     return value
 
 
@@ -176,7 +181,9 @@ class Views:
     @property
     def device(self) -> torch.device:
         """Where the pixels and tokens are."""
-        return next(x.device for x in (*(g.pixels for g in self.image.values()), *(g.tokens for g in self.text.values())))
+        return next(
+            x.device for x in (*(g.pixels for g in self.image.values()), *(g.tokens for g in self.text.values()))
+        )
 
     def to(self, device: torch.device | str) -> Views:
         """The same batch on ``device``; asynchronous from pinned memory.
@@ -186,7 +193,10 @@ class Views:
         moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
         return replace(
             moved,
-            image={n: replace(group, params=self.image[n].params, masks=self.image[n].masks) for n, group in moved.image.items()},
+            image={
+                n: replace(group, params=self.image[n].params, masks=self.image[n].masks)
+                for n, group in moved.image.items()
+            },
             text={name: replace(group, lengths=self.text[name].lengths) for name, group in moved.text.items()},
         )
 

@@ -126,7 +126,9 @@ class Builder:
     # ------------------------------------------------------------------ building
 
     def _make(self, path: str, spec: Spec, faults: list[str] | None = None) -> Any:
-        """One part, or None where the config has none; with ``faults`` a user's mistake is noted there instead of raised."""
+        """One part, or None where the config has none; with ``faults`` a user's mistake is noted there instead of
+        raised.
+        """
         if path not in self.chosen:
             return None
         chosen = self.chosen[path]
@@ -142,7 +144,11 @@ class Builder:
         return None
 
     def assemble(
-        self, *, meta: bool = False, prepare: bool = True, watched: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        *,
+        meta: bool = False,
+        prepare: bool = True,
+        watched: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Assembly:
         """Build and wire everything.
 
@@ -208,11 +214,15 @@ class Builder:
         with blaming(dataset, "data"):
             if prepare:
                 dataset.prepare()
-                spec = replace(spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size))
+                spec = replace(
+                    spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size)
+                )
             return dataset, replace(spec, validation_data=dataset.validation_data)
 
     def _places(self) -> dict[str, str | None]:
-        """What lies at the places that options name, and None for options that are no part of a run (``identity.Identity``)."""
+        """What lies at the places that options name, and None for options that are no part of a run
+        (``identity.Identity``).
+        """
         found: dict[str, str | None] = {}
         for path, chosen in self.chosen.items():
             for name, mark in registry.marks(chosen.record.group, chosen.cls).items():
@@ -249,22 +259,40 @@ class Builder:
         return cast(dict[Modality, Augmenter], made), offers
 
     def check_sizes(self, assembly: Assembly) -> None:
-        """Raise ConfigError for parts and views that no machine holds, views that a tower cannot encode, heads without samples to mix."""
+        """Raise ConfigError for parts and views that no machine holds, views that a tower cannot encode, heads without
+        samples to mix.
+        """
         spec, model, faults = assembly.spec, assembly.model, []
         parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
-        parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {f"losses.{name}": model.loss(name) for name in model.losses}
+        parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {
+            f"losses.{name}": model.loss(name) for name in model.losses
+        }
         for path, part in parts.items():
             count = sum(parameter.numel() for parameter in part.parameters())
             if count > MAX_PARAMETERS:
                 faults.append(self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
-        mixing = [name for name in assembly.plan.student.heads if model.head(name).mixes_samples and spec.batch_size < 2]
-        faults += [self._fault(f"heads.{name}", "mixes samples, and training.batch_size is 1. Take at least 2") for name in mixing]
+        mixing = [
+            name for name in assembly.plan.student.heads if model.head(name).mixes_samples and spec.batch_size < 2
+        ]
+        faults += [
+            self._fault(f"heads.{name}", "mixes samples, and training.batch_size is 1. Take at least 2")
+            for name in mixing
+        ]
         for modality, tower in model.towers.items():
             views = spec.views(modality)
             pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
             if pixels > MAX_PIXELS:
-                faults.append(self._fault(f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"))
-            read = {name for role in (assembly.plan.student, assembly.plan.teacher) if role is not None for name in role.of(modality)}
+                faults.append(
+                    self._fault(
+                        f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"
+                    )
+                )
+            read = {
+                name
+                for role in (assembly.plan.student, assembly.plan.teacher)
+                if role is not None
+                for name in role.of(modality)
+            }
             with blaming(tower, f"model.{modality}"):
                 try:
                     tower.check_inputs({name: view for name, view in views.items() if name in read})
@@ -288,7 +316,9 @@ class Builder:
 
     def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
         """The evaluators, which have looked at no data yet. Raises ConfigError."""
-        return cast(dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec))
+        return cast(
+            dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec)
+        )
 
     def _evaluators(self, spec: Spec, towers: Mapping[Modality, Tower], prepare: bool) -> dict[str, ScheduledEvaluator]:
         made = self.make_evaluators(spec)
@@ -301,7 +331,10 @@ class Builder:
         missing += self.missing_data(made) if prepare else []
         if missing:
             raise ConfigError(missing)
-        return {name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs) for name, e in made.items()}
+        return {
+            name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs)
+            for name, e in made.items()
+        }
 
     def missing_data(self, evaluators: Mapping[str, Evaluator]) -> list[str]:
         """What evaluators do not find of their data."""

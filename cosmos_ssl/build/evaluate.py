@@ -1,4 +1,6 @@
-"""``cosmos_ssl.evaluate``: a trained or released model on the data of a task; what is computed is kept until all is done."""
+"""``cosmos_ssl.evaluate``: a trained or released model on the data of a task; what is computed is kept until all is
+done.
+"""
 
 from __future__ import annotations
 
@@ -58,16 +60,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on the data of a task, as ``cosmos-ssl eval`` does; the report that its ``--json`` writes.
 
-    ``model`` is a run folder (its newest checkpoint), one of its checkpoints, an official file, a released name, an OpenCLIP model, or
-    what ``load`` returns (then ``which``, ``device``, ``overrides`` and ``trust_code`` are as it is). ``task`` is a key of
-    ``cosmos_ssl.evaluation.tasks.TASKS``, and its options are those of ``Options`` there; without ``data`` a run is evaluated on what
-    its own evaluator of the task works on, with its options. ``which`` None takes all roles that are there. ``precision`` is ``auto``
-    (of a run its own where this device is fast in it, else ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
+    ``model`` is a run folder (its newest checkpoint), one of its checkpoints, an official file, a released name, an
+    OpenCLIP model, or what ``load`` returns (then ``which``, ``device``, ``overrides`` and ``trust_code`` are as it
+    is). ``task`` is a key of ``cosmos_ssl.evaluation.tasks.TASKS``, and its options are those of ``Options`` there;
+    without ``data`` a run is evaluated on what its own evaluator of the task works on, with its options. ``which`` None
+    takes all roles that are there. ``precision`` is ``auto`` (of a run its own where this device is fast in it, else
+    ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
 
-    The report holds ``task``, ``checkpoint``, ``roles``, ``data``, ``set``, ``samples`` (pictures that were used), ``precision``,
-    ``device``, what the task says of how it was done (``templates``, ``k``, ...) and ``metrics``: ``ROLE/NAME`` (of a loaded model
-    ``model/NAME``) -> share in 0..1, or rank. Under torchrun all ranks share the work and get it; what was ended of a checkpoint goes on.
-    Raises UserError for what cannot be used, StorageError where storage or another rank is lost.
+    The report holds ``task``, ``checkpoint``, ``roles``, ``data``, ``set``, ``samples`` (pictures that were used),
+    ``precision``, ``device``, what the task says of how it was done (``templates``, ``k``, ...) and ``metrics``:
+    ``ROLE/NAME`` (of a loaded model ``model/NAME``) -> share in 0..1, or rank. Under torchrun all ranks share the work
+    and get it; what was ended of a checkpoint goes on. Raises UserError for what cannot be used, StorageError where
+    storage or another rank is lost.
     """
     _check(task, device, precision)
     told = _given(data=data, set_name=set_name, texts=texts, label=label, class_names=class_names, templates=templates)
@@ -76,18 +80,28 @@ def evaluate(
     with joined_world(device), named_losses():
         if isinstance(model, ModelEncoder):
             return _run(
-                {"model": lambda: _in_precision(model, precision)}, "model", task, told, settings, lambda encoder, options: Store(None)
+                {"model": lambda: _in_precision(model, precision)},
+                "model",
+                task,
+                told,
+                settings,
+                lambda encoder, options: Store(None),
             )
         source = _found(model)
         roles: dict[str, Callable[[], ModelEncoder]] = {}
-        roles |= {role: partial(_load, source, role, device, precision, overrides, trust_code) for role in _roles(source, which)}
+        roles |= {
+            role: partial(_load, source, role, device, precision, overrides, trust_code)
+            for role in _roles(source, which)
+        }
         told = told if "data" in told else {**_evaluator_of_run(source, task), **told}
         name = str(source) if source.folder is not None else str(model)
         return _run(roles, name, task, told, settings, partial(_store, source, task, overrides))
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None
+    }
 
 
 def _check(task: str, device: str, precision: str) -> None:
@@ -144,7 +158,10 @@ def _found(given: str | Path) -> Source:
 
 
 def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
-    """The roles asked for; without ``which`` those that are there. Raises CheckpointError where both are asked for and one is there."""
+    """The roles asked for; without ``which`` those that are there.
+
+    Raises CheckpointError where both are asked for and one is there.
+    """
     if which in _ROLES:
         return (cast(Role, which),)
     there = roles_of(checkpoint)
@@ -153,14 +170,17 @@ def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
     return there
 
 
-def _load(checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str], trust_code: bool) -> ModelEncoder:
+def _load(
+    checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str], trust_code: bool
+) -> ModelEncoder:
     place = pick_device(device)
     config = _config_of_run(checkpoint)
     if precision == "auto" and config is not None:
         own = resolve_precision(config.config.training.precision, place)
         precision = own if has_fast_path(own, place) else precision
     return _in_precision(
-        load(checkpoint, role, device=place, overrides=overrides, trust_code=trust_code), "fp32" if precision == "auto" else precision
+        load(checkpoint, role, device=place, overrides=overrides, trust_code=trust_code),
+        "fp32" if precision == "auto" else precision,
     )
 
 
@@ -193,13 +213,17 @@ def _evaluator_of_run(checkpoint: Source, task: str) -> dict[str, Any]:
     """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
     config = _config_of_run(checkpoint)
     evaluators = {} if config is None else config.tree["evaluators"]
-    found: Mapping[str, Any] = next((part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {})
+    found: Mapping[str, Any] = next(
+        (part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {}
+    )
     given = {name: value for name, value in found.items() if value is not None}
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 
 def _store(checkpoint: Source, task: str, overrides: Sequence[str], encoder: ModelEncoder, options: Options) -> Store:
-    """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is removed."""
+    """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is
+    removed.
+    """
     about = {
         "version": __version__,
         # the same weights may stand in another model

@@ -50,7 +50,10 @@ def check(loaded: LoadedConfig) -> Assembly:
 
 
 def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmenter]]:
-    """What draws the views of a config, without its data and weights, and the spec that it was made for. Raises ConfigError."""
+    """What draws the views of a config, without its data and weights, and the spec that it was made for.
+
+    Raises ConfigError.
+    """
     builder = Builder(loaded)
     spec = builder.assemble(meta=True, prepare=False).spec
     return spec, builder._augmenters(spec)[0]
@@ -68,7 +71,9 @@ def watched(loaded: LoadedConfig) -> Iterator[None]:
 
 
 def check_names(loaded: LoadedConfig) -> None:
-    """Raise ConfigError where ``name`` or ``output_dir`` would write more into a batch script, or elsewhere than it says."""
+    """Raise ConfigError where ``name`` or ``output_dir`` would write more into a batch script, or elsewhere than it
+    says.
+    """
     name, folder = loaded.config.name, loaded.config.output_dir
     faults = [
         loaded.fault(key, f"{shown(text)} holds control characters, such as line ends. Leave them out")
@@ -76,7 +81,9 @@ def check_names(loaded: LoadedConfig) -> None:
         if any(unicodedata.category(letter) == "Cc" for letter in text)
     ]
     if folder is None and (name in ("", ".", "..") or "/" in name):
-        faults.append(loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir"))
+        faults.append(
+            loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir")
+        )
     if faults:
         raise ConfigError(faults)
 
@@ -93,13 +100,19 @@ def _claim(folder: Path, fork: str | Path | None) -> None:
         ask_fork(RunFolder(folder), fork)
 
 
-def run(loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None) -> dict[str, float]:
+def run(
+    loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None
+) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
 
     ``fork``: a run folder, or one of its checkpoints, that a new run goes on from.
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
-    with steady_streams(), Signals(at_once=True, leaving=leaving) as signals, joined_world(loaded.config.training.device):
+    with (
+        steady_streams(),
+        Signals(at_once=True, leaving=leaving) as signals,
+        joined_world(loaded.config.training.device),
+    ):
         try:
             return _trainer(loaded, fork=fork, signals=signals).train()
         except Interrupted as error:
@@ -109,18 +122,23 @@ def run(loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callab
 
 
 @storage_faults("storage fails")
-def _trainer(loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None) -> Trainer:
+def _trainer(
+    loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
+) -> Trainer:
     World().from_first(lambda: _claim(loaded.config.folder, fork))  # said now rather than after the data is ready
     assembly = Builder(loaded).assemble(watched=lambda: watched(loaded))
     return Trainer(assembly, loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 
-def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, fork: str | Path | None = None) -> dict[str, float]:
-    """Train what ``config`` says (a file, a packaged name, or a mapping in which classes may stand for parts); the final metrics.
+def train(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, fork: str | Path | None = None
+) -> dict[str, float]:
+    """Train what ``config`` says (a file, a packaged name, or a mapping in which classes may stand for parts); the
+    final metrics.
 
-    ``overrides`` are ``key.sub=value`` strings. The same call again resumes. ``fork``: the run folder, or one of its checkpoints,
-    whose weights, teacher, optimiser and step a new run takes over. Raises UserError for a config, data or a run folder that
-    cannot be used.
+    ``overrides`` are ``key.sub=value`` strings. The same call again resumes. ``fork``: the run folder, or one of its
+    checkpoints, whose weights, teacher, optimiser and step a new run takes over. Raises UserError for a config, data or
+    a run folder that cannot be used.
     """
     loaded = load_config(config, overrides)
     check(loaded)
@@ -134,7 +152,10 @@ def make_trainer(
     fork: str | Path | None = None,
     writers: Sequence[Writer] = (),
 ) -> Trainer:
-    """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics. Raises as ``train`` does."""
+    """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics.
+
+    Raises as ``train`` does.
+    """
     loaded = load_config(config, overrides)
     check(loaded)
     return _trainer(loaded, fork=fork, writers=writers)
@@ -152,10 +173,10 @@ def load(
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
     OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages; ``trust_code``
-    also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is logged in a line, at the
-    level of information. Raises CheckpointError for anything else, for what is damaged, and where weights do not fit or are not
-    finite, ConfigError for a part that cannot be used.
+    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages;
+    ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is
+    logged in a line, at the level of information. Raises CheckpointError for anything else, for what is damaged, and
+    where weights do not fit or are not finite, ConfigError for a part that cannot be used.
     """
     weights = read_weights(find_source(checkpoint), which)
     loaded = load_config(weights.config, ["evaluators=null", *overrides])

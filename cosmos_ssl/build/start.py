@@ -1,4 +1,6 @@
-"""All that a start would refuse, looked for before it: in a dry run, where a job is queued, and before ranks are started."""
+"""All that a start would refuse, looked for before it: in a dry run, where a job is queued, and before ranks are
+started.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ from cosmos_ssl.models.contract import blaming
 def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
     """Claim the run folder, index the data, and look for all else that a run needs, before it is started elsewhere.
 
-    ``fork``: the run that it goes on from, which is noted in the folder. Raises UserError where something is missing or the
-    folder is another run's, and, without ``scan``, where shards are not indexed yet.
+    ``fork``: the run that it goes on from, which is noted in the folder. Raises UserError where something is missing or
+    the folder is another run's, and, without ``scan``, where shards are not indexed yet.
     """
     claim(loaded.config.folder)
     builder = Builder(loaded)
@@ -65,7 +67,13 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
     else:
         _evaluators(builder, assembly, there)
     left = (
-        [] if indexed else ["what the data hold, which are not indexed yet" if there else "the data, which are made or found at the start"]
+        []
+        if indexed
+        else [
+            "what the data hold, which are not indexed yet"
+            if there
+            else "the data, which are made or found at the start"
+        ]
     )
     return "; ".join([*left, *_look(builder, assembly, fork, prepared=indexed)])
 
@@ -88,10 +96,15 @@ def _evaluators(builder: Builder, assembly: Assembly, there: bool) -> None:
 
 
 def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: bool) -> list[str]:
-    """Weights, teacher, and whose the run folder is; ``prepared``: the data are known. What is left to the start, since it is fetched."""
+    """Weights, teacher, and whose the run folder is; ``prepared``: the data are known.
+
+    What is left to the start, since it is fetched.
+    """
     config, dataset, places = builder.config, assembly.dataset, assembly.places()
     assert dataset is not None, "a config that was checked"
-    fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}  # no file here: the name itself
+    fetched = {
+        path: what for path, what in places.items() if what is not None and is_remote(what)
+    }  # no file here: the name itself
     with _no_copies():
         if config.model.pretrained is not None and "model.pretrained" not in fetched:
             start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)

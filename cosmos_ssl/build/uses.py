@@ -34,7 +34,10 @@ def open_model(
     overrides: Sequence[str] = (),
     trust_code: bool = False,
 ) -> tuple[ModelEncoder, str]:
-    """A model, and the name of what was read: of a run folder its newest checkpoint. A loaded model stays as it is. Raises UserError."""
+    """A model, and the name of what was read: of a run folder its newest checkpoint.
+
+    A loaded model stays as it is. Raises UserError.
+    """
     if isinstance(model, ModelEncoder):
         return model, "model"
     place = choose_device(device)
@@ -43,7 +46,10 @@ def open_model(
 
 
 def choose_device(name: str) -> str:
-    """The device of this name, of ``auto`` the GPU, or the CPU where there is none. Raises UserError for one that is not there."""
+    """The device of this name, of ``auto`` the GPU, or the CPU where there is none.
+
+    Raises UserError for one that is not there.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -74,12 +80,14 @@ def embed(
     trust_code: bool = False,
     progress: Callable[[int, int], None] = _no_progress,
 ) -> embedding.Report:
-    """Write unit vectors of a folder of pictures, picture files, shards, or the lines of a text file, as ``cosmos-ssl embed`` does.
+    """Write unit vectors of a folder of pictures, picture files, shards, or the lines of a text file, as ``cosmos-ssl
+    embed`` does.
 
-    ``model`` is what ``evaluate`` takes; ``output`` ends in ``.parquet``, or in ``.npy`` (with its ``.keys.txt`` and ``.meta.json``).
-    ``what`` is ``image``, ``text`` or ``both`` (None: ``text`` of a text file, else ``image``), ``texts`` the captions of shards:
-    ``txt``, or a field of the JSON. The same call again continues what was interrupted. Raises UserError for what cannot be used, and
-    where ``output`` holds other embeddings (unless ``overwrite``); StorageError.
+    ``model`` is what ``evaluate`` takes; ``output`` ends in ``.parquet``, or in ``.npy`` (with its ``.keys.txt`` and
+    ``.meta.json``). ``what`` is ``image``, ``text`` or ``both`` (None: ``text`` of a text file, else ``image``),
+    ``texts`` the captions of shards: ``txt``, or a field of the JSON. The same call again continues what was
+    interrupted. Raises UserError for what cannot be used, and where ``output`` holds other embeddings (unless
+    ``overwrite``); StorageError.
     """
     names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
     with storage_faults("embed: storage fails"):
@@ -113,11 +121,12 @@ def attend(
     overrides: Sequence[str] = (),
     trust_code: bool = False,
 ) -> Path:
-    """Draw where words look in pictures and pictures in words, or zero-shot segmentation, as ``cosmos-ssl attend`` does; its page.
+    """Draw where words look in pictures and pictures in words, or zero-shot segmentation, as ``cosmos-ssl attend``
+    does; its page.
 
-    ``model`` is what ``evaluate`` takes; ``images`` are files; ``texts`` one for each of them, one for all, or all with all of them
-    (``all_pairs``); ``segment`` are class names, by which each place of a picture is coloured. ``output`` is a folder that gets
-    ``index.html``, ``grid.png`` and a picture of each. Raises UserError, StorageError.
+    ``model`` is what ``evaluate`` takes; ``images`` are files; ``texts`` one for each of them, one for all, or all with
+    all of them (``all_pairs``); ``segment`` are class names, by which each place of a picture is coloured. ``output``
+    is a folder that gets ``index.html``, ``grid.png`` and a picture of each. Raises UserError, StorageError.
     """
     paths = [Path(image) for image in ([images] if isinstance(images, str | Path) else images)]
     said = [texts] if isinstance(texts, str) else list(texts)
@@ -130,7 +139,8 @@ def attend(
     encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
     if pairs and not has_attention(encoder):
         raise UserError(
-            f"{checkpoint} has no cross-attention head, so no text looks at a picture in it. --segment works without one; --text does not"
+            f"{checkpoint} has no cross-attention head, so no text looks at a picture in it. --segment works "
+            "without one; --text does not"
         )
     told = [(image, said[text]) for image, text in pairs]
     return draw_page(encoder, opened, told, segment, Path(output), subtitle=f"{checkpoint}, {which}")
@@ -156,9 +166,9 @@ def export(
 ) -> Exported:
     """Write a model for another library, as ``cosmos-ssl export`` does.
 
-    ``form`` is ``openclip``, ``huggingface``, ``timm`` or ``official``, ``output`` a new or empty folder. ``which`` None is the student;
-    of the official form, all roles that are there. ``licence`` is the hub's identifier for the card, such as ``mit``. Raises UserError
-    for what the form has no place for.
+    ``form`` is ``openclip``, ``huggingface``, ``timm`` or ``official``, ``output`` a new or empty folder. ``which``
+    None is the student; of the official form, all roles that are there. ``licence`` is the hub's identifier for the
+    card, such as ``mit``. Raises UserError for what the form has no place for.
     """
     if form not in forms.FORMATS:
         raise UserError(f"--format {form}: give one of {', '.join(forms.FORMATS)}")

@@ -1,4 +1,6 @@
-"""Weights of any origin, in our form: one door that finds and verifies them, to load a model from and to start one from."""
+"""Weights of any origin, in our form: one door that finds and verifies them, to load a model from and to start one
+from.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def _found(path: Path) -> Source:
     if newest is None:
         if checkpoint_folders(path):
             raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
-        raise CheckpointError(f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model")
+        raise CheckpointError(
+            f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
+        )
     return Source(str(newest), newest)
 
 
@@ -89,7 +93,10 @@ class Weights:
             raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
 
     def assumed(self, loaded: LoadedConfig) -> str:
-        """For people: what a config of theirs, with overrides, leaves to assume. Raises CheckpointError where that would be a guess."""
+        """For people: what a config of theirs, with overrides, leaves to assume.
+
+        Raises CheckpointError where that would be a guess.
+        """
         return "" if isinstance(self.config, Path) else assume_heads(loaded.tree["model"], self.source)
 
 
@@ -99,7 +106,9 @@ def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weigh
     Their values stay in the file until they are used. Raises CheckpointError.
     """
     if source.folder is not None:
-        return Weights(source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which))
+        return Weights(
+            source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which)
+        )
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
@@ -115,20 +124,24 @@ def roles_of(source: Source) -> tuple[Role, ...]:
 def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
     """Start a model from the student of a checkpoint; says in a line what was taken over, what not, and why.
 
-    The towers must be there whole unless ``partial``, and something of one in any case; heads and losses are taken where they
-    fit. Raises CheckpointError.
+    The towers must be there whole unless ``partial``, and something of one in any case; heads and losses are taken
+    where they fit. Raises CheckpointError.
     """
     weights = read_weights(find_source(checkpoint), "student", partial=partial)
     place = f"model.pretrained: {checkpoint}"
     report = compare(model, weights.state, weights.left_out)
     left = [name for name in (*report.missing, *report.other_shapes) if _of_tower(name)]
     if left and not partial:
-        raise CheckpointError(f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits")
+        raise CheckpointError(
+            f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits"
+        )
     if not any(map(_of_tower, report.matched)):
         raise CheckpointError(f"{place} has nothing of the towers: {report}")
     others, assumed = _heads(model, weights, set(report.matched))
     if others and not partial:
-        raise CheckpointError(f"{place} has {others[0]}. Set that, or model.pretrained_partial=true to take the weights all the same")
+        raise CheckpointError(
+            f"{place} has {others[0]}. Set that, or model.pretrained_partial=true to take the weights all the same"
+        )
     weights.check_finite(model, report.matched)
     load_matched(model, weights.state, report)
     return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
@@ -139,7 +152,9 @@ def _of_tower(name: str) -> bool:
 
 
 def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:
-    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and what is assumed."""
+    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and
+    what is assumed.
+    """
     config = weights.config
     ours = isinstance(config, Path)
     if isinstance(config, Path):
@@ -150,4 +165,6 @@ def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], 
     others = {tower: heads for tower, heads in told.items() if own.get(tower, heads) != heads}
     untold = ", ".join(f"{heads} of the {tower} tower" for tower, heads in own.items() if tower not in told)
     assumed = f"heads, which it does not tell, are taken to be the model's ({untold})" if untold else ""
-    return [f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()], assumed
+    return [
+        f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()
+    ], assumed

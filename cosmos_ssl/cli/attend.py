@@ -1,4 +1,6 @@
-"""``cosmos-ssl attend``: pictures of where words look in a picture, and the picture in words; zero-shot segmentation."""
+"""``cosmos-ssl attend``: pictures of where words look in a picture, and the picture in words; zero-shot
+segmentation.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,25 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "attend",
         help="pictures of where words look in a picture, and the picture in words",
-        description="Overlays, a grid and an HTML page of what the cross-attention heads look at, and of zero-shot segmentation.",
+        description="Overlays, a grid and an HTML page of what the cross-attention heads look at, and of "
+        "zero-shot segmentation.",
     )
     add_checkpoint(parser)
     parser.add_argument("--image", nargs="+", required=True, type=Path, metavar="I", help="picture files")
     parser.add_argument(
-        "--text", action="append", default=[], metavar="T", help="a text for each picture, or one for all; repeat the flag for several"
+        "--text",
+        action="append",
+        default=[],
+        metavar="T",
+        help="a text for each picture, or one for all; repeat the flag for several",
     )
     parser.add_argument("--all-pairs", action="store_true", help="every picture with every text")
-    parser.add_argument("--segment", metavar="A,B,...", help="class names: colour each place by the one that it is nearest to")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where index.html, grid.png and the overlays go")
+    parser.add_argument(
+        "--segment", metavar="A,B,...", help="class names: colour each place by the one that it is nearest to"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="where index.html, grid.png and the overlays go"
+    )
     parser.set_defaults(run=_attend)
 
 

@@ -11,16 +11,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add these flags, and overrides anywhere on the command line."""
     kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
     parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
-    parser.add_argument("--which", choices=("student", "teacher"), default="student", help="whose weights (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ... (default: %(default)s)")
+    parser.add_argument(
+        "--which", choices=("student", "teacher"), default="student", help="whose weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ... (default: %(default)s)"
+    )
     add_trust_code(parser)
-    parser.epilog = "key.sub=value arguments override the checkpoint's config, such as model.text.heads=4, and may stand anywhere."
+    parser.epilog = (
+        "key.sub=value arguments override the checkpoint's config, such as model.text.heads=4, and may stand anywhere."
+    )
     parser.set_defaults(overrides=[])
 
 
 def add_trust_code(parser: argparse.ArgumentParser) -> None:
     """The flag of all commands that build a model from a run's own config."""
-    words = "also import the code that the run's config names as python:MODULE.CLASS; without it parts of installed packages alone are used"
+    words = (
+        "also import the code that the run's config names as python:MODULE.CLASS; without it parts of "
+        "installed packages alone are used"
+    )
     parser.add_argument("--trust-code", action="store_true", help=words)
 
 

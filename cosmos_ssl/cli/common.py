@@ -62,13 +62,17 @@ def _stdout_is_closed() -> bool:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse arguments; ``key.sub=value`` may stand anywhere for commands that set ``overrides``, ``--debug`` for all."""
+    """Parse arguments; ``key.sub=value`` may stand anywhere for commands that set ``overrides``, ``--debug`` for
+    all.
+    """
     parser.add_argument(DEBUG, action="store_true", help="show tracebacks of errors")
     words = [text for text in argv if text != DEBUG]
     chain = _called(parser, words)
     if chain[-1].get_default("overrides") is None:
         return parser.parse_args(words)
-    takes_value = {name for inner in chain for action in inner._actions if action.nargs != 0 for name in action.option_strings}
+    takes_value = {
+        name for inner in chain for action in inner._actions if action.nargs != 0 for name in action.option_strings
+    }
     plain: list[str] = []
     overrides: list[str] = []
     for text in words:
@@ -95,7 +99,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join(
-        (indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() + "\n" for row in rows
+        (indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() + "\n"
+        for row in rows
     )
 
 

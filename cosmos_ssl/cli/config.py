@@ -92,7 +92,8 @@ _LABEL = re.compile(r"\w+: ")
 def _purpose(path: Path) -> str:
     """The first sentence of the comment that a config begins with."""
     lines = (
-        line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        line.lstrip("# ").rstrip()
+        for line in takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     )
     first = next(lines, "")
     text = " ".join([first, *takewhile(lambda line: line and not _LABEL.match(line), lines)])
@@ -106,7 +107,9 @@ def _copy(arguments: argparse.Namespace) -> int:
     configs = packaged_configs()
     name = arguments.name.removesuffix(".yaml")
     if name not in configs:
-        raise UserError(f"no config '{name}' comes with cosmos-ssl.{did_you_mean(name, list(configs))} See: cosmos-ssl config list")
+        raise UserError(
+            f"no config '{name}' comes with cosmos-ssl.{did_you_mean(name, list(configs))} See: cosmos-ssl config list"
+        )
     target: Path = arguments.destination or Path()
     if target.is_dir():
         target /= configs[name].name

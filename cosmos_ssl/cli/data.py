@@ -1,4 +1,6 @@
-"""``cosmos-ssl data``: index and check shards or a folder of pictures, write the procedural scenes; the rest in files beside this."""
+"""``cosmos-ssl data``: index and check shards or a folder of pictures, write the procedural scenes; the rest in files
+beside this.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ def add_parser(subparsers: Any) -> None:
 
     index = commands.add_parser("index", help="scan shards or a folder once, so that runs start at once")
     index.add_argument("urls", nargs="+", metavar="URLS", help=_URLS)
-    index.add_argument("--cache-dir", metavar="DIR", help="where the manifest goes (default: beside the data, or the user's cache folder)")
-    index.add_argument("--hash", action="store_true", help="hash every byte, not some of each file: no change goes unseen from then on")
+    index.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where the manifest goes (default: beside the data, or the user's cache folder)",
+    )
+    index.add_argument(
+        "--hash", action="store_true", help="hash every byte, not some of each file: no change goes unseen from then on"
+    )
     add_json(index)
     index.set_defaults(run=_index)
 
@@ -40,16 +48,29 @@ def add_parser(subparsers: Any) -> None:
         help="captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt"
         " (default: those that 'data prepare' noted beside the shards)",
     )
-    check.add_argument("--fix", action="store_true", help="write shards without the faults into a folder beside, NAME-fixed")
+    check.add_argument(
+        "--fix", action="store_true", help="write shards without the faults into a folder beside, NAME-fixed"
+    )
     check.add_argument("--output", type=Path, metavar="DIR", help="another folder for --fix")
     check.add_argument("--continue", dest="resume", action="store_true", help="go on with an interrupted --fix")
-    check.add_argument("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are faults (default: %(default)s)")
+    check.add_argument(
+        "--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are faults (default: %(default)s)"
+    )
     add_json(check)
     check.set_defaults(run=_check)
 
     scenes = commands.add_parser("scenes", help="write the procedural default data set")
-    scenes.add_argument("--output", type=Path, metavar="DIR", help="where the shards go (default: the user's cache folder)")
-    numbers = {"train-samples": 4096, "validation-samples": 512, "image-size": 64, "colours": 8, "seed": 0, "shard-samples": 1024}
+    scenes.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the shards go (default: the user's cache folder)"
+    )
+    numbers = {
+        "train-samples": 4096,
+        "validation-samples": 512,
+        "image-size": 64,
+        "colours": 8,
+        "seed": 0,
+        "shard-samples": 1024,
+    }
     for name, default in numbers.items():
         scenes.add_argument(f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)")
     scenes.set_defaults(run=_scenes)
@@ -96,7 +117,10 @@ def _index_folder(folder: Path, arguments: argparse.Namespace) -> int:
     for line in folder_notices(index):
         print(line)
     if arguments.json:
-        classes = [{"name": name, "samples": size} for name, size in zip(index.classes, index.class_sizes().tolist(), strict=True)]
+        classes = [
+            {"name": name, "samples": size}
+            for name, size in zip(index.classes, index.class_sizes().tolist(), strict=True)
+        ]
         write_json(arguments.json, {"samples": len(index), "by_class": classes})
     return EXIT_DONE
 
@@ -109,7 +133,9 @@ def _check(arguments: argparse.Namespace) -> int:
     folder = picture_folder(arguments.urls)
     noun = "shard" if folder is None else "folder"
     if folder is not None and arguments.fix:
-        raise UserError("--fix: shards can be fixed; a folder of pictures can be made into shards by 'data prepare captions'")
+        raise UserError(
+            "--fix: shards can be fixed; a folder of pictures can be made into shards by 'data prepare captions'"
+        )
     captions = arguments.captions or (default_schema(arguments.urls) if folder is None else None)
     with storage(), progress("shards checked" if folder is None else "parts checked") as told:
         options: dict[str, Any] = {"captions": captions, "max_pixels": arguments.max_pixels, "progress": told}
@@ -120,7 +146,9 @@ def _check(arguments: argparse.Namespace) -> int:
     rows = [(r.name, reason, f"{count:,}", r.examples[reason]) for r in reports for reason, count in r.faults.items()]
     if rows:
         print(table([(noun.upper(), "REASON", "COUNT", "FIRST"), *rows]), end="")
-        print(f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items()))
+        print(
+            f"{sum(totals.values()):,} faults: " + ", ".join(f"{reason} {count:,}" for reason, count in totals.items())
+        )
     else:
         print("no faults")
     notes = _totals(report.notes for report in reports)

@@ -26,21 +26,38 @@ def add_parser(commands: Any) -> None:
     stats = commands.add_parser("stats", help="samples, image sizes, sentences and tokens of captions")
     stats.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
     stats.add_argument(
-        "--captions", metavar="SCHEMA", help="dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)"
+        "--captions",
+        metavar="SCHEMA",
+        help="dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)",
     )
     stats.add_argument(
-        "--samples", type=int, default=20_000, metavar="N", help="evenly spread samples to look at, 0: all (default: %(default)s)"
+        "--samples",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="evenly spread samples to look at, 0: all (default: %(default)s)",
     )
-    stats.add_argument("--tokenizer", default="clip", metavar="NAME", help="a tokenizer that takes context_length (default: %(default)s)")
-    stats.add_argument("--context-length", type=int, default=77, metavar="N", help="where the model cuts texts (default: %(default)s)")
+    stats.add_argument(
+        "--tokenizer",
+        default="clip",
+        metavar="NAME",
+        help="a tokenizer that takes context_length (default: %(default)s)",
+    )
+    stats.add_argument(
+        "--context-length", type=int, default=77, metavar="N", help="where the model cuts texts (default: %(default)s)"
+    )
     add_json(stats)
     stats.set_defaults(run=_stats)
 
     show = commands.add_parser("show", help="pictures and a page of the views that a config draws of samples")
     show.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
-    show.add_argument("--config", required=True, metavar="CONFIG", help="a file, or the name of a config that comes with cosmos-ssl")
+    show.add_argument(
+        "--config", required=True, metavar="CONFIG", help="a file, or the name of a config that comes with cosmos-ssl"
+    )
     show.add_argument("--output", type=Path, required=True, metavar="DIR", help="where index.html and the PNG files go")
-    show.add_argument("--samples", type=int, default=8, metavar="N", help="evenly spread samples (default: %(default)s)")
+    show.add_argument(
+        "--samples", type=int, default=8, metavar="N", help="evenly spread samples (default: %(default)s)"
+    )
     show.add_argument("--seed", type=int, metavar="N", help="of the views (default: the config's training.seed)")
     show.epilog = "key.sub=value arguments override single values of the config."
     show.set_defaults(run=_show, overrides=[])
@@ -54,13 +71,23 @@ def _stats(arguments: argparse.Namespace) -> int:
     schema = arguments.captions or default_schema(arguments.urls) or "all"
     tokenizer = _tokenizer(arguments.tokenizer)
     with storage(), progress("samples looked at") as told:
-        stats = collect_stats(arguments.urls, captions=schema, tokenizer=tokenizer, samples=arguments.samples, progress=told)
+        stats = collect_stats(
+            arguments.urls, captions=schema, tokenizer=tokenizer, samples=arguments.samples, progress=told
+        )
     found = stats.as_json(arguments.context_length)
-    print(f"{stats.shards:,} shards, {stats.samples:,} samples, {stats.bytes:,} bytes; looked at {stats.looked_at:,}, captions: {schema}")
+    print(
+        f"{stats.shards:,} shards, {stats.samples:,} samples, {stats.bytes:,} bytes; looked at "
+        f"{stats.looked_at:,}, captions: {schema}"
+    )
     if stats.unusable:
-        print("could not be used: " + ", ".join(f"{reason} {count:,}" for reason, count in stats.unusable.most_common()))
+        print(
+            "could not be used: " + ", ".join(f"{reason} {count:,}" for reason, count in stats.unusable.most_common())
+        )
     rows: list[tuple[str, ...]] = [("", "MEAN", "LEAST", "5 %", "HALF", "95 %", "MOST")]
-    rows += [_row(name, found[key]) for name, key in (("width, px", "width"), ("height, px", "height"), ("image, bytes", "image_bytes"))]
+    rows += [
+        _row(name, found[key])
+        for name, key in (("width, px", "width"), ("height, px", "height"), ("image, bytes", "image_bytes"))
+    ]
     rows.append(_row("sentences a sample", found["sentences"]))
     for name, values in found["fields"].items():
         rows.append(_row(f"{name}: sentences", values["sentences"]))
@@ -73,9 +100,14 @@ def _stats(arguments: argparse.Namespace) -> int:
     if schema == "all":
         taken, left = (", ".join(found[key]) or "none" for key in ("fields", "left_out"))
         print(f"captions are taken from: {taken}; not from (bookkeeping, addresses, hashes): {left}")
-    cut = [(name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}") for name, v in found["fields"].items()]
+    cut = [
+        (name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}")
+        for name, v in found["fields"].items()
+    ]
     if cut:
-        print(table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end="")
+        print(
+            table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end=""
+        )
     if arguments.json:
         write_json(arguments.json, {"captions": schema, "context_length": arguments.context_length, **found})
     return EXIT_DONE
@@ -120,7 +152,9 @@ def _show(arguments: argparse.Namespace) -> int:
         skipped: list[str] = []
         for index in _spread(len(shards), arguments.samples):
             try:
-                looks.append(look(shards.read(index).on(spec.background), augmenters, spec.image, seed=seed, position=index))
+                looks.append(
+                    look(shards.read(index).on(spec.background), augmenters, spec.image, seed=seed, position=index)
+                )
             except BadSample as error:
                 skipped.append(f"sample {index}: {error}")
         if not looks:
@@ -149,7 +183,11 @@ def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, str]
         if own is None or own == wanted:
             raise
     shards = Shards(urls, caption_schema=own, manifest=shards.manifest)
-    return shards, own, f"no captions by the config's schema '{wanted}'; shown by '{own}'. Train with data.caption_schema={own}"
+    return (
+        shards,
+        own,
+        f"no captions by the config's schema '{wanted}'; shown by '{own}'. Train with data.caption_schema={own}",
+    )
 
 
 def _spread(total: int, count: int) -> list[int]:

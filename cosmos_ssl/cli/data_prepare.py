@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,30 +44,66 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
         "--images",
         nargs="+",
         metavar="IMAGES",
-        help="a folder of images, named by paths below it; or shards (or a folder of them) with a 'url' in each JSON, named by URLs",
+        help="a folder of images, named by paths below it; or shards (or a folder of them) with a 'url' in each "
+        "JSON, named by URLs",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="where the shards go")
     add("--image-column", metavar="NAME", help="the column of image paths (default: found by its name)")
     add("--url-column", metavar="NAME", help="the column of URLs (default: found by its name)")
-    add("--caption-columns", metavar="A,B", help="the columns of captions" + (" (default: the published ones)" * (schema != "captions")))
+    add(
+        "--caption-columns",
+        metavar="A,B",
+        help="the columns of captions" + (" (default: the published ones)" * (schema != "captions")),
+    )
     add(
         "--sentences",
         metavar="RULE",
         help="published: cut at newlines, </s> and every full stop; careful: not at"
-        f" those of numbers, abbreviations and initials (default: {'careful' if schema == 'captions' else 'published'})",
+        " those of numbers, abbreviations and initials (default: "
+        f"{'careful' if schema == 'captions' else 'published'})",
     )
     add("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: %(default)s)")
-    add("--name", dest="prefix", default="train", metavar="NAME", help="shards are NAME-0000.tar and so on (default: %(default)s)")
+    add(
+        "--name",
+        dest="prefix",
+        default="train",
+        metavar="NAME",
+        help="shards are NAME-0000.tar and so on (default: %(default)s)",
+    )
     add("--no-decode", action="store_true", help="do not check that pictures can be decoded")
-    add("--max-pixels", type=int, default=1 << 26, metavar="N", help="larger pictures are left out (default: %(default)s)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=1 << 26,
+        metavar="N",
+        help="larger pictures are left out (default: %(default)s)",
+    )
     add_workers(parser)
     add("--dry-run", action="store_true", help="count what matches, write nothing")
-    add("--list-missing", type=Path, metavar="FILE", help="list rows without images, images without rows and what was left out")
+    add(
+        "--list-missing",
+        type=Path,
+        metavar="FILE",
+        help="list rows without images, images without rows and what was left out",
+    )
     add("--continue", dest="resume", action="store_true", help="go on with interrupted work")
-    fetch = parser.add_argument_group("fetching images from their URLs, through img2dataset")
-    add = fetch.add_argument
-    add("--fetch", type=Path, metavar="DIR", help="download the images into shards there, in place of --images; the command again goes on")
-    add("--fetch-command", metavar="CMD", help="an img2dataset of your own (default: one is installed in the user's cache folder)")
+    _add_fetching(parser.add_argument_group("fetching images from their URLs, through img2dataset").add_argument)
+    add_json(parser)
+    parser.set_defaults(run=_run, schema=schema)
+
+
+def _add_fetching(add: Callable[..., Any]) -> None:
+    add(
+        "--fetch",
+        type=Path,
+        metavar="DIR",
+        help="download the images into shards there, in place of --images; the command again goes on",
+    )
+    add(
+        "--fetch-command",
+        metavar="CMD",
+        help="an img2dataset of your own (default: one is installed in the user's cache folder)",
+    )
     add(
         "--fetch-size",
         type=int,
@@ -77,8 +114,6 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
     add("--fetch-retries", type=int, default=2, metavar="N", help="(default: %(default)s)")
     add("--fetch-timeout", type=int, default=10, metavar="SECONDS", help="(default: %(default)s)")
     add("--fetch-threads", type=int, default=32, metavar="N", help="by process (default: %(default)s)")
-    add_json(parser)
-    parser.set_defaults(run=_run, schema=schema)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -144,7 +179,10 @@ def _report(counts: Counts, options: PrepareOptions, *, dry_run: bool) -> str:
         (f"{counts.images_repeated:,}", "images whose URL an earlier one has"),
         (f"{counts.images_without_url:,}", "images without a URL in their JSON"),
         *((f"{count:,}", f"left out: {reason} ({counts.examples[reason]})") for reason, count in counts.bad.items()),
-        *((f"{count:,}", f"samples whose {name} is a list already, taken as it is") for name, count in counts.listed.items()),
+        *(
+            (f"{count:,}", f"samples whose {name} is a list already, taken as it is")
+            for name, count in counts.listed.items()
+        ),
     ]
     lines = [row for row in left if row[0] != "0"]
     width = max((len(count) for count, _ in lines), default=0)
@@ -155,4 +193,7 @@ def _report(counts: Counts, options: PrepareOptions, *, dry_run: bool) -> str:
     digits = max(4, len(str(counts.shards - 1)))
     pattern = f"{options.output}/{options.name}-{{{0:0{digits}d}..{counts.shards - 1:0{digits}d}}}.tar"
     train = f'"data.train_data={pattern}" "data.caption_schema={options.caption_schema}"'
-    return f"{found}{counts.samples:,} samples in {counts.shards:,} shards, {counts.bytes:,} bytes\ntrain on them: {train}\n"
+    return (
+        f"{found}{counts.samples:,} samples in {counts.shards:,} shards, {counts.bytes:,} bytes\ntrain on "
+        f"them: {train}\n"
+    )

@@ -1,4 +1,6 @@
-"""``cosmos-ssl data merge`` and ``data split``: sets of shards joined in a list, and one set divided by its pictures."""
+"""``cosmos-ssl data merge`` and ``data split``: sets of shards joined in a list, and one set divided by its
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def add_parser(commands: Any) -> None:
     merge = commands.add_parser("merge", help="join sets of shards in one list file, and index it")
     merge.add_argument("urls", nargs="+", metavar="SET", help=f"one set of {URLS}")
     merge.add_argument("--repeat", type=int, nargs="+", metavar="N", help="how often each set counts (default: once)")
-    merge.add_argument("--output", type=Path, required=True, metavar="FILE.list", help="the list file, good wherever shards are named")
+    merge.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.list", help="the list file, good wherever shards are named"
+    )
     add_json(merge)
     merge.set_defaults(run=_merge)
 
@@ -32,7 +36,9 @@ def add_parser(commands: Any) -> None:
         default="content",
         help="content: samples of equal pictures stay on one side; key: a sample's key decides (default: %(default)s)",
     )
-    split.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help="of val-*.tar (default: %(default)s)")
+    split.add_argument(
+        "--samples-per-shard", type=int, default=5000, metavar="N", help="of val-*.tar (default: %(default)s)"
+    )
     add_workers(split)
     split.add_argument("--continue", dest="resume", action="store_true", help="go on with interrupted work")
     add_json(split)
@@ -43,14 +49,22 @@ def _merge(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.shards.split import merge_shards
 
     with storage():
-        merged = merge_shards([[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output)
+        merged = merge_shards(
+            [[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output
+        )
     distinct = f" ({merged.distinct_shards:,} and {merged.distinct_samples:,} without repetition)"
-    print(f"{merged.shards:,} shards, {merged.samples:,} samples{distinct if merged.shards > merged.distinct_shards else ''}")
+    print(
+        f"{merged.shards:,} shards, {merged.samples:,} "
+        f"samples{distinct if merged.shards > merged.distinct_shards else ''}"
+    )
     train, schema = f'"data.train_data={arguments.output}"', merged.common_schema
     if schema is not None:
         for url, fields in zip(arguments.urls, merged.fields, strict=True):
             print(f"captions of {url}: {', '.join(fields) or 'none found'}")
-        print("these sets hold their captions in other fields: a schema that reads some of them leaves samples of the others without any")
+        print(
+            "these sets hold their captions in other fields: a schema that reads some of them leaves samples of "
+            "the others without any"
+        )
         train += f' "data.caption_schema={schema}"'
     print(f"train on them: {train}")
     if arguments.json:
@@ -72,8 +86,14 @@ def _split(arguments: argparse.Namespace) -> int:
     )
     with storage(), stages() as progress:
         counts = split_shards(options, progress, resume=arguments.resume)
-    print(f"train: {arguments.output}/train-*.tar  ({counts['train_samples']:,} samples, {counts['train_shards']:,} shards)")
-    print(f"val:   {arguments.output}/val-*.tar  ({counts['validation_samples']:,} samples, {counts['validation_shards']:,} shards)")
+    print(
+        f"train: {arguments.output}/train-*.tar  ({counts['train_samples']:,} samples, "
+        f"{counts['train_shards']:,} shards)"
+    )
+    print(
+        f"val:   {arguments.output}/val-*.tar  ({counts['validation_samples']:,} samples, "
+        f"{counts['validation_shards']:,} shards)"
+    )
     if arguments.json:
         write_json(arguments.json, counts)
     return EXIT_DONE

@@ -17,19 +17,28 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "embed",
         help="embeddings of pictures, shards or texts, as Parquet or NumPy",
-        description="Unit vectors of a folder of pictures, picture files, webdataset shards, or a text file with one text a line. "
+        description="Unit vectors of a folder of pictures, picture files, webdataset shards, or a text file with "
+        "one text a line. "
         "The same command again continues what was interrupted.",
     )
     add_checkpoint(parser)
     data = "a folder of pictures, picture files, a .txt file, or shards (braces, *, ::)"
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help=data)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="E.parquet; or E.npy, with E.keys.txt and E.meta.json")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="E.parquet; or E.npy, with E.keys.txt and E.meta.json",
+    )
     parser.add_argument("--what", choices=("image", "text", "both"), help="(default: text for a text file, else image)")
     texts = "captions of shards: txt, or a field of the JSON (default: %(default)s)"
     parser.add_argument("--texts", default="txt", metavar="FIELD", help=texts)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)")
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that holds other embeddings")
     parser.set_defaults(run=_embed)
 

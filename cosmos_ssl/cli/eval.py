@@ -13,8 +13,10 @@ from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
 
 TASKS = {
-    "retrieval": "image-text retrieval: COCO (2017, or Karpathy's split of 2014), Flickr30k, shards, a folder with texts",
-    "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, shards with labels",
+    "retrieval": "image-text retrieval: COCO (2017, or Karpathy's split of 2014), Flickr30k, shards, a folder "
+    "with texts",
+    "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, "
+    "shards with labels",
     "knn": "nearest neighbours on frozen features, of the same data and its training split",
     "linear_probe": "logistic regression on frozen features, likewise",
     "segmentation": "zero-shot, by SCLIP's protocol: VOC, Context, COCO, Cityscapes, ADE20K, shards with mask.png",
@@ -33,33 +35,52 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="evaluate a trained or released checkpoint",
-        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given again; "
+        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is "
+        "given again; "
         "under torchrun all ranks share the work. key=value overrides reach the model's config (model.text.heads=4).",
         epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in TASKS.items()),
     )
     kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
     parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
     parser.add_argument("--task", required=True, metavar="T", help=", ".join(TASKS))
-    parser.add_argument("--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)")
+    parser.add_argument(
+        "--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)"
+    )
     parser.add_argument("--which", choices=(*ROLES, "both"), help="whose weights (default: all that are there)")
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="which known set, where the data holds several")
     parser.add_argument("--texts", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: txt)")
     parser.add_argument("--label", metavar="FIELD", help="member or key of the JSON with the class (default: cls)")
-    parser.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the labels (default: those of the data)")
     parser.add_argument(
-        "--templates", metavar="T", help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)"
+        "--class-names", metavar="FILE", help="one a line, in the order of the labels (default: those of the data)"
     )
-    parser.add_argument("--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)")
+    parser.add_argument(
+        "--templates",
+        metavar="T",
+        help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)",
+    )
+    parser.add_argument(
+        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
+    )
     parser.add_argument("-k", type=_positive, metavar="N", help="knn: neighbours (default: 20)")
-    parser.add_argument("--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training")
+    parser.add_argument(
+        "--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training"
+    )
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only so many evenly spread samples")
-    parser.add_argument("--max-train-samples", type=_positive, metavar="N", help="knn, linear_probe: likewise of the training samples")
-    parser.add_argument("--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read")
+    parser.add_argument(
+        "--max-train-samples", type=_positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
+    )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read"
+    )
     parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)")
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     precision = "of the model's arithmetic (default: auto, of a run its own where the device is fast in it, else fp32)"
-    parser.add_argument("--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision)
+    parser.add_argument(
+        "--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision
+    )
     add_trust_code(parser)
     add_json(parser)
     parser.set_defaults(run=_eval, overrides=[])
@@ -73,7 +94,10 @@ def _positive(text: str) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.task not in TASKS:
-        raise UserError(f"--task: no task named '{arguments.task}'.{did_you_mean(arguments.task, list(TASKS))} Tasks: {', '.join(TASKS)}")
+        raise UserError(
+            f"--task: no task named '{arguments.task}'.{did_you_mean(arguments.task, list(TASKS))} Tasks: "
+            f"{', '.join(TASKS)}"
+        )
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     from inspect import signature
@@ -84,7 +108,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}
     with joined_world(arguments.device), named_losses():
         with reading(shown=World().first), stages(shown=World().first) as told:
-            report = evaluate(arguments.checkpoint, **options, progress=lambda what, done, total: told(f"{what}, batches", done, total))
+            report = evaluate(
+                arguments.checkpoint,
+                **options,
+                progress=lambda what, done, total: told(f"{what}, batches", done, total),
+            )
         if World().first:
             _report(arguments, report)
     return EXIT_DONE
@@ -95,8 +123,15 @@ def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
 
     metrics, set_name = report["metrics"], report["set"]
     print(table(metric_rows(metrics)), end="")
-    print(f"{report['samples']:,} samples{f' of {set_name}' if set_name else ''}, {report['precision']} on {report['device']}")
-    row = "" if arguments.task in _ON_FEATURES else markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
+    print(
+        f"{report['samples']:,} samples{f' of {set_name}' if set_name else ''}, {report['precision']} on "
+        f"{report['device']}"
+    )
+    row = (
+        ""
+        if arguments.task in _ON_FEATURES
+        else markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
+    )
     if row and arguments.max_samples is None:
         print(f"\n{row}", end="")
     for note in notes(arguments.task, set_name):

@@ -22,11 +22,23 @@ def add_parser(subparsers: Any) -> None:
         epilog="key.sub=value arguments say what a checkpoint does not tell, such as model.text.heads=4.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="C", help="a run folder, one of its checkpoints, an official file, or an OpenCLIP model"
+        "--checkpoint",
+        required=True,
+        metavar="C",
+        help="a run folder, one of its checkpoints, an official file, or an OpenCLIP model",
     )
-    parser.add_argument("--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower")
-    parser.add_argument("--which", choices=("student", "teacher"), help="whose weights (default: student; official: both where there are)")
-    licence = "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 (default: %(default)s)"
+    parser.add_argument(
+        "--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower"
+    )
+    parser.add_argument(
+        "--which",
+        choices=("student", "teacher"),
+        help="whose weights (default: student; official: both where there are)",
+    )
+    licence = (
+        "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 "
+        "(default: %(default)s)"
+    )
     parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add_trust_code(parser)
@@ -35,14 +47,21 @@ def add_parser(subparsers: Any) -> None:
 
 def _licence(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no identifier of a licence on the hub, such as mit or cc-by-nc-4.0")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no identifier of a licence on the hub, such as mit or cc-by-nc-4.0"
+        )
     return text
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.uses import export
 
-    options = {"which": arguments.which, "licence": arguments.license, "overrides": arguments.overrides, "trust_code": arguments.trust_code}
+    options = {
+        "which": arguments.which,
+        "licence": arguments.license,
+        "overrides": arguments.overrides,
+        "trust_code": arguments.trust_code,
+    }
     with reading():
         done = export(arguments.checkpoint, arguments.format, arguments.output, **options)
     print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.format}")

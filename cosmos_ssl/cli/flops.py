@@ -14,11 +14,16 @@ from cosmos_ssl.errors import EXIT_DONE
 if TYPE_CHECKING:
     from cosmos_ssl.cost.step_cost import StepCost
 
-CONVENTION = "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
+CONVENTION = (
+    "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
+)
 NOTES = (
-    "Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run by PyTorch's counter.",
-    "Captions have the same lengths in every sample: what towers and heads cost a sample hardly depends on --samples (short texts are",
-    "padded to share calls of attention). It does in losses that compare all samples of a batch, and where masked patches are drawn.",
+    "Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run "
+    "by PyTorch's counter.",
+    "Captions have the same lengths in every sample: what towers and heads cost a sample hardly depends on "
+    "--samples (short texts are",
+    "padded to share calls of attention). It does in losses that compare all samples of a batch, and where "
+    "masked patches are drawn.",
 )
 STAGES = {
     "student": "student, forward: towers",
@@ -36,14 +41,23 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "flops",
         help="FLOPs, parameters and activation memory of a training step, side by side for several configs",
-        description="Runs one step of each config on made-up samples of its views' numbers and sizes, and counts; no data is read. "
+        description="Runs one step of each config on made-up samples of its views' numbers and sizes, and "
+        "counts; no data is read. "
         f"The rule: {CONVENTION}.",
         epilog="key.sub=value arguments override single values of all configs and may stand anywhere.",
     )
-    parser.add_argument("configs", metavar="CONFIG", nargs="+", help="files, or names of configs that come with cosmos-ssl")
-    parser.add_argument("--depth", type=_whole(0), default=2, metavar="N", help="levels of modules shown (default: %(default)s)")
-    parser.add_argument("--samples", type=_whole(1), default=2, metavar="N", help="samples of the step (default: %(default)s)")
-    parser.add_argument("--caption-tokens", type=float, default=19.5, metavar="N", help="mean length of captions (default: %(default)s)")
+    parser.add_argument(
+        "configs", metavar="CONFIG", nargs="+", help="files, or names of configs that come with cosmos-ssl"
+    )
+    parser.add_argument(
+        "--depth", type=_whole(0), default=2, metavar="N", help="levels of modules shown (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=_whole(1), default=2, metavar="N", help="samples of the step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--caption-tokens", type=float, default=19.5, metavar="N", help="mean length of captions (default: %(default)s)"
+    )
     device = "where to run: cpu, in float32 (default), or cuda, in the config's precision and attention"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     add_json(parser)
@@ -93,13 +107,16 @@ def _report(cost: StepCost, depth: int) -> dict[str, Any]:
 
 
 def _depth(name: str) -> int:
-    """Levels below a role's model: 0 for the student and the teacher, 2 for ``image.blocks`` and ``teacher.image.blocks``."""
+    """Levels below a role's model: 0 for the student and the teacher, 2 for ``image.blocks`` and
+    ``teacher.image.blocks``.
+    """
     return 0 if name in ("student", "teacher") else name.removeprefix("teacher.").count(".") + 1
 
 
 def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.Namespace) -> None:
     print(
-        f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens:g} tokens on average, on {arguments.device}."
+        f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens:g} tokens on "
+        f"average, on {arguments.device}."
     )
     print(f"Rule: {CONVENTION}.", *NOTES, sep="\n")
     _side_by_side("GFLOP", names, {text: [cost.flops[stage] / 1e9 for cost in costs] for stage, text in STAGES.items()})
@@ -107,9 +124,13 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
     _side_by_side("PARAMETERS (MILLIONS)", names, parameters)
     kept = {"activations of the student": [cost.activations / 2**20 for cost in costs]}
     _side_by_side("KEPT FOR THE BACKWARD PASS (MIB)", names, kept)
-    shown = [{module.name: module for module in cost.modules if _depth(module.name) <= arguments.depth} for cost in costs]
+    shown = [
+        {module.name: module for module in cost.modules if _depth(module.name) <= arguments.depth} for cost in costs
+    ]
     if len(costs) == 1:
-        rows = {name: [each.flops / 1e9, each.parameters / 1e6, each.activations / 2**20] for name, each in shown[0].items()}
+        rows = {
+            name: [each.flops / 1e9, each.parameters / 1e6, each.activations / 2**20] for name, each in shown[0].items()
+        }
         _table("MODULE", ["FORWARD GFLOP", "PARAMETERS (M)", "KEPT (MIB)"], rows)
     else:
         modules = {name: [each[name].flops / 1e9 if name in each else 0.0 for each in shown] for name in _merged(shown)}
@@ -117,7 +138,9 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
     for name, cost in zip(names, costs, strict=True):
         listed = [f"{operation} ({count} times)" for operation, count in cost.uncounted.items()]
         if cost.difference:
-            listed.append(f"{_number(abs(cost.difference) / 1e9)} GFLOP by which PyTorch's counter differs in the forward pass")
+            listed.append(
+                f"{_number(abs(cost.difference) / 1e9)} GFLOP by which PyTorch's counter differs in the forward pass"
+            )
         print(f"\nNot counted in {name}: {', '.join(listed) or 'nothing'}", end="")
     print()
 
@@ -139,7 +162,10 @@ def _merged(shown: Sequence[Mapping[str, Any]]) -> list[str]:
 def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
     """A column for each config, and beside all but the first their ratio to it."""
     heads = [names[0]] + [head for name in names[1:] for head in (name, "ratio")]
-    beside = {text: [values[0], *(x for each in values[1:] for x in (each, _ratio(each, values[0])))] for text, values in rows.items()}
+    beside = {
+        text: [values[0], *(x for each in values[1:] for x in (each, _ratio(each, values[0])))]
+        for text, values in rows.items()
+    }
     _table(title, heads, beside)
 
 
@@ -160,4 +186,8 @@ def _table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float |
     widths = [max(map(len, column)) for column in zip([title, *heads], *cells, strict=True)]
     print()
     for first, *others in ([title, *heads], *cells):
-        print("  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]))
+        print(
+            "  ".join(
+                [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]
+            )
+        )

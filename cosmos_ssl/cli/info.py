@@ -12,7 +12,18 @@ from cosmos_ssl import API_VERSION, __version__, registry
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.errors import EXIT_DONE
 
-_LIBRARIES = ("torch", "torchvision", "xformers", "timm", "transformers", "open_clip_torch", "lightly", "webdataset", "pydantic", "numpy")
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "xformers",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "lightly",
+    "webdataset",
+    "pydantic",
+    "numpy",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,10 +59,14 @@ def _devices() -> dict[str, str]:
 
     found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     if not torch.cuda.is_available():
-        found["cuda"] = f"none (PyTorch was built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"
+        found["cuda"] = (
+            f"none (PyTorch was built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"
+        )
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
+        found[f"cuda:{index}"] = (
+            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
+        )
     return found
 
 

@@ -18,11 +18,15 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, ConfigError, PluginError, 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its actions."""
-    parser = subparsers.add_parser("plugins", help="list the parts that are installed, show one, check all, begin a new one")
+    parser = subparsers.add_parser(
+        "plugins", help="list the parts that are installed, show one, check all, begin a new one"
+    )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("list", help="all parts, from metadata alone")
-    action.add_argument("--markdown", action="store_true", help="a table with what each part requires and offers (imports them)")
+    action.add_argument(
+        "--markdown", action="store_true", help="a table with what each part requires and offers (imports them)"
+    )
     add_json(action)
     action.set_defaults(run=_list)
 
@@ -39,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
     action = actions.add_parser("new", help="write a plugin project that works: a part, its test, pyproject.toml")
     action.add_argument("plugin", metavar="NAME", help="of the package and its folder, such as my-losses")
     action.add_argument("--kind", required=True, choices=KINDS, help="what it offers")
-    action.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where the folder is made (default: here)")
+    action.add_argument(
+        "--output", type=Path, default=Path(), metavar="DIR", help="where the folder is made (default: here)"
+    )
     action.set_defaults(run=_new)
 
 
@@ -77,7 +83,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def markdown(records: Iterable[registry.Record]) -> tuple[str, list[str]]:
-    """A table of parts with what they require and offer, where words in quotes become code, and the faults of parts left out."""
+    """A table of parts with what they require and offer, where words in quotes become code, and the faults of parts
+    left out.
+    """
     from cosmos_ssl.cli.plugins_facts import facts
 
     lines, faults = ["| part | requires | offers |", "|---|---|---|"], []
@@ -99,7 +107,9 @@ def _check(arguments: argparse.Namespace) -> int:
     for record in records:
         try:
             cls = registry.load(record)
-            registry.check_options(record, cls, {option.name: None for option in registry.options_of(cls)})  # types that a config can hold
+            registry.check_options(
+                record, cls, {option.name: None for option in registry.options_of(cls)}
+            )  # types that a config can hold
         except PluginError as error:
             broken[record] = str(error)
             print(error)
@@ -131,16 +141,31 @@ def _show(arguments: argparse.Namespace) -> int:
     if cls.__doc__:
         print("\n".join(f"  {line}".rstrip() for line in inspect.cleandoc(cls.__doc__).splitlines()))
     rows = [(option.name, option.type_name, _default(option), option.doc) for option in options]
-    print("\nOptions" + ("" if rows else ": none") + (f" (and {', '.join(reserved)}, handled by the engine)" if reserved else ""))
+    print(
+        "\nOptions"
+        + ("" if rows else ": none")
+        + (f" (and {', '.join(reserved)}, handled by the engine)" if reserved else "")
+    )
     if rows:
-        print(table([("NAME", "TYPE", "DEFAULT", "MEANING" if any(row[3] for row in rows) else ""), *rows], indent="  "), end="")
+        print(
+            table([("NAME", "TYPE", "DEFAULT", "MEANING" if any(row[3] for row in rows) else ""), *rows], indent="  "),
+            end="",
+        )
     for title, lines in (("Requires", found.requires), ("Offers", found.offers)):
-        print(f"\n{title}\n" + "".join(f"  {line}\n" for line in lines or ([] if found.unknown else ["nothing"])), end="")
+        print(
+            f"\n{title}\n" + "".join(f"  {line}\n" for line in lines or ([] if found.unknown else ["nothing"])), end=""
+        )
     if found.unknown:
         print(f"  {found.unknown}")
     if arguments.json:
         described = [
-            {"name": o.name, "type": o.type_name, "required": o.required, "default": None if o.required else o.default, "doc": o.doc}
+            {
+                "name": o.name,
+                "type": o.type_name,
+                "required": o.required,
+                "default": None if o.required else o.default,
+                "doc": o.doc,
+            }
             for o in options
         ]
         told = {"requires": list(found.requires), "offers": list(found.offers)}
@@ -165,16 +190,26 @@ def _named(text: str) -> registry.Record:
     """The part that NAME or GROUP/NAME means. Raises UserError where it means none or several."""
     group, slash, name = text.rpartition("/")
     if slash and group not in registry.GROUPS:
-        raise UserError(f"no group named '{group}'.{did_you_mean(group, list(registry.GROUPS))} Groups: {', '.join(registry.GROUPS)}")
+        raise UserError(
+            f"no group named '{group}'.{did_you_mean(group, list(registry.GROUPS))} Groups: "
+            f"{', '.join(registry.GROUPS)}"
+        )
     if slash:
         return registry.find(group, name)
     records = _installed()
     bare = name.rpartition(":")[2]
-    groups = [group for group in registry.GROUPS if any((record.group, record.name) == (group, bare) for record in records)]
+    groups = [
+        group for group in registry.GROUPS if any((record.group, record.name) == (group, bare) for record in records)
+    ]
     if not groups:
-        raise UserError(f"no part named '{name}'.{did_you_mean(name, [record.name for record in records])} See: cosmos-ssl plugins list")
+        raise UserError(
+            f"no part named '{name}'.{did_you_mean(name, [record.name for record in records])} See: cosmos-ssl "
+            "plugins list"
+        )
     if len(groups) > 1:
-        raise UserError(f"'{name}' is the name of several parts. Write {' or '.join(f'{group}/{name}' for group in groups)}")
+        raise UserError(
+            f"'{name}' is the name of several parts. Write {' or '.join(f'{group}/{name}' for group in groups)}"
+        )
     return registry.find(groups[0], name)
 
 

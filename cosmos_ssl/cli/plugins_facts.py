@@ -62,7 +62,11 @@ def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> 
 def _variants(cls: type[Any], given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of each way to build the part: where it can do without a head, so and with one."""
     options = {option.name: option for option in registry.options_of(cls)}
-    choices = {name: typing.get_args(o.type) for name, o in options.items() if o.required and typing.get_origin(o.type) is typing.Literal}
+    choices = {
+        name: typing.get_args(o.type)
+        for name, o in options.items()
+        if o.required and typing.get_origin(o.type) is typing.Literal
+    }
     given = {**{name: values[0] for name, values in choices.items()}, **given}
     if "head" not in options or "head" in given:
         yield dict(given)

@@ -19,7 +19,9 @@ from cosmos_ssl.files import storage_faults
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of plugin: its group, what the templates' part does, and how a config uses it (``$part``, ``$distribution``)."""
+    """One kind of plugin: its group, what the templates' part does, and how a config uses it (``$part``,
+    ``$distribution``).
+    """
 
     group: str
     summary: str
@@ -56,8 +58,8 @@ _OTHER_MEANINGS = ("true", "false", "null", "python", "tests", "conftest")
 def new_plugin(name: str, kind: str, output: Path) -> Path:
     """Write the project ``name`` into a new folder inside ``output``; that folder.
 
-    The distribution is called ``name``, module and part as it is with underscores, the class in CapWords. Raises UserError
-    for a name that cannot be used or is in use, and where the folder exists or cannot be written.
+    The distribution is called ``name``, module and part as it is with underscores, the class in CapWords. Raises
+    UserError for a name that cannot be used or is in use, and where the folder exists or cannot be written.
     """
     words = _words(name, KINDS[kind])
     folder = output / name
@@ -68,7 +70,10 @@ def new_plugin(name: str, kind: str, output: Path) -> Path:
         f"tests/test_{words['module']}.py": f"test_{kind}.py",
     }
     templates = resources.files("cosmos_ssl.cli") / "templates"
-    texts = {path: Template((templates / f"{template}.template").read_text("utf-8")).substitute(words) for path, template in files.items()}
+    texts = {
+        path: Template((templates / f"{template}.template").read_text("utf-8")).substitute(words)
+        for path, template in files.items()
+    }
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} exists already. Give another name, or another folder with --output")
     with storage_faults(f"{folder} cannot be written"):
@@ -87,12 +92,21 @@ def new_plugin(name: str, kind: str, output: Path) -> Path:
 def _words(name: str, kind: Kind) -> dict[str, str]:
     """What the templates' places are filled with. Raises UserError for a name that cannot be used."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
-        raise UserError(f"'{name}' is no name for a plugin: use letters, digits and single hyphens, beginning with a letter")
+        raise UserError(
+            f"'{name}' is no name for a plugin: use letters, digits and single hyphens, beginning with a letter"
+        )
     module = name.replace("-", "_").lower()
     group = registry.GROUPS[kind.group]
     cls = "".join(word.capitalize() for word in module.split("_"))
     _check_free(name, module, cls, kind)
-    words = {"distribution": name, "module": module, "part": module, "cls": cls, "group": kind.group, "noun": group.noun}
+    words = {
+        "distribution": name,
+        "module": module,
+        "part": module,
+        "cls": cls,
+        "group": kind.group,
+        "noun": group.noun,
+    }
     words |= {"title": group.noun.capitalize(), "summary": kind.summary, "bound": _bound()}
     return words | {"usage": Template(kind.usage).substitute(words)}
 
@@ -100,7 +114,11 @@ def _words(name: str, kind: Kind) -> dict[str, str]:
 def _check_free(name: str, module: str, cls: str, kind: Kind) -> None:
     """Raise UserError where the name means something already."""
     offered = [record for record in registry.records() if (record.group, record.name) == (kind.group, module)]
-    installed = [found.version for found in metadata.distributions() if registry.canonical(found.name or "") == registry.canonical(name)]
+    installed = [
+        found.version
+        for found in metadata.distributions()
+        if registry.canonical(found.name or "") == registry.canonical(name)
+    ]
     if keyword.iskeyword(module) or module in _OTHER_MEANINGS:
         reason = f"'{module}' has a meaning of its own"
     elif module in sys.stdlib_module_names:
@@ -122,7 +140,11 @@ def _names_in_templates() -> set[str]:
     """The names that the code of the templates imports or defines."""
     templates = resources.files("cosmos_ssl.cli") / "templates"
     text = "\n".join(file.read_text("utf-8") for file in templates.iterdir() if file.name.endswith(".py.template"))
-    return {name for line in re.findall(r"^(?:from .* import|class) (.*)", text, re.MULTILINE) for name in re.findall(r"\w+", line)}
+    return {
+        name
+        for line in re.findall(r"^(?:from .* import|class) (.*)", text, re.MULTILINE)
+        for name in re.findall(r"\w+", line)
+    }
 
 
 def _bound() -> str:

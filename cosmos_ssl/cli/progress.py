@@ -32,7 +32,12 @@ def stages(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
             tasks: dict[str, tuple[TaskID, _Rate]] = {}
 
@@ -71,7 +76,9 @@ class _Lines:
         if (tenth > self._tenth and total >= _FEW) or now - self._last > _LINE_SECONDS:
             self._tenth, self._last = tenth, now
             left = f", {_minutes((total - done) / rate)} left" if total > done and rate > 0 else ""
-            print(f"{done:,}{f' of {total:,}' if total else ''} {what} ({rate:,.0f}/s{left})", file=sys.stderr, flush=True)
+            print(
+                f"{done:,}{f' of {total:,}' if total else ''} {what} ({rate:,.0f}/s{left})", file=sys.stderr, flush=True
+            )
 
 
 def _minutes(seconds: float) -> str:

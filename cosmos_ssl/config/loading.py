@@ -141,7 +141,9 @@ def _home(found: re.Match[str]) -> str:
 
 
 def _unwritable(value: Any, keys: tuple[str, ...] = ()) -> Found:
-    """Keys and strings that no file of a run could hold, or no path: with a zero byte, or half a character; and depths that none has."""
+    """Keys and strings that no file of a run could hold, or no path: with a zero byte, or half a character; and depths
+    that none has.
+    """
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if inside and len(keys) > MAX_KEYS:
         return [([*keys], "nested too deeply")]
@@ -164,7 +166,10 @@ def _needless_nulls(root: Node) -> Found:
         for name, node in nodes.items():
             if node.value is None and not node.removes:
                 found.append(
-                    ([group, name], f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}")
+                    (
+                        [group, name],
+                        f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}",
+                    )
                 )
     return found
 
@@ -176,7 +181,9 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
             return Config.model_validate_json(json.dumps(tree)), []
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        nulls = [found["loc"] for found in errors if found["type"] != "extra_forbidden" and _is_null(tree, found["loc"])]
+        nulls = [
+            found["loc"] for found in errors if found["type"] != "extra_forbidden" and _is_null(tree, found["loc"])
+        ]
         if not nulls:
             return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
         for loc in nulls:
@@ -250,7 +257,12 @@ def _agreement_faults(config: Config) -> Found:
         if tower is not None and augmenter is None:
             found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
         if augmenter is not None and tower is None:
-            found.append((["augmenters", modality], f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"))
+            found.append(
+                (
+                    ["augmenters", modality],
+                    f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null",
+                )
+            )
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found

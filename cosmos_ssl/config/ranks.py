@@ -37,7 +37,9 @@ def _ranks(size: str, rank: str, needed: Sequence[str]) -> int:
     if ranks > 1:
         missing = [name for name in needed if not os.environ.get(name)]
         if missing:
-            raise UserError(f"{size} is set ({ranks}), and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. {_HOW}")
+            raise UserError(
+                f"{size} is set ({ranks}), and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. {_HOW}"
+            )
         _number("MASTER_PORT", 1, 65_535)
         _number("SLURM_LOCALID", 0)
         _number("SLURM_JOB_NUM_NODES", 1)
@@ -50,7 +52,9 @@ def _number(name: str, least: int, most: int = 10**9) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and least <= int(text[:12]) <= most):
-        raise _fault(name, f"a whole number from {least} on" if most == 10**9 else f"a whole number from {least} to {most:,}")
+        raise _fault(
+            name, f"a whole number from {least} on" if most == 10**9 else f"a whole number from {least} to {most:,}"
+        )
     return int(text)
 
 
@@ -72,5 +76,8 @@ def check_ranks(config: Config, ranks: int) -> None:
         means = f"loader.lanes: {config.lanes}" + (f", training.micro_batch_size: {micro}" if micro else "")
         listed = ", ".join(map(str, possible))
         raise ConfigError(
-            [f"training.batch_size: {config.training.batch_size} cannot be shared by {ranks} ranks ({means}). Possible: {listed}."]
+            [
+                f"training.batch_size: {config.training.batch_size} cannot be shared by {ranks} ranks ({means}). "
+                f"Possible: {listed}."
+            ]
         )

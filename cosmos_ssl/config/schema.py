@@ -25,7 +25,10 @@ def config_schema() -> tuple[dict[str, Any], list[str]]:
         holder = definitions[Config.model_fields[section[0]].annotation.__name__] if section else schema  # type: ignore[union-attr]
         holder["properties"][key] = {"$ref": f"#/$defs/part_{group}"}
     for group in NAMED_GROUPS:
-        schema["properties"][group] = {"type": "object", "additionalProperties": _or_null({"$ref": f"#/$defs/part_{group}"})}
+        schema["properties"][group] = {
+            "type": "object",
+            "additionalProperties": _or_null({"$ref": f"#/$defs/part_{group}"}),
+        }
     name_or_names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = {**name_or_names, "description": "The config, or configs, that this one changes"}
     for holder in (schema, *definitions.values()):

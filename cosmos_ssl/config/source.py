@@ -88,7 +88,10 @@ def fault(origin: str, path: str, message: str) -> str:
 def from_plain(value: Any, origin: str, path: str = "") -> Node:
     """The node of a value that was given as Python objects. Raises ConfigError for what no config can hold."""
     if isinstance(value, Mapping):
-        return Node({str(key): from_plain(item, origin, f"{path}.{key}" if path else str(key)) for key, item in value.items()}, origin)
+        return Node(
+            {str(key): from_plain(item, origin, f"{path}.{key}" if path else str(key)) for key, item in value.items()},
+            origin,
+        )
     if isinstance(value, list | tuple):
         return Node([from_plain(item, origin, f"{path}.{i}") for i, item in enumerate(value)], origin)
     if isinstance(value, type):
@@ -158,7 +161,10 @@ class _Converter:
         if isinstance(node, MappingNode):
             return Node(self._mapping(node, path), origin)
         if isinstance(node, SequenceNode):
-            items = [self.convert(item, self.origin(item.start_mark.line), f"{path}.{i}") for i, item in enumerate(node.value)]
+            items = [
+                self.convert(item, self.origin(item.start_mark.line), f"{path}.{i}")
+                for i, item in enumerate(node.value)
+            ]
             return Node(items, origin)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind not in (*_CORE, "str"):
@@ -193,11 +199,16 @@ def _scalar(kind: str, text: str) -> Scalar:
 
 
 def parse_yaml(text: str, name: str, faults: list[str]) -> Node:
-    """One YAML document as nodes; duplicate keys and the like are added to ``faults``. Raises ConfigError on broken YAML."""
+    """One YAML document as nodes; duplicate keys and the like are added to ``faults``.
+
+    Raises ConfigError on broken YAML.
+    """
     try:
         node = _Composer(text).get_single_node()
         converter = _Converter(lambda line: f"{name}:{line + 1}", faults)
-        return converter.convert(node, f"{name}:{node.start_mark.line + 1}") if node is not None else Node({}, f"{name}:1")
+        return (
+            converter.convert(node, f"{name}:{node.start_mark.line + 1}") if node is not None else Node({}, f"{name}:1")
+        )
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         words = " ".join(part for part in (error.problem, error.context) if part)
@@ -229,7 +240,9 @@ def _lines(tree: Mapping[str, Any], indent: str, path: str) -> Iterator[tuple[st
 
 
 def _flow(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
     text = text.removesuffix("\n").removesuffix("\n...")
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text  # JSON is YAML, and keeps to one line
 
@@ -267,7 +280,8 @@ def find_config(name: str | Path, beside: Path = Path()) -> Path:
         raise UserError(f"no config '{name}': it is {'a folder' if (beside / name).is_dir() else 'no regular file'}")
     hint = did_you_mean(str(name).removesuffix(".yaml"), list(packaged_configs()))
     raise UserError(
-        f"no config '{name}': there is no such file, and none of this name comes with cosmos-ssl.{hint} See: cosmos-ssl config list"
+        f"no config '{name}': there is no such file, and none of this name comes with cosmos-ssl.{hint} See: "
+        "cosmos-ssl config list"
     )
 
 
@@ -333,14 +347,18 @@ def _extended(root: Node, folder: Path, faults: list[str], seen: tuple[Path, ...
             chain = " -> ".join(file.name for file in (*seen, base.resolve()))
             raise ConfigError([fault(extends.origin, "extends", f"goes in a circle: {chain}")])
         if len(named) > MAX_FILES:
-            raise ConfigError([fault(extends.origin, "extends", f"more than {MAX_FILES} files, counted as often as they are named")])
+            raise ConfigError(
+                [fault(extends.origin, "extends", f"more than {MAX_FILES} files, counted as often as they are named")]
+            )
         parent = _read(base, faults, seen, named)
         merged = parent if merged is None else merge(merged, parent)
     return own if merged is None else merge(merged, own)
 
 
 def copy_text(path: Path) -> str:
-    """The text of a config that comes with cosmos-ssl, such that it works in any folder: ``extends`` as it is named there."""
+    """The text of a config that comes with cosmos-ssl, such that it works in any folder: ``extends`` as it is named
+    there.
+    """
     text = path.read_text(encoding="utf-8")
     root = _Composer(text).get_single_node()
     names = {file.resolve(): name for name, file in packaged_configs().items()}

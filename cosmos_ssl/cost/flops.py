@@ -1,9 +1,10 @@
-"""Counting matrix products: by fvcore in a traced forward pass, module by module, and by PyTorch's own counter in what runs.
+"""Counting matrix products: by fvcore in a traced forward pass, module by module, and by PyTorch's own counter in what
+runs.
 
 FLOPs are those of matrix products (linear maps, convolutions, einsum, attention's two), 2 for each multiply-add, masked
-and causal attention in full, as PyTorch's ``FlopCounterMode`` has it; fvcore counts a multiply-add as one, and is doubled
-here. Element-wise operations, norms, reductions, and what moves or draws numbers are left out by convention;
-an operation that is neither known as such nor counted is reported as uncounted.
+and causal attention in full, as PyTorch's ``FlopCounterMode`` has it; fvcore counts a multiply-add as one, and is
+doubled here. Element-wise operations, norms, reductions, and what moves or draws numbers are left out by convention; an
+operation that is neither known as such nor counted is reported as uncounted.
 """
 
 from __future__ import annotations
@@ -24,29 +25,32 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 Handle: TypeAlias = Callable[[list[Any], list[Any]], int]
 """Inputs and outputs of a node of a traced graph -> multiply-adds."""
 
-# Without matrix products, and not marked as point-wise or as a view by PyTorch itself. In-place forms, backward passes and the
-# ``native_`` and underscored forms of these count as named.
+# Without matrix products, and not marked as point-wise or as a view by PyTorch itself. In-place forms, backward passes
+# and the ``native_`` and underscored forms of these count as named.
 _NAMES = """
-Bool Float Implicit Int IntImplicit ScalarImplicit __and__ __contains__ __getitem__ __is__ __isnot__ __not__ __or__ _set_item
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d all amax amin aminmax any append arange argmax argmin argsort avg_pool1d
-avg_pool2d batch_norm batch_norm_impl_index batch_norm_with_update bernoulli binary_cross_entropy binary_cross_entropy_with_logits
-bincount bucketize cat celu chunk clone concat constant_pad_nd contiguous copy cosine_embedding_loss cosine_similarity
-cross_entropy_loss cudnn_batch_norm cummax cumprod cumsum diff dim dropout efficientzerotensor embedding embedding_dense empty
-empty_like empty_strided exponential eye fill flip floor_divide foreach_add foreach_mul frobenius_norm full full_like fused_dropout
-fused_rms_norm gather ger glu group_norm gumbel_softmax histc hstack huber_loss index index_add index_copy index_fill index_put
-index_put_impl index_select instance_norm is_floating_point isin isnan item kl_div kthvalue l1_loss layer_norm len lift lift_fresh
-linalg_norm linalg_vecdot linalg_vector_norm linspace list local_scalar_dense log_sigmoid log_sigmoid_forward log_softmax logcumsumexp
-logsumexp margin_ranking_loss masked_fill masked_scatter masked_select max max_pool2d max_pool2d_with_indices mean median meshgrid min
-miopen_batch_norm mkldnn_max_pool2d mse_loss multinomial nan_to_num nanmean nansum new_empty new_empty_strided new_full new_ones
-new_zeros nll_loss nll_loss2d nll_loss_forward nonzero nonzero_numpy norm normal normal_functional normalize numel one_hot ones
-ones_like outer pad pairwise_distance pin_memory pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint
-randint_like randn randn_like randperm reflection_pad2d repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg
-rms_norm roll rot90 safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice
-slice_scatter smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean storage_offset stride sum
-take take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform
-unique unique2 unique_consecutive unsafe_index unsafe_index_put unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d
-upsample_bicubic2d_aa upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var
-var_mean vstack weight_norm weight_norm_interface zero zeros zeros_like
+Bool Float Implicit Int IntImplicit ScalarImplicit __and__ __contains__ __getitem__ __is__ __isnot__ __not__ __or__
+_set_item adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d all amax amin aminmax any append arange argmax
+argmin argsort avg_pool1d avg_pool2d batch_norm batch_norm_impl_index batch_norm_with_update bernoulli
+binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize cat celu chunk clone concat constant_pad_nd
+contiguous copy cosine_embedding_loss cosine_similarity cross_entropy_loss cudnn_batch_norm cummax cumprod cumsum diff
+dim dropout efficientzerotensor embedding embedding_dense empty empty_like empty_strided exponential eye fill flip
+floor_divide foreach_add foreach_mul frobenius_norm full full_like fused_dropout fused_rms_norm gather ger glu
+group_norm gumbel_softmax histc hstack huber_loss index index_add index_copy index_fill index_put index_put_impl
+index_select instance_norm is_floating_point isin isnan item kl_div kthvalue l1_loss layer_norm len lift lift_fresh
+linalg_norm linalg_vecdot linalg_vector_norm linspace list local_scalar_dense log_sigmoid log_sigmoid_forward
+log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill masked_scatter masked_select max max_pool2d
+max_pool2d_with_indices mean median meshgrid min miopen_batch_norm mkldnn_max_pool2d mse_loss multinomial nan_to_num
+nanmean nansum new_empty new_empty_strided new_full new_ones new_zeros nll_loss nll_loss2d nll_loss_forward nonzero
+nonzero_numpy norm normal normal_functional normalize numel one_hot ones ones_like outer pad pairwise_distance
+pin_memory pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint randint_like randn randn_like
+randperm reflection_pad2d repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg rms_norm roll rot90
+safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice
+slice_scatter smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean
+storage_offset stride sum take take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss
+triu triu_indices unfold unfold_copy uniform unique unique2 unique_consecutive unsafe_index unsafe_index_put
+unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear2d
+upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var var_mean vstack weight_norm
+weight_norm_interface zero zeros zeros_like
 """
 _FREE = frozenset(_NAMES.split())
 
@@ -58,10 +62,14 @@ def is_free(operation: str) -> bool:
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
     if space != "aten":
         return space in ("prims", "c10d", "_c10d_functional", "profiler")
-    base = name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
+    base = (
+        name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
+    )
     if base in _FREE or name.strip("_") in _FREE:
         return True
-    packets = [getattr(torch.ops.aten, each) for each in {name, name.rstrip("_"), base} if hasattr(torch.ops.aten, each)]
+    packets = [
+        getattr(torch.ops.aten, each) for each in {name, name.rstrip("_"), base} if hasattr(torch.ops.aten, each)
+    ]
     forms = [getattr(packet, form) for packet in packets for form in packet.overloads()]
     return any(torch.Tag.pointwise in form.tags or form.is_view for form in forms)
 
@@ -95,10 +103,14 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     left_side, arrow, result = equation.partition("->")
     terms = left_side.split(",")
     hidden = max(len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes, strict=True))
-    dots = "".join(chr(ord("\u03b1") + place) for place in range(hidden))  # "..." stands for these, the last of them where it is shorter
+    dots = "".join(
+        chr(ord("\u03b1") + place) for place in range(hidden)
+    )  # "..." stands for these, the last of them where it is shorter
     if not arrow:
         letters = left_side.replace(",", "").replace("...", "")
-        result = "..." * ("..." in left_side) + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+        result = "..." * ("..." in left_side) + "".join(
+            sorted(letter for letter in set(letters) if letters.count(letter) == 1)
+        )
     result = result.replace("...", dots)
     sizes: dict[str, int] = {}
     for number, shape in enumerate(shapes):
@@ -129,7 +141,9 @@ def _constant(value: Any) -> Tensor | None:
 
 
 def _sequences(keys: int) -> Handle:
-    """Attention of [B, L, H, d], or of sequences laid end to end whose ends in q and k are inputs ``keys`` and ``keys + 1``."""
+    """Attention of [B, L, H, d], or of sequences laid end to end whose ends in q and k are inputs ``keys`` and ``keys +
+    1``.
+    """
 
     def handle(inputs: list[Any], outputs: list[Any]) -> int:
         q, k, v = (_shape(value) for value in inputs[:3])
@@ -139,18 +153,32 @@ def _sequences(keys: int) -> Handle:
     return handle
 
 
-def packed_products(q: Sequence[int], k: Sequence[int], v: Sequence[int], q_ends: Tensor | None, k_ends: Tensor | None) -> int:
-    """Multiply-adds of attention over [B, L, H, d], or over sequences laid end to end with ends 0, e1, e2, ...: [T, H, d]."""
-    pairs = math.prod(q[:-3]) * q[-3] * k[-3] if q_ends is None or k_ends is None else int((q_ends.diff() * k_ends.diff()).sum())
+def packed_products(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], q_ends: Tensor | None, k_ends: Tensor | None
+) -> int:
+    """Multiply-adds of attention over [B, L, H, d], or over sequences laid end to end with ends 0, e1, e2, ...: [T, H,
+    d].
+    """
+    pairs = (
+        math.prod(q[:-3]) * q[-3] * k[-3]
+        if q_ends is None or k_ends is None
+        else int((q_ends.diff() * k_ends.diff()).sum())
+    )
     return pairs * q[-2] * (q[-1] + v[-1])
 
 
 _HANDLES: dict[str, Handle] = {
     "aten::linear": _product(lambda inputs: _shape(inputs[1])[-1]),
-    **{f"aten::{name}": _product(lambda inputs: _shape(inputs[0])[-1]) for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")},
+    **{
+        f"aten::{name}": _product(lambda inputs: _shape(inputs[0])[-1])
+        for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")
+    },
     **{f"aten::{name}": _product(lambda inputs: _shape(inputs[1])[-1]) for name in ("addmm", "addmv", "baddbmm")},
     "aten::addbmm": lambda inputs, outputs: math.prod(_shape(inputs[1])) * _shape(inputs[2])[-1],
-    **{f"aten::{name}": _convolution for name in ("_convolution", "convolution", "cudnn_convolution", "mkldnn_convolution")},
+    **{
+        f"aten::{name}": _convolution
+        for name in ("_convolution", "convolution", "cudnn_convolution", "mkldnn_convolution")
+    },
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
     # what xformers' memory_efficient_attention runs
@@ -175,7 +203,8 @@ class _Run(nn.Module):
 
 @torch.no_grad()
 def trace(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> tuple[dict[str, int], Counter[str]]:
-    """FLOPs of ``run()`` by module of ``model``, whose parts it calls (``""``: all), and what is uncounted. ``run`` returns tensors.
+    """FLOPs of ``run()`` by module of ``model``, whose parts it calls (``""``: all), and what is uncounted. ``run``
+    returns tensors.
 
     A module has what runs inside its call, and what runs inside its children's.
     """
@@ -197,7 +226,11 @@ def trace(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> tuple[dict[s
         return handle(list(node.inputs()), list(node.outputs()))
 
     functions = {f"prim::PythonOp.{each.__name__}": inside for each in _subclasses(torch.autograd.Function)}
-    analysis = FlopCountAnalysis(_Run(model, run), (torch.zeros(()),)).clear_op_handles().set_op_handle(**_HANDLES, **functions)
+    analysis = (
+        FlopCountAnalysis(_Run(model, run), (torch.zeros(()),))
+        .clear_op_handles()
+        .set_op_handle(**_HANDLES, **functions)
+    )
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with _no_fast_path(), _PlainSizes():
         found = analysis.by_module()
@@ -282,7 +315,10 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         return int(sdpa_backward_flop_count(grad, q, k, v))
 
     def packed(first: int, ends: int, products: int) -> Callable[..., int]:
-        """``first``: the argument that holds q. The forward pass has two products of this size, the backward pass five."""
+        """``first``: the argument that holds q.
+
+        The forward pass has two products of this size, the backward pass five.
+        """
 
         def formula(*args: Any, **_: Any) -> int:
             q, k, v = args[first : first + 3]

@@ -1,4 +1,6 @@
-"""What a training step costs: FLOPs of its stages, parameters, and memory kept for the backward pass, module by module."""
+"""What a training step costs: FLOPs of its stages, parameters, and memory kept for the backward pass, module by
+module.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,16 @@ class ModuleCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """A step's cost. FLOPs and bytes are per sample, of float32 on the CPU; see ``cosmos_ssl.cost.flops`` for what counts."""
+    """A step's cost.
+
+    FLOPs and bytes are per sample, of float32 on the CPU; see ``cosmos_ssl.cost.flops`` for what counts.
+    """
 
     samples: int
     flops: Mapping[str, float]
-    """By stage: ``student``, ``heads``, ``losses``, ``student_backward``, ``losses_backward``, ``teacher``; and ``total``."""
+    """By stage: ``student``, ``heads``, ``losses``, ``student_backward``, ``losses_backward``, ``teacher``; and
+    ``total``.
+    """
     parameters: Mapping[str, int]
     """``trained``, ``frozen``, ``teacher``."""
     activations: float
@@ -60,17 +67,25 @@ class StepCost:
     uncounted: Mapping[str, int]
     """Operations that may hold matrix products and were not counted, by name, with how often the step ran them."""
     difference: float
-    """FLOPs that PyTorch's counter finds in the student's forward pass and losses beyond those traced: 0 where both see all."""
+    """FLOPs that PyTorch's counter finds in the student's forward pass and losses beyond those traced: 0 where both see
+    all.
+    """
 
 
 def measure_step(
-    assembly: Assembly, config: Config, *, samples: int = 2, caption_tokens: float = CAPTION_TOKENS, device: torch.device | None = None
+    assembly: Assembly,
+    config: Config,
+    *,
+    samples: int = 2,
+    caption_tokens: float = CAPTION_TOKENS,
+    device: torch.device | None = None,
 ) -> StepCost:
     """Run one step of ``assembly`` on made-up samples and count.
 
-    Forward passes are traced by fvcore, backward passes counted as they run by PyTorch's ``FlopCounterMode``. All samples
-    have captions of the same lengths, so that what towers cost a sample does not depend on ``samples``; a loss that
-    compares all with all, and masks that are drawn, do. Every sample is encoded once: accumulation would encode it again.
+    Forward passes are traced by fvcore, backward passes counted as they run by PyTorch's ``FlopCounterMode``. All
+    samples have captions of the same lengths, so that what towers cost a sample does not depend on ``samples``; a loss
+    that compares all with all, and masks that are drawn, do. Every sample is encoded once: accumulation would encode it
+    again.
 
     Raises UserError where ``caption_tokens`` cannot be.
     """
@@ -96,9 +111,13 @@ def measure_step(
         uncounted.update(unknown)
         return kept[0] if kept else None
 
-    teacher = traced("teacher", state.teacher_model if assembly.plan.teacher else None, lambda: step.teacher_features(views))
+    teacher = traced(
+        "teacher", state.teacher_model if assembly.plan.teacher else None, lambda: step.teacher_features(views)
+    )
     student = traced("encode", state.model, lambda: step.encode(views))
-    traced("losses", state.model, lambda: dict(step.losses(views, student, teacher, progress).logs))  # a trace has what its outputs need
+    traced(
+        "losses", state.model, lambda: dict(step.losses(views, student, teacher, progress).logs)
+    )  # a trace has what its outputs need
     kept, backward, forward = _run(step, views, teacher, progress, uncounted)
 
     heads = sum(count for name, count in flops["encode"].items() if name.startswith("heads.") and name.count(".") == 1)
@@ -124,7 +143,9 @@ def measure_step(
 def _run(
     step: Step, views: Views, teacher: Features | None, progress: Progress, uncounted: Counter[str]
 ) -> tuple[Counter[str], dict[str, int], int]:
-    """The step with gradients, cut between features and losses: bytes kept by module, FLOPs of the two backward passes, of forward."""
+    """The step with gradients, cut between features and losses: bytes kept by module, FLOPs of the two backward passes,
+    of forward.
+    """
     step.model.zero_grad(set_to_none=True)
     with counted() as of_forward, kept_tensors(step.model) as kept:
         student = step.encode(views)
@@ -146,7 +167,8 @@ def _run(
 
 @contextmanager
 def kept_tensors(model: nn.Module) -> Iterator[Counter[str]]:
-    """Bytes that autograd keeps for the backward pass, by module of the model with all inside it (``""``: all); each storage once.
+    """Bytes that autograd keeps for the backward pass, by module of the model with all inside it (``""``: all); each
+    storage once.
 
     Parameters and buffers, which are there anyway, are left out.
     """
@@ -172,7 +194,10 @@ def kept_tensors(model: nn.Module) -> Iterator[Counter[str]]:
     hooks = []
     for name, module in model.named_modules():
         if name:
-            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave, always_call=True)]
+            hooks += [
+                module.register_forward_pre_hook(enter(name)),
+                module.register_forward_hook(leave, always_call=True),
+            ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield found
@@ -197,10 +222,15 @@ def _parameters(state: RunState) -> dict[str, int]:
     return counts
 
 
-def _modules(state: RunState, flops: Mapping[str, Mapping[str, int]], kept: Mapping[str, int], samples: int) -> list[ModuleCost]:
+def _modules(
+    state: RunState, flops: Mapping[str, Mapping[str, int]], kept: Mapping[str, int], samples: int
+) -> list[ModuleCost]:
     """Student first, then the teacher; what takes nothing is left out."""
     found = []
-    for prefix, model, stages in (("", state.model, ("encode", "losses")), ("teacher.", state.teacher_model, ("teacher",))):
+    for prefix, model, stages in (
+        ("", state.model, ("encode", "losses")),
+        ("teacher.", state.teacher_model, ("teacher",)),
+    ):
         for name, module in model.named_modules() if model is not None else ():
             cost = ModuleCost(
                 name=prefix + name if name else "teacher" if prefix else "student",
@@ -217,7 +247,8 @@ def _modules(state: RunState, flops: Mapping[str, Mapping[str, int]], kept: Mapp
 
 
 def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION_TOKENS) -> Views:
-    """Views of the numbers and sizes that the augmenters offer: noise, and random tokens of ``caption_tokens`` on average.
+    """Views of the numbers and sizes that the augmenters offer: noise, and random tokens of ``caption_tokens`` on
+    average.
 
     Masks are drawn by the augmenter. Raises UserError for a mean length that captions cannot have.
     """
@@ -229,19 +260,27 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     text: dict[str, TextGroup] = {}
     if spec.text_views:
         assert assembly.tokenizer is not None
-        lengths = iter(_lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist())
+        lengths = iter(
+            _lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist()
+        )
         pad = assembly.tokenizer.pad_id
         for name, view in spec.text_views.items():
             own = torch.tensor([next(lengths) for _ in range(view.views)])[:, None].expand(-1, samples).contiguous()
-            tokens = torch.randint(1, spec.vocab_size - 1, (view.views, samples, spec.context_length), generator=generator)
+            tokens = torch.randint(
+                1, spec.vocab_size - 1, (view.views, samples, spec.context_length), generator=generator
+            )
             tokens[tokens == pad] = pad + 1 if pad + 1 < spec.vocab_size else pad - 1
             places = torch.arange(spec.context_length) - own[..., None] + 1
-            text[name] = TextGroup(tokens=tokens.masked_fill(places == 0, spec.vocab_size - 1).masked_fill(places > 0, pad), lengths=own)
+            text[name] = TextGroup(
+                tokens=tokens.masked_fill(places == 0, spec.vocab_size - 1).masked_fill(places > 0, pad), lengths=own
+            )
     return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 
 def _lengths(captions: int, mean: float, most: int) -> Tensor:
-    """Random lengths of one sample's captions, int64 [captions]; their mean is ``mean`` as nearly as whole numbers can."""
+    """Random lengths of one sample's captions, int64 [captions]; their mean is ``mean`` as nearly as whole
+    numbers can.
+    """
     if not SHORTEST <= mean <= most:
         raise UserError(f"--caption-tokens: {mean:g} is not between {SHORTEST} and the context length of {most}")
     spread = torch.randn(captions, generator=torch.Generator().manual_seed(1)) * SPREAD
@@ -253,7 +292,9 @@ def _lengths(captions: int, mean: float, most: int) -> Tensor:
     return lengths
 
 
-def _image_views(augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int, generator: torch.Generator) -> dict[str, ImageGroup]:
+def _image_views(
+    augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int, generator: torch.Generator
+) -> dict[str, ImageGroup]:
     if all(view.size and not view.masks for view in offers.values()):
         return {
             name: ImageGroup(
@@ -267,11 +308,14 @@ def _image_views(augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: 
     Image.fromarray(noise.numpy()).save(picture, "PNG")
     with blaming(augmenter, "augmenters.image"):
         crops: list[Mapping[str, Any]] = [
-            augmenter.crop(Sample(key=str(n), image=picture.getvalue()), np.random.default_rng(n)) for n in range(samples)
+            augmenter.crop(Sample(key=str(n), image=picture.getvalue()), np.random.default_rng(n))
+            for n in range(samples)
         ]
     groups = {}
     for name in offers:
-        pixels, params = (torch.stack([getattr(each[name], field) for each in crops], 1) for field in ("pixels", "params"))
+        pixels, params = (
+            torch.stack([getattr(each[name], field) for each in crops], 1) for field in ("pixels", "params")
+        )
         groups[name] = ImageGroup(pixels=pixels, params=params)
         if crops[0][name].masks is not None:
             groups[name] = replace(groups[name], masks=torch.stack([each[name].masks for each in crops], 1))

@@ -58,7 +58,10 @@ class BadSampleBudget:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
         name, worst = max(self.counts.items(), key=lambda item: item[1].total())
         read = self.samples + self.bad  # every bad one was replaced, perhaps by another bad one
-        return f"data: {self.bad:,} of {read:,} samples read could not be used: {reasons}; worst shard {name} with {worst.total():,}"
+        return (
+            f"data: {self.bad:,} of {read:,} samples read could not be used: {reasons}; worst shard {name} "
+            f"with {worst.total():,}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for ``state.json``."""

@@ -40,7 +40,9 @@ _ADDRESS = re.compile(
     r"|[0-9a-f]{16,128}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|sha\d+[:-].+",  # a hash
     re.IGNORECASE,
 )
-_FILE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|svg|heic|avif|tar|json|txt|csv|parquet|npy|npz|mp4)$", re.IGNORECASE)
+_FILE = re.compile(
+    r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|svg|heic|avif|tar|json|txt|csv|parquet|npy|npz|mp4)$", re.IGNORECASE
+)
 MAX_TEXT, MAX_WORD = 1 << 16, 1 << 10
 """Letters that a text, and a word in it, may have: byte pairs of a longer word take a tokenizer minutes."""
 _LONG_WORD = re.compile(rf"\w{{{MAX_WORD + 1}}}|[^\w\s]{{{MAX_WORD + 1}}}")
@@ -55,7 +57,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """One text of several sentences, as the authors' program joins them: ``. `` between, once where one brings its own full stop."""
+    """One text of several sentences, as the authors' program joins them: ``.
+
+    `` between, once where one brings its own full stop.
+    """
     joined = "".join(f"{text.rstrip()} " if _STOPPED.search(text) else f"{text}. " for text in sentences[:-1])
     return joined + "".join(sentences[-1:])
 
@@ -72,11 +77,11 @@ def as_sentences(value: Any) -> list[str]:
 def caption_schema(name: str | None) -> Schema:
     """The schema of this name.
 
-    ``dreamlip`` (seven lists), ``pixelprose`` (``original_caption`` whole, ``caption`` cut into sentences), ``txt`` (the
-    text member, one caption), ``json:KEY`` or ``json:KEY,KEY`` (lists under keys of the JSON), ``all`` (the text
-    member and every string or list of strings in the JSON that a person wrote, strings whole: what evaluators read; not what is under
-    a key of bookkeeping, such as ``url`` or ``image_id``, nor URLs, paths of files and hashes under any key), None (no captions).
-    Raises UserError for another name.
+    ``dreamlip`` (seven lists), ``pixelprose`` (``original_caption`` whole, ``caption`` cut into sentences), ``txt``
+    (the text member, one caption), ``json:KEY`` or ``json:KEY,KEY`` (lists under keys of the JSON), ``all`` (the text
+    member and every string or list of strings in the JSON that a person wrote, strings whole: what evaluators read; not
+    what is under a key of bookkeeping, such as ``url`` or ``image_id``, nor URLs, paths of files and hashes under any
+    key), None (no captions). Raises UserError for another name.
     """
     if name is None:
         return lambda table, text: {}
@@ -86,7 +91,10 @@ def caption_schema(name: str | None) -> Schema:
         return _everything
     if name == "pixelprose":
         return lambda table, text: _filled(
-            {"original_caption": _whole_or_list(table.get("original_caption")), "caption": as_sentences(table.get("caption"))}
+            {
+                "original_caption": _whole_or_list(table.get("original_caption")),
+                "caption": as_sentences(table.get("caption")),
+            }
         )
     keys = schema_fields(name)
     return lambda table, text: _filled({key: as_sentences(table.get(key)) for key in keys})
@@ -112,7 +120,9 @@ def _everything(table: Mapping[str, Any], text: str | None) -> Captions:
 
 @lru_cache(1024)
 def is_bookkeeping(key: str) -> bool:
-    """Whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes, sizes, states."""
+    """Whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes, sizes,
+    states.
+    """
     words = [word.lower() for word in _WORD.findall(key)]
     return any(_BOOKKEEPING.fullmatch("_".join(words[-count:])) for count in (1, 2))
 
@@ -183,9 +193,16 @@ def check_captions(name: str, looked_at: Iterable[tuple[str, Mapping[str, Any], 
         raise DataError(_no_captions(name, count, len(shards), sorted(keys)))
     for field, counts in pieces.items():
         average = sum(counts) / len(counts)
-        _log.warning("captions: '%s' holds strings, not lists; split at sentence ends (%.3g sentences on average).", field, average)
+        _log.warning(
+            "captions: '%s' holds strings, not lists; split at sentence ends (%.3g sentences on average).",
+            field,
+            average,
+        )
 
 
 def _no_captions(name: str, count: int, shards: int, keys: Sequence[str]) -> str:
     found = f"found: {', '.join(keys[:12])}" if keys else "no JSON and no text member found"
-    return f"data: no captions by the schema '{name}' in any of {count} samples of {shards} shards ({found}). Choose another caption_schema"
+    return (
+        f"data: no captions by the schema '{name}' in any of {count} samples of {shards} shards ({found}). "
+        "Choose another caption_schema"
+    )

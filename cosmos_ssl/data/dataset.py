@@ -77,7 +77,9 @@ class Shards(Dataset):
 
     @property
     def is_indexed(self) -> bool:
-        """False where the shards lie there and no manifest is of them as they are now, so that ``prepare`` would scan them."""
+        """False where the shards lie there and no manifest is of them as they are now, so that ``prepare`` would scan
+        them.
+        """
         return self._manifest is not None or is_indexed(self._urls, cache_dir=self._cache_dir)
 
     @property
@@ -107,7 +109,11 @@ class Shards(Dataset):
         filled = np.flatnonzero(sizes)
         chosen = filled[np.linspace(0, len(filled) - 1, min(len(filled), _LOOK_SHARDS)).astype(int)]
         starts = np.cumsum(sizes) - sizes
-        indices = [int(starts[s] + i) for s in chosen for i in np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int))]
+        indices = [
+            int(starts[s] + i)
+            for s in chosen
+            for i in np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int))
+        ]
         with ThreadPoolExecutor(16) as threads:
             for index, found in zip(indices, threads.map(self._members, indices), strict=True):
                 try:
@@ -145,7 +151,10 @@ class Shards(Dataset):
         return found
 
     def read(self, index: int) -> Sample:
-        """Sample ``index``. Raises BadSample for what cannot be parsed or is too large, OSError where storage fails, IndexError."""
+        """Sample ``index``.
+
+        Raises BadSample for what cannot be parsed or is too large, OSError where storage fails, IndexError.
+        """
         key, parts = self._members(index)
         image = next((parts[e] for e in parts if e in IMAGE_EXTENSIONS), None)
         wants_table = self._full or (self._schema_name not in (None, "txt"))
@@ -155,10 +164,16 @@ class Shards(Dataset):
             extras["cls"] = _label(parts["cls"])
         if self._full:
             extras["json"] = table
-            extras |= {name: body for name, body in parts.items() if name not in (*IMAGE_EXTENSIONS, "json", "txt", "cls")}
+            extras |= {
+                name: body for name, body in parts.items() if name not in (*IMAGE_EXTENSIONS, "json", "txt", "cls")
+            }
         captions = self._captions(table, _text(parts))
         if self._schema_name == "all":  # whatever is text: not all of it was meant to be a caption
-            captions = {name: fit for name, texts in captions.items() if (fit := [text for text in texts if not text_fault(text)])}
+            captions = {
+                name: fit
+                for name, texts in captions.items()
+                if (fit := [text for text in texts if not text_fault(text)])
+            }
         return Sample(key=key, image=image, captions=captions, extras=extras, max_pixels=self._max_pixels)
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
@@ -178,7 +193,10 @@ class Shards(Dataset):
             raise OSError(f"{shard.url} has changed since it was indexed (zeros at sample {index})")
         parts = {extension: body for _, extension, body in found}
         if len(parts) < len(found):
-            raise BadSample("repeated member", f"{found[0][0]} has more than one of {', '.join(f'.{extension}' for extension in parts)}")
+            raise BadSample(
+                "repeated member",
+                f"{found[0][0]} has more than one of {', '.join(f'.{extension}' for extension in parts)}",
+            )
         return found[0][0], parts
 
 
@@ -191,8 +209,8 @@ def open_shards(
 ) -> Shards:
     """Shards for evaluation and tools: ``len``, ``read(i)``, with every caption field and extra of a sample.
 
-    Captions by the schema ``all``: field ``txt`` from the text member, and every string or list of strings of the JSON under
-    its key. Extras: ``cls`` (int, or the string that stands there), ``json``, and the bytes of other members
+    Captions by the schema ``all``: field ``txt`` from the text member, and every string or list of strings of the JSON
+    under its key. Extras: ``cls`` (int, or the string that stands there), ``json``, and the bytes of other members
     (``mask.png``). Raises DataError as ``load_manifest`` does.
     """
     shards = Shards(urls, caption_schema=caption_schema, cache_dir=cache_dir, max_pixels=max_pixels, full=True)

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
-from cosmos_ssl.data.folder_index import EXTENSIONS, TEXT_EXTENSION, FolderIndex, check_folder, is_indexed, load_folder, shown, similar
+from cosmos_ssl.data.folder_index import (
+    EXTENSIONS,
+    TEXT_EXTENSION,
+    FolderIndex,
+    check_folder,
+    is_indexed,
+    load_folder,
+    shown,
+    similar,
+)
 from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
@@ -31,9 +40,9 @@ class Folder(Dataset):
 
     The folders directly below are the classes, whatever lies between them and their pictures; a picture's class is
     ``extras['cls']`` (its number by sorted name, or in ``classes`` where given) and ``extras['class_name']``. A folder
-    that holds pictures alone has no classes. Hidden files are left out, and a folder that several links lead to counts once.
-    With ``captions`` the text file of a picture's name (``KEY.txt``) is its caption, the field ``txt``. ``cache_dir`` holds
-    the index.
+    that holds pictures alone has no classes. Hidden files are left out, and a folder that several links lead to counts
+    once. With ``captions`` the text file of a picture's name (``KEY.txt``) is its caption, the field ``txt``.
+    ``cache_dir`` holds the index.
     """
 
     def __init__(
@@ -50,7 +59,9 @@ class Folder(Dataset):
         self._extensions = tuple(dict.fromkeys(extension.lower().removeprefix(".") for extension in extensions))
         wrong = [e for e in self._extensions if not e or "/" in e or "." in e or e == TEXT_EXTENSION]
         if wrong or not self._extensions:
-            raise ValueError(f"extensions: {f'{wrong[0]!r} is none of a picture' if wrong else 'none are given'}, such as jpg")
+            raise ValueError(
+                f"extensions: {f'{wrong[0]!r} is none of a picture' if wrong else 'none are given'}, such as jpg"
+            )
         self.captions = captions
         self._classes = classes
         self._cache_dir = cache_dir
@@ -71,7 +82,10 @@ class Folder(Dataset):
 
     @cached_property
     def _numbers(self) -> Sequence[int]:
-        """The number of each of the index's classes. Raises DataError for one (with pictures) that ``classes`` does not know."""
+        """The number of each of the index's classes.
+
+        Raises DataError for one (with pictures) that ``classes`` does not know.
+        """
         own = self.index.classes
         if self._classes is None:
             return range(len(own))
@@ -81,7 +95,10 @@ class Folder(Dataset):
         if unknown:
             more = f" and {len(unknown) - 1} more are" if len(unknown) > 1 else " is"
             hint = did_you_mean(unknown[0], self._classes)
-            raise DataError(f"data: {self.root}: the class folder '{unknown[0]}'{more} none of the {len(known)} known classes.{hint}")
+            raise DataError(
+                f"data: {self.root}: the class folder '{unknown[0]}'{more} none of the {len(known)} known "
+                f"classes.{hint}"
+            )
         return [known.get(name, -1) for name in own]
 
     @property
@@ -97,9 +114,14 @@ class Folder(Dataset):
     def prepare(self, progress: Progress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""
         if (splits := splits_of(self.root)) is not None and self._classes is None:
-            raise DataError(f"data: {self.root} holds {splits[0].name}/ and {splits[1].name}/: splits, no classes. Name one: {splits[0]}")
+            raise DataError(
+                f"data: {self.root} holds {splits[0].name}/ and {splits[1].name}/: splits, no classes. Name one: "
+                f"{splits[0]}"
+            )
         if self._index is None:
-            self._index = load_folder(self.root, extensions=self._extensions, cache_dir=self._cache_dir, progress=progress)
+            self._index = load_folder(
+                self.root, extensions=self._extensions, cache_dir=self._cache_dir, progress=progress
+            )
         for line in folder_notices(self._index):
             _log.warning(line)
         if self.captions:
@@ -113,7 +135,9 @@ class Folder(Dataset):
             name = self._path(0)[0].with_suffix(f".{TEXT_EXTENSION}")
             raise DataError(f"data: no captions beside the pictures: looked for those of {len(places)}, such as {name}")
         if self.index.notes.texts < count:
-            _log.warning("data: %s: %s pictures, only %s text files", self.root, f"{count:,}", f"{self.index.notes.texts:,}")
+            _log.warning(
+                "data: %s: %s pictures, only %s text files", self.root, f"{count:,}", f"{self.index.notes.texts:,}"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -126,17 +150,22 @@ class Folder(Dataset):
     def sources(self, index: int) -> Sequence[str]:
         """The files that picture ``index`` is read from."""
         path = self._path(index)[0]
-        return [str(path), str(path.with_suffix(f".{TEXT_EXTENSION}"))] if self.captions and self.index.notes.texts else [str(path)]
+        return (
+            [str(path), str(path.with_suffix(f".{TEXT_EXTENSION}"))]
+            if self.captions and self.index.notes.texts
+            else [str(path)]
+        )
 
     def describe(self, index: int) -> str:
         """The folder that holds picture ``index``, from the root."""
         return shown(self.index.locate(index)[0]) or self.root.name
 
     def identity(self) -> Mapping[str, Any]:
-        """Pictures, a digest over the names of files, folders and classes, and hashes of what they hold: nothing of where the root is.
+        """Pictures, a digest over the names of files, folders and classes, and hashes of what they hold: nothing of
+        where the root is.
 
-        ``content`` is of all sizes and the first bytes of some pictures, ``captions`` of captions, where these are read;
-        ``full_hash``, where ``data index --hash`` was run, is of every byte of both.
+        ``content`` is of all sizes and the first bytes of some pictures, ``captions`` of captions, where these are
+        read; ``full_hash``, where ``data index --hash`` was run, is of every byte of both.
         """
         found: dict[str, Any] = {"samples": len(self), "digest": self.index.digest}
         hashes = self.index.hashes
@@ -176,7 +205,9 @@ class Folder(Dataset):
 
 
 def splits_of(root: Path) -> tuple[Path, Path] | None:
-    """``train`` and ``val`` (or ``valid``, ``validation``, ``test``) below a folder that holds both: splits, which are no classes."""
+    """``train`` and ``val`` (or ``valid``, ``validation``, ``test``) below a folder that holds both: splits, which are
+    no classes.
+    """
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
     return (root / "train", held_out) if held_out is not None and (root / "train").is_dir() else None
 
@@ -190,13 +221,19 @@ def folder_notices(index: FolderIndex) -> list[str]:
 
     if notes.loose:
         which = some(notes.loose_examples, notes.loose)
-        lines.append(f"data: {notes.loose:,} pictures beside the {len(index.classes):,} class folders are left out ({which})")
+        lines.append(
+            f"data: {notes.loose:,} pictures beside the {len(index.classes):,} class folders are left out ({which})"
+        )
     if notes.empty:
         lines.append(
-            f"data: {notes.empty:,} of {len(index.classes):,} class folders hold no picture ({some(notes.empty_examples, notes.empty)})"
+            f"data: {notes.empty:,} of {len(index.classes):,} class folders hold no picture "
+            f"({some(notes.empty_examples, notes.empty)})"
         )
     if notes.others:
-        lines.append(f"data: {notes.others:,} files that are no pictures are left out ({some(notes.other_examples, notes.others)})")
+        lines.append(
+            f"data: {notes.others:,} files that are no pictures are left out "
+            f"({some(notes.other_examples, notes.others)})"
+        )
     return lines
 
 
@@ -207,7 +244,9 @@ def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
     folders = [local_path(name) for name in names if is_local(name) and local_path(name).is_dir()]
     folders = [folder for folder in folders if not folder_shards(folder) or _has_picture(folder)]
     if folders and len(names) > 1:
-        raise DataError(f"data: {folders[0]} is a folder: pictures are read from one folder alone, {len(names)} paths are given")
+        raise DataError(
+            f"data: {folders[0]} is a folder: pictures are read from one folder alone, {len(names)} paths are given"
+        )
     return folders[0] if folders else None
 
 

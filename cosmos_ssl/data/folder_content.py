@@ -1,7 +1,8 @@
-"""What the pictures of a folder hold: hashes that tell other pictures of the same names, and marks that tell when to hash anew.
+"""What the pictures of a folder hold: hashes that tell other pictures of the same names, and marks that tell when to
+hash anew.
 
-The sizes of all pictures are hashed, and the first bytes of some that are evenly spread, with their captions; of all, and every
-byte, where that is asked for. The mark of a picture is made of its size and times, and those of its caption.
+The sizes of all pictures are hashed, and the first bytes of some that are evenly spread, with their captions; of all,
+and every byte, where that is asked for. The mark of a picture is made of its size and times, and those of its caption.
 """
 
 from __future__ import annotations
@@ -39,14 +40,21 @@ def mark_of(found: os.stat_result) -> int:
     return (found.st_mtime_ns + found.st_ctime_ns) & (2**63 - 1)
 
 
-def look_into(root: bytes, index: FolderIndex, *, full_hash: bool, progress: Progress | None) -> tuple[dict[str, str], NDArray[np.int64]]:
-    """Hashes of what is in ``pictures`` and ``captions``, and in every byte of them (``full_pictures``, ``full_captions``) where asked for.
+def look_into(
+    root: bytes, index: FolderIndex, *, full_hash: bool, progress: Progress | None
+) -> tuple[dict[str, str], NDArray[np.int64]]:
+    """Hashes of what is in ``pictures`` and ``captions``, and in every byte of them (``full_pictures``,
+    ``full_captions``) where asked for.
 
-    Empty where there are none, or were not asked for. Then the marks of some pictures, or of all. Raises OSError where storage fails.
+    Empty where there are none, or were not asked for. Then the marks of some pictures, or of all. Raises OSError where
+    storage fails.
     """
     files, everything = _Files(root, index), range(len(index))
     marked, hashed = _spread(len(index), len(index) if full_hash else _MARKED), _spread(len(index), _HASHED)
-    total, done = sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, everything[: len(index) * full_hash])), 0
+    total, done = (
+        sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, everything[: len(index) * full_hash])),
+        0,
+    )
 
     def of_parts(function: Callable[[Sequence[int]], _T], places: Sequence[int]) -> Iterator[_T]:
         nonlocal done
@@ -56,10 +64,17 @@ def look_into(root: bytes, index: FolderIndex, *, full_hash: bool, progress: Pro
                 progress(done, total)
             yield found
 
-    wanted = {"pictures": True, "captions": files.texts, "full_pictures": full_hash, "full_captions": full_hash and files.texts}
+    wanted = {
+        "pictures": True,
+        "captions": files.texts,
+        "full_pictures": full_hash,
+        "full_captions": full_hash and files.texts,
+    }
     hashes = {name: hashlib.sha256() for name in wanted}
     with ThreadPoolExecutor(THREADS) as threads:  # files on a network file system are waited for
-        marks = list(of_parts(partial(files.marks, now=time.time_ns()), marked))  # first, so that what changes meanwhile is seen later
+        marks = list(
+            of_parts(partial(files.marks, now=time.time_ns()), marked)
+        )  # first, so that what changes meanwhile is seen later
         for sizes in of_parts(files.sizes, everything):
             hashes["pictures"].update(sizes)
         for before, places in (("", hashed), ("full_", everything[: len(index) * full_hash])):

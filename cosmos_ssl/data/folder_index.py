@@ -1,8 +1,9 @@
 """The index of a folder of pictures: which there are and of what class, as memory-mapped columns made by one scan.
 
-14 million pictures are their names, end to end, and where each ends (8 bytes), never Python objects. A cached index is one
-file, replaced as a whole. It is good as long as no folder below the root was changed, which the times of each folder tell
-(files that are added, removed or renamed change them), and no picture, which the sizes and times of some tell.
+14 million pictures are their names, end to end, and where each ends (8 bytes), never Python objects. A cached index is
+one file, replaced as a whole. It is good as long as no folder below the root was changed, which the times of each
+folder tell (files that are added, removed or renamed change them), and no picture, which the sizes and times of some
+tell.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class FolderIndex:
 
     def looked_into(self, hashes: Mapping[str, str], marks: NDArray[np.int64]) -> FolderIndex:
         """The same pictures with what ``look_into`` found."""
-        return FolderIndex({**self._head, "hashes": hashes, "written": time.time_ns()}, {**self.columns, "marks": marks})
+        return FolderIndex(
+            {**self._head, "hashes": hashes, "written": time.time_ns()}, {**self.columns, "marks": marks}
+        )
 
     def locate(self, index: int) -> tuple[bytes, bytes, int]:
         """Folder (from the root), name and class (or -1) of picture ``index``. Raises IndexError."""
@@ -104,7 +107,11 @@ class FolderIndex:
             raise IndexError(f"picture {index} of {len(self)}")
         folder = int(np.searchsorted(self.columns["picture_ends"], index, side="right"))
         name = _piece(self.columns["names"], self.columns["name_ends"], index)
-        return _piece(self.columns["folders"], self.columns["folder_ends"], folder), name, int(self.columns["classes"][folder])
+        return (
+            _piece(self.columns["folders"], self.columns["folder_ends"], folder),
+            name,
+            int(self.columns["classes"][folder]),
+        )
 
     def paths(self, places: Sequence[int]) -> list[bytes]:
         """Paths from the root of the pictures at these places."""
@@ -112,9 +119,13 @@ class FolderIndex:
         ends, names = self.columns["name_ends"], self.columns["names"]
         spans = zip(np.where(at > 0, ends[at - 1] + 1, 0).tolist(), ends[at].tolist(), strict=True)
         numbers = np.searchsorted(self.columns["picture_ends"], at, side="right").tolist()
-        folders = {number: _piece(self.columns["folders"], self.columns["folder_ends"], number) for number in set(numbers)}
+        folders = {
+            number: _piece(self.columns["folders"], self.columns["folder_ends"], number) for number in set(numbers)
+        }
         above = {number: folder and folder + b"/" for number, folder in folders.items()}
-        return [above[number] + names[start:stop].tobytes() for number, (start, stop) in zip(numbers, spans, strict=True)]
+        return [
+            above[number] + names[start:stop].tobytes() for number, (start, stop) in zip(numbers, spans, strict=True)
+        ]
 
     def folders(self) -> list[bytes]:
         """Paths of all folders from the root."""
@@ -124,7 +135,9 @@ class FolderIndex:
         """Pictures of each class, int64 [classes]."""
         sizes = np.zeros(len(self.classes), np.int64)
         has_class = self.columns["classes"] >= 0
-        np.add.at(sizes, self.columns["classes"][has_class], np.diff(self.columns["picture_ends"], prepend=0)[has_class])
+        np.add.at(
+            sizes, self.columns["classes"][has_class], np.diff(self.columns["picture_ends"], prepend=0)[has_class]
+        )
         return sizes
 
     @classmethod
@@ -185,9 +198,10 @@ def load_folder(
 ) -> FolderIndex:
     """The index of a folder: from its cache, or by a scan under a lock.
 
-    The cache lies in ``cache_dir``; by default in ``.cosmos_ssl`` beside the folder, and in the user's cache folder where that
-    is another user's or cannot be written. With ``full_hash`` every byte of the pictures is hashed, now and whenever some
-    change. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError where storage fails.
+    The cache lies in ``cache_dir``; by default in ``.cosmos_ssl`` beside the folder, and in the user's cache folder
+    where that is another user's or cannot be written. With ``full_hash`` every byte of the pictures is hashed, now and
+    whenever some change. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError
+    where storage fails.
     """
     progress = progress or alive
     began = time.time_ns()
@@ -217,11 +231,15 @@ def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir:
 def check_folder(root: Path) -> None:
     """Raise DataError unless ``root`` is a folder."""
     if not root.is_dir():
-        raise DataError(f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}")
+        raise DataError(
+            f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}"
+        )
 
 
 def similar(path: Path) -> str:
-    """For a path that does not exist: `` Did you mean 'x'?`` if its first missing part is much like something there, or an empty string."""
+    """For a path that does not exist: `` Did you mean 'x'?`` if its first missing part is much like something there, or
+    an empty string.
+    """
     path = path.absolute()
     missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
     try:
@@ -231,11 +249,15 @@ def similar(path: Path) -> str:
 
 
 def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
-    """Where an index may lie, best first. Never in the folder itself, where other programs would take it for a class."""
+    """Where an index may lie, best first.
+
+    Never in the folder itself, where other programs would take it for a class.
+    """
     root = root.resolve()
 
     def named(text: str) -> str:
-        return f"folder-{hashlib.sha256(' '.join((text, *extensions)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.bin"
+        digest = hashlib.sha256(" ".join((text, *extensions)).encode("utf-8", "surrogateescape"))
+        return f"folder-{digest.hexdigest()[:16]}.bin"
 
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / named(str(root))]
@@ -257,7 +279,9 @@ def _fresh(path: Path, root: Path, began: int, full_hash: bool = False) -> Folde
 
     def same(start: int) -> bool:
         part = slice(start, start + 1024)
-        return all(_stamp(above, folder) == stamp for folder, stamp in zip(folders[part], stamps[part].tolist(), strict=True))
+        return all(
+            _stamp(above, folder) == stamp for folder, stamp in zip(folders[part], stamps[part].tolist(), strict=True)
+        )
 
     with ThreadPoolExecutor(THREADS) as threads:
         unchanged = all(threads.map(same, range(0, len(folders), 1024)))
@@ -340,7 +364,9 @@ def _pack(packs: Sequence[NDArray[np.bytes_]]) -> tuple[bytes, int]:
 
 
 def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> Iterator[tuple[bytes, _Listing]]:
-    """Every folder below the root once, level by level; of several links to one folder the first in byte order counts."""
+    """Every folder below the root once, level by level; of several links to one folder the first in byte order
+    counts.
+    """
     above, wanted = os.fsencode(root), frozenset(os.fsencode(e.lower()) for e in extensions)
     seen = set[tuple[int, int]]()
     level, known = [b""], 1
@@ -368,13 +394,18 @@ def scan_folder(
     found = list(_walk(root, extensions, progress))
     found.sort(key=lambda item: (item[0].partition(b"/")[0], item[0]))
     (_, top), below = found[0], found[1:]
-    notes = FolderNotes(texts=sum(listing.texts for _, listing in found), others=sum(listing.others for _, listing in found))
+    notes = FolderNotes(
+        texts=sum(listing.texts for _, listing in found), others=sum(listing.others for _, listing in found)
+    )
     examples = (shown(f + b"/" * bool(f) + name) for f, listing in found for name in listing.other_examples)
     notes.other_examples = [example for _, example in zip(range(EXAMPLES), examples, strict=False)]
     classes = list[bytes]()
     if any(listing.pictures for _, listing in below):
         classes = sorted(top.folders)
-        notes.loose, notes.loose_examples = top.pictures, [shown(name) for name in top.names.split(b"\0", EXAMPLES)[:EXAMPLES] if name]
+        notes.loose, notes.loose_examples = (
+            top.pictures,
+            [shown(name) for name in top.names.split(b"\0", EXAMPLES)[:EXAMPLES] if name],
+        )
         found[0] = b"", top._replace(names=b"", pictures=0)
         filled = {folder.partition(b"/")[0] for folder, listing in below if listing.pictures}
         empty = [shown(name) for name in classes if name not in filled]

@@ -13,14 +13,17 @@ _FILES_OF_OTHERS = 128
 
 
 def check_shared_memory(needed: int, folder: Path = Path("/dev/shm")) -> None:
-    """Raise UserError where ``needed`` bytes a rank do not fit: writing beyond the end kills the writer without a word."""
+    """Raise UserError where ``needed`` bytes a rank do not fit: writing beyond the end kills the writer without a
+    word.
+    """
     if not folder.is_dir():  # not Linux
         return
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"loader: batches under way between workers and trainer take up to {_size(needed)} of {folder}, which has {_size(free)} free. "
+            f"loader: batches under way between workers and trainer take up to {_size(needed)} of {folder}, "
+            f"which has {_size(free)} free. "
             "Enlarge it (docker run --shm-size=8g), or lower loader.workers or loader.prefetch"
         )
 
@@ -41,7 +44,8 @@ def check_open_files(needed: int) -> None:
     needed += _open_files() + _FILES_OF_OTHERS
     if soft != resource.RLIM_INFINITY and needed > soft:
         raise UserError(
-            f"loader: batches under way between workers and trainer keep up to {needed:,} files open, and the limit is {soft:,}. "
+            f"loader: batches under way between workers and trainer keep up to {needed:,} files open, and the "
+            f"limit is {soft:,}. "
             "Raise it (ulimit -n), or lower loader.workers or loader.prefetch"
         )
 

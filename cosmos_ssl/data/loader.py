@@ -116,8 +116,14 @@ class Loader:
             for _ in range(start_step, stop_step):
                 try:
                     result = next(iterator)
-                except (RuntimeError, OSError, EOFError) as error:  # errors of samples come as values: this is the loader's own
-                    ending = wait([process.sentinel for process in processes], timeout=1)  # its pipes are closed before it has ended
+                except (
+                    RuntimeError,
+                    OSError,
+                    EOFError,
+                ) as error:  # errors of samples come as values: this is the loader's own
+                    ending = wait(
+                        [process.sentinel for process in processes], timeout=1
+                    )  # its pipes are closed before it has ended
                     for process in processes:
                         process.join(1 if process.sentinel in ending else 0)
                     raise lost(processes, error) from error
@@ -181,7 +187,9 @@ def _same(result: Any) -> Any:
 class _Batches(TorchDataset["LoadedBatch | Failure"]):
     """Step -> batch, or the error that prevented it."""
 
-    def __init__(self, viewer: _SampleViewer, order: Order, tokenizer: Tokenizer | None, rank: int, world: int, stop: Any) -> None:
+    def __init__(
+        self, viewer: _SampleViewer, order: Order, tokenizer: Tokenizer | None, rank: int, world: int, stop: Any
+    ) -> None:
         self.viewer, self.order, self.tokenizer = viewer, order, tokenizer
         self.rank, self.world, self.stop = rank, world, stop
 
@@ -204,7 +212,9 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
                 raise TrainingError("the loader is being closed")  # nobody waits for it
             sample, views = self.viewer.make(index, epoch, position, replaced)
             batch.add(sample, views)
-        self.viewer.at = f"collecting the batch, tokenizer{_whose(self.tokenizer)}" if self.tokenizer else "collecting the batch"
+        self.viewer.at = (
+            f"collecting the batch, tokenizer{_whose(self.tokenizer)}" if self.tokenizer else "collecting the batch"
+        )
         return LoadedBatch(step=step, views=batch.views(self.tokenizer), replaced=tuple(replaced))
 
 
@@ -212,7 +222,13 @@ class _SampleViewer:
     """One position of an epoch -> the views there."""
 
     def __init__(
-        self, dataset: Dataset, order: Order, image: Augmenter | None, text: Augmenter | None, board: Board, background: str
+        self,
+        dataset: Dataset,
+        order: Order,
+        image: Augmenter | None,
+        text: Augmenter | None,
+        board: Board,
+        background: str,
     ) -> None:
         self.dataset, self.order, self.image, self.text, self.board = dataset, order, image, text, board
         self.background = background
@@ -245,10 +261,13 @@ class _SampleViewer:
                 return sample, self._views(sample, shard, epoch, position, attempt)
             except BadSample as error:
                 key = sample.key if sample is not None else ""
-                replaced.append(Replacement(shard=shard, index=index, key=key, reason=error.reason, detail=error.detail))
+                replaced.append(
+                    Replacement(shard=shard, index=index, key=key, reason=error.reason, detail=error.detail)
+                )
         last = replaced[-1]
         raise TrainingError(
-            f"data: {MAX_ATTEMPTS} samples in a row could not be used, the last one {last.key or last.index} of {last.shard}"
+            f"data: {MAX_ATTEMPTS} samples in a row could not be used, the last one {last.key or last.index} of "
+            f"{last.shard}"
             f" ({last.reason}{': ' * bool(last.detail)}{last.detail}). 'cosmos-ssl data check' lists what is wrong"
         )
 
@@ -266,7 +285,9 @@ class _SampleViewer:
         return SampleViews(image=crops.get("image", {}), text=crops.get("text", {}))
 
     def _check_captions(self, sample: Sample, shard: str) -> None:
-        """Raise PluginError where the data set gives something else than lists of sentences, BadSample where none or no good ones."""
+        """Raise PluginError where the data set gives something else than lists of sentences, BadSample where none or no
+        good ones.
+        """
         captions = sample.captions
         if not isinstance(captions, Mapping) or not all(map(_are_sentences, captions.values())):
             whose = f"data{_whose(self.dataset)}: sample {sample.key} of {shard} has the captions {str(captions)[:80]}"
@@ -277,7 +298,11 @@ class _SampleViewer:
 
 
 def _are_sentences(texts: Any) -> bool:
-    return isinstance(texts, Sequence) and not isinstance(texts, str | bytes) and all(isinstance(text, str) for text in texts)
+    return (
+        isinstance(texts, Sequence)
+        and not isinstance(texts, str | bytes)
+        and all(isinstance(text, str) for text in texts)
+    )
 
 
 def _whose(part: Part) -> str:
@@ -297,10 +322,18 @@ def _checked(views: Any, offers: Mapping[str, ViewSpec], is_text: bool, whose: s
             wanted, shown = f"{count} strings", repr(found)[:60]
         else:
             good = isinstance(found, ImageCrops) and found.pixels.dtype == torch.uint8 and len(found.pixels) == count
-            good = good and (size is None or found.pixels.shape[-2:] == (size, size)) and offers[name].masks == (found.masks is not None)
+            good = (
+                good
+                and (size is None or found.pixels.shape[-2:] == (size, size))
+                and offers[name].masks == (found.masks is not None)
+            )
             side = "H, W" if size is None else f"{size}, {size}"
             wanted = f"ImageCrops of uint8 [{count}, 3, {side}] {'with' if offers[name].masks else 'without'} masks"
-            shown = f"{found.pixels.dtype} {list(found.pixels.shape)}" if isinstance(found, ImageCrops) else type(found).__name__
+            shown = (
+                f"{found.pixels.dtype} {list(found.pixels.shape)}"
+                if isinstance(found, ImageCrops)
+                else type(found).__name__
+            )
             shown += " with masks" * (isinstance(found, ImageCrops) and found.masks is not None)
         if not good:
             raise PluginError(f"{whose} gave '{name}' as {shown}, expected {wanted}")
@@ -332,7 +365,8 @@ class _Collector:
                     continue
                 if room[:, slot].shape != part.shape:
                     raise PluginError(
-                        f"image views '{name}' are {list(part.shape)}, those of the batch's first sample {list(room[:, 0].shape)}"
+                        f"image views '{name}' are {list(part.shape)}, those of the batch's first sample "
+                        f"{list(room[:, 0].shape)}"
                     )
                 room[:, slot] = part
         for name, texts in views.text.items():
@@ -354,7 +388,10 @@ class _Collector:
             raise PluginError(f"the data set's extras ({', '.join(extras)}) cannot be pickled: {error}") from error
         return Views(
             keys=[sample.key for sample in self.samples],
-            image={n: ImageGroup(pixels=pixels, params=params, masks=masks) for n, (pixels, params, masks) in self.image.items()},
+            image={
+                n: ImageGroup(pixels=pixels, params=params, masks=masks)
+                for n, (pixels, params, masks) in self.image.items()
+            },
             text=self._tokens(tokenizer) if self.text else {},
             extras=extras,
         )
@@ -363,7 +400,9 @@ class _Collector:
         """All texts of all groups in one call, view-major."""
         if tokenizer is None:
             raise PluginError("a text augmenter needs a tokenizer")
-        groups = {name: [text for view in zip(*texts, strict=True) for text in view] for name, texts in self.text.items()}
+        groups = {
+            name: [text for view in zip(*texts, strict=True) for text in view] for name, texts in self.text.items()
+        }
         texts = [text for texts in groups.values() for text in texts]
         tokens, lengths = _checked_tokens(tokenizer, len(texts), tokenizer(texts))
         counts = [len(texts) for texts in groups.values()]
@@ -381,12 +420,20 @@ def _checked_tokens(tokenizer: Tokenizer, count: int, given: Any) -> tuple[Tenso
         raise PluginError(f"{whose} gave {type(given).__name__}, {wanted}")
     ids, lengths = given
     integers = all(x.dtype in (torch.int64, torch.int32) and x.device.type == "cpu" for x in given)
-    if not integers or ids.dim() != 2 or len(ids) != count or not 1 <= ids.shape[1] <= most or lengths.shape != (count,):
+    if (
+        not integers
+        or ids.dim() != 2
+        or len(ids) != count
+        or not 1 <= ids.shape[1] <= most
+        or lengths.shape != (count,)
+    ):
         shown = " and ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given)
         raise PluginError(f"{whose} gave {shown}, {wanted}")
     for what, values, low, high in (("ids", ids, 0, tokenizer.vocab_size - 1), ("lengths", lengths, 1, ids.shape[1])):
         if count and not low <= int(values.min()) <= int(values.max()) <= high:
-            raise PluginError(f"{whose} gave {what} from {int(values.min())} to {int(values.max())}, expected {low} to {high}")
+            raise PluginError(
+                f"{whose} gave {what} from {int(values.min())} to {int(values.max())}, expected {low} to {high}"
+            )
     return ids, lengths
 
 

@@ -1,8 +1,8 @@
 """The manifest: where every sample of a list of shards lies, as memory-mapped columns made by one scan.
 
-27 million samples are two columns (8 + 4 bytes each), never Python objects. A cached manifest is one
-file, replaced as a whole; shards whose size or times changed are scanned again, the others are kept. A scan also hashes
-some of what each shard holds: other pictures under the same names and sizes are another data set, copied files the same.
+27 million samples are two columns (8 + 4 bytes each), never Python objects. A cached manifest is one file, replaced as
+a whole; shards whose size or times changed are scanned again, the others are kept. A scan also hashes some of what each
+shard holds: other pictures under the same names and sizes are another data set, copied files the same.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Shard:
 class Manifest:
     """The columns of a list of shards. Pickled copies map the file again."""
 
-    def __init__(self, shards: Sequence[Shard], offsets: NDArray[np.int64], lengths: NDArray[np.uint32], path: Path | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], offsets: NDArray[np.int64], lengths: NDArray[np.uint32], path: Path | None = None
+    ) -> None:
         self.shards = tuple(shards)
         self.path = path
         self.sizes: NDArray[np.int64] = np.array([shard.samples for shard in shards], np.int64)
@@ -139,14 +141,18 @@ def _reopened(path: Path, urls: Sequence[str]) -> Manifest:
 
 
 def load_manifest(
-    urls: str | Sequence[str], *, cache_dir: str | Path | None = None, full_hash: bool = False, progress: Progress | None = None
+    urls: str | Sequence[str],
+    *,
+    cache_dir: str | Path | None = None,
+    full_hash: bool = False,
+    progress: Progress | None = None,
 ) -> Manifest:
     """The manifest of these shards: from its cache, or by a scan of what is new or changed, under a lock.
 
     The cache lies in ``cache_dir``; by default beside the first shard, and in the user's cache folder where that is
-    another user's or cannot be written. With ``full_hash`` every byte of each shard is hashed, now and whenever it changes.
-    Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample at all, OSError where
-    storage fails.
+    another user's or cannot be written. With ``full_hash`` every byte of each shard is hashed, now and whenever it
+    changes. Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample at all,
+    OSError where storage fails.
     """
     progress = progress or alive
     names = expand(urls)
@@ -181,7 +187,10 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
 
 
 def check_shards(urls: str | Sequence[str]) -> None:
-    """Raise DataError unless all local shards, and of those on other storage the first, are there. Raises OSError where storage fails."""
+    """Raise DataError unless all local shards, and of those on other storage the first, are there.
+
+    Raises OSError where storage fails.
+    """
     names = expand(urls)
     remote = [url for url in names if not is_local(url)]
     stat_all([url for url in names if is_local(url)] + remote[:1])
@@ -235,8 +244,12 @@ def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bo
     return manifest if same and all(shard.full_hash or not full_hash for shard in manifest.shards) else None
 
 
-def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: Progress | None) -> Manifest:
-    """Scan every shard that the manifest at ``path`` does not know as it is now; hash it whole if that was ever asked for."""
+def _scan_all(
+    urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: Progress | None
+) -> Manifest:
+    """Scan every shard that the manifest at ``path`` does not know as it is now; hash it whole if that was ever asked
+    for.
+    """
     try:
         known: Manifest | None = Manifest.open(path, urls) if path is not None else None
     except (OSError, ValueError):
@@ -268,8 +281,13 @@ def _scan_all(urls: Sequence[str], stats: Sequence[Stat], path: Path | None, ful
             if progress is not None:
                 progress(done, total)
     order = range(len(urls))
-    shards = [Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, "")) for i in order]
-    return Manifest(shards, np.concatenate([found[i].offsets for i in order]), np.concatenate([found[i].lengths for i in order]))
+    shards = [
+        Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, ""))
+        for i in order
+    ]
+    return Manifest(
+        shards, np.concatenate([found[i].offsets for i in order]), np.concatenate([found[i].lengths for i in order])
+    )
 
 
 def _full_hash(url: str, found: Stat) -> str:
@@ -280,8 +298,13 @@ def _full_hash(url: str, found: Stat) -> str:
 
 
 def _cut_words(cut: Sequence[tuple[str, str]], total: int) -> str:
-    shown = ", ".join(f"{shard_name(url)}: {fault}" for url, fault in cut[:EXAMPLES]) + (", ..." if len(cut) > EXAMPLES else "")
-    return f"data: {len(cut)} of {total} shards are cut short or damaged ({shown}). Fetch them again; 'cosmos-ssl data check' lists all"
+    shown = ", ".join(f"{shard_name(url)}: {fault}" for url, fault in cut[:EXAMPLES]) + (
+        ", ..." if len(cut) > EXAMPLES else ""
+    )
+    return (
+        f"data: {len(cut)} of {total} shards are cut short or damaged ({shown}). Fetch them again; "
+        "'cosmos-ssl data check' lists all"
+    )
 
 
 def _checked(manifest: Manifest) -> Manifest:
@@ -292,11 +315,14 @@ def _checked(manifest: Manifest) -> Manifest:
         names = ", ".join(shard.name for shard in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
         raise DataError(f"data: no samples: all {len(empty)} shards {what} ({names})")
     told = told_sizes([s.url for s in manifest.shards])
-    wrong = [(s, told[s.url]) for s in manifest.shards if s.url in told and told[s.url] not in (s.samples, s.notes.keys)]
+    wrong = [
+        (s, told[s.url]) for s in manifest.shards if s.url in told and told[s.url] not in (s.samples, s.notes.keys)
+    ]
     if wrong:
         shard, count = wrong[0]
         raise DataError(
-            f"data: {shard.name} holds {shard.samples:,} samples, its sizes.json says {count:,} ({len(wrong)} of {len(manifest.shards)}"
+            f"data: {shard.name} holds {shard.samples:,} samples, its sizes.json says {count:,} ({len(wrong)} of "
+            f"{len(manifest.shards)}"
             " shards differ). Fetch these shards again, or correct or delete sizes.json"
         )
     return manifest
@@ -339,19 +365,22 @@ def notices(manifest: Manifest) -> list[str]:
     if imageless:
         shard = max(manifest.shards, key=lambda s: s.notes.imageless)
         lines.append(
-            f"data: {imageless:,} keys have no image and are left out ({shard.name}: {', '.join(shard.notes.imageless_examples)})."
+            f"data: {imageless:,} keys have no image and are left out ({shard.name}: "
+            f"{', '.join(shard.notes.imageless_examples)})."
             " Members of a sample stand side by side and share their name up to the first dot"
         )
     repeated = sum(s.notes.repeated for s in manifest.shards)
     if repeated:
         shard = max(manifest.shards, key=lambda s: s.notes.repeated)
         lines.append(
-            f"data: {repeated:,} members have the name of an earlier one ({shard.name}: {', '.join(shard.notes.repeated_examples)})"
+            f"data: {repeated:,} members have the name of an earlier one ({shard.name}: "
+            f"{', '.join(shard.notes.repeated_examples)})"
         )
     unmarked = [s.name for s in manifest.shards if s.stamp.startswith(UNMARKED)]
     if unmarked:
         lines.append(
-            f"data: {len(unmarked):,} of {len(manifest.shards):,} shards come without ETag and time of change, so that each run indexes and"
+            f"data: {len(unmarked):,} of {len(manifest.shards):,} shards come without ETag and time of change, "
+            "so that each run indexes and"
             f" fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
         )
     if bare:

@@ -1,4 +1,5 @@
-"""The order of samples: a pure function (seed, epoch, position) -> sample, the same for any number of ranks and workers.
+"""The order of samples: a pure function (seed, epoch, position) -> sample, the same for any number of ranks and
+workers.
 
 Shards are shuffled and laid end to end, the tail is dropped, the sequence is cut into equal lanes and each lane is
 shuffled within windows; every batch takes the same number of samples from each lane. All permutations sort
@@ -68,13 +69,15 @@ class Order:
         self.steps_per_epoch = self.samples // batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). Give more or a smaller batch"
+                f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). "
+                "Give more or a smaller batch"
             )
         divisors = [n for n in range(1, min(batch_size, MAX_LANES) + 1) if batch_size % n == 0]
         self.lanes = lanes or divisors[-1]
         if batch_size % self.lanes:
             raise UserError(
-                f"loader.lanes: {lanes} does not divide training.batch_size: {batch_size}. Possible: {', '.join(map(str, divisors))}"
+                f"loader.lanes: {lanes} does not divide training.batch_size: {batch_size}. Possible: "
+                f"{', '.join(map(str, divisors))}"
             )
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         self._per_batch = batch_size // self.lanes
@@ -84,7 +87,9 @@ class Order:
         self._small = self.samples <= shuffle_samples
         # caches of the instance: a method's lru_cache would keep every instance alive
         self._laid_out = lru_cache(maxsize=2)(self._lay_out)
-        self._whole_order = lru_cache(maxsize=2)(lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), 1, self.samples)[0])
+        self._whole_order = lru_cache(maxsize=2)(
+            lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), 1, self.samples)[0]
+        )
         self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -103,20 +108,24 @@ class Order:
     def step_after(self, before: Order, step: int) -> int:
         """The step at which as much of the same data is behind as after ``step`` steps of ``before``.
 
-        At an epoch's end that is as many epochs; within one it is the same samples, which takes the same sequence of samples
-        and a batch that divides what is behind. Raises UserError where there is no such step.
+        At an epoch's end that is as many epochs; within one it is the same samples, which takes the same sequence of
+        samples and a batch that divides what is behind. Raises UserError where there is no such step.
         """
         epoch, inside = before.epoch_of(step)
         seen = inside * before.batch_size
         if self._sequence() != before._sequence() and inside:
             raise UserError(
-                f"step {step:,} lies within an epoch, where the order of samples goes on only with training.seed={before.seed}, "
-                f"loader.lanes={before.lanes}, the same loader.shuffle_samples and a training.batch_size that leaves as many samples an "
-                f"epoch ({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an epoch's end"
+                f"step {step:,} lies within an epoch, where the order of samples goes on only with "
+                f"training.seed={before.seed}, "
+                f"loader.lanes={before.lanes}, the same loader.shuffle_samples and a training.batch_size that "
+                "leaves as many samples an "
+                f"epoch ({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of "
+                "an epoch's end"
             )
         if seen % self.batch_size:
             raise UserError(
-                f"after step {step:,}, {seen:,} samples of an epoch are behind, which training.batch_size={self.batch_size} "
+                f"after step {step:,}, {seen:,} samples of an epoch are behind, which "
+                f"training.batch_size={self.batch_size} "
                 "does not divide. Give one that does, or take a checkpoint of an epoch's end"
             )
         return epoch * self.steps_per_epoch + seen // self.batch_size
@@ -159,7 +168,9 @@ class Order:
     def check_ranks(self, world: int) -> None:
         """Raise UserError unless ``world`` ranks can share a batch."""
         if self.lanes % world:
-            what = f"training.batch_size: {self.batch_size} cannot be shared by {world} ranks (loader.lanes: {self.lanes})"
+            what = (
+                f"training.batch_size: {self.batch_size} cannot be shared by {world} ranks (loader.lanes: {self.lanes})"
+            )
             raise UserError(f"{what}. Possible: {', '.join(map(str, self.possible_ranks()))}.")
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

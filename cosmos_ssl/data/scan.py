@@ -40,10 +40,10 @@ LIST_BYTES = 1 << 28
 def expand(urls: str | Sequence[str]) -> list[str]:
     """A list of shards from ``a-{0000..0009}.tar::b-*.tar`` or several such strings, local or fsspec URLs.
 
-    Braces expand in order, ``*`` and ``?`` match existing files in sorted order, a folder stands for its ``.tar`` files in
-    that order. A file ``NAME.list`` holds one path or URL a line (relative paths start at its folder, ``#`` starts a comment)
-    and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be read, a shard
-    is named twice outside of lists, or there would be more than ``MAX_SHARDS``.
+    Braces expand in order, ``*`` and ``?`` match existing files in sorted order, a folder stands for its ``.tar`` files
+    in that order. A file ``NAME.list`` holds one path or URL a line (relative paths start at its folder, ``#`` starts a
+    comment) and may repeat them: each time counts. Raises DataError where a pattern matches nothing, a list cannot be
+    read, a shard is named twice outside of lists, or there would be more than ``MAX_SHARDS``.
     """
     from braceexpand import braceexpand
 
@@ -67,7 +67,9 @@ def expand(urls: str | Sequence[str]) -> list[str]:
         raise DataError("data: no shards are named. Give a path such as 'train-{0000..0009}.tar'")
     for urls_given in (found, listed):
         if len(set(urls_given)) < len(urls_given):
-            raise DataError(f"data: {next(url for url, times in Counter(urls_given).items() if times > 1)} is named twice")
+            raise DataError(
+                f"data: {next(url for url, times in Counter(urls_given).items() if times > 1)} is named twice"
+            )
     return order
 
 
@@ -77,7 +79,9 @@ def _check_count(count: int, where: str) -> None:
 
 
 def _strings(pattern: str) -> int:
-    """How many strings a pattern with braces stands for; ``braceexpand`` would hold all of them in memory before it gave the first."""
+    """How many strings a pattern with braces stands for; ``braceexpand`` would hold all of them in memory before it
+    gave the first.
+    """
     outer: list[tuple[int, int, int]] = []
     before, product, start, at = 0, 1, 0, 0
     while at < len(pattern):
@@ -138,7 +142,9 @@ def folder_shards(path: Path) -> list[str]:
         return []
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith("."))
+            return sorted(
+                entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith(".")
+            )
     except PermissionError as error:
         raise DataError(f"data: the folder {path} cannot be read: {error.strerror}") from error
 
@@ -188,7 +194,9 @@ def scan(url: str, size: int) -> Scan:
             for member in group:
                 if member.name in names:
                     notes.repeated += 1
-                    notes.repeated_examples += [f"{member.name} at byte {member.start:,}"] * (notes.repeated <= EXAMPLES)
+                    notes.repeated_examples += [f"{member.name} at byte {member.start:,}"] * (
+                        notes.repeated <= EXAMPLES
+                    )
                 names.add(member.name)
             if extensions.isdisjoint(IMAGE_EXTENSIONS):
                 notes.imageless += 1
@@ -198,7 +206,9 @@ def scan(url: str, size: int) -> Scan:
                 notes.bare += 1
                 notes.bare_examples += [group[0].name] * (notes.bare <= EXAMPLES)
             offsets.append(group[0].start)
-            lengths.append(min(group[-1].end - group[0].start, _MOST))  # more than a sample may have is a bad one when it is read
+            lengths.append(
+                min(group[-1].end - group[0].start, _MOST)
+            )  # more than a sample may have is a bad one when it is read
     except TarFault as error:
         fault = str(error)
     for start in (0, max(0, size - _SPREAD) // 2, max(0, size - _SPREAD)):

@@ -61,7 +61,9 @@ SHAPES: Mapping[str, Callable[[Array, Array], Where]] = {
     "heart": _heart,
 }
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-"""Names of the classes, by colour: ``cls`` is the number of the large object's class; a mask holds class number + 1, 0 for background."""
+"""Names of the classes, by colour: ``cls`` is the number of the large object's class; a mask holds class number + 1, 0
+for background.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,9 @@ class Thing:
     @property
     def full_name(self) -> str:
         """Such as ``large striped red circle``."""
-        return " ".join(["large" if self.large else "small", *([self.texture] if self.texture != "plain" else []), self.name])
+        return " ".join(
+            ["large" if self.large else "small", *([self.texture] if self.texture != "plain" else []), self.name]
+        )
 
     @property
     def label(self) -> int:
@@ -103,7 +107,10 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator, classes: int = len(CLASS_NAMES)) -> Scene:
-    """Draw a scene of the first ``classes``. No two of its objects share colour and shape, so that every sentence has one meaning."""
+    """Draw a scene of the first ``classes``.
+
+    No two of its objects share colour and shape, so that every sentence has one meaning.
+    """
     count = int(rng.integers(2, 5))
     names = rng.choice(classes, count, replace=False)
     places = rng.permutation(4)[:count]

@@ -120,7 +120,13 @@ def is_written(folder: Path, options: SceneOptions) -> bool:
 def _write_all(folder: Path, options: SceneOptions) -> None:
     tries: dict[Split, Sequence[int]] = {"train": [0] * options.train_samples, "val": _distinct(options)}
     jobs = [
-        (folder / f"{split}-{shard:04d}.tar", split, first, tries[split][first : first + options.shard_samples], options)
+        (
+            folder / f"{split}-{shard:04d}.tar",
+            split,
+            first,
+            tries[split][first : first + options.shard_samples],
+            options,
+        )
         for split in tries
         for shard, first in enumerate(range(0, options.samples(split), options.shard_samples))
     ]

@@ -32,7 +32,19 @@ REQUEST_SECONDS = 120.0
 STILL_SECONDS = 300.0
 """Local storage from which nothing at all comes for so long has hung."""
 BLOCK_BYTES = 8 << 20
-_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created", "Last-Modified", "Content-MD5", "Digest", "modify")
+_STAMPS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "mtime",
+    "LastModified",
+    "updated",
+    "created",
+    "Last-Modified",
+    "Content-MD5",
+    "Digest",
+    "modify",
+)
 """What file systems call the marks that change with a file's content, the best of each first."""
 UNMARKED = "run "
 """How the stamps begin of what may have changed, or not, before the next run: nothing of it is used again then."""
@@ -44,7 +56,9 @@ _P = ParamSpec("_P")
 
 
 class Stat(NamedTuple):
-    """Size of a shard in bytes, and a mark that changes when its content does; where its server gives none, one of this run alone."""
+    """Size of a shard in bytes, and a mark that changes when its content does; where its server gives none, one of this
+    run alone.
+    """
 
     size: int
     stamp: str
@@ -84,8 +98,8 @@ def filesystem(url: str) -> tuple[Any, str]:
 def stat(url: str) -> Stat:
     """Size and stamp of a shard.
 
-    Raises FileNotFoundError where its storage says that there is none, DataError where it is a folder or a pipe, OSError
-    where storage fails.
+    Raises FileNotFoundError where its storage says that there is none, DataError where it is a folder or a pipe,
+    OSError where storage fails.
     """
     if is_local(url):
         try:
@@ -94,7 +108,9 @@ def stat(url: str) -> Stat:
             raise DataError(f"data: {url!r} is no path") from error
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
-        return Stat(found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}")  # unpacking puts the first back, not the second
+        return Stat(
+            found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}"
+        )  # unpacking puts the first back, not the second
     info = request(url, _info)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", url)
@@ -104,7 +120,10 @@ def stat(url: str) -> Stat:
 
 
 def _info(system: Any, path: str) -> Any:
-    """What a file system knows of a file, None where it says that there is none. Raises its error where it cannot say."""
+    """What a file system knows of a file, None where it says that there is none.
+
+    Raises its error where it cannot say.
+    """
     try:
         return system.info(path)
     except FileNotFoundError as error:
@@ -159,7 +178,9 @@ class _Reads:
 
 
 def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Concatenate[str, _P], _T]:
-    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads succeeds."""
+    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads
+    succeeds.
+    """
 
     @wraps(function)
     def watched(url: str, /, *args: _P.args, **options: _P.kwargs) -> _T:
@@ -171,7 +192,8 @@ def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Conca
 def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[], int] = lambda: 0) -> _T:
     """``call()``. Raises TimeoutError, an OSError, after ``seconds`` in which ``moved()`` has stayed the same.
 
-    Nothing ends a read that hangs in the system or in a library: it is made by a thread of its own, which is then left to itself.
+    Nothing ends a read that hangs in the system or in a library: it is made by a thread of its own, which is then left
+    to itself.
     """
     done: Future[_T] = Future()
 
@@ -257,7 +279,9 @@ def only_looking() -> Iterator[None]:
 
 
 def first_writable(places: Sequence[Path]) -> Path | None:
-    """The first of these files that may be made, None where none can: in a folder of another user at the last place alone."""
+    """The first of these files that may be made, None where none can: in a folder of another user at the last place
+    alone.
+    """
     if _only_looking.get():
         return None
     for path in places[:-1]:
@@ -350,7 +374,9 @@ class BlockCache:
         data = self._stored(name, start, stop)
         if data is not None:
             return data
-        with lock(self._folder / f"{int(name[:2], 16) % 64}.lock"):  # several workers want the same block at once: one fetches it
+        with lock(
+            self._folder / f"{int(name[:2], 16) % 64}.lock"
+        ):  # several workers want the same block at once: one fetches it
             data = self._stored(name, start, stop)
             if data is None:
                 block = fetch(url, first, last)

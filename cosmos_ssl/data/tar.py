@@ -40,8 +40,8 @@ class Member(NamedTuple):
 def members(read: Read, size: int, *, whole: bool = True) -> Iterator[Member]:
     """Yield the regular files of the archive of ``size`` bytes that ``read(offset, count)`` gives.
 
-    Knows the POSIX, GNU and pax forms. Raises TarFault at the first header that cannot be right, where the archive
-    ends inside a member, and where a ``whole`` one lacks the zeros that every writer puts at the end, or goes on after them.
+    Knows the POSIX, GNU and pax forms. Raises TarFault at the first header that cannot be right, where the archive ends
+    inside a member, and where a ``whole`` one lacks the zeros that every writer puts at the end, or goes on after them.
     Every header lies behind the one before it, and none of more than ``HEADER_BYTES`` is read.
     """
     position = 0
@@ -96,7 +96,11 @@ def _check(header: bytes, position: int) -> bytes:
     except ValueError:
         holds = False
     if not holds:
-        raise TarFault("no tar file (compressed shards must be unpacked first)" if position == 0 else f"damaged at byte {position:,}")
+        raise TarFault(
+            "no tar file (compressed shards must be unpacked first)"
+            if position == 0
+            else f"damaged at byte {position:,}"
+        )
     kind = header[156:157]
     if kind == _SPARSE:
         raise _sparse(position)
@@ -156,7 +160,10 @@ def _extension(read: Read, kind: bytes, body: int, count: int) -> dict[bytes, by
     if b"size" in records and not records[b"size"].isdigit():
         raise _malformed(position)
     if kind == _FOR_ALL and records:
-        raise TarFault(f"the global header at byte {position:,} gives all files one {' and one '.join(k.decode() for k in records)}")
+        raise TarFault(
+            f"the global header at byte {position:,} gives all files one "
+            f"{' and one '.join(k.decode() for k in records)}"
+        )
     return {key: value.rstrip(b"/") if key == b"path" else value for key, value in records.items()}
 
 

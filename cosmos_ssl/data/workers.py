@@ -23,7 +23,8 @@ _POLITE = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Hold polite signals back while workers start: one sent to the whole group must not meet a worker that cannot ignore it yet.
+    """Hold polite signals back while workers start: one sent to the whole group must not meet a worker that cannot
+    ignore it yet.
 
     A worker inherits the hold and lifts it in :class:`WorkerStart`; this thread gets what came meanwhile at the end.
     """
@@ -75,7 +76,9 @@ class Board:
     def read(self) -> list[str]:
         """The lines of all workers."""
         whole = bytes(self._lines)
-        return [whole[n : n + self.WIDTH].rstrip(b"\0").decode(errors="replace") for n in range(0, len(whole), self.WIDTH)]
+        return [
+            whole[n : n + self.WIDTH].rstrip(b"\0").decode(errors="replace") for n in range(0, len(whole), self.WIDTH)
+        ]
 
 
 class Failure(NamedTuple):
@@ -86,7 +89,9 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception | SystemExit, where: str) -> Failure:
-        """The error as the trainer should see it: storage and our own errors keep their kind, others name the culprit."""
+        """The error as the trainer should see it: storage and our own errors keep their kind, others name the
+        culprit.
+        """
         if isinstance(error, OSError) and not isinstance(error, CosmosError):
             handed: Exception = OSError(error.errno, f"{where}: {error.strerror or error}")
         elif isinstance(error, CosmosError) and _survives(error):
@@ -124,7 +129,8 @@ def lost(workers: list[Process], error: Exception) -> StorageError:
         return StorageError(f"data: the loader failed: {error}")
     code = dead[0].exitcode or 0
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    hint = {"SIGKILL": "; out of memory? Lower loader.workers", "SIGBUS": "; /dev/shm is full? Enlarge it, or lower loader.workers"}.get(
-        name, ""
-    )
+    hint = {
+        "SIGKILL": "; out of memory? Lower loader.workers",
+        "SIGBUS": "; /dev/shm is full? Enlarge it, or lower loader.workers",
+    }.get(name, "")
     return StorageError(f"data: a loader worker was lost (process {dead[0].pid}, {name}{hint})")

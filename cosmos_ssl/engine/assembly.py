@@ -27,7 +27,9 @@ class ScheduledEvaluator:
 def make_order(config: Config, shard_sizes: NDArray[np.int64]) -> Order:
     """The order in which a run of this config takes the samples of shards of these sizes. Raises UserError."""
     loader, training = config.loader, config.training
-    return Order(shard_sizes, training.batch_size, lanes=loader.lanes, shuffle_samples=loader.shuffle_samples, seed=training.seed)
+    return Order(
+        shard_sizes, training.batch_size, lanes=loader.lanes, shuffle_samples=loader.shuffle_samples, seed=training.seed
+    )
 
 
 def total_steps(config: Config, order: Order) -> int:

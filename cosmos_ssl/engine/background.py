@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 class CheckpointWriter:
     """One write at a time, in a thread. The newest sound checkpoint is never removed."""
 
-    def __init__(self, run_dir: Path, settings: CheckpointsConfig, steps_per_epoch: int, total_steps: int, sound: int | None) -> None:
+    def __init__(
+        self, run_dir: Path, settings: CheckpointsConfig, steps_per_epoch: int, total_steps: int, sound: int | None
+    ) -> None:
         """``sound`` is the step of the checkpoint that the run goes on from."""
         self.run_dir = run_dir
         self.settings = settings
@@ -123,7 +125,9 @@ class CheckpointWriter:
 
 
 def _set_aside(run_dir: Path, newer_than: int) -> None:
-    """Rename checkpoints that were passed over as damaged, so that they neither hide nor outlive sound ones; drop unfinished ones."""
+    """Rename checkpoints that were passed over as damaged, so that they neither hide nor outlive sound ones; drop
+    unfinished ones.
+    """
     for path in checkpoint_folders(run_dir):
         if (checkpoint_step(path) or 0) > newer_than:
             log.warning("%s was set aside as %s", path, set_aside(path).name)

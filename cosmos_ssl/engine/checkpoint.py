@@ -72,7 +72,8 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name.
 
-    Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not finite.
+    Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not
+    finite.
     """
     _check_finite(snapshot)
     parent = run_dir / "checkpoints"
@@ -132,7 +133,10 @@ def _write(path: Path, chunks: Iterator[bytes | memoryview]) -> dict[str, Any]:
 
 
 def _safetensors(tensors: Mapping[str, Tensor], role: str) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. Its own writer copies everything while holding the interpreter's lock, which stalls the steps."""
+    """The bytes of a safetensors file.
+
+    Its own writer copies everything while holding the interpreter's lock, which stalls the steps.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "role": role}}
     offset = 0
@@ -176,11 +180,15 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is, or was, a checkpoint: by its name, or by what it holds."""
-    return path.is_dir() and (checkpoint_step(path) is not None or (path / "manifest.json").exists() or (path / "state.json").exists())
+    return path.is_dir() and (
+        checkpoint_step(path) is not None or (path / "manifest.json").exists() or (path / "state.json").exists()
+    )
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers finite."""
+    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers
+    finite.
+    """
     try:
         files = _manifest(path)
         for name, told in files.items():
@@ -205,7 +213,10 @@ def find_fault(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The files of a checkpoint folder by its manifest, which has an entry of every one that may be read. Raises CheckpointError."""
+    """The files of a checkpoint folder by its manifest, which has an entry of every one that may be read.
+
+    Raises CheckpointError.
+    """
     files = read_json(path / "manifest.json").get("files")
     told = list(files.values()) if isinstance(files, dict) else [None]
     if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in told):
@@ -240,7 +251,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}/state.json is not of format {FORMAT}, the one this version of cosmos-ssl reads")
     step = state.get("step")
     if type(step) is not int or not 0 <= step < MAX_STEP or checkpoint_step(path) not in (None, step):
-        raise CheckpointError(f"{path}/state.json tells step {str(step)[:40]}, which is no step, or not that of the folder")
+        raise CheckpointError(
+            f"{path}/state.json tells step {str(step)[:40]}, which is no step, or not that of the folder"
+        )
     return state
 
 
@@ -260,7 +273,9 @@ def load_tensors(path: Path, role: Role | str) -> dict[str, Tensor]:
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Raise CheckpointError with the first differences in keys, shapes and types; no value is read, so ``module`` may be on meta."""
+    """Raise CheckpointError with the first differences in keys, shapes and types; no value is read, so ``module`` may
+    be on meta.
+    """
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own if name not in tensors]
     faults += [f"{name} is unknown to the model" for name in tensors if name not in own]

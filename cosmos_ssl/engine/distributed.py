@@ -69,7 +69,8 @@ def joined_world(device: str) -> Iterator[None]:
 
 
 def _leave_together(store: Store, own: int, size: int) -> None:
-    """Wait until every rank is about to leave: a broadcast fails on the rank that gives where the one that receives is already gone.
+    """Wait until every rank is about to leave: a broadcast fails on the rank that gives where the one that receives is
+    already gone.
 
     By way of the store, since every collective ends like that broadcast. Ranks that do not come are not waited for.
     """
@@ -88,7 +89,9 @@ def named_losses() -> Iterator[None]:
         yield
     except SystemExit as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise TrainingError(f"{frame.filename}:{frame.lineno} called sys.exit({error.code}) in the midst of the run") from error
+        raise TrainingError(
+            f"{frame.filename}:{frame.lineno} called sys.exit({error.code}) in the midst of the run"
+        ) from error
     except OSError as error:
         raise StorageError(f"storage failed: {error}") from error
     except Exception as error:
@@ -127,7 +130,9 @@ class World:
         return dict(zip(numbers, (values / self.size).tolist(), strict=True))
 
     def slowest(self, seconds: float) -> dict[str, float]:
-        """The rank with the most ``seconds`` of work of its own, and by how much of the mean it exceeds that; nothing for one rank."""
+        """The rank with the most ``seconds`` of work of its own, and by how much of the mean it exceeds that; nothing
+        for one rank.
+        """
         if self.size == 1:
             return {}
         all_seconds = gather_objects(seconds)
@@ -208,7 +213,9 @@ class GradientMean:
 def pick_device(wanted: str) -> torch.device:
     """The device of this process for ``training.device``. Raises UserError where it is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device: cuda was asked for, and this machine has no CUDA device. Set it to auto or cpu")
+        raise UserError(
+            "training.device: cuda was asked for, and this machine has no CUDA device. Set it to auto or cpu"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

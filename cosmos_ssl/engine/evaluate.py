@@ -34,14 +34,21 @@ def due(evaluators: Mapping[str, ScheduledEvaluator], step: int, steps_per_epoch
     """Names of the evaluators that run after ``step`` steps."""
 
     def is_due(every_epochs: int | None) -> bool:
-        return step == total_steps or (every_epochs is not None and step > 0 and step % (every_epochs * steps_per_epoch) == 0)
+        return step == total_steps or (
+            every_epochs is not None and step > 0 and step % (every_epochs * steps_per_epoch) == 0
+        )
 
     return [name for name, scheduled in evaluators.items() if is_due(scheduled.every_epochs)]
 
 
 @record_function("evaluation")
-def evaluate(name: str, assembly: Assembly, alive: Callable[[], None], dtype: torch.dtype | None, *, pictures: bool = True) -> Evaluation:
-    """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``. ``alive`` is called before each reading and may raise."""
+def evaluate(
+    name: str, assembly: Assembly, alive: Callable[[], None], dtype: torch.dtype | None, *, pictures: bool = True
+) -> Evaluation:
+    """Run one evaluator on every role; names become ``NAME/ROLE/METRIC``.
+
+    ``alive`` is called before each reading and may raise.
+    """
     metrics: dict[str, float] = {}
     drawn: dict[str, Tensor] = {}
     for role, model in _roles(assembly):

@@ -1,4 +1,6 @@
-"""Going on from another run's checkpoint under a changed config: its weights, teacher, optimiser and place in the data are taken over."""
+"""Going on from another run's checkpoint under a changed config: its weights, teacher, optimiser and place in the data
+are taken over.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,25 @@ class Fork:
 
 
 def told_fork(folder: RunFolder) -> Path | None:
-    """The checkpoint that the run in ``folder`` goes on from by its ``fork.json``; None for one of its own. Raises UserError."""
+    """The checkpoint that the run in ``folder`` goes on from by its ``fork.json``; None for one of its own.
+
+    Raises UserError.
+    """
     if not folder.fork.exists():
         return None
     try:
         return Path(json.loads(folder.fork.read_text())["checkpoint"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder.fork} is damaged. Give another output_dir, or delete the file where the run has checkpoints") from error
+        raise UserError(
+            f"{folder.fork} is damaged. Give another output_dir, or delete the file where the run has checkpoints"
+        ) from error
 
 
 def find_source(folder: RunFolder, source: str | Path) -> Path | None:
     """The checkpoint that a run in ``folder`` is to go on from; None where it has begun, as a fork of it.
 
-    ``source`` is a run folder (its newest sound checkpoint) or one of its checkpoints. Raises UserError where the folder is that
-    of the source or of another run, CheckpointError where there is no sound checkpoint.
+    ``source`` is a run folder (its newest sound checkpoint) or one of its checkpoints. Raises UserError where the
+    folder is that of the source or of another run, CheckpointError where there is no sound checkpoint.
     """
     path = Path(source).expanduser().resolve()
     named = checkpoint_step(path) is not None
@@ -66,7 +73,8 @@ def find_source(folder: RunFolder, source: str | Path) -> Path | None:
         known = told_fork(folder)
         if known is None or (known != path if named else known.parent.parent != run):
             raise UserError(
-                f"run folder {folder.path} is no fork of {source}. Give another output_dir, or leave out --fork to go on with it"
+                f"run folder {folder.path} is no fork of {source}. Give another output_dir, or leave out --fork "
+                "to go on with it"
             )
         return None
     checkpoint = path if named else latest_checkpoint(path)
@@ -86,7 +94,12 @@ def ask_fork(folder: RunFolder, source: str | Path) -> None:
 
 def note_fork(folder: RunFolder, fork: Fork) -> None:
     """Write down what was taken over, and what has changed."""
-    told = {"checkpoint": str(fork.checkpoint), "saved_step": fork.saved_step, "step": fork.step, "changed": list(fork.changed)}
+    told = {
+        "checkpoint": str(fork.checkpoint),
+        "saved_step": fork.saved_step,
+        "step": fork.step,
+        "changed": list(fork.changed),
+    }
     write_whole(folder.fork, json.dumps(told, indent=1))
 
 
@@ -105,7 +118,10 @@ def refusing(folder: RunFolder) -> Iterator[None]:
 
 
 def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDArray[np.int64]) -> Fork:
-    """Where a run of this identity, config and data starts that goes on from ``checkpoint``. Raises UserError where it cannot."""
+    """Where a run of this identity, config and data starts that goes on from ``checkpoint``.
+
+    Raises UserError where it cannot.
+    """
     run = checkpoint.parent.parent
     theirs = RunFolder(run).identity()
     if theirs is None:
@@ -115,14 +131,23 @@ def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDA
         path = change.partition(": ")[0]
         overridden = path == "model.pretrained" and config.model.pretrained is not None
         if overridden or path == "teacher.type" or (path.startswith("teacher.") and path in mine.places):
-            raise UserError(f"--fork: {change}: weights and teacher are taken over from {run}, so this cannot change. Leave it as it was")
+            raise UserError(
+                f"--fork: {change}: weights and teacher are taken over from {run}, so this cannot change. Leave "
+                "it as it was"
+            )
     if moved and config.loader.changed_data != "accept":
-        raise UserError(f"--fork: the data are not those of {run} ({', '.join(moved)}). To go on with these: loader.changed_data=accept")
+        raise UserError(
+            f"--fork: the data are not those of {run} ({', '.join(moved)}). To go on with these: "
+            "loader.changed_data=accept"
+        )
     saved, order = read_state(checkpoint)["step"], make_order(config, shard_sizes)
     step = _step(saved, theirs, shard_sizes, order, moved=bool(moved))
     end = total_steps(config, order)
     if step >= end:
-        raise UserError(f"--fork: {run} stands at step {step:,}, and this run would end at {end:,}. Give more schedule.epochs or max_steps")
+        raise UserError(
+            f"--fork: {run} stands at step {step:,}, and this run would end at {end:,}. Give more "
+            "schedule.epochs or max_steps"
+        )
     return Fork(checkpoint=checkpoint, saved_step=saved, step=step, changed=(*changed, *moved))
 
 
@@ -131,12 +156,16 @@ def _step(saved: int, theirs: Identity, shard_sizes: NDArray[np.int64], order: O
     try:
         config = Config.model_validate_json(json.dumps(theirs.config))
     except ValidationError as error:
-        raise CheckpointError(f"--fork: the source's config is of another version: {error.errors()[0]['msg']}") from error
+        raise CheckpointError(
+            f"--fork: the source's config is of another version: {error.errors()[0]['msg']}"
+        ) from error
     if not moved:
         try:
             return order.step_after(make_order(config, shard_sizes), saved)
         except UserError as error:
             raise UserError(f"--fork: {error}") from error
     if config.training.batch_size != order.batch_size:
-        raise UserError("--fork: data and training.batch_size cannot both change. Fork with one of the changes, then with the other")
+        raise UserError(
+            "--fork: data and training.batch_size cannot both change. Fork with one of the changes, then with the other"
+        )
     return saved

@@ -179,11 +179,16 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def metrics_at(path: Path, step: int) -> dict[str, float]:
     """All that the rows of a metrics.jsonl say of one step."""
     rows = (row for row in read_rows(path) if row["step"] == step)
-    return {name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+    return {
+        name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)
+    }
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Drop the rows after ``step``, and a line that a crash cut off. Where other lines are no rows, the file is kept aside."""
+    """Drop the rows after ``step``, and a line that a crash cut off.
+
+    Where other lines are no rows, the file is kept aside.
+    """
     if not path.exists():
         return
     kept, damaged = [], 0
@@ -194,7 +199,12 @@ def cut_rows(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(b"".join(kept))
     if damaged:
-        log.warning("%s: %s lines are no rows and are left out; the file is kept as %s", path, f"{damaged:,}", set_aside(path).name)
+        log.warning(
+            "%s: %s lines are no rows and are left out; the file is kept as %s",
+            path,
+            f"{damaged:,}",
+            set_aside(path).name,
+        )
     temporary.rename(path)
 
 

@@ -61,7 +61,10 @@ def settings(model: Model, config: OptimizerConfig) -> dict[str, Setting]:
 def _layer_factors(model: Model, decay: float) -> Iterator[tuple[str, float]]:
     for modality, tower in model.towers.items():
         if not isinstance(tower, Layered):
-            raise UserError(f"optimizer.layer_decay: the {modality} tower '{tower.part_name}' does not tell its layers. Leave it out")
+            raise UserError(
+                f"optimizer.layer_decay: the {modality} tower '{tower.part_name}' does not tell its layers. "
+                "Leave it out"
+            )
         for name, _ in tower.named_parameters():
             yield f"{modality}.{name}", decay ** (tower.layer_count - tower.layer_of(name))
 
@@ -110,7 +113,9 @@ def weight_decay(optimizer: OptimizerConfig, step: int, total_steps: int) -> flo
 class Optimizer:
     """AdamW over a model's trainable parameters; what a rule freezes for good stops needing gradients here."""
 
-    def __init__(self, model: Model, optimizer: OptimizerConfig, schedule: ScheduleConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, optimizer: OptimizerConfig, schedule: ScheduleConfig, device: torch.device
+    ) -> None:
         self.config = optimizer
         self.schedule = schedule
         self.lr = 0.0
@@ -134,7 +139,11 @@ class Optimizer:
         ]
         self.fused = device.type in ("cpu", "cuda")
         self.torch = torch.optim.AdamW(
-            groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps, fused=self.fused or None
+            groups,
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            fused=self.fused or None,
         )
 
     def set(self, progress: Progress) -> None:
@@ -166,7 +175,11 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by parameter: ``NAME.step``, ``NAME.exp_avg``, ``NAME.exp_avg_sq``; none before a first update."""
-        return {f"{name}.{key}": value for name, p in self.names.items() for key, value in self.torch.state.get(p, {}).items()}
+        return {
+            f"{name}.{key}": value
+            for name, p in self.names.items()
+            for key, value in self.torch.state.get(p, {}).items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a state that ``tensors`` gave. Raises CheckpointError where it is not this model's."""

@@ -22,7 +22,18 @@ from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
 
-_WATCHED = ("cosmos-ssl", "torch", "torchvision", "xformers", "timm", "transformers", "open_clip_torch", "lightly", "numpy", "pillow")
+_WATCHED = (
+    "cosmos-ssl",
+    "torch",
+    "torchvision",
+    "xformers",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "lightly",
+    "numpy",
+    "pillow",
+)
 _held: set[Path] = set()
 
 
@@ -59,10 +70,13 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Make the folder and hold it. Raises UserError where it cannot be written or a live run holds it.
 
-        The lock is the process's own: it ends with the process however that dies, and forked data workers do not inherit it.
+        The lock is the process's own: it ends with the process however that dies, and forked data workers do not
+        inherit it.
         """
         key = self.path.resolve()
-        if key in _held:  # the kernel's lock does not stand between two trainers of one process, and would end with a second handle
+        if (
+            key in _held
+        ):  # the kernel's lock does not stand between two trainers of one process, and would end with a second handle
             raise self._in_use("this very process")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,7 +116,9 @@ class RunFolder:
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _in_use(self, holder: str) -> UserError:
-        return UserError(f"run folder {self.path} is in use by a live run ({holder}). Wait for it, or give another output_dir")
+        return UserError(
+            f"run folder {self.path} is in use by a live run ({holder}). Wait for it, or give another output_dir"
+        )
 
     @contextmanager
     def logged(self) -> Iterator[None]:
@@ -135,19 +151,26 @@ class RunFolder:
             self._accepted = moved
         elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config ({_listed(changed + moved)}). Give another output_dir. "
+                f"run folder {self.path} belongs to another config ({_listed(changed + moved)}). Give another "
+                "output_dir. "
                 f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
                 f"model.pretrained={self.path} the weights alone"
             )
         elif moved:
             how = "loader.changed_data=accept to go on with the shards of now"
-            raise UserError(f"run folder {self.path} belongs to another data set ({_listed(moved)}). Give another output_dir, or {how}.")
+            raise UserError(
+                f"run folder {self.path} belongs to another data set ({_listed(moved)}). Give another "
+                f"output_dir, or {how}."
+            )
 
     def identity(self) -> Identity | None:
         """Whose folder it is, or None."""
         if not self._identity.exists():
             return None
-        advice = "It tells whose run this is: bring it back from a copy, or delete it if the run is of this very config and data"
+        advice = (
+            "It tells whose run this is: bring it back from a copy, or delete it if the run is of this very "
+            "config and data"
+        )
         found = read_object(self._identity, {"config": dict, "data": dict}, advice)
         return Identity(config=found["config"], data=found["data"], places=found.get("places", {}))
 
@@ -157,7 +180,10 @@ class RunFolder:
         Raises UserError for a ``finished`` run whose data have changed: it has not seen those of now.
         """
         if finished and self._accepted:
-            raise UserError(f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another output_dir")
+            raise UserError(
+                f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another "
+                "output_dir"
+            )
         if self._mine is not None and self.identity() != self._mine:
             write_whole(self._identity, json.dumps(self._mine.plain(), indent=1))
 
@@ -168,9 +194,14 @@ class RunFolder:
         return str(whose.config["training"]["precision"])
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
-        """Write identity, resolved config and versions; say so where versions, or accepted shards, have changed since the start."""
+        """Write identity, resolved config and versions; say so where versions, or accepted shards, have changed since
+        the start.
+        """
         if self._accepted:
-            log.warning("the shards have changed since this run began (%s); it goes on with those of now", _listed(self._accepted))
+            log.warning(
+                "the shards have changed since this run began (%s); it goes on with those of now",
+                _listed(self._accepted),
+            )
         self.identify()
         write_whole(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
@@ -226,7 +257,11 @@ def write_whole(path: Path, text: str) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key: old -> new`` for every key that differs."""
     absent = "absent"
-    return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in dict.fromkeys((*old, *new)) if old.get(k) != new.get(k)]
+    return [
+        f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}"
+        for k in dict.fromkeys((*old, *new))
+        if old.get(k) != new.get(k)
+    ]
 
 
 def _listed(faults: Sequence[str], limit: int = 4) -> str:

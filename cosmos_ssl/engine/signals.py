@@ -68,7 +68,9 @@ class Signals:
             threading.Thread(target=self._read, args=(self._pipe[0],), name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set outside Python
         if self._pipe[1] >= 0:
@@ -106,7 +108,8 @@ class Signals:
             again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
             text = f"{cause}: {self.ahead}{again}"
             _say(f"\n{text}\n")
-            # in a thread, since the log may wait: for storage that is lost, or for what the main thread is in the midst of
+            # in a thread, since the log may wait: for storage that is lost, or for what the main thread is in the midst
+            # of
             threading.Thread(target=log.info, args=(text,), kwargs={"extra": {"file_only": True}}, daemon=True).start()
 
 

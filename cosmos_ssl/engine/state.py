@@ -60,7 +60,9 @@ class RunState:
         return cast(Model, self.teacher.model) if self.teacher.present else None
 
     def move(self, progress: Progress) -> dict[str, float]:
-        """One update from the gradients that are there: teacher and optimiser in the order asked for, then the hooks."""
+        """One update from the gradients that are there: teacher and optimiser in the order asked for, then the
+        hooks.
+        """
         before = self.assembly.update_when == "before_optimizer_step"
         moved = self._move_teacher(progress) if before else {}
         with record_function("optimizer"):
@@ -83,7 +85,9 @@ class RunState:
         tensors = {"student": self.model.state_dict(), "optimizer": self.optimizer.tensors() | own}
         if self.teacher_model is not None:
             tensors["teacher"] = self.teacher_model.state_dict()
-        buffers = {name for model in (self.model, self.teacher_model) if model is not None for name, _ in model.named_buffers()}
+        buffers = {
+            name for model in (self.model, self.teacher_model) if model is not None for name, _ in model.named_buffers()
+        }
         state = {
             "step": self.step,
             **about,
@@ -109,7 +113,9 @@ class RunState:
         for name, value in self._teacher_extras().items():
             told = tensors.pop(f"{_TEACHER}{name}", None)
             if told is None or told.shape != value.shape:
-                raise CheckpointError(f"{path}/optimizer.safetensors does not fit the teacher: {name} is missing or of another shape")
+                raise CheckpointError(
+                    f"{path}/optimizer.safetensors does not fit the teacher: {name} is missing or of another shape"
+                )
             value.copy_(told)
         self.optimizer.load(tensors)
         if self.scaler is not None and state["scaler"]:
@@ -121,10 +127,15 @@ class RunState:
 
     def _teacher_extras(self) -> dict[str, Tensor]:
         """What a teacher part holds beside its model."""
-        return {name: value.detach() for name, value in self.teacher.state_dict().items() if not name.startswith(_MODEL)}
+        return {
+            name: value.detach() for name, value in self.teacher.state_dict().items() if not name.startswith(_MODEL)
+        }
 
     def _compile(self, device: torch.device) -> None:
-        """Compile the towers, in place: names stay, and each compiles when first called. Raises UserError where torch cannot."""
+        """Compile the towers, in place: names stay, and each compiles when first called.
+
+        Raises UserError where torch cannot.
+        """
         try:
             torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
         except Exception as error:

@@ -54,7 +54,12 @@ class Step:
     """
 
     def __init__(
-        self, assembly: Assembly, *, precision: str = "fp32", micro_batch_size: int | None = None, device: torch.device | None = None
+        self,
+        assembly: Assembly,
+        *,
+        precision: str = "fp32",
+        micro_batch_size: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.assembly = assembly
         self.model = assembly.model
@@ -124,12 +129,20 @@ class Step:
     def losses(self, views: Views, student: Features, teacher: Features | None, progress: Progress) -> StepResult:
         """Every loss once, and the weighted total. The loss still carries its graph."""
         context = StepContext(
-            views=views, student=student, teacher=teacher, gathered=self._gather(student, teacher), progress=progress, head=self._call_head
+            views=views,
+            student=student,
+            teacher=teacher,
+            gathered=self._gather(student, teacher),
+            progress=progress,
+            head=self._call_head,
         )
         outputs = self.model.compute_losses(context)
         weights = self.assembly.loss_weights
         total = torch.stack(
-            [weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device)) for name, output in outputs.items()]
+            [
+                weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device))
+                for name, output in outputs.items()
+            ]
         ).sum()
         if torch.is_grad_enabled() and not (self._reached and total.requires_grad):
             self._check_trained(outputs)
@@ -137,7 +150,8 @@ class Step:
 
     @torch.no_grad()
     def find_unsound(self, views: Views, progress: Progress) -> str:
-        """The first part whose output for this batch is not finite, for a message; empty where those of all but losses are.
+        """The first part whose output for this batch is not finite, for a message; empty where those of all but losses
+        are.
 
         Encodes the batch once more: for a step that failed. Call ``restore_buffers`` after it.
         """
@@ -145,7 +159,10 @@ class Step:
         for number, start in enumerate(range(0, len(views), size)):
             self._seed(progress, number)
             part = self.finish(views.slice(start, start + size))
-            encoded = (("the teacher's ", self.teacher_features(part)), ("", self.encode(part)))  # in full: heads may wait for other ranks
+            encoded = (
+                ("the teacher's ", self.teacher_features(part)),
+                ("", self.encode(part)),
+            )  # in full: heads may wait for other ranks
             if not all(_finite(group.pixels) for group in part.image.values()):
                 return describe(self.assembly.augmenters["image"], "augmenters.image")
             for whose, features in encoded:
@@ -162,27 +179,40 @@ class Step:
     def _check_trained(self, outputs: Mapping[str, LossOutput]) -> None:
         """Raise PluginError for losses that nothing can be trained by, unless they are zero: then they may be off."""
         silent = {n: o for n, o in outputs.items() if not any(term.requires_grad for term in o.terms.values())}
-        wrong = [n for n, o in silent.items() if len(silent) == len(outputs) or any(term != 0 for term in o.terms.values())]
+        wrong = [
+            n for n, o in silent.items() if len(silent) == len(outputs) or any(term != 0 for term in o.terms.values())
+        ]
         if wrong:
             named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in wrong)
-            raise PluginError(f"{named} returned terms without a gradient, expected terms computed from the student's features")
+            raise PluginError(
+                f"{named} returned terms without a gradient, expected terms computed from the student's features"
+            )
 
     def _check_reached(self) -> None:
-        """Raise PluginError, at the first step, for trained parameters without a gradient: data parallelism would wait for it."""
-        missed = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        """Raise PluginError, at the first step, for trained parameters without a gradient: data parallelism would wait
+        for it.
+        """
+        missed = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
         if missed:
             parts = self.model.parts().items()
             owners = [described for prefix, described in parts if any(name.startswith(f"{prefix}.") for name in missed)]
             more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
             raise PluginError(
-                f"{', '.join(owners)}: no gradient reaches {missed[0]}{more}. Let a loss read what they compute, or freeze them: "
+                f"{', '.join(owners)}: no gradient reaches {missed[0]}{more}. Let a loss read what they compute, "
+                "or freeze them: "
                 f"optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
             )
         self._reached = True
 
     # ------------------------------------------------------------------ exact accumulation
 
-    def _accumulate(self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None) -> StepResult:
+    def _accumulate(
+        self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None
+    ) -> StepResult:
         """Encode micro-batches without graph, losses once, encode again with the outputs' gradients."""
         assert self.micro_batch_size is not None
         if self._mean is not None:
@@ -217,10 +247,16 @@ class Step:
         """The planned features and head outputs of all ranks, in one collective."""
         places: dict[tuple[Role, str, str, str], Tensor] = {}
         if self.plan.teacher is not None and teacher is not None:
-            places |= {("teacher", *place): tensor for place, tensor in _gathered_places(self.plan.teacher.gathered, teacher)}
-        places |= {("student", *place): tensor for place, tensor in _gathered_places(self.plan.student.gathered, student)}
+            places |= {
+                ("teacher", *place): tensor for place, tensor in _gathered_places(self.plan.teacher.gathered, teacher)
+            }
+        places |= {
+            ("student", *place): tensor for place, tensor in _gathered_places(self.plan.student.gathered, student)
+        }
         roles: tuple[Role, ...] = ("student", "teacher")
-        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {role: {"image": {}, "text": {}, "heads": {}} for role in roles}
+        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {
+            role: {"image": {}, "text": {}, "heads": {}} for role in roles
+        }
         for (role, section, name, kind), tensor in zip(places, gather_many(list(places.values()), dim=1), strict=True):
             found[role][section].setdefault(name, {})[kind] = tensor
         local = {"student": student, "teacher": teacher}
@@ -280,7 +316,9 @@ def _moments(student: Features) -> dict[str, Tensor]:
 
 
 def _gathered_places(needs: Sequence[Need], features: Features) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-    """Where the gathered needs of one role lie: (modality or ``heads``, group or head, kind or output), and what lies there."""
+    """Where the gathered needs of one role lie: (modality or ``heads``, group or head, kind or output), and what lies
+    there.
+    """
     for need in needs:
         if need.head is not None:
             given = features.heads[need.head]
@@ -338,4 +376,6 @@ def refuse_accumulation(assembly: Assembly) -> None:
     masked = ["masked patches are read" for group in assembly.plan.student.image.values() if group.masked_tokens]
     reasons = mixing + moving + calling + masked[:1]
     if reasons:
-        raise PluginError(f"training.micro_batch_size: exact accumulation is impossible here: {'; '.join(reasons)}. Leave it out")
+        raise PluginError(
+            f"training.micro_batch_size: exact accumulation is impossible here: {'; '.join(reasons)}. Leave it out"
+        )

@@ -25,10 +25,12 @@ _SKIPPED = 4
 def traced(
     batches: Generator[LoadedBatch], steps: int, left: int, device: torch.device, path: Path, paused: Paused
 ) -> Generator[LoadedBatch]:
-    """Hand on the ``left`` batches, one a step, and record ``steps`` of these steps, near the start; fewer where the run is shorter.
+    """Hand on the ``left`` batches, one a step, and record ``steps`` of these steps, near the start; fewer where the
+    run is shorter.
 
-    Writes ``path``, a gzipped Chrome trace (for https://ui.perfetto.dev), and the operators by time beside it, ``.txt``;
-    nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is for work of no step.
+    Writes ``path``, a gzipped Chrome trace (for https://ui.perfetto.dev), and the operators by time beside it,
+    ``.txt``; nothing when closed before the window ends, since whoever closes wants to save and leave. ``paused`` is
+    for work of no step.
     """
     with closing(batches):
         if steps:
@@ -69,8 +71,12 @@ def _write(profiler: profile, on_cuda: bool, path: Path, which: str) -> None:
     start = time.monotonic()
     operators = profiler.key_averages()
     if on_cuda and not any(operator.self_device_time_total for operator in operators):
-        log.warning("the trace holds no kernels: the profiler cannot observe the GPU. With KINETO_LOG_LEVEL=4 it says why")
-    table = operators.table(sort_by=f"self_{'device' if on_cuda else 'cpu'}_time_total", row_limit=60, max_name_column_width=80)
+        log.warning(
+            "the trace holds no kernels: the profiler cannot observe the GPU. With KINETO_LOG_LEVEL=4 it says why"
+        )
+    table = operators.table(
+        sort_by=f"self_{'device' if on_cuda else 'cpu'}_time_total", row_limit=60, max_name_column_width=80
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
@@ -78,4 +84,6 @@ def _write(profiler: profile, on_cuda: bool, path: Path, which: str) -> None:
     except OSError as error:
         log.warning("no trace: %s cannot be written: %s", path, error.strerror or error)
         return
-    log.info("traced %s: %s, for https://ui.perfetto.dev, and .txt beside it (%.1f s)", which, path, time.monotonic() - start)
+    log.info(
+        "traced %s: %s, for https://ui.perfetto.dev, and .txt beside it (%.1f s)", which, path, time.monotonic() - start
+    )

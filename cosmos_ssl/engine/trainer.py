@@ -115,12 +115,22 @@ class Trainer:
                 try:
                     return self._run()
                 except BaseException as error:
-                    unforeseen = not isinstance(error, CosmosError) or error.__cause__ is not None or hasattr(error, "__notes__")
-                    log.info("the run ended: %s", error or type(error).__name__, exc_info=unforeseen, extra={"file_only": True})
+                    unforeseen = (
+                        not isinstance(error, CosmosError) or error.__cause__ is not None or hasattr(error, "__notes__")
+                    )
+                    log.info(
+                        "the run ended: %s",
+                        error or type(error).__name__,
+                        exc_info=unforeseen,
+                        extra={"file_only": True},
+                    )
                     raise
 
     def _finished(self) -> dict[str, float] | None:
-        """On the first rank: the final metrics where there is nothing left to do. Raises UserError for a folder that is another run's."""
+        """On the first rank: the final metrics where there is nothing left to do.
+
+        Raises UserError for a folder that is another run's.
+        """
         self.identity = Identity.of(self.config, self.dataset.identity(), self.assembly.places())
         self.folder.belong(self.identity, accept_data=self.config.loader.changed_data == "accept")
         result = self.folder.result()
@@ -142,7 +152,9 @@ class Trainer:
                     self._save_now()
                 else:  # what started the ranks ends all when one leaves: not before the first has saved
                     self.world.from_first(self._save_now)
-                raise Interrupted(error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there.") from None
+                raise Interrupted(
+                    error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there."
+                ) from None
             except Exception as error:
                 if self.between_steps and not isinstance(error, TrainingError):
                     self._save_now()
@@ -172,12 +184,16 @@ class Trainer:
         stack.callback(self.writers.close)
         if self.world.first:
             sound = None if newest is None else self.state.step
-            self.checkpoints = CheckpointWriter(self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps, sound)
+            self.checkpoints = CheckpointWriter(
+                self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps, sound
+            )
             stack.callback(self.checkpoints.close)
         self.world.from_first(lambda: self._settle(fork))
         self.loader.check_limits()
         self.signals.at_once = False
-        self.watchdog = stack.enter_context(Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing))
+        self.watchdog = stack.enter_context(
+            Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing)
+        )
         save_seconds = (lambda: self.checkpoints.seconds) if self.world.first else float
         self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch, save_seconds)
         stack.enter_context(self.watch.showing(self.state.step))
@@ -186,10 +202,14 @@ class Trainer:
     def _fork(self) -> Fork | None:
         """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""
         checkpoint = told_fork(self.folder)
-        return None if checkpoint is None else plan_fork(checkpoint, self.identity, self.config, self.dataset.shard_sizes)
+        return (
+            None if checkpoint is None else plan_fork(checkpoint, self.identity, self.config, self.dataset.shard_sizes)
+        )
 
     def _settle(self, fork: Fork | None) -> None:
-        """On the first rank: make the folder this run's; what was taken over from another run is kept here from now on."""
+        """On the first rank: make the folder this run's; what was taken over from another run is kept here from
+        now on.
+        """
         if fork is not None:
             note_fork(self.folder, fork)
             self._save_now()
@@ -210,14 +230,18 @@ class Trainer:
     def _loop(self) -> None:
         """Batch, schedules, step, teacher and optimiser, hooks; then log, checkpoint, evaluate."""
         left = self.total_steps - self.state.step
-        batches = traced(self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused)
+        batches = traced(
+            self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused
+        )
         with closing(batches):  # whatever ends the loop, workers do not outlive it
             began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
                 self.watchdog.alive()
                 self.replaced = len(batch.replaced)
-                progress = Progress(step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+                progress = Progress(
+                    step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+                )
                 numbers = self._update(batch.views.to(self.device), progress)
                 self.state.step += 1
                 self._count(batch)
@@ -259,14 +283,20 @@ class Trainer:
         return numbers
 
     def _is_sound(self, result: StepResult, norm: Tensor, views: Views, progress: Progress) -> bool:
-        """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in a row.
+        """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in
+        a row.
 
-        What all ranks must learn of at the same step travels along: signals, bad samples, a checkpoint that could not be written.
+        What all ranks must learn of at the same step travels along: signals, bad samples, a checkpoint that could not
+        be written.
         """
         counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
-        faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device of a step
+        faults = torch.stack(
+            [~result.loss.isfinite(), ~norm.isfinite()]
+        ).tolist()  # the one wait for the device of a step
         failed = self.world.first and self.checkpoints.fault
-        *faults, signal, replaced, unsaved = self.world.most([*faults, self.signals.received or 0, self.replaced, failed])
+        *faults, signal, replaced, unsaved = self.world.most(
+            [*faults, self.signals.received or 0, self.replaced, failed]
+        )
         self.signals.agreed, self.replaced, self.unsaved = int(signal) or None, int(replaced), bool(unsaved)
         finite_loss, finite_norm = (not fault for fault in faults)
         if finite_loss and finite_norm:
@@ -286,16 +316,23 @@ class Trainer:
                 f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
                 f"Samples of this step: {_listed(keys)}. Those of the others are in {self.folder.log}"
             )
-        log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys))
+        log.warning(
+            "step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys)
+        )
         return False
 
     def _culprit(self, result: StepResult, views: Views, progress: Progress) -> tuple[str, Sequence[str]]:
         """The part that is not finite, on which rank, and the samples there."""
         parts = self.assembly.model.parts()
-        values = {place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")}
+        values = {
+            place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")
+        }
         losses = ", ".join(parts[place] for place, value in values.items() if not value.isfinite())
         found = gather_objects((self.step.find_unsound(views, progress), losses, views.keys))
-        rank = next((r for r, (part, _, _) in enumerate(found) if part), next((r for r, (_, loss, _) in enumerate(found) if loss), 0))
+        rank = next(
+            (r for r, (part, _, _) in enumerate(found) if part),
+            next((r for r, (_, loss, _) in enumerate(found) if loss), 0),
+        )
         part, loss, keys = found[rank]
         on = f" on rank {rank}" if self.world.size > 1 else ""
         return (part or loss or "the weighted sum of the losses") + on, keys
@@ -312,9 +349,14 @@ class Trainer:
         counters = self.state.counters
         row = {"epoch": step / self.steps_per_epoch}
         numbers = {**numbers, **spread(self.moments)}
-        row |= self.world.mean({name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()})
+        row |= self.world.mean(
+            {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        )
         row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
-        row |= {"skipped_steps": counters.nonfinite_steps + counters.overflowed_steps, "bad_samples": self.state.budget.bad}
+        row |= {
+            "skipped_steps": counters.nonfinite_steps + counters.overflowed_steps,
+            "bad_samples": self.state.budget.bad,
+        }
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
         self.writers.scalars(step, row)
@@ -323,7 +365,8 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Start writing a checkpoint where one is due; all ranks hear of one that failed.
 
-        Raises TrainingError for one that was not finite, StorageError where it could not be written and that ends the run.
+        Raises TrainingError for one that was not finite, StorageError where it could not be written and that ends the
+        run.
         """
         if self.unsaved:
             fault = self.world.from_first(lambda: self.checkpoints.take_fault())
@@ -371,7 +414,14 @@ class Trainer:
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
             self.signals.ahead = ahead
-            log.info("%s after step %s (%s, %.1f s): %s", name, f"{step:,}", self.precision, time.monotonic() - start, summary(found))
+            log.info(
+                "%s after step %s (%s, %.1f s): %s",
+                name,
+                f"{step:,}",
+                self.precision,
+                time.monotonic() - start,
+                summary(found),
+            )
         self.evaluated = set()
 
     # ------------------------------------------------------------------ small things
@@ -405,7 +455,8 @@ class Trainer:
     def _place(self) -> str:
         step = self.state.step
         return (
-            f"{self.folder.path} at step {step:,} (sample {step * self.config.training.batch_size:,}, epoch {step // self.steps_per_epoch})"
+            f"{self.folder.path} at step {step:,} (sample {step * self.config.training.batch_size:,}, epoch "
+            f"{step // self.steps_per_epoch})"
         )
 
     def _announce(self, saved: Mapping[str, Any] | None, fork: Fork | None) -> None:
@@ -416,13 +467,23 @@ class Trainer:
             size = sum(parameter.numel() for parameter in self.state.model.parameters())
             log.info(
                 "training %s (%s parameters) into %s: %s steps, %s an epoch, batch %s, %s on %s",
-                *(self.config.name, f"{size:,}", self.folder.path, f"{self.total_steps:,}", f"{self.steps_per_epoch:,}"),
+                *(
+                    self.config.name,
+                    f"{size:,}",
+                    self.folder.path,
+                    f"{self.total_steps:,}",
+                    f"{self.steps_per_epoch:,}",
+                ),
                 *(f"{self.config.training.batch_size:,}", self.precision, self.device),
             )
             if self.assembly.start:
                 log.info("%s", self.assembly.start)
         else:
-            moved = f" on {self.world.size} ranks; it was saved on {saved['ranks']}" if saved["ranks"] != self.world.size else ""
+            moved = (
+                f" on {self.world.size} ranks; it was saved on {saved['ranks']}"
+                if saved["ranks"] != self.world.size
+                else ""
+            )
             log.info("resuming %s%s.", self._place(), moved)
         self._announce_precision(saved)
         if self.assembly.frozen:
@@ -438,7 +499,8 @@ class Trainer:
         if saved is None and not has_fast_path(self.precision, self.device):
             faster = "amp_fp16" if self.device.type == "cuda" else "fp32"
             log.warning(
-                "training.precision: this %s has no fast path for %s, and a step may take many times as long. Faster here: %s",
+                "training.precision: this %s has no fast path for %s, and a step may take many times as long. "
+                "Faster here: %s",
                 *(self.device.type, self.precision, f"training.precision={faster}"),
             )
 

@@ -42,7 +42,9 @@ class _ConsoleHandler(logging.Handler):
 class Watch:
     """Shows a run of ``total_steps`` on ``console`` from the start to the end of ``showing``."""
 
-    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int, save_seconds: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, console: Console, total_steps: int, steps_per_epoch: int, save_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
         """``save_seconds``: how long a save takes."""
         self._save_seconds = save_seconds
         self._delay = float(os.environ.get(DELAY_VARIABLE, "inf"))
@@ -71,7 +73,9 @@ class Watch:
             self._progress.update(self._task, completed=step)
 
     def logged(self, step: int, row: Mapping[str, float], seconds_a_step: float) -> None:
-        """Show a logged step: beside the bar, or as a line; warn, once, where a signal would come too late for a step and a save."""
+        """Show a logged step: beside the bar, or as a line; warn, once, where a signal would come too late for a step
+        and a save.
+        """
         needed = seconds_a_step + self._save_seconds()
         if needed > _SHARE * self._delay:
             log.warning(
@@ -87,7 +91,9 @@ class Watch:
             self._progress.update(self._task, completed=step, description=text)
         else:
             width = len(f"{self.total_steps:,}")
-            self.console.print(f"step {step:>{width},} of {self.total_steps:,}  {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"step {step:>{width},} of {self.total_steps:,}  {text}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def table(self, title: str, metrics: Mapping[str, float]) -> None:
         """Show the final evaluation: a row a metric, a column a role."""
@@ -112,11 +118,18 @@ class Watch:
 def describe(row: Mapping[str, float], seconds_left: float) -> str:
     """One line of a logged step."""
     terms = "  ".join(
-        f"{name.partition('/')[2]} {value:.3f}" for name, value in row.items() if name.count("/") == 1 and name[:5] == "loss/"
+        f"{name.partition('/')[2]} {value:.3f}"
+        for name, value in row.items()
+        if name.count("/") == 1 and name[:5] == "loss/"
     )
-    slow = f"  slowest rank {row['slowest_rank']} (+{row['slowest_rank_lag']:.0%})" if row.get("slowest_rank_lag", 0) >= _SLOW else ""
+    slow = (
+        f"  slowest rank {row['slowest_rank']} (+{row['slowest_rank_lag']:.0%})"
+        if row.get("slowest_rank_lag", 0) >= _SLOW
+        else ""
+    )
     return (
-        f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  {row['samples_per_second']:,.0f} samples/s  "
+        f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  "
+        f"{row['samples_per_second']:,.0f} samples/s  "
         f"data wait {row['data_wait']:.0%}{slow}  left {timedelta(seconds=round(seconds_left))}"
     )
 
@@ -138,7 +151,9 @@ def lines(console: Console) -> Iterator[None]:
 
 
 class Clock:
-    """Since the last reading: samples a second, the share of time spent waiting for data, and the time of this rank's own work."""
+    """Since the last reading: samples a second, the share of time spent waiting for data, and the time of this rank's
+    own work.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

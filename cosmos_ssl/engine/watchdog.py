@@ -17,13 +17,14 @@ from cosmos_ssl.errors import EXIT_LOST, printable
 
 
 class Watchdog:
-    """While entered: after ``minutes`` without a call of ``alive``, stacks of all threads go into a file and the process ends.
+    """While entered: after ``minutes`` without a call of ``alive``, stacks of all threads go into a file and the
+    process ends.
 
     The exit code is that of a lost rank, since starting again may help: a read that never returns, a rank that hangs.
     ``describe`` tells more of what was going on. ``minutes`` None watches nothing.
 
-    Where the interpreter itself stands still (native code that never gives back its lock), no thread of Python can do this:
-    then a timer outside of it ends the process half as much later, with the stacks alone and exit code 1.
+    Where the interpreter itself stands still (native code that never gives back its lock), no thread of Python can do
+    this: then a timer outside of it ends the process half as much later, with the stacks alone and exit code 1.
     """
 
     def __init__(self, minutes: float | None, stacks: Path, describe: Callable[[], str]) -> None:
@@ -41,7 +42,9 @@ class Watchdog:
             threading.Thread(target=self._watch, args=(self.seconds,), name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()

@@ -17,7 +17,15 @@ from cosmos_ssl.evaluation.attention_maps import AttentionMap, attention_maps
 from cosmos_ssl.evaluation.classification import SIMPLE_TEMPLATES, class_vectors
 from cosmos_ssl.evaluation.features import check_finite
 from cosmos_ssl.evaluation.page import Page
-from cosmos_ssl.evaluation.pictures import class_colours, draw_attention, draw_classes, draw_segments, draw_words, heat_colours, overlay
+from cosmos_ssl.evaluation.pictures import (
+    class_colours,
+    draw_attention,
+    draw_classes,
+    draw_segments,
+    draw_words,
+    heat_colours,
+    overlay,
+)
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, model_input, segment
 from cosmos_ssl.files import storage_faults, written_whole
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
@@ -30,7 +38,9 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A picture of a pair: its name, the model's input [3, H, W], and the same cut to be looked at, uint8 [3, side, side]."""
+    """A picture of a pair: its name, the model's input [3, H, W], and the same cut to be looked at, uint8 [3, side,
+    side].
+    """
 
     name: str
     pixels: Tensor
@@ -38,7 +48,10 @@ class _Picture:
 
 
 def pair(images: int, texts: int, *, all_pairs: bool = False) -> list[tuple[int, int]]:
-    """Which picture goes with which text: one for each, one for all, or all with all. Raises UserError for other numbers."""
+    """Which picture goes with which text: one for each, one for all, or all with all.
+
+    Raises UserError for other numbers.
+    """
     if all_pairs or images == 1 or texts == 1:
         return [(image, text) for image in range(images) for text in range(texts)]
     if images != texts:
@@ -74,7 +87,8 @@ def draw_page(
     *,
     subtitle: str,
 ) -> Path:
-    """The page of pictures (by number) with texts, and of all pictures by the classes ``names``; PNG files and ``grid.png`` beside it.
+    """The page of pictures (by number) with texts, and of all pictures by the classes ``names``; PNG files and
+    ``grid.png`` beside it.
 
     Raises UserError where the folder cannot be written or the model has no such mode, StorageError.
     """
@@ -96,13 +110,17 @@ def _draw_attention(encoder: ModelEncoder, pairs: Sequence[tuple[_Picture, str]]
     maps: list[AttentionMap] = []
     for start in range(0, len(pairs), _BATCH):
         part = pairs[start : start + _BATCH]
-        found = attention_maps(encoder, torch.stack([picture.pixels for picture, _ in part]), [text for _, text in part])
+        found = attention_maps(
+            encoder, torch.stack([picture.pixels for picture, _ in part]), [text for _, text in part]
+        )
         assert found is not None
         maps += found
     check_finite(torch.stack([found.patches for found in maps]), "pictures")
     grid = draw_attention([picture.shown for picture, _ in pairs], maps, side=_GRID_SIDE)
     _save(grid, folder / "grid.png")
-    page.text("Patches: where the text looks in the picture. Words: where the picture looks in the text, darker is more.")
+    page.text(
+        "Patches: where the text looks in the picture. Words: where the picture looks in the text, darker is more."
+    )
     page.text("Weights of the two cross-attention heads, averaged over their attention heads, each map scaled to 0..1.")
     few, *between, much = heat_colours()
     page.legend([(few, "little"), *((colour, "") for colour in between), (much, "much")])
@@ -117,14 +135,24 @@ def _draw_attention(encoder: ModelEncoder, pairs: Sequence[tuple[_Picture, str]]
 
 
 def _draw_segments(
-    encoder: ModelEncoder, opened: Sequence[tuple[str, Image.Image]], names: Sequence[str], folder: Path, page: Page, *, grid: str
+    encoder: ModelEncoder,
+    opened: Sequence[tuple[str, Image.Image]],
+    names: Sequence[str],
+    folder: Path,
+    page: Page,
+    *,
+    grid: str,
 ) -> None:
-    """Each whole picture, segmented in windows as data sets are, under the colours of its classes: as PNG and on the page, and a grid."""
+    """Each whole picture, segmented in windows as data sets are, under the colours of its classes: as PNG and on the
+    page, and a grid.
+    """
     tower = encoder.spec.image
     if tower is None:
         raise UserError("--segment: this model has no image tower")
     side = tower.image_size
-    protocol = SegmentationProtocol(short_side=3 * side // 2, window=side, stride=max(1, side // 2))  # SCLIP's where it is 224
+    protocol = SegmentationProtocol(
+        short_side=3 * side // 2, window=side, stride=max(1, side // 2)
+    )  # SCLIP's where it is 224
     vectors, owners = class_vectors(encoder, names, SIMPLE_TEMPLATES), torch.arange(len(names), device=encoder.device)
     rows = []
     for number, (name, image) in enumerate(opened, 1):
@@ -134,15 +162,22 @@ def _draw_segments(
         drawn = draw_classes(shown, classes)
         _save(drawn, folder / f"{number:03d}_{_stem(name)}_segments.png")
         shares = (classes.flatten().bincount(minlength=len(names)) / classes.numel()).tolist()
-        entries = [(colour, f"{of} ({share:.0%})") for colour, of, share in zip(class_colours(len(names)), names, shares, strict=True)]
-        page.section(f"{name}: {', '.join(names)}").figure(shown, name).figure(drawn, "the class that each place is nearest to")
+        entries = [
+            (colour, f"{of} ({share:.0%})")
+            for colour, of, share in zip(class_colours(len(names)), names, shares, strict=True)
+        ]
+        page.section(f"{name}: {', '.join(names)}").figure(shown, name).figure(
+            drawn, "the class that each place is nearest to"
+        )
         page.legend(entries)
         rows.append((shown, drawn, entries))
     _save(draw_segments(rows, side=_GRID_SIDE), folder / grid)
 
 
 def _whole(image: Image.Image) -> Tensor:
-    """The picture, uint8 [3, H, W], brought to the size of drawn pictures, its longer side to five times that at most."""
+    """The picture, uint8 [3, H, W], brought to the size of drawn pictures, its longer side to five times that at
+    most.
+    """
     factor = min(_SIDE / min(image.size), 5 * _SIDE / max(image.size))
     width, height = (max(1, round(side * factor)) for side in image.size)
     return _pixels(image.resize((width, height)))

@@ -1,4 +1,6 @@
-"""What words and patches say of one another: where the cross-attention heads look, and which class each patch is nearest to."""
+"""What words and patches say of one another: where the cross-attention heads look, and which class each patch is
+nearest to.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class AttentionMap:
     words: Sequence[tuple[str, float]]
     """What the picture looks at in the text: its words between the start and the end token, pads left out.
 
-    A word's weight is the sum over its tokens. Where a text cannot be cut into words as the tokenizer cuts it, these are
-    the pieces behind its tokens.
+    A word's weight is the sum over its tokens. Where a text cannot be cut into words as the tokenizer cuts it, these
+    are the pieces behind its tokens.
     """
 
 
@@ -46,10 +48,16 @@ def attention_maps(encoder: ModelEncoder, pixels: Tensor, texts: Sequence[str]) 
     patches = weights["text"].cpu().unflatten(1, (rows, columns))
     words = weights["image"].cpu()
     maps = []
-    for text, ids, length, over_patches, over_words in zip(texts, tokens, encoder.lengths(tokens).tolist(), patches, words, strict=True):
+    for text, ids, length, over_patches, over_words in zip(
+        texts, tokens, encoder.lengths(tokens).tolist(), patches, words, strict=True
+    ):
         inner = slice(1, length - 1)
         found = _words(encoder.tokenizer, text, ids[inner].tolist())
-        sums = torch.stack([part.sum() for part in over_words[inner].split([size for _, size in found])]) if found else torch.empty(0)
+        sums = (
+            torch.stack([part.sum() for part in over_words[inner].split([size for _, size in found])])
+            if found
+            else torch.empty(0)
+        )
         named = zip((word for word, _ in found), scaled(sums).tolist(), strict=True)
         maps.append(AttentionMap(patches=scaled(over_patches), words=list(named)))
     return maps
@@ -66,8 +74,8 @@ def scaled(weights: Tensor) -> Tensor:
 def patch_scores(encoder: ModelEncoder, pixels: Tensor, classes: Tensor, *, csa: bool = True) -> Tensor:
     """Cosine of each patch of pictures [B, 3, H, W] with class vectors [C, D]: [B, C, rows, columns].
 
-    Training-free segmentation after SCLIP (arXiv 2312.01597), the whole picture in one window. Raises UserError where the
-    tower has no dense mode.
+    Training-free segmentation after SCLIP (arXiv 2312.01597), the whole picture in one window. Raises UserError where
+    the tower has no dense mode.
     """
     assert encoder.spec.image is not None
     tokens, _ = encoder.dense(pixels, csa=csa)
@@ -77,7 +85,8 @@ def patch_scores(encoder: ModelEncoder, pixels: Tensor, classes: Tensor, *, csa:
 
 
 def _words(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """The words of a text with the number of tokens of each, which add up to ``ids``; or else the piece behind each token.
+    """The words of a text with the number of tokens of each, which add up to ``ids``; or else the piece behind each
+    token.
 
     A word's tokens are those that it has alone. Punctuation around a word stands by itself where that changes no token.
     """

@@ -42,7 +42,10 @@ class CaptionSet:
         return len(self.entries)
 
     def read(self, index: int) -> Sample:
-        """Picture ``index`` with its captions under ``txt``. Raises BadSample where the file is not there, OSError where storage fails."""
+        """Picture ``index`` with its captions under ``txt``.
+
+        Raises BadSample where the file is not there, OSError where storage fails.
+        """
         file, captions = self.entries[index]
         path = self.folder / file
         if not path.is_file():
@@ -58,10 +61,20 @@ class CaptionSet:
         return {"name": self.name, "digest": hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()}
 
     def complete(self, job: Job) -> CaptionSet:
-        """The set without pictures that have no file or no caption. Raises DataError for these unless they may be missing."""
+        """The set without pictures that have no file or no caption.
+
+        Raises DataError for these unless they may be missing.
+        """
         folders = {Path(file).parent for file, _ in self.entries}
-        there = {str(sub / path.name) for sub in folders if (self.folder / sub).is_dir() for path in (self.folder / sub).iterdir()}
-        job.leave_out([file for file, _ in self.entries if file not in there], len(self), f"pictures are not in {self.folder}")
+        there = {
+            str(sub / path.name)
+            for sub in folders
+            if (self.folder / sub).is_dir()
+            for path in (self.folder / sub).iterdir()
+        }
+        job.leave_out(
+            [file for file, _ in self.entries if file not in there], len(self), f"pictures are not in {self.folder}"
+        )
         job.leave_out([file for file, captions in self.entries if not captions], len(self), "pictures have no caption")
         whole = [(file, captions) for file, captions in self.entries if file in there and captions]
         if not whole:
@@ -90,7 +103,10 @@ def _karpathy(path: Path, split: str = "test") -> Entries:
     table = read_json(path)
     try:
         return [
-            (str(Path(image.get("filepath", ""), image["filename"])), [_plain(sentence["raw"]) for sentence in image["sentences"]])
+            (
+                str(Path(image.get("filepath", ""), image["filename"])),
+                [_plain(sentence["raw"]) for sentence in image["sentences"]],
+            )
             for image in table["images"]
             if image["split"] == split
         ]
@@ -102,18 +118,26 @@ def _table(path: Path, split: str = "test") -> Entries:
     """``flickr_annotations_30k.csv``: a picture a row, with its split and a JSON list of captions."""
     try:
         rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        return [(row["filename"], [_plain(one) for one in json.loads(row["raw"])]) for row in rows if row["split"] == split]
+        return [
+            (row["filename"], [_plain(one) for one in json.loads(row["raw"])]) for row in rows if row["split"] == split
+        ]
     except DataError:
         raise
     except (csv.Error, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise DataError(f"data: {path} is no table of filename, split and raw: {type(error).__name__} {error}") from error
+        raise DataError(
+            f"data: {path} is no table of filename, split and raw: {type(error).__name__} {error}"
+        ) from error
 
 
-_LINE = re.compile(r"(?P<file>[^,|\t#]+\.jpe?g)(?:#\d+)?\s*[,|\t]\s*(?:\d+(?:\s*\|\s*|\s{3}))?(?P<caption>.*)", re.IGNORECASE)
+_LINE = re.compile(
+    r"(?P<file>[^,|\t#]+\.jpe?g)(?:#\d+)?\s*[,|\t]\s*(?:\d+(?:\s*\|\s*|\s{3}))?(?P<caption>.*)", re.IGNORECASE
+)
 
 
 def _lines(path: Path) -> Entries:
-    """A caption a line: ``NAME.jpg#0<tab>CAPTION``; below a line of heads ``NAME.jpg| 0| CAPTION`` or ``NAME.jpg,CAPTION``."""
+    """A caption a line: ``NAME.jpg#0<tab>CAPTION``; below a line of heads ``NAME.jpg| 0| CAPTION`` or
+    ``NAME.jpg,CAPTION``.
+    """
     found: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         match = _LINE.match(line)
@@ -152,9 +176,11 @@ class _Layout:
         return next((path for path in tables if path.is_file() and (path.parent / self.beside).is_dir()), None)
 
     def open(self, folder: Path, path: Path) -> CaptionSet:
-        """The set: its pictures lie in the first folder that holds one of the first few, else they are looked for in the first folder.
+        """The set: its pictures lie in the first folder that holds one of the first few, else they are looked for in
+        the first folder.
 
-        Of a ``whole`` table it is the test split where a list of its pictures lies beside it; else all, under another name.
+        Of a ``whole`` table it is the test split where a list of its pictures lies beside it; else all, under another
+        name.
         """
         name, entries = self.name, self.read(path)
         if self.whole:
@@ -162,7 +188,8 @@ class _Layout:
             if listed is None:
                 name = f"{name}_all"
                 _log.warning(
-                    "%s tells no split, so all %s pictures are taken; %s beside it may list those of the test split, one a line",
+                    "%s tells no split, so all %s pictures are taken; %s beside it may list those of the test "
+                    "split, one a line",
                     path,
                     f"{len(entries):,}",
                     _TEST_LISTS[0],
@@ -178,7 +205,13 @@ class _Layout:
 
 _FLICKR = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "images")
 _LAYOUTS = (
-    _Layout(name="coco", table="captions_val2017.json", above=("annotations",), pictures=("val2017", "images/val2017"), read=_coco),
+    _Layout(
+        name="coco",
+        table="captions_val2017.json",
+        above=("annotations",),
+        pictures=("val2017", "images/val2017"),
+        read=_coco,
+    ),
     _Layout(name="coco_karpathy", table="dataset_coco.json", pictures=("", "images"), read=_karpathy),
     _Layout(name="coco_karpathy", table="coco_test_karpathy.json", pictures=("val2014", "images/val2014"), read=_coco),
     _Layout(name="flickr30k", table="dataset_flickr30k.json", pictures=_FLICKR, read=_karpathy),
@@ -200,7 +233,10 @@ SETS = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS))
 
 
 def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | None:
-    """The set whose captions lie in ``folder``, ``wanted`` where there are several. Raises DataError for unusable ones, UserError."""
+    """The set whose captions lie in ``folder``, ``wanted`` where there are several.
+
+    Raises DataError for unusable ones, UserError.
+    """
     if wanted is not None and wanted not in SETS:
         raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, SETS)} Sets: {', '.join(SETS)}")
     found: dict[str, tuple[_Layout, Path]] = {}
@@ -209,7 +245,9 @@ def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | No
         if path is not None and wanted in (None, layout.name):
             found.setdefault(layout.name, (layout, path))
     if len(found) > 1:
-        raise DataError(f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(found)}")
+        raise DataError(
+            f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(found)}"
+        )
     if found:
         layout, path = found.popitem()[1]
         return layout.open(folder, path)
@@ -223,7 +261,9 @@ def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | No
 def _check_no_set(folder: Path) -> None:
     """Raise DataError where the pictures of a set lie there without their captions."""
     if any((folder / name).is_dir() for name in ("val2017", "val2014")) and (folder / "annotations").is_dir():
-        raise DataError(f"data: {folder} looks like COCO, and has no annotations/captions_val2017.json and no dataset_coco.json")
+        raise DataError(
+            f"data: {folder} looks like COCO, and has no annotations/captions_val2017.json and no dataset_coco.json"
+        )
     if any((folder / name).is_dir() for name in _FLICKR[:2]):
         tables = ", ".join(layout.table for layout in _LAYOUTS if layout.name == "flickr30k")
         raise DataError(f"data: {folder} holds Flickr30k's pictures, and none of {tables}")

@@ -1,7 +1,7 @@
 """Labelled pictures with the names of their classes: ImageNet, ten known sets, folders with one folder a class, shards.
 
-The ten sets are read by torchvision's readers (Caltech101 by clip-benchmark's), with clip-benchmark's templates and, where the
-readers have none fit to be read, its class names.
+The ten sets are read by torchvision's readers (Caltech101 by clip-benchmark's), with clip-benchmark's templates and,
+where the readers have none fit to be read, its class names.
 """
 
 from __future__ import annotations
@@ -53,16 +53,22 @@ class ClassData:
     """The training split, where it is known to belong to these."""
 
     def names(self, given: str | Sequence[str] | None = None) -> list[str]:
-        """The name of each class in the order of the labels: as ``given`` (see ``load_class_names``), else those that come with the data.
+        """The name of each class in the order of the labels: as ``given`` (see ``load_class_names``), else those that
+        come with the data.
 
         Raises ValueError, and DataError where there are none, or where they do not fit the classes.
         """
         source = "--class-names" if given is not None else str(self.class_file)
         given = given if given is not None or self.class_file is None else str(self.class_file)
         if given is None and self.class_names is None:
-            called = "class folders are called by WordNet numbers that are not all ImageNet's, and " if wordnet(self.folders or ()) else ""
+            called = (
+                "class folders are called by WordNet numbers that are not all ImageNet's, and "
+                if wordnet(self.folders or ())
+                else ""
+            )
             raise DataError(
-                f"--class-names: give a file with one a line, since {called}none of {', '.join(CLASS_FILES)} comes with the data"
+                f"--class-names: give a file with one a line, since {called}none of {', '.join(CLASS_FILES)} "
+                "comes with the data"
             )
         if given is None:
             return list(self.class_names or ())
@@ -107,7 +113,10 @@ KNOWN = {
         module="clip_benchmark.datasets.caltech101",
     ),
 }
-"""The ten sets. SUN397 and Caltech101 (with its background class) have no split in these readers: all pictures are evaluated on."""
+"""The ten sets.
+
+SUN397 and Caltech101 (with its background class) have no split in these readers: all pictures are evaluated on.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +132,8 @@ class Picture(Sample):
 
 
 class Reader:
-    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are sorted.
+    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are
+    sorted.
 
     Where it names its files they are opened here, by the rules for all pictures.
     """
@@ -155,7 +165,11 @@ class Reader:
 
     def identity(self) -> Mapping[str, Any]:
         """Name, size, and a digest of the file names, or of the pictures where they are no files."""
-        held = self.data.data.tobytes() if self._named is None else "\0".join(path.name for path, _ in self._named).encode()
+        held = (
+            self.data.data.tobytes()
+            if self._named is None
+            else "\0".join(path.name for path, _ in self._named).encode()
+        )
         return {"name": self.name, "samples": len(self), "digest": hashlib.sha256(held).hexdigest()}
 
 
@@ -163,7 +177,9 @@ def _named(data: Any) -> list[tuple[Path, int]] | None:
     """File and label of each picture, as these readers keep them; None for those that hold pixels (CIFAR)."""
     if hasattr(data, "categories"):  # Caltech101
         folder = Path(data.root) / "101_ObjectCategories"
-        return [(folder / data.categories[y] / f"image_{n:04d}.jpg", y) for n, y in zip(data.index, data.y, strict=True)]
+        return [
+            (folder / data.categories[y] / f"image_{n:04d}.jpg", y) for n, y in zip(data.index, data.y, strict=True)
+        ]
     if hasattr(data, "_samples"):  # StanfordCars
         return [(Path(file), label) for file, label in data._samples]
     files = getattr(data, "_image_files", getattr(data, "_images", None))
@@ -171,9 +187,15 @@ def _named(data: Any) -> list[tuple[Path, int]] | None:
 
 
 def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
-    """What ``data`` holds; ``wanted`` names one of the known sets where several lie there. Raises DataError, UserError."""
+    """What ``data`` holds; ``wanted`` names one of the known sets where several lie there.
+
+    Raises DataError, UserError.
+    """
     if wanted is not None and wanted not in (*KNOWN, IMAGENET):
-        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, [*KNOWN, IMAGENET])} Sets: {', '.join((*KNOWN, IMAGENET))}")
+        raise UserError(
+            f"--set: no set named '{wanted}'.{did_you_mean(wanted, [*KNOWN, IMAGENET])} Sets: "
+            f"{', '.join((*KNOWN, IMAGENET))}"
+        )
     folder = picture_folder(data)
     if folder is not None:
         found = _known_below(folder, wanted)
@@ -211,7 +233,10 @@ def _known_below(folder: Path, wanted: str | None) -> tuple[str, Path] | None:
         if root is not None and wanted in (None, name):
             found[name] = root
     if len(found) > 1:
-        raise DataError(f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(sorted(found))}")
+        raise DataError(
+            f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: "
+            f"{', '.join(sorted(found))}"
+        )
     return next(iter(found.items()), None)
 
 
@@ -254,7 +279,9 @@ def _clip_benchmark() -> Any:
     try:
         return resources.files("clip_benchmark.datasets")
     except ImportError as error:
-        raise UserError("class names and templates of this set are clip-benchmark's. Run: pip install 'cosmos-ssl[eval]'") from error
+        raise UserError(
+            "class names and templates of this set are clip-benchmark's. Run: pip install 'cosmos-ssl[eval]'"
+        ) from error
 
 
 def _imagenet(folder: Path) -> ClassData | None:

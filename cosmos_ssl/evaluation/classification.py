@@ -36,7 +36,9 @@ def load_templates(templates: str | Sequence[str]) -> list[str]:
     wrong = [template for template in found if "{}" not in template]
     if wrong or not found:
         told = f"'{wrong[0]}' has no {{}} for the class name" if wrong else "none are given"
-        raise ValueError(f"templates: {told}. Give templates such as 'a photo of a {{}}.', or one of: {', '.join(TEMPLATE_SETS)}")
+        raise ValueError(
+            f"templates: {told}. Give templates such as 'a photo of a {{}}.', or one of: {', '.join(TEMPLATE_SETS)}"
+        )
     return found
 
 
@@ -50,7 +52,9 @@ def load_class_names(names: str | Sequence[str]) -> list[str]:
 
         return list(IMAGENET_CLASSNAMES)
     if isinstance(names, str):
-        found = [line.strip() for line in read_text(Path(names).expanduser(), "class_names").splitlines() if line.strip()]
+        found = [
+            line.strip() for line in read_text(Path(names).expanduser(), "class_names").splitlines() if line.strip()
+        ]
     else:
         found = list(names)
     if len(found) < 2:
@@ -67,9 +71,9 @@ def class_vectors(encoder: Encoder, names: Sequence[str], templates: Sequence[st
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """``top1``, ``top5`` and ``mean_per_class_top1`` of scores [N, C] against labels int64 [N], as shares.
 
-    A label outside 0..C-1 is a class that cannot be found. Classes stand in the order of a stable sort by falling score, as those of
-    published figures do (``torch.topk``): of equal scores, such as those of equal names, the earlier class comes first. Among scores
-    of minus infinity, which tell that a class was not found, the right one comes last.
+    A label outside 0..C-1 is a class that cannot be found. Classes stand in the order of a stable sort by falling
+    score, as those of published figures do (``torch.topk``): of equal scores, such as those of equal names, the earlier
+    class comes first. Among scores of minus infinity, which tell that a class was not found, the right one comes last.
     """
     known = (labels >= 0) & (labels < scores.shape[1])
     place = labels.clamp(0, scores.shape[1] - 1)[:, None]

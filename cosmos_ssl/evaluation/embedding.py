@@ -1,7 +1,8 @@
-"""Embeddings of pictures and texts as a file: computed part by part, so that a job that was killed goes on where it was.
+"""Embeddings of pictures and texts as a file: computed part by part, so that a job that was killed goes on where it
+was.
 
-Beside the output lies ``OUTPUT.parts/`` while the work lasts: ``job.json`` says what is computed from what, each part is a
-file that is either whole or not there, and at the end the output is put together from them under a temporary name.
+Beside the output lies ``OUTPUT.parts/`` while the work lasts: ``job.json`` says what is computed from what, each part
+is a file that is either whole or not there, and at the end the output is put together from them under a temporary name.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Job:
 
     def identity(self, encoder: ModelEncoder) -> dict[str, Any]:
         """All that the numbers depend on, as JSON holds it; ``data.files`` are sizes and times."""
-        data = {f"data.{name}": value for name, value in {**self.samples.identity(), "files": Sources(self.samples).digest()}.items()}
+        data = {
+            f"data.{name}": value
+            for name, value in {**self.samples.identity(), "files": Sources(self.samples).digest()}.items()
+        }
         options = {"what": self.what, "texts": self.texts, "dtype": self.dtype}
         return {"weights": weights_digest(encoder.model), "overrides": list(self.overrides), **options, **data}
 
@@ -66,7 +70,10 @@ class Job:
     @property
     def parts(self) -> list[range]:
         """The samples of each part."""
-        return [range(start, min(start + self.part_size, len(self.samples))) for start in range(0, len(self.samples), self.part_size)]
+        return [
+            range(start, min(start + self.part_size, len(self.samples)))
+            for start in range(0, len(self.samples), self.part_size)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +95,19 @@ def _silent(done: int, total: int) -> None:
 
 
 def embed(
-    encoder: ModelEncoder, job: Job, output: Path, *, overwrite: bool = False, progress: Callable[[int, int], None] = _silent
+    encoder: ModelEncoder,
+    job: Job,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = _silent,
 ) -> Report:
-    """Write unit vectors of all samples to ``output``: ``.parquet``, or ``.npy`` with its ``.keys.txt`` and ``.meta.json``.
+    """Write unit vectors of all samples to ``output``: ``.parquet``, or ``.npy`` with its ``.keys.txt`` and
+    ``.meta.json``.
 
-    Started again after it was killed, it goes on at the next part. Raises UserError where ``output`` or what lies beside it
-    belongs to another job (unless ``overwrite``), or vectors are not finite; DataError where not one sample can be used, or where
-    files change meanwhile; OSError.
+    Started again after it was killed, it goes on at the next part. Raises UserError where ``output`` or what lies
+    beside it belongs to another job (unless ``overwrite``), or vectors are not finite; DataError where not one sample
+    can be used, or where files change meanwhile; OSError.
     """
     check_output(output, job.what)
     for modality in ("image", "text"):
@@ -115,7 +128,9 @@ def embed(
         _compute(encoder, job, folder, progress)
         if Sources(job.samples).digest() != identity["data.files"]:
             shutil.rmtree(folder)
-            raise DataError("data: files were changed while they were embedded, and nothing is written. Run the same command again")
+            raise DataError(
+                "data: files were changed while they were embedded, and nothing is written. Run the same command again"
+            )
         report = _assemble(folder, job, output, identity, sum(len(job.parts[part]) for part in kept))
         shutil.rmtree(folder)
     return report
@@ -175,7 +190,9 @@ def _beginning(folder: Path) -> dict[str, Any] | None:
         with suppress(OSError, ValueError):
             found = json.loads(path.read_bytes())
     if not isinstance(found, dict) or "part_size" not in found:
-        raise UserError(f"{folder} is no beginning of embeddings, or its job.json is damaged. Move it away, or give another output")
+        raise UserError(
+            f"{folder} is no beginning of embeddings, or its job.json is damaged. Move it away, or give another output"
+        )
     return found
 
 
@@ -212,7 +229,11 @@ class _Part(NamedTuple):
 def _compute(encoder: ModelEncoder, job: Job, folder: Path, progress: Callable[[int, int], None]) -> None:
     """Write every part that is not there yet."""
     todo = [(part, indices) for part, indices in enumerate(job.parts) if not _path(folder, part).exists()]
-    batches = [(part, indices[at : at + job.batch_size]) for part, indices in todo for at in range(0, len(indices), job.batch_size)]
+    batches = [
+        (part, indices[at : at + job.batch_size])
+        for part, indices in todo
+        for at in range(0, len(indices), job.batch_size)
+    ]
     done = len(job.samples) - sum(len(indices) for _, indices in todo)
     progress(done, len(job.samples))
     held: list[_Part] = []
@@ -255,7 +276,9 @@ def _encode(encoder: ModelEncoder, job: Job, results: Sequence[_Loaded | Bad]) -
     texts = [row.text for row in rows if row.text is not None]
     images = iter(encoder.encode_image(torch.stack(pixels)).cpu() if pixels else ())
     starts = range(0, len(texts), job.batch_size)
-    said = (row for at in starts for row in encoder.encode_text(encoder.tokenize(texts[at : at + job.batch_size])).cpu())
+    said = (
+        row for at in starts for row in encoder.encode_text(encoder.tokenize(texts[at : at + job.batch_size])).cpu()
+    )
     vectors = [next(images if row.text is None else said) for row in rows]
     found = torch.stack(vectors) if vectors else torch.empty(0, encoder.spec.embed_dim)
     check_finite(found, "samples")
@@ -268,7 +291,10 @@ def _path(folder: Path, part: int) -> Path:
 
 def _write(path: Path, batches: Sequence[_Part]) -> None:
     """Write a part; it is never there by half."""
-    notes = {"rows": [row for batch in batches for row in batch.rows], "bad": [item for batch in batches for item in batch.bad]}
+    notes = {
+        "rows": [row for batch in batches for row in batch.rows],
+        "bad": [item for batch in batches for item in batch.bad],
+    }
     with written_whole(path) as file:
         vectors = np.concatenate([batch.vectors for batch in batches])
         np.savez(file, vectors=vectors, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8))
@@ -279,7 +305,9 @@ def _read(path: Path) -> _Part:
     try:
         with np.load(path, allow_pickle=False) as part:
             notes = json.loads(part["notes"].tobytes())
-            return _Part(part["vectors"], [Row(*row) for row in notes["rows"]], [(reason, key) for reason, key in notes["bad"]])
+            return _Part(
+                part["vectors"], [Row(*row) for row in notes["rows"]], [(reason, key) for reason, key in notes["bad"]]
+            )
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         path.unlink()
         raise OSError(f"{path} was damaged and has been removed. Run the same command again") from error
@@ -298,7 +326,9 @@ def _assemble(folder: Path, job: Job, output: Path, identity: Mapping[str, Any],
     if not count:
         shutil.rmtree(folder)
         reasons = ", ".join(f"{number:,} {reason}, such as {key}" for reason, (number, key) in bad.items())
-        raise DataError(f"data: not one of {len(job.samples):,} samples can be embedded ({reasons or 'there are none'})")
+        raise DataError(
+            f"data: not one of {len(job.samples):,} samples can be embedded ({reasons or 'there are none'})"
+        )
     meta = {**job.about, "job": identity, "rows": count, "bad": bad}
     write_embeddings(output, ((part.vectors, part.rows) for part in map(_read, paths)), (count, width), job.dtype, meta)
     return Report(samples=len(job.samples), rows=count, width=width, bad=bad, kept=kept)

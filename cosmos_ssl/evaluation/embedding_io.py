@@ -122,9 +122,13 @@ def open_samples(data: Sequence[str]) -> tuple[WithSource, What]:
     if folder is not None:
         return Folder(folder), "image"
     endings = {"pictures": tuple(f".{extension}" for extension in EXTENSIONS), "texts": (".txt",)}
-    kinds = sorted({next((kind for kind, ends in endings.items() if name.lower().endswith(ends)), "shards") for name in data})
+    kinds = sorted(
+        {next((kind for kind, ends in endings.items() if name.lower().endswith(ends)), "shards") for name in data}
+    )
     if len(kinds) > 1:
-        raise DataError(f"data: {' and '.join(kinds)} are mixed. Give a folder, picture files, one text file, or shards")
+        raise DataError(
+            f"data: {' and '.join(kinds)} are mixed. Give a folder, picture files, one text file, or shards"
+        )
     if kinds == ["pictures"]:
         return _Files([Path(name).expanduser() for name in data]), "image"
     if kinds == ["texts"]:
@@ -149,7 +153,9 @@ def check_output(output: Path, what: What) -> None:
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: write to a file that ends in {' or '.join(FORMATS)}")
     if output.suffix == ".npy" and what == "both":
-        raise UserError(f"--output {output}: an array cannot tell images from texts. Give a .parquet file, or --what image or text")
+        raise UserError(
+            f"--output {output}: an array cannot tell images from texts. Give a .parquet file, or --what image or text"
+        )
     if output.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
@@ -161,7 +167,10 @@ def check_output(output: Path, what: What) -> None:
 
 
 def read_meta(output: Path) -> dict[str, Any] | None:
-    """What was written as ``meta`` with a whole output; None where there is none. Raises UserError for a file of somebody else's."""
+    """What was written as ``meta`` with a whole output; None where there is none.
+
+    Raises UserError for a file of somebody else's.
+    """
     if not output.exists():
         return None
     try:
@@ -174,13 +183,20 @@ def read_meta(output: Path) -> dict[str, Any] | None:
         raise UserError(f"{output} exists and is no file of embeddings. Give another output, or --overwrite") from error
 
 
-def write_embeddings(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
-    """Write ``shape[0]`` vectors of ``shape[1]`` numbers to ``.parquet`` or ``.npy``; no half of it is ever there. Raises OSError."""
+def write_embeddings(
+    output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]
+) -> None:
+    """Write ``shape[0]`` vectors of ``shape[1]`` numbers to ``.parquet`` or ``.npy``; no half of it is ever there.
+
+    Raises OSError.
+    """
     write = _write_parquet if output.suffix == ".parquet" else _write_npy
     write(output, parts, shape, dtype, meta)
 
 
-def _write_parquet(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
+def _write_parquet(
+    output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]
+) -> None:
     """Columns ``key``, ``source``, ``modality``, ``text`` and ``embedding``; ``meta`` is in the schema's metadata."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -188,11 +204,16 @@ def _write_parquet(output: Path, parts: Iterator[Rows], shape: tuple[int, int], 
     value = pa.float16() if dtype == "float16" else pa.float32()
     strings = [(name, pa.string()) for name in Row._fields]
     schema = pa.schema([*strings, ("embedding", pa.list_(value, shape[1]))], metadata={_META: json.dumps(meta)})
-    with written_whole(output) as file, parquet.ParquetWriter(file, schema, use_dictionary=["source", "modality"]) as writer:
+    with (
+        written_whole(output) as file,
+        parquet.ParquetWriter(file, schema, use_dictionary=["source", "modality"]) as writer,
+    ):
         for vectors, rows in _grouped(parts):
             columns = [pa.array(_utf8(column), pa.string()) for column in zip(*rows, strict=True)]
             flat = pa.array(vectors.ravel(), value)
-            writer.write_table(pa.Table.from_arrays([*columns, pa.FixedSizeListArray.from_arrays(flat, shape[1])], schema=schema))
+            writer.write_table(
+                pa.Table.from_arrays([*columns, pa.FixedSizeListArray.from_arrays(flat, shape[1])], schema=schema)
+            )
 
 
 def _grouped(parts: Iterator[Rows]) -> Iterator[Rows]:
@@ -214,11 +235,15 @@ def _utf8(column: Sequence[str | None]) -> list[str | None]:
     return [None if text is None else text.encode("utf-8", "replace").decode() for text in column]
 
 
-def _write_npy(output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]) -> None:
+def _write_npy(
+    output: Path, parts: Iterator[Rows], shape: tuple[int, int], dtype: str, meta: Mapping[str, Any]
+) -> None:
     """The array; beside it the key of each row, one a line, and ``meta``. The array comes last: where it is, all is."""
     beside = output.with_suffix(".meta.json"), output.with_suffix(".keys.txt")
     with written_whole(output) as file, written_whole(beside[0]) as about, written_whole(beside[1]) as keys:
-        np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        )
         for vectors, rows in parts:
             file.write(vectors.tobytes())
             lines = (" ".join(row.key.splitlines()) for row in rows)

@@ -1,7 +1,8 @@
-"""Features of all samples of a set, computed once: ranks share the batches, and what is computed is kept until all is done.
+"""Features of all samples of a set, computed once: ranks share the batches, and what is computed is kept until all is
+done.
 
-A piece is one batch. Its file has a name that tells model, data and batch, so that an evaluation that was ended, in whatever
-way and on however many ranks, goes on where it was.
+A piece is one batch. Its file has a name that tells model, data and batch, so that an evaluation that was ended, in
+whatever way and on however many ranks, goes on where it was.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Loaded(NamedTuple):
 
 
 Compute: TypeAlias = Callable[[Sequence[Loaded]], tuple[Tensor | None, Sequence[Any]]]
-"""Some samples -> rows [n, ...], and notes (strings, numbers, lists of these): of each sample, or of those that it takes."""
+"""Some samples -> rows [n, ...], and notes (strings, numbers, lists of these): of each sample, or of those that it
+takes.
+"""
 
 
 class Store:
@@ -81,7 +84,11 @@ class Store:
             with written_whole(self.folder / f"{name}.pt") as file:
                 torch.save(dict(piece), file)
         except OSError as error:
-            _log.warning("%s cannot be written (%s): an interrupted evaluation will start again", self.folder, error.strerror or error)
+            _log.warning(
+                "%s cannot be written (%s): an interrupted evaluation will start again",
+                self.folder,
+                error.strerror or error,
+            )
             self._writable = False
 
     def clear(self) -> None:
@@ -90,7 +97,9 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def clear_old(self) -> None:
-        """Remove the folders beside this one that nothing was put into for a week: evaluations that were ended for good."""
+        """Remove the folders beside this one that nothing was put into for a week: evaluations that were ended for
+        good.
+        """
         for folder in self.folder.parent.glob("*") if self.folder is not None else ():
             with suppress(OSError):  # another process may be removing it
                 if folder != self.folder and time.time() - folder.stat().st_mtime > KEPT_DAYS * 86_400:
@@ -144,9 +153,9 @@ def features_of(
 ) -> tuple[Tensor, list[Any]]:
     """What ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
 
-    ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are put on
-    ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is left, or where
-    files change while they are read and kept; UserError for rows that are not finite.
+    ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are
+    put on ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is
+    left, or where files change while they are read and kept; UserError for rows that are not finite.
     """
     count = len(data)
     sources = Sources(data)
@@ -173,7 +182,8 @@ def features_of(
     if changed := items_of_all(sources.changed()):
         some = ", ".join(changed[:EXAMPLES]) + (", ..." if len(changed) > EXAMPLES else "")
         raise DataError(
-            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some}). Run the same command again"
+            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some}). Run the "
+            "same command again"
         )
     bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])
@@ -195,7 +205,8 @@ def check_finite(rows: Tensor, what: str) -> None:
     if not finite.all():
         wrong = len(rows) - int(finite.flatten(1).all(1).sum())
         raise UserError(
-            f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers: its weights are damaged, "
+            f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers: its weights are "
+            "damaged, "
             "or the precision is too low for them"
         )
 
@@ -203,7 +214,8 @@ def check_finite(rows: Tensor, what: str) -> None:
 def text_features(
     encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
 ) -> Tensor:
-    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share them.
+    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share
+    them.
 
     With ``templates`` a string is put into each of them, and its row is the mean of theirs (which is no unit vector).
     """
@@ -239,7 +251,8 @@ def _pieces(
 ) -> Iterator[dict[str, Any]]:
     """What ``work`` makes of this rank's share of ``parts``, or the store holds of it.
 
-    What it holds is good while the ``stamp`` of each item is what it was before the item was read, and no sample that was bad can be used.
+    What it holds is good while the ``stamp`` of each item is what it was before the item was read, and no sample that
+    was bad can be used.
     """
     own, all_about = share(parts), digest(about)
 

@@ -17,15 +17,21 @@ _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
 @torch.no_grad()
-def knn_scores(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07) -> Tensor:
+def knn_scores(
+    train: Tensor, labels: Tensor, test: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
     """Votes [M, C] of the ``k`` nearest of ``train`` [N, W] with ``labels`` int64 [N] for ``test`` [M, W].
 
-    A neighbour's vote is exp(cosine / temperature) (DINO, arXiv 2104.14294, appendix; k of 20 is its best),
-    here as a softmax over the neighbours, so that no temperature overflows. A class that none of them has gets minus infinity.
+    A neighbour's vote is exp(cosine / temperature) (DINO, arXiv 2104.14294, appendix; k of 20 is its best), here as a
+    softmax over the neighbours, so that no temperature overflows. A class that none of them has gets minus infinity.
     """
     train, test = normalise(train), normalise(test)
     if k > len(train) and rank() == 0:
-        _log.warning("k: %s neighbours vote, since there are no more training pictures than that; %s were asked for", len(train), k)
+        _log.warning(
+            "k: %s neighbours vote, since there are no more training pictures than that; %s were asked for",
+            len(train),
+            k,
+        )
     k = min(k, len(train))
     votes = test.new_zeros(len(test), classes)
     rows = max(1, 2**26 // len(train))  # a quarter of a gigabyte of cosines at a time

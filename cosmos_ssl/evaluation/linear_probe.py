@@ -1,4 +1,5 @@
-"""Linear classification of frozen features: multinomial logistic regression by L-BFGS, its penalty chosen on held-out samples.
+"""Linear classification of frozen features: multinomial logistic regression by L-BFGS, its penalty chosen on held-out
+samples.
 
 Shape letters: N samples, W width, C classes.
 """
@@ -53,7 +54,12 @@ def fit_logistic(
     if start is not None:
         weight.copy_(torch.cat([start.weight, start.bias[:, None]], 1))
     optimizer = torch.optim.LBFGS(
-        [weight], max_iter=steps, history_size=20, tolerance_grad=tolerance, tolerance_change=1e-13, line_search_fn="strong_wolfe"
+        [weight],
+        max_iter=steps,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-13,
+        line_search_fn="strong_wolfe",
     )
     rows = max(1, _ROWS // classes)
 
@@ -79,12 +85,18 @@ def fit_logistic(
 
 @torch.no_grad()
 def linear_probe(
-    features: Tensor, labels: Tensor, *, classes: int, penalties: Sequence[float] = PENALTIES, held_out: float = 0.2, seed: int = 0
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    held_out: float = 0.2,
+    seed: int = 0,
 ) -> tuple[Probe, float]:
     """The probe of training features [N, W] with labels int64 [N], and the penalty it was fitted with.
 
-    Features are shifted and scaled to mean 0 and variance 1 by the training samples. Every penalty is tried
-    (loosely) on all but a share ``held_out`` of them, drawn by ``seed``; the one with the best accuracy there (of equals the
+    Features are shifted and scaled to mean 0 and variance 1 by the training samples. Every penalty is tried (loosely)
+    on all but a share ``held_out`` of them, drawn by ``seed``; the one with the best accuracy there (of equals the
     strongest) is used on all. Ranks share the penalties. Raises DataError where there are too few samples.
     """
     if not 0 < int(len(features) * held_out) < len(features):
@@ -97,7 +109,9 @@ def linear_probe(
     found: list[tuple[float, float]] = []
     probe: Probe | None = None
     for penalty in sorted(penalties, reverse=True)[rank() :: world_size()]:  # the weaker from where the stronger ended
-        probe = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty, steps=200, tolerance=1e-5, start=probe)
+        probe = fit_logistic(
+            x[rest], labels[rest], classes=classes, penalty=penalty, steps=200, tolerance=1e-5, start=probe
+        )
         found.append(((probe.scores(x[held]).argmax(1) == labels[held]).double().mean().item(), penalty))
     best = max(item for part in gather_objects(found) for item in part)[1]
     weight, bias = fit_logistic(x, labels, classes=classes, penalty=best)

@@ -26,7 +26,9 @@ def repeated(names: Sequence[str]) -> str:
     places: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         places.setdefault(name, []).append(number)
-    found = [f"'{name}' is the name of classes {' and '.join(map(str, own))}" for name, own in places.items() if len(own) > 1]
+    found = [
+        f"'{name}' is the name of classes {' and '.join(map(str, own))}" for name, own in places.items() if len(own) > 1
+    ]
     if not found:
         return ""
     more = f", and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
@@ -36,9 +38,9 @@ def repeated(names: Sequence[str]) -> str:
 def in_order_of_folders(names: Sequence[str], folders: Sequence[str], source: str) -> list[str]:
     """``names``, which ``source`` holds, put into the order of the class folders; names of further classes follow.
 
-    They are matched by name (with spaces or underscores, in any case) where each folder's is among them, by number where the folders are
-    called by numbers (from 0, or from 1 to the last), and else by place. Raises DataError where the counts differ, and where a name
-    stands in another folder's place: a list in another order shifts no label.
+    They are matched by name (with spaces or underscores, in any case) where each folder's is among them, by number
+    where the folders are called by numbers (from 0, or from 1 to the last), and else by place. Raises DataError where
+    the counts differ, and where a name stands in another folder's place: a list in another order shifts no label.
     """
     said, wanted = list(map(_key, names)), list(map(_key, folders))
     chosen = _by_name(said, wanted) or _by_number(len(names), folders, source)
@@ -49,7 +51,8 @@ def in_order_of_folders(names: Sequence[str], folders: Sequence[str], source: st
     for place, (name, own) in enumerate(zip(said, wanted, strict=True)):
         if name != own and name in wanted:
             raise DataError(
-                f"{source}: name {place + 1}, '{names[place]}', stands in the place of the class folder '{folders[place]}'. "
+                f"{source}: name {place + 1}, '{names[place]}', stands in the place of the class folder "
+                f"'{folders[place]}'. "
                 "Give every folder's name, in any order, or other names in the order of the folders"
             )
     return list(names)
@@ -74,5 +77,7 @@ def _by_number(count: int, folders: Sequence[str], source: str) -> list[int] | N
     numbers = list(map(int, folders))
     first = 1 if 0 not in numbers and max(numbers) == count else 0
     if max(numbers) - first >= count or len(set(numbers)) < len(numbers):
-        raise DataError(f"{source}: {count} class names are given, and class folders are called by numbers up to {max(numbers)}")
+        raise DataError(
+            f"{source}: {count} class names are given, and class folders are called by numbers up to {max(numbers)}"
+        )
     return [number - first for number in numbers]

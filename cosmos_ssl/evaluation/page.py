@@ -1,4 +1,6 @@
-"""The one writer of HTML pages: figures, tables and words in one file that asks the network for nothing, to leaf through by keys."""
+"""The one writer of HTML pages: figures, tables and words in one file that asks the network for nothing, to leaf
+through by keys.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ _WIDE = 1.6  # pictures wider than this times their height get a row of their ow
 class Page:
     """A page of sections, which a reader sees one at a time (arrow keys) or all at once (the key a).
 
-    What is added goes into the last section; before the first it stays above all of them. Every method returns the page.
-    Strings are escaped: nothing in them is read as HTML.
+    What is added goes into the last section; before the first it stays above all of them. Every method returns the
+    page. Strings are escaped: nothing in them is read as HTML.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -45,10 +47,13 @@ class Page:
         heads = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
         lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
         told = f"<caption>{_text(caption)}</caption>" if caption else ""
-        return self._add(f'<div class="table"><table>{told}<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>')
+        return self._add(
+            f'<div class="table"><table>{told}<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+        )
 
     def figure(self, picture: Tensor | bytes | Path, caption: str = "") -> Page:
-        """A picture: uint8 [3, H, W], or the bytes or path of a PNG, JPEG, WebP or GIF. Figures in a row stand side by side.
+        """A picture: uint8 [3, H, W], or the bytes or path of a PNG, JPEG, WebP or GIF. Figures in a row stand side by
+        side.
 
         Raises ValueError for bytes that are none of these, OSError for a file that cannot be read.
         """
@@ -60,20 +65,27 @@ class Page:
 
     def words(self, words: Sequence[tuple[str, float]], caption: str = "") -> Page:
         """Words, each on ground as strong as its weight in 0..1."""
-        marked = " ".join(f'<span style="--w:{weight:.3f}" title="{weight:.2f}">{_text(word)}</span>' for word, weight in words)
+        marked = " ".join(
+            f'<span style="--w:{weight:.3f}" title="{weight:.2f}">{_text(word)}</span>' for word, weight in words
+        )
         return self._add(f'<figure class="words"><div>{marked}</div><figcaption>{_text(caption)}</figcaption></figure>')
 
     def legend(self, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Page:
         """What colours (red, green, blue in 0..255) stand for."""
-        items = "".join(f'<li><i style="background:rgb({r} {g} {b})"></i>{_text(name)}</li>' for (r, g, b), name in entries)
+        items = "".join(
+            f'<li><i style="background:rgb({r} {g} {b})"></i>{_text(name)}</li>' for (r, g, b), name in entries
+        )
         return self._add(f'<ul class="legend">{items}</ul>')
 
     def html(self) -> str:
         """The whole page."""
         policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{_digest(_SCRIPT)}'"
-        options = "".join(f'<option value="{n}">{n}. {_text(title)}</option>' for n, (title, _) in enumerate(self._sections, 1))
+        options = "".join(
+            f'<option value="{n}">{n}. {_text(title)}</option>' for n, (title, _) in enumerate(self._sections, 1)
+        )
         sections = "".join(
-            f'<section id="s{n}"><h2>{_text(title)}</h2>{"".join(parts)}</section>' for n, (title, parts) in enumerate(self._sections, 1)
+            f'<section id="s{n}"><h2>{_text(title)}</h2>{"".join(parts)}</section>'
+            for n, (title, parts) in enumerate(self._sections, 1)
         )
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -81,7 +93,8 @@ class Page:
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{_text(self.title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
             f"<header><h1>{_text(self.title)}</h1>{''.join(self._top)}</header>\n"
-            f'<nav hidden><button id="back" title="left arrow">&#8592;</button><select aria-label="section">{options}</select>'
+            '<nav hidden><button id="back" title="left arrow">&#8592;</button><select '
+            f'aria-label="section">{options}</select>'
             f'<button id="next" title="right arrow">&#8594;</button><button id="all" title="key a">all</button></nav>\n'
             f"<main>{sections}</main>\n<script>{_SCRIPT}</script>\n</body></html>\n"
         )
@@ -110,7 +123,10 @@ def _digest(script: str) -> str:
 
 
 def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int]]:
-    """The kind of a picture, its bytes, and its width and height. Tensors become WebP, a tenth of a photograph's PNG; long ones PNG."""
+    """The kind of a picture, its bytes, and its width and height.
+
+    Tensors become WebP, a tenth of a photograph's PNG; long ones PNG.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(picture, Tensor):
@@ -129,15 +145,20 @@ def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fbfbfa;--card:#fff;--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e0;--mark:234 88 12}
-@media (prefers-color-scheme:dark){:root{--ground:#141416;--card:#1d1d20;--ink:#ececee;--soft:#a0a0a8;--line:#34343a;--mark:251 146 60}}
+@media (prefers-color-scheme:dark){
+:root{--ground:#141416;--card:#1d1d20;--ink:#ececee;--soft:#a0a0a8;--line:#34343a;--mark:251 146 60}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:78rem;padding:1.5rem;background:var(--ground);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:0 0 .25rem;flex-basis:100%}p{margin:.25rem 0;flex-basis:100%;white-space:pre-line}
+h1{font-size:1.5rem;margin:0}
+h2{font-size:1.15rem;margin:0 0 .25rem;flex-basis:100%}
+p{margin:.25rem 0;flex-basis:100%;white-space:pre-line}
 .subtitle,figcaption,caption{color:var(--soft);font-size:.875rem;text-align:left;white-space:pre-line}
-nav{position:sticky;top:0;z-index:1;display:flex;gap:.5rem;padding:.75rem 0;background:var(--ground)}nav[hidden]{display:none}
+nav{position:sticky;top:0;z-index:1;display:flex;gap:.5rem;padding:.75rem 0;background:var(--ground)}
+nav[hidden]{display:none}
 select{flex:0 1 40rem;min-width:0}
-button,select{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.25rem .75rem}
+button,select{font:inherit;color:inherit;
+background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.25rem .75rem}
 section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;margin:1rem 0;padding:1.25rem;
 background:var(--card);border:1px solid var(--line);border-radius:.75rem;overflow-wrap:anywhere;scroll-margin-top:4rem}
 body.one section:not(.shown){display:none}
@@ -145,9 +166,11 @@ figure{margin:0;flex:0 1 22rem}figure.wide,figure.words{flex-basis:100%}
 img{display:block;width:100%;height:auto;border-radius:.5rem;cursor:zoom-in}
 img.large{position:fixed;inset:0;z-index:2;width:100vw;height:100vh;object-fit:contain;background:var(--ground);border-radius:0;cursor:zoom-out}
 figcaption{margin-top:.35rem}
-.words div{line-height:2.1}.words span{padding:.15em .3em;border-radius:.3em;background:rgb(var(--mark)/calc(var(--w)*.8))}
+.words div{line-height:2.1}
+.words span{padding:.15em .3em;border-radius:.3em;background:rgb(var(--mark)/calc(var(--w)*.8))}
 .table{flex-basis:100%;overflow-x:auto}table{border-collapse:collapse}caption{padding-bottom:.35rem}
-th,td{padding:.3rem .8rem;text-align:left;border-bottom:1px solid var(--line)}.number{text-align:right;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .8rem;text-align:left;border-bottom:1px solid var(--line)}
+.number{text-align:right;font-variant-numeric:tabular-nums}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:0;padding:0;list-style:none;flex-basis:100%}
 .legend i{display:inline-block;width:.9em;height:.9em;margin-right:.4em;border-radius:.2em;vertical-align:-.1em}
 """

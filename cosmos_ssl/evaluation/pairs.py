@@ -1,4 +1,5 @@
-"""Pictures and texts that differ in one thing: MMVP-VLM (arXiv 2401.06209), SugarCrepe (2306.14610), Winoground (2204.03162).
+"""Pictures and texts that differ in one thing: MMVP-VLM (arXiv 2401.06209), SugarCrepe (2306.14610), Winoground
+(2204.03162).
 
 An example has I pictures and two texts, of which text i belongs to picture i.
 """
@@ -52,10 +53,15 @@ class PairSet:
         return Pictures(self.folder, self.pictures)
 
     def complete(self, job: Job) -> PairSet:
-        """The set without examples whose pictures are not there. Raises DataError for these unless they may be missing."""
+        """The set without examples whose pictures are not there.
+
+        Raises DataError for these unless they may be missing.
+        """
         pictures = self.pictures
         missing = {picture for picture in pictures if not (self.folder / picture).is_file()}
-        job.leave_out([picture for picture in pictures if picture in missing], len(pictures), f"pictures are not in {self.folder}")
+        job.leave_out(
+            [picture for picture in pictures if picture in missing], len(pictures), f"pictures are not in {self.folder}"
+        )
         return self.without(missing)
 
     def without(self, missing: set[str]) -> PairSet:
@@ -77,7 +83,10 @@ class Pictures:
         return len(self.names)
 
     def read(self, index: int) -> Sample:
-        """Picture ``index``; its key is its path. Raises BadSample where it is not there, OSError where storage fails."""
+        """Picture ``index``; its key is its path.
+
+        Raises BadSample where it is not there, OSError where storage fails.
+        """
         path = self.folder / self.names[index]
         if not path.is_file():
             raise BadSample("no file", str(path))
@@ -93,7 +102,9 @@ class Pictures:
 
 
 def read_mmvp(folder: Path) -> PairSet:
-    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM Images/CATEGORY/NUMBER.jpg``."""
+    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM
+    Images/CATEGORY/NUMBER.jpg``.
+    """
     path = folder / "Questions.csv"
     try:
         rows = list(csv.reader(io.StringIO(read_text(path), newline="")))[1:]
@@ -102,7 +113,10 @@ def read_mmvp(folder: Path) -> PairSet:
     rows = [row for row in rows if any(row)]
     wrong = next((number for number, row in enumerate(rows, 2) if len(row) != 3), None)
     if wrong is not None or len(rows) % 2 or not rows:
-        raise DataError(f"data: {path} is not MMVP-VLM's form: {f'line {wrong}' if wrong else f'{len(rows)} statements are no pairs'}")
+        raise DataError(
+            f"data: {path} is not MMVP-VLM's form: "
+            f"{f'line {wrong}' if wrong else f'{len(rows)} statements are no pairs'}"
+        )
     examples = [
         Example(
             pictures=tuple(f"{category}/{number.strip()}.jpg" for number in (first[0], second[0])),
@@ -119,18 +133,25 @@ def read_sugarcrepe(folder: Path, job: Job) -> PairSet:
     """SugarCrepe: its seven ``add_att.json`` ... (or below ``data/``), and COCO's ``val2017/`` beside them."""
     top = folder / "data" if (folder / "data" / f"{SUGARCREPE[0]}.json").is_file() else folder
     job.leave_out(
-        [f"{name}.json" for name in SUGARCREPE if not (top / f"{name}.json").is_file()], len(SUGARCREPE), f"files are not in {top}"
+        [f"{name}.json" for name in SUGARCREPE if not (top / f"{name}.json").is_file()],
+        len(SUGARCREPE),
+        f"files are not in {top}",
     )
     examples = []
     for name in SUGARCREPE:
         if (top / f"{name}.json").is_file():
-            examples += [Example((picture,), (right, wrong), name) for picture, right, wrong in _sugarcrepe(top / f"{name}.json")]
+            examples += [
+                Example((picture,), (right, wrong), name) for picture, right, wrong in _sugarcrepe(top / f"{name}.json")
+            ]
     return PairSet(name="sugarcrepe", folder=folder / "val2017", examples=examples)
 
 
 def _sugarcrepe(path: Path) -> list[tuple[str, str, str]]:
     try:
-        return [(str(row["filename"]), str(row["caption"]), str(row["negative_caption"])) for row in read_json(path).values()]
+        return [
+            (str(row["filename"]), str(row["caption"]), str(row["negative_caption"]))
+            for row in read_json(path).values()
+        ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"data: {path} is not SugarCrepe's form: {type(error).__name__} {error}") from error
 
@@ -142,7 +163,10 @@ def read_winoground(folder: Path) -> PairSet:
     try:
         rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
         examples = [
-            Example((f"{row['image_0']}.png", f"{row['image_1']}.png"), (str(row["caption_0"]), str(row["caption_1"])), "") for row in rows
+            Example(
+                (f"{row['image_0']}.png", f"{row['image_1']}.png"), (str(row["caption_0"]), str(row["caption_1"])), ""
+            )
+            for row in rows
         ]
     except DataError:
         raise
@@ -171,9 +195,11 @@ def judge(scores: Tensor) -> Verdict:
 
 
 def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The set's own numbers, as shares: Winoground's text, image and group scores; elsewhere ``accuracy`` and that of each group.
+    """The set's own numbers, as shares: Winoground's text, image and group scores; elsewhere ``accuracy`` and that of
+    each group.
 
-    ``accuracy`` is the mean over groups. MMVP-VLM asks which picture belongs to a text (of both), SugarCrepe which text to a picture.
+    ``accuracy`` is the mean over groups. MMVP-VLM asks which picture belongs to a text (of both), SugarCrepe which text
+    to a picture.
     """
     if name == "winoground":
         right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
@@ -183,4 +209,7 @@ def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verd
     for example, verdict in zip(examples, verdicts, strict=True):
         groups.setdefault(example.group, []).append(verdict.image if name == "mmvp" else verdict.text)
     shares = {group: sum(values) / len(values) for group, values in groups.items()}
-    return {"accuracy": sum(shares.values()) / len(shares), **{f"accuracy/{group}": share for group, share in shares.items()}}
+    return {
+        "accuracy": sum(shares.values()) / len(shares),
+        **{f"accuracy/{group}": share for group, share in shares.items()},
+    }

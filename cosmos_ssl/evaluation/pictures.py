@@ -19,10 +19,20 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 SIDE, GAP, LINE = 112, 8, 22  # pixels: a picture's side, the space around it, a line of text
-WORD, WORD_GAP = 18, 6  # pixels: letters of words on their ground, which is so much higher, and the space between lines of them
-_TEXT_WIDTH, _FONT, _SCORE, _SCALE = 560, 14, 48, 10  # pixels: the most that a text takes, letters, the column of scores, a scale
+WORD, WORD_GAP = (
+    18,
+    6,
+)  # pixels: letters of words on their ground, which is so much higher, and the space between lines of them
+_TEXT_WIDTH, _FONT, _SCORE, _SCALE = (
+    560,
+    14,
+    48,
+    10,
+)  # pixels: the most that a text takes, letters, the column of scores, a scale
 _INK, _GREY, _GREEN, _RED = (30, 30, 30), (110, 110, 110), (0, 120, 60), (200, 50, 40)
-_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # five steps of 'inferno'
+_HEAT = np.array(
+    [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32
+)  # five steps of 'inferno'
 
 Colours: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Weights in 0..1 -> red, green, blue in 0..255."""
@@ -38,14 +48,21 @@ class Match:
 
 
 def draw_matches(matches: Sequence[Match]) -> Tensor:
-    """One row a picture: its best texts with their scores, its own in green, and a note below them; as wide as the texts are."""
+    """One row a picture: its best texts with their scores, its own in green, and a note below them; as wide as the
+    texts are.
+    """
     rows = [
-        [(f"{score:.2f}", _cut(text), _GREEN if own else _INK) for text, score, own in match.found] + [("", _cut(match.note), _GREY)]
+        [(f"{score:.2f}", _cut(text), _GREEN if own else _INK) for text, score, own in match.found]
+        + [("", _cut(match.note), _GREY)]
         for match in matches
     ]
-    height = max([SIDE, *(len(row) * LINE for row in rows)]) + 2 * GAP  # twice the space, so that a text stands nearest to its own picture
+    height = (
+        max([SIDE, *(len(row) * LINE for row in rows)]) + 2 * GAP
+    )  # twice the space, so that a text stands nearest to its own picture
     left = GAP + SIDE + 2 * GAP
-    canvas, draw = _canvas(left + _SCORE + max(_width(text) for row in rows for _, text, _ in row) + GAP, len(matches) * height)
+    canvas, draw = _canvas(
+        left + _SCORE + max(_width(text) for row in rows for _, text, _ in row) + GAP, len(matches) * height
+    )
     for number, (match, row) in enumerate(zip(matches, rows, strict=True)):
         top = GAP + number * height
         canvas.paste(_thumbnail(match.picture), (GAP, top))
@@ -57,7 +74,9 @@ def draw_matches(matches: Sequence[Match]) -> Tensor:
 
 
 def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]) -> Tensor:
-    """One row a picture: itself, then its nearest neighbours, framed green where the label is the same and red where not."""
+    """One row a picture: itself, then its nearest neighbours, framed green where the label is the same and red where
+    not.
+    """
     widest = max(len(found) for _, found in rows)
     canvas, draw = _canvas(2 * GAP + SIDE + widest * (SIDE + GAP) + GAP, GAP + len(rows) * (SIDE + GAP))
     for row, (picture, found) in enumerate(rows):
@@ -66,20 +85,26 @@ def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]
         for column, (neighbour, same) in enumerate(found):
             left = 3 * GAP + SIDE + column * (SIDE + GAP)
             canvas.paste(_thumbnail(neighbour), (left, top))
-            draw.rectangle((left - 2, top - 2, left + SIDE + 1, top + SIDE + 1), outline=_GREEN if same else _RED, width=2)
+            draw.rectangle(
+                (left - 2, top - 2, left + SIDE + 1, top + SIDE + 1), outline=_GREEN if same else _RED, width=2
+            )
     return _tensor(canvas)
 
 
 def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, side: int = 160) -> Tensor:
-    """One row a picture: itself, the text's look at it, and its look at the words; below the columns, what their colours mean.
+    """One row a picture: itself, the text's look at it, and its look at the words; below the columns, what their
+    colours mean.
 
-    ``pictures`` are uint8 [3, H, W], cut as the model saw them; ``side`` is what they are shown at, in pixels. As wide as the words are.
+    ``pictures`` are uint8 [3, H, W], cut as the model saw them; ``side`` is what they are shown at, in pixels. As wide
+    as the words are.
     """
     size = max(WORD, side // 10)
     texts = [_Words(found.words, size) for found in maps]
     heights = [max(side, text.height) for text in texts]
     column = 3 * GAP + 2 * side
-    canvas, draw = _canvas(column + max(side, *(text.width for text in texts)) + GAP, GAP + sum(heights) + len(maps) * GAP + LINE + GAP)
+    canvas, draw = _canvas(
+        column + max(side, *(text.width for text in texts)) + GAP, GAP + sum(heights) + len(maps) * GAP + LINE + GAP
+    )
     top = GAP
     for picture, found, text, height in zip(pictures, maps, texts, heights, strict=True):
         canvas.paste(_thumbnail(picture, side), (GAP, top))
@@ -92,7 +117,9 @@ def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, 
 
 
 def draw_words(words: Sequence[tuple[str, float]]) -> Tensor:
-    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take, and what the ground means."""
+    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take, and what the
+    ground means.
+    """
     text = _Words(words, WORD)
     canvas, draw = _canvas(2 * GAP + max(SIDE, text.width), 3 * GAP + text.height + LINE)
     text.draw(draw, GAP, GAP)
@@ -112,7 +139,9 @@ def draw_classes(picture: Tensor, classes: Tensor) -> Tensor:
     return picture.float().lerp(colours[classes].permute(2, 0, 1), 0.6).round().to(torch.uint8)
 
 
-def draw_segments(rows: Sequence[tuple[Tensor, Tensor, Sequence[tuple[tuple[int, int, int], str]]]], *, side: int = 160) -> Tensor:
+def draw_segments(
+    rows: Sequence[tuple[Tensor, Tensor, Sequence[tuple[tuple[int, int, int], str]]]], *, side: int = 160
+) -> Tensor:
     """One row a picture: itself, itself under the colours of its classes, and what each colour stands for."""
     texts = [[(colour, _cut(name)) for colour, name in entries] for _, _, entries in rows]
     width = max(_width(name) for entries in texts for _, name in entries)
@@ -185,7 +214,9 @@ class _Words:
             draw.text((left + x + 3, top + y + 1), word, fill=_INK, font=_font(self._size))
 
 
-def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int], width: int, colours: Colours) -> None:
+def _draw_scale(
+    canvas: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int], width: int, colours: Colours
+) -> None:
     """The colours from little to much, between these words, ``width`` pixels in all."""
     from PIL import Image
 

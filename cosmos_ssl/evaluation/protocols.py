@@ -1,4 +1,5 @@
-"""What a run's evaluators and ``cosmos-ssl eval`` do alike: retrieval, classification and labelled features of a set of samples.
+"""What a run's evaluators and ``cosmos-ssl eval`` do alike: retrieval, classification and labelled features of a set of
+samples.
 
 Shape letters: N pictures that could be used, M texts, C classes, W tower width.
 """
@@ -45,17 +46,22 @@ class Retrieved(NamedTuple):
 
 
 def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -> Retrieved:
-    """Look for the captions ``texts`` of each sample, and for the picture of each caption; samples without one are left out.
+    """Look for the captions ``texts`` of each sample, and for the picture of each caption; samples without one are left
+    out.
 
     Raises DataError where these may not be missing, or where there are no others.
     """
 
     def compute(loaded: Sequence[Loaded]) -> tuple[Tensor | None, list[Any]]:
         pixels = [one.pixels for one in loaded if one.sample.captions.get(texts)]
-        notes = [[n, sample.key, list(sample.captions.get(texts, ())), list(sample.captions)] for n, sample, _ in loaded]
+        notes = [
+            [n, sample.key, list(sample.captions.get(texts, ())), list(sample.captions)] for n, sample, _ in loaded
+        ]
         return encoder.match_image(torch.stack(pixels)) if pixels else None, notes
 
-    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"match_image {texts}", background=encoder.spec.background)
+    rows, notes = features_of(
+        data, encoder.preprocess, compute, job, name=f"match_image {texts}", background=encoder.spec.background
+    )
     told = [(place, own) for place, _, own, _ in notes if own]
     if not told:
         _, key, _, others = notes[0]
@@ -81,7 +87,10 @@ class Classified(NamedTuple):
 def classify(
     encoder: Encoder, data: Samples, job: Job, *, names: Sequence[str], templates: Sequence[str], label: str = "cls"
 ) -> Classified:
-    """Zero-shot classification among ``names``, of which a sample's label is one, or its number. Raises DataError for others."""
+    """Zero-shot classification among ``names``, of which a sample's label is one, or its number.
+
+    Raises DataError for others.
+    """
     numbers: dict[Hashable, int] = {name: number for number, name in reversed(list(enumerate(names)))}
 
     def number(sample: Sample) -> int:
@@ -89,7 +98,9 @@ def classify(
         found = numbers.get(told, told) if isinstance(told, Hashable) else told
         found = numbers.get(spoken(found), found) if isinstance(found, str) else found
         if not isinstance(found, int) or not 0 <= found < len(names):
-            raise DataError(f"{label}: sample {sample.key} has the label '{told}', which is none of the {len(names)} class names")
+            raise DataError(
+                f"{label}: sample {sample.key} has the label '{told}', which is none of the {len(names)} class names"
+            )
         return found
 
     def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
@@ -99,7 +110,12 @@ def classify(
     distinct = list(dict.fromkeys(names))  # equal names have the very same score
     vectors = class_vectors(encoder, distinct, templates, job).cpu()
     images, notes = features_of(
-        data, encoder.preprocess, compute, job, name=f"encode_image {label} {digest(list(names))}", background=encoder.spec.background
+        data,
+        encoder.preprocess,
+        compute,
+        job,
+        name=f"encode_image {label} {digest(list(names))}",
+        background=encoder.spec.background,
     )
     places, labels = map(list, zip(*notes, strict=True))
     scores = images @ vectors.T
@@ -118,20 +134,28 @@ class Labelled(NamedTuple):
     """Where each picture lies in the data."""
 
 
-def labelled_features(encoder: Encoder, data: Samples, job: Job, label: Callable[[Sample], Hashable], *, name: str) -> Labelled:
-    """Features of all samples and what ``label`` says of each; ``name`` tells one ``label`` from others. Raises DataError."""
+def labelled_features(
+    encoder: Encoder, data: Samples, job: Job, label: Callable[[Sample], Hashable], *, name: str
+) -> Labelled:
+    """Features of all samples and what ``label`` says of each; ``name`` tells one ``label`` from others.
+
+    Raises DataError.
+    """
 
     def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
         notes = [[one.place, label(one.sample)] for one in loaded]
         return encoder.image_features(torch.stack([one.pixels for one in loaded])), notes
 
-    rows, notes = features_of(data, encoder.preprocess, compute, job, name=f"image_features {name}", background=encoder.spec.background)
+    rows, notes = features_of(
+        data, encoder.preprocess, compute, job, name=f"image_features {name}", background=encoder.spec.background
+    )
     places, labels = map(list, zip(*notes, strict=True))
     return Labelled(rows.to(encoder.device), labels, places)
 
 
 def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[str, float]:
-    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be found.
+    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be
+    found.
 
     Raises DataError where none of the labels is; that some are not is logged.
     """
@@ -139,7 +163,10 @@ def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[st
     wanted = list(dict.fromkeys(test.labels))
     strange = [label for label in wanted if label not in numbers]
     if strange:
-        told = f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {_some(strange)} are none of the training samples'"
+        told = (
+            f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {_some(strange)} are none "
+            "of the training samples'"
+        )
         if len(strange) == len(wanted):
             raise DataError(f"{told}, which are {_some(list(numbers))}")
         if rank() == 0:

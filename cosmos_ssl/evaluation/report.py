@@ -16,7 +16,14 @@ _RELEASED = {
     "cosmos_vitb32_merged30m": (64.3, 48.4, 89.9, 76.1, 53.4),
     "cosmos_vitb32_pixelprose": (57.2, 38.9, 85.6, 66.3, 54.3),
 }
-_SEGMENTATION = {"voc20": 77.7, "context59": 33.7, "coco_object": 31.3, "coco_stuff": 23.2, "cityscapes": 34.7, "ade20k": 17.7}
+_SEGMENTATION = {
+    "voc20": 77.7,
+    "context59": 33.7,
+    "coco_object": 31.3,
+    "coco_stuff": 23.2,
+    "cityscapes": 34.7,
+    "ade20k": 17.7,
+}
 
 PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     name: {
@@ -27,7 +34,8 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     }
     for name, (coco_i2t, coco_t2i, flickr_i2t, flickr_t2i, imagenet) in _RELEASED.items()
 }
-"""Checkpoint -> set -> metric -> published value in percent (arXiv 2412.01814, tables 1 to 3 and the authors' README)."""
+"""Checkpoint -> set -> metric -> published value in percent (arXiv 2412.01814, tables 1 to 3 and the authors' README).
+"""
 
 _BACKGROUND = "the words for the background are our own, not SCLIP's; --class-names takes a file of others"
 _NOTES = {
@@ -35,7 +43,8 @@ _NOTES = {
     "coco_object": _BACKGROUND,
     "sun397": "all pictures are evaluated on, since the reader has no split",
     "caltech101": "all pictures are evaluated on, those of the background class too, since the reader has no split",
-    "linear_probe": "logistic regression (L-BFGS) on standardised features before the projection; the penalty, one of 13 from 1 to 1e-6, "
+    "linear_probe": "logistic regression (L-BFGS) on standardised features before the projection; the penalty, "
+    "one of 13 from 1 to 1e-6, "
     "was chosen on a fifth of the training samples",
 }
 
@@ -47,7 +56,12 @@ def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("METRIC", *(role.upper() for role in roles))]
     for name in names:
         label = name if is_rank(name) else f"{name} (%)"
-        rows.append((label, *(_shown(name, metrics[f"{role}/{name}"]) if f"{role}/{name}" in metrics else "-" for role in roles)))
+        rows.append(
+            (
+                label,
+                *(_shown(name, metrics[f"{role}/{name}"]) if f"{role}/{name}" in metrics else "-" for role in roles),
+            )
+        )
     return rows
 
 
@@ -69,9 +83,14 @@ def markdown(checkpoint: str, set_name: str, metrics: Mapping[str, float]) -> st
     lines = [
         ("", *(f"{set_name} {name} (%)" for name in published)),
         ("---",) * (len(published) + 1),
-        (f"{checkpoint}, published (the better of student and teacher)", *(f"{value:.1f}" for value in published.values())),
+        (
+            f"{checkpoint}, published (the better of student and teacher)",
+            *(f"{value:.1f}" for value in published.values()),
+        ),
     ]
-    lines += [(f"{checkpoint}, {role}", *(f"{100 * metrics[f'{role}/{name}']:.1f}" for name in published)) for role in roles]
+    lines += [
+        (f"{checkpoint}, {role}", *(f"{100 * metrics[f'{role}/{name}']:.1f}" for name in published)) for role in roles
+    ]
     return "".join(_line(cells) for cells in lines)
 
 

@@ -1,6 +1,7 @@
 """Image-text retrieval: ranks by counting, and the metrics of them under OpenCLIP's names.
 
-Shape letters: N images, M texts (any number of them an image); "..." is what a score wants to know of one, by default a vector [D].
+Shape letters: N images, M texts (any number of them an image); "..." is what a score wants to know of one, by default a
+vector [D].
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
         image_ranks[r0:r1] -= beaten[0]
         text_ranks[c0:c1] -= beaten[1]
     for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):
-        for start, stop, later in ((0, c0, False), (c1, len(texts), True)):  # texts of earlier images, and of later ones
+        for start, stop, later in (
+            (0, c0, False),
+            (c1, len(texts), True),
+        ):  # texts of earlier images, and of later ones
             for k0 in range(start, stop, _COLUMNS):
                 k1 = min(k0 + _COLUMNS, stop)
                 scores = score(images[r0:r1], texts[k0:k1])
@@ -78,7 +82,9 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
 
 
 def best_first(scores: Tensor) -> list[int]:
-    """Candidates of one query in the order in which ``retrieval_ranks`` counts them, of scores [n]; texts in the order of their images."""
+    """Candidates of one query in the order in which ``retrieval_ranks`` counts them, of scores [n]; texts in the order
+    of their images.
+    """
     return cast(list[int], scores.argsort(descending=True, stable=True).tolist())
 
 

@@ -1,4 +1,6 @@
-"""What is evaluated on, by index: shards or a folder that a user names; read ahead by threads, shared among ranks, gathered."""
+"""What is evaluated on, by index: shards or a folder that a user names; read ahead by threads, shared among ranks,
+gathered.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,10 @@ class Samples(Protocol):
 class EvaluationData:
     """Shards of an evaluator, or a folder of pictures, indexed when first read.
 
-    ``given`` is what the user names and ``fallback`` what the training set knows of; ``option`` is the key that a message
-    names. Of a folder that holds ``train`` and ``val`` (or ``test``) the first is read as ``train_data``, else the second. Where
-    this and ``numbered_by`` are folders, a class has the number that it has there, whichever classes this one holds.
+    ``given`` is what the user names and ``fallback`` what the training set knows of; ``option`` is the key that a
+    message names. Of a folder that holds ``train`` and ``val`` (or ``test``) the first is read as ``train_data``, else
+    the second. Where this and ``numbered_by`` are folders, a class has the number that it has there, whichever classes
+    this one holds.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class EvaluationData:
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without class folders."""
+        """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without
+        class folders.
+        """
         return self.samples.class_names if isinstance(self.samples, Folder) else ()
 
     def check(self, *, label: str | None = None, texts: str | None = None) -> None:
@@ -99,11 +104,16 @@ class EvaluationData:
         Of what lies here also where a few samples have no ``label``, or none of them ``texts``.
         """
         if not self.urls:
-            raise DataError(f"{self.option}: name the shards or the folder to evaluate on, since the training data has no validation data")
+            raise DataError(
+                f"{self.option}: name the shards or the folder to evaluate on, since the training data has no "
+                "validation data"
+            )
         missing: list[str] = []
         seen: list[Sample] = []
         try:
-            local = [] if picture_folder(self.urls) is not None else [url for url in expand(self.urls) if "://" not in url]
+            local = (
+                [] if picture_folder(self.urls) is not None else [url for url in expand(self.urls) if "://" not in url]
+            )
             missing = [url for url in local if not Path(url).exists()]
             if not missing and (local or picture_folder(self.urls) is not None):
                 seen = self._few()
@@ -113,7 +123,9 @@ class EvaluationData:
             raise DataError(f"{self.option}: {str(error).removeprefix('data: ')}") from error
         if missing:
             more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
-            raise DataError(f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix("."))
+            raise DataError(
+                f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix(".")
+            )
         if texts is not None and seen and not any(sample.captions.get(texts) for sample in seen):
             raise no_texts(seen[0].key, texts, seen[0].captions)
 
@@ -132,7 +144,8 @@ class EvaluationData:
 
 
 class Sources:
-    """Sizes and times of the files that samples are read from, as they were when each was first looked at; threads may share one.
+    """Sizes and times of the files that samples are read from, as they were when each was first looked at; threads may
+    share one.
 
     A part's own data set that does not tell its files (``sources``) has none.
     """
@@ -157,7 +170,11 @@ class Sources:
     def digest(self) -> str:
         """Of all files as they are now."""
         shards = self._data.manifest.shards if isinstance(self._data, Shards) else None
-        every = (url for n in range(len(self._data)) for url in self._of(n)) if shards is None else (shard.url for shard in shards)
+        every = (
+            (url for n in range(len(self._data)) for url in self._of(n))
+            if shards is None
+            else (shard.url for shard in shards)
+        )
         found = hashlib.sha256()
         for stamp in _stamps(every):
             found.update(stamp.encode() + b"\n")
@@ -179,8 +196,12 @@ def _stamp(url: str) -> str:
         return ""
 
 
-def read_ahead(batches: Iterable[tuple[K, Sequence[Any]]], load: Callable[[Any], T], workers: int) -> Generator[tuple[K, list[T]]]:
-    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads load two batches ahead."""
+def read_ahead(
+    batches: Iterable[tuple[K, Sequence[Any]]], load: Callable[[Any], T], workers: int
+) -> Generator[tuple[K, list[T]]]:
+    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads load two batches
+    ahead.
+    """
     threads = ThreadPoolExecutor(workers)
     started = ((key, [threads.submit(load, index) for index in indices]) for key, indices in batches)
     try:
@@ -231,7 +252,10 @@ def label_of(sample: Sample, name: str) -> object:
 
 
 def class_of(sample: Sample, name: str) -> Hashable:
-    """The label ``name`` of a sample, of which there are few. Raises DataError without one, and for a list or a table."""
+    """The label ``name`` of a sample, of which there are few.
+
+    Raises DataError without one, and for a list or a table.
+    """
     label = label_of(sample, name)
     if not isinstance(label, Hashable):
         raise DataError(f"{name}: sample {sample.key} has a list or a table where a label is due")

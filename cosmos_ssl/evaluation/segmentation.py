@@ -68,14 +68,21 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
     return [(max(end - window, 0), end) for end in ends]
 
 
-def window_logits(encoder: DenseEncoder, pixels: Tensor, vectors: Tensor, protocol: SegmentationProtocol, patch_size: int) -> Tensor:
-    """Cosines of pixels and names [Q, H, W]: of a normalised picture [3, H, W] and vectors [Q, D], averaged over windows.
+def window_logits(
+    encoder: DenseEncoder, pixels: Tensor, vectors: Tensor, protocol: SegmentationProtocol, patch_size: int
+) -> Tensor:
+    """Cosines of pixels and names [Q, H, W]: of a normalised picture [3, H, W] and vectors [Q, D], averaged over
+    windows.
 
-    Windows are encoded together; one that is no whole number of patches is filled up with zeros. Raises UserError for features that
-    are not finite.
+    Windows are encoded together; one that is no whole number of patches is filled up with zeros. Raises UserError for
+    features that are not finite.
     """
     _, height, width = pixels.shape
-    places = [(*y, *x) for y in windows(height, protocol.window, protocol.stride) for x in windows(width, protocol.window, protocol.stride)]
+    places = [
+        (*y, *x)
+        for y in windows(height, protocol.window, protocol.stride)
+        for x in windows(width, protocol.window, protocol.stride)
+    ]
     crops = torch.stack([pixels[:, y0:y1, x0:x1] for y0, y1, x0, x1 in places])
     rows, columns = crops.shape[-2:]
     crops = F.pad(crops, (0, -columns % patch_size, 0, -rows % patch_size))
@@ -93,7 +100,9 @@ def window_logits(encoder: DenseEncoder, pixels: Tensor, vectors: Tensor, protoc
 
 
 def decide(logits: Tensor, owners: Tensor, protocol: SegmentationProtocol) -> Tensor:
-    """Class of each pixel int64 [H, W], of cosines [Q, H, W]; ``owners`` int64 [Q], from 0 and rising, is the class of each name."""
+    """Class of each pixel int64 [H, W], of cosines [Q, H, W]; ``owners`` int64 [Q], from 0 and rising, is the class of
+    each name.
+    """
     probabilities = (logits * protocol.scale).softmax(0)
     shares: list[int] = owners.bincount().tolist()
     if len(shares) != len(owners):
@@ -114,13 +123,20 @@ def segment(
     protocol: SegmentationProtocol,
     patch_size: int,
 ) -> Tensor:
-    """Classes int64 [height, width] of a normalised picture [3, H, W], brought to ``size`` (height, width) before they are decided."""
+    """Classes int64 [height, width] of a normalised picture [3, H, W], brought to ``size`` (height, width) before they
+    are decided.
+    """
     logits = window_logits(encoder, pixels, vectors, protocol, patch_size)
-    return decide(F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0], owners, protocol)
+    return decide(
+        F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0], owners, protocol
+    )
 
 
 def areas(found: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Pixels of each class int64 [3, C]: found rightly, found, and labelled, where the label counts. Both inputs [H, W]."""
+    """Pixels of each class int64 [3, C]: found rightly, found, and labelled, where the label counts.
+
+    Both inputs [H, W].
+    """
     counts = labels != IGNORED
     found, labels = found[counts], labels[counts]
     return torch.stack([part.bincount(minlength=classes) for part in (found[found == labels], found, labels)])

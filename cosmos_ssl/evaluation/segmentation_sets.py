@@ -1,7 +1,7 @@
 """Pictures with a class for every pixel: eight known sets in their folders, and shards with masks.
 
-The names of classes are in ``class_names/``: a line a class, its names separated by commas. The names are ours, the words that
-stand for the background above all; another file in this form (such as SCLIP's) can be given in their place.
+The names of classes are in ``class_names/``: a line a class, its names separated by commas. The names are ours, the
+words that stand for the background above all; another file in this form (such as SCLIP's) can be given in their place.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class SegmentationData:
         return len(self.samples)
 
     def read(self, index: int) -> Sample:
-        """Sample ``index`` with ``labels``, the class of each pixel int64 [H, W]. Raises BadSample, also for its mask."""
+        """Sample ``index`` with ``labels``, the class of each pixel int64 [H, W].
+
+        Raises BadSample, also for its mask.
+        """
         sample = self.samples.read(index)
         return replace(sample, extras={"labels": self._labels(sample)})
 
@@ -71,11 +74,15 @@ class SegmentationData:
         except BadSample as error:
             raise BadSample("unreadable mask", f"{sample.key}: {error}") from error
         if values.ndim != 2 or values.dtype != np.uint8:
-            raise BadSample("unreadable mask", f"{sample.key}: {values.dtype}, {values.ndim} dimensions; one byte a pixel is due")
+            raise BadSample(
+                "unreadable mask", f"{sample.key}: {values.dtype}, {values.ndim} dimensions; one byte a pixel is due"
+            )
         labels = torch.from_numpy(self.table[values]).long()
         most = int(labels.where(labels != IGNORED, 0).max())
         if most >= len(self.names):
-            raise DataError(f"--class-names: {sample.key} has pixels of class {most + 1}, and {len(self.names)} classes are named")
+            raise DataError(
+                f"--class-names: {sample.key} has pixels of class {most + 1}, and {len(self.names)} classes are named"
+            )
         return labels
 
 
@@ -104,7 +111,9 @@ class PairedFiles:
 
     def complete(self, job: Job) -> PairedFiles:
         """The pairs of which both files are there. Raises DataError for others unless they may be missing."""
-        missing = {pair: path for pair in self.pairs if (path := next((path for path in pair if not path.is_file()), None))}
+        missing = {
+            pair: path for pair in self.pairs if (path := next((path for path in pair if not path.is_file()), None))
+        }
         job.leave_out([path.name for path in missing.values()], len(self), "pictures or masks are not there")
         return PairedFiles(name=self.name, pairs=[pair for pair in self.pairs if pair not in missing])
 
@@ -154,7 +163,10 @@ class _Layout:
         if not masks.is_dir() or next(masks.rglob(f"*{mask_end}"), None) is None:
             return None
         if self.split is None:
-            names = [path.relative_to(pictures).as_posix().removesuffix(picture_end) for path in pictures.rglob(f"*{picture_end}")]
+            names = [
+                path.relative_to(pictures).as_posix().removesuffix(picture_end)
+                for path in pictures.rglob(f"*{picture_end}")
+            ]
         else:
             names = [line.split()[0] for line in read_text(root / self.split).splitlines() if line.strip()]
         return [(pictures / f"{name}{picture_end}", masks / f"{name}{mask_end}") for name in sorted(names)]
@@ -176,15 +188,26 @@ class _Known:
 
 
 def _voc(table: Table) -> Sequence[_Layout]:
-    return [_Layout(pictures="JPEGImages", masks="SegmentationClass", split="ImageSets/Segmentation/val.txt", table=table)]
+    return [
+        _Layout(pictures="JPEGImages", masks="SegmentationClass", split="ImageSets/Segmentation/val.txt", table=table)
+    ]
 
 
 def _context(table: Table) -> Sequence[_Layout]:
-    return [_Layout(pictures="JPEGImages", masks="SegmentationClassContext", split="ImageSets/SegmentationContext/val.txt", table=table)]
+    return [
+        _Layout(
+            pictures="JPEGImages",
+            masks="SegmentationClassContext",
+            split="ImageSets/SegmentationContext/val.txt",
+            table=table,
+        )
+    ]
 
 
 def _coco(converted: str, raw: Table) -> Sequence[_Layout]:
-    """MMSegmentation's folders with masks as it converts them; else masks as they were released, there or beside COCO's pictures."""
+    """MMSegmentation's folders with masks as it converts them; else masks as they were released, there or beside COCO's
+    pictures.
+    """
     pictures, masks = "images/val2017", "annotations/val2017"
     return [
         _Layout(pictures=pictures, masks=masks, ends=(".jpg", converted), table=_PLAIN),
@@ -198,7 +221,12 @@ def _coco(converted: str, raw: Table) -> Sequence[_Layout]:
 
 def _cityscapes(mask_end: str, table: Table) -> _Layout:
     # a mask is called as its picture but for the ending
-    return _Layout(pictures="leftImg8bit/val", masks="gtFine/val", ends=("_leftImg8bit.png", f"_gtFine_{mask_end}.png"), table=table)
+    return _Layout(
+        pictures="leftImg8bit/val",
+        masks="gtFine/val",
+        ends=("_leftImg8bit.png", f"_gtFine_{mask_end}.png"),
+        table=table,
+    )
 
 
 _VOC2012 = ("", "VOC2012", "VOCdevkit/VOC2012")
@@ -252,22 +280,37 @@ KNOWN: Mapping[str, _Known] = {
 
 
 def find_segmentation_data(data: str, *, wanted: str | None = None, names: str | None = None) -> SegmentationData:
-    """What ``data`` holds: the known set ``wanted`` (asked for where several are read from it), or shards with ``mask.png``.
+    """What ``data`` holds: the known set ``wanted`` (asked for where several are read from it), or shards with
+    ``mask.png``.
 
-    ``names`` is a file to take the names of classes from. In shards a mask holds class + 1, and 0 where there is none. Raises
-    DataError, UserError.
+    ``names`` is a file to take the names of classes from. In shards a mask holds class + 1, and 0 where there is none.
+    Raises DataError, UserError.
     """
     if wanted is not None and wanted not in KNOWN:
         raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, list(KNOWN))} Sets: {', '.join(KNOWN)}")
     folder = picture_folder(data)
     if folder is None and wanted is None:
         return _shards(data, names)
-    found = {} if folder is None else {name: place for name in KNOWN if wanted in (None, name) and (place := _place(folder, KNOWN[name]))}
+    found = (
+        {}
+        if folder is None
+        else {name: place for name in KNOWN if wanted in (None, name) and (place := _place(folder, KNOWN[name]))}
+    )
     if not found:
-        where = ", ".join(f"{layout.pictures} and {layout.masks}" for name in KNOWN if name == wanted for layout in KNOWN[name].layouts)
-        raise DataError(f"data: {data} holds no set that is known{f' as {wanted} (looked for {where})' if where else ''}")
+        where = ", ".join(
+            f"{layout.pictures} and {layout.masks}"
+            for name in KNOWN
+            if name == wanted
+            for layout in KNOWN[name].layouts
+        )
+        raise DataError(
+            f"data: {data} holds no set that is known{f' as {wanted} (looked for {where})' if where else ''}"
+        )
     if len(found) > 1:
-        raise DataError(f"data: several sets are read from {data}. Say which, such as --set {min(found)}. They are: {', '.join(found)}")
+        raise DataError(
+            f"data: several sets are read from {data}. Say which, such as --set {min(found)}. They are: "
+            f"{', '.join(found)}"
+        )
     name, (pairs, table) = next(iter(found.items()))
     known = KNOWN[name]
     classes = _class_names(known)
@@ -297,11 +340,17 @@ def _class_names(known: _Known) -> list[list[str]]:
     names = read_class_names(folder / f"{known.names}.txt")[: known.count]
     if known.background is None:
         return names
-    return [read_class_names(folder / "background.txt")[0] if known.background == "words" else [known.background], *names]
+    return [
+        read_class_names(folder / "background.txt")[0] if known.background == "words" else [known.background],
+        *names,
+    ]
 
 
 def read_class_names(path: Any) -> list[list[str]]:
-    """A line a class, its names separated by commas. Raises DataError where the file cannot be read or has an empty line."""
+    """A line a class, its names separated by commas.
+
+    Raises DataError where the file cannot be read or has an empty line.
+    """
     lines = read_text(path, "--class-names").rstrip().splitlines()
     names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
     if not all(names) or not names:

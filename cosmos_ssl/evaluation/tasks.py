@@ -49,7 +49,9 @@ class Options:
     class_names: str | Sequence[str] | None = None
     """A text file with one a line, ``imagenet``, or the names; None is what comes with the data."""
     templates: str | Sequence[str] | None = None
-    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is what the set is used with, else ``simple``."""
+    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is what the set is used with, else
+    ``simple``.
+    """
     train_data: str | None = None
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
     max_train_samples: int | None = None
@@ -94,7 +96,10 @@ def _flags() -> Iterator[None]:
 
 
 def retrieval(options: Options, job: Job) -> Task:
-    """Image-text retrieval, as the evaluator ``retrieval`` has it, on COCO, Flickr30k, shards or a folder. Raises DataError."""
+    """Image-text retrieval, as the evaluator ``retrieval`` has it, on COCO, Flickr30k, shards or a folder.
+
+    Raises DataError.
+    """
     folder = picture_folder(options.data)
     if folder is None and options.set_name is not None:
         raise DataError(f"data: {options.data} is no folder, which the set '{options.set_name}' is read from")
@@ -115,7 +120,10 @@ def _given(data: str) -> Samples:
 
 
 def classification(options: Options, job: Job) -> Task:
-    """Zero-shot classification, as the evaluator ``classification`` has it, with the names and templates of the set. Raises DataError."""
+    """Zero-shot classification, as the evaluator ``classification`` has it, with the names and templates of the set.
+
+    Raises DataError.
+    """
     data = find_class_data(options.data, wanted=options.set_name)
     templates = options.templates or data.templates or "simple"
     with _flags():
@@ -127,7 +135,9 @@ def classification(options: Options, job: Job) -> Task:
         found = classify(encoder, data.samples, job, names=names, templates=said, label=options.label)
         return Found(found.metrics, len(found.places))
 
-    return Task(set_name=data.set_name, run=run, about={"classes": len(names), "templates": templates, "label": options.label})
+    return Task(
+        set_name=data.set_name, run=run, about={"classes": len(names), "templates": templates, "label": options.label}
+    )
 
 
 def knn(options: Options, job: Job) -> Task:
@@ -146,7 +156,9 @@ def probe(options: Options, job: Job) -> Task:
 
 
 def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
-    """A task on the tower's features before the projection: ``scores`` of test features from labelled training features."""
+    """A task on the tower's features before the projection: ``scores`` of test features from labelled training
+    features.
+    """
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
         given = find_class_data(options.train_data)
@@ -154,7 +166,9 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
     elif data.train is not None:
         train = data.train()
     else:
-        raise DataError("--train-data: name the training samples, since no training split is known to belong to the data")
+        raise DataError(
+            "--train-data: name the training samples, since no training split is known to belong to the data"
+        )
 
     # two folders may number their classes differently; shards know nothing of their names
     by_name = options.label == "cls" and isinstance(data.samples, Folder) and isinstance(train, Folder)
@@ -173,7 +187,10 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
 
 
 def segmentation(options: Options, job: Job) -> Task:
-    """Zero-shot segmentation by the protocol of the set, on its pictures and masks, or on shards with masks. Raises DataError."""
+    """Zero-shot segmentation by the protocol of the set, on its pictures and masks, or on shards with masks.
+
+    Raises DataError.
+    """
     if not isinstance(options.class_names, str | None):
         raise UserError("--class-names: segmentation takes a file")
     data = find_segmentation_data(options.data, wanted=options.set_name, names=options.class_names)
@@ -188,17 +205,26 @@ def segmentation(options: Options, job: Job) -> Task:
         spec = encoder.spec.image
         if not isinstance(encoder, ModelEncoder) or spec is None:
             raise UserError("this model has no dense inference, which segmentation needs")
-        own = SegmentationProtocol(short_side=spec.image_size, window=spec.image_size, stride=max(1, spec.image_size // 2))
+        own = SegmentationProtocol(
+            short_side=spec.image_size, window=spec.image_size, stride=max(1, spec.image_size // 2)
+        )
         protocol = replace(data.protocol or own, csa=options.csa)
         vectors = class_vectors(encoder, names, templates, job)
 
         def counted(sample: Sample, picture: Tensor) -> Tensor:
-            pixels, labels = model_input(picture.to(encoder.device), protocol, spec), sample.extras["labels"].to(encoder.device)
-            found = segment(encoder, pixels, vectors, owners.to(encoder.device), labels.shape, protocol, spec.patch_size)
+            pixels, labels = (
+                model_input(picture.to(encoder.device), protocol, spec),
+                sample.extras["labels"].to(encoder.device),
+            )
+            found = segment(
+                encoder, pixels, vectors, owners.to(encoder.device), labels.shape, protocol, spec.patch_size
+            )
             return areas(found, labels, len(data.names))
 
         def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
-            return torch.stack([counted(sample, picture) for _, sample, picture in loaded]), [one.sample.key for one in loaded]
+            return torch.stack([counted(sample, picture) for _, sample, picture in loaded]), [
+                one.sample.key for one in loaded
+            ]
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
         rows, keys = features_of(
@@ -225,7 +251,9 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 
         def run(encoder: Encoder, job: Job) -> Found:
             def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
-                return encoder.match_image(torch.stack([one.pixels for one in loaded])), [one.sample.key for one in loaded]
+                return encoder.match_image(torch.stack([one.pixels for one in loaded])), [
+                    one.sample.key for one in loaded
+                ]
 
             images, keys = features_of(
                 data.samples(), encoder.preprocess, compute, job, name="match_image", background=encoder.spec.background
@@ -253,7 +281,9 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 def check_model(task: str, encoder: Encoder) -> None:
     """Raise UserError where the model lacks a tower that the task needs."""
     if encoder.spec.image is None or (task not in IMAGE_ONLY and encoder.spec.text is None):
-        raise UserError(f"this model has no {'image' if encoder.spec.image is None else 'text'} tower, which {task} needs")
+        raise UserError(
+            f"this model has no {'image' if encoder.spec.image is None else 'text'} tower, which {task} needs"
+        )
 
 
 IMAGE_ONLY = ("knn", "linear_probe")

@@ -29,14 +29,18 @@ class SampleLook:
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def look(sample: Sample, augmenters: Mapping[Modality, Augmenter], tower: TowerSpec | None, *, seed: int, position: int) -> SampleLook:
+def look(
+    sample: Sample, augmenters: Mapping[Modality, Augmenter], tower: TowerSpec | None, *, seed: int, position: int
+) -> SampleLook:
     """Draw the views of a sample as the loader does at ``position`` of the first epoch. Raises BadSample."""
     images: dict[str, Tensor] = {}
     texts: Mapping[str, Sequence[str]] = {}
     for modality, augmenter in augmenters.items():
         rng = sample_rng(seed, 0, position, text=modality == "text")
         if modality == "text":
-            texts = {name: list(map(str, cast(Sequence[str], views))) for name, views in augmenter.crop(sample, rng).items()}
+            texts = {
+                name: list(map(str, cast(Sequence[str], views))) for name, views in augmenter.crop(sample, rng).items()
+            }
             continue
         for name, crops in augmenter.crop(sample, rng).items():
             assert isinstance(crops, ImageCrops)
@@ -54,7 +58,8 @@ def _shown(pixels: Tensor, tower: TowerSpec | None) -> Tensor:
 
 
 def contact_sheet(found: SampleLook) -> Tensor:
-    """The picture with the views of the first group, the other groups below, then the texts, as wide as the views are: uint8 [3, H, W].
+    """The picture with the views of the first group, the other groups below, then the texts, as wide as the views are:
+    uint8 [3, H, W].
 
     Small views are shown several times as large, all alike.
     """
@@ -63,12 +68,17 @@ def contact_sheet(found: SampleLook) -> Tensor:
     shown = [[*_enlarged(group, factor)] for group in groups]
     first, *others = [[_fitted(found.picture, _SIDE), *(shown[0] if shown else ())], *shown[1:]]
     rows = [row for group in (first, *others) for row in _folded(group)]
-    lines = [f"{name}: {len(group)} views of {group.shape[-1]} x {group.shape[-2]} pixels" for name, group in found.images.items()]
+    lines = [
+        f"{name}: {len(group)} views of {group.shape[-1]} x {group.shape[-2]} pixels"
+        for name, group in found.images.items()
+    ]
     lines += [f"{name} {view}: {text}" for name, texts in found.texts.items() for view, text in enumerate(texts, 1)]
     width = max(_LEAST, *(sum(view.shape[2] + _GAP for view in row) for row in rows)) + _GAP
     texts = _written(lines, width)
     sheet = torch.full(
-        (3, _GAP + sum(max(view.shape[1] for view in row) + _GAP for row in rows) + texts.shape[1], width), 255, dtype=torch.uint8
+        (3, _GAP + sum(max(view.shape[1] for view in row) + _GAP for row in rows) + texts.shape[1], width),
+        255,
+        dtype=torch.uint8,
     )
     top = _GAP
     for row in rows:

@@ -62,7 +62,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 def _single(name: str, older: str) -> Any:
-    """A collective on one tensor, by the name that PyTorch 2.13 gave it; before that by the older one, which warns there."""
+    """A collective on one tensor, by the name that PyTorch 2.13 gave it; before that by the older one, which warns
+    there.
+    """
     return getattr(dist, name, None) or getattr(dist, older)
 
 
@@ -103,4 +105,7 @@ def gather_many(tensors: Sequence[Tensor], *, dim: int = 0) -> list[Tensor]:
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in flat) else torch.float32
     merged = cast(Tensor, _Gather.apply(torch.cat([x.to(dtype) for x in flat], dim=1)))  # type: ignore[no-untyped-call]
     parts = merged.split([x.shape[1] for x in flat], dim=1)
-    return [part.reshape(part.shape[0], *x.shape[1:]).to(x.dtype).movedim(0, dim) for part, x in zip(parts, rows, strict=True)]
+    return [
+        part.reshape(part.shape[0], *x.shape[1:]).to(x.dtype).movedim(0, dim)
+        for part, x in zip(parts, rows, strict=True)
+    ]

@@ -31,7 +31,9 @@ class _InfoNCE(torch.autograd.Function):
             logits = _logits(a[:, part], b, scale)
             row_lse[:, part] = logits.logsumexp(3)
             column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
-        if world_size() > 1:  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
+        if (
+            world_size() > 1
+        ):  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
             sums = (column_lse - scale).double().exp()
             with waits.during(sums):
                 dist.all_reduce(sums)
@@ -155,7 +157,8 @@ def info_nce(
     wb = _shares(b.shape[0], b_weights)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = torch.outer(wa, wb).to(a.device, dtype)
-    return cast(Tensor, _InfoNCE.apply(a.to(dtype).contiguous(), b.to(dtype).contiguous(), scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+    a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
 
 
 def sigmoid_loss(

@@ -9,7 +9,10 @@ _listening: list[Callable[[], None]] = []
 
 
 def alive(done: int = 0, total: int = 0) -> None:
-    """Tell that work goes on; so much of it is done. To be called from time to time by what takes many minutes, from any thread."""
+    """Tell that work goes on; so much of it is done.
+
+    To be called from time to time by what takes many minutes, from any thread.
+    """
     for listen in tuple(_listening):
         listen()
 

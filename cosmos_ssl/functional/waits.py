@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class Waits:
-    """Adds up the time spent in collectives: of the process for host tensors, of its stream for those on a CUDA device."""
+    """Adds up the time spent in collectives: of the process for host tensors, of its stream for those on a CUDA
+    device.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0

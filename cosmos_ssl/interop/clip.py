@@ -64,7 +64,11 @@ class ClipModel:
 
     def tower(self, modality: str) -> dict[str, Tensor]:
         """The tensors of one tower, without its prefix."""
-        return {name.removeprefix(f"{modality}."): value for name, value in self.state.items() if name.startswith(f"{modality}.")}
+        return {
+            name.removeprefix(f"{modality}."): value
+            for name, value in self.state.items()
+            if name.startswith(f"{modality}.")
+        }
 
     def sizes(self) -> dict[str, int]:
         """What no tensor tells, by config keys (``official.SIZES``)."""
@@ -72,7 +76,9 @@ class ClipModel:
         return {"model.image.heads": self.image.heads, "model.image.image_size": self.image_size, **text}
 
     def left_out(self, *kept: str) -> list[str]:
-        """For people: the parts, and the mask token, that a form with these towers alone has no use for, where there are any."""
+        """For people: the parts, and the mask token, that a form with these towers alone has no use for, where there
+        are any.
+        """
         known = {*kept, f"losses.{self.contrastive}"} if "text" in kept else set(kept)
         parts = {".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in self.state}
         masks = {"image.mask_token"} & self.state.keys()

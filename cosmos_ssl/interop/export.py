@@ -28,7 +28,12 @@ from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.pictures import BACKGROUND
 
 FORMATS = ("openclip", "huggingface", "timm", "official")
-_TITLES = {"openclip": "OpenCLIP", "huggingface": "Hugging Face CLIPModel", "timm": "timm", "official": "the official COSMOS program"}
+_TITLES = {
+    "openclip": "OpenCLIP",
+    "huggingface": "Hugging Face CLIPModel",
+    "timm": "timm",
+    "official": "the official COSMOS program",
+}
 _WRITERS: Mapping[str, Callable[[ClipModel, Path], list[str]]] = {
     "openclip": openclip.write,
     "huggingface": huggingface.write,
@@ -51,9 +56,11 @@ class Origin:
 
 
 def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin: Origin) -> list[str]:
-    """Write one role (``official``: any) as ``form``, one of ``FORMATS``, into a new or empty folder; returns notes for people.
+    """Write one role (``official``: any) as ``form``, one of ``FORMATS``, into a new or empty folder; returns notes for
+    people.
 
-    The folder appears whole or not at all. Raises UserError for what the form has no place for, or a folder that is in use.
+    The folder appears whole or not at all. Raises UserError for what the form has no place for, or a folder that is in
+    use.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty. Give another folder")
@@ -63,7 +70,11 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
     try:
         (temporary := place / "whole").mkdir()
         described = [describe(encoder, origin.name, role, text=form != "timm") for role, encoder in models.items()]
-        notes = _write_official(models, described, temporary) if form == "official" else _WRITERS[form](described[0], temporary)
+        notes = (
+            _write_official(models, described, temporary)
+            if form == "official"
+            else _WRITERS[form](described[0], temporary)
+        )
         (temporary / "README.md").write_text(card(described, form, origin, notes), encoding="utf-8")
         temporary.replace(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -76,7 +87,9 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """What the system refused, where that is what went wrong: safetensors says it in words, ``torch.save`` fails once more over it."""
+    """What the system refused, where that is what went wrong: safetensors says it in words, ``torch.save`` fails once
+    more over it.
+    """
     if isinstance(error, OSError):
         return error
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -89,7 +102,9 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[ClipModel], folder: Path) -> list[str]:
-    """``NAME.pt`` as the official program's evaluation reads it: ``name``, a table of tensors for each role, and ours of sizes."""
+    """``NAME.pt`` as the official program's evaluation reads it: ``name``, a table of tensors for each role, and ours
+    of sizes.
+    """
     content: dict[str, Any] = {"name": described[0].name, SIZES: described[0].sizes()}
     for (role, encoder), model in zip(models.items(), described, strict=True):
         refuse("the official form", _official_faults(encoder, model))
@@ -122,7 +137,9 @@ def _official_tensors(model: ClipModel) -> dict[str, Tensor]:
     tensors = to_official(model.state)
     missing = [name for name in expected_names(model.state) if name not in tensors]
     if missing:
-        raise UserError(f"the official form is that of a whole COSMOS model, and this one lacks {', '.join(missing[:4])}")
+        raise UserError(
+            f"the official form is that of a whole COSMOS model, and this one lacks {', '.join(missing[:4])}"
+        )
     return tensors
 
 
@@ -136,7 +153,8 @@ def card(models: Sequence[ClipModel], form: str, origin: Origin, notes: Sequence
     paragraphs = [
         _header(form, origin.licence),
         f"# {origin.name}",
-        f"{_kind(model, form)}, written for {_TITLES[form]} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) {__version__}"
+        f"{_kind(model, form)}, written for {_TITLES[form]} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) "
+        f"{__version__}"
         f" from the {roles} of `{_place(origin.checkpoint)}`.",
         "\n".join(_sizes(model, form)),
         "## Loading",
@@ -161,15 +179,20 @@ def _header(form: str, licence: str) -> str:
     library = {"openclip": "open_clip", "huggingface": "transformers", "timm": "timm", "official": "pytorch"}[form]
     task = "image-feature-extraction" if form == "timm" else "zero-shot-image-classification"
     named = "\nlicense_name: not-stated" if licence == "other" else ""
-    return f"---\nlicense: {licence}{named}\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- clip\n- cosmos-ssl\n---"
+    return (
+        f"---\nlicense: {licence}{named}\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- clip\n- "
+        "cosmos-ssl\n---"
+    )
 
 
 def _licence(licence: str) -> str:
     weights = (
-        "No licence was named for the weights when they were exported: they are under the terms of those who trained them and of the data"
+        "No licence was named for the weights when they were exported: they are under the terms of those who "
+        "trained them and of the data"
         " that they were trained on."
         if licence == "other"
-        else f"The weights are under `{licence}`, as those who exported them say; the terms of the data that they were trained on remain."
+        else f"The weights are under `{licence}`, as those who exported them say; the terms of the data that "
+        "they were trained on remain."
     )
     return f"{weights} The program that wrote this export is under Apache-2.0."
 
@@ -178,16 +201,24 @@ def _kind(model: ClipModel, form: str) -> str:
     if form == "timm":
         return "The image tower of a vision-language model, its projection into the shared space as the head"
     cosmos = any(name.startswith("losses.distill.") for name in model.state)
-    return "An image and a text tower, trained by contrast" + (" and by cross-modality self-distillation (COSMOS)" if cosmos else "")
+    return "An image and a text tower, trained by contrast" + (
+        " and by cross-modality self-distillation (COSMOS)" if cosmos else ""
+    )
 
 
 def _sizes(model: ClipModel, form: str) -> list[str]:
     image = model.image
     rows = ["| tower | width | layers | heads | input |", "|---|---|---|---|---|"]
-    rows.append(f"| image | {image.width} | {image.layers} | {image.heads} | {model.image_size} px, patches of {model.patch_size} px |")
+    rows.append(
+        f"| image | {image.width} | {image.layers} | {image.heads} | {model.image_size} px, patches of "
+        f"{model.patch_size} px |"
+    )
     if model.text is not None:
         text = model.text
-        rows.append(f"| text | {text.width} | {text.layers} | {text.heads} | {model.context_length} of {model.vocab_size:,} tokens |")
+        rows.append(
+            f"| text | {text.width} | {text.layers} | {text.heads} | {model.context_length} of "
+            f"{model.vocab_size:,} tokens |"
+        )
     package = {"openclip": "open_clip_torch", "huggingface": "transformers", "timm": "timm", "official": "torch"}[form]
     return [*rows, "", f"Features have {model.embed_dim} numbers. The form is that of {package} {version(package)}."]
 
@@ -215,10 +246,12 @@ def _loading(model: ClipModel, form: str) -> str:
 def _transparency(model: ClipModel) -> Sequence[str]:
     """That other libraries make transparent pictures black, and lines that open one as this model wants it."""
     return (
-        f"Put transparent pictures on {model.background}, as in training, before you preprocess them; libraries make them black:",
+        f"Put transparent pictures on {model.background}, as in training, before you preprocess them; libraries "
+        "make them black:",
         "```python\nfrom PIL import Image\n\n"
         'clear = Image.open("picture.png").convert("RGBA")\n'
-        f'picture = Image.alpha_composite(Image.new("RGBA", clear.size, "{model.background}"), clear).convert("RGB")\n```',
+        f'picture = Image.alpha_composite(Image.new("RGBA", clear.size, "{model.background}"), '
+        'clear).convert("RGB")\n```',
     )
 
 
@@ -228,4 +261,6 @@ def _metrics(models: Sequence[ClipModel], origin: Origin) -> str:
     kept = {name: value for name, value in origin.metrics.items() if roles & set(name.split("/")[1:2])}
     if not kept:
         return ""
-    return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in kept.items())])
+    return "\n".join(
+        ["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in kept.items())]
+    )

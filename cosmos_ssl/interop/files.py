@@ -41,7 +41,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
-            raise CheckpointError(f"{path} cannot be read: its header is of {header:,} bytes, at most {MAX_HEADER:,} are read")
+            raise CheckpointError(
+                f"{path} cannot be read: its header is of {header:,} bytes, at most {MAX_HEADER:,} are read"
+            )
         with safe_open(path, framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except CheckpointError:
@@ -53,7 +55,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], entry: tuple[str, str] = ("format", "pt")) -> None:
-    """Write a safetensors file that others may read as the umask says; with one entry of metadata, as the order of several is by chance.
+    """Write a safetensors file that others may read as the umask says; with one entry of metadata, as the order of
+    several is by chance.
 
     Raises OSError.
     """
@@ -77,26 +80,38 @@ def read_torch_file(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, or is no torch file; it is not opened, since that could run code"
+            f"{path} holds more than tensors and plain values, or is no torch file; it is not opened, since that "
+            "could run code"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # what torch.load raises for a cut or foreign file is not documented, and differs by its version
+    except (
+        Exception
+    ) as error:  # what torch.load raises for a cut or foreign file is not documented, and differs by its version
         raise CheckpointError(f"{path} cannot be read as a torch file: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the table of an official COSMOS checkpoint")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not the table of an official COSMOS checkpoint"
+        )
     return content
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a torch file is an archive (since torch 1.6), which can stay on the disk. Refuses one that would grow when read."""
+    """Whether a torch file is an archive (since torch 1.6), which can stay on the disk.
+
+    Refuses one that would grow when read.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
     with zipfile.ZipFile(path) as archive:
-        packed = next((entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+        packed = next(
+            (entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None
+        )
     if packed is not None:
-        raise CheckpointError(f"{path} cannot be read as a torch file: {packed} is compressed, which torch.save does not do")
+        raise CheckpointError(
+            f"{path} cannot be read as a torch file: {packed} is compressed, which torch.save does not do"
+        )
     return True
 
 
@@ -120,7 +135,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(state: Mapping[str, Tensor], source: object) -> None:
-    """Raise CheckpointError for tensors that are no weights, before one is computed with. None of their values is read."""
+    """Raise CheckpointError for tensors that are no weights, before one is computed with.
+
+    None of their values is read.
+    """
     for name, tensor in state.items():
         if fault := _oddity(tensor):
             raise CheckpointError(f"{source}: {name} is {fault}; weights are dense, of 32 or 16 bits")

@@ -1,4 +1,6 @@
-"""Any checkpoint of another program that can be read: official COSMOS files, the released ones by name, and OpenCLIP models."""
+"""Any checkpoint of another program that can be read: official COSMOS files, the released ones by name, and OpenCLIP
+models.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from cosmos_ssl.interop.official import ROLES, SIZES, ForeignCheckpoint, from_of
 
 
 def is_foreign(checkpoint: str | Path) -> bool:
-    """Whether ``checkpoint`` names another program's model: a file, an OpenCLIP folder, or a published name. Nothing is fetched."""
+    """Whether ``checkpoint`` names another program's model: a file, an OpenCLIP folder, or a published name.
+
+    Nothing is fetched.
+    """
     path = _local(checkpoint)
     return path.is_file() or openclip.is_folder(path) or (not path.exists() and openclip.is_published(str(checkpoint)))
 
@@ -21,15 +26,18 @@ def is_foreign(checkpoint: str | Path) -> bool:
 def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint | None:
     """Read another program's model in our form, or return None where ``checkpoint`` is none that we know of.
 
-    An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it), file
-    of weights, repository ``hf-hub:ORG/NAME`` or ``MODEL/TAG``. An OpenCLIP file beside an ``open_clip_config.json`` is read
-    with it. Such models are students. Raises CheckpointError where it cannot be read, or, without ``partial``, not whole.
+    An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it),
+    file of weights, repository ``hf-hub:ORG/NAME`` or ``MODEL/TAG``. An OpenCLIP file beside an
+    ``open_clip_config.json`` is read with it. Such models are students. Raises CheckpointError where it cannot be read,
+    or, without ``partial``, not whole.
     """
     text = str(checkpoint)
     path = checkpoint_path(_local(checkpoint))
     if path.is_file():
         content, metadata = read_tensor_file(path)
-        if path.suffix != ".safetensors" and (any(name in content for name in ROLES) or openclip.plain_tensors(content) is None):
+        if path.suffix != ".safetensors" and (
+            any(name in content for name in ROLES) or openclip.plain_tensors(content) is None
+        ):
             return from_official(content, role, path, partial=partial)
         _is_student(text, role)
         told = read_json(path.parent / openclip.CONFIG) if openclip.is_folder(path.parent) else None
@@ -44,7 +52,10 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
 
 
 def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
-    """The roles of another program's model; None where ``checkpoint`` is none that we know of. Raises CheckpointError."""
+    """The roles of another program's model; None where ``checkpoint`` is none that we know of.
+
+    Raises CheckpointError.
+    """
     path = checkpoint_path(_local(checkpoint))
     if path.is_file() and path.suffix != ".safetensors":
         content, _ = read_tensor_file(path)
@@ -53,7 +64,10 @@ def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
 
 
 def is_remote(checkpoint: str, *, partial: bool = False) -> bool:
-    """Whether a model would be sought on the hub. Nothing is fetched; raises CheckpointError for a name that is known to be of no use."""
+    """Whether a model would be sought on the hub.
+
+    Nothing is fetched; raises CheckpointError for a name that is known to be of no use.
+    """
     if released(checkpoint) is not None or checkpoint.startswith(openclip.HUB):
         return True
     if _local(checkpoint).exists() or not openclip.is_published(checkpoint):

@@ -8,12 +8,19 @@ from typing import Any
 from cosmos_ssl.errors import CheckpointError
 
 HEAD_WIDTH = 64
-USUAL: Mapping[str, tuple[int, ...]] = {"image": (384, 512, 768, 896, 1024), "text": (256, 384, 512, 640, 768, 1024, 1280)}
-"""Widths of towers of which all published models have heads 64 wide (COSMOS's are 768 and 512). ViT-H's 1280, for one, has 16 heads."""
+USUAL: Mapping[str, tuple[int, ...]] = {
+    "image": (384, 512, 768, 896, 1024),
+    "text": (256, 384, 512, 640, 768, 1024, 1280),
+}
+"""Widths of towers of which all published models have heads 64 wide (COSMOS's are 768 and 512).
+
+ViT-H's 1280, for one, has 16 heads.
+"""
 
 
 def assume_heads(model: Mapping[str, Any], source: object) -> str:
-    """For people: the heads of CLIP's towers that a config's section ``model`` leaves to their width; empty where it leaves none.
+    """For people: the heads of CLIP's towers that a config's section ``model`` leaves to their width; empty where it
+    leaves none.
 
     Raises CheckpointError, which names the overrides, where the width is not one of ``USUAL``.
     """
@@ -21,14 +28,20 @@ def assume_heads(model: Mapping[str, Any], source: object) -> str:
     if unusual := [tower for tower, width in left.items() if width not in USUAL[tower]]:
         widths = " and ".join(f"its {tower} tower (width {left[tower]})" for tower in unusual)
         asked = " and ".join(f"model.{tower}.heads=.." for tower in unusual)
-        raise CheckpointError(f"{source} does not tell how many attention heads {widths} has, and several numbers are usual: say {asked}")
+        raise CheckpointError(
+            f"{source} does not tell how many attention heads {widths} has, and several numbers are usual: say {asked}"
+        )
     found = ", ".join(f"{width // HEAD_WIDTH} of the {tower} tower" for tower, width in left.items())
     return f"heads, which it does not tell, are taken to be {HEAD_WIDTH} wide ({found})" if left else ""
 
 
 def told_heads(model: Mapping[str, Any], *, ours: bool) -> dict[str, int]:
-    """The heads of CLIP's towers as a section ``model`` tells them; a config of ours (``ours``) tells them by the width too."""
-    found = {tower: heads or (width // HEAD_WIDTH if ours and width else None) for tower, width, heads in _towers(model)}
+    """The heads of CLIP's towers as a section ``model`` tells them; a config of ours (``ours``) tells them by the width
+    too.
+    """
+    found = {
+        tower: heads or (width // HEAD_WIDTH if ours and width else None) for tower, width, heads in _towers(model)
+    }
     return {tower: heads for tower, heads in found.items() if heads}
 
 

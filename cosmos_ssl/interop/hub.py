@@ -1,4 +1,6 @@
-"""The released checkpoints by name: fetched from the Hugging Face hub once, and checked against the hash that the hub tells."""
+"""The released checkpoints by name: fetched from the Hugging Face hub once, and checked against the hash that the hub
+tells.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +25,38 @@ _VERIFIED = ".sha256"
 
 
 def checkpoint_path(checkpoint: str | Path) -> Path:
-    """The path that ``checkpoint`` names; of a released name (with or without ``.pt``) that of its file, fetched where needed.
+    """The path that ``checkpoint`` names; of a released name (with or without ``.pt``) that of its file, fetched where
+    needed.
 
-    What exists here is never looked for on the hub. Raises CheckpointError as ``fetch_released`` does, and for what looks like
-    a released name and is none.
+    What exists here is never looked for on the hub. Raises CheckpointError as ``fetch_released`` does, and for what
+    looks like a released name and is none.
     """
     name = released(checkpoint)
     return Path(checkpoint).expanduser() if name is None else fetch_released(name)
 
 
 def released(checkpoint: str | Path) -> str | None:
-    """The released checkpoint that would be fetched, or None. Raises CheckpointError for what looks like the name of one and is none."""
+    """The released checkpoint that would be fetched, or None.
+
+    Raises CheckpointError for what looks like the name of one and is none.
+    """
     name = str(checkpoint).removesuffix(".pt")
     if Path(checkpoint).expanduser().exists() or "/" in name or os.sep in name or not name.startswith("cosmos_vit"):
         return None
     if name not in RELEASED:
-        raise CheckpointError(f"no released checkpoint is named '{name}'.{did_you_mean(name, RELEASED)} Released: {', '.join(RELEASED)}")
+        raise CheckpointError(
+            f"no released checkpoint is named '{name}'.{did_you_mean(name, RELEASED)} Released: {', '.join(RELEASED)}"
+        )
     return name
 
 
 def fetch_released(name: str, *, cache_dir: Path | None = None, endpoint: str | None = None) -> Path:
-    """The file of a released checkpoint in the hub's cache folder (``HF_HOME``), downloaded with progress where it is not there.
+    """The file of a released checkpoint in the hub's cache folder (``HF_HOME``), downloaded with progress where it is
+    not there.
 
-    ``HF_ENDPOINT`` names another hub, and is what ``endpoint`` defaults to. The file is hashed once, and fetched again if it is not
-    what the hub says. Raises CheckpointError without network (and without the file), and for a file that stays damaged.
+    ``HF_ENDPOINT`` names another hub, and is what ``endpoint`` defaults to. The file is hashed once, and fetched again
+    if it is not what the hub says. Raises CheckpointError without network (and without the file), and for a file that
+    stays damaged.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -71,7 +81,9 @@ def fetch_released(name: str, *, cache_dir: Path | None = None, endpoint: str | 
             raise CheckpointError(_unreachable(name, url, error)) from error
         if _verified(path, told):
             return path
-    raise CheckpointError(f"{path} is not what {url} should hold: its SHA-256 is not {told}, also when fetched again. It is not used")
+    raise CheckpointError(
+        f"{path} is not what {url} should hold: its SHA-256 is not {told}, also when fetched again. It is not used"
+    )
 
 
 def _cached(find: Callable[[], str], otherwise: str) -> Path:
@@ -95,7 +107,9 @@ def _unreachable(name: str, url: str, error: Exception) -> str:
 
 
 def _verified(path: Path, told: str) -> bool:
-    """Whether the file's SHA-256 is ``told``; what was found before, of this size and time, is kept beside the stored file."""
+    """Whether the file's SHA-256 is ``told``; what was found before, of this size and time, is kept beside the stored
+    file.
+    """
     real = path.resolve()
     mark = real.with_name(real.name + _VERIFIED)
     stamp = f"{real.stat().st_size} {real.stat().st_mtime_ns}"

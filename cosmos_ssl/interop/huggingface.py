@@ -17,8 +17,17 @@ _START_ID, _END_ID = 49_406, 49_407
 _LARGEST = 2
 """As ``eos_token_id``: the end of a text is its largest id, whatever that is."""
 
-_ENTITIES = (*[("&amp;", "&")] * 3, ("&lt;", "<"), ("&gt;", ">"), ("&quot;|&#34;", '"'), ("&apos;|&#0?39;|&#[xX]27;", "'"), ("&nbsp;", " "))
-"""What stands for a character in captions from the web, in the order in which it is replaced; it may have been escaped three times."""
+_ENTITIES = (
+    *[("&amp;", "&")] * 3,
+    ("&lt;", "<"),
+    ("&gt;", ">"),
+    ("&quot;|&#34;", '"'),
+    ("&apos;|&#0?39;|&#[xX]27;", "'"),
+    ("&nbsp;", " "),
+)
+"""What stands for a character in captions from the web, in the order in which it is replaced; it may have been escaped
+three times.
+"""
 _QUOTES = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
 """As ftfy has them."""
 
@@ -32,7 +41,10 @@ _BLOCK = (
 
 
 def write(model: ClipModel, folder: Path) -> list[str]:
-    """Write a folder for ``from_pretrained``; returns what stays behind. Raises UserError for what CLIPModel has no place for."""
+    """Write a folder for ``from_pretrained``; returns what stays behind.
+
+    Raises UserError for what CLIPModel has no place for.
+    """
     assert model.text is not None
     refuse("huggingface (CLIPModel)", _faults(model))
     write_safetensors(folder / "model.safetensors", tensors(model))
@@ -52,7 +64,11 @@ def loading(model: ClipModel) -> str:
     """Lines that load the folder that they are run in, and prepare pictures and texts exactly as ours do."""
     processor = "CLIPProcessor" if model.vocabulary else "CLIPImageProcessor"
     imports = "import html\n\nimport ftfy\n" if model.vocabulary else ""
-    clean = "\n\n\ndef clean(text):\n    return html.unescape(html.unescape(ftfy.fix_text(text)))\n" if model.vocabulary else "\n"
+    clean = (
+        "\n\n\ndef clean(text):\n    return html.unescape(html.unescape(ftfy.fix_text(text)))\n"
+        if model.vocabulary
+        else "\n"
+    )
     return (
         f"{imports}from torchvision import transforms\nfrom transformers import {processor}, CLIPModel\n\n"
         f'model = CLIPModel.from_pretrained(".").eval()\nprocessor = {processor}.from_pretrained(".")\n'
@@ -67,13 +83,17 @@ def loading(model: ClipModel) -> str:
 def differences(model: ClipModel) -> list[str]:
     """For the card: how what the processor makes of pictures and texts differs from what the model was trained on."""
     pictures = (
-        "pictures: CLIPProcessor cuts the middle out one pixel beside the place where this model has it, where the longer side, once"
-        " resized, has 3, 7, 11, ... pixels to spare (a quarter of all shapes); else its pixels differ by rounding, 1 of 255. 0.06 were"
+        "pictures: CLIPProcessor cuts the middle out one pixel beside the place where this model has it, where "
+        "the longer side, once"
+        " resized, has 3, 7, 11, ... pixels to spare (a quarter of all shapes); else its pixels differ by "
+        "rounding, 1 of 255. 0.06 were"
         " seen in a unit feature. `preprocess`, for RGB pictures of PIL, makes the very pixels of this model"
     )
     texts = (
-        "texts: CLIPProcessor makes straight quotes of curly ones, and characters of the common HTML entities. Of others, and of"
-        " characters that were once decoded wrongly, it makes other tokens than this model was trained on, and 0.24 were seen in a unit"
+        "texts: CLIPProcessor makes straight quotes of curly ones, and characters of the common HTML entities. "
+        "Of others, and of"
+        " characters that were once decoded wrongly, it makes other tokens than this model was trained on, and "
+        "0.24 were seen in a unit"
         " feature: `clean` texts first"
     )
     return [pictures, texts] if model.vocabulary else [pictures.replace("CLIPProcessor", "CLIPImageProcessor")]
@@ -205,7 +225,12 @@ def _write_tokenizer(model: ClipModel, folder: Path) -> None:
     _dump(folder / "special_tokens_map.json", special)
     _dump(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length, "do_lower_case": True, **special},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.context_length,
+            "do_lower_case": True,
+            **special,
+        },
     )
 
 
@@ -219,7 +244,9 @@ def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str
     parts = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     split = pre_tokenizers.Split(Regex(parts), behavior="removed", invert=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    made.post_processor = processors.RobertaProcessing((END, _END_ID), (START, _START_ID), trim_offsets=False, add_prefix_space=False)
+    made.post_processor = processors.RobertaProcessing(
+        (END, _END_ID), (START, _START_ID), trim_offsets=False, add_prefix_space=False
+    )
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
     made.add_special_tokens([START, END])
     return str(made.to_str())

@@ -22,7 +22,9 @@ CROSS_HEADS = 8
 """Heads of its cross-attention: fixed in the official program, and not to be read from a tensor."""
 CLIP_VOCABULARY = 49_408
 SIZES = "cosmos_ssl.sizes"
-"""Where an export tells what stands in no tensor, by config keys: a key of an official file, or of a safetensors file's metadata."""
+"""Where an export tells what stands in no tensor, by config keys: a key of an official file, or of a safetensors file's
+metadata.
+"""
 MAX_SIZE = 1 << 16
 
 
@@ -99,9 +101,9 @@ class ForeignCheckpoint:
 def read_official(path: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint:
     """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
 
-    The number of attention heads stands in no tensor: the config has it where the file is an export of ours, which tells it.
-    Raises CheckpointError where the file cannot be read, lacks the role, or is another program's; with ``partial`` missing
-    and unknown tensors are told instead.
+    The number of attention heads stands in no tensor: the config has it where the file is an export of ours, which
+    tells it. Raises CheckpointError where the file cannot be read, lacks the role, or is another program's; with
+    ``partial`` missing and unknown tensors are told instead.
     """
     path = Path(path)
     return from_official(read_torch_file(path), role, path, partial=partial)
@@ -115,7 +117,9 @@ def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial
     unexpected = tuple(name for name, ours in pairs.items() if ours is None)
     missing = tuple(name for name in expected_names(state) if name not in tensors)
     if (missing or unexpected) and not (partial and state):
-        faults = [f"{name} is missing" for name in missing] + [f"{name} is not one of its tensors" for name in unexpected]
+        faults = [f"{name} is missing" for name in missing] + [
+            f"{name} is not one of its tensors" for name in unexpected
+        ]
         raise CheckpointError(f"{path} is no official COSMOS checkpoint: {listed(faults, '; ')}")
     check_weights(state, path)
     config = {"name": str(content.get("name") or path.stem), **_config(state, path, content.get(SIZES))}
@@ -141,7 +145,8 @@ def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tenso
         if there:
             raise CheckpointError(f"{path} holds no {role}, only the {there[0]}")
         raise CheckpointError(
-            f"{path} is no official COSMOS checkpoint: it has neither student nor teacher, but {listed(map(str, content))}"
+            f"{path} is no official COSMOS checkpoint: it has neither student nor teacher, but "
+            f"{listed(map(str, content))}"
         )
     tensors = content[role]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -152,7 +157,11 @@ def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tenso
 def expected_names(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]] = NAMES) -> list[str]:
     """Their names of a model with as many blocks as ``state`` has."""
     blocks = {modality: range(_layers(state, modality)) for modality in ("image", "text")}
-    return [theirs.replace("#", str(number)) for ours, theirs in names for number in (blocks[ours.split(".")[0]] if "#" in ours else (0,))]
+    return [
+        theirs.replace("#", str(number))
+        for ours, theirs in names
+        for number in (blocks[ours.split(".")[0]] if "#" in ours else (0,))
+    ]
 
 
 def _layers(state: Mapping[str, Tensor], modality: str) -> int:
@@ -176,8 +185,8 @@ def _config(state: Mapping[str, Tensor], path: Path, sizes: object) -> dict[str,
 def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = None) -> dict[str, Any]:
     """The sections ``model`` and ``tokenizer`` of a config, with the sizes of CLIP's towers read from their tensors.
 
-    ``sizes``: what no tensor tells, as our exports do (``SIZES``); without it the config has no heads, and pictures of whole
-    patches. Raises CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
+    ``sizes``: what no tensor tells, as our exports do (``SIZES``); without it the config has no heads, and pictures of
+    whole patches. Raises CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
     """
     try:
         width, embed_dim = state["image.projection"].shape
@@ -207,8 +216,13 @@ def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = Non
             tower["mlp_ratio"] = mlp_ratio(hidden[name], tower["width"])
         tower |= _told(sizes, name, source)
     if image["image_size"] // patch != side:
-        raise CheckpointError(f"{source}: pictures of {image['image_size']} px have not {side} patches of {patch} px a side, as it says")
-    return {"model": {"embed_dim": embed_dim, "image": image, "text": text}, "tokenizer": {"type": "clip", "context_length": places}}
+        raise CheckpointError(
+            f"{source}: pictures of {image['image_size']} px have not {side} patches of {patch} px a side, as it says"
+        )
+    return {
+        "model": {"embed_dim": embed_dim, "image": image, "text": text},
+        "tokenizer": {"type": "clip", "context_length": places},
+    }
 
 
 def _told(sizes: object, tower: str, source: object) -> dict[str, int]:

@@ -48,7 +48,9 @@ _SIGLIP = (("losses.siglip.logit_scale", "logit_scale"), ("losses.siglip.logit_b
 _TOWERS = tuple(pair for pair in NAMES if pair[0].startswith(("image.", "text.")))
 _PRE_NORM = tuple(pair for pair in _TOWERS if pair[0].startswith("image.norm_pre."))
 _LAYER_SCALES = {
-    modality: tuple((f"{modality}.blocks.#.ls{n}.gamma", f"{prefix}transformer.resblocks.#.ls_{n}.gamma") for n in (1, 2))
+    modality: tuple(
+        (f"{modality}.blocks.#.ls{n}.gamma", f"{prefix}transformer.resblocks.#.ls_{n}.gamma") for n in (1, 2)
+    )
     for modality, prefix in (("image", "visual."), ("text", ""))
 }
 _BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -58,7 +60,10 @@ _BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
 def write(model: ClipModel, folder: Path) -> list[str]:
-    """Write a folder for ``local-dir:`` and the hub; returns what stays behind. Raises UserError for what OpenCLIP has no place for."""
+    """Write a folder for ``local-dir:`` and the hub; returns what stays behind.
+
+    Raises UserError for what OpenCLIP has no place for.
+    """
     refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
     write_safetensors(folder / WEIGHTS[0], tensors(model), (SIZES, json.dumps(model.sizes())))
     (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
@@ -127,7 +132,11 @@ def is_published(name: str) -> bool:
 
 def _known_model(name: str) -> Path | None:
     package = find_spec("open_clip")  # found, not imported: that takes seconds
-    path = Path(package.origin).parent / "model_configs" / f"{name}.json" if package is not None and package.origin else None
+    path = (
+        Path(package.origin).parent / "model_configs" / f"{name}.json"
+        if package is not None and package.origin
+        else None
+    )
     return path if path is not None and name and path.is_file() else None
 
 
@@ -141,7 +150,10 @@ def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
 
 
 def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
-    """A published model, from the hub or where it was kept when last fetched. Raises CheckpointError, also without network."""
+    """A published model, from the hub or where it was kept when last fetched.
+
+    Raises CheckpointError, also without network.
+    """
     if name.startswith(HUB):
         from open_clip.pretrained import download_pretrained_from_hf
 
@@ -157,14 +169,18 @@ def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
 
 
 def published(name: str, *, partial: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What OpenCLIP knows of the weights ``MODEL/TAG``, and their ``open_clip_config.json``. Raises CheckpointError, fetches nothing."""
+    """What OpenCLIP knows of the weights ``MODEL/TAG``, and their ``open_clip_config.json``.
+
+    Raises CheckpointError, fetches nothing.
+    """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     model, _, tag = name.partition("/")
     known = get_pretrained_cfg(model, tag)
     if not known:
         raise CheckpointError(
-            f"{name}: OpenCLIP has no weights '{tag}' of {model}. It has {listed(list_pretrained_tags_by_model(model), limit=20)}"
+            f"{name}: OpenCLIP has no weights '{tag}' of {model}. It has "
+            f"{listed(list_pretrained_tags_by_model(model), limit=20)}"
         )
     told = {"model_cfg": read_json(_known_model(model) or Path(model)), "preprocess_cfg": dict(known)}
     told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
@@ -177,29 +193,40 @@ def _fetched(name: str, fetch: Any) -> str:
         return str(fetch())
     except Exception as error:  # the hub's client, sockets and files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name} cannot be fetched: {reason}. Reach the hub once, or give a folder with the model") from error
+        raise CheckpointError(
+            f"{name} cannot be fetched: {reason}. Reach the hub once, or give a folder with the model"
+        ) from error
 
 
 # ---------------------------------------------------------------------------- reading
 
 
 def plain_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a file of OpenCLIP's: bare, or with a training state around; None where it is another program's."""
+    """The tensors of a file of OpenCLIP's: bare, or with a training state around; None where it is another
+    program's.
+    """
     table = content.get("state_dict", content)
-    if not isinstance(table, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in table.items()):
+    if not isinstance(table, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in table.items()
+    ):
         return None
     found = {name.removeprefix("module.").removeprefix("text."): value for name, value in table.items()}
     return found if any(name.startswith("visual.") for name in found) else None
 
 
 def read_tensors(
-    content: Mapping[str, Any], source: str | Path, told: Mapping[str, Any] | None = None, *, sizes: object = None, partial: bool = False
+    content: Mapping[str, Any],
+    source: str | Path,
+    told: Mapping[str, Any] | None = None,
+    *,
+    sizes: object = None,
+    partial: bool = False,
 ) -> ForeignCheckpoint:
     """An OpenCLIP model from its tensors and, where there is one, its ``open_clip_config.json`` (``told``).
 
-    Without that, ``sizes`` tell what no tensor does (see ``clip_config``), and the activation is taken to be GELU. Raises
-    CheckpointError for tensors that ``clip_vit`` and ``clip_text`` have no place for, or lack, and for settings that
-    they do not have (QuickGELU, other towers, other means); with ``partial`` these are told and logged instead.
+    Without that, ``sizes`` tell what no tensor does (see ``clip_config``), and the activation is taken to be GELU.
+    Raises CheckpointError for tensors that ``clip_vit`` and ``clip_text`` have no place for, or lack, and for settings
+    that they do not have (QuickGELU, other towers, other means); with ``partial`` these are told and logged instead.
     """
     tensors = plain_tensors(content)
     if tensors is None:
@@ -248,12 +275,26 @@ def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, 
     return config
 
 
-_READ = frozenset(("width", "layers", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length", "vocab_size"))
+_READ = frozenset(
+    ("width", "layers", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length", "vocab_size")
+)
 _READ |= {"ls_init_value", "no_ln_pre"}
-_IDLE = frozenset(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens", "pad_id", "eos_id", "tokenizer_mode"))
+_IDLE = frozenset(
+    ("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens", "pad_id", "eos_id", "tokenizer_mode")
+)
 """Settings that act in training, or with others that are refused."""
 _USUAL = ("tok", "argmax", "learnable", "linear", "default")
-_TOP = frozenset(("embed_dim", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"))
+_TOP = frozenset(
+    (
+        "embed_dim",
+        "vision_cfg",
+        "text_cfg",
+        "custom_text",
+        "init_logit_scale",
+        "init_logit_bias",
+        "nonscalar_logit_scale",
+    )
+)
 
 
 def _check(told: Mapping[str, Any], source: object, partial: bool) -> None:
@@ -264,8 +305,14 @@ def _check(told: Mapping[str, Any], source: object, partial: bool) -> None:
     if not faults:
         return
     if not partial:
-        raise CheckpointError(f"{source} is a model of another kind than clip_vit and clip_text: {listed(faults, '; ', limit=6)}")
-    log.warning("%s is a model of another kind, and its weights are taken all the same: %s", source, listed(faults, "; ", limit=6))
+        raise CheckpointError(
+            f"{source} is a model of another kind than clip_vit and clip_text: {listed(faults, '; ', limit=6)}"
+        )
+    log.warning(
+        "%s is a model of another kind, and its weights are taken all the same: %s",
+        source,
+        listed(faults, "; ", limit=6),
+    )
 
 
 def _bent(told: Mapping[str, Any]) -> Iterator[str]:
@@ -288,7 +335,8 @@ def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator
     for tower in ("vision_cfg", "text_cfg"):
         for key, value in model.get(tower, {}).items():
             idle = key in _IDLE or (
-                key.startswith(("timm_", "hf_")) and key not in ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
+                key.startswith(("timm_", "hf_"))
+                and key not in ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
             )
             if key not in _READ and not idle and value and value not in _USUAL:
                 yield f"{tower}.{key}: {value}"
@@ -298,7 +346,12 @@ def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator
     for key in ("image_size", "patch_size"):
         if vision.get(key) is not None and _side(vision[key]) is None:
             yield f"vision_cfg.{key}: {vision[key]}"
-    ours = {"mean": TowerSpec(width=1).mean, "std": TowerSpec(width=1).std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    ours = {
+        "mean": TowerSpec(width=1).mean,
+        "std": TowerSpec(width=1).std,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     for key, value in ours.items():
         found = pictures.get(key)
         if found is not None and (tuple(found) if isinstance(found, list) else found) != value:

@@ -27,7 +27,9 @@ class LoadReport:
         kinds = (("of another shape", self.other_shapes), ("not in the model", self.unexpected))
         left = ", ".join(_some(names, f" {why}") for why, names in kinds if names)
         kept = f"{_some(self.missing, ' of the model')} as they were" if self.missing else ""
-        return "; ".join(filter(None, (f"{len(self.matched):,} of {count:,} tensors", left and f"left out: {left}", kept)))
+        return "; ".join(
+            filter(None, (f"{len(self.matched):,} of {count:,} tensors", left and f"left out: {left}", kept))
+        )
 
 
 def _some(names: Sequence[str], what: str) -> str:
@@ -35,7 +37,10 @@ def _some(names: Sequence[str], what: str) -> str:
 
 
 def compare(module: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ()) -> LoadReport:
-    """What of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have none. Reads no value."""
+    """What of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have none.
+
+    Reads no value.
+    """
     own = module.state_dict()
     common = [name for name in own if name in state]
     fits = {name: own[name].shape == state[name].shape and same_kind(state[name], own[name]) for name in common}

@@ -24,7 +24,9 @@ def write(model: ClipModel, folder: Path) -> list[str]:
 
 
 def architecture(model: ClipModel) -> str:
-    """timm's name of this model, where its own sizes have one of the base family; else one that all sizes are told to."""
+    """timm's name of this model, where its own sizes have one of the base family; else one that all sizes are
+    told to.
+    """
     from timm import is_model
 
     own = f"vit_base_patch{model.patch_size}_clip_{model.image_size}"

@@ -76,19 +76,26 @@ def _xformers_fault(device_type: str, dtype: torch.dtype, head_width: int, deter
             ops.memory_efficient_attention(x, x, x, attn_bias=mask).sum().backward()
     except Exception as error:  # a wheel of another torch, CUDA or GPU fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide" + (", deterministic" if deterministic else "")
+        mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide" + (
+            ", deterministic" if deterministic else ""
+        )
         return f"xformers does not run with torch {torch.__version__} ({mode}): {reason}"
     return None
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float16, head_width: int = 64) -> str:
+def resolve_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.float16, head_width: int = 64
+) -> str:
     """Which backend serves ``name`` on a device: ``xformers``, ``sdpa`` or ``reference``.
 
     ``auto`` is xformers where it runs (in this precision, for heads of this width), else sdpa. Raises UserError
     for a name that is no backend, and for ``xformers`` where it cannot run, with the reason.
     """
     if name not in BACKENDS:
-        raise UserError(f"training.attention: no backend named '{name}'.{did_you_mean(name, BACKENDS)} Available: {', '.join(BACKENDS)}")
+        raise UserError(
+            f"training.attention: no backend named '{name}'.{did_you_mean(name, BACKENDS)} Available: "
+            f"{', '.join(BACKENDS)}"
+        )
     if name in ("sdpa", "reference"):
         return name
     fault = _xformers_fault(torch.device(device).type, dtype, head_width, torch.are_deterministic_algorithms_enabled())
@@ -223,7 +230,9 @@ class Packing:
         q, k = self.query_lengths[first:last], self.lengths[first:last]
         count, queries, keys = len(k), int(q.max()), int(k.max())
         ragged = bool((q != queries).any() or (k != keys).any())
-        square = self.causal and bool((q == k).all())  # PyTorch's own causal mask, which hides the pads too: they come last
+        square = self.causal and bool(
+            (q == k).all()
+        )  # PyTorch's own causal mask, which hides the pads too: they come last
         bucket = functools.partial(_Bucket, count, queries, keys, int(q.sum()), int(k.sum()), square and queries > 1)
         mask = None
         if not square and (ragged or (self.causal and queries > 1)):
@@ -244,7 +253,9 @@ class Packing:
     def bias(self) -> Any:
         """xformers' description of the same."""
         _, masks = _xformers()
-        bias = masks.BlockDiagonalMask.from_seqlens(self.query_lengths.tolist(), self.lengths.tolist(), device=self.device)
+        bias = masks.BlockDiagonalMask.from_seqlens(
+            self.query_lengths.tolist(), self.lengths.tolist(), device=self.device
+        )
         return bias.make_causal_from_bottomright() if self.causal else bias
 
     @functools.cached_property
@@ -275,10 +286,14 @@ def attention(
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if chosen == "xformers" and key_lengths is None:
         ops, masks = _xformers()
-        return cast(Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None))
+        return cast(
+            Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None)
+        )
     mask = None
     if key_lengths is not None:
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device, non_blocking=True)[:, None])[:, None, None]
+        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device, non_blocking=True)[:, None])[
+            :, None, None
+        ]
     if causal and (mask is not None or chosen == "reference"):
         triangle = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         mask = triangle if mask is None else mask & triangle
@@ -332,7 +347,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _packed_reference(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     outs = []
     q_lengths, k_lengths = packing.query_lengths.tolist(), packing.lengths.tolist()
-    for q_one, k_one, v_one in zip(*(x.split_with_sizes(n) for x, n in ((q, q_lengths), (k, k_lengths), (v, k_lengths))), strict=True):
+    for q_one, k_one, v_one in zip(
+        *(x.split_with_sizes(n) for x, n in ((q, q_lengths), (k, k_lengths), (v, k_lengths))), strict=True
+    ):
         seen = torch.ones(len(q_one), len(k_one), dtype=torch.bool, device=q.device)
         mask = seen.tril(len(k_one) - len(q_one)) if packing.causal else None
         outs.append(_plain(q_one[None], k_one[None], v_one[None], mask)[0])

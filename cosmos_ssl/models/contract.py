@@ -81,21 +81,34 @@ def checked_tower(tower: Tower, modality: Modality) -> Tower:
 
 def checked_offers(offers: object) -> Mapping[str, ViewSpec]:
     """The view groups of an augmenter. Raises Fault."""
-    if not isinstance(offers, Mapping) or not offers or not all(isinstance(v, ViewSpec) and v.views > 0 for v in offers.values()):
-        raise Fault(f"offers {offers!r}, expected a mapping of group names to ViewSpec(views=...) with at least one view each")
+    if (
+        not isinstance(offers, Mapping)
+        or not offers
+        or not all(isinstance(v, ViewSpec) and v.views > 0 for v in offers.values())
+    ):
+        raise Fault(
+            f"offers {offers!r}, expected a mapping of group names to ViewSpec(views=...) with at least one view each"
+        )
     return offers
 
 
 def checked_widths(outputs: object) -> dict[str, int]:
     """The widths of a head's outputs. Raises Fault."""
-    if not isinstance(outputs, Mapping) or not all(isinstance(n, str) and isinstance(w, int) for n, w in outputs.items()):
+    if not isinstance(outputs, Mapping) or not all(
+        isinstance(n, str) and isinstance(w, int) for n, w in outputs.items()
+    ):
         raise Fault(f"gives the outputs {outputs!r}, expected a mapping of names to widths")
     return dict(outputs)
 
 
 def checked_sizes(sizes: object) -> NDArray[np.int64]:
     """The samples of each shard of a data set. Raises Fault."""
-    good = isinstance(sizes, np.ndarray) and sizes.ndim == 1 and np.issubdtype(sizes.dtype, np.integer) and bool((sizes >= 0).all())
+    good = (
+        isinstance(sizes, np.ndarray)
+        and sizes.ndim == 1
+        and np.issubdtype(sizes.dtype, np.integer)
+        and bool((sizes >= 0).all())
+    )
     if not good:
         shown = f"{sizes.dtype} {list(sizes.shape)}" if isinstance(sizes, np.ndarray) else repr(sizes)
         raise Fault(f"gives the shard_sizes {shown}, expected counts from 0 on as an array, int64 [shards]")
@@ -118,13 +131,21 @@ def checked_pixels(group: ImageGroup, given: Any) -> ImageGroup:
         raise Fault(f"finish returned {type(given).__name__}, expected ImageGroup")
     if not given.pixels.is_floating_point() or given.shape != group.shape:
         wanted = [*group.pixels.shape[:3], "H", "W"]
-        raise Fault(f"finish returned {given.pixels.dtype} pixels {_shape(given.pixels)}, expected floats [{', '.join(map(str, wanted))}]")
+        raise Fault(
+            f"finish returned {given.pixels.dtype} pixels {_shape(given.pixels)}, expected floats "
+            f"[{', '.join(map(str, wanted))}]"
+        )
     _check_floats("pixels from finish", given.pixels, group.pixels.device)
     return given
 
 
 def checked_features(
-    tower: Tower, plan: Mapping[str, GroupPlan], samples: int, embed_dim: int | None, device: torch.device, given: object
+    tower: Tower,
+    plan: Mapping[str, GroupPlan],
+    samples: int,
+    embed_dim: int | None,
+    device: torch.device,
+    given: object,
 ) -> dict[str, GroupFeatures]:
     """What a tower computed, as the plan wants it: floats on ``device``. Raises Fault."""
     if not isinstance(given, Mapping):
@@ -141,7 +162,10 @@ def checked_features(
             _check(name, "projected", found.projected, [views, samples, embed_dim])
         if wanted.tokens:
             if found.token_views != wanted.tokens:
-                raise Fault(f"returned tokens of the views {list(found.token_views)} of '{name}', expected {list(wanted.tokens)}")
+                raise Fault(
+                    f"returned tokens of the views {list(found.token_views)} of '{name}', expected "
+                    f"{list(wanted.tokens)}"
+                )
             _check(name, "tokens", found.tokens, [len(wanted.tokens), samples, None, width])
         if wanted.masked_tokens:
             _check(name, "masked_tokens", found.masked_tokens, [None, width])
@@ -162,7 +186,10 @@ def checked_outputs(head: Head, wanted: Sequence[str], samples: int, device: tor
         value, width = given[name], widths[name]
         good = isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
         if not good or (value.dim() == 3 and value.shape[1] != samples):
-            raise Fault(f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], or [M, {width}] for masked patches")
+            raise Fault(
+                f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], or [M, {width}] for "
+                "masked patches"
+            )
         _check_floats(f"'{name}'", value, device)
     return given
 
@@ -215,7 +242,9 @@ def untouched(*given: object) -> Iterator[None]:
     yield
     changed = next((tensor for tensor, version in seen if tensor._version != version), None)
     if changed is not None:
-        raise Fault(f"changed its input of shape {list(changed.shape)} in place, expected a tensor of its own (clone it first)")
+        raise Fault(
+            f"changed its input of shape {list(changed.shape)} in place, expected a tensor of its own (clone it first)"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -40,7 +40,9 @@ from cosmos_ssl.pictures import BACKGROUND, open_rgb, to_rgb
 _log = logging.getLogger("cosmos_ssl.models")
 _GROUP = "global"  # the group that heads know as whole pictures and whole texts
 _LONG = 16
-"""Pictures longer than this many times their width are cut before they are resized, the others after it, as OpenCLIP does."""
+"""Pictures longer than this many times their width are cut before they are resized, the others after it, as OpenCLIP
+does.
+"""
 
 
 class ModelEncoder:
@@ -59,7 +61,10 @@ class ModelEncoder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """``device``: where the model is put (default: where it is). ``dtype``: autocast to it (default: no autocast)."""
+        """``device``: where the model is put (default: where it is).
+
+        ``dtype``: autocast to it (default: no autocast).
+        """
         self.model = model if device is None else model.to(device)
         self.spec = spec
         self.tokenizer = tokenizer
@@ -73,7 +78,9 @@ class ModelEncoder:
 
     @property
     def logit_scale(self) -> float | None:
-        """What cosines were multiplied by in training, the inverse temperature; None without a loss ``clip`` or ``siglip``."""
+        """What cosines were multiplied by in training, the inverse temperature; None without a loss ``clip`` or
+        ``siglip``.
+        """
         name = self.model.contrastive
         return None if name is None else float(cast(Any, self.model.loss(name)).logit_scale.detach().exp())
 
@@ -149,7 +156,9 @@ class ModelEncoder:
         plan = make_plan(spec, self.model.towers, heads, {}, extra=needs)
         with self.reading():
             features = self.model.encode(views, plan.student)
-            return features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
+            return (
+                features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
+            )
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Patch tokens in the shared space [B, N, D] and the pooled feature [B, D], neither normalised.
@@ -184,13 +193,20 @@ class ModelEncoder:
     # ------------------------------------------------------------------ inputs
 
     def preprocess(self, image: Any) -> Tensor:
-        """A picture's path, a PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised float [3, H, W].
+        """A picture's path, a PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised
+        float [3, H, W].
 
-        What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture, OSError.
+        What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture,
+        OSError.
         """
         tower = self._image_spec()
         pixels = resize_crop(image, tower.image_size, background=self.spec.background)
-        return pixels.float().div_(255).sub_(torch.tensor(tower.mean).view(3, 1, 1)).div_(torch.tensor(tower.std).view(3, 1, 1))
+        return (
+            pixels.float()
+            .div_(255)
+            .sub_(torch.tensor(tower.mean).view(3, 1, 1))
+            .div_(torch.tensor(tower.std).view(3, 1, 1))
+        )
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Strings -> token ids [n, S]. Raises UserError for anything else, and without a tokenizer."""
@@ -202,18 +218,26 @@ class ModelEncoder:
         return self._folded(self.tokenizer(strings)[0], self.tokenizer.vocab_size)
 
     def _folded(self, ids: Tensor, vocabulary: int) -> Tensor:
-        """Ids for a tower with fewer than its tokenizer's ``vocabulary``: its last ends a text, as in CLIP, the others wrap around."""
+        """Ids for a tower with fewer than its tokenizer's ``vocabulary``: its last ends a text, as in CLIP, the others
+        wrap around.
+        """
         table = getattr(self.model.text, "token_embedding", None)
         if table is None or table.num_embeddings >= vocabulary or not ids.numel():
             return ids
         last = table.num_embeddings - 1
         if not self._told:
-            _log.warning("this model has %s token ids, its tokenizer %s: words are folded into them and mean little", last + 1, vocabulary)
+            _log.warning(
+                "this model has %s token ids, its tokenizer %s: words are folded into them and mean little",
+                last + 1,
+                vocabulary,
+            )
             self._told = True
         return torch.where(ids == ids.amax(-1, keepdim=True), last, ids % last)
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """Tokens of each text [..., S] up to and with its end: the tokenizer's rule; without one CLIP's, the largest id."""
+        """Tokens of each text [..., S] up to and with its end: the tokenizer's rule; without one CLIP's, the largest
+        id.
+        """
         return tokens.argmax(-1) + 1 if self.tokenizer is None else self.tokenizer.lengths(tokens)
 
     # ------------------------------------------------------------------ what these stand on
@@ -242,7 +266,9 @@ class ModelEncoder:
 
     def _pixels(self, pixels: Tensor) -> ImageGroup:
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 4:
-            shape = f"pixels has shape {list(pixels.shape)}" if isinstance(pixels, Tensor) else f"pixels is {_kind(pixels)}"
+            shape = (
+                f"pixels has shape {list(pixels.shape)}" if isinstance(pixels, Tensor) else f"pixels is {_kind(pixels)}"
+            )
             raise UserError(f"{shape}, expected float [B, 3, H, W]: torch.stack of what preprocess gives")
         return ImageGroup(pixels=pixels.to(self.device)[None], params=torch.empty(1, len(pixels), 0))
 
@@ -259,7 +285,9 @@ class ModelEncoder:
     def _text(self, texts: TextGroup, plan: GroupPlan) -> GroupFeatures:
         return self._encoded("text", texts, plan, texts.shape[1])
 
-    def _encoded(self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int) -> GroupFeatures:
+    def _encoded(
+        self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int
+    ) -> GroupFeatures:
         tower = self._tower(modality)
         with blaming(tower, f"model.{modality}"):
             found = tower({_GROUP: group}, {_GROUP: plan})
@@ -272,7 +300,8 @@ def _projected(features: GroupFeatures, normalize: bool) -> Tensor:
 
 
 def resize_crop(image: Any, size: int, *, background: str = BACKGROUND) -> Tensor:
-    """What ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3, size, size].
+    """What ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3, size,
+    size].
 
     The arithmetic of sizes and the resampling are those of OpenCLIP's test transform (torchvision's on PIL
     images), so that its features are ours; only the change to RGB comes first. Of a very long picture only what

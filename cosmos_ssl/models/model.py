@@ -21,12 +21,23 @@ from cosmos_ssl.api import (
     Tower,
     Views,
 )
-from cosmos_ssl.models.contract import blaming, checked_features, checked_loss, checked_outputs, describe, is_built_in, untouched
+from cosmos_ssl.models.contract import (
+    blaming,
+    checked_features,
+    checked_loss,
+    checked_outputs,
+    describe,
+    is_built_in,
+    untouched,
+)
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
 class Named(nn.ModuleDict):
-    """Parts by name, with tensors named ``NAME.*``. Any name will do, also those of a module's own attributes, such as ``forward``."""
+    """Parts by name, with tensors named ``NAME.*``.
+
+    Any name will do, also those of a module's own attributes, such as ``forward``.
+    """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Called for every new part."""
@@ -43,7 +54,11 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self, towers: Mapping[Modality, Tower], heads: Mapping[str, Head], losses: Mapping[str, Loss], embed_dim: int | None = None
+        self,
+        towers: Mapping[Modality, Tower],
+        heads: Mapping[str, Head],
+        losses: Mapping[str, Loss],
+        embed_dim: int | None = None,
     ) -> None:
         """``embed_dim``: the shared width, which towers are held to where it is known."""
         super().__init__()
@@ -63,15 +78,22 @@ class Model(nn.Module):
 
     def parts(self) -> dict[str, str]:
         """The prefix of each part's parameters -> the part as messages call it."""
-        found: dict[str, str] = {modality: describe(tower, f"model.{modality}") for modality, tower in self.towers.items()}
+        found: dict[str, str] = {
+            modality: describe(tower, f"model.{modality}") for modality, tower in self.towers.items()
+        }
         found |= {f"heads.{name}": describe(self.head(name), f"heads.{name}") for name in self.heads}
         return {**found, **{f"losses.{name}": describe(self.loss(name), f"losses.{name}") for name in self.losses}}
 
     @property
     def contrastive(self) -> str | None:
-        """The loss that learned by what pictures and texts are compared: the first of the built-in ``clip`` and ``siglip``."""
+        """The loss that learned by what pictures and texts are compared: the first of the built-in ``clip`` and
+        ``siglip``.
+        """
         kinds = ("clip", "siglip")
-        return next((name for name, loss in self.losses.items() if any(is_built_in(loss, "losses", kind) for kind in kinds)), None)
+        return next(
+            (name for name, loss in self.losses.items() if any(is_built_in(loss, "losses", kind) for kind in kinds)),
+            None,
+        )
 
     def head(self, name: str) -> Head:
         """The head of this name."""
@@ -89,7 +111,9 @@ class Model(nn.Module):
                 given = views.image if modality == "image" else views.text
                 with blaming(tower, f"model.{modality}"), self._watched(given):
                     found = tower(given, plan.of(modality))
-                    towers[modality] = checked_features(tower, plan.of(modality), len(views), self.embed_dim, views.device, found)
+                    towers[modality] = checked_features(
+                        tower, plan.of(modality), len(views), self.embed_dim, views.device, found
+                    )
         heads: dict[str, HeadOutput] = {}
         features = Features(image=towers["image"], text=towers["text"], heads=heads)
         for name, outputs in plan.heads.items():
@@ -131,8 +155,13 @@ class Model(nn.Module):
         for name in self.heads:
             outputs = plan.student.heads.get(name)
             with blaming(self.head(name), f"heads.{name}"):
-                unread += [f"heads.{name}.{pattern}" for pattern in (("*",) if outputs is None else self.head(name).unread(outputs))]
-        frozen = {name: p for name, p in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in unread)}
+                unread += [
+                    f"heads.{name}.{pattern}"
+                    for pattern in (("*",) if outputs is None else self.head(name).unread(outputs))
+                ]
+        frozen = {
+            name: p for name, p in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in unread)
+        }
         for parameter in frozen.values():
             parameter.requires_grad_(False)
         return list(frozen)

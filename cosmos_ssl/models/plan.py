@@ -11,7 +11,9 @@ from cosmos_ssl.models.contract import blaming, checked_needs, describe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolePlan:
-    """What one role computes: view groups by modality, outputs of heads in running order, needs to gather over ranks."""
+    """What one role computes: view groups by modality, outputs of heads in running order, needs to gather over
+    ranks.
+    """
 
     image: Mapping[str, GroupPlan] = field(default_factory=dict)
     text: Mapping[str, GroupPlan] = field(default_factory=dict)
@@ -91,7 +93,11 @@ def _role_plan(
     return RolePlan(
         image=ordered["image"],
         text=ordered["text"],
-        heads={name: tuple(o for o in head.outputs() if o in running[name]) for name, head in heads.items() if name in running},
+        heads={
+            name: tuple(o for o in head.outputs() if o in running[name])
+            for name, head in heads.items()
+            if name in running
+        },
         gathered=tuple(dict.fromkeys(need for _, need in needs if need.gathered)),
     )
 
@@ -100,9 +106,13 @@ def _outputs(who: str, need: Need, heads: Mapping[str, Head], above: Sequence[st
     """The outputs of a head that ``need`` speaks of, or PluginError."""
     assert need.head is not None
     if need.head not in heads:
-        raise PluginError(f"{who} reads the head '{need.head}', which the config does not have. Heads: {_listed(heads)}")
+        raise PluginError(
+            f"{who} reads the head '{need.head}', which the config does not have. Heads: {_listed(heads)}"
+        )
     if need.head not in above:
-        raise PluginError(f"{who} reads the head '{need.head}', which runs after it. List '{need.head}' above it in heads")
+        raise PluginError(
+            f"{who} reads the head '{need.head}', which runs after it. List '{need.head}' above it in heads"
+        )
     offered = heads[need.head].outputs()
     strangers = [name for name in need.outputs or () if name not in offered]
     if strangers:
@@ -114,7 +124,9 @@ def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -
     """The names of the groups that ``need`` speaks of, or PluginError."""
     assert need.modality is not None
     if need.gathered and need.kind not in ("pooled", "projected"):
-        raise PluginError(f"{who} wants {need.kind} gathered, which is for pooled and projected features and for heads' outputs")
+        raise PluginError(
+            f"{who} wants {need.kind} gathered, which is for pooled and projected features and for heads' outputs"
+        )
     offered = spec.views(need.modality)
     tower = towers.get(need.modality)
     if tower is None:
@@ -122,18 +134,24 @@ def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -
     names = list(offered) if need.group == ALL else [need.group]
     if not names or names[0] not in offered:
         maker = f"augmenters.{need.modality}"
-        raise PluginError(f"{who} reads the {need.modality} views '{need.group}', which {maker} does not make. Offered: {_listed(offered)}")
+        raise PluginError(
+            f"{who} reads the {need.modality} views '{need.group}', which {maker} does not make. Offered: "
+            f"{_listed(offered)}"
+        )
     for name in names:
         if need.views is not None and max(need.views) >= offered[name].views:
             raise PluginError(
-                f"{who} reads view {max(need.views) + 1} of the {need.modality} group '{name}', which has {offered[name].views}"
+                f"{who} reads view {max(need.views) + 1} of the {need.modality} group '{name}', which has "
+                f"{offered[name].views}"
             )
         if need.kind == "masked_tokens" and not offered[name].masks:
             raise PluginError(f"{who} reads masked patches of '{name}', and augmenters.{need.modality} draws no masks")
     if need.kind in ("tokens", "masked_tokens") and "tokens" not in tower.capabilities:
         raise PluginError(f"{who} reads tokens, and the {need.modality} tower '{tower.part_name}' gives none")
     if need.kind == "masked_tokens" and need.role == "student" and "masks" not in tower.capabilities:
-        raise PluginError(f"{who} reads masked patches, and the {need.modality} tower '{tower.part_name}' has no mask token")
+        raise PluginError(
+            f"{who} reads masked patches, and the {need.modality} tower '{tower.part_name}' has no mask token"
+        )
     return names
 
 

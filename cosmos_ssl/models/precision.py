@@ -13,11 +13,14 @@ DTYPES: Mapping[str, torch.dtype | None] = {"fp32": None, "amp_bf16": torch.bflo
 
 _SIDE, _TRIES = 128, 4
 _SLOW = 3.0
-"""Times a float32 matrix product: with instructions of its own half precision takes 0.5 to 2, without them 5 and more."""
+"""Times a float32 matrix product: with instructions of its own half precision takes 0.5 to 2, without them 5 and more.
+"""
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """``name``, or what ``auto`` is on this device: ``amp_fp16`` on CUDA, in which the recipes' methods were published, else ``fp32``."""
+    """``name``, or what ``auto`` is on this device: ``amp_fp16`` on CUDA, in which the recipes' methods were published,
+    else ``fp32``.
+    """
     if name != "auto":
         return name
     return "amp_fp16" if device.type == "cuda" else "fp32"

@@ -35,7 +35,12 @@ class Layout:
 
 
 def lay_out(
-    lengths: Ints, keep: NDArray[np.bool_], *, causal: bool = False, device: torch.device | str = "cpu", backend: str = "auto"
+    lengths: Ints,
+    keep: NDArray[np.bool_],
+    *,
+    causal: bool = False,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
 ) -> Layout:
     """Lay sequences of these lengths end to end; ``keep``, bool [T], marks the rows that anyone reads.
 
@@ -74,7 +79,9 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU (the exact one) between, whose output, the largest of a block, backward computes anew."""
+    """Two linear maps with GELU (the exact one) between, whose output, the largest of a block, backward computes
+    anew.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -87,7 +94,9 @@ class Mlp(nn.Module):
         """[..., W] -> [..., W]."""
         hidden = self.fc1(x)
         active = self.act(hidden)
-        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler chooses what to keep
+        if (
+            not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # a compiler chooses what to keep
             return cast(Tensor, self.fc2(active))
         kept, place, act = hidden.detach(), active.data_ptr(), self.act
 
@@ -120,7 +129,9 @@ class Block(nn.Module):
     others being scaled up (stochastic depth); it draws from the device's own random state.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, layer_scale: float | None = None, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, layer_scale: float | None = None, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width)
@@ -136,11 +147,17 @@ class Block(nn.Module):
         ``csa``: softmax(q q^T / sqrt d) v + softmax(k k^T / sqrt d) v (SCLIP, Wang et al. 2024, section 3.2).
         """
         q, k, v = self.ask(x, rows)
-        attended = packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing) if csa else packed_attention(q, k, v, packing)
+        attended = (
+            packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing)
+            if csa
+            else packed_attention(q, k, v, packing)
+        )
         factors = None
         if self.training and self.drop_path:
             share = 1 - self.drop_path
-            drawn = torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype).bernoulli_(share).div_(share)
+            drawn = (
+                torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype).bernoulli_(share).div_(share)
+            )
             factors = drawn[packing.sequence_of_query]
         return self.answer(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
 
@@ -171,7 +188,10 @@ class Blocks(nn.ModuleList):
         drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
-        """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0. Raises ValueError."""
+        """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
+
+        Raises ValueError.
+        """
         if heads is None:
             if width % 64:
                 raise ValueError(f"heads: must be given, since width {width} is no multiple of 64")
@@ -194,7 +214,9 @@ class Blocks(nn.ModuleList):
         """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""
         import torch._dynamo.config as dynamo  # takes seconds
 
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # all blocks share it: widths, roles, evaluation, rows read or all
+        dynamo.recompile_limit = max(
+            dynamo.recompile_limit, 64
+        )  # all blocks share it: widths, roles, evaluation, rows read or all
         for block in self:
             block.ask = torch.compile(block.ask, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
             block.answer = torch.compile(block.answer, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
@@ -207,7 +229,12 @@ class Blocks(nn.ModuleList):
         last = len(self) - 1
         for i, block in enumerate(self):
             ends = i == last
-            arguments = (x, layout.read_packing if ends else layout.packing, layout.read if ends else None, csa and ends)
+            arguments = (
+                x,
+                layout.read_packing if ends else layout.packing,
+                layout.read if ends else None,
+                csa and ends,
+            )
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

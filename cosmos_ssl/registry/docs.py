@@ -15,8 +15,8 @@ _LINE = re.compile(rf"[\s*-]*({_NAME}(?:(?:,| and) {_NAME})*):\s+(\S.*)$")
 def option_docs(cls: type[Any], options: Collection[str]) -> dict[str, str]:
     """The text on each option in the docstrings of a class and its constructor; options without any are left out.
 
-    A line ``name: text``, or ``a``, ``b``: text, with the deeper lines after it and to the end of its sentence; failing that, the
-    sentences that hold the name in double backquotes (``name`` or ``name: value``).
+    A line ``name: text``, or ``a``, ``b``: text, with the deeper lines after it and to the end of its sentence; failing
+    that, the sentences that hold the name in double backquotes (``name`` or ``name: value``).
     """
     text = "\n\n".join(inspect.cleandoc(doc) for doc in (cls.__doc__, cls.__init__.__doc__) if doc)
     docs = _of_lines(text, options)

@@ -26,7 +26,10 @@ _given: dict[str, type[Any]] = {}
 
 
 def class_name(cls: type[Any]) -> str:
-    """The name by which a config calls this class: ``python:MODULE.CLASS``. It holds in this process, and wherever it can be imported."""
+    """The name by which a config calls this class: ``python:MODULE.CLASS``.
+
+    It holds in this process, and wherever it can be imported.
+    """
     name = f"{CODE}:{cls.__module__}.{cls.__qualname__}"
     _given[name] = cls
     return name
@@ -56,14 +59,18 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     wanted = GROUPS[record.group].base
     base = getattr(import_module("cosmos_ssl.api"), wanted)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {_described(found)}")
+        raise PluginError(
+            f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {_described(found)}"
+        )
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(f"{record} is an incomplete {wanted}: it does not define {missing}")
     reserved = {"type", *GROUPS[record.group].reserved}
     for option in options_of(found):
         if option.name in reserved:
-            raise PluginError(f"{record} has an option named '{option.name}', which is reserved for the config. Rename it")
+            raise PluginError(
+                f"{record} has an option named '{option.name}', which is reserved for the config. Rename it"
+            )
     return found
 
 
@@ -92,6 +99,8 @@ def _bounds(distribution: str) -> tuple[SpecifierSet, ...]:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue  # its installer's concern
-        if canonical(requirement.name) == OWN and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+        if canonical(requirement.name) == OWN and (
+            requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ):
             found.append(requirement.specifier)
     return tuple(found)

@@ -23,7 +23,10 @@ from cosmos_ssl.registry.parts import GROUPS, Record
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a part: a constructor argument after ``spec``. ``default`` is ``inspect.Parameter.empty`` where it must be given."""
+    """One option of a part: a constructor argument after ``spec``.
+
+    ``default`` is ``inspect.Parameter.empty`` where it must be given.
+    """
 
     name: str
     type: Any
@@ -57,12 +60,17 @@ def options_of(cls: type[Any]) -> tuple[Option, ...]:
 def _read_options(cls: type[Any]) -> Iterator[Option]:
     constructor = cls.__init__
     parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
-    if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
         raise PluginError(f"{_path(cls)}: the first argument of the constructor must be the spec")
     docs = option_docs(cls, [parameter.name for parameter in parameters[1:]])
     for parameter in parameters[1:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            raise PluginError(f"{_path(cls)}: '{parameter.name}' must be keyword-only: options are typed arguments after '*'")
+            raise PluginError(
+                f"{_path(cls)}: '{parameter.name}' must be keyword-only: options are typed arguments after '*'"
+            )
         annotation = _resolved(cls, parameter)
         yield Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, ""))
 
@@ -94,7 +102,9 @@ def _resolved(cls: type[Any], parameter: inspect.Parameter) -> Any:
     try:
         return typing.get_type_hints(holder, globalns=scope, include_extras=True)[parameter.name]
     except Exception as error:
-        raise PluginError(f"{_path(cls)}: the type of the option '{parameter.name}' cannot be read: {first_line(error)}") from error
+        raise PluginError(
+            f"{_path(cls)}: the type of the option '{parameter.name}' cannot be read: {first_line(error)}"
+        ) from error
 
 
 def type_name(annotation: Any) -> str:
@@ -111,13 +121,15 @@ def type_name(annotation: Any) -> str:
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation).replace("NoneType", "None"))
 
 
-def check_options(record: Record, cls: type[Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def check_options(
+    record: Record, cls: type[Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Hold the options of a config against the constructor's signature.
 
-    Returns the values in the argument's types (an int for a float, a list for a tuple are converted, nothing
-    else is; a null where None is no value stands for the default), and the faults as (key, message); a key may
-    reach into a value (``scale.1``) and is empty where no key of the config is at fault. Numbers that are not finite, or
-    need more than 64 bits, are no value of any option.
+    Returns the values in the argument's types (an int for a float, a list for a tuple are converted, nothing else is; a
+    null where None is no value stands for the default), and the faults as (key, message); a key may reach into a value
+    (``scale.1``) and is empty where no key of the config is at fault. Numbers that are not finite, or need more than 64
+    bits, are no value of any option.
     """
     known = {option.name: option for option in options_of(cls)}
     values: dict[str, Any] = {}
@@ -132,8 +144,14 @@ def check_options(record: Record, cls: type[Any], given: Mapping[str, Any]) -> t
         elif value is not None:
             faults.extend(found)
     for option in known.values():
-        if option.required and option.name not in values and not any(key.split(".")[0] == option.name for key, _ in faults):
-            faults.append(("", f"{cls.__name__} ({record.source}) needs the option '{option.name}' ({option.type_name})"))
+        if (
+            option.required
+            and option.name not in values
+            and not any(key.split(".")[0] == option.name for key, _ in faults)
+        ):
+            faults.append(
+                ("", f"{cls.__name__} ({record.source}) needs the option '{option.name}' ({option.type_name})")
+            )
     return values, faults
 
 
@@ -151,11 +169,15 @@ def _convert(record: Record, option: Option, value: Any) -> tuple[Any, list[tupl
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(option.type)
     except PydanticUserError as error:
-        raise PluginError(f"{record}: the option '{option.name}' has the type {option.type_name}, which no config can hold") from error
+        raise PluginError(
+            f"{record}: the option '{option.name}' has the type {option.type_name}, which no config can hold"
+        ) from error
     try:  # JSON's rules, because there a list may become a tuple while all else stays strict
         return adapter.validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
-        return None, [(".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)]
+        return None, [
+            (".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)
+        ]
 
 
 def _odd_numbers(path: str, value: Any) -> list[tuple[str, str]]:
@@ -187,7 +209,12 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
         wanted.setdefault(tuple(path), []).append(_plain_words(error))
         found[tuple(path)] = inner
     return [
-        (path, _UNKNOWN if _UNKNOWN in words else f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}")
+        (
+            path,
+            _UNKNOWN
+            if _UNKNOWN in words
+            else f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}",
+        )
         for path, words in wanted.items()
     ]
 
@@ -199,7 +226,11 @@ def _plain_words(error: Mapping[str, Any]) -> str:
         return f"at least {step + 1} values" if isinstance(step, int) else f"a value for '{step}'"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _UNKNOWN
-    words = re.sub(r"^[\w ]+ should (?:be|have) ", "", error["msg"]).partition(", got ")[0].partition(" after validation")[0]
+    words = (
+        re.sub(r"^[\w ]+ should (?:be|have) ", "", error["msg"])
+        .partition(", got ")[0]
+        .partition(" after validation")[0]
+    )
     words = re.sub(r"\ba valid (?=[aeiou])", "an ", words).replace("a valid ", "a ")
     return re.sub(r"\ban object|\ba dictionary", "a mapping", words).replace("an array", "a list")
 

@@ -32,7 +32,9 @@ NOT_INSTALLED = "This clone is not installed, so no parts are registered. Run: p
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One kind of part: what people call it, its base class in ``cosmos_ssl.api``, the keys that are not its options."""
+    """One kind of part: what people call it, its base class in ``cosmos_ssl.api``, the keys that are not its
+    options.
+    """
 
     noun: str
     base: str
@@ -153,5 +155,7 @@ def find(group: str, name: str) -> Record:
 
 def spelling(record: Record) -> str:
     """How a config names this part: its bare name where that means it, else ``DIST:NAME``."""
-    rivals = [other for other in records() if (other.group, other.name) == (record.group, record.name) and other != record]
+    rivals = [
+        other for other in records() if (other.group, other.name) == (record.group, record.name) and other != record
+    ]
     return record.name if record.own or not rivals else record.qualified

@@ -1,1 +1,4 @@
-"""Work on shards: prepare, check, fix, split, merge, stats. May import data and what stands before it; training never imports it."""
+"""Work on shards: prepare, check, fix, split, merge, stats.
+
+May import data and what stands before it; training never imports it.
+"""

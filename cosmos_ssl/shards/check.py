@@ -1,4 +1,6 @@
-"""A check of whole shards or of a folder: every sample read and decoded, what is wrong counted by shard or class folder and reason."""
+"""A check of whole shards or of a folder: every sample read and decoded, what is wrong counted by shard or class folder
+and reason.
+"""
 
 from __future__ import annotations
 
@@ -67,14 +69,18 @@ class ShardReport:
 
 
 def check_shards(
-    urls: str | Sequence[str], *, captions: str | None = None, max_pixels: int = 1 << 26, progress: Progress | None = None
+    urls: str | Sequence[str],
+    *,
+    captions: str | None = None,
+    max_pixels: int = 1 << 26,
+    progress: Progress | None = None,
 ) -> list[ShardReport]:
     """Decode every sample of every shard, several shards at once; samples that repeat an earlier one are faults.
 
     With ``captions`` a schema must find some in each sample, in lists where it reads fields. Samples of equal picture
-    and captions (of equal picture and whatever may be captions, without a schema) are repeats; equal pictures with other
-    captions, and equal keys of other pictures, are noted.
-    Raises DataError for a list that names no shard, UserError for an unknown schema, OSError where storage fails.
+    and captions (of equal picture and whatever may be captions, without a schema) are repeats; equal pictures with
+    other captions, and equal keys of other pictures, are noted. Raises DataError for a list that names no shard,
+    UserError for an unknown schema, OSError where storage fails.
     """
     names = list(dict.fromkeys(expand(urls)))  # a list file may repeat shards
     if captions is not None:
@@ -106,7 +112,9 @@ def check_shards(
 
 
 def _repeats(folder: Path, kind: int, kinds: int) -> NDArray[np.int64]:
-    """The samples whose digest of a kind an earlier one has, and the first of these, [n, 2]; a sample's digests were dealt together."""
+    """The samples whose digest of a kind an earlier one has, and the first of these, [n, 2]; a sample's digests were
+    dealt together.
+    """
     pairs = [np.empty((0, 2), np.int64)]
     for number in range(FILES):
         found = entries(folder, number)
@@ -130,7 +138,8 @@ def _named(pairs: NDArray[np.int64], reports: Sequence[ShardReport]) -> Iterator
 def check_folder(
     root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: Progress | None = None
 ) -> list[ShardReport]:
-    """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones are noted.
+    """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones
+    are noted.
 
     Raises DataError as ``load_folder`` does, UserError for captions other than ``txt``, OSError where storage fails.
     """
@@ -160,7 +169,9 @@ def check_folder(
     with pool(len(folder), processes=len(folder) > _PICTURES) as executor, tempfile.TemporaryDirectory() as temporary:
         for number, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist(), strict=True)):
             for start in range(end - size, end, _PICTURES):
-                tasks.append((number, executor.submit(_check_pictures, folder, range(start, min(start + _PICTURES, end)))))
+                tasks.append(
+                    (number, executor.submit(_check_pictures, folder, range(start, min(start + _PICTURES, end))))
+                )
         deal(Path(temporary), digests())
         pairs = _repeats(Path(temporary), 0, 1)
     for report, _, example in _named(pairs, reports):
@@ -218,7 +229,12 @@ def _check(url: str, captions: str | None, max_pixels: int, told: int | None) ->
             report.strings.append(index)
         texts = sample.captions if captions is not None else _texts(everything, index)
         picture, key = _digest(sample.image or b""), sample.key.encode("utf-8", "surrogateescape")
-        digests[index] = (_digest(picture, json.dumps(sorted(texts.items())).encode()), picture, _digest(key), _digest(key, picture))
+        digests[index] = (
+            _digest(picture, json.dumps(sorted(texts.items())).encode()),
+            picture,
+            _digest(key),
+            _digest(key, picture),
+        )
     return report, digests
 
 
@@ -245,7 +261,9 @@ def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report
         pixels = sample.decode()
         if has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False)):
             report.note(TRANSPARENT, key)
-        if all(bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels)):  # some first: most end there
+        if all(
+            bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels)
+        ):  # some first: most end there
             report.note(ONE_COLOUR, key)
         if wants_caption and not sample.captions:
             raise BadSample("no caption")

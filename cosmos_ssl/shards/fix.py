@@ -21,7 +21,10 @@ from cosmos_ssl.shards.prepare.writing import TAR_END
 
 
 def fixed_folder(urls: str | Sequence[str]) -> Path:
-    """The folder beside that of the shards: ``cc3m`` -> ``cc3m-fixed``. Raises UserError where they lie in several or far away."""
+    """The folder beside that of the shards: ``cc3m`` -> ``cc3m-fixed``.
+
+    Raises UserError where they lie in several or far away.
+    """
     names = expand(urls)
     if not all(map(is_local, names)):
         raise UserError("--fix: shards that are not files of this machine cannot be fixed beside the old ones")
@@ -43,8 +46,8 @@ def fix_shards(
 ) -> dict[str, int]:
     """Write the shards that ``check_shards`` reported on into ``folder`` under their names; samples of each.
 
-    Shards without faults are linked, or copied where the file system cannot link; one of which nothing is left is not written.
-    Raises UserError, OSError.
+    Shards without faults are linked, or copied where the file system cannot link; one of which nothing is left is not
+    written. Raises UserError, OSError.
     """
     names = list(dict.fromkeys(expand(urls)))
     sizes = {r.name: r.samples - len(r.bad) for r in reports if r.samples > len(r.bad)}
@@ -95,7 +98,9 @@ def _listed(sample: bytes, captions: str) -> Iterable[bytes]:
             yield sample[member.start : member.end]
             continue
         table = json.loads(sample[member.data : member.data + member.size])
-        table |= {name: as_sentences(table[name]) for name in schema_fields(captions) if isinstance(table.get(name), str)}
+        table |= {
+            name: as_sentences(table[name]) for name in schema_fields(captions) if isinstance(table.get(name), str)
+        }
         body = json.dumps(table, ensure_ascii=False).encode("utf-8", "replace")
         head = tarfile.TarInfo(member.name)
         head.size = len(body)

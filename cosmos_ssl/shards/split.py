@@ -102,7 +102,9 @@ def _index_shard(url: str, found: Stat, share: float, by: str, path: Path) -> No
                 what = key if by == "key" else read(picture.data, min(picture.size, FILE_BYTES))
                 rows.append((group[0].start, group[-1].end - group[0].start, is_held_out(what, share)))
     except TarFault as error:
-        raise DataError(f"data: {url} is cut short or damaged: {error}. 'cosmos-ssl data check --fix' keeps what is whole") from error
+        raise DataError(
+            f"data: {url} is cut short or damaged: {error}. 'cosmos-ssl data check --fix' keeps what is whole"
+        ) from error
     with written_whole(path) as file:
         np.save(file, np.array(rows, _SAMPLE))
 
@@ -163,7 +165,9 @@ def sample_bytes(url: str, found: Stat, rows: NDArray[Any]) -> Iterable[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a list holds: shards and samples, as listed and as they are; for each set, the fields in which captions were found."""
+    """What a list holds: shards and samples, as listed and as they are; for each set, the fields in which captions were
+    found.
+    """
 
     shards: int
     samples: int
@@ -194,12 +198,16 @@ def merge_shards(groups: Sequence[Sequence[str]], repeats: Sequence[int], path: 
     names = [expand(group) for group in groups]
     single = [name for group in names for name in group]
     if len(set(single)) < len(single):
-        raise DataError(f"data: {next(n for i, n in enumerate(single) if n in single[:i])} is named twice. Repeat a set by --repeat")
+        raise DataError(
+            f"data: {next(n for i, n in enumerate(single) if n in single[:i])} is named twice. Repeat a set by --repeat"
+        )
     sets = [Shards(group, manifest=load_manifest(group)) for group in names]  # a mistake in one set shows as its own
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         for group, times, given in zip(names, repeats, groups, strict=True):
-            file.write(f"# {' '.join(given)}: {len(group):,} shards, {times} times\n".encode("utf-8", "surrogateescape"))
+            file.write(
+                f"# {' '.join(given)}: {len(group):,} shards, {times} times\n".encode("utf-8", "surrogateescape")
+            )
             lines = "".join(f"{_beside(name, path)}\n" for name in group)
             file.writelines([lines.encode("utf-8", "surrogateescape")] * times)
     manifest = load_manifest([str(path)])

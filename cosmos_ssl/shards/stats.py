@@ -1,4 +1,6 @@
-"""What is in shards: samples, sizes of images, sentences and tokens of captions, and how many a text tower would cut."""
+"""What is in shards: samples, sizes of images, sentences and tokens of captions, and how many a text tower would
+cut.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Spread:
         places = [min(int(level / 100 * ends[-1]), int(ends[-1]) - 1) for level in _LEVELS]
         found = values[np.searchsorted(ends, places, side="right")]
         mean = sum(value * n for value, n in self.counts.items()) / ends[-1]
-        return {"count": int(ends[-1]), "mean": float(mean)} | {f"p{lv}": int(v) for lv, v in zip(_LEVELS, found, strict=True)}
+        return {"count": int(ends[-1]), "mean": float(mean)} | {
+            f"p{lv}": int(v) for lv, v in zip(_LEVELS, found, strict=True)
+        }
 
 
 @dataclass(slots=True)
@@ -103,7 +107,12 @@ class DataStats:
 
 
 def collect_stats(
-    urls: str | Sequence[str], *, captions: str, tokenizer: Tokenizer, samples: int = 20_000, progress: Progress | None = None
+    urls: str | Sequence[str],
+    *,
+    captions: str,
+    tokenizer: Tokenizer,
+    samples: int = 20_000,
+    progress: Progress | None = None,
 ) -> DataStats:
     """Look at ``samples`` evenly spread samples (0: all of them); their number and bytes are of all.
 
@@ -113,7 +122,11 @@ def collect_stats(
     manifest = load_manifest(urls)
     shards = Shards(urls, caption_schema=captions, manifest=manifest, full=captions == "all")
     total = len(manifest)
-    chosen = np.arange(total) if samples in (0, total) or samples > total else np.linspace(0, total - 1, samples).astype(np.int64)
+    chosen = (
+        np.arange(total)
+        if samples in (0, total) or samples > total
+        else np.linspace(0, total - 1, samples).astype(np.int64)
+    )
     stats = DataStats(len(manifest.shards), total, sum(shard.size for shard in manifest.shards))
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     if progress is not None:
@@ -177,7 +190,9 @@ def _spreads(into: DataStats, found: DataStats) -> Iterator[tuple[Spread, Spread
     yield from ((getattr(into, name), getattr(found, name)) for name in ("width", "height", "image_bytes", "sentences"))
     for name, theirs in found.fields.items():
         mine = into.fields.setdefault(name, FieldStats())
-        yield from ((getattr(mine, kind), getattr(theirs, kind)) for kind in ("sentences", "sentence_tokens", "caption_tokens"))
+        yield from (
+            (getattr(mine, kind), getattr(theirs, kind)) for kind in ("sentences", "sentence_tokens", "caption_tokens")
+        )
 
 
 def default_schema(urls: str | Sequence[str]) -> str | None:

@@ -8,9 +8,9 @@
         check_loss("my-losses:triplet", margin=0.5)  # a registered name or a class, and its options
 
     def test_training(tmp_path):
-        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU
-        start, end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to step
-        assert end < start
+        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU start,
+        end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to
+        step assert end < start
 
 A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
 training would. What breaks the contract is an AssertionError that names the part.
@@ -33,7 +33,19 @@ from torch import Tensor
 
 import cosmos_ssl
 from cosmos_ssl import registry
-from cosmos_ssl.api import Augmenter, BadSample, Head, ImageCrops, ImageGroup, Loss, Need, Sample, Teacher, Tower, ViewSpec
+from cosmos_ssl.api import (
+    Augmenter,
+    BadSample,
+    Head,
+    ImageCrops,
+    ImageGroup,
+    Loss,
+    Need,
+    Sample,
+    Teacher,
+    Tower,
+    ViewSpec,
+)
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CosmosError
@@ -50,7 +62,8 @@ PART = "part"
 
 
 def small_run(folder: Path | str, config: Mapping[str, Any] | None = None, *, steps: int = 4) -> list[dict[str, float]]:
-    """Train a small COSMOS on 8 pictures of ``scenes`` for some steps, in seconds; the rows of its ``metrics.jsonl``, one a step.
+    """Train a small COSMOS on 8 pictures of ``scenes`` for some steps, in seconds; the rows of its ``metrics.jsonl``,
+    one a step.
 
     ``config`` is merged over that of the run: add a loss or a head, put another teacher or augmenter in the place of
     its own; a ``type`` may be a class. All that is written lies in ``folder``, one run a folder. Raises as ``train``.
@@ -63,19 +76,30 @@ def check_options(group: str, part: str | type[Any]) -> None:
     """Every option of a part has a type that a config can hold, a default of that type and a line in the docs."""
     with _naming(group, part) as (record, cls):
         for option in registry.options_of(cls):
-            expect(option.doc, f"the option '{option.name}' has no docs: write ``{option.name}: what it is`` in the docstring of the class")
-            default = {option.name: option.default} if not option.required and _is_plain(option.default) else {option.name: None}
+            expect(
+                option.doc,
+                f"the option '{option.name}' has no docs: write ``{option.name}: what it is`` in the docstring "
+                "of the class",
+            )
+            default = (
+                {option.name: option.default}
+                if not option.required and _is_plain(option.default)
+                else {option.name: None}
+            )
             wrong = [message for key, message in registry.check_options(record, cls, default)[1] if key]
-            expect(not wrong, f"the default of '{option.name}' is none of its own type ({option.type_name}): {' '.join(wrong)}")
+            expect(
+                not wrong,
+                f"the default of '{option.name}' is none of its own type ({option.type_name}): {' '.join(wrong)}",
+            )
 
 
 def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Hold a loss to the contract, with these options.
 
-    ``around`` is merged over ``example_config``: other heads to read (``{"heads": {"mine": {"type": ...}}}``), other views.
-    The loss must be made of documented options, ask only for what there is, and return named finite scalars, the same ones
-    for the same batch and state, in bfloat16 too; gradients must reach all that it asks for; what it moves must be buffers, so
-    that a step can be undone; and another copy with its state must go on as it does.
+    ``around`` is merged over ``example_config``: other heads to read (``{"heads": {"mine": {"type": ...}}}``), other
+    views. The loss must be made of documented options, ask only for what there is, and return named finite scalars, the
+    same ones for the same batch and state, in bfloat16 too; gradients must reach all that it asks for; what it moves
+    must be buffers, so that a step can be undone; and another copy with its state must go on as it does.
     """
     check_options("losses", part)
     with _naming("losses", part):
@@ -86,13 +110,16 @@ def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = 
 def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Hold a head to the contract, with these options; ``around`` as of ``check_loss``.
 
-    As a loss, and: each output has its width and is the same when asked for alone (unless samples mix); ``unread`` names exactly the
-    parameters that an output does not reach; a sample's output depends on no other sample unless ``mixes_samples``.
+    As a loss, and: each output has its width and is the same when asked for alone (unless samples mix); ``unread``
+    names exactly the parameters that an output does not reach; a sample's output depends on no other sample unless
+    ``mixes_samples``.
     """
     check_options("heads", part)
     with _naming("heads", part):
         reads = reader(Need(head=PART), Need(head=PART, role="teacher"))
-        check = ModelCheck({"heads": {PART: {"type": part, **options}}, "losses": {"clip": None, "reads": {"type": reads}}}, around)
+        check = ModelCheck(
+            {"heads": {PART: {"type": part, **options}}, "losses": {"clip": None, "reads": {"type": reads}}}, around
+        )
         check.run(f"heads.{PART}")
         check.head(PART)
 
@@ -100,8 +127,8 @@ def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = 
 def check_tower(part: str | type[Tower], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Hold a tower to the contract, with these options; ``around`` as of ``check_loss``.
 
-    It encodes what is asked for of every group: pooled and projected features, and as far as its capabilities say tokens and
-    masked patches; gradients reach every parameter that ``unread`` does not name.
+    It encodes what is asked for of every group: pooled and projected features, and as far as its capabilities say
+    tokens and masked patches; gradients reach every parameter that ``unread`` does not name.
     """
     check_options("towers", part)
     with _naming("towers", part) as (_, cls):
@@ -131,7 +158,12 @@ def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | N
 
 
 def check_augmenter(
-    part: str | type[Augmenter], /, *, around: Mapping[str, Any] | None = None, samples: Sequence[Sample] | None = None, **options: Any
+    part: str | type[Augmenter],
+    /,
+    *,
+    around: Mapping[str, Any] | None = None,
+    samples: Sequence[Sample] | None = None,
+    **options: Any,
 ) -> None:
     """Hold an augmenter to the contract, with these options, on ``samples`` (default: ``example_samples()``).
 
@@ -145,7 +177,10 @@ def check_augmenter(
         config["losses"] = {"clip": None, "reads": {"type": reader(Need(modality=cls.modality))}}
         augmenter = ModelCheck(config, around).assembly.augmenters[cls.modality]
         offers = augmenter.offers()
-        expect(offers and all(view.views > 0 for view in offers.values()), f"it offers {dict(offers)}, expected groups with views")
+        expect(
+            offers and all(view.views > 0 for view in offers.values()),
+            f"it offers {dict(offers)}, expected groups with views",
+        )
         given = list(samples or example_samples())
         crops = [_crops(augmenter, sample, seed) for seed, sample in enumerate(given)]
         if cls.modality == "text":
@@ -194,7 +229,9 @@ def _check_texts(offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, An
             expect(good, f"crop gives {texts!r} as '{name}', expected {offers[name].views} strings")
 
 
-def _check_pictures(augmenter: Augmenter, offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]], patch: int) -> None:
+def _check_pictures(
+    augmenter: Augmenter, offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]], patch: int
+) -> None:
     for views in crops:
         expect(views.keys() == offers.keys(), f"crop gives the groups {list(views)}, and offers {list(offers)}")
         for name, view in offers.items():
@@ -231,7 +268,10 @@ def _check_finish(augmenter: Augmenter, name: str, group: ImageGroup) -> None:
     expect(good, f"finish gives '{name}' as {x.dtype} {list(x.shape)}, expected float {list(before.shape)}")
     expect(bool(x.isfinite().all()), f"finish gives numbers in '{name}' that are not finite")
     expect(torch.equal(group.pixels, before), f"finish changes the crops of '{name}' in place")
-    expect(torch.equal(x, again.pixels), f"finish draws random numbers for '{name}': draw them in crop and hand them over as params")
+    expect(
+        torch.equal(x, again.pixels),
+        f"finish draws random numbers for '{name}': draw them in crop and hand them over as params",
+    )
     for i in range(x.shape[1]):
         alone = augmenter.finish(map_tensors(group, lambda tensor, i=i: tensor[:, [i]]))  # type: ignore[misc]
         close = torch.allclose(alone.pixels, x[:, [i]], rtol=1e-5, atol=1e-5)

@@ -47,7 +47,8 @@ PROGRESS = Progress(step=3, total_steps=10, steps_per_epoch=5)
 
 
 def example_spec(**changes: Any) -> Spec:
-    """The spec of a small model of both towers: image groups ``global`` (with masks) and ``local``, texts alike, a head ``cross``.
+    """The spec of a small model of both towers: image groups ``global`` (with masks) and ``local``, texts alike, a head
+    ``cross``.
 
     ``changes`` are fields of ``Spec``.
     """
@@ -69,9 +70,11 @@ def example_spec(**changes: Any) -> Spec:
 
 
 def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int = 0) -> Views:
-    """A batch of random views as losses and heads see them, of every group that ``spec`` (default: ``example_spec()``) offers.
+    """A batch of random views as losses and heads see them, of every group that ``spec`` (default: ``example_spec()``)
+    offers.
 
-    Pixels are float [V, B, 3, H, W]; masks hide no patch, some or half of them; texts have 2 tokens to all of the context.
+    Pixels are float [V, B, 3, H, W]; masks hide no patch, some or half of them; texts have 2 tokens to all of the
+    context.
     """
     spec = spec or example_spec()
     draw = torch.Generator().manual_seed(seed)
@@ -84,12 +87,16 @@ def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int
         share[:, ::3] = 0  # methods with masks leave some samples whole
         masks = torch.rand(group.views, samples, (size // max(1, patch)) ** 2, generator=draw) < share
         masks[:, 1::3, 0] = True
-        return ImageGroup(pixels=pixels, params=torch.zeros(group.views, samples, 0), masks=masks if group.masks else None)
+        return ImageGroup(
+            pixels=pixels, params=torch.zeros(group.views, samples, 0), masks=masks if group.masks else None
+        )
 
     def text(group: ViewSpec) -> TextGroup:
         lengths = torch.randint(2, spec.context_length + 1, (group.views, samples), generator=draw)
         tokens = torch.randint(1, spec.vocab_size, (group.views, samples, spec.context_length), generator=draw)
-        return TextGroup(tokens=tokens.masked_fill(torch.arange(spec.context_length) >= lengths[..., None], 0), lengths=lengths)
+        return TextGroup(
+            tokens=tokens.masked_fill(torch.arange(spec.context_length) >= lengths[..., None], 0), lengths=lengths
+        )
 
     return Views(
         keys=[f"sample{i}" for i in range(samples)],
@@ -99,7 +106,9 @@ def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int
 
 
 def example_samples(count: int = 4) -> list[Sample]:
-    """Samples as a data set holds them: noisy JPEG pictures, wide, tall and small, with a few captions and a label each."""
+    """Samples as a data set holds them: noisy JPEG pictures, wide, tall and small, with a few captions and a label
+    each.
+    """
     from PIL import Image
 
     draw = np.random.default_rng(0)
@@ -118,9 +127,15 @@ def example_samples(count: int = 4) -> list[Sample]:
 
 
 def example_features(
-    needs: Sequence[Need], spec: Spec | None = None, *, views: Views | None = None, role: Role = "student", seed: int = 0
+    needs: Sequence[Need],
+    spec: Spec | None = None,
+    *,
+    views: Views | None = None,
+    role: Role = "student",
+    seed: int = 0,
 ) -> Features:
-    """Random features of ``views`` (default: ``example_views(spec)``) that hold what ``needs`` ask of ``role``, and nothing else.
+    """Random features of ``views`` (default: ``example_views(spec)``) that hold what ``needs`` ask of ``role``, and
+    nothing else.
 
     Every view of a group is there; all tensors are leaves that take gradients. Outputs of heads are [2, B, width].
     """
@@ -139,7 +154,9 @@ def example_features(
             return None
         group = views.image[name] if modality == "image" else views.text[name]
         (count, samples), every = group.shape, tuple(range(group.shape[0]))
-        places = (group.pixels.shape[-1] // tower.patch_size) ** 2 if isinstance(group, ImageGroup) else spec.context_length
+        places = (
+            (group.pixels.shape[-1] // tower.patch_size) ** 2 if isinstance(group, ImageGroup) else spec.context_length
+        )
         masked = int(group.masks.sum()) if isinstance(group, ImageGroup) and group.masks is not None else 0
         return GroupFeatures(
             views=every,
@@ -162,7 +179,9 @@ def example_features(
 
 
 def example_context(loss: Loss, spec: Spec | None = None, *, views: Views | None = None, seed: int = 0) -> StepContext:
-    """What ``loss`` reads in one step of one process, random: for tests that compare its values with a plain formula."""
+    """What ``loss`` reads in one step of one process, random: for tests that compare its values with a plain
+    formula.
+    """
     needs = loss.requires()
     student = example_features(needs, spec, views=views, seed=seed)
     teacher = example_features(needs, spec, views=views, role="teacher", seed=seed + 1)
@@ -249,8 +268,16 @@ class ReadsNeeds(Loss):
             else:
                 assert need.modality is not None
                 groups = features.of(need.modality)
-                found = {f"{name}_{need.kind}": getattr(group, need.kind) for name, group in groups.items() if need.group in ("*", name)}
-            terms |= {f"{need.head or need.modality}_{name}": directed(x) for name, x in found.items() if need.role == "student"}
+                found = {
+                    f"{name}_{need.kind}": getattr(group, need.kind)
+                    for name, group in groups.items()
+                    if need.group in ("*", name)
+                }
+            terms |= {
+                f"{need.head or need.modality}_{name}": directed(x)
+                for name, x in found.items()
+                if need.role == "student"
+            }
         return LossOutput(terms=terms)
 
 
@@ -262,19 +289,31 @@ def directed(x: Tensor) -> Tensor:
 
 def reader(*needs: Need) -> type[Loss]:
     """A loss that reads these needs."""
-    return type("Reads", (ReadsNeeds,), {"needs": needs, "__module__": __name__, "__qualname__": f"Reads{abs(hash(needs))}"})
+    return type(
+        "Reads", (ReadsNeeds,), {"needs": needs, "__module__": __name__, "__qualname__": f"Reads{abs(hash(needs))}"}
+    )
 
 
 # ---------------------------------------------------------------------------- model and run
 
 
 def example_config(*changes: Mapping[str, Any] | None) -> LoadedConfig:
-    """The config of the small model behind ``example_spec``, with ``changes`` merged over it (a ``type`` may be a class)."""
+    """The config of the small model behind ``example_spec``, with ``changes`` merged over it (a ``type`` may be a
+    class).
+    """
     tree: dict[str, Any] = {
         "name": "example",
         "model": {
             "embed_dim": 32,
-            "image": {"type": "clip_vit", "width": 32, "heads": 2, "layers": 1, "patch_size": 8, "image_size": 32, "mask_token": True},
+            "image": {
+                "type": "clip_vit",
+                "width": 32,
+                "heads": 2,
+                "layers": 1,
+                "patch_size": 8,
+                "image_size": 32,
+                "mask_token": True,
+            },
             "text": {"type": "clip_text", "width": 24, "heads": 2, "layers": 1},
         },
         "tokenizer": {"type": ExampleTokenizer},
@@ -293,7 +332,9 @@ def example_assembly(loaded: LoadedConfig, *, meta: bool = False) -> Assembly:
 
 
 def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quickstart on towers of one layer and 8 pictures of 32 pixels, one batch, with all that it writes inside ``folder``."""
+    """The quickstart on towers of one layer and 8 pictures of 32 pixels, one batch, with all that it writes inside
+    ``folder``.
+    """
     tree: dict[str, Any] = {
         "extends": "quickstart",
         "name": "small",
@@ -307,7 +348,13 @@ def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> 
             "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1},
             "text": {"type": "text_crop", "num_sampled_captions": 3},
         },
-        "data": {"type": "scenes", "train_samples": 8, "validation_samples": 8, "image_size": 32, "folder": f"{folder}/scenes"},
+        "data": {
+            "type": "scenes",
+            "train_samples": 8,
+            "validation_samples": 8,
+            "image_size": 32,
+            "folder": f"{folder}/scenes",
+        },
         "loader": {"workers": 0},
         "optimizer": {"lr": 2e-3},
         "schedule": {"epochs": steps, "warmup_steps": 1},

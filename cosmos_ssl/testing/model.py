@@ -49,14 +49,23 @@ class ModelCheck:
         step.restore_buffers()
         _equal(before, _state(first.model), "a step that is undone leaves {} changed: move nothing but buffers")
         again = self._step(step)
-        expect(torch.equal(again.loss, result.loss), "one batch and state give two losses: keep state in buffers, draw from torch alone")
+        expect(
+            torch.equal(again.loss, result.loss),
+            "one batch and state give two losses: keep state in buffers, draw from torch alone",
+        )
         _move(first.model)
         first.teacher.update(first.model, PROGRESS)
         second.model.load_state_dict(_state(first.model))
         second.teacher.load_state_dict(first.teacher.state_dict())
         ours, theirs = self._step(step), self._step(Step(second))
-        expect(torch.equal(ours.loss, theirs.loss), "a copy with the same state gives another loss: keep state in buffers")
-        _equal(_state(first.model), _state(second.model), "a copy with the same state moves {} elsewhere: keep state in buffers")
+        expect(
+            torch.equal(ours.loss, theirs.loss), "a copy with the same state gives another loss: keep state in buffers"
+        )
+        _equal(
+            _state(first.model),
+            _state(second.model),
+            "a copy with the same state moves {} elsewhere: keep state in buffers",
+        )
         _finite(self._step(Step(first, precision="amp_bf16")).logs, " under bfloat16")
 
     def _step(self, step: Step) -> StepResult:
@@ -67,7 +76,10 @@ class ModelCheck:
         _equal(_state(first), _state(second), "two builds with one seed start {} differently: draw from torch alone")
         meta = example_assembly(self.loaded, meta=True).model
         shapes = {name: x.shape for name, x in first.named_parameters()}
-        expect(shapes == {name: x.shape for name, x in meta.named_parameters()}, "it has other parameters on the meta device")
+        expect(
+            shapes == {name: x.shape for name, x in meta.named_parameters()},
+            "it has other parameters on the meta device",
+        )
         real = [name for name, x in meta.named_parameters() if not x.is_meta]
         expect(not real, f"{', '.join(real)} is not on the device that it is built on: give no device")
 
@@ -78,7 +90,10 @@ class ModelCheck:
         model = self.assembly.model
         head, widths = model.head(name), model.head(name).outputs()
         known = self.assembly.spec.heads[name]
-        expect(widths and dict(widths) == dict(known), f"outputs() gives {dict(widths)}, expected the same names and widths at each call")
+        expect(
+            widths and dict(widths) == dict(known),
+            f"outputs() gives {dict(widths)}, expected the same names and widths at each call",
+        )
         features = _detached(self._features())
         state = _state(head)
         together = self._outputs(head, features, self.views, tuple(widths))
@@ -90,9 +105,14 @@ class ModelCheck:
             expect(close, f"the output '{output}' is another one when asked for alone")
             (alone[output] * torch.randn_like(alone[output])).sum().backward()
             reached = {key for key, parameter in head.named_parameters() if parameter.grad is not None}
-            unread = {key for key, _ in head.named_parameters() if any(fnmatchcase(key, p) for p in head.unread((output,)))}
+            unread = {
+                key for key, _ in head.named_parameters() if any(fnmatchcase(key, p) for p in head.unread((output,)))
+            }
             wrong = sorted(({key for key, _ in head.named_parameters()} - reached) ^ unread)
-            expect(not wrong, f"unread([{output!r}]) is wrong about {', '.join(wrong)}: it names what this output does not reach")
+            expect(
+                not wrong,
+                f"unread([{output!r}]) is wrong about {', '.join(wrong)}: it names what this output does not reach",
+            )
         head.load_state_dict(state)
         if not head.mixes_samples:
             self._samples_apart(head, features, tuple(widths))
@@ -103,7 +123,9 @@ class ModelCheck:
         with torch.no_grad():
             return self.assembly.model.encode(self.views, self.assembly.plan.student)
 
-    def _outputs(self, head: Head, features: Features, views: Views, outputs: Sequence[str], seed: int = 0) -> Mapping[str, Tensor]:
+    def _outputs(
+        self, head: Head, features: Features, views: Views, outputs: Sequence[str], seed: int = 0
+    ) -> Mapping[str, Tensor]:
         torch.manual_seed(seed)
         return head(features, views, outputs)  # type: ignore[no-any-return]
 
@@ -118,7 +140,10 @@ class ModelCheck:
         for name in outputs:
             expected = _first_of(whole[name], self.views, count)
             close = expected.shape == half[name].shape and torch.allclose(half[name], expected, rtol=1e-4, atol=1e-5)
-            expect(close, f"the output '{name}' of a sample depends on others of the batch: say so with mixes_samples = True")
+            expect(
+                close,
+                f"the output '{name}' of a sample depends on others of the batch: say so with mixes_samples = True",
+            )
 
     def _matches(self, model: Model) -> None:
         encoder = ModelEncoder(model, self.assembly.spec)
@@ -155,7 +180,11 @@ class ModelCheck:
             self._update(first.model, teacher, number)
             if number >= 2:
                 self._update(second.model, second.teacher, number)
-        _equal(_state(teacher), _state(second.teacher), "a copy with the same state moves {} elsewhere: keep state in buffers")
+        _equal(
+            _state(teacher),
+            _state(second.teacher),
+            "a copy with the same state moves {} elsewhere: keep state in buffers",
+        )
         Step(first)(self.views, PROGRESS)
 
     def _update(self, student: Model, teacher: Any, number: int) -> None:
@@ -164,9 +193,13 @@ class ModelCheck:
         _equal(before, _state(student), "update changes {} of the student")
         good = isinstance(moved, Mapping) and all(isinstance(name, str) for name in moved)
         expect(good, f"update returns {moved!r}, expected a mapping of names to numbers")
-        _finite({name: torch.as_tensor(value, dtype=torch.float64) for name, value in moved.items()}, " that update returns")
+        _finite(
+            {name: torch.as_tensor(value, dtype=torch.float64) for name, value in moved.items()}, " that update returns"
+        )
         _finite(_state(teacher))
-        graph = [name for name, parameter in teacher.named_parameters() if not parameter.is_leaf or parameter.requires_grad]
+        graph = [
+            name for name, parameter in teacher.named_parameters() if not parameter.is_leaf or parameter.requires_grad
+        ]
         expect(not graph, f"update leaves a graph on {', '.join(graph[:3])}: work under torch.no_grad()")
 
 
@@ -179,12 +212,20 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor], message: str) -> None:
     """Same names and bits; ``message`` has a place for what differs."""
-    other = [name for name in {**first, **second} if name not in first or name not in second or not torch.equal(first[name], second[name])]
+    other = [
+        name
+        for name in {**first, **second}
+        if name not in first or name not in second or not torch.equal(first[name], second[name])
+    ]
     expect(not other, message.format(f"{', '.join(other[:3])}{f' and {len(other) - 3} more' * (len(other) > 3)}"))
 
 
 def _finite(values: Mapping[str, Tensor | None], where: str = "") -> None:
-    wrong = [name for name, value in values.items() if value is not None and value.is_floating_point() and not value.isfinite().all()]
+    wrong = [
+        name
+        for name, value in values.items()
+        if value is not None and value.is_floating_point() and not value.isfinite().all()
+    ]
     expect(not wrong, f"{', '.join(wrong[:3])}{where} is not finite")
 
 
@@ -202,7 +243,11 @@ def _check_rules(rules: Sequence[ParameterRule], part: nn.Module) -> None:
     for rule in rules:
         expect(isinstance(rule, ParameterRule), f"parameter_rules gives {rule!r}, expected ParameterRule")
         matched = any(fnmatchcase(name, rule.match) for name in names)
-        expect(matched, f"the parameter rule '{rule.match}' matches none of its parameters: {', '.join(names[:8]) or 'it has none'}")
+        expect(
+            matched,
+            f"the parameter rule '{rule.match}' matches none of its parameters: "
+            f"{', '.join(names[:8]) or 'it has none'}",
+        )
 
 
 def _detached(features: Features) -> Features:
@@ -229,5 +274,8 @@ def _first(features: Features, views: Views, count: int) -> Features:
     return Features(
         image={name: cut(group) for name, group in features.image.items()},
         text={name: cut(group) for name, group in features.text.items()},
-        heads={name: {key: _first_of(x, views, count) for key, x in given.items()} for name, given in features.heads.items()},
+        heads={
+            name: {key: _first_of(x, views, count) for key, x in given.items()}
+            for name, given in features.heads.items()
+        },
     )

@@ -13,18 +13,25 @@ from cosmos_ssl.streams import steady_streams
 
 _EPILOG = (
     "key.sub=value arguments override single values of the config, profile.KEY=value those of the profile; "
-    "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 a rank, node or storage lost, "
+    "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 a rank, node or "
+    "storage lost, "
     "75 saved on a signal, 130 Ctrl-C, saved."
 )
 _DRY_RUN = "--dry-run"
-_COMMANDS = {"status": "say where a run stands", "resume": "go on with a run that stands still", "cancel": "end the job of a run"}
+_COMMANDS = {
+    "status": "say where a run stands",
+    "resume": "go on with a run that stands still",
+    "cancel": "end the job of a run",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or run a command on a run folder; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     run = _on_run if arguments[:1] and arguments[0] in _COMMANDS else _train
-    with nullcontext() if _DRY_RUN in arguments else steady_streams():  # a run goes on when its reader has gone (``| head``)
+    with (
+        nullcontext() if _DRY_RUN in arguments else steady_streams()
+    ):  # a run goes on when its reader has gone (``| head``)
         return execute(lambda: run(arguments), debug=DEBUG in arguments)
 
 
@@ -46,10 +53,13 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fork",
         metavar="OLD",
-        help="go on from this run folder, or one of its checkpoints, in another output_dir: weights, optimiser and step are taken over",
+        help="go on from this run folder, or one of its checkpoints, in another output_dir: weights, optimiser "
+        "and step are taken over",
     )
     parser.add_argument(
-        _DRY_RUN, action="store_true", help="check all that a start would, print config and batch script, and train and write nothing"
+        _DRY_RUN,
+        action="store_true",
+        help="check all that a start would, print config and batch script, and train and write nothing",
     )
     _add_place(parser)
     return parser
@@ -76,10 +86,15 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="P.yaml",
-        help="where to run: a file, or a profile that comes with cosmos-ssl (default: `profile` of the config, COSMOS_PROFILE, or here)",
+        help="where to run: a file, or a profile that comes with cosmos-ssl (default: `profile` of the config, "
+        "COSMOS_PROFILE, or here)",
     )
-    parser.add_argument("--follow", action="store_true", help="on a cluster: show the first rank's output until the job ends")
-    parser.add_argument("--no-snapshot", action="store_true", help="on a cluster: run the code as it is then, not a copy made now")
+    parser.add_argument(
+        "--follow", action="store_true", help="on a cluster: show the first rank's output until the job ends"
+    )
+    parser.add_argument(
+        "--no-snapshot", action="store_true", help="on a cluster: run the code as it is then, not a copy made now"
+    )
     parser.set_defaults(overrides=[])
 
 

@@ -22,7 +22,9 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXI
 from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_end, note_start, starts
 
 PATIENCE = 300.0
-"""Seconds that a restarted run waits for its folder: of a node that was lost a process, or its lock, may live on for a while."""
+"""Seconds that a restarted run waits for its folder: of a node that was lost a process, or its lock, may live on for a
+while.
+"""
 
 GRACE = 3.0
 """Seconds that a rank which has lost another waits before it leaves, so that the one that failed can say so first."""
@@ -92,7 +94,9 @@ class Job:
         return metrics
 
     def checkpoint(self) -> Any:
-        """What submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no progress."""
+        """What submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no
+        progress.
+        """
         from submitit.helpers import DelayedSubmission
 
         run = load_config(self.tree).config.folder
@@ -122,7 +126,8 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
 
 
 def is_requeued_by_slurm(job_id: str) -> bool:
-    """Whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after its end.
+    """Whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after
+    its end.
 
     In doubt (preemption by quality of service, whose mode is not shown) the answer is no.
     """
@@ -152,7 +157,9 @@ def _prepare_environment() -> None:
             place.master_addr = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     start = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
     place.master_port = random.Random(start).randint(20_000, 60_000)
-    place.export(set_cuda_visible_devices=False, overwrite=True)  # the device follows from LOCAL_RANK among those that SLURM gave
+    place.export(
+        set_cuda_visible_devices=False, overwrite=True
+    )  # the device follows from LOCAL_RANK among those that SLURM gave
     os.environ.update(given)
 
 

@@ -55,7 +55,16 @@ def launch(
     return _here(configs[0], overrides, loaded[0], place.ranks, joined, fork=fork, dry_run=dry_run)
 
 
-def _here(config: str, overrides: Sequence[str], loaded: LoadedConfig, ranks: int, joined: int, *, fork: str | None, dry_run: bool) -> int:
+def _here(
+    config: str,
+    overrides: Sequence[str],
+    loaded: LoadedConfig,
+    ranks: int,
+    joined: int,
+    *,
+    fork: str | None,
+    dry_run: bool,
+) -> int:
     """Train in this process or in several of this machine."""
     from cosmos_ssl import build
     from cosmos_ssl.build import start as build_start
@@ -83,14 +92,27 @@ def _passed(left: str) -> str:
 def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
     """Several configs at once: only as an array, each with a run folder of its own."""
     if not isinstance(place, SlurmProfile):
-        raise UserError("several configs are queued as a job array, which needs a profile for SLURM. Here they train one after the other")
+        raise UserError(
+            "several configs are queued as a job array, which needs a profile for SLURM. Here they train one "
+            "after the other"
+        )
     folders = [one.config.folder.absolute() for one in loaded]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise UserError(f"output_dir: {twice} would be the run folder of several configs. Leave output_dir out, and names differ")
+        raise UserError(
+            f"output_dir: {twice} would be the run folder of several configs. Leave output_dir out, and names differ"
+        )
 
 
-def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str | None, dry_run: bool, follow: bool, snapshot: bool) -> int:
+def _on_slurm(
+    loaded: Sequence[LoadedConfig],
+    place: SlurmProfile,
+    *,
+    fork: str | None,
+    dry_run: bool,
+    follow: bool,
+    snapshot: bool,
+) -> int:
     """Queue one run, or several as an array, once all that can be checked here has been."""
     from cosmos_ssl.build import start as build_start
     from cosmos_ssl_launch import slurm
@@ -104,7 +126,9 @@ def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str 
         print(f"{_passed('; '.join(sorted(left)))} this is given to sbatch:\n{script}", end="")
         return EXIT_DONE
     if follow and len(loaded) > 1:
-        raise UserError("--follow shows one run; these are several. Leave it out, and see: cosmos-launch status RUN_FOLDER")
+        raise UserError(
+            "--follow shows one run; these are several. Leave it out, and see: cosmos-launch status RUN_FOLDER"
+        )
     for one in loaded:
         check_not_queued(one.config.folder)
         build_start.prepare(one, scan=False, fork=fork)
@@ -115,7 +139,10 @@ def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str 
             drop_snapshot(one.config.folder)
     submissions = slurm.submit(loaded, place, snapshot=snapshot)
     for one, submission in zip(loaded, submissions, strict=True):
-        print(f"queued as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks, into {one.config.folder}")
+        print(
+            f"queued as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks, into "
+            f"{one.config.folder}"
+        )
         print(f"  log     {submission.log} (the other ranks: {submission.job_id}_RANK_log.out)")
         print(f"  follow  tail -F {submission.log}")
         print(f"  or      cosmos-launch status|cancel|resume {one.config.folder}", flush=True)
@@ -124,7 +151,10 @@ def _on_slurm(loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str 
     try:
         return slurm.follow(submissions[0], _show)
     except KeyboardInterrupt:
-        print(f"job {submissions[0].job_id} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}", file=sys.stderr)
+        print(
+            f"job {submissions[0].job_id} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
 
 
@@ -140,4 +170,6 @@ def check_not_queued(run: Path) -> None:
     submission = Submission.of(run)
     state = None if submission is None else job_state(submission.job_id)
     if submission is not None and state is not None and state.is_active:
-        raise UserError(f"run folder {run} has job {submission.job_id} ({state.name}). End it first: cosmos-launch cancel {run}")
+        raise UserError(
+            f"run folder {run} has job {submission.job_id} ({state.name}). End it first: cosmos-launch cancel {run}"
+        )

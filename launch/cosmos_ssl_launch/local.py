@@ -39,7 +39,9 @@ def run_ranks(arguments: Sequence[str], count: int) -> int:
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     with ExitStack() as stack:
-        said = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(count)]
+        said = [
+            stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(count)
+        ]
         try:
             for rank in range(count):
                 ranks.append(_start(arguments, rank, count, store.port, said[rank] if rank else None))
@@ -54,13 +56,25 @@ def run_ranks(arguments: Sequence[str], count: int) -> int:
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None) -> subprocess.Popen[bytes]:
-    """One rank. It has a process group of its own, so that a terminal's Ctrl-C reaches it once, by way of this process."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port, _PARENT: os.getpid()}
+    """One rank.
+
+    It has a process group of its own, so that a terminal's Ctrl-C reaches it once, by way of this process.
+    """
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+        _PARENT: os.getpid(),
+    }
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     code = "import sys; from cosmos_ssl_launch.local import rank_main; sys.exit(rank_main())"
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=said, stderr=said, process_group=0)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=environment, stdout=said, stderr=said, process_group=0
+    )
 
 
 def rank_main() -> int:
@@ -75,7 +89,10 @@ def rank_main() -> int:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """The exit code of every rank, negative for a signal. Once one has failed, the others have ``GRACE`` seconds left."""
+    """The exit code of every rank, negative for a signal.
+
+    Once one has failed, the others have ``GRACE`` seconds left.
+    """
     deadline = float("inf")
     while any(process.poll() is None for process in ranks):
         failed = [p.returncode for p in ranks if p.returncode not in (None, EXIT_DONE, EXIT_SAVED, EXIT_INTERRUPTED)]
@@ -84,7 +101,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
         if time.monotonic() > deadline:
             for rank, process in enumerate(ranks):
                 if process.poll() is None:
-                    print(f"rank {rank} has not ended {GRACE:g} s after another one failed, and is killed", file=sys.stderr)
+                    print(
+                        f"rank {rank} has not ended {GRACE:g} s after another one failed, and is killed",
+                        file=sys.stderr,
+                    )
                     process.kill()
             deadline = float("inf")
         time.sleep(0.05)
@@ -92,7 +112,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _outcome(codes: Sequence[int], said: Sequence[IO[str]]) -> int:
-    """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints itself."""
+    """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints
+    itself.
+    """
     found = [EXIT_LOST if code < 0 else code for code in codes]
     worst = next((code for code in _TELLING if code in found), max(found))
     rank = found.index(worst)

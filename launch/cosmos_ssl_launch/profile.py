@@ -32,7 +32,9 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(
 
 
 def minutes(value: object) -> object:
-    """Minutes of SLURM's ways to write a time: a number of minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM``, ``D-HH:MM:SS``."""
+    """Minutes of SLURM's ways to write a time: a number of minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM``,
+    ``D-HH:MM:SS``.
+    """
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value  # an int, or what the model refuses
@@ -63,7 +65,10 @@ class LocalProfile(_Profile):
 
 
 class SlurmProfile(_Profile):
-    """A SLURM cluster. Keys without a comment are sbatch's options of that name; what is None is left to the cluster."""
+    """A SLURM cluster.
+
+    Keys without a comment are sbatch's options of that name; what is None is left to the cluster.
+    """
 
     kind: Literal["slurm"]
     nodes: Positive = 1
@@ -117,24 +122,36 @@ def find_profile(name: str) -> Path:
     if name.removesuffix(".yaml") in packaged:
         return packaged[name.removesuffix(".yaml")]
     hint = did_you_mean(name, list(packaged))
-    raise UserError(f"no profile '{name}': there is no such file.{hint} Those that come with cosmos-ssl: {', '.join(packaged)}")
+    raise UserError(
+        f"no profile '{name}': there is no such file.{hint} Those that come with cosmos-ssl: {', '.join(packaged)}"
+    )
 
 
 def read_profile(name: str, values: Sequence[str] = ()) -> Profile:
-    """The profile that ``name`` means, with ``KEY=value`` over it. Raises UserError for the name, ConfigError with all faults."""
+    """The profile that ``name`` means, with ``KEY=value`` over it.
+
+    Raises UserError for the name, ConfigError with all faults.
+    """
     faults: list[str] = []
     root = merge(read_file(find_profile(name), faults), parse_overrides(values, faults))
     kind = root.at(["kind"])
     model = _KINDS.get(str(kind.value)) if kind is not None else None
     if model is None:
         origin = root.origin if kind is None else kind.origin
-        raise ConfigError([*faults, _fault(origin, "kind", f"expected local or slurm{'' if kind is None else f', got {kind.value!r}'}")])
+        raise ConfigError(
+            [
+                *faults,
+                _fault(origin, "kind", f"expected local or slurm{'' if kind is None else f', got {kind.value!r}'}"),
+            ]
+        )
     try:
         profile = model.model_validate(root.plain())
     except ValidationError as error:
         found = error.errors(include_url=False)
         for key in dict.fromkeys(str(one["loc"][0]) for one in found):
-            faults += _of_key(root, model, key, [{**one, "loc": one["loc"][1:]} for one in found if one["loc"][0] == key])
+            faults += _of_key(
+                root, model, key, [{**one, "loc": one["loc"][1:]} for one in found if one["loc"][0] == key]
+            )
     if faults:
         raise ConfigError(faults)
     return profile
@@ -147,7 +164,9 @@ def _of_key(root: Node, model: type[BaseModel], key: str, errors: Sequence[Mappi
         known = list(model.model_fields)
         return [_fault(node.origin, key, f"unknown key.{did_you_mean(key, known)} Accepts: {', '.join(known)}")]
     if key == "time":
-        return [_fault(node.origin, key, f"expected minutes or a time such as 12:00:00 or 2-00:00:00, got {node.plain()!r}")]
+        return [
+            _fault(node.origin, key, f"expected minutes or a time such as 12:00:00 or 2-00:00:00, got {node.plain()!r}")
+        ]
     bad_names = [str(one["loc"][0]) for one in errors if one["loc"][-1:] == ("[key]",)]
     found: list[tuple[tuple[str, ...], str]] = [
         ((name,), f"no name for {'a variable' if key == 'environment' else 'an option'}") for name in bad_names

@@ -42,7 +42,9 @@ def starts(run: Path) -> list[str]:
 
 
 def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:
-    """Whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new checkpoint."""
+    """Whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new
+    checkpoint.
+    """
     return noted[-(limit + 1) :].count(newest) <= limit
 
 
@@ -70,13 +72,15 @@ def after_srun(limit: int) -> list[str]:
     """Lines of the batch script that decide, by srun's exit code and ``starts``, whether to start again."""
     return [
         "code=$?",
-        "# srun tells of the signal by which it ended the other ranks; the one that left by itself has noted its own code",
+        "# srun tells of the signal by which it ended the other ranks; the one that left by itself has noted its "
+        "own code",
         f'[ -s "$run/{ENDED}" ] && read -r code _ < "$run/{ENDED}"',
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "id=${id:-$SLURM_JOB_ID}",
         f'if [ "$code" -eq {EXIT_LOST} ] || {{ [ "$code" -gt 128 ] && [ "$code" -le 192 ]; }}; then',
         '  newest=$(cd "$run/checkpoints" 2> /dev/null && printf "%s\\n" step_* | grep -v "[*]" | sort | tail -n 1)',
-        f'  if [ "$(tail -n {limit + 1} "$run/{STARTS}" 2> /dev/null | grep -cFx -- "${{newest:-{NONE}}}")" -gt {limit} ]; then',
+        f'  if [ "$(tail -n {limit + 1} "$run/{STARTS}" 2> /dev/null | grep -cFx -- "${{newest:-{NONE}}}")" -gt '
+        f"{limit} ]; then",
         f'    echo "exit code $code; {limit} restarts have brought no new checkpoint, so job $id ends here"',
         '  elif [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then  # neither cancelled nor already requeued',
         '    echo "exit code $code: job $id is requeued"',

@@ -30,7 +30,9 @@ def status(run: Path) -> int:
     newest = newest_checkpoint(run)
     lines.append(f"{'checkpoint':<12}{newest if newest == NONE else run / 'checkpoints' / newest}")
     if row := _last_row(run / "metrics.jsonl"):
-        lines.append(f"{'step':<12}{row['step']:,}" + (f", loss {row['loss']:.4g}" if isinstance(row.get("loss"), float) else ""))
+        lines.append(
+            f"{'step':<12}{row['step']:,}" + (f", loss {row['loss']:.4g}" if isinstance(row.get("loss"), float) else "")
+        )
     finished = run / "result.json"
     result = read_object(finished, {"step": int}, "It says whether the run is finished") if finished.exists() else None
     lines.append(f"{'finished':<12}{'no' if result is None else 'yes, at step {:,}'.format(result['step'])}")
@@ -50,7 +52,9 @@ def cancel(run: Path) -> int:
     return EXIT_DONE
 
 
-def resume(run: Path, overrides: Sequence[str], *, profile: str | None = None, follow: bool = False, snapshot: bool = True) -> int:
+def resume(
+    run: Path, overrides: Sequence[str], *, profile: str | None = None, follow: bool = False, snapshot: bool = True
+) -> int:
     """Go on where a run stands: with its config, and where it ran before unless ``profile`` says otherwise."""
     _check_run(run)
     check_not_queued(run)

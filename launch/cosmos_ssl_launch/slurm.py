@@ -33,7 +33,17 @@ UNLIMITED = 1 << 30
 """Time-outs that submitit counts before it ends a job: ours alone (``requeue``) decides."""
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REQUEUE_FED")
-ACTIVE = (*WAITING, "CONFIGURING", "RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING")
+ACTIVE = (
+    *WAITING,
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "STOPPED",
+    "SUSPENDED",
+    "SIGNALING",
+    "STAGE_OUT",
+    "RESIZING",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +73,18 @@ class Submission:
         """Leave a note of it in the run folder."""
         path = run / SUBMISSION
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"job": self.job_id, "folder": str(self.folder), "profile": dict(self.profile)}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"job": self.job_id, "folder": str(self.folder), "profile": dict(self.profile)}, indent=1) + "\n"
+        )
 
 
 # ---------------------------------------------------------------------------- submission
 
 
 def submission_folder(runs: Sequence[Path]) -> Path:
-    """Where submitit keeps the script, the pickled jobs and the logs: in the run folder, for an array beside the first one."""
+    """Where submitit keeps the script, the pickled jobs and the logs: in the run folder, for an array beside the first
+    one.
+    """
     if len(runs) == 1:
         return (runs[0] / "slurm").absolute()
     return (runs[0].parent / f"array-{runs[0].name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -90,19 +104,28 @@ def submit(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: b
     from submitit.helpers import clean_env
 
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError("the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local")
+        raise UserError(
+            "the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local"
+        )
     runs = [one.config.folder for one in loaded]
     folder = submission_folder(runs)
     executor = _executor(loaded, profile, folder, snapshot=snapshot)
     configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env(), environment_variables(**configuration):  # a job that is queued from within another inherits nothing of it
+    with (
+        clean_env(),
+        environment_variables(**configuration),
+    ):  # a job that is queued from within another inherits nothing of it
         try:
             jobs = executor.submit_array([Job(one.tree, profile.restarts_without_progress) for one in loaded])
         except Exception as error:
             if "sbatch" not in str(error):
                 raise
-            said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()[-1:]
-            raise UserError(f"SLURM refused the job: {' '.join(line.removeprefix('sbatch: ') for line in said)}") from error
+            said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()[
+                -1:
+            ]
+            raise UserError(
+                f"SLURM refused the job: {' '.join(line.removeprefix('sbatch: ') for line in said)}"
+            ) from error
     found = [Submission(job.job_id, folder, profile.model_dump()) for job in jobs]
     for one, submission in zip(loaded, found, strict=True):
         submission.record(one.config.folder)
@@ -139,7 +162,10 @@ def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Pat
         setup=[*before_srun(runs), *_set_up(profile, snapshot)],
         teardown=after_srun(profile.restarts_without_progress),
         srun_args=[*srun_args, *profile.srun_args],
-        additional_parameters={"requeue": True, **{name: value for name, value in profile.slurm.items() if value is not False}},
+        additional_parameters={
+            "requeue": True,
+            **{name: value for name, value in profile.slurm.items() if value is not False},
+        },
         **values,
     )
     return executor
@@ -156,7 +182,9 @@ def _set_up(profile: SlurmProfile, snapshot: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What SLURM knows of a job: its state, why it waits, its exit code where it has one, how often it started again."""
+    """What SLURM knows of a job: its state, why it waits, its exit code where it has one, how often it started
+    again.
+    """
 
     name: str
     reason: str = ""
@@ -175,12 +203,17 @@ class JobState:
         if self.name in ("CANCELLED", "TIMEOUT", "PREEMPTED", "DEADLINE"):
             return EXIT_SAVED
         if self.name in ("COMPLETED", "FAILED"):
-            return self.exit_code or (EXIT_LOST if self.signal else EXIT_DONE if self.name == "COMPLETED" else EXIT_FAILED)
+            return self.exit_code or (
+                EXIT_LOST if self.signal else EXIT_DONE if self.name == "COMPLETED" else EXIT_FAILED
+            )
         return EXIT_LOST
 
 
 def job_state(job_id: str) -> JobState | None:
-    """The state of a job, or None where SLURM does not know it (any more). Raises UserError where SLURM cannot be asked."""
+    """The state of a job, or None where SLURM does not know it (any more).
+
+    Raises UserError where SLURM cannot be asked.
+    """
     done = _slurm("scontrol", "-o", "show", "job", job_id)
     if done.returncode:
         if "Invalid job id" in done.stderr:
@@ -193,7 +226,9 @@ def parse_state(text: str) -> JobState:
     """The first line of what ``scontrol -o show job`` prints."""
     values = dict(re.findall(r"(\w+)=(\S*)", text.partition("\n")[0]))
     code, _, number = values.get("ExitCode", "0:0").partition(":")
-    return JobState(values["JobState"], values.get("Reason", ""), int(code), int(number or 0), int(values.get("Restarts", 0)))
+    return JobState(
+        values["JobState"], values.get("Reason", ""), int(code), int(number or 0), int(values.get("Restarts", 0))
+    )
 
 
 def cancel(job_id: str) -> None:
@@ -222,7 +257,9 @@ def follow(submission: Submission, show: Callable[[str], None], *, every: float 
             position += len(text)
             show(text.decode(errors="replace"))
         if state is None:
-            raise UserError(f"SLURM has forgotten job {submission.job_id}. See: cosmos-launch status, and {submission.log}")
+            raise UserError(
+                f"SLURM has forgotten job {submission.job_id}. See: cosmos-launch status, and {submission.log}"
+            )
         if not state.is_active:
             return state.code
         time.sleep(every)

@@ -1,4 +1,6 @@
-"""A copy of the code in the run folder, so that a run that waits or starts again executes what it was submitted with."""
+"""A copy of the code in the run folder, so that a run that waits or starts again executes what it was submitted
+with.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def take_snapshot(run: Path, tree: Mapping[str, Any]) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     except OSError as error:
-        raise UserError(f"the code cannot be copied to {folder}: {error}. Give another output_dir, or --no-snapshot") from error
+        raise UserError(
+            f"the code cannot be copied to {folder}: {error}. Give another output_dir, or --no-snapshot"
+        ) from error
     return folder
 
 

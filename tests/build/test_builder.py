@@ -21,7 +21,10 @@ TINY = {
     "extends": "quickstart",
     "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
     "augmenters": {"text": {"num_sampled_captions": 3}},
-    "heads": {"cross": None, "training": {"type": "cross_attention"}},  # a part may have any name, also of what modules have
+    "heads": {
+        "cross": None,
+        "training": {"type": "cross_attention"},
+    },  # a part may have any name, also of what modules have
     "losses": {"clip": None, "forward": {"type": "clip"}, "distill": {"head": "training"}},
     "data": {"train_samples": 32, "validation_samples": 8},
     "loader": {"workers": 0},
@@ -75,7 +78,9 @@ def test_load_an_official_file():
     from safetensors.torch import load_file
 
     golden = load_file(GOLDEN / "golden.safetensors")
-    model = cosmos_ssl.load(GOLDEN / "official_checkpoint.pt", which="teacher", overrides=["model.image.heads=3", "model.text.heads=2"])
+    model = cosmos_ssl.load(
+        GOLDEN / "official_checkpoint.pt", which="teacher", overrides=["model.image.heads=3", "model.text.heads=2"]
+    )
     features = model.encode_image(torch.cat([golden["image.0"], golden["image.1"]]))
     torch.testing.assert_close(features, golden["teacher.image_features"], rtol=0, atol=1e-5)
     texts = model.encode_text(golden["texts"][:8].long())
@@ -177,7 +182,9 @@ def test_nothing_unread_stays_trainable_in_an_image_only_run():
     """Without text, image projections are all that is read; what the plan never reaches is frozen and named."""
     overrides = ["losses.distill=null", "teacher={type: none}", "evaluators=null"]
     assembly = check(load_config("quickstart", overrides))
-    assert set(assembly.frozen) == {name for name, _ in assembly.model.named_parameters() if name.startswith("heads.cross.")}
+    assert set(assembly.frozen) == {
+        name for name, _ in assembly.model.named_parameters() if name.startswith("heads.cross.")
+    }
     assert check(load_config("quickstart")).frozen == []
 
 
@@ -191,7 +198,13 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit the towers: .* of another shape"):
         Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
-    part = [*start, "model.image.patch_size=8", "model.pretrained_partial=true", f"output_dir={tmp_path}/part", "schedule.max_steps=1"]
+    part = [
+        *start,
+        "model.image.patch_size=8",
+        "model.pretrained_partial=true",
+        f"output_dir={tmp_path}/part",
+        "schedule.max_steps=1",
+    ]
     assembly = Builder(load_config(config, part)).assemble()
     assert torch.equal(assembly.model.text.projection, source["text.projection"])
     capsys.readouterr()
@@ -219,7 +232,12 @@ cosmos_ssl.train(small_config(sys.argv[1], 1, {"data": {"type": Hangs}, "trainin
 
 
 def test_data_whose_preparation_hangs_end_the_run(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 74 and "nothing from here on" in done.stdout, done.stderr
-    assert "nothing has happened for 0.02 min (training.timeout_minutes): rank 0, preparing the data. Stacks of all" in done.stderr
+    assert (
+        "nothing has happened for 0.02 min (training.timeout_minutes): rank 0, preparing the data. Stacks of all"
+        in done.stderr
+    )
     assert "in prepare" in (tmp_path / "run" / "log.txt").read_text()

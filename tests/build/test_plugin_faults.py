@@ -31,7 +31,8 @@ NAN = float("nan")
 class SoundLoss(Loss):
     def __init__(self, spec): super().__init__(); self.weight = nn.Parameter(torch.ones(()))
     def requires(self): return [Need(modality="image", group="global")]
-    def forward(self, ctx): return LossOutput(terms={"term": self.weight * ctx.student.image["global"].unit.std(1).mean()})
+    def forward(self, ctx):
+        return LossOutput(terms={"term": self.weight * ctx.student.image["global"].unit.std(1).mean()})
 
 class SoundHead(Head):
     def __init__(self, spec): super().__init__(); self.map = nn.Linear(spec.embed_dim, 5)
@@ -41,7 +42,8 @@ class SoundHead(Head):
 
 class Reads(SoundLoss):
     def requires(self): return [Need(head="part")]
-    def forward(self, ctx): return LossOutput(terms={"term": self.weight * ctx.student.heads["part"]["out"].std(1).mean()})
+    def forward(self, ctx):
+        return LossOutput(terms={"term": self.weight * ctx.student.heads["part"]["out"].std(1).mean()})
 
 class ReadsTeacher(SoundLoss):
     def requires(self): return [Need(modality="image", group="global"), Need(role="teacher", modality="image")]
@@ -117,20 +119,40 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(install: Install, tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(group, methods, ...)`` trains pictures alone with such a part; exit code and what was said on standard error.
+    """``run(group, methods, ...)`` trains pictures alone with such a part; exit code and what was said on standard
+    error.
 
     ``methods`` is the body of the class ``Part`` over a sound one, or the whole module.
     """
 
-    def run(group: str, methods: str, *flags: str, whole: bool = False, requires: tuple[str, ...] = (), **changes: Any) -> tuple[int, str]:
+    def run(
+        group: str, methods: str, *flags: str, whole: bool = False, requires: tuple[str, ...] = (), **changes: Any
+    ) -> tuple[int, str]:
         body = "\n".join(f"    {line}" for line in methods.splitlines())
         source = f"from sound_parts import *\nclass Part(Sound{NOUNS[group]}):\n{body}" if not whole else methods
-        install("my-parts", "0.3.1", entries={f"{group}/part": "my_parts:Part"}, modules={"my_parts": source}, requires=requires)
+        install(
+            "my-parts",
+            "0.3.1",
+            entries={f"{group}/part": "my_parts:Part"},
+            modules={"my_parts": source},
+            requires=requires,
+        )
         readers = {"sound": "SoundLoss", "reads": "Reads", "reads_teacher": "ReadsTeacher"}
-        entries = {f"losses/{name}": f"sound_parts:{cls}" for name, cls in readers.items()} | {"evaluators/encodes": "sound_parts:Encodes"}
+        entries = {f"losses/{name}": f"sound_parts:{cls}" for name, cls in readers.items()} | {
+            "evaluators/encodes": "sound_parts:Encodes"
+        }
         install("sound-parts", entries=entries, modules={"sound_parts": SOUND})
-        alone = {"model": {"text": None}, "tokenizer": None, "augmenters": {"text": None}, "heads": None, "teacher": {"type": "none"}}
-        alone |= {"losses": {"clip": None, "distill": None, "sound": {"type": "sound"}}, "data": {"folder": str(scenes)}}
+        alone = {
+            "model": {"text": None},
+            "tokenizer": None,
+            "augmenters": {"text": None},
+            "heads": None,
+            "teacher": {"type": "none"},
+        }
+        alone |= {
+            "losses": {"clip": None, "distill": None, "sound": {"type": "sound"}},
+            "data": {"folder": str(scenes)},
+        }
         tree = small_config(str(tmp_path), 2, alone)
         config = tmp_path / "x.yaml"
         config.write_text(json.dumps({**tree, "extends": "quickstart"}))
@@ -160,8 +182,14 @@ PATH = "(my-parts 0.3.1, my_parts:Part)"
     [
         ("import einops_x", f"losses/part {PATH} cannot be imported: ModuleNotFoundError: No module named 'einops_x'"),
         ("import sys; sys.exit(0)", f"losses/part {PATH} cannot be imported: SystemExit: 0"),
-        ("class Part: pass", f"losses/part {PATH} is no Loss: expected a subclass of cosmos_ssl.api.Loss, found the class Part"),
-        ("from cosmos_ssl.api import Loss\nclass Part(Loss): pass", f"losses/part {PATH} is an incomplete Loss: it does not define"),
+        (
+            "class Part: pass",
+            f"losses/part {PATH} is no Loss: expected a subclass of cosmos_ssl.api.Loss, found the class Part",
+        ),
+        (
+            "from cosmos_ssl.api import Loss\nclass Part(Loss): pass",
+            f"losses/part {PATH} is an incomplete Loss: it does not define",
+        ),
     ],
 )
 def test_modules_that_cannot_be_used(run: Run, module: str, words: str) -> None:
@@ -175,20 +203,48 @@ BEFORE = {  # found before training: group, methods, what is said
         "def __init__(self, spec, *, loss_weight: float = 1.0): super().__init__()",
         f"losses/part {PATH} has an option named 'loss_weight', which is reserved for the config. Rename it",
     ),
-    "untyped": ("losses", "def __init__(self, spec, *, t=1): super().__init__()", "my_parts:Part: the option 't' has no type"),
-    "built": ("heads", "def __init__(self, spec): {}['x']", f"heads/part {PATH} failed when it was built: KeyError: 'x'"),
-    "leaves": ("heads", "def __init__(self, spec): raise SystemExit(0)", f"heads/part {PATH} failed when it was built: SystemExit: 0"),
+    "untyped": (
+        "losses",
+        "def __init__(self, spec, *, t=1): super().__init__()",
+        "my_parts:Part: the option 't' has no type",
+    ),
+    "built": (
+        "heads",
+        "def __init__(self, spec): {}['x']",
+        f"heads/part {PATH} failed when it was built: KeyError: 'x'",
+    ),
+    "leaves": (
+        "heads",
+        "def __init__(self, spec): raise SystemExit(0)",
+        f"heads/part {PATH} failed when it was built: SystemExit: 0",
+    ),
     "refuses": ("heads", "def __init__(self, spec): raise ValueError('not so')", f"heads.part: not so {WHOSE}"),
     "requires": ("losses", "def requires(self): return self.nothing", f"losses.part {WHOSE} failed: AttributeError"),
-    "needs": ("losses", "def requires(self): return ['image']", f"losses.part {WHOSE} requires ['image'], expected a list of Need"),
+    "needs": (
+        "losses",
+        "def requires(self): return ['image']",
+        f"losses.part {WHOSE} requires ['image'], expected a list of Need",
+    ),
     "not on offer": (
         "losses",
         "def requires(self): return [Need(modality='image', group='huge')]",
         f"losses.part {WHOSE} reads the image views 'huge', which augmenters.image does not make",
     ),
-    "widths": ("heads", "def outputs(self): return ['out']", f"heads.part {WHOSE} gives the outputs ['out'], expected a mapping"),
-    "offers": ("augmenters", "def offers(self): return {'a': 1}", f"augmenters.image {WHOSE} offers {{'a': 1}}, expected a mapping"),
-    "no spec": ("towers", "def __init__(self, spec): nn.Module.__init__(self)", f"model.image {WHOSE} has no spec, expected"),
+    "widths": (
+        "heads",
+        "def outputs(self): return ['out']",
+        f"heads.part {WHOSE} gives the outputs ['out'], expected a mapping",
+    ),
+    "offers": (
+        "augmenters",
+        "def offers(self): return {'a': 1}",
+        f"augmenters.image {WHOSE} offers {{'a': 1}}, expected a mapping",
+    ),
+    "no spec": (
+        "towers",
+        "def __init__(self, spec): nn.Module.__init__(self)",
+        f"model.image {WHOSE} has no spec, expected",
+    ),
     "wrong tower": ("towers", "modality = 'text'", f"model.image {WHOSE} encodes texts, expected a tower of images"),
     "unread": ("towers", "def unread(self, plan): return plan.nothing", f"model.image {WHOSE} failed: AttributeError"),
     "prepare": ("evaluators", "def prepare(self): return {}['x']", f"evaluators.part {WHOSE} failed: KeyError: 'x'"),
@@ -218,13 +274,17 @@ def test_two_distributions_of_one_name(run: Run, install: Install) -> None:
     code, err = run("losses", "pass")
     assert code == 2 and err.count("\n") == 1, err
     assert (
-        "losses.part.type: losses/part is offered by my-parts 0.3.1 and other-parts 1.0. Write 'my-parts:part' or 'other-parts:part'."
-        in err
+        "losses.part.type: losses/part is offered by my-parts 0.3.1 and other-parts 1.0. Write 'my-parts:part' "
+        "or 'other-parts:part'." in err
     )
 
 
 CONTRACT = {  # broken while training, and told without a cause: what is said, with what was expected
-    "loss: type": ("losses", "def forward(self, ctx): return 1", f"losses.part {WHOSE} returned int, expected LossOutput"),
+    "loss: type": (
+        "losses",
+        "def forward(self, ctx): return 1",
+        f"losses.part {WHOSE} returned int, expected LossOutput",
+    ),
     "loss: unnamed": (
         "losses",
         "def forward(self, ctx): return LossOutput(terms={'': self.weight})",
@@ -240,11 +300,16 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
         "def forward(self, ctx): return LossOutput(terms={'a': self.weight}, metrics={'m': 1.0})",
         f"losses.part {WHOSE} returned 'm' as float, expected a scalar tensor",
     ),
-    "loss: nothing": ("losses", "def forward(self, ctx): return LossOutput(terms={})", f"losses.part {WHOSE} returned no terms"),
+    "loss: nothing": (
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={})",
+        f"losses.part {WHOSE} returned no terms",
+    ),
     "loss: no gradient for its own": (
         "losses",
         "def forward(self, ctx): return LossOutput(terms={'a': ctx.student.image['global'].unit.std(1).mean()})",
-        f"losses.part {WHOSE}: no gradient reaches losses.part.weight. Let a loss read what they compute, or freeze them: optimizer.rules",
+        f"losses.part {WHOSE}: no gradient reaches losses.part.weight. Let a loss read what they compute, or "
+        "freeze them: optimizer.rules",
     ),
     "head: type": (
         "heads",
@@ -263,7 +328,8 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     ),
     "head: samples": (
         "heads",
-        "def forward(self, features, views, outputs): return {'out': self.map(features.image['global'].projected[:, 1:])}",
+        "def forward(self, features, views, outputs): return {'out': "
+        "self.map(features.image['global'].projected[:, 1:])}",
         f"heads.part {WHOSE} returned 'out' of shape [2, 7, 5], expected [V, 8, 5], or [M, 5] for masked patches",
     ),
     "tower: type": (
@@ -289,12 +355,14 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     "augmenter: size": (
         "augmenters",
         "def offers(self): return {'global': ViewSpec(views=1, size=16)}",
-        f"augmenters.image {WHOSE} gave 'global' as torch.uint8 [1, 3, 32, 32], expected ImageCrops of uint8 [1, 3, 16, 16] without masks",
+        f"augmenters.image {WHOSE} gave 'global' as torch.uint8 [1, 3, 32, 32], expected ImageCrops of uint8 [1, "
+        "3, 16, 16] without masks",
     ),
     "augmenter: finish": (
         "augmenters",
         "def finish(self, group): return group",
-        f"augmenters.image {WHOSE} finish returned torch.uint8 pixels of shape [1, 8, 3, 32, 32], expected floats [1, 8, 3, H, W]",
+        f"augmenters.image {WHOSE} finish returned torch.uint8 pixels of shape [1, 8, 3, 32, 32], expected "
+        "floats [1, 8, 3, H, W]",
     ),
     "teacher: update": (
         "teachers",
@@ -314,27 +382,32 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     "augmenter: in place": (
         "augmenters",
         "def finish(self, group):\n    group.pixels.mul_(2)\n    return super().finish(group)",
-        f"augmenters.image {WHOSE} changed its input of shape [1, 8, 3, 32, 32] in place, expected a tensor of its own (clone it first)",
+        f"augmenters.image {WHOSE} changed its input of shape [1, 8, 3, 32, 32] in place, expected a tensor of "
+        "its own (clone it first)",
     ),
     "tower: complex": (
         "towers",
         "def forward(self, groups, plan):\n"
-        "    return {n: replace(g, pooled=g.pooled.to(torch.complex64)) for n, g in super().forward(groups, plan).items()}",
+        "    return {n: replace(g, pooled=g.pooled.to(torch.complex64)) for n, g in super().forward(groups, "
+        "plan).items()}",
         f"model.image {WHOSE} returned pooled of 'global' as torch.complex64 on cpu, expected floats on cpu",
     ),
     "tower: in place": (
         "towers",
-        "def forward(self, groups, plan):\n    groups['global'].pixels.add_(1)\n    return super().forward(groups, plan)",
+        "def forward(self, groups, plan):\n    groups['global'].pixels.add_(1)\n    return "
+        "super().forward(groups, plan)",
         f"model.image {WHOSE} changed its input of shape [2, 8, 3, 32, 32] in place, expected",
     ),
     "head: device": (
         "heads",
-        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, outputs)['out'].to('meta')}",
+        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, "
+        "outputs)['out'].to('meta')}",
         f"heads.part {WHOSE} returned 'out' as torch.float32 on meta, expected floats on cpu",
     ),
     "head: integers": (
         "heads",
-        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, outputs)['out'].long()}",
+        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, "
+        "outputs)['out'].long()}",
         f"heads.part {WHOSE} returned 'out' as torch.int64 on cpu, expected floats on cpu",
     ),
     "head: in place": (
@@ -360,7 +433,8 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     ),
     "loss: in place": (
         "losses",
-        "def forward(self, ctx):\n    ctx.student.image['global'].projected.detach().mul_(2)\n    return super().forward(ctx)",
+        "def forward(self, ctx):\n    ctx.student.image['global'].projected.detach().mul_(2)\n    return "
+        "super().forward(ctx)",
         f"losses.part {WHOSE} changed its input of shape [2, 8, 32] in place, expected",
     ),
     "tokenizer: type": (
@@ -385,7 +459,8 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     ),
     "evaluator: pictures": (
         "evaluators",
-        "def evaluate(self, encoder, *, pictures=False): return Evaluation(metrics={}, pictures={'p': torch.zeros(3, 4, 4)})",
+        "def evaluate(self, encoder, *, pictures=False): return Evaluation(metrics={}, pictures={'p': "
+        "torch.zeros(3, 4, 4)})",
         f"evaluators.part {WHOSE} returned the picture 'p' torch.float32 of shape [3, 4, 4], expected uint8 [3, H, W]",
     ),
     "evaluator: numbers": (
@@ -404,23 +479,55 @@ def test_a_breach_of_the_contract(run: Run, tmp_path: Path, group: str, methods:
 
 
 def test_losses_without_any_gradient(run: Run) -> None:
-    code, err = run("losses", "def forward(self, ctx): return LossOutput(terms={'a': self.weight.detach()})", **{"losses.sound": "null"})
+    code, err = run(
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={'a': self.weight.detach()})",
+        **{"losses.sound": "null"},
+    )
     assert (
-        code == 2 and err == f"losses.part {WHOSE} returned terms without a gradient, expected terms computed from the student's features\n"
+        code == 2
+        and err
+        == f"losses.part {WHOSE} returned terms without a gradient, expected terms computed from the student's "
+        "features\n"
     )
 
 
 FAILS = {  # raises while training: exit code, where the line begins
     "loss": ("losses", "def forward(self, ctx): fail", 2, f"losses.part {WHOSE} failed: NameError: "),
     "loss: after the step": ("losses", "def after_step(self): fail", 2, f"losses.part {WHOSE} failed: NameError: "),
-    "head": ("heads", "def forward(self, features, views, outputs): fail", 2, f"heads.part {WHOSE} failed: NameError: "),
+    "head": (
+        "heads",
+        "def forward(self, features, views, outputs): fail",
+        2,
+        f"heads.part {WHOSE} failed: NameError: ",
+    ),
     "tower": ("towers", "def forward(self, groups, plan): fail", 2, f"model.image {WHOSE} failed: NameError: "),
-    "augmenter": ("augmenters", "def crop(self, sample, rng): fail", 1, f"data: step 0, augmenters.image {WHOSE} on sample "),
+    "augmenter": (
+        "augmenters",
+        "def crop(self, sample, rng): fail",
+        1,
+        f"data: step 0, augmenters.image {WHOSE} on sample ",
+    ),
     "finish": ("augmenters", "def finish(self, group): fail", 2, f"augmenters.image {WHOSE} failed: NameError: "),
     "teacher: start": ("teachers", "def start(self, build, student): fail", 2, f"teacher {WHOSE} failed: NameError: "),
-    "teacher: update": ("teachers", "def update(self, student, progress): fail", 2, f"teacher {WHOSE} failed: NameError: "),
-    "evaluator": ("evaluators", "def evaluate(self, encoder, *, pictures=False): fail", 2, f"evaluators.part {WHOSE} failed: NameError: "),
-    "tokenizer": ("tokenizers", "def __call__(self, texts): fail", 1, f"data: step 0, collecting the batch, tokenizer {WHOSE}: NameError"),
+    "teacher: update": (
+        "teachers",
+        "def update(self, student, progress): fail",
+        2,
+        f"teacher {WHOSE} failed: NameError: ",
+    ),
+    "evaluator": (
+        "evaluators",
+        "def evaluate(self, encoder, *, pictures=False): fail",
+        2,
+        f"evaluators.part {WHOSE} failed: NameError: ",
+    ),
+    "tokenizer": (
+        "tokenizers",
+        "def __call__(self, texts): fail",
+        1,
+        f"data: step 0, collecting the batch, tokenizer {WHOSE}: NameError",
+    ),
     "dataset": ("datasets", "def read(self, index): fail", 1, "data: step 0, reading sample "),
 }
 
@@ -438,7 +545,12 @@ def test_an_error_while_training(run: Run, tmp_path: Path, group: str, methods: 
 def test_a_part_that_calls_exit_has_failed(run: Run, name: str) -> None:
     group, methods, wanted, start = FAILS[name]
     code, err = run(group, methods.replace("fail", "raise SystemExit(0)"))
-    assert code == wanted and err.startswith(start.removesuffix("NameError: ")) and err.endswith(": SystemExit: 0\n") and WHOSE in err, err
+    assert (
+        code == wanted
+        and err.startswith(start.removesuffix("NameError: "))
+        and err.endswith(": SystemExit: 0\n")
+        and WHOSE in err
+    ), err
 
 
 def test_exit_in_a_worker(run: Run) -> None:
@@ -464,8 +576,14 @@ def test_a_tower_that_fails_in_an_evaluation(run: Run) -> None:
 
 
 def test_an_error_in_a_worker(run: Run, tmp_path: Path) -> None:
-    code, err = run("augmenters", "def crop(self, sample, rng): raise RuntimeError('first\\nsecond')", **{"loader.workers": 1})
-    assert code == 1 and err.count("\n") == 1 and err.startswith(f"data: loader worker 0, step 0, augmenters.image {WHOSE} on sample "), err
+    code, err = run(
+        "augmenters", "def crop(self, sample, rng): raise RuntimeError('first\\nsecond')", **{"loader.workers": 1}
+    )
+    assert (
+        code == 1
+        and err.count("\n") == 1
+        and err.startswith(f"data: loader worker 0, step 0, augmenters.image {WHOSE} on sample ")
+    ), err
     assert err.endswith(": RuntimeError: first\n")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert 'my_parts.py", line' in log and "second" in log
@@ -484,10 +602,15 @@ def test_debug_shows_where_in_a_worker(run: Run) -> None:
 
 
 NANS = {
-    "loss": ("losses", "def forward(self, ctx): return LossOutput(terms={'a': self.weight * NAN})", f"losses.part {WHOSE}"),
+    "loss": (
+        "losses",
+        "def forward(self, ctx): return LossOutput(terms={'a': self.weight * NAN})",
+        f"losses.part {WHOSE}",
+    ),
     "head": (
         "heads",
-        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, outputs)['out'] * NAN}",
+        "def forward(self, features, views, outputs): return {'out': super().forward(features, views, "
+        "outputs)['out'] * NAN}",
         f"heads.part {WHOSE}",
     ),
     "tower": (
@@ -495,20 +618,31 @@ NANS = {
         "def __init__(self, spec): super().__init__(spec); self.a.weight.data.fill_(NAN)",
         f"model.image {WHOSE}",
     ),
-    "augmenter": ("augmenters", "def finish(self, group): return replace(group, pixels=group.pixels * NAN)", f"augmenters.image {WHOSE}"),
+    "augmenter": (
+        "augmenters",
+        "def finish(self, group): return replace(group, pixels=group.pixels * NAN)",
+        f"augmenters.image {WHOSE}",
+    ),
 }
 
 
 @pytest.mark.parametrize(("group", "methods", "named"), NANS.values(), ids=list(NANS))
-def test_what_is_not_finite_is_traced_to_its_part(run: Run, tmp_path: Path, group: str, methods: str, named: str) -> None:
+def test_what_is_not_finite_is_traced_to_its_part(
+    run: Run, tmp_path: Path, group: str, methods: str, named: str
+) -> None:
     code, err = run(group, methods, **{"training.max_nonfinite_steps": 2})
-    assert code == 1 and err.startswith(f"step 2: {named} is not finite, 2 steps in a row (training.max_nonfinite_steps). Samples of")
+    assert code == 1 and err.startswith(
+        f"step 2: {named} is not finite, 2 steps in a row (training.max_nonfinite_steps). Samples of"
+    )
     assert err.count("\n") == 1
     assert f"step 1: {named} is not finite, so the update is skipped" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_teacher_that_is_not_finite(run: Run) -> None:
-    start = "def start(self, build, student):\n    super().start(build, student)\n    self.model.image.projection.data.fill_(NAN)"
+    start = (
+        "def start(self, build, student):\n    super().start(build, student)\n    "
+        "self.model.image.projection.data.fill_(NAN)"
+    )
     code, err = run("teachers", start, **{"training.max_nonfinite_steps": 1})
     assert code == 1 and err.startswith("step 1: the teacher's model.image is not finite, 1 steps in a row"), err
 

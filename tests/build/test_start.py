@@ -49,7 +49,9 @@ def left(*overrides: str, here: bool = True, fork: str | None = None) -> str:
 
 def test_a_sound_run_passes_and_leaves_nothing_behind(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    assert left() == left("model.pretrained=old") == left("teacher={type: frozen, checkpoint: old, which: student}") == ""
+    assert (
+        left() == left("model.pretrained=old") == left("teacher={type: frozen, checkpoint: old, which: student}") == ""
+    )
     assert left("data.folder=unwritten") == "the data, which are made or found at the start"
     assert left("schedule.epochs=2", fork="old") == ""
     published = left("model.pretrained=cosmos_vitb16_cc3m", "teacher={type: frozen, checkpoint: hf-hub:org/name}")
@@ -66,12 +68,21 @@ SHARDS = 'data={type: webdataset, train_data: "scenes/train-{0000..%s}.tar", cac
         (["model.pretrained=nowhere.pt"], r"nowhere\.pt"),
         (["model.pretrained=old", "model.image.patch_size=8"], r"model\.pretrained: old does not fit the towers"),
         (["teacher={type: frozen, checkpoint: nowhere}"], "nowhere"),
-        (["teacher={type: frozen, checkpoint: old, which: student}", "model.embed_dim=64"], "old has embed_dim 32, the student 64"),
+        (
+            ["teacher={type: frozen, checkpoint: old, which: student}", "model.embed_dim=64"],
+            "old has embed_dim 32, the student 64",
+        ),
         ([SHARDS % "0001"], r"no such shard: scenes/train-0001\.tar \(1 of 2 shards are missing\)"),
         (["data={type: image_folder, train_data: nowhere}"], "data: nowhere does not exist"),
-        (["data.folder=unwritten", "evaluators.retrieval.data=nope.tar"], r"evaluators\.retrieval\.data: nope\.tar does not exist"),
+        (
+            ["data.folder=unwritten", "evaluators.retrieval.data=nope.tar"],
+            r"evaluators\.retrieval\.data: nope\.tar does not exist",
+        ),
         (["evaluators.retrieval.data=nope.tar"], r"evaluators\.retrieval\.data: nope\.tar does not exist"),
-        (["output_dir=old", "optimizer.lr=1", "evaluators=null"], r"belongs to another config \(optimizer\.lr: 0\.001 -> 1\.0\)"),
+        (
+            ["output_dir=old", "optimizer.lr=1", "evaluators=null"],
+            r"belongs to another config \(optimizer\.lr: 0\.001 -> 1\.0\)",
+        ),
         (["output_dir=scenes/scenes.json/new"], r"output_dir: .* cannot be written: .*scenes\.json is no folder"),
         (["training.attention=xformers"], "xformers was asked for"),
     ],

@@ -1,4 +1,6 @@
-"""A run folder of a stranger: what its config names beside the parts of installed packages runs only where it is trusted."""
+"""A run folder of a stranger: what its config names beside the parts of installed packages runs only where it is
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TINY: dict[str, Any] = {
     "evaluators": None,
     "logging": {"tensorboard": False},
 }
-CODE = "from pathlib import Path\nfrom cosmos_ssl_plugins.losses.clip import Clip\n\nclass Loss(Clip):\n    '''Ours.'''\n"
+CODE = (
+    "from pathlib import Path\nfrom cosmos_ssl_plugins.losses.clip import Clip\n\nclass Loss(Clip):\n    '''Ours.'''\n"
+)
 REFUSED = "losses.clip.type: 'python:stranger_code.Loss' is code that no installed package offers"
 
 

@@ -21,7 +21,13 @@ from cosmos_ssl.interop.foreign import is_remote
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
 HEADS = ["model.image.heads=3", "model.text.heads=2"]
 SMALL = [
-    *("model.image.layers=1", "model.image.width=32", "model.image.heads=2", "model.text.layers=1", "model.text.width=32"),
+    *(
+        "model.image.layers=1",
+        "model.image.width=32",
+        "model.image.heads=2",
+        "model.text.layers=1",
+        "model.text.width=32",
+    ),
     *("model.text.heads=4", "model.embed_dim=32", "data=null", "evaluators=null", "teacher={type: none}"),
     *("heads=null", "losses.distill=null"),
 ]
@@ -90,11 +96,20 @@ def of_8_bits(folder):
 DAMAGE = {
     "flipped byte": (flip, "student.safetensors has changed since it was written"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
-    "manifest without files": (manifest_of('{"files": {}}'), "manifest.json cannot be used: it does not tell of optimizer.safetensors"),
-    "manifest of strings": (manifest_of('{"files": {"state.json": {"bytes": "3", "sha256": ""}}}'), "it tells no files with their sizes"),
+    "manifest without files": (
+        manifest_of('{"files": {}}'),
+        "manifest.json cannot be used: it does not tell of optimizer.safetensors",
+    ),
+    "manifest of strings": (
+        manifest_of('{"files": {"state.json": {"bytes": "3", "sha256": ""}}}'),
+        "it tells no files with their sizes",
+    ),
     "manifest of lists": (manifest_of('{"files": []}'), "it tells no files with their sizes and hashes"),
     "deep manifest": (manifest_of("[" * 100_000), "manifest.json cannot be read: "),
-    "a file that it does not tell of": (lambda folder: (folder / "teacher.safetensors").write_bytes(b""), "not tell of teacher"),
+    "a file that it does not tell of": (
+        lambda folder: (folder / "teacher.safetensors").write_bytes(b""),
+        "not tell of teacher",
+    ),
     "step of another folder": (state_of(7), "state.json tells step 7, which is no step, or not that of the folder"),
     "negative step": (state_of(-2), "state.json tells step -2"),
     "step of words": (state_of("2"), "state.json tells step 2"),
@@ -165,7 +180,9 @@ def test_a_model_of_another_size_is_refused_before_it_is_built(run):
     """A config that asks for hundreds of gigabytes, beside small weights."""
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("width: 32", "width: 65536"))
-    with pytest.raises(CheckpointError, match=r"does not fit the model: image.class_token is \[32\], the model's \[65536\]"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: image.class_token is \[32\], the model's \[65536\]"
+    ):
         cosmos_ssl.load(run)
 
 
@@ -191,16 +208,30 @@ def test_a_start_tells_what_it_took(run, state):
 
 def test_a_start_from_next_to_nothing(run, loaded):
     other = ["model.image.width=64", "model.image.patch_size=12", "model.text.width=64", "model.embed_dim=64"]
-    with pytest.raises(CheckpointError, match=r"model.pretrained: .*run has nothing of the towers: \d+ of \d+ tensors; left out: "):
+    with pytest.raises(
+        CheckpointError, match=r"model.pretrained: .*run has nothing of the towers: \d+ of \d+ tensors; left out: "
+    ):
         started(f"model.pretrained={run}", "model.pretrained_partial=true", *other)
 
 
 def test_heads_that_no_shape_tells(run):
-    golden = [*("model.image.width=48", "model.image.patch_size=8", "model.image.image_size=32", "model.image.layers=2"), *HEADS]
-    golden += ["model.text.layers=2", "model.text.vocab_size=256", "tokenizer.context_length=16", f"model.pretrained={GOLDEN}"]
+    golden = [
+        *("model.image.width=48", "model.image.patch_size=8", "model.image.image_size=32", "model.image.layers=2"),
+        *HEADS,
+    ]
+    golden += [
+        "model.text.layers=2",
+        "model.text.vocab_size=256",
+        "tokenizer.context_length=16",
+        f"model.pretrained={GOLDEN}",
+    ]
     told = started(*golden, "augmenters.image.global_crops_size=32", "augmenters.image.local_crops_size=16")
-    assert told.endswith("; heads, which it does not tell, are taken to be the model's (3 of the image tower, 2 of the text tower)")
-    with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or "):
+    assert told.endswith(
+        "; heads, which it does not tell, are taken to be the model's (3 of the image tower, 2 of the text tower)"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or "
+    ):
         started(f"model.pretrained={run}", "model.text.heads=2")
 
 

@@ -16,7 +16,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """``command("plugins", "list")`` returns exit code, standard output, and standard error without the line of each load."""
+    """``command("plugins", "list")`` returns exit code, standard output, and standard error without the line of each
+    load.
+    """
 
     def command(*argv: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -64,7 +64,17 @@ def names(folder: Path) -> list[str]:
 def test_pictures_and_page(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     code, said, err = command(
-        "attend", "--checkpoint", run, "--image", *images, "--text", "a dog", "--text", "<b>cat</b>", "--output", str(out)
+        "attend",
+        "--checkpoint",
+        run,
+        "--image",
+        *images,
+        "--text",
+        "a dog",
+        "--text",
+        "<b>cat</b>",
+        "--output",
+        str(out),
     )
     assert (code, said, err) == (0, f"{out}/index.html\n", "")
     assert names(out) == [
@@ -121,7 +131,9 @@ def test_segmentation(command: Command, run: str, images: list[str], tmp_path: P
     """Whole pictures, in windows: the class of each place is that of a plain loop over windows."""
     classes = ["red circle", "blue square", "sky"]
     out = tmp_path / "out"
-    code, _, err = command("attend", "--checkpoint", run, "--image", *images, "--segment", ", ".join(classes), "--output", str(out))
+    code, _, err = command(
+        "attend", "--checkpoint", run, "--image", *images, "--segment", ", ".join(classes), "--output", str(out)
+    )
     assert (code, err) == (0, "")
     assert names(out) == ["001_a_dog_segments.png", "002_cat_segments.png", "grid.png", "index.html"]
     model = cosmos_ssl.load(run)
@@ -131,13 +143,21 @@ def test_segmentation(command: Command, run: str, images: list[str], tmp_path: P
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     height, width = round(1.5 * side), round(1.5 * side * 100 / 80)
     pixels = F.interpolate(picture[None].float(), (height, width), mode="bilinear")[0].round() / 255
-    pixels = (pixels - torch.tensor(model.spec.image.mean)[:, None, None]) / torch.tensor(model.spec.image.std)[:, None, None]
-    texts = model.encode_text(model.tokenize([t.format(c) for c in classes for t in SIMPLE_TEMPLATES])).unflatten(0, (3, -1)).mean(1)
+    pixels = (pixels - torch.tensor(model.spec.image.mean)[:, None, None]) / torch.tensor(model.spec.image.std)[
+        :, None, None
+    ]
+    texts = (
+        model.encode_text(model.tokenize([t.format(c) for c in classes for t in SIMPLE_TEMPLATES]))
+        .unflatten(0, (3, -1))
+        .mean(1)
+    )
     total, count = torch.zeros(3, height, width), torch.zeros(height, width)
     for y in (0, side // 2):
         for x in (*range(0, width - side, side // 2), width - side):
             tokens = model.dense(pixels[None, :, y : y + side, x : x + side], csa=True)[0][0]
-            cosines = (F.normalize(tokens, dim=-1) @ F.normalize(texts, dim=-1).T).T.unflatten(1, (side // model.spec.image.patch_size, -1))
+            cosines = (F.normalize(tokens, dim=-1) @ F.normalize(texts, dim=-1).T).T.unflatten(
+                1, (side // model.spec.image.patch_size, -1)
+            )
             total[:, y : y + side, x : x + side] += F.interpolate(cosines[None], (side, side), mode="bilinear")[0]
             count[y : y + side, x : x + side] += 1
     expected = F.interpolate((total / count)[None], (448, 560), mode="bilinear")[0].argmax(0)
@@ -159,7 +179,9 @@ def test_transparent_pictures_are_put_on_the_models_background(command: Command,
     for name, picture in (("clear", Image.new("RGBA", (60, 40), 0)), ("teal", Image.new("RGB", (60, 40), "teal"))):
         (tmp_path / name).mkdir()
         picture.save(tmp_path / name / "a.png")
-        assert command(*base, "--image", str(tmp_path / name / "a.png"), "--output", str(tmp_path / name / "out"))[0] == 0
+        assert (
+            command(*base, "--image", str(tmp_path / name / "a.png"), "--output", str(tmp_path / name / "out"))[0] == 0
+        )
         found = ("001_a_patches.png", "001_a_segments.png")
         pictures.append([(tmp_path / name / "out" / each).read_bytes() for each in found])
     assert pictures[0] == pictures[1]
@@ -167,7 +189,19 @@ def test_transparent_pictures_are_put_on_the_models_background(command: Command,
 
 def test_in_python(command: Command, run: str, images: list[str], tmp_path: Path) -> None:
     """The function is what the command calls, and takes a model that is in memory, too."""
-    words = ("attend", "--checkpoint", run, "--image", *images, "--text", "a dog", "--segment", "a,b", "--output", str(tmp_path / "a"))
+    words = (
+        "attend",
+        "--checkpoint",
+        run,
+        "--image",
+        *images,
+        "--text",
+        "a dog",
+        "--segment",
+        "a,b",
+        "--output",
+        str(tmp_path / "a"),
+    )
     assert command(*words)[0] == 0
     model = cosmos_ssl.load(run)
     page = cosmos_ssl.attend(model, images, "a dog", segment=["a", "b"], output=tmp_path / "b")
@@ -188,7 +222,9 @@ def test_models_without_such_heads(command: Command, images: list[str], tmp_path
     plain = train(tmp_path, "heads=null", "losses.distill=null", "teacher={type: none}")
     base = ("attend", "--checkpoint", plain, "--image", images[0], "--output", str(tmp_path / "out"))
     code, _, err = command(*base, "--text", "a")
-    assert code == 2 and err.count("\n") == 1 and "has no cross-attention head, so no text looks at a picture in it" in err
+    assert (
+        code == 2 and err.count("\n") == 1 and "has no cross-attention head, so no text looks at a picture in it" in err
+    )
     assert not (tmp_path / "out").exists()
     assert command(*base, "--segment", "a,b")[0] == 0
 
@@ -196,8 +232,14 @@ def test_models_without_such_heads(command: Command, images: list[str], tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "{a}"], "--text or --segment: give at least one text, or class names such as --segment 'cat,grass,sky'\n"),
-        (["--image", "{a}", "--segment", "cat, "], "--segment 'cat, ': name at least two classes, such as 'cat,grass,sky'\n"),
+        (
+            ["--image", "{a}"],
+            "--text or --segment: give at least one text, or class names such as --segment 'cat,grass,sky'\n",
+        ),
+        (
+            ["--image", "{a}", "--segment", "cat, "],
+            "--segment 'cat, ': name at least two classes, such as 'cat,grass,sky'\n",
+        ),
         (["--image", "{a}", "--text", "x", "--device", "abacus"], "--device abacus: "),
         (
             ["--image", "{t}/no.jpg", "{t}", "{t}/bad.jpg", "{t}/pipe.jpg", "--text", "x"],
@@ -208,7 +250,9 @@ def test_models_without_such_heads(command: Command, images: list[str], tmp_path
         ),
     ],
 )
-def test_bad_input(command: Command, run: str, images: list[str], tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input(
+    command: Command, run: str, images: list[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     os.mkfifo(tmp_path / "pipe.jpg")
     filled = [text.format(a=images[0], t=tmp_path) for text in arguments]
@@ -216,7 +260,9 @@ def test_bad_input(command: Command, run: str, images: list[str], tmp_path: Path
     assert code == 2 and err.startswith(message.format(t=tmp_path)), err
 
 
-def test_places_that_cannot_be_used(command: Command, run: str, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_used(
+    command: Command, run: str, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = ("attend", "--image", images[0], "--text", "x")
     code, _, err = command(*base, "--checkpoint", run, "--output", images[0])
     assert (code, err) == (2, f"--output {images[0]}: cannot be written: File exists\n")

@@ -35,7 +35,9 @@ def failing(error: BaseException) -> Callable[[], int]:
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_errors_become_messages_and_exit_codes(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str) -> None:
+def test_errors_become_messages_and_exit_codes(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str
+) -> None:
     assert execute(failing(error)) == code
     assert capsys.readouterr().err == words
 
@@ -63,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
 
 def test_overrides_stand_anywhere() -> None:
     found = parse(parser(), ["take", "a.b=1", "x.yaml", "--flag", "c=2", "--debug", "--output", "o=1", "d-e.f_g="])
-    assert found.config == "x.yaml" and found.flag and found.output == "o=1" and found.overrides == ["a.b=1", "c=2", "d-e.f_g="]
+    assert (
+        found.config == "x.yaml"
+        and found.flag
+        and found.output == "o=1"
+        and found.overrides == ["a.b=1", "c=2", "d-e.f_g="]
+    )
     assert parse(parser(), ["take", "./odd=name.yaml"]).config == "./odd=name.yaml"
     assert parse(parser(), ["take", "x"]).overrides == []
 
@@ -109,7 +116,9 @@ def test_closed_output_ends_quietly(unbuffered: str) -> None:
     assert done.returncode == 1 and done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", ["cosmos-ssl --help", "cosmos-ssl plugins list", "cosmos-launch --help", "cosmos-ssl config list"])
+@pytest.mark.parametrize(
+    "arguments", ["cosmos-ssl --help", "cosmos-ssl plugins list", "cosmos-launch --help", "cosmos-ssl config list"]
+)
 def test_quick_commands_import_no_torch(arguments: str) -> None:
     name, *rest = arguments.split()
     code = (

@@ -30,18 +30,29 @@ def test_check(command: Command) -> None:
 
 def test_check_reports_options_with_their_place(command: Command) -> None:
     Path("b.yaml").write_text(
-        "extends: cosmos/vitb32_cc3m.yaml\nheads:\n  cross: {type: cross_attention, num_head: 8}\nlosses: {clip: {init_logit_scale: x}}\n"
+        "extends: cosmos/vitb32_cc3m.yaml\nheads:\n  cross: {type: cross_attention, num_head: 8}\nlosses: {clip: "
+        "{init_logit_scale: x}}\n"
     )
     code, out, err = command("config", "check", "b.yaml", "model.image.widht=3")
-    assert code == 2 and not out and "b.yaml:3  heads.cross.num_head: unknown option of CrossAttention (cosmos-ssl " in err
+    assert (
+        code == 2 and not out and "b.yaml:3  heads.cross.num_head: unknown option of CrossAttention (cosmos-ssl " in err
+    )
     assert "Did you mean 'num_heads'? Accepts: num_heads, " in err
-    assert "b.yaml:4  losses.clip.init_logit_scale: expected a number, got 'x'" in err and "command line  model.image.widht: unknown" in err
+    assert (
+        "b.yaml:4  losses.clip.init_logit_scale: expected a number, got 'x'" in err
+        and "command line  model.image.widht: unknown" in err
+    )
 
 
 def test_show(command: Command) -> None:
     code, out, _ = command("config", "show", "name=mine", "cosmos/vitb16_cc12m")
     tree = parse_yaml(out, "x", []).plain()
-    assert code == 0 and tree["name"] == "mine" and tree["training"]["batch_size"] == 4096 and tree["logging"]["tensorboard"] is True
+    assert (
+        code == 0
+        and tree["name"] == "mine"
+        and tree["training"]["batch_size"] == 4096
+        and tree["logging"]["tensorboard"] is True
+    )
 
 
 def test_show_origin(command: Command) -> None:
@@ -57,7 +68,9 @@ def test_list(command: Command) -> None:
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and "cosmos/vitb16_cc3m" in names and not any("shared" in name for name in names)
     assert "COSMOS, ViT-B/16, CC3M-recap" in out
-    assert "CLIP on both global views and all texts of compare/cosmos.yaml: what COSMOS is without distillation.\n" in out
+    assert (
+        "CLIP on both global views and all texts of compare/cosmos.yaml: what COSMOS is without distillation.\n" in out
+    )
     whole = re.compile(r"[.!?]$|^(COSMOS|DINO|DINOv2|iBOT)\b.*\w\)?$")
     assert all(whole.search(line.split(maxsplit=1)[1]) for line in out.splitlines()[1:])
 
@@ -67,7 +80,11 @@ def test_a_copy_says_the_same_from_anywhere(command: Command, name: str) -> None
     code, out, _ = command("config", "copy", name)
     copy = Path(f"{Path(name).name}.yaml")
     assert code == 0 and out == f"{copy}\n"
-    fill = ["model.image={type: clip_vit}", "augmenters.image={type: resize_crop}", "losses.clip={type: clip}"] if name == "base" else []
+    fill = (
+        ["model.image={type: clip_vit}", "augmenters.image={type: resize_crop}", "losses.clip={type: clip}"]
+        if name == "base"
+        else []
+    )
     assert load_config(copy.absolute(), fill).config.model_copy(update={"name": ""}) == load_config(
         packaged_configs()[name], fill
     ).config.model_copy(update={"name": ""})
@@ -104,7 +121,9 @@ def test_schema_holds_sections_and_the_options_of_parts(command: Command) -> Non
     assert losses == {"$ref": "#/$defs/part_losses"}
     assert schema["$defs"]["ModelConfig"]["properties"]["image"]["anyOf"][0] == {"$ref": "#/$defs/part_towers"}
     clip = rule(schema, "losses", "clip")
-    assert {"type", "loss_weight", "init_logit_scale"} == set(clip["properties"]) and clip["additionalProperties"] is False
+    assert {"type", "loss_weight", "init_logit_scale"} == set(clip["properties"]) and clip[
+        "additionalProperties"
+    ] is False
     crop = rule(schema, "augmenters", "multi_crop")["properties"]["global_crops_scale"]["anyOf"][0]
     assert crop["type"] == "array" and crop["maxItems"] == 2
     refs = {text.split('"')[0] for text in out.split('"#/$defs/')[1:]}
@@ -115,7 +134,8 @@ def test_schema_survives_broken_plugins(install: Install) -> None:
     install("my-losses", "0.3.1", entries={"losses/triplet": "no_such_module:X"})
     schema, broken = config_schema()
     assert broken == [
-        "losses/triplet (my-losses 0.3.1, no_such_module:X) cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"
+        "losses/triplet (my-losses 0.3.1, no_such_module:X) cannot be imported: ModuleNotFoundError: No module "
+        "named 'no_such_module'"
     ]
     assert "triplet" in schema["$defs"]["part_losses"]["properties"]["type"]["anyOf"][0]["anyOf"][0]["enum"]
     assert rule(schema, "losses", "clip")

@@ -40,7 +40,17 @@ def shard(tmp_path: Path) -> str:
 
 
 def test_page_and_pictures(shard: str, tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
-    argv = ["data", "show", shard, "--config", CONFIG, "--output", str(tmp_path / "o"), "data.caption_schema=json:a", *SMALL]
+    argv = [
+        "data",
+        "show",
+        shard,
+        "--config",
+        CONFIG,
+        "--output",
+        str(tmp_path / "o"),
+        "data.caption_schema=json:a",
+        *SMALL,
+    ]
     code, out, _ = command(*argv)
     assert code == 0 and "5 samples" in out and "sample 2: undecodable" in out
     html = (tmp_path / "o" / "index.html").read_text()
@@ -61,7 +71,16 @@ def test_transparent_pictures_are_put_on_the_background(tmp_path: Path, command)
             info = tarfile.TarInfo(f"0.{extension}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    argv = ["data", "show", str(tmp_path / "c.tar"), "--config", CONFIG, "--output", str(tmp_path / "o"), "data.caption_schema=txt"]
+    argv = [
+        "data",
+        "show",
+        str(tmp_path / "c.tar"),
+        "--config",
+        CONFIG,
+        "--output",
+        str(tmp_path / "o"),
+        "data.caption_schema=txt",
+    ]
     assert command(*argv, *SMALL, "model.background=teal")[0] == 0
     assert Image.open(tmp_path / "o" / "000.png").getpixel((20, 20)) == (0, 128, 128)
 
@@ -80,7 +99,10 @@ def test_views_are_those_of_the_augmenters(shard: str) -> None:
     spec, augmenters = make_augmenters(loaded)
     sample = Shards(shard, caption_schema="json:a").read(1)
     found = look(sample, augmenters, spec.image, seed=3, position=1)
-    assert {name: tuple(views.shape) for name, views in found.images.items()} == {"global": (2, 3, 64, 64), "local": (6, 3, 32, 32)}
+    assert {name: tuple(views.shape) for name, views in found.images.items()} == {
+        "global": (2, 3, 64, 64),
+        "local": (6, 3, 32, 32),
+    }
     assert torch.equal(found.picture, sample.decode())
     texts = augmenters["text"].crop(sample, sample_rng(3, 0, 1, text=True))
     assert {name: list(views) for name, views in texts.items()} == dict(found.texts)
@@ -90,15 +112,26 @@ def test_views_are_those_of_the_augmenters(shard: str) -> None:
 
 
 def test_a_sheet_is_as_wide_as_its_views() -> None:
-    """The picture stands beside the first views, small ones are enlarged, and the texts take the width that there is."""
-    views = {"global": torch.full((2, 3, 32, 32), 9, dtype=torch.uint8), "local": torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)}
+    """The picture stands beside the first views, small ones are enlarged, and the texts take the width that there
+    is.
+    """
+    views = {
+        "global": torch.full((2, 3, 32, 32), 9, dtype=torch.uint8),
+        "local": torch.full((2, 3, 16, 16), 99, dtype=torch.uint8),
+    }
     sheet = contact_sheet(
-        SampleLook(key="a", picture=torch.zeros(3, 40, 50, dtype=torch.uint8), images=views, texts={"global": ["word " * 60]})
+        SampleLook(
+            key="a", picture=torch.zeros(3, 40, 50, dtype=torch.uint8), images=views, texts={"global": ["word " * 60]}
+        )
     )
     assert sheet.shape[2] == 8 + (200 + 8) + 2 * (224 + 8)  # 50 pixels four times, 32 pixels seven times as large
     assert sheet[0, 8 + 80, [8 + 100, 216 + 112, 216 + 232 + 112]].tolist() == [0, 9, 9]
     assert sheet[0, 8 + 232 + 50, 8 + 50] == 99
     written = (sheet[0, 8 + 232 + 112 + 8 :] < 128).any(0).nonzero()
     assert 0.9 * sheet.shape[2] < written.max() < sheet.shape[2] - 8
-    many = SampleLook(key="a", picture=torch.zeros(3, 224, 224, dtype=torch.uint8), images={"global": torch.zeros(9, 3, 224, 224).byte()})
+    many = SampleLook(
+        key="a",
+        picture=torch.zeros(3, 224, 224, dtype=torch.uint8),
+        images={"global": torch.zeros(9, 3, 224, 224).byte()},
+    )
     assert contact_sheet(many).shape[2] == 8 + 4 * 232

@@ -46,7 +46,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shards(command: Command, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.parquet"
-    base = ("embed", "--checkpoint", str(run), "--which", "teacher", "--data", f"{run.parent}/scenes/val-*.tar", "--output", str(out))
+    base = (
+        "embed",
+        "--checkpoint",
+        str(run),
+        "--which",
+        "teacher",
+        "--data",
+        f"{run.parent}/scenes/val-*.tar",
+        "--output",
+        str(out),
+    )
     code, said, err = command(*base)
     assert (code, said) == (0, f"24 embeddings of 32 numbers in {out}\n"), err
     table = parquet.read_table(out)
@@ -56,7 +66,10 @@ def test_shards(command: Command, run: Path, tmp_path: Path) -> None:
     code, said, err = command(*base)
     assert (code, err) == (0, "24 of 24 samples had been embedded before\n") and said.startswith("24 embeddings")
     code, _, err = command(*base, "--what", "both")
-    assert code == 2 and err == f"{out} holds other embeddings (what: image -> both). Give another output, or --overwrite\n"
+    assert (
+        code == 2
+        and err == f"{out} holds other embeddings (what: image -> both). Give another output, or --overwrite\n"
+    )
     code, said, _ = command(*base, "--what", "both", "--texts", "raw_caption", "--overwrite")
     assert (code, said) == (0, f"48 embeddings of 32 numbers in {out}\n")
 
@@ -66,7 +79,10 @@ def test_in_python(command: Command, run: Path, tmp_path: Path) -> None:
     data = sorted((run.parent / "scenes").glob("val-*.tar"))
     report = cosmos_ssl.embed(cosmos_ssl.load(run), data, tmp_path / "a.npy")
     assert (report.samples, report.rows, report.width, report.kept) == (24, 24, 32, 0)
-    assert command("embed", "--checkpoint", str(run), "--data", *map(str, data), "--output", str(tmp_path / "b.npy"))[0] == 0
+    assert (
+        command("embed", "--checkpoint", str(run), "--data", *map(str, data), "--output", str(tmp_path / "b.npy"))[0]
+        == 0
+    )
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     (tmp_path / "t.txt").write_text("a\n")
     with pytest.raises(UserError, match=r"--what image: .*t\.txt holds texts alone"):
@@ -79,12 +95,18 @@ def test_bad_samples_are_told(command: Command, run: Path, tmp_path: Path) -> No
     for number in range(3):
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
-    code, said, err = command("embed", "--checkpoint", str(run), "--data", str(tmp_path), "--output", str(tmp_path / "e.npy"))
-    assert code == 0 and said.startswith("2 embeddings") and err == "1 of 3 samples left out: undecodable, such as 1.png\n"
+    code, said, err = command(
+        "embed", "--checkpoint", str(run), "--data", str(tmp_path), "--output", str(tmp_path / "e.npy")
+    )
+    assert (
+        code == 0 and said.startswith("2 embeddings") and err == "1 of 3 samples left out: undecodable, such as 1.png\n"
+    )
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe.txt")
     for name in ("pipe.png", "pipe.txt"):
-        code, _, err = command("embed", "--checkpoint", str(run), "--data", str(tmp_path / name), "--output", str(tmp_path / "p.npy"))
+        code, _, err = command(
+            "embed", "--checkpoint", str(run), "--data", str(tmp_path / name), "--output", str(tmp_path / "p.npy")
+        )
         assert (code, err) == (2, f"data: {tmp_path}/{name} is no regular file\n")
     (tmp_path / "t.txt").write_text("a\n\n")
     base = ("embed", "--checkpoint", str(run), "--data", str(tmp_path / "t.txt"), "--output", str(tmp_path / "t.npy"))

@@ -1,4 +1,6 @@
-"""``cosmos-ssl eval``: a tiny run from the command line, on one rank and on two, interrupted, and what is wrongly given."""
+"""``cosmos-ssl eval``: a tiny run from the command line, on one rank and on two, interrupted, and what is wrongly
+given.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def own(metrics: dict[str, float], evaluator: str) -> dict[str, float]:
     """The numbers of one evaluator of a run, as ``ROLE/NAME``."""
-    return {name.removeprefix(f"{evaluator}/"): value for name, value in metrics.items() if name.startswith(f"{evaluator}/")}
+    return {
+        name.removeprefix(f"{evaluator}/"): value for name, value in metrics.items() if name.startswith(f"{evaluator}/")
+    }
 
 
 def test_tasks_are_the_same_everywhere() -> None:
@@ -85,19 +89,34 @@ def test_tasks_are_the_same_everywhere() -> None:
 
 
 def test_help_starts_without_torch() -> None:
-    code = "import sys\nfrom cosmos_ssl.cli import main\ntry: main(['eval', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom cosmos_ssl.cli import main\ntry: main(['eval', '--help'])\nexcept SystemExit: "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False" and "--allow-missing" in done.stdout
 
 
-def test_retrieval_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+def test_retrieval_is_the_evaluators(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path
+) -> None:
     folder, metrics = trained
     report = tmp_path / "e.json"
-    code, out, err = command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(report))
+    code, out, err = command(
+        "eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(report)
+    )
     assert code == 0, err
     found = json.loads(report.read_text())
     assert found["task"] == "retrieval" and found["checkpoint"] == str(folder / "checkpoints" / "step_00000002")
-    about = (found["data"], found["set"], found["texts"], found["samples"], found["precision"], found["device"], found["roles"])
+    about = (
+        found["data"],
+        found["set"],
+        found["texts"],
+        found["samples"],
+        found["precision"],
+        found["device"],
+        found["roles"],
+    )
     assert about == (shards, "", "txt", 40, "fp32", "cpu", ["student", "teacher"])
     assert "40 samples, fp32 on cpu" in out
     assert found["metrics"] == pytest.approx(own(metrics, "retrieval")) and len(found["metrics"]) == 20
@@ -108,28 +127,69 @@ def test_in_python(command: Command, trained: tuple[Path, dict[str, float]], sha
     """The functions are what the commands call; a model that is in memory is evaluated alike."""
     folder, metrics = trained
     report = cosmos_ssl.evaluate(folder, "retrieval", shards, which="teacher")
-    assert command("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))[0] == 0
-    assert {**json.loads((tmp_path / "e.json").read_text()), "metrics": report["metrics"], "roles": ["teacher"]} == report
-    assert report["metrics"] == pytest.approx({n: v for n, v in own(metrics, "retrieval").items() if n.startswith("teacher")})
+    assert (
+        command(
+            "eval",
+            "--checkpoint",
+            str(folder),
+            "--task",
+            "retrieval",
+            "--data",
+            shards,
+            "--json",
+            str(tmp_path / "e.json"),
+        )[0]
+        == 0
+    )
+    assert {
+        **json.loads((tmp_path / "e.json").read_text()),
+        "metrics": report["metrics"],
+        "roles": ["teacher"],
+    } == report
+    assert report["metrics"] == pytest.approx(
+        {n: v for n, v in own(metrics, "retrieval").items() if n.startswith("teacher")}
+    )
     model = cosmos_ssl.load(folder, "teacher")
     loaded = cosmos_ssl.evaluate(model, "retrieval", shards)
     assert {name.replace("model/", "teacher/"): value for name, value in loaded["metrics"].items()} == report["metrics"]
     seen = cosmos_ssl.evaluate(model, "classification", shards, templates=["a {}"], precision="amp_bf16", max_samples=9)
     assert (seen["samples"], seen["precision"], seen["templates"]) == (9, "amp_bf16", ["a {}"]) and model.dtype is None
-    for wrong in ({"task": "retreival"}, {"device": "abacus"}, {"precision": "fp64"}, {"templates": "foo"}, {"set_name": "x"}):
+    for wrong in (
+        {"task": "retreival"},
+        {"device": "abacus"},
+        {"precision": "fp64"},
+        {"templates": "foo"},
+        {"set_name": "x"},
+    ):
         with pytest.raises(UserError, match="--"):
             cosmos_ssl.evaluate(model, **{"task": "classification", "data": shards, **wrong})
 
 
-def test_precision_is_the_runs_own(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+def test_precision_is_the_runs_own(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path
+) -> None:
     """Where the device is fast in it; the evaluators of a run are asked in that, too."""
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["training"]["precision"] = "amp_bf16"
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    words = ("eval", "--checkpoint", str(folder), "--task", "retrieval", "--data", shards, "--json", str(tmp_path / "e.json"))
-    for fast, given, used in ((True, (), "amp_bf16"), (False, (), "fp32"), (False, ("--precision", "bf16"), "amp_bf16")):
+    words = (
+        "eval",
+        "--checkpoint",
+        str(folder),
+        "--task",
+        "retrieval",
+        "--data",
+        shards,
+        "--json",
+        str(tmp_path / "e.json"),
+    )
+    for fast, given, used in (
+        (True, (), "amp_bf16"),
+        (False, (), "fp32"),
+        (False, ("--precision", "bf16"), "amp_bf16"),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("cosmos_ssl.build.evaluate.has_fast_path", lambda precision, device, fast=fast: fast)
             code, out, err = command(*words, *given)
@@ -137,7 +197,9 @@ def test_precision_is_the_runs_own(command: Command, trained: tuple[Path, dict[s
         assert json.loads((tmp_path / "e.json").read_text())["precision"] == used
 
 
-def test_classification_is_the_evaluators(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+def test_classification_is_the_evaluators(
+    command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
     folder, metrics = trained
     report = tmp_path / "e.json"
     for task in ("classification", "knn"):
@@ -160,7 +222,15 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
         code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
         assert code == 0, err
         assert json.loads(report.read_text())["metrics"]["student/top1"] == 1
-    whole = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path), "--json", str(report))  # train/ is learned from
+    whole = (
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--data",
+        str(tmp_path),
+        "--json",
+        str(report),
+    )  # train/ is learned from
     for more in ((), ("--train-data", str(tmp_path))):
         assert command(*whole, "--task", "knn", "-k", "3", *more)[0] == 0
         found = json.loads(report.read_text())
@@ -177,18 +247,38 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
 def test_labels_that_are_no_class(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     (tmp_path / "names").write_text("circle\nsquare\n")
     code, _, err = command(
-        "eval", "--checkpoint", str(trained[0]), "--task", "classification", "--class-names", str(tmp_path / "names"), "--which", "student"
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        "classification",
+        "--class-names",
+        str(tmp_path / "names"),
+        "--which",
+        "student",
     )
     assert code == 2 and "which is none of the 2 class names" in err
 
 
 def test_segmentation(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
     report = tmp_path / "e.json"
-    words = ("eval", "--checkpoint", str(trained[0]), "--task", "segmentation", "--json", str(report), "--templates", "a {}")
+    words = (
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        "segmentation",
+        "--json",
+        str(report),
+        "--templates",
+        "a {}",
+    )
     code, out, err = command(*words, "--data", shards)
     assert code == 0 and "miou (%)" in out and "note:" not in out, err
     found = json.loads(report.read_text())["metrics"]
-    assert set(found) == {f"{role}/{name}" for role in ("student", "teacher") for name in ("miou", "mean_accuracy", "pixel_accuracy")}
+    assert set(found) == {
+        f"{role}/{name}" for role in ("student", "teacher") for name in ("miou", "mean_accuracy", "pixel_accuracy")
+    }
     assert all(0 <= value <= 1 for value in found.values())
     assert command(*words, "--data", shards, "--no-csa")[0] == 0
     assert json.loads(report.read_text())["metrics"] != found
@@ -207,14 +297,25 @@ def test_segmentation(command: Command, trained: tuple[Path, dict[str, float]], 
 
 def test_winoground(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     rows = [
-        {"image_0": f"{n}a", "image_1": f"{n}b", "caption_0": "a circle on a star", "caption_1": "a star on a circle"} for n in range(3)
+        {"image_0": f"{n}a", "image_1": f"{n}b", "caption_0": "a circle on a star", "caption_1": "a star on a circle"}
+        for n in range(3)
     ]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "images").mkdir()
     for n in range(3):
         for side, shade in (("a", 0), ("b", 200)):
             Image.new("RGB", (32, 32), (shade, n, 0)).save(tmp_path / f"images/{n}{side}.png")
-    words = ("eval", "--checkpoint", str(trained[0]), "--task", "winoground", "--data", str(tmp_path), "--json", str(tmp_path / "e.json"))
+    words = (
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        "winoground",
+        "--data",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "e.json"),
+    )
     code, out, err = command(*words)
     assert code == 0 and "group_score (%)" in out, err
     model = cosmos_ssl.load(trained[0])
@@ -224,7 +325,9 @@ def test_winoground(command: Command, trained: tuple[Path, dict[str, float]], tm
         pixels = [model.preprocess(Image.open(tmp_path / f"images/{n}{side}.png")) for side in "ab"]
         scores = torch.stack([model.encode_image(one[None])[0] @ texts.T for one in pixels])
         right.append(bool(scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0]))
-    assert json.loads((tmp_path / "e.json").read_text())["metrics"]["student/text_score"] == pytest.approx(sum(right) / 3)
+    assert json.loads((tmp_path / "e.json").read_text())["metrics"]["student/text_score"] == pytest.approx(
+        sum(right) / 3
+    )
     (tmp_path / "images/1b.png").write_bytes(b"no picture")
     assert command(*words)[0] == 2 and command(*words, "--allow-missing")[0] == 0
     code, _, err = command("eval", "--checkpoint", str(trained[0]), "--task", "mmvp", "--data", str(tmp_path))
@@ -235,9 +338,16 @@ def test_data_is_that_of_the_run(command: Command, trained: tuple[Path, dict[str
     folder, metrics = trained
     report = tmp_path / "e.json"
     checkpoint = next((folder / "checkpoints").iterdir())
-    assert command("eval", "--checkpoint", str(checkpoint), "--task", "retrieval", "--which", "teacher", "--json", str(report))[0] == 0
+    assert (
+        command(
+            "eval", "--checkpoint", str(checkpoint), "--task", "retrieval", "--which", "teacher", "--json", str(report)
+        )[0]
+        == 0
+    )
     found = json.loads(report.read_text())["metrics"]
-    assert found == pytest.approx({name: value for name, value in own(metrics, "retrieval").items() if name.startswith("teacher/")})
+    assert found == pytest.approx(
+        {name: value for name, value in own(metrics, "retrieval").items() if name.startswith("teacher/")}
+    )
 
 
 def test_an_interrupted_evaluation_goes_on(
@@ -245,7 +355,19 @@ def test_an_interrupted_evaluation_goes_on(
 ) -> None:
     from cosmos_ssl.models.encoder import ModelEncoder
 
-    words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", shards, "--which", "student", "--batch-size", "8")
+    words = (
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        "retrieval",
+        "--data",
+        shards,
+        "--which",
+        "student",
+        "--batch-size",
+        "8",
+    )
     encode, calls = ModelEncoder.match_image, []
 
     def counted(self: ModelEncoder, pixels: Any) -> Any:
@@ -266,7 +388,12 @@ def test_an_interrupted_evaluation_goes_on(
 
 
 def test_what_is_kept_is_of_one_checkpoint(
-    command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    trained: tuple[Path, dict[str, float]],
+    shards: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights and config decide: another role, and the same weights in another model, begin anew."""
     from cosmos_ssl.models.encoder import ModelEncoder
@@ -280,7 +407,19 @@ def test_what_is_kept_is_of_one_checkpoint(
     report = tmp_path / "e.json"
 
     def words(run: Path, role: str) -> list[str]:
-        words = ["eval", "--checkpoint", str(run), "--task", "retrieval", "--data", shards, "--which", role, "--batch-size", "8"]
+        words = [
+            "eval",
+            "--checkpoint",
+            str(run),
+            "--task",
+            "retrieval",
+            "--data",
+            shards,
+            "--which",
+            role,
+            "--batch-size",
+            "8",
+        ]
         return [*words, "--json", str(report)]
 
     expected = []
@@ -310,13 +449,32 @@ def test_what_is_kept_is_of_one_checkpoint(
 
 
 @pytest.mark.parametrize("task", ["retrieval", pytest.param("linear_probe", marks=pytest.mark.slow)])
-def test_two_ranks_find_the_same(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, task: str) -> None:
-    words = ["eval", "--checkpoint", str(trained[0]), "--task", task, "--data", shards, "--batch-size", "16", "--which", "student"]
+def test_two_ranks_find_the_same(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, task: str
+) -> None:
+    words = [
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        task,
+        "--data",
+        shards,
+        "--batch-size",
+        "16",
+        "--which",
+        "student",
+    ]
     words += ["--train-data", shards]
     code, out, err = command(*words)
     assert code == 0, err
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RUN, *words, "--json", str(tmp_path / "e.json")],
@@ -331,8 +489,22 @@ def test_two_ranks_find_the_same(command: Command, trained: tuple[Path, dict[str
     assert said == [out, ""] and (tmp_path / "e.json").exists()
 
 
-def test_a_killed_evaluation_goes_on(command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path) -> None:
-    words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", shards, "--which", "student", "--batch-size", "8")
+def test_a_killed_evaluation_goes_on(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path
+) -> None:
+    words = (
+        "eval",
+        "--checkpoint",
+        str(trained[0]),
+        "--task",
+        "retrieval",
+        "--data",
+        shards,
+        "--which",
+        "student",
+        "--batch-size",
+        "8",
+    )
     killed = """
 import os, signal
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -353,7 +525,9 @@ ModelEncoder.match_image = counted
     assert command(*words)[1] == out
 
 
-def test_coco_and_what_is_missing_of_it(command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+def test_coco_and_what_is_missing_of_it(
+    command: Command, trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
     images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(3)]
     notes = [{"image_id": n, "caption": f"a circle, number {n}, {k}"} for n in range(3) for k in range(5)]
     (tmp_path / "annotations").mkdir()
@@ -363,7 +537,9 @@ def test_coco_and_what_is_missing_of_it(command: Command, trained: tuple[Path, d
         Image.new("RGB", (40, 32), (100 * n, 0, 0)).save(tmp_path / f"val2017/{n}.jpg")
     words = ("eval", "--checkpoint", str(trained[0]), "--task", "retrieval", "--data", str(tmp_path))
     code, _, err = command(*words)
-    assert code == 2 and err == (f"data: 1 of 3 pictures are not in {tmp_path / 'val2017'} (2.jpg). Go on without them: --allow-missing\n")
+    assert code == 2 and err == (
+        f"data: 1 of 3 pictures are not in {tmp_path / 'val2017'} (2.jpg). Go on without them: --allow-missing\n"
+    )
     assert command(*words, "--allow-missing")[0] == 0
     (tmp_path / "val2017/2.jpg").write_bytes(b"no picture")
     code, _, err = command(*words)
@@ -379,7 +555,9 @@ def test_a_released_name_is_reported_beside_the_published_figures(
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
     for n in range(3):
         Image.new("RGB", (40, 32), (100 * n, 0, 0)).save(tmp_path / f"flickr30k-images/{n}.jpg")
-    code, out, err = command("eval", "--checkpoint", str(tmp_path / "cosmos_vitb32_cc3m"), "--task", "retrieval", "--data", str(tmp_path))
+    code, out, err = command(
+        "eval", "--checkpoint", str(tmp_path / "cosmos_vitb32_cc3m"), "--task", "retrieval", "--data", str(tmp_path)
+    )
     assert code == 0, err
     assert "| cosmos_vitb32_cc3m, published (the better of student and teacher) | 74.3 | 59.2 |" in out
 
@@ -391,10 +569,22 @@ def test_a_released_name_is_reported_beside_the_published_figures(
         (["--task", "retrieval", "--data", "nowhere/x.tar"], "data: nowhere/x.tar does not exist"),
         (["--task", "retrieval", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--task", "retrieval", "--texts", "long"], "texts: samples such as "),
-        (["--task", "classification", "--templates", "foo"], "--templates: 'foo' has no {} for the class name. Give templates"),
-        (["--task", "classification", "--class-names", "missing.txt"], "--class-names: missing.txt cannot be read: No such file"),
-        (["--task", "classification", "--class-names", "{t}/one"], "--class-names: {t}/one holds 1, at least 2 are needed"),
-        (["--task", "classification", "--class-names", "{t}/binary"], "--class-names: {t}/binary cannot be read: it is no text"),
+        (
+            ["--task", "classification", "--templates", "foo"],
+            "--templates: 'foo' has no {} for the class name. Give templates",
+        ),
+        (
+            ["--task", "classification", "--class-names", "missing.txt"],
+            "--class-names: missing.txt cannot be read: No such file",
+        ),
+        (
+            ["--task", "classification", "--class-names", "{t}/one"],
+            "--class-names: {t}/one holds 1, at least 2 are needed",
+        ),
+        (
+            ["--task", "classification", "--class-names", "{t}/binary"],
+            "--class-names: {t}/binary cannot be read: it is no text",
+        ),
         (["--task", "classification", "--class-names", "{t}/pipe"], "--class-names: {t}/pipe is no regular file"),
         (["--task", "segmentation", "--templates", "foo"], "--templates: 'foo' has no {} for the class name"),
         (["--task", "segmentation", "--class-names", "{t}/pipe"], "--class-names: {t}/pipe is no regular file"),
@@ -407,7 +597,12 @@ def test_a_released_name_is_reported_beside_the_published_figures(
     ],
 )
 def test_what_is_wrongly_given(
-    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path, words: list[str], message: str
+    command: Command,
+    trained: tuple[Path, dict[str, float]],
+    shards: str,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
 ) -> None:
     (tmp_path / "one").write_text("cat\n")
     for name in ("binary", "examples.jsonl"):
@@ -419,7 +614,9 @@ def test_what_is_wrongly_given(
         (tmp_path / f"numbered/{n}").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / f"numbered/{n}/1.png")
     given = ["--data", shards] if words[1] in ("segmentation", "knn") else []
-    code, out, err = command("eval", "--checkpoint", str(trained[0]), *given, *(word.replace("{t}", str(tmp_path)) for word in words))
+    code, out, err = command(
+        "eval", "--checkpoint", str(trained[0]), *given, *(word.replace("{t}", str(tmp_path)) for word in words)
+    )
     assert code == 2 and not out and message.replace("{t}", str(tmp_path)).replace("scenes", shards) in err, err
 
 
@@ -435,10 +632,22 @@ def test_checkpoints_that_cannot_be_used(command: Command, shards: str, monkeypa
     assert code == 2 and "heads" in err
 
 
-def test_roles_that_are_there(command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path) -> None:
+def test_roles_that_are_there(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path
+) -> None:
     content = torch.load(GOLDEN, weights_only=True)
     torch.save({"student": content["student"]}, tmp_path / "student.pt")
-    words = ("eval", "--checkpoint", str(tmp_path / "student.pt"), "--task", "knn", "--data", shards, "--train-data", shards)
+    words = (
+        "eval",
+        "--checkpoint",
+        str(tmp_path / "student.pt"),
+        "--task",
+        "knn",
+        "--data",
+        shards,
+        "--train-data",
+        shards,
+    )
     heads = ("model.image.heads=3", "model.text.heads=2")
     code, out, err = command(*words, *heads)
     assert code == 0 and out.splitlines()[0].split() == ["METRIC", "STUDENT"], err

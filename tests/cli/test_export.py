@@ -33,20 +33,27 @@ def run(tmp_path: Path) -> Path:
     """A run folder of quickstart's model, with two checkpoints and the results of the last."""
     folder = tmp_path / "run"
     folder.mkdir()
-    loaded = load_config("quickstart", ["name=mine", "model.image.layers=1", "model.text.layers=1", "data=null", "evaluators=null"])
+    loaded = load_config(
+        "quickstart", ["name=mine", "model.image.layers=1", "model.text.layers=1", "data=null", "evaluators=null"]
+    )
     model = Builder(loaded).assemble(prepare=False).model
     (folder / "config.yaml").write_text(dump_yaml(loaded.config.model_dump()))
     for step in (1, 2):
         student = to_host(model.state_dict())
         teacher = {name: value + step for name, value in student.items()}
-        save_checkpoint(folder, Snapshot(step=step, tensors={"student": student, "teacher": teacher}, state={"step": step}))
+        save_checkpoint(
+            folder, Snapshot(step=step, tensors={"student": student, "teacher": teacher}, state={"step": step})
+        )
     metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5}
     (folder / "result.json").write_text(json.dumps({"step": 2, "metrics": metrics}))
     return folder
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from cosmos_ssl.cli import main\ntry: main(['export', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from cosmos_ssl.cli import main\ntry: main(['export', '--help'])\nfinally: assert "
+        "'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--checkpoint C" in done.stdout and "--output DIR" in done.stdout and "model.text.heads=4" in done.stdout
     assert command_module._FORMATS == FORMATS
@@ -72,17 +79,23 @@ def test_in_python(run: Path, tmp_path: Path) -> None:
     """The function is what the command calls, and takes a model that is in memory, too."""
     roles, notes = cosmos_ssl.export(run, "official", tmp_path / "out")
     assert roles == ("student", "teacher") and notes == []
-    assert cosmos_ssl.export(cosmos_ssl.load(run, "teacher"), "timm", tmp_path / "timm", which="teacher").roles == ("teacher",)
+    assert cosmos_ssl.export(cosmos_ssl.load(run, "teacher"), "timm", tmp_path / "timm", which="teacher").roles == (
+        "teacher",
+    )
     with pytest.raises(UserError, match="--format onnxx: give one of openclip"):
         cosmos_ssl.export(run, "onnxx", tmp_path / "no")
 
 
 def test_a_run_folder_as_official_has_both_roles(command: Command, run: Path, tmp_path: Path) -> None:
-    code, out, _ = command("export", "--checkpoint", str(run), "--format", "official", "--output", str(tmp_path / "out"))
+    code, out, _ = command(
+        "export", "--checkpoint", str(run), "--format", "official", "--output", str(tmp_path / "out")
+    )
     assert code == 0 and out.startswith(f"{tmp_path}/out: the student and the teacher of {run} for official\n")
     content = torch.load(tmp_path / "out" / "mine.pt", weights_only=True)
     assert content.keys() == {"name", "cosmos_ssl.sizes", "student", "teacher"} and content["name"] == "mine"
-    assert torch.equal(content["teacher"]["logit_scale"], content["student"]["logit_scale"] + 2)  # of the newest checkpoint
+    assert torch.equal(
+        content["teacher"]["logit_scale"], content["student"]["logit_scale"] + 2
+    )  # of the newest checkpoint
     card = (tmp_path / "out" / "README.md").read_text()
     assert "student/image_to_text_R@1 | 0.25 |" in card and "teacher/image_to_text_R@1 | 0.5 |" in card
     again = cosmos_ssl.load(tmp_path / "out" / "mine.pt", "teacher")
@@ -93,7 +106,9 @@ def test_a_run_folder_as_official_has_both_roles(command: Command, run: Path, tm
 def test_results_belong_to_the_last_checkpoint(command: Command, run: Path, tmp_path: Path) -> None:
     for step, there in ((1, False), (2, True)):
         checkpoint = run / "checkpoints" / f"step_{step:08d}"
-        code, _, _ = command("export", "--checkpoint", str(checkpoint), "--format", "timm", "--output", str(tmp_path / f"{step}"))
+        code, _, _ = command(
+            "export", "--checkpoint", str(checkpoint), "--format", "timm", "--output", str(tmp_path / f"{step}")
+        )
         assert code == 0 and ("## Results" in (tmp_path / f"{step}" / "README.md").read_text()) == there
 
 
@@ -108,7 +123,9 @@ def test_a_damaged_checkpoint_is_passed_over(command: Command, run: Path, tmp_pa
     assert "## Results" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_is_told_of_a_load_and_of_the_licence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_told_of_a_load_and_of_the_licence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What was passed over and what was taken on standard error, also where one that is named is damaged."""
     damaged = run / "checkpoints" / "step_00000002"
     flags = ["--format", "timm", "--license", "cc-by-nc-4.0", "--output", str(tmp_path / "out")]

@@ -43,11 +43,15 @@ def rows(out: str, title: str) -> dict[str, list[str]]:
 
 
 def test_side_by_side(command: Command, configs: list[str], tmp_path: Path) -> None:
-    code, out, err = command("flops", *configs, "--caption-tokens", "9", "--depth", "3", "--json", str(tmp_path / "x.json"))
+    code, out, err = command(
+        "flops", *configs, "--caption-tokens", "9", "--depth", "3", "--json", str(tmp_path / "x.json")
+    )
     assert (code, err) == (0, "")
     report = json.loads((tmp_path / "x.json").read_text())
     costs = report["configs"]
-    assert [cost["name"] for cost in costs] == ["clip", "deeper", "cosmos"] and [cost["config"] for cost in costs] == configs
+    assert [cost["name"] for cost in costs] == ["clip", "deeper", "cosmos"] and [
+        cost["config"] for cost in costs
+    ] == configs
     assert report["samples"] == 2 and report["caption_tokens"] == 9 and "multiply-add" in report["convention"]
     keys = {"config", "name", "flops", "parameters", "activations", "modules", "uncounted", "difference"}
     assert all(cost.keys() == keys and not cost["uncounted"] for cost in costs)
@@ -63,7 +67,12 @@ def test_side_by_side(command: Command, configs: list[str], tmp_path: Path) -> N
     names = [line.split()[0] for line in modules.splitlines()[1:] if line and not line.startswith("Not")]
     blocks = [name for name in names if name.startswith("image.blocks.")]
     assert blocks == ["image.blocks.0", "image.blocks.1", "image.blocks.2"]
-    assert names.index("teacher") > names.index("losses.distill") > names.index("losses.clip") > names.index("text.blocks.0")
+    assert (
+        names.index("teacher")
+        > names.index("losses.distill")
+        > names.index("losses.clip")
+        > names.index("text.blocks.0")
+    )
     assert next(line for line in modules.splitlines() if line.startswith("image.blocks.2")).split()[1] == "0"
     assert "Not counted in cosmos: nothing" in out
 
@@ -72,13 +81,26 @@ def test_one_config(command: Command, configs: list[str], tmp_path: Path) -> Non
     code, out, _ = command("flops", configs[2], "--depth", "1", "--samples", "3", "--json", str(tmp_path / "x.json"))
     (cost,) = json.loads((tmp_path / "x.json").read_text())["configs"]
     assert code == 0 and "Per sample of a step of 3" in out and "ratio" not in out
-    names = ["student", "image", "text", "heads", "losses", "teacher", "teacher.image", "teacher.text", "teacher.heads", "teacher.losses"]
+    names = [
+        "student",
+        "image",
+        "text",
+        "heads",
+        "losses",
+        "teacher",
+        "teacher.image",
+        "teacher.text",
+        "teacher.heads",
+        "teacher.losses",
+    ]
     assert [module["name"] for module in cost["modules"]] == names
     table = out.split("KEPT (MIB)\n")[1].split("\n\n")[0]
     assert [line.split()[0] for line in table.splitlines()] == names
     student = [float(cell) for cell in table.splitlines()[0].split()[1:]]
     module = cost["modules"][0]
-    assert student == pytest.approx([module["flops"] / 1e9, module["parameters"] / 1e6, module["activations"] / 2**20], rel=1e-3)
+    assert student == pytest.approx(
+        [module["flops"] / 1e9, module["parameters"] / 1e6, module["activations"] / 2**20], rel=1e-3
+    )
 
 
 def test_overrides_reach_all_and_one_name_twice_is_told_apart(command: Command, configs: list[str]) -> None:

@@ -36,8 +36,15 @@ def test_list(command: Command, install: Install) -> None:
     install("my-losses", "0.3.1", entries={"losses/clip": "no_such_module:X", "losses/triplet": "no_such_module:Y"})
     code, out, _ = command("plugins", "list")
     head, columns, *rows = out.splitlines()
-    assert code == 0 and head == f"cosmos-ssl {__version__}, plugin API 1" and columns.split() == ["GROUP", "NAME", "FROM", "OBJECT"]
-    cells = [[row[columns.index(name) :].split("  ")[0].strip() for name in ("GROUP", "NAME", "FROM", "OBJECT")] for row in rows]
+    assert (
+        code == 0
+        and head == f"cosmos-ssl {__version__}, plugin API 1"
+        and columns.split() == ["GROUP", "NAME", "FROM", "OBJECT"]
+    )
+    cells = [
+        [row[columns.index(name) :].split("  ")[0].strip() for name in ("GROUP", "NAME", "FROM", "OBJECT")]
+        for row in rows
+    ]
     assert ["losses", "my-losses:clip", "my-losses 0.3.1", "no_such_module:X"] in cells
     assert ["losses", "triplet", "my-losses 0.3.1", "no_such_module:Y"] in cells
     assert ["losses", "clip", f"cosmos-ssl {__version__}", "cosmos_ssl_plugins.losses.clip:Clip"] in cells
@@ -46,7 +53,9 @@ def test_list(command: Command, install: Install) -> None:
 def test_list_as_json(command: Command, tmp_path: Path) -> None:
     assert command("plugins", "list", "--json", str(tmp_path / "x.json"))[0] == 0
     parts = json.loads((tmp_path / "x.json").read_text())
-    assert {"group", "name", "distribution", "version", "object"} == set(parts[0]) and len(parts) == len(registry.records())
+    assert {"group", "name", "distribution", "version", "object"} == set(parts[0]) and len(parts) == len(
+        registry.records()
+    )
 
 
 def test_list_where_nothing_is_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,16 +78,29 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
     [
         (
             ["heads/cross_attention"],
-            "Requires\n  for 'image': image projected of all groups and text tokens of group 'global', view 1, with pads\n"
+            "Requires\n  for 'image': image projected of all groups and text tokens of group 'global', view 1, "
+            "with pads\n"
             "  for 'text': text projected of all groups and image tokens of group 'global', view 1\n\n"
             "Offers\n  output 'image', width 512\n  output 'text', width 512\n",
         ),
         (["heads/cross_attention", "mask_padding=true"], "text tokens of group 'global', view 1\n"),
-        (["heads/cross_attention", "num_heads=7"], "cannot be told: ValueError: num_heads: model.embed_dim (512) is not a multiple of 7\n"),
+        (
+            ["heads/cross_attention", "num_heads=7"],
+            "cannot be told: ValueError: num_heads: model.embed_dim (512) is not a multiple of 7\n",
+        ),
         (["losses/clip"], "Options (and loss_weight, handled by the engine)"),
-        (["losses/clip"], "Requires\n  student: image projected of group 'global', gathered over ranks\n  student: text projected of"),
-        (["cross_modality_distillation"], "  with a head instead: student: 'image' and 'text' of its head; teacher: image projected of"),
-        (["cross_modality_distillation", "head=mine"], "Requires\n  student: 'image' and 'text' of the head 'mine'\n  teacher: image"),
+        (
+            ["losses/clip"],
+            "Requires\n  student: image projected of group 'global', gathered over ranks\n  student: text projected of",
+        ),
+        (
+            ["cross_modality_distillation"],
+            "  with a head instead: student: 'image' and 'text' of its head; teacher: image projected of",
+        ),
+        (
+            ["cross_modality_distillation", "head=mine"],
+            "Requires\n  student: 'image' and 'text' of the head 'mine'\n  teacher: image",
+        ),
         (["losses/dino"], "Requires\n  student: 'global' and 'local' of its head\n  teacher: 'global' of its head\n"),
         (["losses/ibot"], "student: 'global_masked' of its head\n"),
         (
@@ -87,14 +109,26 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
         ),
         (["losses/lightly"], "with a head instead: student: 'global' of its head, gathered over ranks\n"),
         (["multi_crop"], "Offers\n  'global': 2 views of 224 x 224 pixels\n  'local': 6 views of 96 x 96 pixels\n"),
-        (["multi_crop", "mask_probability=0.5", "local_crops_number=0"], "Offers\n  'global': 2 views of 224 x 224 pixels, with masks\n"),
-        (["view_groups"], "Requires\n  pictures\n\nOffers\n  depends on groups: give groups=... behind the part's name\n"),
+        (
+            ["multi_crop", "mask_probability=0.5", "local_crops_number=0"],
+            "Offers\n  'global': 2 views of 224 x 224 pixels, with masks\n",
+        ),
+        (
+            ["view_groups"],
+            "Requires\n  pictures\n\nOffers\n  depends on groups: give groups=... behind the part's name\n",
+        ),
         (["view_groups", "groups={a: {size: 64}}"], "Offers\n  'a': 1 view of 64 x 64 pixels\n"),
-        (["clip_vit", "mask_token=true"], "Requires\n  image views\n\nOffers\n  pooled and projected features\n  csa\n  masks\n"),
+        (
+            ["clip_vit", "mask_token=true"],
+            "Requires\n  image views\n\nOffers\n  pooled and projected features\n  csa\n  masks\n",
+        ),
         (["towers/timm"], "Offers\n  tokens\n  depends on model: give model=... behind the part's name\n"),
         (["tokenizers/clip", "context_length=32"], "Requires\n  nothing\n\nOffers\n  49,408 tokens, 32 a text\n"),
         (["evaluators/knn"], "Requires\n  model.image\n"),
-        (["teachers/none"], "Options: none (and update_when, handled by the engine)\n\nRequires\n  nothing\n\nOffers\n  no teacher\n"),
+        (
+            ["teachers/none"],
+            "Options: none (and update_when, handled by the engine)\n\nRequires\n  nothing\n\nOffers\n  no teacher\n",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -107,7 +141,10 @@ def test_what_is_shown_of_our_options_are_whole_sentences() -> None:
     own = [record for record in registry.records() if record.own]
     docs = [option.doc for record in own for option in registry.options_of(registry.load(record)) if option.doc]
     assert len(docs) > 100 and not [doc for doc in docs if not re.search(r"[.!?]$", doc)]
-    webdataset = {option.name: option.doc for option in registry.options_of(registry.load(registry.find("datasets", "webdataset")))}
+    webdataset = {
+        option.name: option.doc
+        for option in registry.options_of(registry.load(registry.find("datasets", "webdataset")))
+    }
     assert webdataset["caption_schema"].endswith("or null for pictures alone.")
 
 
@@ -144,7 +181,12 @@ def test_show_with_options_it_does_not_have(command: Command, option: str, messa
 
 def test_markdown(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEAD.replace(", names: list[str]", "")
-    install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain", "losses/clip": "my_heads:X"}, modules={"my_heads": head})
+    install(
+        "my-heads",
+        "2.0",
+        entries={"heads/plain": "my_heads:Plain", "losses/clip": "my_heads:X"},
+        modules={"my_heads": head},
+    )
     code, out, err = command("plugins", "list", "--markdown")
     assert code == 3 and err.startswith("losses/clip (my-heads 2.0, my_heads:X) cannot be imported: AttributeError")
     assert "| `heads/plain` |" in out and len(out.splitlines()) == 2 + len(registry.records()) - 1
@@ -177,11 +219,19 @@ def test_check(command: Command, install: Install, tmp_path: Path) -> None:
     install("my-heads", "2.0", entries={"heads/plain": "my_heads:Plain"}, modules={"my_heads": HEAD})
     code, out, _ = command("plugins", "check")
     assert (code, out) == (0, f"{before + 1} of {before + 1} parts can be used\n")
-    install("bad-heads", "1.0", entries={"heads/a": "bad_heads:A", "heads/b": "my_heads:HEAD"}, modules={"bad_heads": "import einops_x"})
+    install(
+        "bad-heads",
+        "1.0",
+        entries={"heads/a": "bad_heads:A", "heads/b": "my_heads:HEAD"},
+        modules={"bad_heads": "import einops_x"},
+    )
     code, out, _ = command("plugins", "check", "--json", str(tmp_path / "x.json"))
     first, second, last = out.splitlines()
     assert code == 3 and last == f"{before + 1} of {before + 3} parts can be used"
-    assert first == "heads/a (bad-heads 1.0, bad_heads:A) cannot be imported: ModuleNotFoundError: No module named 'einops_x'"
+    assert (
+        first
+        == "heads/a (bad-heads 1.0, bad_heads:A) cannot be imported: ModuleNotFoundError: No module named 'einops_x'"
+    )
     assert second.startswith("heads/b (bad-heads 1.0, my_heads:HEAD) cannot be imported: AttributeError")
     assert [row["name"] for row in json.loads((tmp_path / "x.json").read_text()) if row["error"]] == ["a", "b"]
 
@@ -195,7 +245,9 @@ def test_check_of_options_that_no_config_can_hold(command: Command, install: Ins
     )
 
 
-def test_disabled_plugins_are_neither_listed_nor_checked(command: Command, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_plugins_are_neither_listed_nor_checked(
+    command: Command, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("bad-heads", "1.0", entries={"heads/a": "bad_heads:A"}, modules={"bad_heads": "import einops_x"})
     assert command("plugins", "check")[0] == 3
     monkeypatch.setenv("COSMOS_DISABLE_PLUGINS", "1")

@@ -1,4 +1,6 @@
-"""``cosmos-ssl plugins new``: projects of every kind are installed, listed, checked, trained by their own tests, and clean."""
+"""``cosmos-ssl plugins new``: projects of every kind are installed, listed, checked, trained by their own tests, and
+clean.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, command: Sequence[str], cwd: str = ".", **variables: str) -> subprocess.CompletedProcess[str]:
     """A command of this environment with the projects installed."""
     environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"} | variables
-    program = [sys.executable, "-m", *command] if command[0] in ("pytest", "ruff", "mypy") else [scripts(command[0]), *command[1:]]
+    program = (
+        [sys.executable, "-m", *command]
+        if command[0] in ("pytest", "ruff", "mypy")
+        else [scripts(command[0]), *command[1:]]
+    )
     return subprocess.run(program, cwd=folder / cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -42,7 +48,9 @@ def scripts(name: str) -> str:
 
 def test_they_are_listed_and_checked(folder: Path) -> None:
     listed = run(folder, ["cosmos-ssl", "plugins", "list"])
-    assert len(re.findall(r"^\w+ +my_\w+ +my-\w+ 0\.1\.0 +my_\w+:My\w+$", listed.stdout, re.MULTILINE)) == len(KINDS), listed.stdout
+    assert len(re.findall(r"^\w+ +my_\w+ +my-\w+ 0\.1\.0 +my_\w+:My\w+$", listed.stdout, re.MULTILINE)) == len(KINDS), (
+        listed.stdout
+    )
     checked = run(folder, ["cosmos-ssl", "plugins", "check"])
     assert checked.returncode == 0, checked.stdout
     alone = run(folder, ["cosmos-ssl", "plugins", "list"], COSMOS_DISABLE_PLUGINS="1")
@@ -50,7 +58,9 @@ def test_they_are_listed_and_checked(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_show_describes_every_option(folder: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_describes_every_option(
+    folder: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(folder / "site"))
     registry.forget()
     code, out, _ = command("plugins", "show", f"my_{kind}")
@@ -59,16 +69,22 @@ def test_show_describes_every_option(folder: Path, kind: str, command: Command, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_config_of_its_readme_is_valid(folder: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_config_of_its_readme_is_valid(
+    folder: Path, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.syspath_prepend(str(folder / "site"))
     registry.forget()
-    [text] = re.findall(r"^```yaml\n(.*?)^```", (folder / f"my-{kind}" / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    [text] = re.findall(
+        r"^```yaml\n(.*?)^```", (folder / f"my-{kind}" / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     (tmp_path / "x.yaml").write_text(text)
     assert f"type: my_{kind}" in text
     assert command("config", "check", str(tmp_path / "x.yaml")) == (0, f"{tmp_path / 'x.yaml'}: ok\n", "")
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "loss" else []) for kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "loss" else []) for kind in KINDS]
+)
 def test_its_own_test_passes(folder: Path, kind: str) -> None:
     done = run(folder, ["pytest", "-q", "-p", "no:cacheprovider"], cwd=f"my-{kind}")
     assert done.returncode == 0 and re.search(r"^[3-9] passed", done.stdout, re.MULTILINE), done.stdout
@@ -112,7 +128,10 @@ def test_what_is_said(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my loss", "'my loss' is no name for a plugin: use letters, digits and single hyphens, beginning with a letter"),
+        (
+            "my loss",
+            "'my loss' is no name for a plugin: use letters, digits and single hyphens, beginning with a letter",
+        ),
         ("3d-loss", "'3d-loss' is no name for a plugin"),
         ("../loss", "'../loss' is no name for a plugin"),
         ("clip", f"the name 'clip' is taken: cosmos-ssl {__version__} offers losses/clip. Give another one"),
@@ -121,7 +140,11 @@ def test_what_is_said(command: Command, tmp_path: Path) -> None:
         ("lonely", "the name 'lonely' is taken: there is a module 'lonely' already. Give another one"),
         ("random", "the name 'random' is taken: Python has a module 'random'. Give another one"),
         ("null", "the name 'null' is taken: 'null' has a meaning of its own. Give another one"),
-        ("loss", "the name 'loss' is taken: its class would be called 'Loss', as another one that it needs. Give another one"),
+        (
+            "loss",
+            "the name 'loss' is taken: its class would be called 'Loss', as another one that it needs. Give "
+            "another one",
+        ),
     ],
 )
 def test_names_that_cannot_be_used(command: Command, install: Install, tmp_path: Path, name: str, message: str) -> None:
@@ -138,7 +161,10 @@ def test_a_name_is_taken_in_its_own_group_alone(command: Command, tmp_path: Path
 def test_places_that_cannot_be_used(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "our-loss").mkdir()
     code, _, err = command("plugins", "new", "our-loss", "--kind", "loss", "--output", str(tmp_path))
-    assert (code, err) == (2, f"{tmp_path / 'our-loss'} exists already. Give another name, or another folder with --output\n")
+    assert (code, err) == (
+        2,
+        f"{tmp_path / 'our-loss'} exists already. Give another name, or another folder with --output\n",
+    )
     (tmp_path / "file").touch()
     code, _, err = command("plugins", "new", "our-loss", "--kind", "loss", "--output", str(tmp_path / "file" / "x"))
     assert (code, err) == (

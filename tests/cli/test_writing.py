@@ -1,4 +1,6 @@
-"""Commands that cannot write: 74 where the disk is full, 2 where it may not be written, one line, and the old file stays."""
+"""Commands that cannot write: 74 where the disk is full, 2 where it may not be written, one line, and the old file
+stays.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = io.BytesIO()
             Image.new("RGB", (32, 32), (number, 0, 0)).save(file, "PNG")
             (folder / "pictures" / f"{number}.png").write_bytes(file.getvalue())
-            body = {"png": file.getvalue() if number else b"none", "json": json.dumps({"raw_caption": ["a dog"]}).encode()}
+            body = {
+                "png": file.getvalue() if number else b"none",
+                "json": json.dumps({"raw_caption": ["a dog"]}).encode(),
+            }
             for extension, content in body.items():
                 info = tarfile.TarInfo(f"{number:03d}.{extension}")
                 info.size = len(content)
@@ -78,7 +83,10 @@ def test_what_cannot_be_written(
 
     monkeypatch.setattr(os, "fsync", refused)
     places = {"DATA": str(data), "OUT": str(tmp_path / "out"), "OLD": str(tmp_path / "old")}
-    argv = [next((word.replace(key, place) for key, place in places.items() if word.startswith(key)), word) for word in COMMANDS[name]]
+    argv = [
+        next((word.replace(key, place) for key, place in places.items() if word.startswith(key)), word)
+        for word in COMMANDS[name]
+    ]
     found, _, err = command(*argv)
     assert (found, os.strerror(number) in err) == (code, True), err
     assert len(err.strip().splitlines()) == 1 and (tmp_path / "old").read_text() == "old"
@@ -93,7 +101,9 @@ def test_a_report_on_a_full_device(command: Command, tmp_path: Path) -> None:
     assert code == EXIT_USER and err == f"--json {tmp_path}: cannot be written: Is a directory\n"
 
 
-def test_a_new_plugin_that_finds_no_room_leaves_nothing(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_plugin_that_finds_no_room_leaves_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -103,9 +113,12 @@ def test_a_new_plugin_that_finds_no_room_leaves_nothing(command: Command, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")]
+    "error",
+    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")],
 )
-def test_an_export_that_finds_no_room(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_an_export_that_finds_no_room(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*_: object) -> list[str]:
         try:
             raise error

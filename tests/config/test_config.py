@@ -68,11 +68,43 @@ def faults_of(load: Load, text: str = "", *overrides: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        *[("5e-4", 5e-4), ("1e3", 1e3), (".5", 0.5), ("1.", 1.0), ("-1.5E+2", -150.0), (".inf", float("inf")), ("1e400", float("inf"))],
+        *[
+            ("5e-4", 5e-4),
+            ("1e3", 1e3),
+            (".5", 0.5),
+            ("1.", 1.0),
+            ("-1.5E+2", -150.0),
+            (".inf", float("inf")),
+            ("1e400", float("inf")),
+        ],
         *[("12", 12), ("-3", -3), ("+3", 3), ("010", 10), ("0o17", 15), ("0xff", 255)],
         *[("true", True), ("False", False), ("TRUE", True), ("null", None), ("~", None), ("", None)],
-        *[(text, text) for text in ("no", "yes", "on", "Off", "12:00:00", "1_000", "2001-01-01", "0b1", "nuLL", "<<", "1e", "e5", "=")],
-        *[("'5'", "5"), ('"true"', "true"), ("!!str 5", "5"), ("!!float 5", 5.0), ("a b #c", "a b"), ("9" * 5000, "9" * 5000)],
+        *[
+            (text, text)
+            for text in (
+                "no",
+                "yes",
+                "on",
+                "Off",
+                "12:00:00",
+                "1_000",
+                "2001-01-01",
+                "0b1",
+                "nuLL",
+                "<<",
+                "1e",
+                "e5",
+                "=",
+            )
+        ],
+        *[
+            ("'5'", "5"),
+            ('"true"', "true"),
+            ("!!str 5", "5"),
+            ("!!float 5", 5.0),
+            ("a b #c", "a b"),
+            ("9" * 5000, "9" * 5000),
+        ],
     ],
 )
 def test_scalars_of_yaml_1_2(text: str, value: Any) -> None:
@@ -100,7 +132,10 @@ def test_broken_yaml(text: str, message: str) -> None:
 
 
 def test_aliases_are_bounded() -> None:
-    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]
+    rows = [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
+        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)),
+    ]
     start = time.perf_counter()
     with pytest.raises(ConfigError, match="more than 20,000 values"):
         parse_yaml("\n".join(rows), "x.yaml", [])
@@ -163,12 +198,19 @@ def test_mappings_merge_by_key_and_lists_replace(load: Load) -> None:
 def test_another_type_replaces_the_part(load: Load) -> None:
     config = load("losses: {distill: {type: clip}}\nteacher: {type: none}\n").config
     assert config.losses["distill"].options == {} and config.teacher.options == {} and config.teacher.type == "none"
-    assert load("losses: {distill: {type: cross_modality_distillation}}\n").config.losses["distill"].options == {"head": "cross"}
+    assert load("losses: {distill: {type: cross_modality_distillation}}\n").config.losses["distill"].options == {
+        "head": "cross"
+    }
 
 
 def test_null_removes(load: Load) -> None:
     config = load("losses: {distill: null}\nevaluators: null\nteacher: ~\nmodel: {embed_dim:}\n").config
-    assert list(config.losses) == ["clip"] and config.evaluators == {} and config.teacher.type == "none" and config.model.embed_dim == 512
+    assert (
+        list(config.losses) == ["clip"]
+        and config.evaluators == {}
+        and config.teacher.type == "none"
+        and config.model.embed_dim == 512
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,13 +219,18 @@ def test_null_removes(load: Load) -> None:
         ("trianing: null", "x.yaml:2  trianing: unknown key. Did you mean 'training'?"),
         ("trianing:", "x.yaml:2  trianing: unknown key. Did you mean 'training'?"),
         ("training: {batchsize: ~}", "x.yaml:2  training.batchsize: unknown key. Did you mean 'batch_size'?"),
-        ("losses: {distil: null}", "x.yaml:2  losses.distil: there is no loss of this name to remove. Did you mean 'distill'?"),
+        (
+            "losses: {distil: null}",
+            "x.yaml:2  losses.distil: there is no loss of this name to remove. Did you mean 'distill'?",
+        ),
         ("heads:\n  own: null", "x.yaml:3  heads.own: there is no head of this name to remove."),
     ],
 )
 def test_a_null_that_removes_nothing_is_a_fault(load: Load, text: str, fault: str) -> None:
     assert any(found.startswith(fault) for found in faults_of(load, text))
-    assert faults_of(load, "", "evaluators.knn=null") == ("command line  evaluators.knn: there is no evaluator of this name to remove.",)
+    assert faults_of(load, "", "evaluators.knn=null") == (
+        "command line  evaluators.knn: there is no evaluator of this name to remove.",
+    )
 
 
 def test_null_is_a_value_where_it_means_something(load: Load) -> None:
@@ -232,7 +279,9 @@ def test_files_that_are_extended_are_bounded(load: Load) -> None:
     for n in range(1, 31):  # 2^30 of them, as many as a list of two at each of thirty levels names
         Path(f"f{n}.yaml").write_text(f"extends: [f{n - 1}.yaml, f{n - 1}.yaml]\n")
     Path("f0.yaml").write_text("extends: parent.yaml\n")
-    with pytest.raises(ConfigError, match=r"^f\d\.yaml:1  extends: more than 100 files, counted as often as they are named$"):
+    with pytest.raises(
+        ConfigError, match=r"^f\d\.yaml:1  extends: more than 100 files, counted as often as they are named$"
+    ):
         load_config("f30.yaml")
     assert load_config("f4.yaml").config.model.embed_dim == 64
 
@@ -279,7 +328,17 @@ def test_packaged_configs_are_found_by_name(tmp_path: Path, monkeypatch: pytest.
     [
         *[("32", 32), ("5e-4", 5e-4), ("null", None), ("", None), ("true", True), ("no", "no"), ("'32'", "32")],
         *[("[1, a]", [1, "a"]), ("{x: 1, y: [2]}", {"x": 1, "y": [2]}), ("{}", {}), ("[]", [])],
-        *[(path, path) for path in ("/x/{0000..0003}.tar", "{0000..0003}.tar", "{a,b}", "{0..3}", "s3://b/{0..3}.tar::/y.tar", "C:\\x")],
+        *[
+            (path, path)
+            for path in (
+                "/x/{0000..0003}.tar",
+                "{0000..0003}.tar",
+                "{a,b}",
+                "{0..3}",
+                "s3://b/{0..3}.tar::/y.tar",
+                "C:\\x",
+            )
+        ],
         *[(text, text) for text in ("*.bias", "&x", "!x y", "- x", "a: b", "[1, 2", "a=b", "@x", "%x", "| cat")],
     ],
 )
@@ -290,18 +349,32 @@ def test_values_of_overrides(text: str, value: Any) -> None:
 
 
 def test_overrides_merge_as_a_child_does(load: Load) -> None:
-    config = load("", "training.batch_size=32", "losses.distill.type=clip", "evaluators=null", "data.train_data=/x/{0000..0003}.tar").config
+    config = load(
+        "",
+        "training.batch_size=32",
+        "losses.distill.type=clip",
+        "evaluators=null",
+        "data.train_data=/x/{0000..0003}.tar",
+    ).config
     assert config.training.batch_size == 32 and config.losses["distill"].options == {} and config.evaluators == {}
     assert config.data.options["train_data"] == "/x/{0000..0003}.tar"
     assert load("", "training.seed=1", "training.seed=2").config.training.seed == 2
 
 
 def test_faults_of_overrides_say_command_line(load: Load) -> None:
-    faults = faults_of(load, "", "training.batchsize=8", "lr", ".x=1", "training={seed: 1, seed: 2}", "optimizer.lr=fast")
-    assert "command line  'lr': expected key.sub=value" in faults and "command line  '.x=1': expected key.sub=value" in faults
+    faults = faults_of(
+        load, "", "training.batchsize=8", "lr", ".x=1", "training={seed: 1, seed: 2}", "optimizer.lr=fast"
+    )
+    assert (
+        "command line  'lr': expected key.sub=value" in faults
+        and "command line  '.x=1': expected key.sub=value" in faults
+    )
     assert "command line  training.seed: given twice, first at command line" in faults
     assert "command line  optimizer.lr: expected a number, got 'fast'" in faults
-    assert any(text.startswith("command line  training.batchsize: unknown key. Did you mean 'batch_size'? Accepts: ") for text in faults)
+    assert any(
+        text.startswith("command line  training.batchsize: unknown key. Did you mean 'batch_size'? Accepts: ")
+        for text in faults
+    )
 
 
 # ---------------------------------------------------------------------------- faults
@@ -312,7 +385,10 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
     [
         ("losess: {}", "x.yaml:2  losess: unknown key. Did you mean 'losses'? Accepts: extends, name, "),
         ("extend: a", "x.yaml:2  extend: unknown key. Did you mean 'extends'?"),
-        ("schedule: {epoch: 3}", "x.yaml:2  schedule.epoch: unknown key. Did you mean 'epochs'? Accepts: epochs, max_steps, "),
+        (
+            "schedule: {epoch: 3}",
+            "x.yaml:2  schedule.epoch: unknown key. Did you mean 'epochs'? Accepts: epochs, max_steps, ",
+        ),
         ("training: {batch_size: many}", "x.yaml:2  training.batch_size: expected an integer, got 'many'"),
         ("training: {batch_size: '8'}", "x.yaml:2  training.batch_size: expected an integer, got '8'"),
         ("training: {batch_size: 8.5}", "x.yaml:2  training.batch_size: expected an integer, got 8.5"),
@@ -320,13 +396,22 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
         ("training: {trace_steps: -1}", "x.yaml:2  training.trace_steps: expected greater than or equal to 0, got -1"),
         ("training: {compile: yes}", "x.yaml:2  training.compile: expected a boolean, got 'yes'"),
         ("training: 3", "x.yaml:2  training: expected a mapping, got 3"),
-        ("training: {precision: fp16}", "x.yaml:2  training.precision: expected 'auto', 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'"),
+        (
+            "training: {precision: fp16}",
+            "x.yaml:2  training.precision: expected 'auto', 'fp32', 'amp_bf16' or 'amp_fp16', got 'fp16'",
+        ),
         ("teacher:\n  update_when: later", "x.yaml:3  teacher.update_when: expected 'before_optimizer_step' or "),
         ("losses: {clip: {loss_weight: x}}", "x.yaml:2  losses.clip.loss_weight: expected a number, got 'x'"),
         ("losses: [a]", 'x.yaml:2  losses: expected a mapping, got ["a"]'),
         ("heads: {a: {num_heads: 3}}", "x.yaml:2  heads.a.type: missing: name a part"),
-        ("heads: {a.b: {type: cross_attention}}", "x.yaml:2  heads.a.b: 'a.b' is no name: use letters, digits, - and _"),
-        ("optimizer:\n  rules:\n  - {match: a}\n  - {macth: b}", "x.yaml:5  optimizer.rules.1.macth: unknown key. Did you mean 'match'?"),
+        (
+            "heads: {a.b: {type: cross_attention}}",
+            "x.yaml:2  heads.a.b: 'a.b' is no name: use letters, digits, - and _",
+        ),
+        (
+            "optimizer:\n  rules:\n  - {match: a}\n  - {macth: b}",
+            "x.yaml:5  optimizer.rules.1.macth: unknown key. Did you mean 'match'?",
+        ),
         (
             "losses:\n  clip: {type: clpi}",
             "x.yaml:3  losses.clip.type: no loss named 'clpi'. Did you mean 'clip'?\n" + " " * 10 + "Available: ",
@@ -347,11 +432,17 @@ def test_faults_name_place_key_and_remedy(load: Load, text: str, fault: str) -> 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("training: {micro_batch_size: 7}", "x.yaml:2  training.micro_batch_size: 7 does not divide training.batch_size (96)"),
+        (
+            "training: {micro_batch_size: 7}",
+            "x.yaml:2  training.micro_batch_size: 7 does not divide training.batch_size (96)",
+        ),
         ("loader: {lanes: 5}", "x.yaml:2  loader.lanes: 5 does not divide training.batch_size (96)"),
         ("tokenizer: null", "parent.yaml:5  model.text: a text tower needs a tokenizer"),
         ("augmenters: {text: null}", "parent.yaml:5  model.text: nothing makes its views: give augmenters.text"),
-        ("model: {text: null}", "parent.yaml:9  augmenters.text: nothing reads its views: give model.text, or augmenters.text: null"),
+        (
+            "model: {text: null}",
+            "parent.yaml:9  augmenters.text: nothing reads its views: give model.text, or augmenters.text: null",
+        ),
         ("model: {image: null, text: null}", "x.yaml:2  model: needs a tower"),
         ("losses: null", "x.yaml:2  losses: there is nothing to train on"),
     ],
@@ -371,19 +462,36 @@ def test_parts_of_others_are_named_by_distribution(load: Load, install: Callable
 
 
 def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
-    faults = faults_of(load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1")
+    faults = faults_of(
+        load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1"
+    )
     assert len(faults) == 5 and [text.split(":")[0] for text in faults].count("x.yaml") == 4
 
 
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        *[(path, ".inf", "finite number, got .inf") for path in ("optimizer.lr", "schedule.final_lr", "optimizer.weight_decay")],
-        *[(path, ".nan", "finite number, got .nan") for path in ("losses.clip.loss_weight", "training.timeout_minutes", "optimizer.eps")],
-        *[(path, "-1", "0") for path in ("optimizer.lr", "loader.workers", "training.clip_grad_norm", "schedule.warmup_steps")],
+        *[
+            (path, ".inf", "finite number, got .inf")
+            for path in ("optimizer.lr", "schedule.final_lr", "optimizer.weight_decay")
+        ],
+        *[
+            (path, ".nan", "finite number, got .nan")
+            for path in ("losses.clip.loss_weight", "training.timeout_minutes", "optimizer.eps")
+        ],
+        *[
+            (path, "-1", "0")
+            for path in ("optimizer.lr", "loader.workers", "training.clip_grad_norm", "schedule.warmup_steps")
+        ],
         *[(path, "1", "less than 1, got 1") for path in ("optimizer.beta1", "optimizer.beta2")],
-        *[(path, "99999999999999999999", "less than or equal to") for path in ("loader.workers", "loader.prefetch", "loader.lanes")],
-        *[(path, "99999999999999999999", "less than or equal to") for path in ("training.batch_size", "training.trace_steps")],
+        *[
+            (path, "99999999999999999999", "less than or equal to")
+            for path in ("loader.workers", "loader.prefetch", "loader.lanes")
+        ],
+        *[
+            (path, "99999999999999999999", "less than or equal to")
+            for path in ("training.batch_size", "training.trace_steps")
+        ],
         ("training.seed", str(1 << 63), f"less than {1 << 63}"),
         ("optimizer.rules", "[{match: a, lr_scale: -1}]", "greater than or equal to 0"),
         ("optimizer.rules", "[{match: a, frozen_epochs: .inf}]", "finite number"),
@@ -397,18 +505,25 @@ def test_numbers_are_finite_and_bounded(load: Load, path: str, value: str, words
 
 
 def test_seeds_and_infinite_warm_ups_that_are_sound(load: Load) -> None:
-    assert load("", f"training.seed={(1 << 63) - 1}", "schedule.warmup_steps=0", "loader.workers=0").config.training.seed == (1 << 63) - 1
+    assert (
+        load("", f"training.seed={(1 << 63) - 1}", "schedule.warmup_steps=0", "loader.workers=0").config.training.seed
+        == (1 << 63) - 1
+    )
 
 
 def test_paths_may_begin_at_home(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/users/ann")
-    loaded = load("output_dir: ~/runs/a\ndata: {train_data: '~/x/{0..3}.tar::s3://b/~c.tar::~/y.tar'}\n", "model.pretrained=~/old")
+    loaded = load(
+        "output_dir: ~/runs/a\ndata: {train_data: '~/x/{0..3}.tar::s3://b/~c.tar::~/y.tar'}\n", "model.pretrained=~/old"
+    )
     assert loaded.config.folder == Path("/users/ann/runs/a") and loaded.config.model.pretrained == "/users/ann/old"
     assert loaded.tree["data"]["train_data"] == "/users/ann/x/{0..3}.tar::s3://b/~c.tar::/users/ann/y.tar"
-    assert loaded.origin("output_dir") == "x.yaml:2" and load("data: {train_data: ['~/a']}\n").tree["data"]["train_data"] == [
-        "/users/ann/a"
-    ]
-    assert faults_of(load, "output_dir: ~nobody-at-all/x") == ("x.yaml:2  output_dir: no home folder is known for ~nobody-at-all",)
+    assert loaded.origin("output_dir") == "x.yaml:2" and load("data: {train_data: ['~/a']}\n").tree["data"][
+        "train_data"
+    ] == ["/users/ann/a"]
+    assert faults_of(load, "output_dir: ~nobody-at-all/x") == (
+        "x.yaml:2  output_dir: no home folder is known for ~nobody-at-all",
+    )
 
 
 def test_what_a_terminal_would_obey_is_shown_as_escapes(load: Load) -> None:
@@ -417,7 +532,9 @@ def test_what_a_terminal_would_obey_is_shown_as_escapes(load: Load) -> None:
     (fault,) = faults_of(load, '"\\e[2J": 1\n')
     assert fault.startswith("x.yaml:2  \\x1b[2J: unknown key")
     assert faults_of(load, 'profile: "a\\0b"\n') == ("x.yaml:2  profile: holds a character that no text has",)
-    assert faults_of(load, 'data: {train_data: "\\ud800"}\n') == ("x.yaml:2  data.train_data: holds a character that no text has",)
+    assert faults_of(load, 'data: {train_data: "\\ud800"}\n') == (
+        "x.yaml:2  data.train_data: holds a character that no text has",
+    )
 
 
 def test_depth_is_bounded(load: Load) -> None:
@@ -434,7 +551,10 @@ def test_python_values_of_a_mapping(load: Load) -> None:
     tree = load().tree
     numbers = {**tree["schedule"], "epochs": np.int64(3), "final_lr": np.float32(0.5)}
     loaded = load_config({**tree, "output_dir": Path("there"), "schedule": numbers})
-    assert loaded.config.folder == Path("there") and (loaded.config.schedule.epochs, loaded.config.schedule.final_lr) == (3, 0.5)
+    assert loaded.config.folder == Path("there") and (
+        loaded.config.schedule.epochs,
+        loaded.config.schedule.final_lr,
+    ) == (3, 0.5)
     with pytest.raises(ConfigError, match=r"^config  data\.train_data\.0: a set is nothing that a config can hold$"):
         load_config({**tree, "data": {"type": "webdataset", "train_data": [{1}]}})
 
@@ -446,7 +566,10 @@ def test_an_image_only_config(load: Load) -> None:
 def test_the_first_stage_is_quick_and_imports_no_part(load: Load) -> None:
     load()
     heavy = "{'torch', 'cosmos_ssl_plugins'}"
-    code = f"import sys; from cosmos_ssl.config import load_config; load_config('x.yaml'); print({heavy} & {{*sys.modules}})"
+    code = (
+        f"import sys; from cosmos_ssl.config import load_config; load_config('x.yaml'); print({heavy} & "
+        f"{{*sys.modules}})"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()" and time.perf_counter() - start < 3, "under a second where nothing else runs"
@@ -464,16 +587,25 @@ def test_a_clone_that_is_not_installed_says_so_once(load: Load, monkeypatch: pyt
 def test_origins(load: Load) -> None:
     loaded = load("training: {seed: 3}\n", "heads.cross.num_heads=4")
     assert loaded.origin("training.seed") == "x.yaml:2" and loaded.origin("training.batch_size") == "parent.yaml:17"
-    assert loaded.origin("heads.cross.num_heads") == "command line" and loaded.origin("heads.cross.type") == "parent.yaml:11"
+    assert (
+        loaded.origin("heads.cross.num_heads") == "command line"
+        and loaded.origin("heads.cross.type") == "parent.yaml:11"
+    )
     assert loaded.origin("augmenters.image.global_crops_scale.1") == "parent.yaml:8"
     assert loaded.origin("schedule.epochs") == "default"
-    assert locate(loaded, "losses.distill.temperature") == "parent.yaml:14" and locate(loaded, "schedule.epochs") == "x.yaml:1"
+    assert (
+        locate(loaded, "losses.distill.temperature") == "parent.yaml:14"
+        and locate(loaded, "schedule.epochs") == "x.yaml:1"
+    )
     assert loaded.fault("losses.clip.x", "no\nyes") == "parent.yaml:13  losses.clip.x: no\n                yes"
 
 
 def test_the_tree_holds_everything_and_loads_again(load: Load, tmp_path: Path) -> None:
     loaded = load("optimizer: {rules: [{match: '*.bias', lr_scale: 2}]}\n")
-    assert loaded.tree["schedule"]["warmup_steps"] == 2000 and loaded.tree["heads"]["cross"] == {"type": "cross_attention", "num_heads": 8}
+    assert loaded.tree["schedule"]["warmup_steps"] == 2000 and loaded.tree["heads"]["cross"] == {
+        "type": "cross_attention",
+        "num_heads": 8,
+    }
     again = tmp_path / "again.yaml"
     again.write_text(dump_yaml(loaded.tree))
     assert load_config(again).config == loaded.config and load_config(again).tree == loaded.tree
@@ -501,6 +633,9 @@ def test_possible_ranks() -> None:
 def test_impossible_ranks_are_refused_with_the_possible_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         check_ranks(config_of(), 12)
-    wanted = "training.batch_size: 1024 cannot be shared by 12 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, 16, 32, 64, 128, 256."
+    wanted = (
+        "training.batch_size: 1024 cannot be shared by 12 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, "
+        "16, 32, 64, 128, 256."
+    )
     assert str(caught.value) == wanted
     check_ranks(config_of(), 8)

@@ -31,14 +31,25 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
 }
 RUN = ["loader.workers=0", "evaluators=null", "logging={every_steps: 1, tensorboard: false}", "model.embed_dim=32"]
-RUN += ["training.batch_size=8", "training.precision=fp32", "training.device=cpu", f"schedule.max_steps={STEPS}", "schedule.warmup_steps=1"]
+RUN += [
+    "training.batch_size=8",
+    "training.precision=fp32",
+    "training.device=cpu",
+    f"schedule.max_steps={STEPS}",
+    "schedule.warmup_steps=1",
+]
 
 
 def shrink(config: Config, scenes: Path) -> list[str]:
     """Overrides that make a run of ``config`` small; pictures without captions where it reads no text."""
     schema = "null" if config.model.text is None else "dreamlip"
-    data = f"data={{type: scenes, train_samples: 24, validation_samples: 8, image_size: 48, caption_schema: {schema}, folder: '{scenes}'}}"
-    parts: dict[str, Any] = {"model.image": config.model.image, "model.text": config.model.text, "tokenizer": config.tokenizer}
+    sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
+    data = f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}"
+    parts: dict[str, Any] = {
+        "model.image": config.model.image,
+        "model.text": config.model.text,
+        "tokenizer": config.tokenizer,
+    }
     parts |= {"augmenters.image": config.augmenters.image, "augmenters.text": config.augmenters.text}
     parts |= {f"heads.{name}": head for name, head in config.heads.items()}
     sizes = [
@@ -65,7 +76,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scenes")
 
 
-@pytest.mark.parametrize("path", [*METHODS, *ABLATIONS], ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+@pytest.mark.parametrize(
+    "path", [*METHODS, *ABLATIONS], ids=lambda path: str(path.relative_to(CONFIGS).with_suffix(""))
+)
 def test_trains(path: Path, scenes: Path, tmp_path: Path) -> None:
     config = load_config(path).config
     metrics = cosmos_ssl.train(path, [*shrink(config, scenes), f"output_dir={tmp_path}/run"])
@@ -99,7 +112,12 @@ def test_resumes_to_the_same_numbers(scenes: Path, tmp_path: Path, capsys: pytes
 
 def test_methods_and_ablations_are_there() -> None:
     assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"}
-    assert {path.stem for path in ABLATIONS} == {"no_cross_attention", "no_text_crop", "no_image_crop", "no_distillation"}
+    assert {path.stem for path in ABLATIONS} == {
+        "no_cross_attention",
+        "no_text_crop",
+        "no_image_crop",
+        "no_distillation",
+    }
 
 
 def test_image_only_methods_have_nothing_of_texts() -> None:
@@ -117,7 +135,10 @@ def test_text_image_methods_differ_by_the_method_alone() -> None:
 
 
 def test_cosmos_as_a_method_is_the_published_recipe() -> None:
-    assert load_config(CONFIGS / "methods" / "cosmos.yaml").config == load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
+    assert (
+        load_config(CONFIGS / "methods" / "cosmos.yaml").config
+        == load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +165,23 @@ def test_an_ablation_lacks_what_it_says(
 PAIRS: dict[str, dict[str, Any]] = {
     "simsiam": {
         "heads": {
-            "project": {"type": "projection", "layers": 3, "hidden_dim": 24, "output_dim": 16, "output_batch_norm": True},
+            "project": {
+                "type": "projection",
+                "layers": 3,
+                "hidden_dim": 24,
+                "output_dim": 16,
+                "output_batch_norm": True,
+            },
             "predict": {"type": "projection", "input": "project", "hidden_dim": 8, "output_dim": 16},
         },
-        "losses": {"pairs": {"type": "lightly", "loss": "NegativeCosineSimilarity", "head": "predict", "target_head": "project"}},
+        "losses": {
+            "pairs": {
+                "type": "lightly",
+                "loss": "NegativeCosineSimilarity",
+                "head": "predict",
+                "target_head": "project",
+            }
+        },
     },
     "byol": {
         "heads": {
@@ -167,14 +201,23 @@ PAIRS: dict[str, dict[str, Any]] = {
     },
     "barlow_twins": {
         "heads": {"project": {"type": "projection", "layers": 3, "hidden_dim": 24, "output_dim": 16}},
-        "losses": {"pairs": {"type": "lightly", "loss": "BarlowTwinsLoss", "options": {"lambda_param": 0.01}, "head": "project"}},
+        "losses": {
+            "pairs": {
+                "type": "lightly",
+                "loss": "BarlowTwinsLoss",
+                "options": {"lambda_param": 0.01},
+                "head": "project",
+            }
+        },
     },
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_view_pair_methods_of_lightly_train(name: str, scenes: Path, tmp_path: Path) -> None:
-    """Methods without a recipe of their own, from the parts that there are: heads on heads, targets without gradient."""
+    """Methods without a recipe of their own, from the parts that there are: heads on heads, targets without
+    gradient.
+    """
     tree = {
         "extends": "base",
         "model": {"image": {"type": "clip_vit"}},

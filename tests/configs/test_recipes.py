@@ -67,12 +67,21 @@ def test_recipe_holds_the_published_numbers(name: str) -> None:
     config = recipe(name)
     batch, momentum, schema, _, _ = DATA[name.partition("_")[2]]
     assert config.name == f"cosmos_{name}"
-    assert config.training.batch_size == batch and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
+    assert (
+        config.training.batch_size == batch
+        and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
+    )
     assert config.teacher.type == "ema" and config.teacher.update_when == "before_optimizer_step"
     assert config.teacher.options == {"momentum_teacher": momentum}
     assert config.data.options["caption_schema"] == schema
     optimizer = config.optimizer
-    assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (5e-4, 0.9, 0.98, 1e-8, 0.5)
+    assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (
+        5e-4,
+        0.9,
+        0.98,
+        1e-8,
+        0.5,
+    )
     assert (config.schedule.epochs, config.schedule.warmup_steps, config.schedule.final_lr) == (32, 2000, 0.0)
 
 
@@ -84,7 +93,10 @@ def test_recipe_holds_the_published_model(name: str) -> None:
     assert spec.image is not None and spec.text is not None
     assert (spec.image.width, spec.image.patch_size, spec.image.image_size) == (768, int(name[4:6]), 224)
     assert spec.text.width == 512
-    assert {group: (view.views, view.size) for group, view in spec.image_views.items()} == {"global": (2, 224), "local": (6, 96)}
+    assert {group: (view.views, view.size) for group, view in spec.image_views.items()} == {
+        "global": (2, 224),
+        "local": (6, 96),
+    }
     assert {group: view.views for group, view in spec.text_views.items()} == {"global": 2, "local": 6}
     # OpenCLIP's ViT-B-16 has 149,620,737 parameters; B-32 has larger patches in the convolution and fewer positions.
     # COSMOS adds two attention heads with two norms each, a map to D for the tokens of each tower, and a log-scale.

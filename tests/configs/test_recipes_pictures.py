@@ -1,4 +1,6 @@
-"""Recipes of methods on pictures alone: the published numbers, headers, and what a step computes for student and teacher."""
+"""Recipes of methods on pictures alone: the published numbers, headers, and what a step computes for student and
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,16 @@ def test_header_states_command_hardware_and_result(name: str) -> None:
 def test_what_all_three_share(name: str) -> None:
     config = recipe(name)
     optimizer = config.optimizer
-    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, config.schedule.final_lr) == (0.9, 0.999, 0.04, 1e-6)
-    assert config.training.clip_grad_norm == 3.0 and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, config.schedule.final_lr) == (
+        0.9,
+        0.999,
+        0.04,
+        1e-6,
+    )
+    assert (
+        config.training.clip_grad_norm == 3.0
+        and resolve_precision(config.training.precision, torch.device("cuda")) == "amp_fp16"
+    )
     assert config.teacher.type == "ema" and config.teacher.update_when == "after_optimizer_step"
     assert config.teacher.options["final_momentum_teacher"] == 1.0
     assert all(loss.options.get("student_temp", 0.1) == 0.1 for loss in config.losses.values())
@@ -63,7 +73,8 @@ def test_dino() -> None:
     assert config.teacher.options["momentum_teacher"] == 0.996
     assert assembly.spec.image_views == {"global": ViewSpec(views=2, size=224), "local": ViewSpec(views=8, size=96)}
     assert config.augmenters.image is not None and config.augmenters.image.options["global_crops_scale"] == [0.4, 1.0]
-    # a ViT-S/16 of 12 blocks (21,665,664 parameters in timm, with the patches' bias), and what nobody reads: the projection
+    # a ViT-S/16 of 12 blocks (21,665,664 parameters in timm, with the patches' bias), and what nobody reads: the
+    # projection
     tower = assembly.model.towers["image"]
     assert sum(p.numel() for p in tower.parameters()) == 21_665_664 - 384 + 384**2
     assert assembly.frozen == ["image.projection"]
@@ -76,11 +87,22 @@ def test_ibot() -> None:
     config, assembly = recipe("ibot"), assembled("ibot")
     assert config.optimizer.lr == 5e-4 * 1024 / 256 and config.optimizer.weight_decay_end == 0.4
     assert config.schedule.epochs == 800 and config.schedule.warmup_steps == 10 * (PICTURES // 1024)
-    assert assembly.spec.image_views == {"global": ViewSpec(views=2, size=224, masks=True), "local": ViewSpec(views=10, size=96)}
-    assert assembly.spec.heads["dino"] == {"global": 8192, "local": 8192, "global_masked": 8192}  # one head for images and patches
+    assert assembly.spec.image_views == {
+        "global": ViewSpec(views=2, size=224, masks=True),
+        "local": ViewSpec(views=10, size=96),
+    }
+    assert assembly.spec.heads["dino"] == {
+        "global": 8192,
+        "local": 8192,
+        "global_masked": 8192,
+    }  # one head for images and patches
     for name in ("dino", "ibot"):
         options = config.losses[name].options
-        assert [options[key] for key in ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs")] == [0.04, 0.07, 30]
+        assert [options[key] for key in ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs")] == [
+            0.04,
+            0.07,
+            30,
+        ]
     assert config.losses["dino"].loss_weight == config.losses["ibot"].loss_weight == 1
 
 
@@ -88,8 +110,14 @@ def test_dinov2() -> None:
     """train/vitl14.yaml over ssl_default_config.yaml, with its 500 epochs of 1,250 steps in epochs of the data set."""
     config, assembly = recipe("dinov2"), assembled("dinov2")
     steps = PICTURES_22K // 3072
-    assert config.optimizer.lr == pytest.approx(2e-4 * (3072 / 1024) ** 0.5, rel=1e-5) and config.optimizer.weight_decay_end == 0.2
-    assert config.schedule.max_steps == 500 * 1250 <= config.schedule.epochs * steps and config.schedule.warmup_steps == 80 * 1250
+    assert (
+        config.optimizer.lr == pytest.approx(2e-4 * (3072 / 1024) ** 0.5, rel=1e-5)
+        and config.optimizer.weight_decay_end == 0.2
+    )
+    assert (
+        config.schedule.max_steps == 500 * 1250 <= config.schedule.epochs * steps
+        and config.schedule.warmup_steps == 80 * 1250
+    )
     assert config.teacher.options["momentum_teacher"] == 0.994
     assert {name: loss.loss_weight for name, loss in config.losses.items()} == {"dino": 1.0, "ibot": 1.0, "koleo": 0.1}
     for name in ("dino", "ibot"):
@@ -97,7 +125,10 @@ def test_dinov2() -> None:
         assert (options["centering"], options["head"]) == ("sinkhorn", name)
         assert options["warmup_teacher_temp_epochs"] * steps == pytest.approx(30 * 1250, rel=1e-3)
         assert config.heads[name].options["freeze_last_layer"] * steps == pytest.approx(1250, rel=1e-3)
-    assert assembly.spec.image_views == {"global": ViewSpec(views=2, size=224, masks=True), "local": ViewSpec(views=8, size=98)}
+    assert assembly.spec.image_views == {
+        "global": ViewSpec(views=2, size=224, masks=True),
+        "local": ViewSpec(views=8, size=98),
+    }
     rules = settings(assembly.model, config.optimizer)
     assert rules["image.patch_embed.weight"].lr_scale == 0.2 and rules["image.norm.weight"].lr_scale == 1
 

@@ -72,7 +72,9 @@ def test_packed_attention(backend: str, lengths: list[int], queries: list[int] |
 
 
 def test_a_tower_of_two_layers_on_packed_sequences() -> None:
-    """Sequences of 40, 40 and 70 rows of which the last block answers one each: it asks, maps out and feeds forward 3 rows alone."""
+    """Sequences of 40, 40 and 70 rows of which the last block answers one each: it asks, maps out and feeds forward 3
+    rows alone.
+    """
     width, hidden, rows, read = 16, 64, 150, 3
     lengths = np.array([40, 40, 70])
     keep = np.zeros(rows, bool)
@@ -101,7 +103,9 @@ PRODUCTS: dict[str, Callable[[], Tensor]] = {
     "einsum without an arrow": lambda: torch.einsum("ij,jk", noise(2, 3), noise(3, 4)),
     "multi-head attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True).eval()(*[noise(2, 7, 8)] * 3)[0],
     "inside a function": lambda: info_nce(noise(2, 3, 4), noise(5, 3, 4), torch.tensor(2.0), chunk=30),
-    "attention with narrow values": lambda: F.scaled_dot_product_attention(noise(2, 3, 8), noise(2, 5, 8), noise(2, 5, 4)),
+    "attention with narrow values": lambda: F.scaled_dot_product_attention(
+        noise(2, 3, 8), noise(2, 5, 8), noise(2, 5, 4)
+    ),
 }
 
 
@@ -110,7 +114,9 @@ def test_products_as_pytorch_counts_them(name: str) -> None:
     with counted() as found:
         PRODUCTS[name]()
     assert traced(PRODUCTS[name]) == found.flops > 0
-    if "attention" not in name and name != "matmul of vectors":  # for these PyTorch has no formulas of its own on the CPU
+    if (
+        "attention" not in name and name != "matmul of vectors"
+    ):  # for these PyTorch has no formulas of its own on the CPU
         with FlopCounterMode(display=False) as counter:
             PRODUCTS[name]()
         assert counter.get_total_flops() == found.flops
@@ -125,7 +131,9 @@ def test_unknown_operations_are_listed() -> None:
     assert flops[""] == 2 * 27 and uncounted == {"aten::linalg_inv": 1, "aten::cdist": 1}
     with counted() as found:
         torch.linalg.inv(x.requires_grad_()).sum().backward()
-    assert found.uncounted["aten::linalg_inv_ex"] == 1 and found.flops == 2 * 2 * 27  # its backward pass is two products
+    assert (
+        found.uncounted["aten::linalg_inv_ex"] == 1 and found.flops == 2 * 2 * 27
+    )  # its backward pass is two products
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,9 @@ def xformers_operators() -> Callable[..., Tensor]:
     lengths = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     library.define(f"flash_fwd({inputs}{lengths}Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k) -> Tensor")
     grads = "Tensor, Tensor, Tensor"
-    library.define(f"flash_bwd(bool share, Tensor grad, {inputs}Tensor out, Tensor lse, {lengths}int max_seqlen_q) -> ({grads})")
+    library.define(
+        f"flash_bwd(bool share, Tensor grad, {inputs}Tensor out, Tensor lse, {lengths}int max_seqlen_q) -> ({grads})"
+    )
     library.impl("flash_fwd", lambda q, k, v, *_: torch.zeros_like(q), "CPU")
     library.impl("flash_bwd", lambda share, grad, q, k, v, *_: (q + 0, k + 0, v + 0), "CPU")
     yield torch.ops.xformers_flash
@@ -168,7 +178,10 @@ def xformers_operators() -> Callable[..., Tensor]:
 
 
 def test_attention_of_xformers(xformers_operators: Callable[..., Tensor]) -> None:
-    """Heads 2 of 8; queries 1 and 3, keys 4 and 5 laid end to end: 4 + 15 pairs. Without ends: every query meets every key."""
+    """Heads 2 of 8; queries 1 and 3, keys 4 and 5 laid end to end: 4 + 15 pairs.
+
+    Without ends: every query meets every key.
+    """
     q, k, v = noise(4, 2, 8), noise(9, 2, 8), noise(9, 2, 8)
     ends = [torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)]
     forward, backward = xformers_operators.flash_fwd, xformers_operators.flash_bwd

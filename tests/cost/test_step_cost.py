@@ -1,4 +1,6 @@
-"""What a step costs: the whole equals PyTorch's own count of a real step, stages and modules add up, nothing is left out unsaid."""
+"""What a step costs: the whole equals PyTorch's own count of a real step, stages and modules add up, nothing is left
+out unsaid.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = sorted(path for folder in ("cosmos", "cosmos/ablations", "methods") for path in (CONFIGS / folder).glob("*.yaml"))
+RECIPES = sorted(
+    path for folder in ("cosmos", "cosmos/ablations", "methods") for path in (CONFIGS / folder).glob("*.yaml")
+)
 SHRUNK: dict[str, dict[str, Any]] = {
     "clip_vit": {"width": 64, "layers": 2, "patch_size": 8, "image_size": 32},
     "clip_text": {"width": 64, "layers": 2, "heads": 1},
@@ -35,8 +39,16 @@ def small(source: Any, *overrides: str) -> LoadedConfig:
     """A config with small parts."""
     config = load_config(source).config
     parts = {f"model.{m}": getattr(config.model, m) for m in ("image", "text")}
-    parts |= {"augmenters.image": config.augmenters.image, **{f"heads.{name}": head for name, head in config.heads.items()}}
-    sizes = [f"{path}.{key}={value}" for path, part in parts.items() if part for key, value in SHRUNK.get(part.type, {}).items()]
+    parts |= {
+        "augmenters.image": config.augmenters.image,
+        **{f"heads.{name}": head for name, head in config.heads.items()},
+    }
+    sizes = [
+        f"{path}.{key}={value}"
+        for path, part in parts.items()
+        if part
+        for key, value in SHRUNK.get(part.type, {}).items()
+    ]
     groups = config.augmenters.image.options.get("groups", {}) if config.augmenters.image else {}
     sizes += [f"augmenters.image.groups.{name}.size=32" for name in groups]
     return load_config(source, ["evaluators=null", "model.embed_dim=32", "training.device=cpu", *sizes, *overrides])
@@ -48,7 +60,10 @@ def measure(loaded: LoadedConfig, **options: Any) -> StepCost:
 
 def flops_of_a_step(loaded: LoadedConfig, samples: int) -> int:
     """By PyTorch's counter around the step that trains, in one piece."""
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    cpu = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
     formulas = {
         cpu[0]: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         cpu[1]: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
@@ -97,24 +112,44 @@ def test_modules_add_up() -> None:
     assert student.flops == pytest.approx(cost.flops["student"] + cost.flops["heads"] + cost.flops["losses"])
     for field in ("flops", "parameters", "activations"):
         parts = [getattr(modules[name], field) for name in ("image", "text", "heads", "losses")]
-        assert getattr(student, field) == pytest.approx(sum(parts)) or field == "activations"  # the step itself keeps a few scalars
-    assert student.parameters == cost.parameters["trained"] == cost.parameters["teacher"] and cost.parameters["frozen"] == 0
-    assert student.activations == cost.activations > 0.99 * sum(modules[name].activations for name in ("image", "text", "heads"))
+        assert (
+            getattr(student, field) == pytest.approx(sum(parts)) or field == "activations"
+        )  # the step itself keeps a few scalars
+    assert (
+        student.parameters == cost.parameters["trained"] == cost.parameters["teacher"]
+        and cost.parameters["frozen"] == 0
+    )
+    assert (
+        student.activations
+        == cost.activations
+        > 0.99 * sum(modules[name].activations for name in ("image", "text", "heads"))
+    )
     assert modules["teacher"].flops == cost.flops["teacher"] and modules["teacher"].activations == 0
-    assert modules["image.blocks.0"].flops > modules["image.blocks.1"].flops > 0  # whose last block answers what is read alone
+    assert (
+        modules["image.blocks.0"].flops > modules["image.blocks.1"].flops > 0
+    )  # whose last block answers what is read alone
 
 
 def test_parameters_are_told_apart() -> None:
     whole, frozen = measure(small(COSMOS)), measure(small(COSMOS, "optimizer.rules=[{match: 'image.*', frozen: true}]"))
     image = next(module.parameters for module in whole.modules if module.name == "image")
-    assert frozen.parameters == {"trained": whole.parameters["trained"] - image, "frozen": image, "teacher": whole.parameters["teacher"]}
-    assert frozen.flops["student"] == whole.flops["student"] and frozen.flops["student_backward"] < whole.flops["student_backward"]
+    assert frozen.parameters == {
+        "trained": whole.parameters["trained"] - image,
+        "frozen": image,
+        "teacher": whole.parameters["teacher"],
+    }
+    assert (
+        frozen.flops["student"] == whole.flops["student"]
+        and frozen.flops["student_backward"] < whole.flops["student_backward"]
+    )
     kept = [{module.name: module.activations for module in cost.modules} for cost in (whole, frozen)]
     assert kept[0]["image"] > 0 == kept[1]["image"] and kept[0]["text"] == kept[1]["text"]
 
 
 def test_numbers_are_per_sample() -> None:
-    """Towers alike but for padding in small calls of attention; the logits of a sample grow with the batch, step by step."""
+    """Towers alike but for padding in small calls of attention; the logits of a sample grow with the batch, step by
+    step.
+    """
     few, more, many = (measure(small(COSMOS), samples=n) for n in (2, 3, 4))
     for stage in ("student", "heads", "student_backward", "teacher"):
         assert few.flops[stage] == pytest.approx(many.flops[stage], rel=0.02)
@@ -124,8 +159,12 @@ def test_numbers_are_per_sample() -> None:
 
 
 def test_longer_captions_cost_more() -> None:
-    text = [next(m.flops for m in measure(small(COSMOS), caption_tokens=n).modules if m.name == "text") for n in (10, 20)]
-    assert 1.2 < text[1] / text[0] < (77 + 7 * 20) / (77 + 7 * 10)  # the first is read with its pads, by attention that grows faster
+    text = [
+        next(m.flops for m in measure(small(COSMOS), caption_tokens=n).modules if m.name == "text") for n in (10, 20)
+    ]
+    assert (
+        1.2 < text[1] / text[0] < (77 + 7 * 20) / (77 + 7 * 10)
+    )  # the first is read with its pads, by attention that grows faster
 
 
 @pytest.mark.gpu
@@ -135,7 +174,11 @@ def test_a_device_counts_alike(attention: str) -> None:
     """But for padding, which differs; activations are then those of the config's precision."""
     loaded = small(COSMOS, f"training.attention={attention}", "training.precision=amp_bf16")
     here, there = measure(loaded), measure(loaded, device=torch.device("cuda"))
-    assert there.flops["total"] == pytest.approx(here.flops["total"], rel=0.05) and not there.uncounted and not there.difference
+    assert (
+        there.flops["total"] == pytest.approx(here.flops["total"], rel=0.05)
+        and not there.uncounted
+        and not there.difference
+    )
     assert there.parameters == here.parameters and there.activations < here.activations
 
 
@@ -147,11 +190,19 @@ def test_captions_have_the_mean_length(mean: float) -> None:
     assembly = Builder(small(COSMOS)).assemble(prepare=False)
     views = make_views(assembly, 2, mean)
     lengths = torch.cat([group.lengths for group in views.text.values()])  # [views, samples]
-    assert lengths.double().mean() == mean and lengths.min() >= 3 and lengths.max() <= 77 and (lengths[:, 0] == lengths[:, 1]).all()
+    assert (
+        lengths.double().mean() == mean
+        and lengths.min() >= 3
+        and lengths.max() <= 77
+        and (lengths[:, 0] == lengths[:, 1]).all()
+    )
     assert assembly.tokenizer is not None
     for group in views.text.values():
         assert torch.equal(assembly.tokenizer.lengths(group.tokens), group.lengths)
-    assert {name: group.pixels.shape for name, group in views.image.items()} == {"global": (2, 2, 3, 32, 32), "local": (6, 2, 3, 16, 16)}
+    assert {name: group.pixels.shape for name, group in views.image.items()} == {
+        "global": (2, 2, 3, 32, 32),
+        "local": (6, 2, 3, 16, 16),
+    }
 
 
 @pytest.mark.parametrize("mean", [2.9, 77.5])
@@ -163,7 +214,12 @@ def test_captions_that_cannot_be(mean: float) -> None:
 def test_masks_are_the_augmenters() -> None:
     views = make_views(Builder(small(CONFIGS / "methods" / "ibot.yaml")).assemble(prepare=False), 8)
     masks = views.image["global"].masks
-    assert masks is not None and masks.shape == (2, 8, 16) and 0 < masks.sum() < masks.numel() and views.image["local"].masks is None
+    assert (
+        masks is not None
+        and masks.shape == (2, 8, 16)
+        and 0 < masks.sum() < masks.numel()
+        and views.image["local"].masks is None
+    )
     assert not views.text
 
 
@@ -171,7 +227,9 @@ def test_masks_are_the_augmenters() -> None:
 
 
 def test_kept_tensors_by_hand() -> None:
-    """The first map keeps its input, the ReLU its output, which is the second map's input too; the sum of squares its input."""
+    """The first map keeps its input, the ReLU its output, which is the second map's input too; the sum of squares its
+    input.
+    """
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(3, 4)
     with kept_tensors(model) as kept:
@@ -223,7 +281,11 @@ class Asks(Loss):
     def forward(self, ctx: Any) -> LossOutput:
         texts = ctx.gathered["student"].stack("text")[0]
         return LossOutput(
-            terms={"pooled": ctx.head("asked", ctx.student.image["global"].tokens_of((0,))[0], texts)["pooled"].square().mean()}
+            terms={
+                "pooled": ctx.head("asked", ctx.student.image["global"].tokens_of((0,))[0], texts)["pooled"]
+                .square()
+                .mean()
+            }
         )
 
 

@@ -30,7 +30,11 @@ class Crops(Augmenter):
         x, y = rng.integers(0, 16, 2)
         crop = picture[:, y : y + 8, x : x + 8]
         params = torch.tensor(rng.random((2, 3)), dtype=torch.float32)
-        return {"global": ImageCrops(pixels=torch.stack([crop, crop.flip(2)]), params=params, masks=torch.tensor(rng.random((2, 4)) < 0.5))}
+        return {
+            "global": ImageCrops(
+                pixels=torch.stack([crop, crop.flip(2)]), params=params, masks=torch.tensor(rng.random((2, 4)) < 0.5)
+            )
+        }
 
 
 class Texts(Augmenter):

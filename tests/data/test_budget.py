@@ -20,7 +20,10 @@ def test_within_the_budget_faults_are_counted() -> None:
     for _ in range(20):
         budget.add([], 100)
     assert budget.bad == 3 and budget.samples == 2100 and budget.reasons == {"undecodable": 2, "no caption": 1}
-    assert budget.summary() == "data: 3 of 2,103 samples read could not be used: undecodable 2, no caption 1; worst shard b.tar with 2"
+    assert (
+        budget.summary()
+        == "data: 3 of 2,103 samples read could not be used: undecodable 2, no caption 1; worst shard b.tar with 2"
+    )
     assert BadSampleBudget().summary() == ""
 
 

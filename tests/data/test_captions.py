@@ -6,7 +6,14 @@ import logging
 
 import pytest
 
-from cosmos_ssl.data.captions import DREAMLIP_FIELDS, caption_schema, check_captions, join_sentences, left_out, split_sentences
+from cosmos_ssl.data.captions import (
+    DREAMLIP_FIELDS,
+    caption_schema,
+    check_captions,
+    join_sentences,
+    left_out,
+    split_sentences,
+)
 from cosmos_ssl.errors import DataError, UserError
 
 
@@ -28,7 +35,10 @@ def test_dreamlip_strings_are_split() -> None:
 
 def test_other_schemas() -> None:
     table = {"caption": "This is. Cut", "original_caption": "Kept. Whole", "mine": ["x", "y"], "n": 3}
-    assert caption_schema("pixelprose")(table, None) == {"original_caption": ["Kept. Whole"], "caption": ["This is", "Cut"]}
+    assert caption_schema("pixelprose")(table, None) == {
+        "original_caption": ["Kept. Whole"],
+        "caption": ["This is", "Cut"],
+    }
     assert caption_schema("txt")(table, " words. more ") == {"txt": ["words. more"]}
     assert caption_schema("json:mine,caption")(table, None) == {"mine": ["x", "y"], "caption": ["This is", "Cut"]}
     assert caption_schema("all")(table, "t") == {
@@ -51,12 +61,15 @@ def test_one_notice_for_strings_where_lists_are_due(caplog: pytest.LogCaptureFix
     table = {"longIB_captions": "One. Two. Three", "raw_caption": ["fine"]}
     with caplog.at_level(logging.WARNING, "cosmos_ssl.data"):
         check_captions("dreamlip", [("a.tar", table, None)] * 5)
-    assert caplog.messages == ["captions: 'longIB_captions' holds strings, not lists; split at sentence ends (3 sentences on average)."]
+    assert caplog.messages == [
+        "captions: 'longIB_captions' holds strings, not lists; split at sentence ends (3 sentences on average)."
+    ]
 
 
 def test_no_captions_at_all_is_an_error_that_says_what_is_there() -> None:
     with pytest.raises(
-        DataError, match=r"no captions by the schema 'dreamlip' in any of 2 samples of 2 shards \(found: text, the txt member\)"
+        DataError,
+        match=r"no captions by the schema 'dreamlip' in any of 2 samples of 2 shards \(found: text, the txt member\)",
     ):
         check_captions("dreamlip", [("a.tar", {"text": ["x"]}, "t"), ("b.tar", {}, "t")])
 
@@ -65,7 +78,15 @@ def test_all_takes_what_a_person_wrote() -> None:
     table = {
         "caption": "black and/or white",
         "original_caption": "Kept. Whole",
-        "tags": ["a dog", "http://host/a b.png", "https://host/x", "my pictures/a b.JPG", "../here", "C:\\pics\\a", "cat.webp"],
+        "tags": [
+            "a dog",
+            "http://host/a b.png",
+            "https://host/x",
+            "my pictures/a b.JPG",
+            "../here",
+            "C:\\pics\\a",
+            "cat.webp",
+        ],
         "note": "d41d8cd9-8f00-b204-e980-0998ecf8427e",
         "mark": "0" * 64,
         "year": "2020",
@@ -74,7 +95,10 @@ def test_all_takes_what_a_person_wrote() -> None:
     }
     kept = {"caption": ["black and/or white"], "original_caption": ["Kept. Whole"], "tags": ["a dog"], "year": ["2020"]}
     # img2dataset's own keys, those of LAION's, DataComp's and PixelProse's tables, and those of 'data prepare'
-    names = "key url image sha256 md5 status error_message exif license NSFW SAMPLE_ID URL pHash uid imageUrl __key__ file_name language"
+    names = (
+        "key url image sha256 md5 status error_message exif license NSFW SAMPLE_ID URL pHash uid imageUrl "
+        "__key__ file_name language"
+    )
     assert caption_schema("all")(table | dict.fromkeys(names.split(), "any words"), None) == kept
     assert left_out(table | {"url": "any words", "width": 3}) == ["note", "mark", "vlm_model", "url"]
     for name in ["caption", "text", "TEXT", "title", "label", "description", "alt_text", "image_caption", "0", "é"]:

@@ -24,7 +24,10 @@ def test_every_sample_is_read_as_written(shards: Make, parts: Any) -> None:
     for i in range(7):
         sample = data.read(i)
         assert sample.key == f"key{i:05d}" and sample.image == parts(i)["png"]
-        assert sample.captions["txt"] == [f"text {i}"] and sample.captions["longIB_captions"] == [f"long {i} a", f"long {i} b"]
+        assert sample.captions["txt"] == [f"text {i}"] and sample.captions["longIB_captions"] == [
+            f"long {i} a",
+            f"long {i} b",
+        ]
         assert sample.extras["cls"] == i % 5 and sample.extras["json"]["number"] == i
         assert sample.decode()[:, 0, 0].tolist() == [i, 0, 77]
     assert data.describe(3) == "a-001.tar"

@@ -57,7 +57,18 @@ def write(root: Path, *names: str) -> Path:
     return settle(root)
 
 
-ODD = ["b/z.png", "b/deep/er/y.JPG", "a b/ü.png", "a/1.jpeg", "a/Ω ω.PNG", "a/x/2.png", "a/10.png", "a/.hidden.png", "é/q.png", "Z/n.bmp"]
+ODD = [
+    "b/z.png",
+    "b/deep/er/y.JPG",
+    "a b/ü.png",
+    "a/1.jpeg",
+    "a/Ω ω.PNG",
+    "a/x/2.png",
+    "a/10.png",
+    "a/.hidden.png",
+    "é/q.png",
+    "Z/n.bmp",
+]
 
 
 @pytest.fixture
@@ -129,7 +140,11 @@ def test_pipes_are_no_pictures_and_no_captions(tmp_path: Path) -> None:
     (root / "zero.png").symlink_to("/dev/zero")
     found = Folder(root)
     assert [key for key, _ in listed(found)] == ["a.png", "b.png"]
-    assert found.index.notes.texts == 1 and sorted(found.index.notes.other_examples) == ["b.txt", "pipe.png", "zero.png"]
+    assert found.index.notes.texts == 1 and sorted(found.index.notes.other_examples) == [
+        "b.txt",
+        "pipe.png",
+        "zero.png",
+    ]
     (root / "b.png").unlink()
     os.mkfifo(root / "b.png")  # since it was listed
     with pytest.raises(BadSample, match="no regular file"):
@@ -220,7 +235,9 @@ def test_a_folder_changed_just_before_it_was_listed_is_listed_again(
     assert len(load_folder(root)) == 2 and len(scans) == 2
 
 
-def test_processes_that_wait_for_a_scan_take_its_result(tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_wait_for_a_scan_take_its_result(
+    tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folder_index, "YOUNG", 60_000_000_000)  # a later start would scan again
     root = write(tmp_path / "new", "a/1.png")
     begun, scan = threading.Barrier(4), folder_index._fresh
@@ -267,7 +284,9 @@ def test_other_pictures_of_the_same_names_are_other_data(odd: Path, tmp_path: Pa
     assert Folder(odd).identity() == before and len(scans) == count
 
 
-def test_equal_pictures_are_told_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_pictures_are_told_by_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(check_module, "_PICTURES", 2)
     root = write(tmp_path / "some", *(f"{name}/{n}.png" for name in "ab" for n in range(3)))
     shutil.copy(root / "a" / "2.png", root / "b" / "1.png")
@@ -294,7 +313,9 @@ def test_what_is_not_looked_at_is_hashed_where_asked_for(
     assert Folder(settle(root)).identity() == before
     assert main(["data", "index", str(root), "--hash"]) == EXIT_DONE and "hash: " in capsys.readouterr().out
     hashed = Folder(root).identity()
-    assert {name: hashed[name] for name in before} == before and Folder(root, captions=False).identity()["full_hash"] in hashed["full_hash"]
+    assert {name: hashed[name] for name in before} == before and Folder(root, captions=False).identity()[
+        "full_hash"
+    ] in hashed["full_hash"]
     (root / "1.bmp").write_bytes(picture(10, "bmp"))
     now = Folder(settle(root)).identity()
     assert now["full_hash"] != hashed["full_hash"] and now | {"full_hash": ""} == hashed | {"full_hash": ""}
@@ -328,7 +349,10 @@ def test_pickled_copies_map_the_same_file(odd: Path) -> None:
 def test_a_damaged_index_is_made_again(odd: Path) -> None:
     path = load_folder(odd).path
     whole = path.read_bytes()
-    flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)]
+    flipped = [
+        whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :]
+        for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)
+    ]
     for damage in (b"", b"rubbish", whole[:60], whole[:-8], *flipped):
         path.write_bytes(damage)
         assert len(load_folder(odd)) == 9
@@ -340,7 +364,9 @@ def test_a_damaged_index_is_made_again(odd: Path) -> None:
 def test_folders_without_pictures(tmp_path: Path) -> None:
     root = write(tmp_path / "texts", "a/1.gif", "a/1.txt", "train.tar")
     with pytest.raises(
-        DataError, match=r"no pictures in .*/texts or below it \(looked for \.jpg, .*It holds 2 other files \(train.tar, a/1.gif\)"
+        DataError,
+        match=r"no pictures in .*/texts or below it \(looked for \.jpg, .*It holds 2 other files \(train.tar, "
+        r"a/1.gif\)",
     ):
         load_folder(root)
     assert len(load_folder(root, extensions=("gif",))) == 1
@@ -418,7 +444,9 @@ def test_captions_beside_the_pictures(odd: Path, caplog: pytest.LogCaptureFixtur
         found.prepare()
     assert "9 pictures, only 3 text files" in caplog.text
     captions = {found.read(i).key: found.read(i).captions for i in range(len(found))}
-    assert captions["a/10.png"] == {"txt": ["A red fox. In snow."]} and captions["a/1.jpeg"] == captions["b/z.png"] == {}
+    assert (
+        captions["a/10.png"] == {"txt": ["A red fox. In snow."]} and captions["a/1.jpeg"] == captions["b/z.png"] == {}
+    )
     quiet = Folder(odd, captions=False)
     quiet.prepare()
     assert not any(quiet.read(i).captions for i in range(9))
@@ -430,7 +458,9 @@ def test_numbers_of_another_folders_classes(odd: Path, tmp_path: Path) -> None:
     found = Folder(val, classes=Folder(odd).class_names)
     assert listed(found) == [("a/2.png", 1), ("é/1.png", 6)] and len(found.class_names) == 7
     write(val, "a c/3.png")
-    with pytest.raises(DataError, match=r"/val: the class folder 'a c' is none of the 7 known classes\. Did you mean 'a b'\?"):
+    with pytest.raises(
+        DataError, match=r"/val: the class folder 'a c' is none of the 7 known classes\. Did you mean 'a b'\?"
+    ):
         Folder(val, classes=Folder(odd).class_names).read(0)
 
 
@@ -443,7 +473,9 @@ def test_check_of_a_folder(odd: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("cosmos_ssl.shards.check._PICTURES", 2)  # several parts a class, several processes
     reports = {report.name: report for report in check_folder(odd, captions="txt")}
     assert reports["a"].faults == {"no caption": 3} and reports["a"].samples == 4
-    assert reports["b"].faults == {"undecodable": 1, "no caption": 1} and reports["b"].examples["undecodable"].startswith("b/z.png: ")
+    assert reports["b"].faults == {"undecodable": 1, "no caption": 1} and reports["b"].examples[
+        "undecodable"
+    ].startswith("b/z.png: ")
     assert reports["texts"].faults == {"empty": 1}
     assert reports["Z"].size == (odd / "Z" / "n.bmp").stat().st_size
     assert [(r.name, r.samples) for r in check_folder(write(tmp_path / "flat", "1.png", "2.png"))] == [("flat", 2)]
@@ -469,4 +501,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_is_of_folders_and_parts(odd: Path) -> None:
     steps: list[tuple[int, int]] = []
     load_folder(odd, progress=lambda done, known: steps.append((done, known)))
-    assert [done for done, _ in steps] == list(range(1, len(steps) + 1)) and steps[10] == (11, 11) and steps[-1] == (14, 14)
+    assert (
+        [done for done, _ in steps] == list(range(1, len(steps) + 1))
+        and steps[10] == (11, 11)
+        and steps[-1] == (14, 14)
+    )

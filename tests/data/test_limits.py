@@ -20,7 +20,9 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_shared_memory(free // 2, tmp_path)
     check_shared_memory(2 * free, tmp_path / "absent")
-    with pytest.raises(UserError, match=r"take up to [\d,.]+ GiB of .*, which has [\d,.]+ GiB free\. Enlarge it .*loader\.workers"):
+    with pytest.raises(
+        UserError, match=r"take up to [\d,.]+ GiB of .*, which has [\d,.]+ GiB free\. Enlarge it .*loader\.workers"
+    ):
         check_shared_memory(2 * free, tmp_path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError):
@@ -38,7 +40,10 @@ check_open_files(400)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "(512, 512)\n"
-    assert "UserError: loader: batches under way" in done.stderr and "and the limit is 512. Raise it (ulimit -n)" in done.stderr
+    assert (
+        "UserError: loader: batches under way" in done.stderr
+        and "and the limit is 512. Raise it (ulimit -n)" in done.stderr
+    )
 
 
 def test_what_a_loader_asks_for(shards: Any, views: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +54,9 @@ def test_what_a_loader_asks_for(shards: Any, views: dict[str, Any], monkeypatch:
 
     def start(workers: int, free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
-        batches = Loader(dataset, Order(dataset.shard_sizes, 8, seed=5), **views, workers=workers, prefetch=3).batches(0, 2)
+        batches = Loader(dataset, Order(dataset.shard_sizes, 8, seed=5), **views, workers=workers, prefetch=3).batches(
+            0, 2
+        )
         assert next(batches).step == 0
         batches.close()
 

@@ -35,10 +35,21 @@ def loader(pattern: str, views: dict[str, Any], batch: int = 8, dataset: Any = N
 def same(a: LoadedBatch, b: LoadedBatch) -> bool:
     """Whether two batches hold the same to the last bit."""
     one, two = a.views, b.views
-    image = all(torch.equal(getattr(one.image[n], f), getattr(two.image[n], f)) for n in one.image for f in ("pixels", "params", "masks"))
-    text = all(torch.equal(getattr(one.text[n], f), getattr(two.text[n], f)) for n in one.text for f in ("tokens", "lengths"))
+    image = all(
+        torch.equal(getattr(one.image[n], f), getattr(two.image[n], f))
+        for n in one.image
+        for f in ("pixels", "params", "masks")
+    )
+    text = all(
+        torch.equal(getattr(one.text[n], f), getattr(two.text[n], f)) for n in one.text for f in ("tokens", "lengths")
+    )
     return (
-        image and text and a.step == b.step and list(one.keys) == list(two.keys) and one.extras == two.extras and a.replaced == b.replaced
+        image
+        and text
+        and a.step == b.step
+        and list(one.keys) == list(two.keys)
+        and one.extras == two.extras
+        and a.replaced == b.replaced
     )
 
 
@@ -47,7 +58,11 @@ def test_a_batch_holds_what_the_augmenters_made(shards: Make, views: dict[str, A
     group = batch.views.image["global"]
     assert group.pixels.shape == (2, 8, 3, 8, 8) and group.pixels.dtype == torch.uint8
     assert group.params.shape == (2, 8, 3) and group.masks is not None and group.masks.shape == (2, 8, 4)
-    assert batch.views.text["global"].tokens.shape == (2, 8, 12) and batch.views.text["local"].tokens.shape == (1, 8, 12)
+    assert batch.views.text["global"].tokens.shape == (2, 8, 12) and batch.views.text["local"].tokens.shape == (
+        1,
+        8,
+        12,
+    )
     for slot, key in enumerate(batch.views.keys):
         number = int(key.removeprefix("key"))
         assert group.pixels[:, slot, 0].unique().tolist() == [number], "crops and keys belong together"
@@ -71,8 +86,12 @@ def test_ranks_change_nothing(shards: Make, views: dict[str, Any]) -> None:
     (whole,) = loader(pattern, views).batches(3, 4)
     parts = [next(loader(pattern, views, rank=r, world=4).batches(3, 4)) for r in range(4)]
     assert [key for part in parts for key in part.views.keys] == list(whole.views.keys)
-    assert torch.equal(torch.cat([part.views.image["global"].pixels for part in parts], 1), whole.views.image["global"].pixels)
-    assert torch.equal(torch.cat([part.views.text["global"].tokens for part in parts], 1), whole.views.text["global"].tokens)
+    assert torch.equal(
+        torch.cat([part.views.image["global"].pixels for part in parts], 1), whole.views.image["global"].pixels
+    )
+    assert torch.equal(
+        torch.cat([part.views.text["global"].tokens for part in parts], 1), whole.views.text["global"].tokens
+    )
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
         loader(pattern, views, world=3)
 
@@ -144,12 +163,16 @@ class Captioned(Shards):
         return replace(super().read(index), captions=self.captions)
 
 
-@pytest.mark.parametrize("captions", [{"txt": "abc"}, {"txt": b"abc"}, {"txt": ["a", 1]}, {"txt": None}, "abc", ["abc"]])
+@pytest.mark.parametrize(
+    "captions", [{"txt": "abc"}, {"txt": b"abc"}, {"txt": ["a", 1]}, {"txt": None}, "abc", ["abc"]]
+)
 def test_captions_are_lists_of_sentences(shards: Make, views: dict[str, Any], captions: Any) -> None:
     data = Captioned(pattern := shards(9))
     data.captions, data.part_source = captions, "'mine' of my-data 0.3.1"
     message = "data ('mine' of my-data 0.3.1): sample key"
-    with pytest.raises(PluginError, match=re.escape(message) + r"\d+ of a-000\.tar has the captions .*, expected lists of sentences"):
+    with pytest.raises(
+        PluginError, match=re.escape(message) + r"\d+ of a-000\.tar has the captions .*, expected lists of sentences"
+    ):
         list(loader(pattern, views, dataset=data).batches(0, 1))
 
 
@@ -162,7 +185,9 @@ def test_captions_are_lists_of_sentences(shards: Make, views: dict[str, Any], ca
         ("\ud83d", "caption not Unicode"),
     ],
 )
-def test_texts_that_no_tokenizer_takes_are_bad_samples(shards: Make, views: dict[str, Any], text: str, reason: str) -> None:
+def test_texts_that_no_tokenizer_takes_are_bad_samples(
+    shards: Make, views: dict[str, Any], text: str, reason: str
+) -> None:
     data = Captioned(pattern := shards(9))
     data.captions = {"txt": ["good", text]}
     with pytest.raises(TrainingError, match=rf"32 samples in a row .*{reason}: [\d,]+ letters in 'txt'"):
@@ -221,7 +246,10 @@ def test_errors_reach_the_trainer(
 def test_a_failing_augmenter_is_named(shards: Make, views: dict[str, Any]) -> None:
     views["image"].crop = None
     views["image"].part_source = "'mine' of my-crops 0.3.1"
-    with pytest.raises(TrainingError, match=r"augmenters\.image \('mine' of my-crops 0\.3\.1\) on sample key\d+ of a-000\.tar: TypeError"):
+    with pytest.raises(
+        TrainingError,
+        match=r"augmenters\.image \('mine' of my-crops 0\.3\.1\) on sample key\d+ of a-000\.tar: TypeError",
+    ):
         list(loader(shards(9), views).batches(0, 1))
 
 
@@ -236,7 +264,9 @@ def test_views_of_changing_shape_are_refused(shards: Make, views: dict[str, Any]
         return found
 
     views["image"].crop = changing
-    with pytest.raises(PluginError, match=r"image views 'global' are \[2, 1\], those of the batch's first sample \[2, 3\]"):
+    with pytest.raises(
+        PluginError, match=r"image views 'global' are \[2, 1\], those of the batch's first sample \[2, 3\]"
+    ):
         list(loader(shards(9), views).batches(0, 1))
 
 
@@ -273,11 +303,17 @@ def test_views_that_are_not_on_offer_are_refused(
         if "pixels" in changes:
             shape = changes["pixels"]
             crops = ImageCrops(
-                pixels=torch.zeros(shape, dtype=torch.uint8), params=torch.zeros(shape[0], 3), masks=torch.zeros(shape[0], 4) > 0
+                pixels=torch.zeros(shape, dtype=torch.uint8),
+                params=torch.zeros(shape[0], 3),
+                masks=torch.zeros(shape[0], 4) > 0,
             )
             return {"global": crops}
         if changes.keys() <= {"params", "masks"}:
-            return {"global": replace(found["global"], **{name: getattr(found["global"], name).to(to) for name, to in changes.items()})}
+            return {
+                "global": replace(
+                    found["global"], **{name: getattr(found["global"], name).to(to) for name, to in changes.items()}
+                )
+            }
         return {**found, **changes}
 
     augmenter.crop = changed
@@ -355,7 +391,8 @@ import torch
 class Crops(Augmenter):
     modality = "image"
     def offers(self): return {"g": ViewSpec(views=1, size=4)}
-    def crop(self, sample, rng): return {"g": ImageCrops(pixels=torch.zeros(1, 3, 4, 4, dtype=torch.uint8), params=torch.zeros(1, 0))}
+    def crop(self, sample, rng):
+        return {"g": ImageCrops(pixels=torch.zeros(1, 3, 4, 4, dtype=torch.uint8), params=torch.zeros(1, 0))}
 data = Shards(sys.argv[1], caption_schema=None)
 batches = Loader(data, Order(data.shard_sizes, 4, seed=0), image=Crops(), workers=2).batches(0, 10**6)
 next(batches)

@@ -27,12 +27,18 @@ Make = Callable[..., str]
 def test_expand_knows_braces_lists_and_patterns(shards: Make, tmp_path: Path) -> None:
     pattern = shards(1, 1, 1)
     names = [str(tmp_path / "shards" / f"a-00{i}.tar") for i in range(3)]
-    assert expand(pattern) == expand(str(tmp_path / "shards" / "*.tar")) == expand([names[0], f"{names[1]}::{names[2]}"]) == names
+    assert (
+        expand(pattern)
+        == expand(str(tmp_path / "shards" / "*.tar"))
+        == expand([names[0], f"{names[1]}::{names[2]}"])
+        == names
+    )
     assert expand("s3://b/{x,y}-{1..2}.tar") == ["s3://b/x-1.tar", "s3://b/x-2.tar", "s3://b/y-1.tar", "s3://b/y-2.tar"]
 
 
 @pytest.mark.parametrize(
-    ("urls", "words"), [("", "no shards are named"), ("nowhere/*.tar", "no file matches"), ("a::a", "named twice"), ("x{a", "braces")]
+    ("urls", "words"),
+    [("", "no shards are named"), ("nowhere/*.tar", "no file matches"), ("a::a", "named twice"), ("x{a", "braces")],
 )
 def test_expand_refuses(urls: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
@@ -87,7 +93,9 @@ def test_a_moved_folder_keeps_its_manifest(shards: Make, tmp_path: Path, monkeyp
     assert len(load_manifest(pattern.replace("/shards/", "/moved/"))) == 5 and not scanned
 
 
-def test_other_contents_are_another_set_and_copies_the_same(shards: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_contents_are_another_set_and_copies_the_same(
+    shards: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scan_module, "_SPREAD", 512)  # as of a shard that is too large to be hashed whole
     pattern, path = shards(5, 20), tmp_path / "shards" / "a-001.tar"
     before, times = Shards(pattern).identity(), path.stat()
@@ -105,7 +113,9 @@ def test_other_contents_are_another_set_and_copies_the_same(shards: Make, tmp_pa
     for shard in (tmp_path / "shards").glob("*.tar"):
         (tmp_path / "copy" / shard.name).write_bytes(shard.read_bytes())
     assert Shards(pattern.replace("/shards/", "/copy/")).identity() == before
-    filesystem("memory://set/a-000.tar")[0].pipe({f"/set/{p.name}": p.read_bytes() for p in (tmp_path / "copy").glob("*.tar")})
+    filesystem("memory://set/a-000.tar")[0].pipe(
+        {f"/set/{p.name}": p.read_bytes() for p in (tmp_path / "copy").glob("*.tar")}
+    )
     assert Shards("memory://set/a-{000..001}.tar").identity() == before
 
 
@@ -158,7 +168,10 @@ def test_a_damaged_manifest_is_made_again(shards: Make) -> None:
     places, path = [manifest.locate(n)[1:] for n in range(4)], manifest.path
     assert path is not None
     whole = path.read_bytes()
-    flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)]
+    flipped = [
+        whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :]
+        for n in (20, 40, len(whole) // 2, len(whole) - 20, len(whole) - 1)
+    ]
     for damage in (b"", b"rubbish", whole[:60], *flipped):
         path.write_bytes(damage)
         made = load_manifest(pattern)

@@ -91,7 +91,10 @@ def test_27_million_samples_cost_little() -> None:
 def test_impossible_shares_are_refused() -> None:
     order = Order([4096], 1024, seed=0)
     assert order.possible_ranks() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    words = r"training\.batch_size: 1024 cannot be shared by 12 ranks \(loader\.lanes: 256\)\. Possible: 1, 2, 4, 8, 16, 32, 64, 128, 256\."
+    words = (
+        r"training\.batch_size: 1024 cannot be shared by 12 ranks \(loader\.lanes: 256\)\. Possible: 1, 2, "
+        r"4, 8, 16, 32, 64, 128, 256\."
+    )
     with pytest.raises(UserError, match=words):
         order.check_ranks(12)
     with pytest.raises(UserError, match=r"loader\.lanes: 48 does not divide training\.batch_size: 1024"):

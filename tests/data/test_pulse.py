@@ -40,7 +40,9 @@ def test_every_shard_and_folder(beats: list[None], shards: Callable[..., str], t
 
 
 def test_every_shard_of_scenes(beats: list[None], tmp_path: Path) -> None:
-    write_scenes(tmp_path / "scenes", SceneOptions(train_samples=20, validation_samples=10, image_size=32, shard_samples=10))
+    write_scenes(
+        tmp_path / "scenes", SceneOptions(train_samples=20, validation_samples=10, image_size=32, shard_samples=10)
+    )
     assert len(beats) >= 3
 
 

@@ -30,7 +30,13 @@ def digests(folder: Path) -> dict[str, str]:
 def test_shards_are_the_same_every_time(tmp_path: Path) -> None:
     one, two = write_scenes(tmp_path / "one", SMALL), write_scenes(tmp_path / "two", SMALL)
     assert digests(one) == digests(two)
-    assert sorted(digests(one)) == ["train-0000.tar", "train-0001.tar", "train-0002.tar", "val-0000.tar", "val-0001.tar"]
+    assert sorted(digests(one)) == [
+        "train-0000.tar",
+        "train-0001.tar",
+        "train-0002.tar",
+        "val-0000.tar",
+        "val-0001.tar",
+    ]
     other = SceneOptions(train_samples=60, validation_samples=30, image_size=32, shard_samples=25, seed=1)
     assert set(digests(write_scenes(tmp_path / "other", other)).values()).isdisjoint(digests(one).values())
     assert default_folder(other) != default_folder(SMALL)
@@ -67,9 +73,15 @@ def test_fewer_colours_give_fewer_classes(tmp_path: Path) -> None:
     options = SceneOptions(train_samples=1, validation_samples=60, image_size=32, colours=3)
     folder = write_scenes(tmp_path / "scenes", options)
     names = (folder / "classes.txt").read_text().splitlines()
-    assert names == [f"{colour} {shape}" for colour in ("red", "yellow", "green") for shape in SHAPES] == list(options.class_names)
+    assert (
+        names
+        == [f"{colour} {shape}" for colour in ("red", "yellow", "green") for shape in SHAPES]
+        == list(options.class_names)
+    )
     data = open_shards(options.pattern(folder, "val"))
-    said = {name for i in range(60) for name in re.findall(rf"({'|'.join(CLASS_NAMES)})", data.read(i).captions["txt"][0])}
+    said = {
+        name for i in range(60) for name in re.findall(rf"({'|'.join(CLASS_NAMES)})", data.read(i).captions["txt"][0])
+    }
     assert said == set(names)
 
 
@@ -138,7 +150,9 @@ def test_other_content_is_never_overwritten(tmp_path: Path) -> None:
         write_scenes(tmp_path / "mine", SMALL)
 
 
-@pytest.mark.parametrize("options", [{"image_size": 8}, {"train_samples": 0}, {"shard_samples": -1}, {"colours": 1}, {"colours": 9}])
+@pytest.mark.parametrize(
+    "options", [{"image_size": 8}, {"train_samples": 0}, {"shard_samples": -1}, {"colours": 1}, {"colours": 9}]
+)
 def test_senseless_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         SceneOptions(**options)

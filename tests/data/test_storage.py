@@ -1,4 +1,6 @@
-"""Servers that refuse, stall, forget and say nothing: what is missing is told from what was lost, and nothing is waited for without end."""
+"""Servers that refuse, stall, forget and say nothing: what is missing is told from what was lost, and nothing is waited
+for without end.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Make = Callable[..., str]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as its path says: ``/500/x.tar``, ``/stall/x.tar``, ``/plain/x.tar`` (no ETag, no time), ``/dated/x.tar``."""
+    """Answers as its path says: ``/500/x.tar``, ``/stall/x.tar``, ``/plain/x.tar`` (no ETag, no time),
+    ``/dated/x.tar``.
+    """
 
     body = b""
     failing = 0
@@ -79,7 +83,9 @@ def url(server: Server, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["404", "410"])
-def test_only_what_the_server_says_is_missing_is_missing(server: Server, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_the_server_says_is_missing_is_missing(
+    server: Server, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["data", "index", url(server, kind)]) == EXIT_USER
     assert "no such shard" in capsys.readouterr().err and server.requests <= 2, "and at once"
 
@@ -97,7 +103,12 @@ def test_a_server_that_fails_is_lost_storage(
 
 
 def test_a_run_that_finds_its_storage_lost(server: Server, tmp_path: Path) -> None:
-    overrides = ["data.type=webdataset", f"data.train_data={url(server, '500')}", "evaluators=null", f"output_dir={tmp_path / 'run'}"]
+    overrides = [
+        "data.type=webdataset",
+        f"data.train_data={url(server, '500')}",
+        "evaluators=null",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     loaded = load_config("quickstart", overrides)
     for start in (build_start.prepare, build.run):
         with pytest.raises(StorageError, match=r"storage fails: http://.*/500/x\.tar: 500.*\(3 attempts\)"):
@@ -203,13 +214,25 @@ def test_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.list", "sizes.json", "x.csv", "x.parquet"])
-def test_a_pipe_is_never_waited_for(shards: Make, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_is_never_waited_for(
+    shards: Make, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards(1)
     path = tmp_path / "shards" / name
     os.mkfifo(path)
     given = [str(tmp_path / "shards" / "a-000.tar")] if name == "sizes.json" else [str(path)]
     if path.suffix in (".csv", ".parquet"):
-        argv = ["data", "prepare", "dreamlip", "--table", *given, "--images", str(tmp_path), "--output", str(tmp_path / "out")]
+        argv = [
+            "data",
+            "prepare",
+            "dreamlip",
+            "--table",
+            *given,
+            "--images",
+            str(tmp_path),
+            "--output",
+            str(tmp_path / "out"),
+        ]
     else:
         argv = ["data", "index", *given]
     assert main(argv) == EXIT_USER
@@ -219,7 +242,9 @@ def test_a_pipe_is_never_waited_for(shards: Make, tmp_path: Path, name: str, cap
 # ---------------------------------------------------------------------------- members
 
 
-def test_check_lists_what_is_wrong_with_its_place(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_what_is_wrong_with_its_place(
+    shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(number: int, members: dict[str, bytes]) -> None:
         members |= {"cls": b"--5"} if number == 1 else {"JSON": b"{}"} if number == 2 else {}
 

@@ -19,7 +19,9 @@ LONG = "folder/" + "x" * 130
 def test_members_agree_with_tarfile(tmp_path: Path, tar: Callable[..., Path], form: int) -> None:
     names = ["plain", "dir.with.dot/key", "umläut"] + ([] if form == tarfile.USTAR_FORMAT else [LONG])
     path = tar(
-        tmp_path / "x.tar", [(name, {"jpg": b"a" * (700 + i), "txt": b"", "mask.png": b"m" * 512}) for i, name in enumerate(names)], form
+        tmp_path / "x.tar",
+        [(name, {"jpg": b"a" * (700 + i), "txt": b"", "mask.png": b"m" * 512}) for i, name in enumerate(names)],
+        form,
     )
     data = path.read_bytes()
     found = list(members(lambda at, count: data[at : at + count], len(data)))
@@ -52,7 +54,9 @@ def test_folders_and_links_are_passed_over(tmp_path: Path) -> None:
     assert [m.name for m in members(lambda at, count: data[at : at + count], len(data))] == ["folder/b.jpg"]
 
 
-@pytest.mark.parametrize(("cut", "words"), [(600, "600 of at least"), (1100, "1,100 of at least"), (1800, "1,800 of at least")])
+@pytest.mark.parametrize(
+    ("cut", "words"), [(600, "600 of at least"), (1100, "1,100 of at least"), (1800, "1,800 of at least")]
+)
 def test_a_cut_archive_is_told(tmp_path: Path, tar: Callable[..., Path], cut: int, words: str) -> None:
     data = tar(tmp_path / "x.tar", [("a", {"jpg": b"x" * 900, "txt": b"y" * 900})]).read_bytes()[:cut]
     with pytest.raises(TarFault, match=words):

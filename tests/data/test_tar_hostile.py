@@ -1,4 +1,6 @@
-"""Archives that are damaged or made to harm: one fault, no loop, little memory; where tarfile reads them too, the same members."""
+"""Archives that are damaged or made to harm: one fault, no loop, little memory; where tarfile reads them too, the same
+members.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,37 @@ import pytest
 from cosmos_ssl.data.tar import BLOCK, HEADER_BYTES, Member, TarFault, members
 
 MAGIC = range(257, 265)
-"""Neither this nor the prefix is bent: tarfile takes the prefix of every header, we (as GNU tar) that of POSIX ones alone."""
+"""Neither this nor the prefix is bent: tarfile takes the prefix of every header, we (as GNU tar) that of POSIX ones
+alone.
+"""
 PREFIX = range(345, 500)
-NUMBERS = [b"zzzzzzzzzzz\0", b"-0000001000\0", b"00000001000\0", b"77777777777\0", b"0o17\0", b"1_0\0", b"+17 \0", b" \0", b"\0" * 12]
-NUMBERS += [b"\x80" + bytes(7) + b"\1" + bytes(3), b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x81" + bytes(11), b"\xff" * 10 + b"\xfe\0"]
-RECORDS = [b"0 path=a\n", b"5 a=\n", b"11 size=-1\n", b"11 size=1x\n", b"11 path=aa\n", b"12 path=\xff\xfe\n", b"10 size=7\n"]
+NUMBERS = [
+    b"zzzzzzzzzzz\0",
+    b"-0000001000\0",
+    b"00000001000\0",
+    b"77777777777\0",
+    b"0o17\0",
+    b"1_0\0",
+    b"+17 \0",
+    b" \0",
+    b"\0" * 12,
+]
+NUMBERS += [
+    b"\x80" + bytes(7) + b"\1" + bytes(3),
+    b"\x80" + b"\xff" * 11,
+    b"\xff" * 12,
+    b"\x81" + bytes(11),
+    b"\xff" * 10 + b"\xfe\0",
+]
+RECORDS = [
+    b"0 path=a\n",
+    b"5 a=\n",
+    b"11 size=-1\n",
+    b"11 size=1x\n",
+    b"11 path=aa\n",
+    b"12 path=\xff\xfe\n",
+    b"10 size=7\n",
+]
 RECORDS += [b"99 path=a\n", b"-9 path=a\n", b"9 path=a", b"8 path=\n", b"path=a\n", b"25 size=99999999999999999\n"]
 RECORDS += [b"25 GNU.sparse.realsize=9\n", b"7 \xff=a\n"]
 
@@ -27,7 +55,9 @@ def archives() -> list[bytes]:
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=form) as out:
-            for number, name in enumerate(("a.jpg", "a.json", "f/" + "x" * 90 + ".jpg", *["y" * 130] * (form != tarfile.USTAR_FORMAT))):
+            for number, name in enumerate(
+                ("a.jpg", "a.json", "f/" + "x" * 90 + ".jpg", *["y" * 130] * (form != tarfile.USTAR_FORMAT))
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = (0, 700, 513, 1024)[number]
                 if form == tarfile.PAX_FORMAT:
@@ -84,7 +114,10 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def ours(data: bytes) -> list[Member] | None:
-    """The members, or None for a fault. Nothing is read twice, in pieces of more than a header may be, or without end."""
+    """The members, or None for a fault.
+
+    Nothing is read twice, in pieces of more than a header may be, or without end.
+    """
     reads = 0
 
     def read(offset: int, count: int) -> bytes:
@@ -113,7 +146,9 @@ class _Bounded(io.BytesIO):
 
 
 def theirs(data: bytes) -> list[tuple[str, int, int, int]] | None:
-    """The same by tarfile, None where it raises whatever it raises, or stops at a header that it cannot read without a word."""
+    """The same by tarfile, None where it raises whatever it raises, or stops at a header that it cannot read without a
+    word.
+    """
     try:
         with tarfile.open(fileobj=_Bounded(data), mode="r:", encoding="utf-8") as tar:
             found = [(_name(m.name), m.offset, m.offset_data, m.size) for m in tar if m.isfile()]

@@ -17,7 +17,9 @@ def test_files_are_for_whom_the_umask_says(tmp_path, mask):
         BlockCache(tmp_path, 1 << 20)._store("b", b"block")
     finally:
         os.umask(old)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(("a", "b.block"), 0o666 & ~mask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("a", "b.block"), 0o666 & ~mask
+    )
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path):

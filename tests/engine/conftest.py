@@ -52,7 +52,9 @@ def start_tiny() -> Callable[..., subprocess.Popen[str]]:
     def start(run_dir: Path, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, str(TINY), str(run_dir), json.dumps(options)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         started.append(process)
         return process
 
@@ -63,7 +65,9 @@ def start_tiny() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def ranks(start_tiny: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[subprocess.Popen[str]]]:
+def ranks(
+    start_tiny: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[subprocess.Popen[str]]]:
     """Start tiny.py as the ranks of one world."""
     stores = []
 

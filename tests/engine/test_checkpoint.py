@@ -37,7 +37,9 @@ TENSORS = {
 
 
 def snapshot(step):
-    return Snapshot(step=step, tensors={"student": TENSORS, "optimizer": {"a.exp_avg": TENSORS["a"]}}, state={"step": step})
+    return Snapshot(
+        step=step, tensors={"student": TENSORS, "optimizer": {"a.exp_avg": TENSORS["a"]}}, state={"step": step}
+    )
 
 
 def steps(run_dir):
@@ -55,10 +57,17 @@ def writer(run_dir, sound=None, **settings):
 def test_what_is_written_is_read_and_is_true_safetensors(tmp_path):
     path = save_checkpoint(tmp_path, snapshot(12))
     assert path == tmp_path / "checkpoints/step_00000012"
-    assert {p.name for p in path.iterdir()} == {"student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert {p.name for p in path.iterdir()} == {
+        "student.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
     for found in (load_tensors(path, "student"), load_file(path / "student.safetensors")):
         assert set(found) == set(TENSORS)
-        assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in TENSORS.items())
+        assert all(
+            torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in TENSORS.items()
+        )
     assert read_state(path)["step"] == 12
     assert find_fault(path) is None
 
@@ -106,7 +115,8 @@ def test_loading_is_exact_and_lists_the_first_differences():
         load_exactly(module, bad, "file.safetensors")
     said = str(error.value)
     assert said.startswith(
-        "file.safetensors does not fit the model: 0.bias is missing; 1.weight is missing; 1.bias is missing; other is unknown"
+        "file.safetensors does not fit the model: 0.bias is missing; 1.weight is missing; 1.bias is missing; "
+        "other is unknown"
     )
     assert said.endswith("and 1 more") and "\n" not in said
 
@@ -126,7 +136,11 @@ def test_what_is_not_finite_is_not_written(tmp_path, dtype):
     held = {"mask": mask, "least": torch.tensor(torch.inf, dtype=dtype)}
     good = Snapshot(step=1, tensors={"student": TENSORS, "teacher": held}, state={"step": 1}, buffers=held)
     assert find_fault(save_checkpoint(tmp_path, good)) is None
-    for name, number, buffers in (("mask", -torch.inf, ()), ("mask", torch.nan, {"mask"}), ("weight", torch.inf, {"mask"})):
+    for name, number, buffers in (
+        ("mask", -torch.inf, ()),
+        ("mask", torch.nan, {"mask"}),
+        ("weight", torch.inf, {"mask"}),
+    ):
         bad = torch.ones(3, 4, dtype=dtype)
         bad[1, 2] = number
         wrong = Snapshot(step=2, tensors={"student": TENSORS, "teacher": {name: bad}}, state={}, buffers=buffers)
@@ -157,7 +171,10 @@ def test_a_full_disk_is_survived_and_the_old_one_stays(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(os, "fsync", full)
     background.write(snapshot(2))
-    with pytest.raises(StorageError, match=r"checkpoint of step 2 could not be written .*No space left.*the last sound one is of step 1"):
+    with pytest.raises(
+        StorageError,
+        match=r"checkpoint of step 2 could not be written .*No space left.*the last sound one is of step 1",
+    ):
         background.wait(2)
     assert names(tmp_path) == ["step_00000001"]
     monkeypatch.setattr(os, "fsync", real)
@@ -179,7 +196,8 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
         time.sleep(0.01)
     assert names(tmp_path) == []
     assert re.search(
-        r"checkpoint of step 1 could not be written \(.*MiB needed, .* MiB free.*\), there is none yet", str(background.take_fault())
+        r"checkpoint of step 1 could not be written \(.*MiB needed, .* MiB free.*\), there is none yet",
+        str(background.take_fault()),
     )
     assert not background.fault
     background.close()
@@ -192,7 +210,9 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
 
 def test_when_one_is_due(tmp_path, monkeypatch):
     background = writer(tmp_path, every_steps=4, keep_every_epochs=2)
-    assert [step for step in range(1, 101) if background.due(step)][:3] == [4, 5, 6], "what is owed stays owed until it is written"
+    assert [step for step in range(1, 101) if background.due(step)][:3] == [4, 5, 6], (
+        "what is owed stays owed until it is written"
+    )
     background.write(snapshot(6))
     background.wait(6)
     assert [step for step in (7, 9, 10, 11, 100) if background.due(step)] == [10, 100], "kept ones and the last"

@@ -12,7 +12,8 @@ from cosmos_ssl.errors import CosmosError, UserError
 SHORT = {"schedule": {"max_steps": 2, "epochs": 1}, "checkpoints": {"every_steps": 1}}
 FILES = ("identity.json", "result.json", "versions.json", "metrics.jsonl", "config.yaml", "log.txt", ".lock")
 CHECKPOINT = tuple(
-    f"checkpoints/step_00000002/{name}" for name in ("manifest.json", "state.json", "student.safetensors", "optimizer.safetensors")
+    f"checkpoints/step_00000002/{name}"
+    for name in ("manifest.json", "state.json", "student.safetensors", "optimizer.safetensors")
 )
 
 
@@ -66,7 +67,10 @@ DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "missing": lambda path: path.unlink(),
     "folder": folder_instead,
-    **{repr(data): written(data) for data in (b"", b"{", b"[]\n", b"null\n", b"x\n", b"\xff\xfe\x00\n", b'{"step": "2", "config": {}}\n')},
+    **{
+        repr(data): written(data)
+        for data in (b"", b"{", b"[]\n", b"null\n", b"x\n", b"\xff\xfe\x00\n", b'{"step": "2", "config": {}}\n')
+    },
     "deep": written(b"[" * 100_000 + b"\n"),
 }
 
@@ -88,8 +92,10 @@ def test_what_is_said_and_kept(train, tmp_path):
         error = train(name, written(b"[]"))
         assert isinstance(error, UserError) and re.search(words, str(error))
     harmless = {
-        "versions.json": "versions.json is damaged: it holds no table. The run goes on, and the file is kept as versions.json.damaged",
-        "metrics.jsonl": "metrics.jsonl: 2 lines are no rows and are left out; the file is kept as metrics.jsonl.damaged",
+        "versions.json": "versions.json is damaged: it holds no table. The run goes on, and the file is kept as "
+        "versions.json.damaged",
+        "metrics.jsonl": "metrics.jsonl: 2 lines are no rows and are left out; the file is kept as "
+        "metrics.jsonl.damaged",
     }
     for name, words in harmless.items():
         assert train(name, written(b"[]\nx\n" if name == "metrics.jsonl" else b"[]"), finished=False) is None

@@ -1,4 +1,5 @@
-"""A whole COSMOS run stopped, killed and continued on other numbers of ranks and loader workers: the same inputs, the same losses.
+"""A whole COSMOS run stopped, killed and continued on other numbers of ranks and loader workers: the same inputs, the
+same losses.
 
 Also a program: python test_elastic.py STAGE_JSON trains one stage as so many forked ranks and prints their exit codes.
 """
@@ -74,17 +75,30 @@ STAGES = [
 
 def fingerprints(views):
     """What a batch holds, sample by sample: its key, and type, shape and hash of every tensor's part."""
-    tensors = {f"{name}/{field}": getattr(group, field) for name, group in views.image.items() for field in ("pixels", "params")}
-    tensors |= {f"{name}/{field}": getattr(group, field) for name, group in views.text.items() for field in ("tokens", "lengths")}
+    tensors = {
+        f"{name}/{field}": getattr(group, field)
+        for name, group in views.image.items()
+        for field in ("pixels", "params")
+    }
+    tensors |= {
+        f"{name}/{field}": getattr(group, field)
+        for name, group in views.text.items()
+        for field in ("tokens", "lengths")
+    }
 
     def told(part):
         return f"{part.dtype} {list(part.shape)} {hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16]}"
 
-    return [{"key": key, **{name: told(tensor[:, i]) for name, tensor in tensors.items()}} for i, key in enumerate(views.keys)]
+    return [
+        {"key": key, **{name: told(tensor[:, i]) for name, tensor in tensors.items()}}
+        for i, key in enumerate(views.keys)
+    ]
 
 
 def watched(trainer, stage):
-    """The batches as training takes them, each written down; at the stage's last one the run is told to stop, or dies."""
+    """The batches as training takes them, each written down; at the stage's last one the run is told to stop, or
+    dies.
+    """
     rank, world, batches = trainer.world.rank, trainer.world.size, trainer.loader.batches
     path = Path(stage["record"]) / f"rank{rank}.jsonl"
 
@@ -92,7 +106,10 @@ def watched(trainer, stage):
         for batch in batches(start_step, stop_step):
             positions = trainer.order.rank_positions(batch.step, rank, world).tolist()
             with path.open("a") as file:
-                file.write(json.dumps({"step": batch.step, "positions": positions, "samples": fingerprints(batch.views)}) + "\n")
+                file.write(
+                    json.dumps({"step": batch.step, "positions": positions, "samples": fingerprints(batch.views)})
+                    + "\n"
+                )
             if batch.step == stage["stop"] - 1:
                 end(trainer, stage["end"])
             yield batch
@@ -154,7 +171,10 @@ def sample(number):
     picture = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)).resize((60, 48))
     buffer = io.BytesIO()
     picture.save(buffer, "jpeg")
-    sentences = [f"sentence {n} of picture {number} says {' '.join(rng.choice(['red', 'blue', 'round', 'far'], 3))}" for n in range(6)]
+    sentences = [
+        f"sentence {n} of picture {number} says {' '.join(rng.choice(['red', 'blue', 'round', 'far'], 3))}"
+        for n in range(6)
+    ]
     table = {"raw_caption": sentences[:1], "longIB_captions": sentences[1:]}
     return {"jpg": b"no picture" if number == 11 else buffer.getvalue(), "json": json.dumps(table).encode()}
 
@@ -183,14 +203,24 @@ def start_stage(shards, tmp_path):
         record = tmp_path / f"{name}.{len(started)}"
         record.mkdir()
         data = {"type": "webdataset", "train_data": shards}
-        config = {**CONFIG, "output_dir": str(tmp_path / name), "data": data, "loader": {**CONFIG["loader"], "workers": workers}}
+        config = {
+            **CONFIG,
+            "output_dir": str(tmp_path / name),
+            "data": data,
+            "loader": {**CONFIG["loader"], "workers": workers},
+        }
         stage = {"config": config, "record": str(record), "stop": stop, "end": end}
         stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
         environment = os.environ | place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, json.dumps(stage)]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         process.record = record
         started.append(process)
@@ -204,7 +234,9 @@ def start_stage(shards, tmp_path):
 
 
 def outcome(process):
-    """Exit codes of the ranks, what was said, and the batches that were consumed: {step: the samples in the order of positions}."""
+    """Exit codes of the ranks, what was said, and the batches that were consumed: {step: the samples in the order of
+    positions}.
+    """
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     found = {}
@@ -222,7 +254,9 @@ def outcome(process):
 
 @pytest.mark.slow
 def test_other_ranks_and_workers_take_the_same_inputs_and_come_to_the_same_losses(start_stage, rows, tmp_path):
-    """Over ends of epochs, with a bad sample, and again where a killed run had been; pictures, parameters and tokens to the last bit."""
+    """Over ends of epochs, with a bad sample, and again where a killed run had been; pictures, parameters and tokens to
+    the last bit.
+    """
     whole = start_stage("whole", 1, 0, STEPS, "finished")
     taken, logged = [], []
     for world, workers, start, stop, how in STAGES:

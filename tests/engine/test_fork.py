@@ -21,7 +21,9 @@ def old(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("old") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointWriter, "_busy", lambda self: bool(self._collect()))
-        tiny.make_trainer(folder, tiny.make_config(checkpoints={"every_steps": 3, "every_minutes": None, "keep_last": 9})).train()
+        tiny.make_trainer(
+            folder, tiny.make_config(checkpoints={"every_steps": 3, "every_minutes": None, "keep_last": 9})
+        ).train()
     return folder
 
 
@@ -72,7 +74,9 @@ def samples(order, steps):
 
 
 def test_it_starts_where_the_other_stood_and_goes_on_by_itself(tiny, old, rows, tmp_path):
-    """Another learning rate: the same tensors, step and samples; then the same command goes on, with or without the source."""
+    """Another learning rate: the same tensors, step and samples; then the same command goes on, with or without the
+    source.
+    """
     source, config, killer = tmp_path / "moved", tiny.make_config(optimizer={"lr": 0.1}), Killer()
     shutil.copytree(old, source)
     killer.trainer, _ = fork(tiny, tmp_path / "new", at(source, 3), config, writers=[killer])
@@ -81,8 +85,15 @@ def test_it_starts_where_the_other_stood_and_goes_on_by_itself(tiny, old, rows, 
     taken, whole = tensors(at(tmp_path / "new", 3)), tensors(at(old, 3))
     assert taken.keys() == whole.keys() and all(torch.equal(taken[name], whole[name]) for name in whole)
     told = json.loads((tmp_path / "new" / "fork.json").read_text())
-    assert told == {"checkpoint": str(at(source, 3)), "saved_step": 3, "step": 3, "changed": ["optimizer.lr: 0.05 -> 0.1"]}
-    assert f"forked from {source} at step 3 with optimizer.lr: 0.05 -> 0.1" in (tmp_path / "new" / "log.txt").read_text()
+    assert told == {
+        "checkpoint": str(at(source, 3)),
+        "saved_step": 3,
+        "step": 3,
+        "changed": ["optimizer.lr: 0.05 -> 0.1"],
+    }
+    assert (
+        f"forked from {source} at step 3 with optimizer.lr: 0.05 -> 0.1" in (tmp_path / "new" / "log.txt").read_text()
+    )
     shutil.rmtree(source)
     trainer, seen = watched(tiny.make_trainer(tmp_path / "new", config))
     trainer.train()
@@ -112,23 +123,31 @@ def test_a_finished_run_gets_more_epochs(tiny, old, rows, tmp_path):
 def test_another_batch_size(tiny, old, rows, tmp_path):
     """At an epoch's end any; within one what divides the samples behind, in the same sequence."""
     double = {"training": {"batch_size": 10, "precision": "fp32", "device": "cpu", "seed": 3}}
-    tiny.make_trainer(tmp_path / "five", tiny.make_config(schedule={"epochs": 2, "warmup_steps": 2, "max_steps": 5})).train()
+    tiny.make_trainer(
+        tmp_path / "five", tiny.make_config(schedule={"epochs": 2, "warmup_steps": 2, "max_steps": 5})
+    ).train()
     trainer, seen = fork(tiny, tmp_path / "new", tmp_path / "five", tiny.make_config(**double))
     trainer.train()
-    assert seen == samples(trainer.order, range(2, 4)) and {key for keys in seen.values() for key in keys} == {f"s{i}" for i in range(20)}
+    assert seen == samples(trainer.order, range(2, 4)) and {key for keys in seen.values() for key in keys} == {
+        f"s{i}" for i in range(20)
+    }
     within = {"training": {"batch_size": 2, "precision": "fp32", "device": "cpu", "seed": 3}}
     with pytest.raises(UserError, match=r"step 3 lies within an epoch, where the order .* loader.lanes=4"):
         fork(tiny, tmp_path / "other", at(old, 3), tiny.make_config(**within))[0].train()
     source = tmp_path / "lanes"
     lanes = {"loader": {"workers": 0, "lanes": 2}}
-    tiny.make_trainer(source, tiny.make_config(**lanes, schedule={"epochs": 2, "warmup_steps": 2, "max_steps": 3})).train()
+    tiny.make_trainer(
+        source, tiny.make_config(**lanes, schedule={"epochs": 2, "warmup_steps": 2, "max_steps": 3})
+    ).train()
     trainer, seen = fork(tiny, tmp_path / "halved", source, tiny.make_config(**lanes, **within))
     trainer.train()
     assert [row["step"] for row in rows(tmp_path / "halved")] == list(range(7, 21))
     whole = tiny.make_trainer(tmp_path / "x", tiny.make_config(**lanes)).order
     for step in (3, 4):  # two batches of the new run are one of the old
         assert sorted(seen[2 * step] + seen[2 * step + 1]) == samples(whole, [step])[step]
-    with pytest.raises(UserError, match=r"12 samples of an epoch are behind, which training.batch_size=10 does not divide"):
+    with pytest.raises(
+        UserError, match=r"12 samples of an epoch are behind, which training.batch_size=10 does not divide"
+    ):
         fork(tiny, tmp_path / "third", source, tiny.make_config(**lanes, **double))[0].train()
 
 
@@ -137,7 +156,10 @@ def test_another_batch_size(tiny, old, rows, tmp_path):
     [
         ({"teacher": {"type": "none"}}, r"teacher.type: 'ema' -> 'none': weights and teacher are taken over"),
         ({"model": {"pretrained": "x.pt"}}, r"model.pretrained: null -> 'x.pt': weights and teacher are taken over"),
-        ({"training": {"seed": 4, "batch_size": 4, "precision": "fp32", "device": "cpu"}}, r"lies within an epoch, .* training.seed=3"),
+        (
+            {"training": {"seed": 4, "batch_size": 4, "precision": "fp32", "device": "cpu"}},
+            r"lies within an epoch, .* training.seed=3",
+        ),
         ({"data": {"type": "numbers", "bad": 1}}, None),
     ],
 )
@@ -163,7 +185,9 @@ def test_a_model_that_does_not_fit_leaves_the_folder_free(tiny, old, tmp_path, m
 
 def test_other_data_must_be_accepted(tiny, old, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "SAMPLES", 24)
-    with pytest.raises(UserError, match=r"the data are not those of .*data, samples: 20 -> 24.* loader.changed_data=accept"):
+    with pytest.raises(
+        UserError, match=r"the data are not those of .*data, samples: 20 -> 24.* loader.changed_data=accept"
+    ):
         fork(tiny, tmp_path / "new", at(old, 3))[0].train()
     accept = {"loader": {"workers": 0, "changed_data": "accept"}}
     trainer, seen = fork(tiny, tmp_path / "new", at(old, 3), tiny.make_config(**accept))

@@ -10,13 +10,17 @@ import pytest
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, latest_checkpoint
 
-SHORT = {"schedule": {"max_steps": 4}, "checkpoints": {"every_steps": 2, "keep_last": 1}}  # two saves; the second removes the first
+SHORT = {
+    "schedule": {"max_steps": 4},
+    "checkpoints": {"every_steps": 2, "keep_last": 1},
+}  # two saves; the second removes the first
 OPERATIONS = {"open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"}
 SAVING = ("engine/checkpoint.py", "engine/background.py")
 
 
 def train_and_die(tiny, run_dir, kill_at):
-    """Train in a forked child that kills itself before file operation ``kill_at`` of its checkpoints; the names of the operations it began.
+    """Train in a forked child that kills itself before file operation ``kill_at`` of its checkpoints; the names of the
+    operations it began.
 
     Of the many writes of a file two count: the one that begins it, and one that finds it half written.
     """
@@ -56,12 +60,17 @@ def is_saving(frame):
 
 
 def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
-    """Before every single operation: what was given its name is sound, and the same command goes on to the same numbers."""
+    """Before every single operation: what was given its name is sound, and the same command goes on to the same
+    numbers.
+    """
     tiny.make_trainer(tmp_path / "whole", tiny.make_config(**SHORT)).train()
     whole = train_and_die(tiny, tmp_path / "watched", None)
     assert set(whole) >= {"open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"}
     named = whole.index("rename")
-    assert whole[:named].count("open") == whole[:named].count("fsync") and whole[named + 1 :][:2] == ["open", "fsync"]  # for a power cut
+    assert whole[:named].count("open") == whole[:named].count("fsync") and whole[named + 1 :][:2] == [
+        "open",
+        "fsync",
+    ]  # for a power cut
     assert rows(tmp_path / "watched") == rows(tmp_path / "whole")
     for kill_at in range(1, len(whole) + 1):
         run_dir = tmp_path / f"cut{kill_at}"
@@ -81,11 +90,15 @@ def test_killed_again_and_again(tiny, rows, tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-ENDLESS = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
+ENDLESS = {
+    "schedule": {"epochs": 100_000, "warmup_steps": 2},
+    "checkpoints": {"every_steps": None, "every_minutes": 30},
+}
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "cause"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")]
+    ("number", "code", "cause"),
+    [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "Ctrl-C")],
 )
 def test_a_signal_saves_and_leaves(tiny, start_tiny, wait_for_step, tmp_path, number, code, cause):
     process = start_tiny(tmp_path, loader={"workers": 1}, **ENDLESS)
@@ -131,16 +144,27 @@ def test_a_second_ctrl_c_leaves_at_once(start_tiny, wait_for_step, tmp_path):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
     assert process.returncode == 130
-    told = "Ctrl-C: the step under way ends first, then all is saved (a step takes about 0 s); Ctrl-C again leaves at once"
+    told = (
+        "Ctrl-C: the step under way ends first, then all is saved (a step takes about 0 s); Ctrl-C again leaves at once"
+    )
     assert told in said and told in (tmp_path / "log.txt").read_text()
     assert not checkpoint_folders(tmp_path)
 
 
 def test_a_run_that_hangs_ends_and_says_where(start_tiny, tmp_path):
-    process = start_tiny(tmp_path, training={"timeout_minutes": 0.1}, befalls={0: {"loss": {2: "hang"}}}, loader={"workers": 1}, **ENDLESS)
+    process = start_tiny(
+        tmp_path,
+        training={"timeout_minutes": 0.1},
+        befalls={0: {"loss": {2: "hang"}}},
+        loader={"workers": 1},
+        **ENDLESS,
+    )
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 74, said
-    assert "nothing has happened for 0.1 min (training.timeout_minutes): rank 0, step 3; loader worker 0: collecting the batch" in said
+    assert (
+        "nothing has happened for 0.1 min (training.timeout_minutes): rank 0, step 3; loader worker 0: "
+        "collecting the batch" in said
+    )
     assert "in forward" in (tmp_path / "log.txt").read_text().partition("stacks of all threads:")[2]
 
 

@@ -82,5 +82,6 @@ def test_a_signal_that_would_come_too_late_is_warned_of_once(monkeypatch, caplog
     watch.logged(2, row, 2.1)
     watch.logged(3, row, 2.1)
     assert [record.getMessage() for record in caplog.records] == [
-        "a step and a save take 7 s, over 70 % of the 10 s between the signal and the end of the job: raise the profile's signal_delay_s"
+        "a step and a save take 7 s, over 70 % of the 10 s between the signal and the end of the job: raise the "
+        "profile's signal_delay_s"
     ]

@@ -45,7 +45,10 @@ def test_learning_rate_is_the_recorded_one():
 
 
 def test_final_lr_and_weight_decay_are_approached_by_a_cosine():
-    config, schedule = OptimizerConfig(lr=1.0, weight_decay=0.04, weight_decay_end=0.4), ScheduleConfig(warmup_steps=0, final_lr=0.1)
+    config, schedule = (
+        OptimizerConfig(lr=1.0, weight_decay=0.04, weight_decay_end=0.4),
+        ScheduleConfig(warmup_steps=0, final_lr=0.1),
+    )
     assert learning_rate(config, schedule, 5, 10) == pytest.approx(0.55)
     assert [weight_decay(config, step, 10) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
     assert weight_decay(OptimizerConfig(weight_decay=0.5), 7, 10) == 0.5
@@ -81,7 +84,9 @@ def test_rules_of_parts_config_and_depth_meet(model):
 
 def test_a_rule_without_a_parameter_is_named(model):
     with pytest.raises(
-        UserError, match=r"optimizer\.rules\.0\.match: 'image\.stem\.wieght' matches no parameter\. Did you mean 'image\.stem\.weight'"
+        UserError,
+        match=r"optimizer\.rules\.0\.match: 'image\.stem\.wieght' matches no parameter\. Did you mean "
+        r"'image\.stem\.weight'",
     ):
         settings(model, OptimizerConfig(rules=[RuleConfig(match="image.stem.wieght")]))
 
@@ -153,7 +158,11 @@ def test_fused_agrees_with_the_plain_rule(model):
     twin = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
     plain = torch.optim.AdamW(
         [
-            {"params": [p], "weight_decay": 0.5 if p.dim() > 1 else 0.0, "lr": 0.05 if name == "image.stem.bias" else 0.1}
+            {
+                "params": [p],
+                "weight_decay": 0.5 if p.dim() > 1 else 0.0,
+                "lr": 0.05 if name == "image.stem.bias" else 0.1,
+            }
             for name, p in twin.items()
         ],
         betas=(0.9, 0.98),

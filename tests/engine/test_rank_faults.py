@@ -1,4 +1,6 @@
-"""What goes wrong on one of two ranks, as real processes: all of them end, say why, leave nothing running and lose nothing."""
+"""What goes wrong on one of two ranks, as real processes: all of them end, say why, leave nothing running and lose
+nothing.
+"""
 
 import io
 import json
@@ -28,7 +30,10 @@ HANGS = "nothing has happened for 0.15 min (training.timeout_minutes): "
 
 @pytest.fixture
 def alive(tmp_path, monkeypatch):
-    """Processes that this test started, with all their children: process id -> (parent, rank). Ends them after the test."""
+    """Processes that this test started, with all their children: process id -> (parent, rank).
+
+    Ends them after the test.
+    """
     mark = f"STARTED_BY={tmp_path}"
     monkeypatch.setenv(*mark.split("=", 1))
 
@@ -41,7 +46,10 @@ def alive(tmp_path, monkeypatch):
             except OSError:  # it has just ended
                 continue
             if mark in environment:
-                found[int(folder.name)] = parent, next((text[5:] for text in environment if text.startswith("RANK=")), None)
+                found[int(folder.name)] = (
+                    parent,
+                    next((text[5:] for text in environment if text.startswith("RANK=")), None),
+                )
         return found
 
     yield alive
@@ -52,7 +60,9 @@ def alive(tmp_path, monkeypatch):
 
 @pytest.fixture
 def none_left(alive):
-    """Wait until every process that this test started has ended; what the kernel ends with its parent takes a moment."""
+    """Wait until every process that this test started has ended; what the kernel ends with its parent takes a
+    moment.
+    """
 
     def none_left():
         end = time.monotonic() + 30
@@ -96,7 +106,10 @@ def launch(install, tmp_path):
     started = []
 
     def launch(grace=20.0, **training):
-        code = f"import sys; from cosmos_ssl_launch import local, main; local.GRACE = {grace}; sys.exit(main(sys.argv[1:]))"
+        code = (
+            f"import sys; from cosmos_ssl_launch import local, main; local.GRACE = {grace}; "
+            "sys.exit(main(sys.argv[1:]))"
+        )
         site = install("my-parts", "0.3.1", entries=ENTRIES, modules={"my_parts": PARTS})
         tree = small_config(str(tmp_path), 100_000, {**PICTURES_ALONE, "training": training, "loader": {"workers": 1}})
         config = tmp_path / "config.yaml"
@@ -176,7 +189,10 @@ def test_the_launcher_ends_with_what_the_failing_rank_says(launch, monkeypatch, 
     out, err = command.communicate(timeout=120)
     assert command.returncode == 1, out + err
     last = err.splitlines()[-1]
-    worker = r"data: loader worker 0, step 3, augmenters\.image \('faulty' of my-parts 0\.3\.1\) on sample \S+ of \S+: KeyError: 'x'"
+    worker = (
+        r"data: loader worker 0, step 3, augmenters\.image \('faulty' of my-parts 0\.3\.1\) on sample \S+ "
+        r"of \S+: KeyError: 'x'"
+    )
     assert re.fullmatch(rf"rank 1 ended with exit code 1: {worker}", last), err
     assert "another rank was lost" in err and "Traceback" not in out + err
     assert 'my_parts.py", line' in (tmp_path / "run" / "log.rank1.txt").read_text()
@@ -200,7 +216,9 @@ def write_shards(folder):
 
 
 def test_a_read_that_never_returns_ends_all(tiny, ranks, finished, none_left, tmp_path):
-    """A shard that has become a pipe stands for storage that does not answer: rank, step, worker and shard are named."""
+    """A shard that has become a pipe stands for storage that does not answer: rank, step, worker and shard are
+    named.
+    """
     urls = write_shards(tmp_path / "shards")
     manifest = load_manifest(urls)
     Path(urls[2]).unlink()
@@ -212,10 +230,18 @@ def test_a_read_that_never_returns_ends_all(tiny, ranks, finished, none_left, tm
     named = r"rank (\d), step (\d+); loader worker 0: reading sample (\d+) of a-002.tar\. Stacks"
     found = re.findall(re.escape(HANGS) + named, said[0] + said[1])
     config = tiny.make_config()
-    order = Order(manifest.sizes, 4, lanes=config.loader.lanes, shuffle_samples=config.loader.shuffle_samples, seed=config.training.seed)
+    order = Order(
+        manifest.sizes,
+        4,
+        lanes=config.loader.lanes,
+        shuffle_samples=config.loader.shuffle_samples,
+        seed=config.training.seed,
+    )
     first = next(step for step in range(5) if any(8 <= sample < 12 for sample in order.rank_batch(step, 0, 1)))
     assert found and {int(step) for _, step, _ in found} == {first + 1}, said
-    assert all(8 <= int(sample) < 12 and int(sample) in order.rank_batch(first, int(rank), 2) for rank, _, sample in found)
+    assert all(
+        8 <= int(sample) < 12 and int(sample) in order.rank_batch(first, int(rank), 2) for rank, _, sample in found
+    )
     none_left()
 
 
@@ -223,7 +249,14 @@ def test_a_pipe_among_the_shards_is_refused_at_the_start(tmp_path):
     urls = write_shards(tmp_path / "shards")
     Path(urls[2]).unlink()
     os.mkfifo(urls[2])
-    command = [sys.executable, "-c", "import sys; from cosmos_ssl.cli import main; sys.exit(main())", "data", "index", *urls]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from cosmos_ssl.cli import main; sys.exit(main())",
+        "data",
+        "index",
+        *urls,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, f"data: {urls[2]} is no regular file\n")
 
@@ -240,7 +273,9 @@ def test_a_batch_that_breaks_off_is_a_lost_worker(tiny):
             return Sample(key=str(index), extras={"torn": Torn()})
 
     data = Data()
-    loader = Loader(data, Order(data.shard_sizes, 4, lanes=4, shuffle_samples=20, seed=0), image=tiny.Noise(), workers=1)
+    loader = Loader(
+        data, Order(data.shard_sizes, 4, lanes=4, shuffle_samples=20, seed=0), image=tiny.Noise(), workers=1
+    )
     with pytest.raises(StorageError, match=r"^data: the loader failed: Ran out of input$"):
         next(loader.batches(0, 5))
 
@@ -264,10 +299,15 @@ _undisturbed = []
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_loader_worker_that_is_killed_ends_all(ranks, finished, none_left, rows, undisturbed, tmp_path, rank):
-    """As the kernel does it when memory is short. The first rank saves where it stands; the same command goes on to the same numbers."""
+    """As the kernel does it when memory is short.
+
+    The first rank saves where it stands; the same command goes on to the same numbers.
+    """
     codes, said = finished(ranks(tmp_path, 2, befalls={rank: {"crop": {11: "die"}}}, loader={"workers": 1}, **WIDE))
     assert codes == [74, 74], said
-    assert re.search(r"data: a loader worker was lost \(process \d+, SIGKILL; out of memory\? Lower loader.workers\)", said[rank]), said
+    assert re.search(
+        r"data: a loader worker was lost \(process \d+, SIGKILL; out of memory\? Lower loader.workers\)", said[rank]
+    ), said
     assert "another rank was lost" in said[1 - rank]
     if rank == 0:
         assert int(checkpoint_folders(tmp_path)[-1].name[5:]) == rows(tmp_path)[-1]["step"]
@@ -279,13 +319,19 @@ def test_a_loader_worker_that_is_killed_ends_all(ranks, finished, none_left, row
 
 # ---------------------------------------------------------------------------- a disk that is full
 
-OFTEN = {"every_steps": 3, "keep_last": 1, "keep_every_epochs": 1}  # the save after an epoch waits for the one before it
+OFTEN = {
+    "every_steps": 3,
+    "keep_last": 1,
+    "keep_every_epochs": 1,
+}  # the save after an epoch waits for the one before it
 LIMITED = {0: {"loss": {5: "limit"}}}  # the first rank can write no checkpoint from its step 6 on
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder for a run with room for one wide checkpoint, and a call that makes room for more; None where none can be mounted."""
+    """A folder for a run with room for one wide checkpoint, and a call that makes room for more; None where none can be
+    mounted.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]
@@ -320,7 +366,10 @@ def test_a_full_disk(small_disk, ranks, finished, none_left, rows, undisturbed):
     if make_room:
         assert saved == [3] and re.search(r"\d\.\d MiB needed, 0\.\d MiB free", why)
         make_room()
-    assert "could not be written" in (folder / "log.txt").read_text() and "; training goes on" in (folder / "log.txt").read_text()
+    assert (
+        "could not be written" in (folder / "log.txt").read_text()
+        and "; training goes on" in (folder / "log.txt").read_text()
+    )
     codes, said = finished(ranks(folder, 2, checkpoints=OFTEN, **WIDE))
     assert codes == [0, 0], said
     assert rows(folder) == undisturbed
@@ -331,7 +380,9 @@ def test_a_checkpoint_that_fails_midway_ends_all_where_asked(ranks, finished, no
     options = {"checkpoints": OFTEN | {"on_failure": "stop"}, "schedule": {"epochs": 100_000, "warmup_steps": 2}}
     codes, said = finished(ranks(tmp_path, 2, befalls=LIMITED, **options, **WIDE))
     assert codes == [74, 74], said
-    _, why, last = re.search(rf"^{tmp_path}{UNSAVED} \(checkpoints\.on_failure: stop\)$", said[1], re.MULTILINE).groups()
+    _, why, last = re.search(
+        rf"^{tmp_path}{UNSAVED} \(checkpoints\.on_failure: stop\)$", said[1], re.MULTILINE
+    ).groups()
     assert "File too large" in why and sound_checkpoints(tmp_path)[-1] == int(last)
     assert re.search(f"^{tmp_path}{UNSAVED}", said[0], re.MULTILINE), said
     none_left()

@@ -23,7 +23,9 @@ LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"eve
 
 def weights(run_dir):
     folder = checkpoint_folders(run_dir)[-1]
-    return folder.name, load_tensors(folder, "student") | {f"teacher.{n}": t for n, t in load_tensors(folder, "teacher").items()}
+    return folder.name, load_tensors(folder, "student") | {
+        f"teacher.{n}": t for n, t in load_tensors(folder, "teacher").items()
+    }
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -64,7 +66,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, finished
 
 @pytest.mark.parametrize("place", ["crop", "loss"])
 def test_the_slowest_rank_is_found(ranks, finished, tmp_path, place):
-    codes, said = finished(ranks(tmp_path, 2, schedule={"max_steps": 4}, befalls={1: {place: dict.fromkeys(range(8), "slow")}}))
+    codes, said = finished(
+        ranks(tmp_path, 2, schedule={"max_steps": 4}, befalls={1: {place: dict.fromkeys(range(8), "slow")}})
+    )
     assert codes == [0, 0], said
     for row in [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row][1:]:
         assert row["slowest_rank"] == 1 and row["slowest_rank_lag"] > 0.3
@@ -88,7 +92,9 @@ def test_buckets_hold_every_parameter_once_and_one_type_each(monkeypatch):
 
 
 def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_path):
-    """The quickstart's parts, shortened: losses to float32's last digits, the same ranks in retrieval; and a number that cannot be."""
+    """The quickstart's parts, shortened: losses to float32's last digits, the same ranks in retrieval; and a number
+    that cannot be.
+    """
     short = [
         "data.train_samples=64",
         "data.validation_samples=18",
@@ -110,14 +116,22 @@ def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_pat
     assert found[0].keys() == found[1].keys()
     for name in ("loss", "loss/clip", "loss/distill"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
-    for name in ("retrieval/student/image_to_text_mean_rank", "retrieval/teacher/text_to_image_R@5", "classification/student/top5"):
+    for name in (
+        "retrieval/student/image_to_text_mean_rank",
+        "retrieval/teacher/text_to_image_R@5",
+        "classification/student/top5",
+    ):
         assert found[0][name] == pytest.approx(found[1][name])
-    refused = subprocess.run([*command, "profile.nproc=3"], capture_output=True, text=True, timeout=60, env=environment, check=False)
+    refused = subprocess.run(
+        [*command, "profile.nproc=3"], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
     assert refused.returncode == 2 and "Possible: 1, 2, 4, 8, 16" in refused.stderr
 
 
 def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
-    """A broadcast fails on the rank that gives where the one that receives has already gone: the wait is by way of the store."""
+    """A broadcast fails on the rank that gives where the one that receives has already gone: the wait is by way of the
+    store.
+    """
     store, left = HashStore(), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
@@ -125,7 +139,11 @@ def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     monkeypatch.setattr("cosmos_ssl.engine.distributed.rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(store.check(["left/1"])))
-    for ended, together in ((None, True), (Interrupted(signal.SIGTERM), True), (StorageError("another rank was lost"), False)):
+    for ended, together in (
+        (None, True),
+        (Interrupted(signal.SIGTERM), True),
+        (StorageError("another rank was lost"), False),
+    ):
         store.delete_key("left/1")
         other = threading.Timer(0.2, store.set, ["left/1", ""])
         other.start()

@@ -8,7 +8,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cosmos_ssl.api import Head, ImageGroup, Loss, LossOutput, Need, PluginError, Progress, Spec, TextGroup, Views, ViewSpec
+from cosmos_ssl.api import (
+    Head,
+    ImageGroup,
+    Loss,
+    LossOutput,
+    Need,
+    PluginError,
+    Progress,
+    Spec,
+    TextGroup,
+    Views,
+    ViewSpec,
+)
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.step import Step, spread
 from cosmos_ssl.models.model import Model
@@ -41,7 +53,9 @@ def assemble(extra_losses=(), extra_heads=(), drop_path=0.0):
             "image": ClipViT(spec, width=32, heads=2, layers=2, patch_size=8, image_size=32, drop_path=drop_path),
             "text": ClipText(spec, width=24, heads=2, layers=2),
         }
-        full = replace(spec, image=towers["image"].spec, text=towers["text"].spec, heads={"cross": {"image": 16, "text": 16}})
+        full = replace(
+            spec, image=towers["image"].spec, text=towers["text"].spec, heads={"cross": {"image": 16, "text": 16}}
+        )
         heads = {"cross": CrossAttention(full, num_heads=4), **{name: make(full) for name, make in extra_heads}}
         losses = {"clip": Clip(full), "distill": CrossModalityDistillation(full, head="cross")}
         return towers, heads, losses | {name: make(full) for name, make in extra_losses}
@@ -113,7 +127,9 @@ def test_accumulation_equals_the_whole_batch(size, drop_path):
             torch.testing.assert_close(first.logs[name], second.logs[name])
     found = gradients(assembly.model)
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_replayed_randomness_gives_the_true_gradient():
@@ -144,7 +160,9 @@ def test_total_is_the_weighted_sum_and_every_parameter_gets_a_gradient():
     for modality, groups in (("image", features.image), ("text", features.text)):
         unit = next(iter(groups.values())).unit[0]
         expected = unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
-        torch.testing.assert_close(spread(result.moments)[f"spread/{modality}"].float(), expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            spread(result.moments)[f"spread/{modality}"].float(), expected.float(), rtol=1e-5, atol=1e-6
+        )
     assert all(p.grad is not None for p in assembly.model.parameters())
     assert all(p.grad is None for p in assembly.teacher.parameters())
 
@@ -160,7 +178,9 @@ def _rank_step(rank, world, path, micro_batch_size, results):
 
 @pytest.mark.parametrize(("world", "micro_batch_size"), [(2, None), (3, None), (2, 1)])
 def test_ranks_compute_what_one_computes(world, micro_batch_size, tmp_path):
-    """On the same global batch, in float64: the mean of the losses, and on every rank the gradient of the whole batch."""
+    """On the same global batch, in float64: the mean of the losses, and on every rank the gradient of the whole
+    batch.
+    """
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank_step, args=(world, str(tmp_path / "store"), micro_batch_size, results), nprocs=world)
@@ -168,10 +188,14 @@ def test_ranks_compute_what_one_computes(world, micro_batch_size, tmp_path):
     assembly = assemble()
     expected = Step(assembly)(batch(), PROGRESS)
     for name in ("loss", "loss/clip", "loss/distill"):
-        torch.testing.assert_close(torch.stack([logs[name] for logs, _ in ranks]).mean(), expected.logs[name], rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            torch.stack([logs[name] for logs, _ in ranks]).mean(), expected.logs[name], rtol=1e-9, atol=0
+        )
     for _, found in ranks:
         for name, grad in gradients(assembly.model).items():
-            torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 class Counting(Loss):

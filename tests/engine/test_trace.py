@@ -12,7 +12,16 @@ from rich.console import Console
 
 from cosmos_ssl.engine.signals import Interrupted
 
-STAGES = ("data wait", "augment", "teacher forward", "student forward", "losses", "backward", "optimizer", "teacher update")
+STAGES = (
+    "data wait",
+    "augment",
+    "teacher forward",
+    "student forward",
+    "losses",
+    "backward",
+    "optimizer",
+    "teacher update",
+)
 TRAINING = {"batch_size": 4, "precision": "fp32", "device": "cpu", "seed": 3}
 
 
@@ -46,7 +55,9 @@ def regions(run_dir, rank=0):
 def train(tiny, run_dir, steps, max_steps=None):
     """Train up to 10 steps and trace some; what was said."""
     said = io.StringIO()
-    config = tiny.make_config(training=TRAINING | {"trace_steps": steps}, schedule={"epochs": 2, "warmup_steps": 2, "max_steps": max_steps})
+    config = tiny.make_config(
+        training=TRAINING | {"trace_steps": steps}, schedule={"epochs": 2, "warmup_steps": 2, "max_steps": max_steps}
+    )
     tiny.make_trainer(run_dir, config, Console(file=said, width=300), evaluators={"mean": tiny.Mean()}).train()
     return said.getvalue()
 
@@ -81,7 +92,8 @@ def test_tracing_changes_no_number(tiny, rows, tmp_path):
     assert rows(tmp_path / "traced") == rows(tmp_path / "plain")
     for part in ("student", "teacher", "optimizer"):
         plain, other = (
-            (tmp_path / name / "checkpoints/step_00000010" / f"{part}.safetensors").read_bytes() for name in ("plain", "traced")
+            (tmp_path / name / "checkpoints/step_00000010" / f"{part}.safetensors").read_bytes()
+            for name in ("plain", "traced")
         )
         assert plain == other
     assert not (tmp_path / "plain" / "trace").exists()
@@ -111,7 +123,9 @@ def test_a_run_is_resumed_with_and_without(tiny, tmp_path):
 
 def test_a_signal_among_the_traced_steps_saves_and_leaves(tiny, tmp_path):
     said = io.StringIO()
-    endless = tiny.make_config(training=TRAINING | {"trace_steps": 1_000}, schedule={"epochs": 100_000, "warmup_steps": 2})
+    endless = tiny.make_config(
+        training=TRAINING | {"trace_steps": 1_000}, schedule={"epochs": 100_000, "warmup_steps": 2}
+    )
     trainer = tiny.make_trainer(
         tmp_path, endless, Console(file=said, width=300), writers=[At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))]
     )

@@ -20,7 +20,11 @@ from cosmos_ssl.models import precision
 
 def weights(run_dir):
     newest = checkpoint_folders(run_dir)[-1]
-    return {f"{role}.{name}": value for role in ("student", "teacher", "optimizer") for name, value in load_tensors(newest, role).items()}
+    return {
+        f"{role}.{name}": value
+        for role in ("student", "teacher", "optimizer")
+        for name, value in load_tensors(newest, role).items()
+    }
 
 
 def same(a, b):
@@ -102,13 +106,21 @@ def test_auto_is_said_and_goes_on_in_what_a_run_was_begun_in(tiny, rows, tmp_pat
         told(tiny, tmp_path / "cut", "fp32")
     with monkeypatch.context() as elsewhere:  # a device on which auto is another precision
         elsewhere.setattr(trainer_module, "resolve_precision", lambda name, device: "amp_bf16")
-        crash(tiny, tmp_path / "moved", 8, tiny.make_config(training={"precision": "auto", "batch_size": 4, "device": "cpu"}))
+        crash(
+            tiny,
+            tmp_path / "moved",
+            8,
+            tiny.make_config(training={"precision": "auto", "batch_size": 4, "device": "cpu"}),
+        )
     assert "precision: fp32 (auto on cpu); until here it was amp_bf16" in told(tiny, tmp_path / "moved", "auto")
 
 
 def test_a_precision_without_a_fast_path_is_named_at_the_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 9.0)
-    warning = "warning: training.precision: this cpu has no fast path for amp_fp16, and a step may take many times as long. Faster here: "
+    warning = (
+        "warning: training.precision: this cpu has no fast path for amp_fp16, and a step may take many "
+        "times as long. Faster here: "
+    )
     assert warning + "training.precision=fp32\n" in told(tiny, tmp_path / "slow", "amp_fp16")
     assert "warning" not in told(tiny, tmp_path / "fast", "fp32")
 
@@ -126,12 +138,18 @@ def test_the_teacher_moves_when_it_was_asked_to(tiny, tmp_path):
         trainer = tiny.make_trainer(folder, config, before=before)
         start = {name: value.clone() for name, value in trainer.assembly.model.state_dict().items()}
         trainer.train()
-        return start, load_tensors(checkpoint_folders(folder)[-1], "student"), load_tensors(checkpoint_folders(folder)[-1], "teacher")
+        return (
+            start,
+            load_tensors(checkpoint_folders(folder)[-1], "student"),
+            load_tensors(checkpoint_folders(folder)[-1], "teacher"),
+        )
 
     start, _, teacher = first_step(before=True)
     assert torch.equal(teacher["image.stem.weight"], start["image.stem.weight"])
     start, student, teacher = first_step(before=False)
-    torch.testing.assert_close(teacher["image.stem.weight"], 0.9 * start["image.stem.weight"] + 0.1 * student["image.stem.weight"])
+    torch.testing.assert_close(
+        teacher["image.stem.weight"], 0.9 * start["image.stem.weight"] + 0.1 * student["image.stem.weight"]
+    )
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
@@ -154,9 +172,13 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tiny, rows, tmp_p
 
 def test_too_many_such_steps_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.Match, "poison", {1: "loss", 3: "loss", 4: "loss", 5: "loss"})
-    config = tiny.make_config(training={"batch_size": 4, "precision": "fp32", "device": "cpu", "max_nonfinite_steps": 3})
+    config = tiny.make_config(
+        training={"batch_size": 4, "precision": "fp32", "device": "cpu", "max_nonfinite_steps": 3}
+    )
     with pytest.raises(
-        TrainingError, match=r"step 6: losses\.match is not finite, 3 steps in a row .* Samples of this step: s\d+, s\d+, s\d+, s\d+\."
+        TrainingError,
+        match=r"step 6: losses\.match is not finite, 3 steps in a row .* Samples of this step: s\d+, s\d+, s\d+, "
+        r"s\d+\.",
     ):
         tiny.make_trainer(tmp_path, config).train()
 
@@ -181,10 +203,15 @@ def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path):
 
 
 def test_a_finished_run_is_not_finished_for_another_one(tiny, tmp_path, monkeypatch):
-    """Options with a slash are options; data that have changed were not trained on. What tells whose the folder is stays as it was."""
+    """Options with a slash are options; data that have changed were not trained on.
+
+    What tells whose the folder is stays as it was.
+    """
 
     def of(parts, **loader):
-        return tiny.make_trainer(tmp_path, tiny.make_config(data={"type": "numbers", "parts": parts}, loader={"workers": 0, **loader}))
+        return tiny.make_trainer(
+            tmp_path, tiny.make_config(data={"type": "numbers", "parts": parts}, loader={"workers": 0, **loader})
+        )
 
     of(["x/y.tar", "b"]).train()
     kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "identity.json")}
@@ -231,7 +258,8 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
     crash(tiny, tmp_path, 5)
     monkeypatch.setattr(tiny, "WIDTH", 9)
     with pytest.raises(
-        CheckpointError, match=r"does not fit the model: image.stem.weight is \[6, 12\], the model's \[9, 12\]; image.stem.bias"
+        CheckpointError,
+        match=r"does not fit the model: image.stem.weight is \[6, 12\], the model's \[9, 12\]; image.stem.bias",
     ):
         tiny.make_trainer(tmp_path).train()
 
@@ -274,14 +302,18 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch, policy):
     assert rows(tmp_path / "full") == rows(tmp_path / "whole")
     said = (tmp_path / "full/log.txt").read_text()
     if policy == "continue":
-        assert re.search(r"WARNING .*: the checkpoint of step 3 could not be written \(\[Errno 28\].*there is none yet; train", said)
+        assert re.search(
+            r"WARNING .*: the checkpoint of step 3 could not be written \(\[Errno 28\].*there is none yet; train", said
+        )
     else:
         assert re.search(r"the run ended: .*checkpoint of step [45] could not be written \(\[Errno 28\]", said)
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
 def test_an_update_that_is_not_finite_makes_no_checkpoint(tiny, tmp_path, monkeypatch, number):
-    """Loss and gradient are finite, what the update makes of them is not: the run ends at the next checkpoint, and the older one stays."""
+    """Loss and gradient are finite, what the update makes of them is not: the run ends at the next checkpoint, and the
+    older one stays.
+    """
 
     @torch.no_grad()
     def after_step(self):
@@ -290,7 +322,10 @@ def test_an_update_that_is_not_finite_makes_no_checkpoint(tiny, tmp_path, monkey
 
     monkeypatch.setattr(tiny.Match, "after_step", after_step)
     config = tiny.make_config(checkpoints={"keep_last": 1})
-    words = "step [678] was not written, since losses.match.scale of the student is not finite; the last sound one is of step 3"
+    words = (
+        "step [678] was not written, since losses.match.scale of the student is not finite; the last sound "
+        "one is of step 3"
+    )
     with pytest.raises(TrainingError, match=words):
         tiny.make_trainer(tmp_path, config).train()
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000003"]
@@ -301,7 +336,9 @@ def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):
     tiny.make_trainer(tmp_path / "whole").train()
     trainer = tiny.make_trainer(tmp_path / "cut")
     good = trainer.dataset.read
-    trainer.dataset.read = lambda index: good(index) if trainer.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    trainer.dataset.read = lambda index: (
+        good(index) if trainer.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(StorageError, match=r"storage failed: .*Input/output error"):
         trainer.train()
     assert checkpoint_folders(tmp_path / "cut")[-1].name == "step_00000004"
@@ -333,7 +370,9 @@ def test_bad_samples_are_counted_through_a_restart(tiny, rows, tmp_path):
 
 
 def test_epoch_checkpoints_stay(tiny, tmp_path):
-    tiny.make_trainer(tmp_path, tiny.make_config(checkpoints={"every_steps": 1, "keep_last": 1, "keep_every_epochs": 1})).train()
+    tiny.make_trainer(
+        tmp_path, tiny.make_config(checkpoints={"every_steps": 1, "keep_last": 1, "keep_every_epochs": 1})
+    ).train()
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000005", "step_00000010"]
 
 
@@ -343,7 +382,9 @@ def test_clipped_gradients_are_logged_unclipped(tiny, rows, tmp_path):
     tiny.make_trainer(tmp_path / "clipped", tiny.make_config(training=training | {"clip_grad_norm": 1e-3})).train()
     free, clipped = rows(tmp_path / "free"), rows(tmp_path / "clipped")
     assert clipped[0]["grad_norm"] == free[0]["grad_norm"] > 1e-3
-    assert clipped[0]["match/scale"] == pytest.approx(free[0]["match/scale"], rel=1e-4)  # AdamW's first step knows signs alone
+    assert clipped[0]["match/scale"] == pytest.approx(
+        free[0]["match/scale"], rel=1e-4
+    )  # AdamW's first step knows signs alone
     assert clipped[3]["loss"] != free[3]["loss"]
 
 
@@ -360,8 +401,13 @@ def test_the_console_shows_lines_and_a_table(tiny, tmp_path):
     text = said.getvalue()
     assert f"training tiny (121 parameters) into {tmp_path}: 10 steps, 5 an epoch, batch 4, fp32 on cpu" in text
     assert "step  1 of 10  epoch 0.20  loss 2.193  match 2.193  lr 2.50e-02" in text
-    assert re.search(r"^mean after step 5 \(fp32, \d+\.\d s\): student mean 0\.\d+; teacher mean 0\.\d+$", text, re.MULTILINE)
-    assert re.search(r"mean mean +│ +0\.\d+ │ +0\.\d+ │", text) and f"finished {tmp_path} at step 10 (sample 40, epoch 2)" in text
+    assert re.search(
+        r"^mean after step 5 \(fp32, \d+\.\d s\): student mean 0\.\d+; teacher mean 0\.\d+$", text, re.MULTILINE
+    )
+    assert (
+        re.search(r"mean mean +│ +0\.\d+ │ +0\.\d+ │", text)
+        and f"finished {tmp_path} at step 10 (sample 40, epoch 2)" in text
+    )
 
 
 def test_a_terminal_gets_a_bar(tiny, tmp_path):

@@ -56,7 +56,8 @@ WIDTH = 6
 faults: dict[str, dict[int, str]] = {}
 """What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
 
-``die``, ``hang``, ``raise``, ``slow``; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100 kB from now on.
+``die``, ``hang``, ``raise``, ``slow``; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100
+kB from now on.
 """
 
 
@@ -144,7 +145,9 @@ class Flat(Tower):
 
 
 class Match(Loss):
-    """Pull the views of a sample together and towards the teacher; a buffer counts the calls; poisoned steps give NaN."""
+    """Pull the views of a sample together and towards the teacher; a buffer counts the calls; poisoned steps give
+    NaN.
+    """
 
     poison: Mapping[int, str] = {}
 
@@ -164,9 +167,10 @@ class Match(Loss):
         y = ctx.teacher.image["global"].unit if self.teacher else x.detach()
         loss = (1 - (x[0] * y[1]).sum(-1)).mean() * self.scale + (x.mean(1).square().sum() - 0.5).square()
         if ctx.progress.step in self.poison:
-            loss = {"loss": loss * float("nan"), "gradient": loss + ((self.scale - self.scale.detach()).clamp_min(0).sqrt() * 0).sum()}[
-                self.poison[ctx.progress.step]
-            ]
+            loss = {
+                "loss": loss * float("nan"),
+                "gradient": loss + ((self.scale - self.scale.detach()).clamp_min(0).sqrt() * 0).sum(),
+            }[self.poison[ctx.progress.step]]
         return LossOutput(terms={"pull": loss}, metrics={"scale": self.scale})
 
     @torch.no_grad()
@@ -248,7 +252,13 @@ def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True,
 def make_trainer(run_dir, config=None, console=None, writers=(), **options) -> Trainer:
     """A trainer into ``run_dir``; ``options`` as of ``make_assembly``."""
     config = config or make_config()
-    return Trainer(make_assembly(config, **options), config, run_dir, console=console or Console(file=io.StringIO()), writers=writers)
+    return Trainer(
+        make_assembly(config, **options),
+        config,
+        run_dir,
+        console=console or Console(file=io.StringIO()),
+        writers=writers,
+    )
 
 
 if __name__ == "__main__":
@@ -263,7 +273,9 @@ if __name__ == "__main__":
     WIDTH = options.pop("width", WIDTH)
     parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
     if shards := options.pop("shards", None):  # as they were when they were indexed
-        parts["dataset"] = Shards(shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"]))
+        parts["dataset"] = Shards(
+            shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"])
+        )
     try:
         with joined_world("cpu"):
             console = Console(quiet="RANK" in os.environ and os.environ["RANK"] != "0")

@@ -28,8 +28,13 @@ def make(*, heads: bool = True, tokenizer: Tokenizer | None = None) -> ModelEnco
         image=TowerSpec(width=24, image_size=32, patch_size=8),
         text=TowerSpec(width=16),
     )
-    towers = {"image": ClipViT(spec, width=24, layers=2, heads=2, patch_size=8, image_size=32), "text": ClipText(spec, width=16, heads=2)}
-    return ModelEncoder(Model(towers, {"cross": CrossAttention(spec, num_heads=4)} if heads else {}, {}, 16), spec, tokenizer)
+    towers = {
+        "image": ClipViT(spec, width=24, layers=2, heads=2, patch_size=8, image_size=32),
+        "text": ClipText(spec, width=16, heads=2),
+    }
+    return ModelEncoder(
+        Model(towers, {"cross": CrossAttention(spec, num_heads=4)} if heads else {}, {}, 16), spec, tokenizer
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,10 @@ def test_words_sum_over_their_tokens(encoder: ModelEncoder) -> None:
     texts = ["Isn't it  ephemerality, red?", "a (cat)"]
     found = attention_maps(encoder, pixels, texts)
     assert found is not None
-    assert [[word for word, _ in one.words] for one in found] == [["Isn't", "it", "ephemerality", ",", "red", "?"], ["a", "(", "cat", ")"]]
+    assert [[word for word, _ in one.words] for one in found] == [
+        ["Isn't", "it", "ephemerality", ",", "red", "?"],
+        ["a", "(", "cat", ")"],
+    ]
     weights = encoder.cross_attention(pixels, encoder.tokenize(texts))
     assert weights is not None
     # tokens: start, isn 't, it, ephe mer ality, ",", red, ?, end
@@ -78,7 +86,9 @@ def test_a_tokenizer_whose_tokens_cross_words() -> None:
         vocab_size, context_length, pad_id = 128 * 128, 12, 0
 
         def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            rows = [[1, *(ord(t[i]) * 128 + ord(t[i + 1 : i + 2] or " ") for i in range(0, len(t), 2)), 2] for t in texts]
+            rows = [
+                [1, *(ord(t[i]) * 128 + ord(t[i + 1 : i + 2] or " ") for i in range(0, len(t), 2)), 2] for t in texts
+            ]
             ids = torch.zeros(len(rows), 12, dtype=torch.int64)
             for n, row in enumerate(rows):
                 ids[n, : len(row)] = torch.tensor(row)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from cosmos_ssl.evaluation.attention_maps import AttentionMap
-from cosmos_ssl.evaluation.pictures import GAP, LINE, SIDE, WORD, WORD_GAP, class_colours, draw_attention, draw_classes, draw_words
+from cosmos_ssl.evaluation.pictures import (
+    GAP,
+    LINE,
+    SIDE,
+    WORD,
+    WORD_GAP,
+    class_colours,
+    draw_attention,
+    draw_classes,
+    draw_words,
+)
 
 
 def test_words_take_as_many_lines_as_they_need() -> None:

@@ -23,7 +23,9 @@ def coco(tmp_path):
     notes = [{"id": 100 * n + k, "image_id": n, "caption": f"caption {k}\n of {n} "} for k in range(5) for n in numbers]
     notes.append({"id": 1, "image_id": 2, "caption": "one more"})
     (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"info": {}, "images": images, "annotations": notes}))
+    (tmp_path / "annotations/captions_val2017.json").write_text(
+        json.dumps({"info": {}, "images": images, "annotations": notes})
+    )
     for image in images:
         picture(tmp_path / "val2017" / image["file_name"])
     return tmp_path
@@ -69,7 +71,10 @@ def test_missing_pictures_are_named(coco):
     found = find_caption_set(coco)
     with pytest.raises(DataError, match=r"1 of 3 pictures are not in .*val2017 \(000000000005.jpg\).*--allow-missing"):
         found.complete(Job())
-    assert [file for file, _ in found.complete(Job(allow_missing=True)).entries] == ["000000000002.jpg", "000000000009.jpg"]
+    assert [file for file, _ in found.complete(Job(allow_missing=True)).entries] == [
+        "000000000002.jpg",
+        "000000000009.jpg",
+    ]
     with pytest.raises(BadSample, match=r"no file: .*000000000005.jpg"):
         found.read(1)
     for path in (coco / "val2017").iterdir():
@@ -101,7 +106,9 @@ def test_folders_without_annotations(coco, tmp_path):
     (coco / "annotations").rmdir()
     assert find_caption_set(coco) is None
     (coco / "flickr30k-images").mkdir()
-    with pytest.raises(DataError, match=r"holds Flickr30k's pictures, and none of dataset_flickr30k.json, flickr_annotations_30k.csv"):
+    with pytest.raises(
+        DataError, match=r"holds Flickr30k's pictures, and none of dataset_flickr30k.json, flickr_annotations_30k.csv"
+    ):
         find_caption_set(coco)
 
 
@@ -130,13 +137,20 @@ def test_coco_2014_by_karpathys_split(tmp_path):
     table.parent.mkdir()
     table.write_text(json.dumps({"images": images, "dataset": "coco"}))
     found = find_caption_set(tmp_path).complete(Job())
-    assert found.name == "coco_karpathy" and [file for file, _ in found.entries] == [f"val2014/COCO_val2014_{n:012d}.jpg" for n in (5, 3)]
+    assert found.name == "coco_karpathy" and [file for file, _ in found.entries] == [
+        f"val2014/COCO_val2014_{n:012d}.jpg" for n in (5, 3)
+    ]
     assert found.read(1).captions["txt"] == [f"Text {k} of 3." for k in range(5)]
     (tmp_path / "images/val2014/COCO_val2014_000000000005.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 2 pictures are not in .*images \(val2014/COCO_val2014_000000000005.jpg\)"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 pictures are not in .*images \(val2014/COCO_val2014_000000000005.jpg\)"
+    ):
         find_caption_set(tmp_path).complete(Job())
     table.unlink()
-    tables = {"images": [{"id": 3, "file_name": "COCO_val2014_000000000003.jpg"}], "annotations": [{"image_id": 3, "caption": "one"}]}
+    tables = {
+        "images": [{"id": 3, "file_name": "COCO_val2014_000000000003.jpg"}],
+        "annotations": [{"image_id": 3, "caption": "one"}],
+    }
     (tmp_path / "coco_test_karpathy.json").write_text(json.dumps(tables))
     found = find_caption_set(tmp_path).complete(Job())
     assert found.name == "coco_karpathy" and found.read(0).captions["txt"] == ["one"]
@@ -145,7 +159,8 @@ def test_coco_2014_by_karpathys_split(tmp_path):
 CAPTIONS = ['A dog, "Rex".', "Two"]
 QUOTED = json.dumps(CAPTIONS).replace('"', '""')
 FLICKR = {
-    "flickr_annotations_30k.csv": f'raw,sentids,split,filename,img_id\n"{QUOTED}","[0, 1]",test,1.jpg,0\n"[""no""]",[2],train,2.jpg,1\n',
+    "flickr_annotations_30k.csv": f'raw,sentids,split,filename,img_id\n"{QUOTED}","[0, '
+    '1]",test,1.jpg,0\n"[""no""]",[2],train,2.jpg,1\n',
     "flickr30k_test_karpathy.txt": 'image,caption\n1.jpg,A dog, "Rex".\n1.jpg,Two\n',
     "results_20130124.token": '1.jpg#0\tA dog, "Rex".\n1.jpg#1\tTwo\n2.jpg#0\tno\n',
     # Kaggle's; in one line of it a bar is missing
@@ -178,10 +193,14 @@ def test_flickr30k_in_other_tables(tmp_path, name, caplog):
 
 
 def test_several_sets_in_one_folder(coco, flickr):
-    with pytest.raises(DataError, match=r"holds several sets\. Say which, such as --set coco\. They are: coco, flickr30k"):
+    with pytest.raises(
+        DataError, match=r"holds several sets\. Say which, such as --set coco\. They are: coco, flickr30k"
+    ):
         find_caption_set(coco)
     assert find_caption_set(coco, "flickr30k").name == "flickr30k"
-    with pytest.raises(DataError, match=r"does not hold the captions of 'coco_karpathy' \(looked for dataset_coco.json"):
+    with pytest.raises(
+        DataError, match=r"does not hold the captions of 'coco_karpathy' \(looked for dataset_coco.json"
+    ):
         find_caption_set(coco, "coco_karpathy")
     with pytest.raises(UserError, match=r"no set named 'flickr'\. Did you mean 'flickr30k'"):
         find_caption_set(coco, "flickr")

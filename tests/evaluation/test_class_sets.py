@@ -95,7 +95,9 @@ def flowers(root):
     io = pytest.importorskip("scipy.io")
     (root / "flowers-102").mkdir()
     io.savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([1, 2, 1, 2])})
-    io.savemat(root / "flowers-102/setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3]), "tstid": np.array([4, 3])})
+    io.savemat(
+        root / "flowers-102/setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3]), "tstid": np.array([4, 3])}
+    )
     for n in range(1, 5):
         picture(root / f"flowers-102/jpg/image_{n:05d}.jpg", (n + 1) % 2)
 
@@ -158,7 +160,9 @@ def test_several_sets_in_one_folder(tmp_path):
     with pytest.raises(DataError, match=r"holds several sets\. Say which, such as --set dtd\. They are: dtd, sun397"):
         find_class_data(str(root))
     assert find_class_data(str(root), wanted="sun397").set_name == "sun397"
-    with pytest.raises(DataError, match=r"does not hold the set 'pets': there is no oxford-iiit-pet/annotations/ in it"):
+    with pytest.raises(
+        DataError, match=r"does not hold the set 'pets': there is no oxford-iiit-pet/annotations/ in it"
+    ):
         find_class_data(str(root), wanted="pets")
     with pytest.raises(UserError, match=r"no set named 'food'\. Did you mean 'food101'"):
         find_class_data(str(root), wanted="food")
@@ -235,7 +239,9 @@ def test_folders_by_class(tmp_path):
         lines(tmp_path / "data/classes.txt", *given)
         assert find_class_data(str(tmp_path / "data")).names() == expected
     lines(tmp_path / "data/classes.txt", "red fox", "house cat")
-    with pytest.raises(DataError, match=r"classes.txt: name 1, 'red fox', stands in the place of the class folder 'cat'\. Give every"):
+    with pytest.raises(
+        DataError, match=r"classes.txt: name 1, 'red fox', stands in the place of the class folder 'cat'\. Give every"
+    ):
         find_class_data(str(tmp_path / "data")).names()
     assert len(find_class_data(str(tmp_path / "data")).samples) == 2  # names do not matter to neighbours
     with pytest.raises(DataError, match="--class-names: 3 class names are given for 2 classes"):

@@ -67,7 +67,8 @@ def test_openai_templates_and_imagenet_names():
     assert all(template.count("{}") == 1 for template in templates)
     assert len(load_class_names("imagenet")) == 1000
     assert (
-        load_templates("openclip_simple")[:2] == ["itap of a {}.", "a bad photo of the {}."] and len(load_templates("openclip_simple")) == 7
+        load_templates("openclip_simple")[:2] == ["itap of a {}.", "a bad photo of the {}."]
+        and len(load_templates("openclip_simple")) == 7
     )
     assert "'missile' is the name of classes 657 and 744, 'sunglasses'" in repeated(load_class_names("imagenet"))
 
@@ -103,7 +104,10 @@ def test_class_names_of_what_is_no_such_file(tmp_path):
         ("pipe", "pipe is no regular file, where a text file is due"),
         ("", "is a folder, where a text file is due"),
     ):
-        for read, option in ((load_class_names, "class_names"), (lambda path: read_class_names(Path(path)), "--class-names")):
+        for read, option in (
+            (load_class_names, "class_names"),
+            (lambda path: read_class_names(Path(path)), "--class-names"),
+        ):
             if name not in ("one",) or read is load_class_names:
                 with pytest.raises(ValueError, match=f"^{option}: .*(?:{message}|names no class)"):
                     read(str(tmp_path / name))

@@ -91,7 +91,9 @@ def job(data: str, **options: Any) -> Job:
 
 def vectors(encoder: ModelEncoder, numbers: list[int]) -> np.ndarray[Any, Any]:
     """What the encoder gives for the pictures one by one."""
-    rows = [encoder.encode_image(encoder.preprocess(Image.open(io.BytesIO(encoded(number))))[None]) for number in numbers]
+    rows = [
+        encoder.encode_image(encoder.preprocess(Image.open(io.BytesIO(encoded(number))))[None]) for number in numbers
+    ]
     return torch.cat(rows).numpy()
 
 
@@ -143,7 +145,9 @@ def test_both_modalities_row_by_row(encoder: ModelEncoder, shards: str, tmp_path
     np.testing.assert_allclose(images, vectors(encoder, [0, 2, 3, 4, 5, 6]), atol=1e-3)
     texts = encoder.encode_text(encoder.tokenize([row["text"] for row in found if row["text"]]))
     np.testing.assert_allclose([row["embedding"] for row in found if row["text"]], texts.numpy(), atol=1e-3)
-    assert str(parquet.read_schema(tmp_path / "e.parquet").field("embedding").type).startswith("fixed_size_list<element: halffloat>")
+    assert str(parquet.read_schema(tmp_path / "e.parquet").field("embedding").type).startswith(
+        "fixed_size_list<element: halffloat>"
+    )
 
 
 def test_lines_of_a_file(encoder: ModelEncoder, tmp_path: Path) -> None:
@@ -191,7 +195,9 @@ def stopping(after: int) -> Callable[[int, int], None]:
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.npy"])
 @pytest.mark.parametrize("after", [2, 4, 6, 7])
-def test_a_stopped_job_goes_on(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+def test_a_stopped_job_goes_on(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
+) -> None:
     encoder = make()
     with pytest.raises(Stopped):
         embed(encoder, job(shards), tmp_path / name, progress=stopping(after))
@@ -238,7 +244,10 @@ def test_finished_jobs_are_left_alone(encoder: ModelEncoder, shards: str, tmp_pa
         again = embed(encoder, job(shards, batch_size=3), out)
         assert (again.rows, again.bad, again.kept) == (first.rows, first.bad, 7)
         assert out.stat().st_mtime_ns == before and not (tmp_path / f"{name}.parts").exists()
-        with pytest.raises(UserError, match=rf"{name} holds other embeddings \(weights: \w{{8}}\.\.\. -> \w{{8}}\.\.\.\)\. Give another"):
+        with pytest.raises(
+            UserError,
+            match=rf"{name} holds other embeddings \(weights: \w{{8}}\.\.\. -> \w{{8}}\.\.\.\)\. Give another",
+        ):
             embed(make(1), job(shards), out)
         with pytest.raises(UserError, match=r"\(dtype: float32 -> float16\)"):
             embed(encoder, job(shards, dtype="float16"), out)
@@ -252,7 +261,8 @@ def test_parts_of_another_job_are_not_mixed_in(encoder: ModelEncoder, shards: st
     with pytest.raises(Stopped):
         embed(encoder, job(shards), out, progress=stopping(4))
     with pytest.raises(
-        UserError, match=r"e\.parquet\.parts holds the beginning of another job \(weights: .*Give another output, or --over"
+        UserError,
+        match=r"e\.parquet\.parts holds the beginning of another job \(weights: .*Give another output, or --over",
     ):
         embed(make(1), job(shards), out)
     with pytest.raises(UserError, match=r"part_size: 2 -> 3"):
@@ -299,7 +309,11 @@ def test_a_folder_that_is_not_ours_is_never_touched(encoder: ModelEncoder, shard
     for name in ("thesis.txt", "x.part", "000001.npz"):
         (theirs / name).write_text("theirs")
     folder = tmp_path / "e.npy.parts"
-    for place in (lambda: shutil.copytree(theirs, folder), lambda: folder.symlink_to(theirs), lambda: folder.write_text("theirs")):
+    for place in (
+        lambda: shutil.copytree(theirs, folder),
+        lambda: folder.symlink_to(theirs),
+        lambda: folder.write_text("theirs"),
+    ):
         place()
         for overwrite in (False, True):
             with pytest.raises(UserError, match=r"e\.npy\.parts is no beginning of embeddings"):
@@ -312,7 +326,9 @@ def test_a_folder_that_is_not_ours_is_never_touched(encoder: ModelEncoder, shard
             folder.unlink()
 
 
-def test_a_full_disk_keeps_the_old_embeddings(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_embeddings(
+    encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "e.npy"
     embed(encoder, job(shards), output)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("e.*")}
@@ -337,7 +353,8 @@ def test_bad_input(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="--what both: this model has no text tower"):
         embed(make(text=False), job(shards, what="both"), tmp_path / "e.parquet")
     with pytest.raises(
-        DataError, match=r"not one of 7 samples can be embedded \(6 no text 'lang', such as 000 \(it has: txt, long\), 1 undec"
+        DataError,
+        match=r"not one of 7 samples can be embedded \(6 no text 'lang', such as 000 \(it has: txt, long\), 1 undec",
     ):
         embed(encoder, job(shards, what="both", texts="lang"), tmp_path / "e.parquet")
     assert sorted(path.name for path in tmp_path.iterdir() if "e.parquet" in path.name) == []
@@ -348,7 +365,9 @@ def test_bad_input(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="exists and is no file of embeddings"):
         embed(encoder, job(shards), tmp_path / "other.npy")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"Parquet needs pyarrow\. Run: pip install 'cosmos-ssl\[eval\]', or give a \.npy file"):
+    with pytest.raises(
+        UserError, match=r"Parquet needs pyarrow\. Run: pip install 'cosmos-ssl\[eval\]', or give a \.npy file"
+    ):
         embed(encoder, job(shards), tmp_path / "e.parquet")
 
 
@@ -365,7 +384,9 @@ def test_data_that_cannot_be_read(tmp_path: Path) -> None:
             open_samples(given)
 
 
-def test_pictures_that_change_under_their_names(encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_change_under_their_names(
+    encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither whole nor half a job is taken for that of other pictures; nor what changed meanwhile."""
     folder, out = tmp_path / "pictures", tmp_path / "e.npy"
     folder.mkdir()
@@ -393,7 +414,9 @@ def test_pictures_that_change_under_their_names(encoder: ModelEncoder, tmp_path:
         embed(encoder, job(str(folder)), half)
     monkeypatch.undo()
     with pytest.raises(DataError, match="files were changed while they were embedded, and nothing is written"):
-        embed(encoder, job(str(folder)), half, overwrite=True, progress=lambda done, total: change(7, 10**18 + 3 + done))
+        embed(
+            encoder, job(str(folder)), half, overwrite=True, progress=lambda done, total: change(7, 10**18 + 3 + done)
+        )
     assert not half.exists() and not half.with_name("half.npy.parts").exists()
     assert embed(encoder, job(str(folder)), half).rows == 4
 
@@ -402,13 +425,17 @@ def test_vectors_that_are_not_finite(shards: str, tmp_path: Path) -> None:
     broken = make()
     with torch.no_grad():
         next(iter(broken.model.towers["image"].parameters())).fill_(torch.nan)
-    with pytest.raises(UserError, match=r"features of 1 of 1 samples are not finite numbers|features of 2 of 2 samples"):
+    with pytest.raises(
+        UserError, match=r"features of 1 of 1 samples are not finite numbers|features of 2 of 2 samples"
+    ):
         embed(broken, job(shards), tmp_path / "e.parquet")
     assert not (tmp_path / "e.parquet").exists()
 
 
 def test_nothing_of_somebody_elses_is_removed(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
-    """A folder of the name of the parts, a link to one, and a beginning whose table is damaged stop a job, also with --overwrite."""
+    """A folder of the name of the parts, a link to one, and a beginning whose table is damaged stop a job, also with
+    --overwrite.
+    """
     out, parts, theirs = tmp_path / "e.npy", tmp_path / "e.npy.parts", tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")

@@ -1,4 +1,6 @@
-"""Features of all samples of a set: order, what is kept of an evaluation that was ended, samples that cannot be used."""
+"""Features of all samples of a set: order, what is kept of an evaluation that was ended, samples that cannot be
+used.
+"""
 
 import io
 import logging
@@ -144,7 +146,9 @@ def test_what_is_kept_is_of_files_as_they_are(tmp_path):
         return compute(loaded)
 
     job.store.clear()
-    with pytest.raises(DataError, match=r"data: 1 files were changed while they were evaluated on \(.*/0\)\. Run the same"):
+    with pytest.raises(
+        DataError, match=r"data: 1 files were changed while they were evaluated on \(.*/0\)\. Run the same"
+    ):
         run(data, job, changes)
     data.reads.clear()
     assert run(data, job)[0][0, 0] == 200 and 0 in data.reads and len(data.reads) < 20
@@ -156,7 +160,9 @@ def test_features_that_are_not_finite_are_refused(value):
         rows, notes = compute(loaded)
         return rows.where(rows != 7, value), notes
 
-    with pytest.raises(UserError, match=r"features of 1 of 20 pictures are not finite numbers: its weights are damaged"):
+    with pytest.raises(
+        UserError, match=r"features of 1 of 20 pictures are not finite numbers: its weights are damaged"
+    ):
         run(Numbers(), Job(batch_size=4), wrong)
 
 
@@ -195,7 +201,9 @@ def test_a_store_that_cannot_be_written_is_told_once(tmp_path, caplog):
 
 def test_unusable_samples(caplog):
     data = Numbers(bad=(0, 1, 2, 7, 8, 9, 10))
-    with pytest.raises(DataError, match=r"7 of 20 pictures cannot be used \(sample 0: no file: 0.jpg, .*, \.\.\.\).*--allow-missing"):
+    with pytest.raises(
+        DataError, match=r"7 of 20 pictures cannot be used \(sample 0: no file: 0.jpg, .*, \.\.\.\).*--allow-missing"
+    ):
         run(data, Job(batch_size=3))
     with caplog.at_level(logging.WARNING):
         rows, _ = run(data, Job(batch_size=3, allow_missing=True))
@@ -229,7 +237,12 @@ def test_texts(tmp_path):
     assert text_features(encoder, texts, job, to_match=True)[:, 0].tolist() == list(range(-1, -11, -1))
     assert text_features(encoder, texts, job)[3].item() == 4 and len(encoder.texts) == 20
     in_templates = text_features(encoder, texts, job, templates=["{}", "a {}.."])
-    assert in_templates[:, 0].tolist() == [n + 2 for n in range(1, 11)] and encoder.texts[20:24] == ["a", "a a..", "aa", "a aa.."]
+    assert in_templates[:, 0].tolist() == [n + 2 for n in range(1, 11)] and encoder.texts[20:24] == [
+        "a",
+        "a a..",
+        "aa",
+        "a aa..",
+    ]
 
 
 def _rank(rank, world, path, results):
@@ -238,7 +251,13 @@ def _rank(rank, world, path, results):
         data, encoder = Numbers(count, bad=(3, 4)), Lengths()
         rows, notes = run(data, Job(allow_missing=True))
         texts = text_features(encoder, ["a" * n for n in range(1, count + 1)], Job())
-        results[rank, count] = (rows[:, 0].tolist(), notes, texts[:, 0].tolist(), sorted(data.reads), len(encoder.texts))
+        results[rank, count] = (
+            rows[:, 0].tolist(),
+            notes,
+            texts[:, 0].tolist(),
+            sorted(data.reads),
+            len(encoder.texts),
+        )
     torch.distributed.destroy_process_group()
 
 

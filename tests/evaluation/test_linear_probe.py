@@ -22,7 +22,9 @@ def test_equals_scikit_learn(penalty, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", 4 * 50)  # three chunks
     x, y = some()
     ours = fit_logistic(x, y, classes=4, penalty=penalty)
-    theirs = linear_model.LogisticRegression(C=1 / (len(x) * penalty), tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
+    theirs = linear_model.LogisticRegression(C=1 / (len(x) * penalty), tol=1e-10, max_iter=10_000).fit(
+        x.numpy(), y.numpy()
+    )
     np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-4)
     probabilities = ours.scores(x).softmax(1)
     np.testing.assert_allclose(probabilities, theirs.predict_proba(x.numpy()), atol=1e-4)

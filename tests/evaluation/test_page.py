@@ -67,7 +67,12 @@ def test_strings_stay_strings(full: Page) -> None:
 def test_nothing_is_asked_of_the_network(full: Page) -> None:
     text = full.html()
     read = Reader(text)
-    links = [value for _, attributes in read.elements for name, value in attributes.items() if name in ("src", "href", "srcset", "action")]
+    links = [
+        value
+        for _, attributes in read.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action")
+    ]
     assert [link for link in links if not (link or "").startswith("data:image/")] == []
     assert not read.of("link") and "url(" not in text and "@import" not in text
     own = re.sub(r"base64,[^\"]*", "", Page("plain").section("a").text("b").figure(picture()).html())
@@ -99,10 +104,15 @@ def test_tensors_become_pictures() -> None:
     assert (first["width"], first["height"]) == ("30", "20")
     shown = decoded(first["src"] or "")
     assert shown.size == (30, 20)
-    assert all(abs(is_there - wanted) < 6 for is_there, wanted in zip(shown.convert("RGB").getpixel((15, 10)), (200, 40, 90), strict=True))
+    assert all(
+        abs(is_there - wanted) < 6
+        for is_there, wanted in zip(shown.convert("RGB").getpixel((15, 10)), (200, 40, 90), strict=True)
+    )
     assert [figure.get("class") for figure in read.of("figure")] == [None, "wide"]
     assert second["width"] == "40"
-    assert decoded(Reader(Page("x").figure(picture(2, 20_000)).html()).of("img")[0]["src"] or "").size == (20_000, 2), "no WebP is so long"
+    assert decoded(Reader(Page("x").figure(picture(2, 20_000)).html()).of("img")[0]["src"] or "").size == (20_000, 2), (
+        "no WebP is so long"
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])

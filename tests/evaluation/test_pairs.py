@@ -8,7 +8,16 @@ from PIL import Image
 
 from cosmos_ssl.api import DataError
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.evaluation.pairs import SUGARCREPE, Example, Verdict, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
+from cosmos_ssl.evaluation.pairs import (
+    SUGARCREPE,
+    Example,
+    Verdict,
+    judge,
+    pair_metrics,
+    read_mmvp,
+    read_sugarcrepe,
+    read_winoground,
+)
 
 
 def picture(path):
@@ -18,7 +27,11 @@ def picture(path):
 
 @pytest.fixture
 def mmvp(tmp_path):
-    lines = ["Question ID,Type,Statement", '1,Color and Appearance,"a red, round ball"', "2,Color and Appearance,a blue ball"]
+    lines = [
+        "Question ID,Type,Statement",
+        '1,Color and Appearance,"a red, round ball"',
+        "2,Color and Appearance,a blue ball",
+    ]
     lines += ["3,Quantity and Count,one dog", "4,Quantity and Count,two dogs"]
     (tmp_path / "Questions.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
     for n in (1, 2):
@@ -30,7 +43,10 @@ def mmvp(tmp_path):
 @pytest.fixture
 def sugarcrepe(tmp_path):
     for name in SUGARCREPE:
-        rows = {n: {"filename": f"{int(n):012d}.jpg", "caption": f"{name} {n}", "negative_caption": f"not {name} {n}"} for n in ("0", "7")}
+        rows = {
+            n: {"filename": f"{int(n):012d}.jpg", "caption": f"{name} {n}", "negative_caption": f"not {name} {n}"}
+            for n in ("0", "7")
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     for n in (0, 7):
         picture(tmp_path / f"val2017/{n:012d}.jpg")
@@ -40,7 +56,14 @@ def sugarcrepe(tmp_path):
 @pytest.fixture
 def winoground(tmp_path):
     rows = [
-        {"id": n, "image_0": f"ex_{n}_img_0", "image_1": f"ex_{n}_img_1", "caption_0": "a on b", "caption_1": "b on a", "tag": "x"}
+        {
+            "id": n,
+            "image_0": f"ex_{n}_img_0",
+            "image_1": f"ex_{n}_img_1",
+            "caption_0": "a on b",
+            "caption_1": "b on a",
+            "tag": "x",
+        }
         for n in range(2)
     ]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -132,7 +155,15 @@ def test_verdicts(scores, text, image):
 def test_metrics():
     examples = [Example(("a",), ("", ""), group) for group in ("x", "x", "x", "y")]
     verdicts = [Verdict(True, True), Verdict(True, False), Verdict(False, True), Verdict(False, False)]
-    assert pair_metrics("winoground", examples, verdicts) == {"text_score": 0.5, "image_score": 0.5, "group_score": 0.25}
-    assert pair_metrics("sugarcrepe", examples, verdicts) == pytest.approx({"accuracy": 1 / 3, "accuracy/x": 2 / 3, "accuracy/y": 0})
+    assert pair_metrics("winoground", examples, verdicts) == {
+        "text_score": 0.5,
+        "image_score": 0.5,
+        "group_score": 0.25,
+    }
+    assert pair_metrics("sugarcrepe", examples, verdicts) == pytest.approx(
+        {"accuracy": 1 / 3, "accuracy/x": 2 / 3, "accuracy/y": 0}
+    )
     verdicts = [Verdict(False, True), Verdict(True, False), Verdict(True, False), Verdict(False, True)]
-    assert pair_metrics("mmvp", examples, verdicts) == pytest.approx({"accuracy": 2 / 3, "accuracy/x": 1 / 3, "accuracy/y": 1})
+    assert pair_metrics("mmvp", examples, verdicts) == pytest.approx(
+        {"accuracy": 2 / 3, "accuracy/x": 1 / 3, "accuracy/y": 1}
+    )

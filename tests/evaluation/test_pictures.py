@@ -65,7 +65,10 @@ def dark_rows(picture: torch.Tensor) -> list[int]:
 
 def test_matches():
     rows = [
-        Match(picture=RED, found=[("a very long text " * 20, 0.5, True), ("日本 \n two lines", 0.1, False)], note="note") for _ in range(2)
+        Match(
+            picture=RED, found=[("a very long text " * 20, 0.5, True), ("日本 \n two lines", 0.1, False)], note="note"
+        )
+        for _ in range(2)
     ]
     picture = draw_matches(rows)
     height = SIDE + 2 * GAP
@@ -99,10 +102,14 @@ def test_attention():
     assert not lines[: GAP - 1].any() and (picture[:, :, -GAP:] == 255).all()
     shade = words[:, int(lines.nonzero()[0]), 1]
     assert shade.tolist() == [255, 85, 55]  # the ground of the first word, the strongest
-    # below the columns the colours from little to much: of patches from black to bright, of words from white to the strongest ground
+    # below the columns the colours from little to much: of patches from black to bright, of words from white to the
+    # strongest ground
     row = picture[:, -LINE - GAP + 9].float().T
     patches, ground = row[2 * GAP + SIDE : 3 * GAP + 2 * SIDE], row[3 * GAP + 2 * SIDE :]
-    for scale, colours in ((patches, [(0, 0, 4), (188, 55, 84), (252, 255, 164)]), (ground, [(255, 170, 155), (255, 85, 55)])):
+    for scale, colours in (
+        (patches, [(0, 0, 4), (188, 55, 84), (252, 255, 164)]),
+        (ground, [(255, 170, 155), (255, 85, 55)]),
+    ):
         assert all((scale - torch.tensor(colour)).abs().sum(1).min() < 45 for colour in colours)
 
 
@@ -117,7 +124,9 @@ def test_segments():
     picture = draw_segments([(RED, drawn, list(zip(colours, ["cat", "dog"], strict=True)))], side=SIDE)
     assert picture.shape[1] == 2 * GAP + SIDE and picture[:, GAP + SIDE // 2, GAP + SIDE // 2].tolist() == [255, 0, 0]
     assert picture[:, GAP + SIDE // 2, 2 * GAP + SIDE + SIDE // 2].tolist() == drawn[:, 0, 0].tolist()
-    assert [picture[:, GAP + line * LINE + 9, 3 * GAP + 2 * SIDE + 5].tolist() for line in range(2)] == [list(c) for c in colours]
+    assert [picture[:, GAP + line * LINE + 9, 3 * GAP + 2 * SIDE + 5].tolist() for line in range(2)] == [
+        list(c) for c in colours
+    ]
 
 
 def test_overlay_is_bright_where_the_weight_is():

@@ -18,7 +18,9 @@ def test_published_figures_are_the_readmes():
     rows = re.findall(r"^\| (\w+) \| ((?:[\d.]+ / [\d.]+ \| ){4}[\d.]+ / [\d.]+) \|$", readme, re.MULTILINE)
     assert {f"cosmos_vitb{patch}_{data}" for data, _ in rows for patch in (16, 32)} == set(PUBLISHED) == set(RELEASED)
     for data, cells in rows:
-        for patch, figures in zip((16, 32), zip(*(cell.split(" / ") for cell in cells.split(" | ")), strict=True), strict=True):
+        for patch, figures in zip(
+            (16, 32), zip(*(cell.split(" / ") for cell in cells.split(" | ")), strict=True), strict=True
+        ):
             sets = PUBLISHED[f"cosmos_vitb{patch}_{data}"]
             ours = [*sets["coco"].values(), *sets["flickr30k"].values(), *sets["imagenet"].values()]
             assert ours == [float(figure) for figure in figures]
@@ -26,13 +28,22 @@ def test_published_figures_are_the_readmes():
 
 def test_rows():
     metrics = {"student/a_R@1": 0.25, "student/a_mean_rank": 7.25, "teacher/a_R@1": 0.5}
-    assert metric_rows(metrics) == [("METRIC", "STUDENT", "TEACHER"), ("a_R@1 (%)", "25.00", "50.00"), ("a_mean_rank", "7.2", "-")]
+    assert metric_rows(metrics) == [
+        ("METRIC", "STUDENT", "TEACHER"),
+        ("a_R@1 (%)", "25.00", "50.00"),
+        ("a_mean_rank", "7.2", "-"),
+    ]
 
 
 def test_markdown_beside_the_published_row():
-    metrics = {f"{role}/{way}_R@1": 0.5 for role in ("student", "teacher") for way in ("image_to_text", "text_to_image")}
+    metrics = {
+        f"{role}/{way}_R@1": 0.5 for role in ("student", "teacher") for way in ("image_to_text", "text_to_image")
+    }
     lines = markdown("cosmos_vitb16_cc3m", "coco", metrics).splitlines()
-    assert lines[0] == "|  | coco image_to_text_R@1 (%) | coco text_to_image_R@1 (%) |" and lines[1] == "| --- | --- | --- |"
+    assert (
+        lines[0] == "|  | coco image_to_text_R@1 (%) | coco text_to_image_R@1 (%) |"
+        and lines[1] == "| --- | --- | --- |"
+    )
     assert lines[2].endswith("| 53.1 | 40.1 |") and lines[3:] == [
         "| cosmos_vitb16_cc3m, student | 50.0 | 50.0 |",
         "| cosmos_vitb16_cc3m, teacher | 50.0 | 50.0 |",

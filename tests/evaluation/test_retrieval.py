@@ -53,7 +53,9 @@ def test_hand_worked():
 def test_equals_a_stable_sort(count, texts, rounded):
     """Across the borders of tiles, with few and with many equal scores."""
     images, encoded, owners = some(count, texts, rounded)
-    for found, expected in zip(retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True):
+    for found, expected in zip(
+        retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -61,13 +63,17 @@ def test_small_tiles(monkeypatch):
     monkeypatch.setattr(retrieval, "_ROWS", 5)
     monkeypatch.setattr(retrieval, "_COLUMNS", 7)
     images, encoded, owners = some(23, 90, rounded=True)
-    for found, expected in zip(retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True):
+    for found, expected in zip(
+        retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
 def test_more_texts_an_image_than_a_byte_counts():
     images, encoded, owners = some(3, 7000)
-    for found, expected in zip(retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True):
+    for found, expected in zip(
+        retrieval_ranks(images, encoded, owners), sorted_ranks(images, encoded, owners), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -84,7 +90,9 @@ def test_recall_equals_torchmetrics():
     images, encoded, owners = some(60, 60)
     metric = RetrievalRecall(top_k=5)
     scores = images @ encoded.T
-    metric.update(scores.flatten(), torch.eye(60, dtype=torch.bool).flatten(), indexes=torch.arange(60).repeat_interleave(60))
+    metric.update(
+        scores.flatten(), torch.eye(60, dtype=torch.bool).flatten(), indexes=torch.arange(60).repeat_interleave(60)
+    )
     assert retrieval_metrics(images, encoded, owners)["image_to_text_R@5"] == pytest.approx(metric.compute().item())
 
 

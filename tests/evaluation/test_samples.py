@@ -31,7 +31,9 @@ def read(data, **options):
     """The grey and the class of each picture, and what was told of: by the base that all evaluations stand on."""
 
     def compute(loaded):
-        return torch.stack([one.pixels for one in loaded]), [[one.place, one.sample.key, one.sample.extras["cls"]] for one in loaded]
+        return torch.stack([one.pixels for one in loaded]), [
+            [one.place, one.sample.key, one.sample.extras["cls"]] for one in loaded
+        ]
 
     job = Job(allow_missing=True, data=data.name, **options)
     return features_of(data.samples, lambda picture: picture[0, 0, :1].float(), compute, job, name="grey")
@@ -54,7 +56,9 @@ def test_evenly_spread_samples_come_from_all_classes(folder):
 
 
 def test_sizes_and_times_of_files(folder, tmp_path):
-    """Of a folder each picture and its text, of shards each shard; also where only the time differs, or a file is gone."""
+    """Of a folder each picture and its text, of shards each shard; also where only the time differs, or a file is
+    gone.
+    """
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
         for path in sorted(folder.glob("a/*.png")):
@@ -97,7 +101,9 @@ def test_folders_are_checked(folder):
     EvaluationData(str(folder)).check(label="cls")
     (folder.parent / "texts").mkdir()
     (folder.parent / "texts" / "a.md").write_text("")
-    with pytest.raises(DataError, match=r"^train_data: no pictures in .*/texts or below it.* It holds 1 other files \(a.md\)"):
+    with pytest.raises(
+        DataError, match=r"^train_data: no pictures in .*/texts or below it.* It holds 1 other files \(a.md\)"
+    ):
         EvaluationData(str(folder.parent / "texts"), option="train_data").check()
     with pytest.raises(DataError, match=r"^data: .*/dato does not exist\. Did you mean 'data'\?"):
         EvaluationData(str(folder.parent / "dato")).check()

@@ -55,22 +55,32 @@ def test_voc(tmp_path, inner):
     voc(tmp_path)
     found = find_segmentation_data(str(tmp_path / inner), wanted="voc21")
     assert [pair[0].name for pair in found.samples.pairs] == ["2007_a.jpg", "2007_b.jpg"]
-    assert labels(found) == [0, 1, 20, 255] and len(found.names) == 21 and found.names[20] == ["television", "tv monitor"]
+    assert (
+        labels(found) == [0, 1, 20, 255] and len(found.names) == 21 and found.names[20] == ["television", "tv monitor"]
+    )
     assert len(found.names[0]) > 5 and found.names[0][0] == "background" and found.protocol.area_thd == 0.1
     found = find_segmentation_data(str(tmp_path / inner), wanted="voc20")
     assert labels(found) == [255, 0, 19, 255] and len(found.names) == 20 and found.set_name == "voc20"
-    with pytest.raises(DataError, match=r"several sets are read from .*\. Say which, such as --set voc20\. They are: voc20, voc21"):
+    with pytest.raises(
+        DataError, match=r"several sets are read from .*\. Say which, such as --set voc20\. They are: voc20, voc21"
+    ):
         find_segmentation_data(str(tmp_path / inner))
 
 
 def test_context(tmp_path):
     context(tmp_path)
     found = find_segmentation_data(str(tmp_path), wanted="context60")
-    assert labels(found) == [0, 1, 59, 255] and found.names[0] == ["background"] and found.names[59] == ["wood"] and len(found.names) == 60
+    assert (
+        labels(found) == [0, 1, 59, 255]
+        and found.names[0] == ["background"]
+        and found.names[59] == ["wood"]
+        and len(found.names) == 60
+    )
     found = find_segmentation_data(str(tmp_path / "VOC2010"), wanted="context59")
     assert labels(found) == [255, 0, 58, 255] and len(found.names) == 59
     assert [of_class[0] for of_class in found.names] == sorted(
-        (of_class[0] for of_class in found.names), key=lambda name: "tvmonitor" if name == "television" else name.replace(" ", "")
+        (of_class[0] for of_class in found.names),
+        key=lambda name: "tvmonitor" if name == "television" else name.replace(" ", ""),
     )
 
 
@@ -88,10 +98,16 @@ def test_coco_as_it_is_converted_for_mmsegmentation(tmp_path):
 
 @pytest.mark.parametrize(
     ("pictures", "masks"),
-    [("images/val2017", "annotations/val2017"), ("val2017", "stuffthingmaps/val2017"), ("val2017", "stuffthingmaps_trainval2017/val2017")],
+    [
+        ("images/val2017", "annotations/val2017"),
+        ("val2017", "stuffthingmaps/val2017"),
+        ("val2017", "stuffthingmaps_trainval2017/val2017"),
+    ],
 )
 def test_coco_as_it_is_released(tmp_path, pictures, masks):
-    """Numbers of COCO's 182 less one: 0 person, 12 stop sign (11 is none), 89 toothbrush, 91 banner, 181 wood; 255 is nothing."""
+    """Numbers of COCO's 182 less one: 0 person, 12 stop sign (11 is none), 89 toothbrush, 91 banner, 181 wood; 255 is
+    nothing.
+    """
     picture(tmp_path / pictures / "000000000139.jpg")
     mask(tmp_path / masks / "000000000139.png", 0, 12, 89, 91, 181, 255)
     found = find_segmentation_data(str(tmp_path), wanted="coco_stuff")
@@ -114,7 +130,12 @@ def test_ade20k(tmp_path):
     picture(tmp_path / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
     mask(tmp_path / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", 0, 1, 150)
     found = find_segmentation_data(str(tmp_path))
-    assert labels(found) == [255, 0, 149] and len(found.names) == 150 and found.names[149] == ["flag"] and found.set_name == "ade20k"
+    assert (
+        labels(found) == [255, 0, 149]
+        and len(found.names) == 150
+        and found.names[149] == ["flag"]
+        and found.set_name == "ade20k"
+    )
 
 
 def test_scenes(tmp_path):
@@ -133,7 +154,9 @@ def test_missing_files(tmp_path):
     voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_a.png").unlink()
     found = find_segmentation_data(str(tmp_path), wanted="voc20")
-    with pytest.raises(DataError, match=r"1 of 2 pictures or masks are not there \(2007_a\.png\)\. Go on without them: --allow-missing"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 pictures or masks are not there \(2007_a\.png\)\. Go on without them: --allow-missing"
+    ):
         found.samples.complete(Job())
     assert [pair[0].name for pair in found.samples.complete(Job(allow_missing=True)).pairs] == ["2007_b.jpg"]
     with pytest.raises(BadSample, match=r"no file: .*2007_a\.png"):

@@ -64,7 +64,9 @@ def test_half_precision_is_computed_in_float32():
     a, b = unit(2, 8, 16), unit(2, 8, 16, seed=1)
     loss = info_nce(a.bfloat16(), b.bfloat16(), torch.tensor(14.0))
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), dense(a.bfloat16().double(), b.bfloat16().double(), 14.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loss.double(), dense(a.bfloat16().double(), b.bfloat16().double(), 14.0), rtol=1e-5, atol=1e-5
+    )
 
 
 def _rank(rank, world, path, results):

@@ -20,7 +20,10 @@ CONFIG: dict[str, Any] = {
         "text": {"type": "clip_text", "width": 32, "layers": 2, "heads": 2},
     },
     "tokenizer": {"type": "clip", "context_length": 16},
-    "augmenters": {"image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16}, "text": {"type": "text_crop"}},
+    "augmenters": {
+        "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16},
+        "text": {"type": "text_crop"},
+    },
     "losses": {"clip": {"type": "clip"}},
 }
 
@@ -46,12 +49,16 @@ def make() -> Make:
 @pytest.fixture
 def pixels() -> Callable[[ModelEncoder], torch.Tensor]:
     """Three random pictures of a model's size."""
-    return lambda encoder: torch.randn(3, 3, *[encoder.spec.image.image_size] * 2, generator=torch.Generator().manual_seed(2))
+    return lambda encoder: torch.randn(
+        3, 3, *[encoder.spec.image.image_size] * 2, generator=torch.Generator().manual_seed(2)
+    )
 
 
 @pytest.fixture
 def words() -> Callable[[ModelEncoder], torch.Tensor]:
-    """Token ids: of texts short, empty and too long; random ones, each ended by the largest, where the vocabulary is not CLIP's."""
+    """Token ids: of texts short, empty and too long; random ones, each ended by the largest, where the vocabulary is
+    not CLIP's.
+    """
 
     def words(encoder: ModelEncoder) -> torch.Tensor:
         rows = encoder.model.text.token_embedding.num_embeddings

@@ -53,9 +53,15 @@ def test_a_model_of_ours_in_the_official_form(make, folder, pixels, words):
     ("overrides", "message"),
     [
         (["model.image.registers=2"], r"has no place for model.image.registers \(2\)"),
-        (["model.image.layer_scale=0.1", "model.image.pre_norm=false"], "model.image.pre_norm=false; model.image.layer_scale"),
+        (
+            ["model.image.layer_scale=0.1", "model.image.pre_norm=false"],
+            "model.image.pre_norm=false; model.image.layer_scale",
+        ),
         (["model.image.mask_token=true"], "model.image.mask_token"),
-        (["heads.cross.num_heads=4", "heads.cross.mask_padding=true"], r"num_heads=4 \(it has 8\); heads.cross.mask_padding=true"),
+        (
+            ["heads.cross.num_heads=4", "heads.cross.mask_padding=true"],
+            r"num_heads=4 \(it has 8\); heads.cross.mask_padding=true",
+        ),
         (["losses.koleo={type: koleo}", "heads.other={type: projection}"], "no place for heads.other"),
         (["losses.distill=null"], "a whole COSMOS model, and this one lacks distill_logit_scale"),
     ],
@@ -69,7 +75,9 @@ def test_what_the_official_form_cannot_hold(make, folder, overrides, message):
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
     """No override is needed, and nothing of this machine stands there."""
-    origin = Origin(name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}, licence="mit" if form == "timm" else "other")
+    origin = Origin(
+        name="small", checkpoint="/far/away/small", metrics={"loss": 1.0}, licence="mit" if form == "timm" else "other"
+    )
     export({"teacher": make(*COSMOS, "model.background=teal")}, form, folder, origin)
     card = (folder / "README.md").read_text()
     lines, opening = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
@@ -100,7 +108,12 @@ def test_files_are_for_whom_the_umask_says(make, form, folder):
 
 
 def test_the_card_has_the_results_of_its_role(make, folder):
-    metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5, "loss": 3.0, "loss/clip": 2.0}
+    metrics = {
+        "retrieval/student/image_to_text_R@1": 0.25,
+        "retrieval/teacher/image_to_text_R@1": 0.5,
+        "loss": 3.0,
+        "loss/clip": 2.0,
+    }
     export({"student": make()}, "openclip", folder, Origin(name="small", checkpoint="runs/small", metrics=metrics))
     card = (folder / "README.md").read_text()
     assert "| retrieval/student/image_to_text_R@1 | 0.25 |" in card and "teacher" not in card and "loss" not in card

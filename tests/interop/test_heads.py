@@ -39,7 +39,11 @@ def test_usual_widths_are_those_of_published_models():
 @pytest.mark.parametrize(
     ("image", "text", "said"),
     [
-        ({"width": 768}, {"width": 512}, "taken to be 64 wide (12 of the image tower, 8 of the text tower)"),  # COSMOS's own
+        (
+            {"width": 768},
+            {"width": 512},
+            "taken to be 64 wide (12 of the image tower, 8 of the text tower)",
+        ),  # COSMOS's own
         ({"width": 1024, "heads": 16}, {"width": 768}, "taken to be 64 wide (12 of the text tower)"),
         ({"width": 768, "heads": 6}, {"width": 128, "heads": 4}, ""),
     ],
@@ -72,7 +76,9 @@ def test_a_file_that_does_not_tell(make, tmp_path, caplog, pixels):
         cosmos_ssl.load(tmp_path / "theirs.pt", overrides=["model.image.heads=6", "model.text.heads=4"])
         cosmos_ssl.load(tmp_path / "out" / "small.pt")
     first, *others = (record.message for record in caplog.records)
-    assert first.endswith("tensors; heads, which it does not tell, are taken to be 64 wide (6 of the image tower, 4 of the text tower)")
+    assert first.endswith(
+        "tensors; heads, which it does not tell, are taken to be 64 wide (6 of the image tower, 4 of the text tower)"
+    )
     assert len(others) == 2 and all(other.endswith(" tensors") for other in others)
     assert torch.equal(theirs.encode_image(pixels(encoder)), encoder.encode_image(pixels(encoder)))
 
@@ -84,7 +90,9 @@ def test_an_openclip_file_alone(make, tmp_path, pixels, name):
     export({"student": encoder}, "openclip", tmp_path / "out", Origin(name="small", checkpoint="small"))
     alone = tmp_path / name
     if name.endswith(".bin"):
-        torch.save(cosmos_ssl.interop.files.read_safetensors(tmp_path / "out" / "open_clip_model.safetensors")[1], alone)
+        torch.save(
+            cosmos_ssl.interop.files.read_safetensors(tmp_path / "out" / "open_clip_model.safetensors")[1], alone
+        )
         with pytest.raises(CheckpointError, match=r"other.bin does not tell how many attention heads"):
             cosmos_ssl.load(alone)
         return

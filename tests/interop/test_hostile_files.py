@@ -1,4 +1,6 @@
-"""Files of weights that were changed by chance or on purpose: read, or refused in a sentence before they take time or memory."""
+"""Files of weights that were changed by chance or on purpose: read, or refused in a sentence before they take time or
+memory.
+"""
 
 import io
 import json
@@ -52,32 +54,59 @@ def changed(name, change):
 
 PROJ = "visual.proj"
 WEIGHTS = {
-    "whole numbers": (changed(PROJ, torch.Tensor.long), "image.projection is of torch.int64; weights are dense, of 32 or 16 bits"),
+    "whole numbers": (
+        changed(PROJ, torch.Tensor.long),
+        "image.projection is of torch.int64; weights are dense, of 32 or 16 bits",
+    ),
     "64 bits": (changed(PROJ, torch.Tensor.double), "image.projection is of torch.float64"),
     "complex": (changed("logit_scale", lambda x: x + 0j), "losses.clip.logit_scale is of torch.complex64"),
     "8 bits": (changed(PROJ, lambda x: x.to(torch.float8_e4m3fn)), "image.projection is of torch.float8_e4m3fn"),
-    "sparse": (changed(PROJ, torch.Tensor.to_sparse), r"image.projection is a tensor of another kind \(torch.sparse_coo\)"),
+    "sparse": (
+        changed(PROJ, torch.Tensor.to_sparse),
+        r"image.projection is a tensor of another kind \(torch.sparse_coo\)",
+    ),
     "nowhere": (changed(PROJ, lambda x: x.to("meta")), r"image.projection is a tensor of another kind \(meta\)"),
-    "quantised": (changed(PROJ, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)), "a tensor of another kind"),
+    "quantised": (
+        changed(PROJ, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+        "a tensor of another kind",
+    ),
     "one number for a million": (
         changed("token_embedding.weight", lambda x: torch.zeros(1).expand(1 << 40, 8)),
         "text.token_embedding.weight is of 8,796,093,022,208 numbers, 4 bytes of which are stored",
     ),
-    "keys that are numbers": (lambda state: dict(enumerate(state.values())), "no official COSMOS checkpoint: it has neither"),
+    "keys that are numbers": (
+        lambda state: dict(enumerate(state.values())),
+        "no official COSMOS checkpoint: it has neither",
+    ),
     "block 999999999": (
         lambda state: {**state, "visual.transformer.resblocks.999999999.ln_1.weight": torch.ones(8)},
         "visual.transformer.resblocks.999999999.ln_1.weight has no place",
     ),
-    "block 9999": (lambda state: {**state, "transformer.resblocks.9999.ln_1.bias": torch.ones(8)}, "resblocks.1.ln_1.weight is missing"),
-    "block #": (lambda state: {**state, "transformer.resblocks.#.ln_1.bias": torch.ones(8)}, "resblocks.#.ln_1.bias has no place"),
-    "no width": (changed(PROJ, lambda x: x[:0]), r"the sizes of the model cannot be told from its tensors \(one of them is empty\)"),
-    "no dimensions": (changed("visual.conv1.weight", lambda x: x[0, 0, 0, 0]), "the sizes of the model cannot be told from its tensors"),
+    "block 9999": (
+        lambda state: {**state, "transformer.resblocks.9999.ln_1.bias": torch.ones(8)},
+        "resblocks.1.ln_1.weight is missing",
+    ),
+    "block #": (
+        lambda state: {**state, "transformer.resblocks.#.ln_1.bias": torch.ones(8)},
+        "resblocks.#.ln_1.bias has no place",
+    ),
+    "no width": (
+        changed(PROJ, lambda x: x[:0]),
+        r"the sizes of the model cannot be told from its tensors \(one of them is empty\)",
+    ),
+    "no dimensions": (
+        changed("visual.conv1.weight", lambda x: x[0, 0, 0, 0]),
+        "the sizes of the model cannot be told from its tensors",
+    ),
     "a wide one beside": (
         changed(PROJ, lambda x: torch.zeros(1 << 16, 1)),
         r"does not fit the model: image.class_token is \[8\], the model's",
     ),
     "not a number": (changed("ln_final.bias", lambda x: x.log()), "text.norm.bias holds a NaN or an infinity"),
-    "bent sizes": (lambda state: {"student": {}, "cosmos_ssl.sizes": 3}, "the sizes of the model cannot be told|is missing"),
+    "bent sizes": (
+        lambda state: {"student": {}, "cosmos_ssl.sizes": 3},
+        "the sizes of the model cannot be told|is missing",
+    ),
 }
 
 
@@ -91,7 +120,8 @@ def test_tensors_that_are_no_weights(state, tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    "sizes", ["[", "3", '{"model.image.heads": 0}', '{"model.image.heads": 1.5}', '{"model.text.heads": "x"}', "[" * 10**5]
+    "sizes",
+    ["[", "3", '{"model.image.heads": 0}', '{"model.image.heads": 1.5}', '{"model.text.heads": "x"}', "[" * 10**5],
 )
 def test_sizes_that_are_none(state, tmp_path, sizes):
     (tmp_path / "x.safetensors").write_bytes(save(state, {"cosmos_ssl.sizes": sizes}))
@@ -104,8 +134,14 @@ def test_sizes_that_are_none(state, tmp_path, sizes):
     [
         ([], "holds no table"),
         ({"model_cfg": 3}, "model_cfg is no table"),
-        ({"model_cfg": {"vision_cfg": [], "text_cfg": {}}, "preprocess_cfg": "x"}, "preprocess_cfg is no table; vision_cfg is no table"),
-        ({"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {"heads": "x"}}}, "vision_cfg.head_width: 0; text_cfg.heads: x"),
+        (
+            {"model_cfg": {"vision_cfg": [], "text_cfg": {}}, "preprocess_cfg": "x"},
+            "preprocess_cfg is no table; vision_cfg is no table",
+        ),
+        (
+            {"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {"heads": "x"}}},
+            "vision_cfg.head_width: 0; text_cfg.heads: x",
+        ),
         ({"model_cfg": {"vision_cfg": {"image_size": {}}}}, "vision_cfg.image_size: {}"),
         ({"preprocess_cfg": {"mean": 3}}, "preprocess_cfg.mean: 3"),
     ],
@@ -126,7 +162,9 @@ def headed(header, data=b""):
 
 
 HEADERS = {
-    "a million tensors": headed({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}),
+    "a million tensors": headed(
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    ),
     "length of exabytes": (1 << 62).to_bytes(8, "little") + b"{}",
     "cut length": b"\x00\x00",
     "terabytes": headed({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, b"\0" * 64),
@@ -158,13 +196,19 @@ def repacked(data, change, compression=zipfile.ZIP_STORED):
 
 
 def test_archives_that_grow(tmp_path):
-    (tmp_path / "x.pt").write_bytes(repacked(packed({"a": torch.zeros(1 << 20)}), lambda data: data, zipfile.ZIP_DEFLATED))
-    with pytest.raises(CheckpointError, match=r"x.pt cannot be read as a torch file: .* is compressed, which torch.save does not do"):
+    (tmp_path / "x.pt").write_bytes(
+        repacked(packed({"a": torch.zeros(1 << 20)}), lambda data: data, zipfile.ZIP_DEFLATED)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"x.pt cannot be read as a torch file: .* is compressed, which torch.save does not do"
+    ):
         read_torch_file(tmp_path / "x.pt")
 
 
 def test_more_numbers_than_an_archive_holds(tmp_path):
-    data = repacked(packed({"a": torch.ones(4)}), lambda data: data.replace(b"K\x04", b"J\x00\x00\x00\x40"))  # a thousand million
+    data = repacked(
+        packed({"a": torch.ones(4)}), lambda data: data.replace(b"K\x04", b"J\x00\x00\x00\x40")
+    )  # a thousand million
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"x.pt cannot be read as a torch file: ."):
         read_torch_file(tmp_path / "x.pt")
@@ -209,7 +253,9 @@ def changes(state, form, rng):
         while True:
             yield mutated(sound, length, rng)
             yield headed(mutated(sound[8:length].strip(), length, rng), sound[length:])
-    sound, old = (packed({"name": "x", "state_dict": small}, _use_new_zipfile_serialization=new) for new in (True, False))
+    sound, old = (
+        packed({"name": "x", "state_dict": small}, _use_new_zipfile_serialization=new) for new in (True, False)
+    )
     while True:
         yield mutated(sound, len(sound), rng)
         yield repacked(sound, lambda data: mutated(data, len(data), rng))

@@ -33,7 +33,10 @@ class Hub(BaseHTTPRequestHandler):
         state["asked"].append((self.command, self.path))
         if self.path == "/storage":
             self.send(200, state["content"], body)
-        elif self.path == f"/sankim2/cosmos/resolve/main/{NAME}.pt" or self.path == f"/sankim2/cosmos/resolve/{COMMIT}/{NAME}.pt":
+        elif (
+            self.path == f"/sankim2/cosmos/resolve/main/{NAME}.pt"
+            or self.path == f"/sankim2/cosmos/resolve/{COMMIT}/{NAME}.pt"
+        ):
             told = {
                 "X-Repo-Commit": COMMIT,
                 "X-Linked-Etag": f'"{state["told"]}"',

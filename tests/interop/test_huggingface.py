@@ -1,4 +1,6 @@
-"""transformers.CLIPModel: the same features, pictures and texts prepared alike, and refusals of what it cannot express."""
+"""transformers.CLIPModel: the same features, pictures and texts prepared alike, and refusals of what it cannot
+express.
+"""
 
 import json
 import re
@@ -53,14 +55,21 @@ def test_texts_from_the_processor_to_features(make, folder):
     write(encoder, folder)
     processor, model = CLIPProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).eval()
     texts = ["a Red circle", "", "it's 2 blue stars! <br> x", "many words " * 60, "caf\u00e9 \u4f60\u597d \U0001f600"]
-    tokens, batch = encoder.tokenize(texts), processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+    tokens, batch = (
+        encoder.tokenize(texts),
+        processor(text=texts, padding="max_length", truncation=True, return_tensors="pt"),
+    )
     assert batch["input_ids"].shape == (5, 16)
     lengths = encoder.lengths(tokens)
     assert torch.equal(batch["attention_mask"].sum(-1), lengths)
-    assert all(torch.equal(theirs[:n], ours[:n]) for theirs, ours, n in zip(batch["input_ids"], tokens, lengths, strict=True))
+    assert all(
+        torch.equal(theirs[:n], ours[:n]) for theirs, ours, n in zip(batch["input_ids"], tokens, lengths, strict=True)
+    )
     with torch.no_grad():
         found = model.text_projection(model.text_model(**batch).pooler_output)
-    torch.testing.assert_close(torch.nn.functional.normalize(found, dim=-1), encoder.encode_text(tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(found, dim=-1), encoder.encode_text(tokens), atol=1e-5, rtol=0
+    )
 
 
 HARD = [  # three that the tokenizer cleans, and five of which only ftfy and html make sense
@@ -74,10 +83,14 @@ HARD = [  # three that the tokenizer cleans, and five of which only ftfy and htm
 
 
 def test_what_the_tokenizer_cleans_and_what_it_does_not(make, folder):
-    """Common entities and quotes as ours; the lines of the card make the rest the same, without which features are far off."""
+    """Common entities and quotes as ours; the lines of the card make the rest the same, without which features are far
+    off.
+    """
     encoder = make()
     write(encoder, folder)
-    ours = [row[:n].tolist() for row, n in zip(encoder.tokenize(HARD), encoder.lengths(encoder.tokenize(HARD)), strict=True)]
+    ours = [
+        row[:n].tolist() for row, n in zip(encoder.tokenize(HARD), encoder.lengths(encoder.tokenize(HARD)), strict=True)
+    ]
     tokenizer = CLIPProcessor.from_pretrained(folder).tokenizer
     found = tokenizer(HARD)["input_ids"]
     assert [a == b for a, b in zip(found, ours, strict=True)] == [True] * 3 + [False] * 5
@@ -93,12 +106,17 @@ def test_what_the_tokenizer_cleans_and_what_it_does_not(make, folder):
 
 
 def test_pictures_from_the_processor(make, folder):
-    """Rounded otherwise (1 of 255), and cut out a pixel beside for a quarter of all shapes; the lines of the card are exact."""
+    """Rounded otherwise (1 of 255), and cut out a pixel beside for a quarter of all shapes; the lines of the card are
+    exact.
+    """
     encoder = make()
     write(encoder, folder)
     lines: dict[str, object] = {}
     card = (folder / "README.md").read_text()
-    exec(f"from torchvision import transforms\n{re.search(r'^preprocess = .*?^[)]', card, re.DOTALL | re.MULTILINE)[0]}", lines)
+    exec(
+        f"from torchvision import transforms\n{re.search(r'^preprocess = .*?^[)]', card, re.DOTALL | re.MULTILINE)[0]}",
+        lines,
+    )
     processor = CLIPProcessor.from_pretrained(folder)
     for spare in range(9):  # pixels of the longer side beside the middle, once resized
         picture = Image.effect_noise((64, 64 + 2 * spare), 80).convert("RGB")
@@ -116,7 +134,12 @@ def test_automatic_classes_and_the_tokenizer(make, folder):
     processor = AutoProcessor.from_pretrained(folder)
     assert isinstance(processor, CLIPProcessor) and isinstance(processor.image_processor, CLIPImageProcessor)
     for tokenizer in (CLIPTokenizer.from_pretrained(folder), processor.tokenizer):
-        assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (49408, 49406, 49407, 16)
+        assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (
+            49408,
+            49406,
+            49407,
+            16,
+        )
         assert tokenizer.pad_token_id == 49407
         assert tokenizer.decode(tokenizer("a red circle")["input_ids"], skip_special_tokens=True) == "a red circle"
 
@@ -130,7 +153,11 @@ def test_another_vocabulary_gets_no_tokenizer(make, folder):
 
 def test_the_bias_of_siglip_is_left_out_and_told(make, folder):
     notes = write(make("losses={clip: null, siglip: {type: siglip}}"), folder)
-    assert len(notes) == 1 and notes[0].startswith("the bias of the logits, -") and notes[0].endswith("is left out: CLIPModel has none")
+    assert (
+        len(notes) == 1
+        and notes[0].startswith("the bias of the logits, -")
+        and notes[0].endswith("is left out: CLIPModel has none")
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +165,10 @@ def test_the_bias_of_siglip_is_left_out_and_told(make, folder):
     [
         (["model.image.registers=2"], r"model.image.registers \(2\)"),
         (["model.image.pre_norm=false"], "model.image.pre_norm=false"),
-        (["model.image.layer_scale=0.1", "model.text.layer_scale=0.1"], "model.image.layer_scale; model.text.layer_scale"),
+        (
+            ["model.image.layer_scale=0.1", "model.text.layer_scale=0.1"],
+            "model.image.layer_scale; model.text.layer_scale",
+        ),
     ],
 )
 def test_what_it_has_no_place_for(make, folder, overrides, place):

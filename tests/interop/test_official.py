@@ -76,7 +76,11 @@ def test_config_tells_the_sizes():
         "patch_size": 8,
         "image_size": 32,
     }
-    assert {key: model["text"][key] for key in ("width", "layers", "vocab_size")} == {"width": 32, "layers": 2, "vocab_size": 256}
+    assert {key: model["text"][key] for key in ("width", "layers", "vocab_size")} == {
+        "width": 32,
+        "layers": 2,
+        "vocab_size": 256,
+    }
 
 
 def test_loads_into_an_encoder(content):
@@ -88,7 +92,10 @@ def test_loads_into_an_encoder(content):
 
 
 def test_heads_that_the_file_does_not_tell_are_asked_for():
-    with pytest.raises(CheckpointError, match=r"its image tower \(width 48\) .* say model\.image\.heads=\.\. and model\.text\.heads=\.\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"its image tower \(width 48\) .* say model\.image\.heads=\.\. and model\.text\.heads=\.\.$",
+    ):
         cosmos_ssl.load(GOLDEN)
 
 
@@ -120,7 +127,10 @@ def test_missing_role(write):
 def test_missing_and_unknown_tensors(write, content):
     student = {name: value for name, value in content["student"].items() if "ln_final" not in name}
     path = write(student={**student, "module.visual.extra": torch.ones(1)})
-    message = "no official COSMOS checkpoint: ln_final.weight is missing; ln_final.bias is missing; visual.extra is not one of its tensors"
+    message = (
+        "no official COSMOS checkpoint: ln_final.weight is missing; ln_final.bias is missing; visual.extra "
+        "is not one of its tensors"
+    )
     with pytest.raises(CheckpointError, match=message):
         read_official(path, "student")
     found = read_official(path, "student", partial=True)
@@ -130,7 +140,9 @@ def test_missing_and_unknown_tensors(write, content):
 
 
 def test_a_missing_block_is_noticed(write, content):
-    student = {name: value for name, value in content["student"].items() if "visual.transformer.resblocks.0" not in name}
+    student = {
+        name: value for name, value in content["student"].items() if "visual.transformer.resblocks.0" not in name
+    }
     with pytest.raises(CheckpointError, match=r"visual.transformer.resblocks.0.ln_1.weight is missing.*and 8 more"):
         read_official(write(student=student), "student")
 
@@ -159,7 +171,9 @@ def _zip():
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("data", [b"", b"some text\n", GOLDEN.read_bytes()[:50_000], _zip()], ids=["empty", "text", "cut", "zip"])
+@pytest.mark.parametrize(
+    "data", [b"", b"some text\n", GOLDEN.read_bytes()[:50_000], _zip()], ids=["empty", "text", "cut", "zip"]
+)
 def test_files_that_are_no_checkpoints(tmp_path, data):
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"x.pt") as found:
@@ -195,5 +209,9 @@ def test_features_equal_openclip():
     model.eval()
     pixels, tokens = torch.randn(3, 3, 32, 32), torch.randint(0, 255, (3, 16))
     with torch.no_grad():
-        torch.testing.assert_close(encoder.encode_image(pixels), model.encode_image(pixels, normalize=True), atol=1e-6, rtol=0)
-        torch.testing.assert_close(encoder.encode_text(tokens), model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            encoder.encode_image(pixels), model.encode_image(pixels, normalize=True), atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            encoder.encode_text(tokens), model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0
+        )

@@ -41,8 +41,12 @@ def write(encoder, folder, name="small"):
 
 def assert_same_features(encoder, model, pixels, tokens):
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(pixels, normalize=True), encoder.encode_image(pixels), atol=1e-5, rtol=0)
-        torch.testing.assert_close(model.encode_text(tokens, normalize=True), encoder.encode_text(tokens), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.encode_image(pixels, normalize=True), encoder.encode_image(pixels), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            model.encode_text(tokens, normalize=True), encoder.encode_text(tokens), atol=1e-5, rtol=0
+        )
 
 
 @sizes
@@ -58,7 +62,9 @@ def test_features_in_openclip(make, pixels, words, folder, overrides):
 
 @sizes
 def test_there_and_back(make, pixels, words, folder, overrides):
-    """Exactly the same tensors and sizes; only the start values of scales and such, which the tensors replace, may differ."""
+    """Exactly the same tensors and sizes; only the start values of scales and such, which the tensors replace, may
+    differ.
+    """
     encoder = make(*overrides)
     write(encoder, folder)
     again = cosmos_ssl.load(folder)
@@ -80,7 +86,10 @@ def test_preprocessing_and_tokens(make, folder):
 
 
 def test_what_is_left_out_is_told(make, folder):
-    heads = ["heads={cross: {type: cross_attention}}", "losses.distill={type: cross_modality_distillation, head: cross}"]
+    heads = [
+        "heads={cross: {type: cross_attention}}",
+        "losses.distill={type: cross_modality_distillation, head: cross}",
+    ]
     teacher = ["teacher={type: ema}", "model.image.mask_token=true"]
     notes = write(make(*heads, *teacher), folder)
     assert notes == ["left out: heads.cross, image.mask_token, losses.distill"]
@@ -118,7 +127,10 @@ def test_what_openclip_has_no_place_for(make, folder):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.image={type: timm, model: vit_tiny_patch16_224, image_size: 32}", "model.image is a TimmImage, not 'clip_vit'"),
+        (
+            "model.image={type: timm, model: vit_tiny_patch16_224, image_size: 32}",
+            "model.image is a TimmImage, not 'clip_vit'",
+        ),
         ("model.text=null", "model.text is missing"),
         ("model.text={type: huggingface, architecture: bert}", "model.text is a HuggingFaceText, not 'clip_text'"),
     ],
@@ -170,8 +182,14 @@ def test_a_file_alone(theirs, tmp_path, pixels, form):
     state, path = model.state_dict(), tmp_path / form
     content = {
         "bare.bin": state,
-        "training.pt": {"epoch": 3, "name": "x", "state_dict": {f"module.{name}": value for name, value in state.items()}},
-        "custom.pt": {name if name.startswith(("visual.", "logit")) else f"text.{name}": value for name, value in state.items()},
+        "training.pt": {
+            "epoch": 3,
+            "name": "x",
+            "state_dict": {f"module.{name}": value for name, value in state.items()},
+        },
+        "custom.pt": {
+            name if name.startswith(("visual.", "logit")) else f"text.{name}": value for name, value in state.items()
+        },
     }
     if form.endswith(".safetensors"):
         save_file(state, path)
@@ -186,7 +204,10 @@ def test_a_file_alone(theirs, tmp_path, pixels, form):
     [
         ({"quick_gelu": True}, "QuickGELU"),
         ({"vision_cfg": {"timm_model_name": "vit_tiny"}}, "vision_cfg.timm_model_name: vit_tiny"),
-        ({"text_cfg": {"pool_type": "last", "hf_model_name": "bert"}}, "text_cfg.pool_type: last; text_cfg.hf_model_name: bert"),
+        (
+            {"text_cfg": {"pool_type": "last", "hf_model_name": "bert"}},
+            "text_cfg.pool_type: last; text_cfg.hf_model_name: bert",
+        ),
         ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, r"vision_cfg.layers: \[3, 4, 6, 3\]"),
         ({"vision_cfg": {"image_size": [32, 64]}}, r"vision_cfg.image_size: \[32, 64\]"),
         ({"multimodal_cfg": {"layers": 2}}, "multimodal_cfg"),
@@ -194,14 +215,19 @@ def test_a_file_alone(theirs, tmp_path, pixels, form):
 )
 def test_models_of_another_kind(theirs, tmp_path, change, message):
     model, model_cfg = theirs
-    changed = {**model_cfg, **{key: {**model_cfg[key], **value} if key in model_cfg else value for key, value in change.items()}}
+    changed = {
+        **model_cfg,
+        **{key: {**model_cfg[key], **value} if key in model_cfg else value for key, value in change.items()},
+    }
     source = save(model, changed, tmp_path / "other")
     with pytest.raises(CheckpointError, match=f"is a model of another kind than clip_vit and clip_text: {message}"):
         cosmos_ssl.load(source)
 
 
 def test_every_setting_of_openclip_is_known_or_refused(theirs, tmp_path):
-    """The settings of all published models: those with our two towers and GELU are taken, with their own defaults spelt out."""
+    """The settings of all published models: those with our two towers and GELU are taken, with their own defaults spelt
+    out.
+    """
     from dataclasses import asdict
 
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
@@ -215,7 +241,9 @@ def test_every_setting_of_openclip_is_known_or_refused(theirs, tmp_path):
     assert cosmos_ssl.load(save(model, full, tmp_path / "full")).spec.image.image_size == 32
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32-256", "ViT-S-32-alt", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"])
+@pytest.mark.parametrize(
+    "name", ["ViT-B-16", "ViT-B-32-256", "ViT-S-32-alt", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
+)
 def test_sizes_of_published_models(name, monkeypatch):
     """Every tensor of OpenCLIP's own model has its place and its shape in ours; heads as OpenCLIP counts them."""
     model_cfg = open_clip.get_model_config(name)
@@ -231,7 +259,9 @@ def test_sizes_of_published_models(name, monkeypatch):
     assert ours.spec.image.image_size == theirs.visual.image_size[0]
 
 
-@pytest.mark.parametrize("name", ["RN50", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32", "ViT-H-14-CLIPA"])
+@pytest.mark.parametrize(
+    "name", ["RN50", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32", "ViT-H-14-CLIPA"]
+)
 def test_published_models_of_another_kind(name):
     with pytest.raises(CheckpointError, match=f"{name} is a model of another kind"):
         read_tensors({"visual.proj": torch.ones(1)}, name, {"model_cfg": open_clip.get_model_config(name)})
@@ -251,7 +281,9 @@ def test_missing_and_strange_tensors(theirs, tmp_path):
     state = load_file(source / "open_clip_model.safetensors")
     del state["ln_final.bias"]
     save_file({**state, "visual.extra": torch.ones(1)}, source / "open_clip_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"no model of CLIP's towers: ln_final.bias is missing; visual.extra has no place"):
+    with pytest.raises(
+        CheckpointError, match=r"no model of CLIP's towers: ln_final.bias is missing; visual.extra has no place"
+    ):
         cosmos_ssl.load(source)
     save_file({"embeddings.weight": torch.ones(1)}, source / "open_clip_model.safetensors")
     with pytest.raises(CheckpointError, match=r"holds no OpenCLIP model: none of its tensors is called visual"):
@@ -268,7 +300,10 @@ START = {
         "text": {"type": "clip_text", "width": 32, "layers": 1, "heads": 4},
     },
     "tokenizer": {"type": "clip", "context_length": 20},
-    "augmenters": {"image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16}, "text": {"type": "text_crop"}},
+    "augmenters": {
+        "image": {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16},
+        "text": {"type": "text_crop"},
+    },
     "losses": {"clip": {"type": "clip"}},
 }
 
@@ -282,7 +317,9 @@ def test_training_starts_from_openclip(theirs, tmp_path):
     model, model_cfg = theirs
     source = save(model, model_cfg, tmp_path / "vit")
     state, told = started(f"model.pretrained={source}")
-    assert torch.equal(state["image.blocks.1.attn.qkv.weight"], model.visual.transformer.resblocks[1].attn.in_proj_weight)
+    assert torch.equal(
+        state["image.blocks.1.attn.qkv.weight"], model.visual.transformer.resblocks[1].attn.in_proj_weight
+    )
     assert torch.equal(state["losses.clip.logit_scale"], model.logit_scale)
     assert told == f"starting from {source}: {len(state)} of {len(state)} tensors"
     with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or"):
@@ -291,13 +328,19 @@ def test_training_starts_from_openclip(theirs, tmp_path):
 
 def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):
     model, model_cfg = theirs
-    wider = [f"model.pretrained={save(model, model_cfg, tmp_path / 'vit')}", "model.image.width=64", "model.image.heads=4"]
+    wider = [
+        f"model.pretrained={save(model, model_cfg, tmp_path / 'vit')}",
+        "model.image.width=64",
+        "model.image.heads=4",
+    ]
     with pytest.raises(CheckpointError, match="does not fit the towers"):
         started(*wider)
     state, told = started(*wider, "model.pretrained_partial=true", "model.text.heads=2")
     assert torch.equal(state["text.projection"], model.text_projection)
     own = sum(not name.startswith("image.") for name in state)
-    assert f": {own} of {len(state)} tensors; left out: {len(state) - own} of another shape (image.class_token, " in told
+    assert (
+        f": {own} of {len(state)} tensors; left out: {len(state) - own} of another shape (image.class_token, " in told
+    )
     assert told.endswith("; 4 heads in its text tower (model.text.heads=4)")
 
 
@@ -333,11 +376,15 @@ def test_a_published_name_without_network(monkeypatch):
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", unreachable)
     name = "ViT-B-16/laion2b_s34b_b88k"
-    with pytest.raises(CheckpointError, match=f"{name} cannot be fetched: no route to host. Reach the hub once, or give a folder"):
+    with pytest.raises(
+        CheckpointError, match=f"{name} cannot be fetched: no route to host. Reach the hub once, or give a folder"
+    ):
         cosmos_ssl.load(name)
     with pytest.raises(CheckpointError, match=r"OpenCLIP has no weights 'laion3b' of ViT-B-16\. It has openai, "):
         cosmos_ssl.load("ViT-B-16/laion3b")
     with pytest.raises(CheckpointError, match="QuickGELU"):  # said before anything is fetched
         cosmos_ssl.load("ViT-B-16/openai")
-    with pytest.raises(CheckpointError, match="no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"):
+    with pytest.raises(
+        CheckpointError, match="no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
+    ):
         cosmos_ssl.load("runs/nowhere")

@@ -9,7 +9,12 @@ from cosmos_ssl.interop.partial import compare, load_matched
 def test_report_and_values():
     model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 2), "d": nn.Linear(1, 1, bias=False)})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(4), "c": torch.ones(1), "d.weight": torch.ones(1, 1, dtype=torch.int64)}
+    state = {
+        "a.weight": torch.ones(3, 2),
+        "a.bias": torch.ones(4),
+        "c": torch.ones(1),
+        "d.weight": torch.ones(1, 1, dtype=torch.int64),
+    }
     report = compare(model, state, ["attn_mask"])
     assert report.matched == ["a.weight"]
     assert report.missing == ["b.weight", "b.bias"]
@@ -25,4 +30,7 @@ def test_report_and_values():
 
 def test_an_exact_load():
     model = nn.Linear(2, 2)
-    assert str(compare(model, {"weight": torch.ones(2, 2, dtype=torch.float16), "bias": torch.ones(2)})) == "2 of 2 tensors"
+    assert (
+        str(compare(model, {"weight": torch.ones(2, 2, dtype=torch.float16), "bias": torch.ones(2)}))
+        == "2 of 2 tensors"
+    )

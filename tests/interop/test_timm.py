@@ -48,7 +48,9 @@ def test_features(make, pixels, folder, overrides):
     pooled = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         for model in models:
-            torch.testing.assert_close(model.eval()(images), encoder.encode_image(images, normalize=False), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                model.eval()(images), encoder.encode_image(images, normalize=False), atol=1e-5, rtol=0
+            )
         torch.testing.assert_close(pooled(images), encoder.image_features(images), atol=1e-5, rtol=0)
 
 
@@ -62,11 +64,15 @@ def test_preprocessing(make, folder):
     write(encoder, folder)
     config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
     picture = Image.effect_noise((90, 45), 80).convert("RGB")
-    torch.testing.assert_close(timm.data.create_transform(**config)(picture), encoder.preprocess(picture), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        timm.data.create_transform(**config)(picture), encoder.preprocess(picture), atol=1e-5, rtol=0
+    )
 
 
 def test_an_image_tower_alone(make, pixels, folder):
-    lone = make("model.text=null", "tokenizer=null", "augmenters.text=null", "losses={clip: null, koleo: {type: koleo}}")
+    lone = make(
+        "model.text=null", "tokenizer=null", "augmenters.text=null", "losses={clip: null, koleo: {type: koleo}}"
+    )
     assert write(lone, folder) == []
     with torch.no_grad():
         found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pixels(lone))

@@ -98,10 +98,18 @@ def failing(error: Exception) -> Callable[[Any], dict[str, float]]:
 
 
 def test_the_place_of_a_rank(start: Any) -> None:
-    """A host whose name means nothing is reached by its address; devices are left as SLURM gave them; a restart meets elsewhere."""
+    """A host whose name means nothing is reached by its address; devices are left as SLURM gave them; a restart meets
+    elsewhere.
+    """
     assert start.rank(3, lambda leaving: {"loss": 1.0}) == {"loss": 1.0}
     found = {name: os.environ[name] for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    assert found == {"MASTER_ADDR": "10.0.0.1", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert found == {
+        "MASTER_ADDR": "10.0.0.1",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     assert "CUDA_VISIBLE_DEVICES" not in os.environ and 20_000 <= int(os.environ["MASTER_PORT"]) <= 60_000
     assert not start.run.exists()
 
@@ -134,7 +142,9 @@ def test_a_job_that_cannot_be_requeued(start: Any) -> None:
 
 
 def test_what_srun_sends_to_the_others_changes_no_exit_code(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))  # the grace of a rank that has lost another
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: signal.raise_signal(signal.SIGTERM)
+    )  # the grace of a rank that has lost another
     assert start.rank(0, failing(StorageError("another rank was lost"))) == 74
     assert not (start.run / ENDED).exists()
 
@@ -174,7 +184,9 @@ def test_what_submitit_starts_again(tmp_path: Path) -> None:
         ("2030-01-01T00:00:00", "qos", "REQUEUE", False),
     ],
 )
-def test_who_requeues_a_preempted_job(monkeypatch: pytest.MonkeyPatch, time: str, kind: str, mode: str, expected: bool) -> None:
+def test_who_requeues_a_preempted_job(
+    monkeypatch: pytest.MonkeyPatch, time: str, kind: str, mode: str, expected: bool
+) -> None:
     def run(command: list[str], **options: Any) -> Any:
         text = JOB if command[3] == "job" else ANSWERS[command[3]]
         return SimpleNamespace(stdout=text.format(time=time, kind=kind, mode=mode))

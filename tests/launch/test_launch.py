@@ -30,7 +30,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[LoadedConfig]:
 
 
 @pytest.fixture
-def launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[LoadedConfig]) -> Launch:
+def launch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[LoadedConfig]
+) -> Launch:
     monkeypatch.chdir(tmp_path)
     for variable in ("COSMOS_PROFILE", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(variable, raising=False)
@@ -53,7 +55,10 @@ def test_trains_here_and_says_so(launch: Launch, trained: list[LoadedConfig]) ->
 def test_dry_run_prints_the_resolved_config(launch: Launch, trained: list[LoadedConfig]) -> None:
     code, out, _ = launch("--dry-run", "output_dir=there")
     assert code == 0 and not trained and "output_dir: there\n" in out
-    said = "# all checks passed (not looked into: the data). Without --dry-run this trains here, in one process, into there\n"
+    said = (
+        "# all checks passed (not looked into: the data). Without --dry-run this trains here, in one process, "
+        "into there\n"
+    )
     assert out.endswith(said)
 
 
@@ -61,11 +66,17 @@ def test_dry_run_prints_the_resolved_config(launch: Launch, trained: list[Loaded
     ("argument", "message"),
     [
         ("profile.nproc=2", "data: no such shard: cc3m/train-0000.tar (576 of 576 shards are missing)"),
-        ("profile.nproc=3", "training.batch_size: 1024 cannot be shared by 3 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, "),
+        (
+            "profile.nproc=3",
+            "training.batch_size: 1024 cannot be shared by 3 ranks (loader.lanes: 256). Possible: 1, 2, 4, 8, ",
+        ),
         ("profile.nproc=many", "command line  profile.nproc: expected an integer, got 'many'"),
         ("profile.nproc=0", "command line  profile.nproc: expected greater than 0, got 0"),
         ("profile.nprocs=1", "command line  profile.nprocs: unknown key. Did you mean 'nproc'? Accepts: kind, nproc"),
-        ("profile=cluster.yaml", "no profile 'cluster.yaml': there is no such file. Those that come with cosmos-ssl: local, slurm, "),
+        (
+            "profile=cluster.yaml",
+            "no profile 'cluster.yaml': there is no such file. Those that come with cosmos-ssl: local, slurm, ",
+        ),
         ("--profile=slrm", "no profile 'slrm': there is no such file. Did you mean 'slurm'?"),
         ("training.batchsize=8", "command line  training.batchsize: unknown key. Did you mean 'batch_size'?"),
     ],
@@ -75,14 +86,18 @@ def test_refusals(launch: Launch, trained: list[LoadedConfig], argument: str, me
     assert code == 2 and not out and not trained and err.startswith(message)
 
 
-def test_profile_from_flag_config_and_environment_in_that_order(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_from_flag_config_and_environment_in_that_order(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COSMOS_PROFILE", "from_environment")
     assert launch()[2].startswith("no profile 'from_environment'")
     assert launch("profile=from_config")[2].startswith("no profile 'from_config'")
     assert launch("profile=from_config", "--profile", "local")[0] == 0
 
 
-def test_a_world_started_by_others_is_joined(launch: Launch, trained: list[LoadedConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_started_by_others_is_joined(
+    launch: Launch, trained: list[LoadedConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COSMOS_PROFILE", "slurm")
@@ -98,10 +113,18 @@ def test_what_a_run_goes_on_from_is_handed_on(launch: Launch, monkeypatch: pytes
     monkeypatch.setattr(build, "run", lambda loaded, fork: told.append(("run", fork)))
     monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
     monkeypatch.setattr(build_start, "prepare", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
-    monkeypatch.setattr(launch_module, "run_ranks", lambda arguments, ranks: told.append(("ranks", " ".join(arguments[:2]))) or 0)
+    monkeypatch.setattr(
+        launch_module, "run_ranks", lambda arguments, ranks: told.append(("ranks", " ".join(arguments[:2]))) or 0
+    )
     for words in (["--dry-run"], [], ["profile.nproc=2"], ["--profile", "slurm"]):
         launch("--fork", "old", "output_dir=new", *words)
-    assert told == [("check", "old"), ("run", "old"), ("prepare", "old"), ("ranks", "--config methods/clip"), ("prepare", "old")]
+    assert told == [
+        ("check", "old"),
+        ("run", "old"),
+        ("prepare", "old"),
+        ("ranks", "--config methods/clip"),
+        ("prepare", "old"),
+    ]
 
 
 def test_exit_code_of_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,21 +144,36 @@ def test_config_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_slurm_would_be_given(launch: Launch, trained: list[LoadedConfig], tmp_path: Path) -> None:
     """Without SLURM: the resolved config, and a script that bash can read, with all that the profile says."""
     (tmp_path / "mine.yaml").write_text(
-        "kind: slurm\nnodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\ncpus_per_task: 12\nmem: 0\ntime: 1-00:00:00\nqos: long\n"
+        "kind: slurm\nnodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\ncpus_per_task: 12\nmem: 0\ntime: "
+        "1-00:00:00\nqos: long\n"
         "setup: [module load cuda]\nenvironment: {GREETING: it's me}\nslurm: {exclusive: true, mail-type: FAIL}\n"
         "srun_args: [--container-image=a b.sqsh]\npython: python3\n"
     )
     code, out, err = launch("--dry-run", "--profile", "mine.yaml", "name=a b", "profile.partition=gpu")
     assert (code, err) == (0, "") and not trained and not (tmp_path / "runs").exists()
-    config, _, script = out.partition("# all checks passed (not looked into: the data). Without --dry-run this is given to sbatch:\n")
+    config, _, script = out.partition(
+        "# all checks passed (not looked into: the data). Without --dry-run this is given to sbatch:\n"
+    )
     assert "name: a b\n" in config
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
-    assert options >= {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=12", "mem=0", "time=1440", "qos=long"}
+    assert options >= {
+        "nodes=2",
+        "ntasks-per-node=4",
+        "gpus-per-node=4",
+        "cpus-per-task=12",
+        "mem=0",
+        "time=1440",
+        "qos=long",
+    }
     assert options >= {"partition=gpu", "exclusive", "mail-type=FAIL", "requeue", "signal=USR2@120", "open-mode=append"}
     lines = script.splitlines()
     [srun] = [line for line in lines if line.startswith("srun ")]
-    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=12" in srun and "'--container-image=a b.sqsh' python3 -u -m submitit" in srun
+    assert (
+        "--kill-on-bad-exit=1" in srun
+        and "--cpus-per-task=12" in srun
+        and "'--container-image=a b.sqsh' python3 -u -m submitit" in srun
+    )
     order = ["module load cuda", "export GREETING='it'\"'\"'s me'"]
     order += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', srun, "code=$?"]
     assert [line for line in lines if line in order] == order
@@ -148,7 +186,10 @@ def test_an_array(launch: Launch, trained: list[LoadedConfig], tmp_path: Path) -
     assert "#SBATCH --array=0-1%2\n" in out, err
     assert f"runs=('{tmp_path}/runs/clip_vitb16_cc3m' '{tmp_path}/runs/other')\n" in out
     assert "several configs are queued as a job array" in launch("--config", "other.yaml")[2]
-    assert "would be the run folder of several configs" in launch("--config", "other.yaml", "--profile", "slurm", "output_dir=a")[2]
+    assert (
+        "would be the run folder of several configs"
+        in launch("--config", "other.yaml", "--profile", "slurm", "output_dir=a")[2]
+    )
     assert "cannot be shared by 3 ranks" in launch("--config", "other.yaml", "--profile", "slurm", "profile.nodes=3")[2]
 
 
@@ -193,12 +234,16 @@ def test_commands_on_a_folder_that_is_no_run(capsys: pytest.CaptureFixture[str],
     assert main([command, str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
 
 
-def test_status_and_resume_of_a_local_run(launch: Launch, trained: list[LoadedConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_resume_of_a_local_run(
+    launch: Launch, trained: list[LoadedConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, out, _ = launch("--dry-run", "training.seed=5")
     run = Path("elsewhere")
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
     (run / "config.yaml").write_text(out)
-    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 2.5}\n{"step": 10, "retrieval/student/R@1": 3.0}\n{"step": 1')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 9, "loss": 2.5}\n{"step": 10, "retrieval/student/R@1": 3.0}\n{"step": 1'
+    )
     assert main(["status", "elsewhere"]) == 0
     assert capsys.readouterr().out == (
         "run         elsewhere\ncheckpoint  elsewhere/checkpoints/step_00000010\nstep        10\nfinished    no\n"

@@ -31,11 +31,20 @@ def test_commented_lines_of_the_examples_are_sound(tmp_path: Path) -> None:
         text = re.sub(r"^# ( +- | +[A-Za-z_-]+: |[a-z_]+:)", r"\1", path.read_text(), flags=re.MULTILINE)
         (tmp_path / path.name).write_text(text)
         profile = read_profile(str(tmp_path / path.name))
-        assert isinstance(profile, SlurmProfile) and profile.account == "my_project" and profile.slurm["exclusive"] is True
+        assert (
+            isinstance(profile, SlurmProfile) and profile.account == "my_project" and profile.slurm["exclusive"] is True
+        )
 
 
 def test_values_of_the_command_line_win() -> None:
-    values = ["partition=gpu", "nodes=2", "environment.NCCL_DEBUG=INFO", "slurm.mail-type=END", "mem=64G", "gpus_per_node="]
+    values = [
+        "partition=gpu",
+        "nodes=2",
+        "environment.NCCL_DEBUG=INFO",
+        "slurm.mail-type=END",
+        "mem=64G",
+        "gpus_per_node=",
+    ]
     profile = read_profile("slurm", values)
     assert isinstance(profile, SlurmProfile)
     assert (profile.partition, profile.nodes, profile.mem, profile.gpus_per_node) == ("gpu", 2, "64G", None)
@@ -45,7 +54,15 @@ def test_values_of_the_command_line_win() -> None:
 
 @pytest.mark.parametrize(
     ("written", "minutes"),
-    [("90", 90), ("12:00:00", 720), ("00:10:30", 11), ("30:00", 30), ("2-00:00:00", 2880), ("1-12", 2160), ("0-01:30", 90)],
+    [
+        ("90", 90),
+        ("12:00:00", 720),
+        ("00:10:30", 11),
+        ("30:00", 30),
+        ("2-00:00:00", 2880),
+        ("1-12", 2160),
+        ("0-01:30", 90),
+    ],
 )
 def test_times_as_slurm_writes_them(written: str, minutes: int) -> None:
     profile = read_profile("slurm", [f"time={written}"])
@@ -102,13 +119,19 @@ def test_kinds(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_profile_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"no profile 'slrm': there is no such file. Did you mean 'slurm'\? Those that come with"):
+    with pytest.raises(
+        UserError, match=r"no profile 'slrm': there is no such file. Did you mean 'slurm'\? Those that come with"
+    ):
         read_profile("slrm")
 
 
 @pytest.mark.parametrize(
     "key",
-    [*("partition", "account", "qos", "constraint", "mem", "python", "setup", "srun_args"), "environment.A", "slurm.mail-user"],
+    [
+        *("partition", "account", "qos", "constraint", "mem", "python", "setup", "srun_args"),
+        "environment.A",
+        "slurm.mail-user",
+    ],
 )
 @pytest.mark.parametrize("evil", ["gpu\n#SBATCH --wrap=evil", "gpu\r", "a\x1b[2J"])
 def test_no_value_writes_more_than_its_line(tmp_path: Path, key: str, evil: str) -> None:
@@ -116,7 +139,8 @@ def test_no_value_writes_more_than_its_line(tmp_path: Path, key: str, evil: str)
     value = json.dumps(evil)
     path = tmp_path / "mine.yaml"
     path.write_text(
-        f"kind: slurm\n{outer}: {f'{{{inner}: {value}}}' if inner else f'[{value}]' if key in ('setup', 'srun_args') else value}\n"
+        f"kind: slurm\n{outer}: "
+        f"{f'{{{inner}: {value}}}' if inner else f'[{value}]' if key in ('setup', 'srun_args') else value}\n"
     )
     with pytest.raises(ConfigError) as caught:
         read_profile(str(path))

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl_launch.requeue import ENDED, STARTS, after_srun, before_srun, may_restart, newest_checkpoint, note_end, note_start
+from cosmos_ssl_launch.requeue import (
+    ENDED,
+    STARTS,
+    after_srun,
+    before_srun,
+    may_restart,
+    newest_checkpoint,
+    note_end,
+    note_start,
+)
 
 A, B = "step_00000010", "step_00000020"
 RULE = [  # newest checkpoint at each start, newest now, whether a limit of 2 lets it start again
@@ -40,9 +49,15 @@ def end(run: Path, code: int | str, *, limit: int = 2, **environment: str) -> tu
     """Let the script end after srun's exit code; its own one, what it prints, and the jobs that it requeued."""
     command = f"sh -c 'exit {code}'" if isinstance(code, int) else code
     script = "\n".join([*before_srun([run.parent / "other", run]), command, *after_srun(limit)])
-    variables = {"PATH": f"{run.parent / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"} | environment
+    variables = {
+        "PATH": f"{run.parent / 'bin'}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "1",
+    } | environment
     (run.parent / "requeued").unlink(missing_ok=True)
-    done = subprocess.run(["bash", "-c", script], cwd=run.parent, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=run.parent, env=variables, capture_output=True, text=True, check=False
+    )
     assert not done.stderr, done.stderr
     requeued = run.parent / "requeued"
     return done.returncode, done.stdout, requeued.read_text().splitlines() if requeued.exists() else []

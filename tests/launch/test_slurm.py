@@ -14,7 +14,8 @@ from cosmos_ssl_launch.launch import check_not_queued
 from cosmos_ssl_launch.slurm import JobState, Submission, follow, job_state, parse_state
 
 SHOWN = (  # a line of SLURM 24.11, shortened
-    "JobId=12 JobName=a UserId=root(0) Priority=1 JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts=2 "
+    "JobId=12 JobName=a UserId=root(0) Priority=1 JobState={state} Reason={reason} Dependency=(null) Requeue=1 "
+    "Restarts=2 "
     "BatchFlag=1 Reboot=0 ExitCode={code} RunTime=00:00:09 TimeLimit=00:10:00\n"
 )
 
@@ -54,7 +55,13 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[JobState | None]:
 
 def test_followed_through_a_restart(states: list[JobState | None], tmp_path: Path) -> None:
     submission = Submission("12", tmp_path, {})
-    states += [JobState("PENDING"), JobState("RUNNING"), JobState("PENDING"), JobState("RUNNING"), JobState("FAILED", exit_code=75)]
+    states += [
+        JobState("PENDING"),
+        JobState("RUNNING"),
+        JobState("PENDING"),
+        JobState("RUNNING"),
+        JobState("FAILED", exit_code=75),
+    ]
     shown: list[str] = []
 
     def show(text: str) -> None:
@@ -88,7 +95,10 @@ def test_status_of_a_job(states: list[JobState | None], tmp_path: Path, capsys: 
     Submission("12", tmp_path / "slurm", {"kind": "slurm"}).record(tmp_path)
     (tmp_path / "slurm" / "config.yaml").write_text("")
     (tmp_path / "result.json").write_text(json.dumps({"step": 1234, "metrics": {}}))
-    lines = {"PENDING (BeginTime)": JobState("PENDING", "BeginTime"), "FAILED, exit code 74": JobState("FAILED", exit_code=74)}
+    lines = {
+        "PENDING (BeginTime)": JobState("PENDING", "BeginTime"),
+        "FAILED, exit code 74": JobState("FAILED", exit_code=74),
+    }
     for words, state in (lines | {"ended (SLURM has forgotten it)": None}).items():
         states[:] = [state]
         runs.status(tmp_path)

@@ -24,21 +24,31 @@ def tree(install: Callable[..., Path], tmp_path: Path) -> dict[str, object]:
     for name, text in (("__init__.py", ""), ("mine.py", HEAD), ("table.json", "{}"), ("__pycache__/old.pyc", "")):
         (site / "her_heads" / name).write_text(text)
     (site / "her_other.py").write_text("")
-    return {"model": {"image": {"type": "clip_vit"}, "text": None}, "heads": {"a": {"type": "mine"}}, "losses": {"clip": {"type": "clip"}}}
+    return {
+        "model": {"image": {"type": "clip_vit"}, "text": None},
+        "heads": {"a": {"type": "mine"}},
+        "losses": {"clip": {"type": "clip"}},
+    }
 
 
 def test_what_is_copied(tree: dict[str, object], tmp_path: Path) -> None:
     assert sorted(sources(tree)) == ["cosmos_ssl", "cosmos_ssl_launch", "cosmos_ssl_plugins", "her_heads"]
     (tmp_path / "run" / "code" / "left").mkdir(parents=True)
     code = take_snapshot(tmp_path / "run", tree)
-    assert sorted(path.name for path in code.iterdir()) == ["cosmos_ssl", "cosmos_ssl_launch", "cosmos_ssl_plugins", "her_heads"]
+    assert sorted(path.name for path in code.iterdir()) == [
+        "cosmos_ssl",
+        "cosmos_ssl_launch",
+        "cosmos_ssl_plugins",
+        "her_heads",
+    ]
     assert {path.name for path in (code / "her_heads").iterdir()} == {"__init__.py", "mine.py", "table.json"}
     package = Path(cosmos_ssl.__file__).parent
     names = {path.relative_to(package) for path in package.rglob("*.py")}
     assert {path.relative_to(code / "cosmos_ssl") for path in (code / "cosmos_ssl").rglob("*.py")} == names
-    assert {f"{path.relative_to(code / 'cosmos_ssl' / 'configs').with_suffix('')}" for path in code.rglob("configs/**/*.yaml")} == set(
-        packaged_configs()
-    )
+    assert {
+        f"{path.relative_to(code / 'cosmos_ssl' / 'configs').with_suffix('')}"
+        for path in code.rglob("configs/**/*.yaml")
+    } == set(packaged_configs())
     assert (code / "cosmos_ssl_launch" / "profiles" / "slurm.yaml").exists()
     drop_snapshot(tmp_path / "run")
     assert not code.exists()
@@ -46,7 +56,10 @@ def test_what_is_copied(tree: dict[str, object], tmp_path: Path) -> None:
 
 def test_python_takes_it_from_the_copy_also_in_a_clone(tree: dict[str, object], tmp_path: Path) -> None:
     code = take_snapshot(tmp_path, tree)
-    asked = "import cosmos_ssl, cosmos_ssl.config.source as c; print(cosmos_ssl.__file__, c.find_config('quickstart').resolve())"
+    asked = (
+        "import cosmos_ssl, cosmos_ssl.config.source as c; print(cosmos_ssl.__file__, "
+        "c.find_config('quickstart').resolve())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", asked],
         cwd=Path(cosmos_ssl.__file__).parents[1],
@@ -55,4 +68,7 @@ def test_python_takes_it_from_the_copy_also_in_a_clone(tree: dict[str, object], 
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(code / "cosmos_ssl" / "__init__.py"), str(code / "cosmos_ssl" / "configs" / "quickstart.yaml")]
+    assert done.stdout.split() == [
+        str(code / "cosmos_ssl" / "__init__.py"),
+        str(code / "cosmos_ssl" / "configs" / "quickstart.yaml"),
+    ]

@@ -12,18 +12,48 @@ from pathlib import Path
 
 import pytest
 
-RUN = ["data.train_samples=64", "data.validation_samples=16", "training.batch_size=16", "schedule.epochs=10000", "evaluators=null"]
-RUN += ["model.image.layers=1", "model.text.layers=1", "model.text.width=32", "loader.workers=1", "logging.every_steps=1"]
+RUN = [
+    "data.train_samples=64",
+    "data.validation_samples=16",
+    "training.batch_size=16",
+    "schedule.epochs=10000",
+    "evaluators=null",
+]
+RUN += [
+    "model.image.layers=1",
+    "model.text.layers=1",
+    "model.text.width=32",
+    "loader.workers=1",
+    "logging.every_steps=1",
+]
 CODE = "import sys; from cosmos_ssl_launch import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Two ranks under torchrun, some steps into a run without end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--signals-to-handle=SIGTERM,SIGUSR2", "--no-python"]
-    command += [sys.executable, "-c", CODE, "--config", "quickstart", "output_dir=run", f"data.folder={tmp_path}/scenes", *RUN]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--signals-to-handle=SIGTERM,SIGUSR2",
+        "--no-python",
+    ]
+    command += [
+        sys.executable,
+        "-c",
+        CODE,
+        "--config",
+        "quickstart",
+        "output_dir=run",
+        f"data.folder={tmp_path}/scenes",
+        *RUN,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 120
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -36,7 +66,9 @@ def torchrun(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_what_it_passes_on_is_a_signal_to_save(torchrun: subprocess.Popen[str], tmp_path: Path, number: signal.Signals) -> None:
+def test_what_it_passes_on_is_a_signal_to_save(
+    torchrun: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
     torchrun.send_signal(number)
     said, _ = torchrun.communicate(timeout=90)
     assert torchrun.returncode == 1

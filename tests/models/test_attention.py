@@ -14,7 +14,16 @@ from torch import Tensor
 
 from cosmos_ssl.api import UserError
 from cosmos_ssl.models import attention as module
-from cosmos_ssl.models.attention import Packing, attention, backend_report, packed_attention, put_rows, ranges, resolve_backend, take_rows
+from cosmos_ssl.models.attention import (
+    Packing,
+    attention,
+    backend_report,
+    packed_attention,
+    put_rows,
+    ranges,
+    resolve_backend,
+    take_rows,
+)
 
 RNG = np.random.default_rng(0)
 RAGGED = RNG.integers(1, 9, 30)
@@ -64,7 +73,11 @@ def test_packed_is_a_loop(monkeypatch: pytest.MonkeyPatch, name: str, causal: bo
 def test_reference_is_the_formula() -> None:
     q, k, v = (x.detach() for x in inputs([3, 5, 5], torch.float64))
     out = packed_attention(q, k, v, Packing(np.array([2, 3]), np.array([1, 2]), causal=True, backend="reference"))
-    for row, last_key, start in ((0, 2, 0), (1, 4, 2), (2, 5, 2)):  # the last query sees all, the one before all but one
+    for row, last_key, start in (
+        (0, 2, 0),
+        (1, 4, 2),
+        (2, 5, 2),
+    ):  # the last query sees all, the one before all but one
         for head in range(2):
             weights = (k[start:last_key, head] @ q[row, head] / 8**0.5).softmax(0)
             torch.testing.assert_close(out[row, head], weights @ v[start:last_key, head])

@@ -85,10 +85,14 @@ def test_preprocess_of_paths_and_of_transparent_pictures(encoder, tmp_path):
 def test_very_long_pictures_are_cut_first(size, monkeypatch):
     from open_clip.transform import image_transform
 
-    long = picture(*size).point(lambda value: 96 + value // 4)  # nothing to clip between PIL's two passes, whose order may be another
+    long = picture(*size).point(
+        lambda value: 96 + value // 4
+    )  # nothing to clip between PIL's two passes, whose order may be another
     expected = image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(long) * 255
     areas, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *rest: areas.append(to[0] * to[1]) or resize(self, to, *rest))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, to, *rest: areas.append(to[0] * to[1]) or resize(self, to, *rest)
+    )
     assert (resize_crop(long, 32).float() - expected).abs().max() < 1.5
     tall = Image.new("RGB", (1, 100_000), "red")
     for strip in (tall, tall.transpose(Image.Transpose.ROTATE_90)):
@@ -212,10 +216,22 @@ def test_refusals(encoder):
         ("preprocess", __file__, r"test_encoder\.py: no picture that can be read \(cannot identify image file\)$"),
         ("encode_text", 7, "^texts are a string or a list of strings, not int$"),
         ("encode_text", ["a", 7], "^texts are a string or a list of strings, not list$"),
-        ("encode_text", torch.ones(12, dtype=torch.long), r"^token ids are whole numbers \[B, S\], not torch.int64 \[12\]$"),
+        (
+            "encode_text",
+            torch.ones(12, dtype=torch.long),
+            r"^token ids are whole numbers \[B, S\], not torch.int64 \[12\]$",
+        ),
         ("encode_text", torch.ones(1, 12), r"^token ids are whole numbers \[B, S\], not torch.float32 \[1, 12\]$"),
-        ("encode_image", "a.png", r"^pixels is str, expected float \[B, 3, H, W\]: torch.stack of what preprocess gives$"),
-        ("encode_image", torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"^pixels has shape \[1, 3, 32, 32\], expected float "),
+        (
+            "encode_image",
+            "a.png",
+            r"^pixels is str, expected float \[B, 3, H, W\]: torch.stack of what preprocess gives$",
+        ),
+        (
+            "encode_image",
+            torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+            r"^pixels has shape \[1, 3, 32, 32\], expected float ",
+        ),
     ],
 )
 def test_wrong_types_are_refused_in_a_sentence(encoder, method, given, message):
@@ -231,7 +247,8 @@ def test_what_it_says_of_itself(encoder):
     assert scaled.logit_scale == pytest.approx(7)
     assert scaled.to("cpu") is scaled and scaled.eval() is scaled and not scaled.model.training
     assert repr(scaled) == (
-        "ModelEncoder(image: ClipViT, width 24, 32 px, patches of 8 px; text: ClipText, width 16, 12 tokens; embed_dim 16; on cpu)"
+        "ModelEncoder(image: ClipViT, width 24, 32 px, patches of 8 px; text: ClipText, width 16, 12 tokens; "
+        "embed_dim 16; on cpu)"
     )
     assert scaled.to("meta").device == torch.device("meta")
 

@@ -22,7 +22,13 @@ def blocks(width: int = WIDTH, **options: object) -> Blocks:
 
 
 def rows(seed: int = 1) -> Tensor:
-    return torch.randn(int(LENGTHS.sum()), WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    return torch.randn(
+        int(LENGTHS.sum()),
+        WIDTH,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+        requires_grad=True,
+    )
 
 
 def gradients(model: Blocks, out: Tensor) -> list[Tensor]:
@@ -76,7 +82,9 @@ def test_backward_makes_the_output_of_gelu_anew_to_the_same_bits(dtype: torch.dt
         kept: list[weakref.ref[torch.UntypedStorage]] = []
         for block in model:
             block.mlp.recompute = recompute
-            block.mlp.act.register_forward_hook(lambda module, given, out: kept.append(weakref.ref(out.untyped_storage())))
+            block.mlp.act.register_forward_hook(
+                lambda module, given, out: kept.append(weakref.ref(out.untyped_storage()))
+            )
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             out = model(rows().float(), lay_out(LENGTHS, np.ones(int(LENGTHS.sum()), bool)))
         alive = [ref() is not None for ref in kept]
@@ -123,7 +131,9 @@ def test_csa_is_its_formula_in_the_last_block_alone() -> None:
 
 def test_names_are_those_of_the_checkpoints() -> None:
     parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    assert {n for n, _ in blocks().named_parameters()} == {f"{i}.{p}.{w}" for i in range(3) for p in parts for w in ("weight", "bias")}
+    assert {n for n, _ in blocks().named_parameters()} == {
+        f"{i}.{p}.{w}" for i in range(3) for p in parts for w in ("weight", "bias")
+    }
 
 
 def test_compiled_blocks_compute_the_same() -> None:
@@ -140,7 +150,9 @@ def test_compiled_blocks_compute_the_same() -> None:
 
 
 def test_blocks_stay_compiled_for_all_that_a_run_asks_of_them() -> None:
-    """Two widths, a student in training and evaluation, a teacher; all rows or those read: more variants than torch allows by default."""
+    """Two widths, a student in training and evaluation, a teacher; all rows or those read: more variants than torch
+    allows by default.
+    """
     torch.compiler.reset()
     for width in (16, 24):
         x = torch.randn(int(LENGTHS.sum()), width, dtype=torch.float64)
@@ -155,7 +167,9 @@ def test_blocks_stay_compiled_for_all_that_a_run_asks_of_them() -> None:
 
 
 def test_layers_and_views() -> None:
-    assert [layer_of(n, 4) for n in ("class_token", "norm_pre.weight", "blocks.2.norm1.bias", "norm.bias", "projection")] == [0, 0, 3, 4, 4]
+    assert [
+        layer_of(n, 4) for n in ("class_token", "norm_pre.weight", "blocks.2.norm1.bias", "norm.bias", "projection")
+    ] == [0, 0, 3, 4, 4]
     x = torch.arange(5)
     assert pick_views(x, (1, 2, 3)).tolist() == [1, 2, 3]
     assert pick_views(x, (3, 1)).tolist() == [3, 1]

@@ -1,4 +1,6 @@
-"""A stranger's package: built from the README's own text, installed beside the project, listed, chosen in YAML, trained with."""
+"""A stranger's package: built from the README's own text, installed beside the project, listed, chosen in YAML, trained
+with.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,42 @@ import pytest
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 SMALL = [
-    *("data.train_samples=32", "data.validation_samples=8", "data.image_size=32", "loader.workers=0", "evaluators=null"),
-    *("model.image.image_size=32", "model.image.width=64", "model.image.layers=1", "model.text.width=64", "model.text.layers=1"),
-    *("augmenters.image.global_crops_size=32", "augmenters.image.local_crops_size=16", "augmenters.image.local_crops_number=1"),
-    *("training.batch_size=8", "schedule.epochs=1", "schedule.warmup_steps=1", "logging.every_steps=1", "logging.tensorboard=false"),
+    *(
+        "data.train_samples=32",
+        "data.validation_samples=8",
+        "data.image_size=32",
+        "loader.workers=0",
+        "evaluators=null",
+    ),
+    *(
+        "model.image.image_size=32",
+        "model.image.width=64",
+        "model.image.layers=1",
+        "model.text.width=64",
+        "model.text.layers=1",
+    ),
+    *(
+        "augmenters.image.global_crops_size=32",
+        "augmenters.image.local_crops_size=16",
+        "augmenters.image.local_crops_number=1",
+    ),
+    *(
+        "training.batch_size=8",
+        "schedule.epochs=1",
+        "schedule.warmup_steps=1",
+        "logging.every_steps=1",
+        "logging.tensorboard=false",
+    ),
 ]
 
 
 def block(language: str, containing: str) -> str:
     """The README's block of this language that holds some text."""
-    [found] = [text for text in re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if containing in text]
+    [found] = [
+        text
+        for text in re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+        if containing in text
+    ]
     return found
 
 
@@ -42,9 +70,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command as a user types it, with the package importable and caches inside ``folder``."""
-    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"} | variables
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(folder / "site"), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"}
+        | variables
+    )
     program = str(Path(sys.executable).parent / command[0])
-    return subprocess.run([program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_loss_is_under_thirty_lines() -> None:
@@ -54,7 +88,9 @@ def test_the_loss_is_under_thirty_lines() -> None:
 def test_it_is_listed_with_its_distribution(folder: Path) -> None:
     done = run(folder, "cosmos-ssl", "plugins", "list")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^losses +uniformity +my-losses 0\.3\.1 +my_losses:Uniformity$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^losses +uniformity +my-losses 0\.3\.1 +my_losses:Uniformity$", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
 
 
 def test_its_options_are_checked(folder: Path) -> None:
@@ -67,7 +103,11 @@ def test_plugins_can_be_disabled(folder: Path) -> None:
     listed = run(folder, "cosmos-ssl", "plugins", "list", COSMOS_DISABLE_PLUGINS="1")
     assert listed.returncode == 0 and "my-losses" not in listed.stdout and "cross_attention" in listed.stdout
     done = run(folder, "cosmos-launch", "--config", "run.yaml", "output_dir=disabled", COSMOS_DISABLE_PLUGINS="1")
-    assert done.returncode == 2 and "losses.uniformity.type: no loss named 'uniformity'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "losses.uniformity.type: no loss named 'uniformity'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (folder / "disabled").exists()
 
 

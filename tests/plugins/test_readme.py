@@ -24,7 +24,9 @@ START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 def block(text: str, containing: str) -> str:
     """The Python block of a document that holds some text."""
-    [found] = [code for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if containing in code]
+    [found] = [
+        code for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if containing in code
+    ]
     return found
 
 
@@ -47,13 +49,19 @@ def run(code: str) -> dict[str, Any]:
 def test_table_is_what_the_program_prints() -> None:
     program = str(Path(sys.executable).parent / "cosmos-ssl")
     environment = os.environ | {"COSMOS_DISABLE_PLUGINS": "1"}
-    done = subprocess.run([program, "plugins", "list", "--markdown"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [program, "plugins", "list", "--markdown"], env=environment, capture_output=True, text=True, check=True
+    )
     written = README.partition(START)[2].partition(END)[0]
-    assert written == done.stdout, "put there what is printed by: COSMOS_DISABLE_PLUGINS=1 cosmos-ssl plugins list --markdown"
+    assert written == done.stdout, (
+        "put there what is printed by: COSMOS_DISABLE_PLUGINS=1 cosmos-ssl plugins list --markdown"
+    )
     assert all(f"`{record.group}/{record.name}`" in written for record in registry.records() if record.own)
 
 
-def test_python_api(my_losses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_api(
+    my_losses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_trainer = cosmos_ssl.make_trainer
 
     def small(config: dict[str, Any], overrides: list[str]) -> Any:
@@ -64,7 +72,11 @@ def test_python_api(my_losses: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cosmos_ssl, "make_trainer", small)
     names = run(code)
     loss = names["trainer"].assembly.model.loss("uniformity")
-    assert type(loss) is names["Uniformity"] and loss.t == 3.0 and names["trainer"].assembly.loss_weights["uniformity"] == 0.1
+    assert (
+        type(loss) is names["Uniformity"]
+        and loss.t == 3.0
+        and names["trainer"].assembly.loss_weights["uniformity"] == 0.1
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"3 {names['metrics']['loss/uniformity']}"
     assert names["metrics"]["loss/uniformity"] < 0
 

@@ -21,7 +21,24 @@ from cosmos_ssl.errors import UserError
 from cosmos_ssl.testing.examples import small_config
 
 NUMBERS = (-1, 0, 1, 3, 1 << 40, 10**30, -0.5, 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf)
-OTHERS = ("", "x", "a\x1b[31m", "\x00", True, None, [], {}, [-1], [0, 0], [1, 0], [math.nan] * 2, [1 << 40] * 2, [-1] * 3, ["x"], {"x": 1})
+OTHERS = (
+    "",
+    "x",
+    "a\x1b[31m",
+    "\x00",
+    True,
+    None,
+    [],
+    {},
+    [-1],
+    [0, 0],
+    [1, 0],
+    [math.nan] * 2,
+    [1 << 40] * 2,
+    [-1] * 3,
+    ["x"],
+    {"x": 1},
+)
 KEYS = (-1, 10**30, 1e-300, math.nan, "", "a\x1b[31m", None, [], {"x": 1})
 QUICK = (-1, 0, 1 << 40, 1e300, 1e-300, "", [1 << 40] * 2)
 SECONDS, BYTES = 60.0, 2 << 30  # a check takes hundredths of the first: this is for hangs
@@ -81,7 +98,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         found[path] = changed(base, path, part)
         if path.endswith("image"):  # neither draws masks
             found[path] = without(found[path], "ibot")
-    found["crop"] = without(changed(base, "augmenters.image", {"type": "resize_crop", "size": 32}), "ibot", "ssl", "dino")  # one view
+    found["crop"] = without(
+        changed(base, "augmenters.image", {"type": "resize_crop", "size": 32}), "ibot", "ssl", "dino"
+    )  # one view
     for tree in found.values():
         check(load_config(tree))
     return found
@@ -103,7 +122,9 @@ def options_of(tree: Mapping[str, Any], below: str = "") -> list[tuple[str, regi
     for path, group, keys in part_paths(tree):
         if path.startswith(below):
             record = registry.find(group, keys["type"])
-            found += [(f"{path}.{option.name}", record, option) for option in registry.options_of(registry.load(record))]
+            found += [
+                (f"{path}.{option.name}", record, option) for option in registry.options_of(registry.load(record))
+            ]
     return found
 
 
@@ -118,7 +139,9 @@ def attempt(tree: Mapping[str, Any], what: str) -> None:
     assert time.perf_counter() - start < SECONDS, what
 
 
-def accepted(record: registry.Record, option: registry.Option, values: Sequence[Any] = (*NUMBERS, *OTHERS)) -> list[Any]:
+def accepted(
+    record: registry.Record, option: registry.Option, values: Sequence[Any] = (*NUMBERS, *OTHERS)
+) -> list[Any]:
     """The evil values that the type of an option lets through."""
     cls = registry.load(record)
     found = [(value, registry.check_options(record, cls, {option.name: value})) for value in values]
@@ -128,8 +151,17 @@ def accepted(record: registry.Record, option: registry.Option, values: Sequence[
 def test_keys_of_sections(trees: dict[str, dict[str, Any]]) -> None:
     tree = trees[""]
     paths = [name for name in Config.model_fields if name not in NAMED_GROUPS]
-    paths += [f"{name}.{key}" for name in paths if isinstance(tree[name], dict) and "type" not in tree[name] for key in tree[name]]
-    paths += [f"losses.clip.{key}" for key in ("type", "loss_weight")] + ["evaluators.knn.every_epochs", "optimizer.type", "optimizer.lr"]
+    paths += [
+        f"{name}.{key}"
+        for name in paths
+        if isinstance(tree[name], dict) and "type" not in tree[name]
+        for key in tree[name]
+    ]
+    paths += [f"losses.clip.{key}" for key in ("type", "loss_weight")] + [
+        "evaluators.knn.every_epochs",
+        "optimizer.type",
+        "optimizer.lr",
+    ]
     for path in dict.fromkeys(paths):
         for value in KEYS:
             start = time.perf_counter()
@@ -160,10 +192,18 @@ def test_view_groups(trees: dict[str, dict[str, Any]]) -> None:
     ("path", "value", "words"),
     [
         ("heads.cross.num_heads", -1, "heads.cross.num_heads: expected greater than or equal to 1, got -1"),
-        ("augmenters.image.local_crops_size", 1, "model.image: the views 'local' of augmenters.image are 1 pixels wide, less than a patch"),
+        (
+            "augmenters.image.local_crops_size",
+            1,
+            "model.image: the views 'local' of augmenters.image are 1 pixels wide, less than a patch",
+        ),
         ("augmenters.image.global_crops_size", 7, "mask_probability: the image tower has no patches to mask"),
         ("augmenters.image.global_crops_number", 1024, None),
-        ("augmenters.image.global_crops_size", 8192, "augmenters.image: 134,217,984 pixels of views a sample, at most 67,108,864"),
+        (
+            "augmenters.image.global_crops_size",
+            8192,
+            "augmenters.image: 134,217,984 pixels of views a sample, at most 67,108,864",
+        ),
         ("augmenters.image.gaussian_blur_radius", [1, 1e6], "is not a range of radii from 0.01 to 100"),
         ("augmenters.image.mask_aspect", [1e-9, 1], "is not a range of aspect ratios from 0.001 to 1000"),
         ("model.image.mlp_ratio", 0.001, "mlp_ratio: 0.001 leaves the MLP no width"),
@@ -171,7 +211,11 @@ def test_view_groups(trees: dict[str, dict[str, Any]]) -> None:
         ("model.text.vocab_size", 100, "model.text.vocab_size: 100 is less than the tokenizer's 49408"),
         ("heads.dino.output_dim", 10**9, None),
         ("heads.dino.output_dim", 10**9 + 1, "heads.dino.output_dim: expected less than or equal to 1000000000"),
-        ("training.micro_batch_size", 4, "training.micro_batch_size: exact accumulation is impossible here: heads.project mixes samples"),
+        (
+            "training.micro_batch_size",
+            4,
+            "training.micro_batch_size: exact accumulation is impossible here: heads.project mixes samples",
+        ),
         ("evaluators.retrieval.texts", "", "evaluators.retrieval.texts: an empty name"),
         ("evaluators.classification.label", "", "evaluators.classification.label: an empty name"),
         ("losses.siglip.init_logit_bias", 1e9, "init_logit_bias: 1e+09 is outside -1000..1000"),
@@ -179,7 +223,9 @@ def test_view_groups(trees: dict[str, dict[str, Any]]) -> None:
         ("data.image_size", 1 << 20, "data.image_size: 1048576 is not among 16 to 4096"),
     ],
 )
-def test_what_would_fail_later_is_found(trees: dict[str, dict[str, Any]], path: str, value: Any, words: str | None) -> None:
+def test_what_would_fail_later_is_found(
+    trees: dict[str, dict[str, Any]], path: str, value: Any, words: str | None
+) -> None:
     loaded = load_config(changed(trees[""], path, value))
     if words is None:
         check(loaded)
@@ -190,7 +236,9 @@ def test_what_would_fail_later_is_found(trees: dict[str, dict[str, Any]], path: 
 
 
 def test_heads_have_samples_to_mix(trees: dict[str, dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match=r"heads\.project: mixes samples, and training\.batch_size is 1\. Take at least 2"):
+    with pytest.raises(
+        UserError, match=r"heads\.project: mixes samples, and training\.batch_size is 1\. Take at least 2"
+    ):
         check(load_config(changed(without(trees[""], "koleo"), "training.batch_size", 1)))
 
 
@@ -207,7 +255,8 @@ def test_sizes_that_a_tower_of_timm_cannot_take(trees: dict[str, dict[str, Any]]
             check(load_config(changed(tree, "augmenters.image.local_crops_size", size)))
     fixed = changed(tree, "model.image", {"type": "timm", "model": "cait_xxs24_224", "image_size": 32})
     with pytest.raises(
-        UserError, match=r"the views 'local' of augmenters\.image are 16 pixels wide: timm's 'cait_xxs24_224' takes 32 alone"
+        UserError,
+        match=r"the views 'local' of augmenters\.image are 16 pixels wide: timm's 'cait_xxs24_224' takes 32 alone",
     ):
         check(load_config(fixed))
 

@@ -52,7 +52,9 @@ def loss_source(extra: str = "note: str | None = 'x'") -> str:
 
 
 def load_triplet(install: Install, source: str, **more: Any) -> tuple[Record, type[Any]]:
-    install("my-losses", "0.3.1", entries={"losses/triplet": "my_losses:Triplet"}, modules={"my_losses": source}, **more)
+    install(
+        "my-losses", "0.3.1", entries={"losses/triplet": "my_losses:Triplet"}, modules={"my_losses": source}, **more
+    )
     record = registry.find("losses", "triplet")
     return record, registry.load(record)
 
@@ -76,7 +78,11 @@ def test_own_parts_are_those_of_pyproject() -> None:
 
     with (Path(__file__).resolve().parents[2] / "pyproject.toml").open("rb") as file:
         groups = tomllib.load(file)["project"]["entry-points"]
-    written = {(group.removeprefix("cosmos_ssl."), name, path) for group, names in groups.items() for name, path in names.items()}
+    written = {
+        (group.removeprefix("cosmos_ssl."), name, path)
+        for group, names in groups.items()
+        for name, path in names.items()
+    }
     assert {(r.group, r.name, r.object_path) for r in registry.records() if r.own} == written, "run: pip install -e ."
 
 
@@ -93,7 +99,10 @@ def test_discovery_is_quick() -> None:
 def test_listing_imports_nothing() -> None:
     heavy = "{'torch', 'pydantic', 'cosmos_ssl_plugins'}"
     code = f"import sys; from cosmos_ssl import registry; registry.records(); print({heavy} & {{*sys.modules}})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_broken_plugin_is_listed_and_harms_nobody(install: Install) -> None:
@@ -114,7 +123,9 @@ def test_plugins_can_be_disabled(install: Install, monkeypatch: pytest.MonkeyPat
     assert any(record.name == "triplet" for record in registry.records())
 
 
-def test_unknown_groups_and_second_copies_are_left_out(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_groups_and_second_copies_are_left_out(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = registry.records()
     install("my-losses", "2.0", entries={"losses/triplet": "new:X", "gadgets/thing": "new:Y"})
     older = tmp_path / "older" / "My_Losses-1.0.dist-info"
@@ -150,7 +161,9 @@ def test_metadata_in_no_encoding_harm_nobody(install: Install, file: str) -> Non
     (bent,) = site.glob(f"strange*/{file}")
     bent.write_bytes(bent.read_bytes() + b"\n[caf\xe9]\n\xff\xfe = x:y\n")
     registry.forget()
-    assert "clip" in {record.name for record in registry.records()} and not any(r.name == "strange" for r in registry.records())
+    assert "clip" in {record.name for record in registry.records()} and not any(
+        r.name == "strange" for r in registry.records()
+    )
     registry.load(registry.find("losses", "clip"))
 
 
@@ -168,7 +181,10 @@ def test_ambiguous_name(install: Install) -> None:
     install("other-losses", "1.0", entries={"losses/triplet": "b:T"})
     with pytest.raises(PluginError) as caught:
         registry.find("losses", "triplet")
-    wanted = "losses/triplet is offered by my-losses 0.3.1 and other-losses 1.0. Write 'my-losses:triplet' or 'other-losses:triplet'."
+    wanted = (
+        "losses/triplet is offered by my-losses 0.3.1 and other-losses 1.0. Write 'my-losses:triplet' or "
+        "'other-losses:triplet'."
+    )
     assert str(caught.value) == wanted
     assert registry.find("losses", "other-losses:triplet").object_path == "b:T"
 
@@ -199,7 +215,10 @@ def test_loads_a_part(install: Install) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("import einops_that_is_not_there", "cannot be imported: ModuleNotFoundError: No module named 'einops_that_is_not_there'"),
+        (
+            "import einops_that_is_not_there",
+            "cannot be imported: ModuleNotFoundError: No module named 'einops_that_is_not_there'",
+        ),
         ("raise RuntimeError('first\\nsecond')", "cannot be imported: RuntimeError: first"),
         ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
         ("class Odd(BaseException): pass\nraise Odd('x')", "cannot be imported: Odd: x"),
@@ -207,7 +226,10 @@ def test_loads_a_part(install: Install) -> None:
         ("class Triplet: pass", "is no Loss: expected a subclass of cosmos_ssl.api.Loss, found the class Triplet"),
         ("def Triplet(): pass", "is no Loss: expected a subclass of cosmos_ssl.api.Loss, found a function"),
         ("from cosmos_ssl.api import Head as Triplet", "is no Loss"),
-        ("from cosmos_ssl.api import Loss\nclass Triplet(Loss): pass", "is an incomplete Loss: it does not define forward, requires"),
+        (
+            "from cosmos_ssl.api import Loss\nclass Triplet(Loss): pass",
+            "is an incomplete Loss: it does not define forward, requires",
+        ),
         (loss_source("type: str = 'x'"), "has an option named 'type', which is reserved"),
         (loss_source("loss_weight: float = 1.0"), "has an option named 'loss_weight', which is reserved"),
         (loss_source("**more: int"), "'more' must be keyword-only"),
@@ -227,12 +249,16 @@ def test_reserved_keys_are_those_of_the_group(install: Install) -> None:
 
 
 def test_message_names_group_distribution_version_and_path(install: Install) -> None:
-    assert refused(install, "import einops_").startswith("losses/triplet (my-losses 0.3.1, my_losses:Triplet) cannot be imported: ")
+    assert refused(install, "import einops_").startswith(
+        "losses/triplet (my-losses 0.3.1, my_losses:Triplet) cannot be imported: "
+    )
 
 
 def test_own_bound_on_us_is_checked_before_the_import(install: Install) -> None:
     message = refused(
-        install, "raise RuntimeError", requires=["torch", "cosmos_ssl >= 99 ; python_version > '3'", "cosmos-ssl<0; extra == 'x'"]
+        install,
+        "raise RuntimeError",
+        requires=["torch", "cosmos_ssl >= 99 ; python_version > '3'", "cosmos-ssl<0; extra == 'x'"],
     )
     assert "needs cosmos-ssl >=99, and this is " in message and "my-losses 0.3.1" in message
 
@@ -283,7 +309,11 @@ def test_null_stands_for_the_default_where_it_is_no_value(install: Install) -> N
 @pytest.mark.parametrize(
     ("given", "key", "words"),
     [
-        ({"margn": 1}, "margn", "unknown option of Triplet (my-losses 0.3.1). Did you mean 'margin'? Accepts: head, margin, kind, "),
+        (
+            {"margn": 1},
+            "margn",
+            "unknown option of Triplet (my-losses 0.3.1). Did you mean 'margin'? Accepts: head, margin, kind, ",
+        ),
         ({"weight": 1}, "weight", "; and loss_weight"),
         ({"margin": "0.5"}, "margin", "expected a number, got '0.5'"),
         ({"margin": True}, "margin", "expected a number, got true"),

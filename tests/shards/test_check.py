@@ -56,7 +56,9 @@ def test_captions_are_checked_when_asked_for(shards: Make) -> None:
     assert check_shards(pattern, max_pixels=10)[0].faults == {"too large": 4}
 
 
-def test_transparent_and_one_coloured_pictures_are_counted(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transparent_and_one_coloured_pictures_are_counted(
+    shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(number: int, members: dict[str, bytes]) -> None:
         image = Image.effect_noise((70, 60), 90)
         if number == 1:
@@ -73,7 +75,10 @@ def test_transparent_and_one_coloured_pictures_are_counted(shards: Make, tmp_pat
         members["png"] = file.getvalue()
 
     pattern = shards(4, 2, change=change)
-    assert [(r.notes, r.faults) for r in check_shards(pattern)] == [({TRANSPARENT: 3, ONE_COLOUR: 2}, {}), ({ONE_COLOUR: 1}, {})]
+    assert [(r.notes, r.faults) for r in check_shards(pattern)] == [
+        ({TRANSPARENT: 3, ONE_COLOUR: 2}, {}),
+        ({ONE_COLOUR: 1}, {}),
+    ]
     assert main(["data", "check", pattern, "--json", str(tmp_path / "r.json")]) == EXIT_DONE
     told = capsys.readouterr().out
     assert f"no fault, {TRANSPARENT}: 3 (" in told and f"no fault, {ONE_COLOUR}: 3 (" in told

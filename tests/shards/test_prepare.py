@@ -1,4 +1,6 @@
-"""Caption tables joined with images: the published forms, what is left out and why, work that is cut off and continued."""
+"""Caption tables joined with images: the published forms, what is left out and why, work that is cut off and
+continued.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def url(number: int) -> str:
 
 @pytest.fixture
 def images(tmp_path: Path, tar: WriteTar) -> Callable[..., list[Path]]:
-    """Shards as img2dataset writes them: jpg, json with url and key, txt; a parquet and stats beside. Images by number."""
+    """Shards as img2dataset writes them: jpg, json with url and key, txt; a parquet and stats beside.
+
+    Images by number.
+    """
 
     def make(*numbers: Sequence[int], folder: str = "images") -> list[Path]:
         found = []
@@ -86,9 +91,13 @@ def write_folder(root: Path, numbers: Sequence[int]) -> Path:
     return root
 
 
-def prepare(tables: Sequence[Path], images: Sequence[Path], output: Path, schema: str = "dreamlip", **options: Any) -> Counts:
+def prepare(
+    tables: Sequence[Path], images: Sequence[Path], output: Path, schema: str = "dreamlip", **options: Any
+) -> Counts:
     resume, missing = options.pop("resume", False), options.pop("missing", None)
-    made = PrepareOptions(schema=schema, tables=list(map(str, tables)), images=list(map(str, images)), output=output, **options)
+    made = PrepareOptions(
+        schema=schema, tables=list(map(str, tables)), images=list(map(str, images)), output=output, **options
+    )
     return Prepare(made).run(resume=resume, missing=missing)
 
 
@@ -123,7 +132,10 @@ def test_the_published_rule_cuts_at_every_full_stop() -> None:
         ("Dr. Smith and Mr. J. Doe wave. They smile.", ["Dr. Smith and Mr. J. Doe wave", "They smile"]),
         ("Dogs, cats, etc. play at 5 p.m. today. Then rain.", ["Dogs, cats, etc. play at 5 p.m. today", "Then rain"]),
         ("Made in the U.S. The end.", ["Made in the U.S", "The end"]),
-        ('He says "no." Then he goes. See example.com for more.', ['He says "no', "Then he goes", "See example.com for more"]),
+        (
+            'He says "no." Then he goes. See example.com for more.',
+            ['He says "no', "Then he goes", "See example.com for more"],
+        ),
         ("Wait... what? One\ntwo</s>three.", ["Wait", "what? One", "two", "three"]),
         ("Shirt No. 7 is vitamin C. The next.", ["Shirt No. 7 is vitamin C", "The next"]),
     ],
@@ -152,7 +164,11 @@ def test_dreamlip_joins_by_url_and_writes_seven_lists(images: Callable[..., list
     counts = prepare([table], shards, tmp_path / "out", samples_per_shard=2)
     assert (counts.rows, counts.images, counts.matched, counts.samples, counts.shards) == (12, 6, 5, 5, 3)
     assert (counts.rows_without_image, counts.images_without_row, counts.bad) == (7, 1, {})
-    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"train-0000.tar": 2, "train-0001.tar": 2, "train-0002.tar": 1}
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {
+        "train-0000.tar": 2,
+        "train-0001.tar": 2,
+        "train-0002.tar": 1,
+    }
     read = Shards(f"{tmp_path}/out/train-*.tar", caption_schema="dreamlip", full=True)
     assert [read.read(i).extras["json"]["url"] for i in range(5)] == [url(n) for n in (3, 1, 4, 9, 2)]
     for index, number in enumerate((3, 1, 4, 9, 2)):
@@ -166,7 +182,9 @@ def test_dreamlip_joins_by_url_and_writes_seven_lists(images: Callable[..., list
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_parquet_gives_what_csv_gives_with_any_number_of_workers(images: Callable[..., list[Path]], tmp_path: Path) -> None:
+def test_parquet_gives_what_csv_gives_with_any_number_of_workers(
+    images: Callable[..., list[Path]], tmp_path: Path
+) -> None:
     images(range(40), range(40, 70))
     rows = [dreamlip_row(n) for n in range(0, 80, 2)]
     prepare([write_csv(tmp_path / "t.csv", rows)], [tmp_path / "images"], tmp_path / "a", samples_per_shard=7)
@@ -195,7 +213,9 @@ def test_pixelprose_keeps_the_alt_text_whole(images: Callable[..., list[Path]], 
         "caption": ["This image displays: a church", "It is old"],
     }
     assert read.read(1).captions == {"caption": ["A dog"]}
-    assert open_shards(f"{tmp_path}/out/*.tar").read(0).extras["json"]["original_caption"] == ["St. Mary's, 2.5 km. Buy now"]
+    assert open_shards(f"{tmp_path}/out/*.tar").read(0).extras["json"]["original_caption"] == [
+        "St. Mary's, 2.5 km. Buy now"
+    ]
 
 
 def test_any_table_and_a_folder(tmp_path: Path) -> None:
@@ -204,7 +224,10 @@ def test_any_table_and_a_folder(tmp_path: Path) -> None:
     (root / "0" / "back").symlink_to(root)
     paths = [f"{n % 3}/im.{n}.JPG" for n in range(9)]
     paths[1], paths[2] = f"./{paths[1]}", str(root.absolute() / paths[2])
-    rows = [{"file": p, "short": f"Short {i}", "long one": f"A {i} m wall e.g. red. Ok {i}.", "url": url(i)} for i, p in enumerate(paths)]
+    rows = [
+        {"file": p, "short": f"Short {i}", "long one": f"A {i} m wall e.g. red. Ok {i}.", "url": url(i)}
+        for i, p in enumerate(paths)
+    ]
     table = write_csv(tmp_path / "t.tsv", rows[:7])
     table.write_text(table.read_text().replace(",", "\t"))
     columns = {"caption_columns": ["short", "long one"], "image_column": "file"}
@@ -231,7 +254,13 @@ def test_bad_images_are_counted_by_reason(tmp_path: Path) -> None:
     os.mkfifo(root / "pipe.jpg")
     rows = [{"image": name, "a": "x"} for name in ("0/im.0.JPG", *bad, "huge.jpg", "png.jpg", "nowhere.jpg", " ")]
     options: dict[str, Any] = {"caption_columns": ["a"], "max_pixels": 64 * 64, "missing": tmp_path / "missing.tsv"}
-    counts = prepare([write_csv(tmp_path / "t.csv", rows)], [root], tmp_path / "out", "captions", **options | {"max_pixels": 64 * 1000})
+    counts = prepare(
+        [write_csv(tmp_path / "t.csv", rows)],
+        [root],
+        tmp_path / "out",
+        "captions",
+        **options | {"max_pixels": 64 * 1000},
+    )
     assert counts.bad == {"not a picture": 3, "undecodable": 2, "other format": 1, "names no image": 1}
     counts = prepare([tmp_path / "t.csv"], [root], tmp_path / "o2", "captions", **options, decode=False)
     assert counts.bad == {"not a picture": 3, "too large": 2, "undecodable": 1, "other format": 1, "names no image": 1}
@@ -269,7 +298,9 @@ def test_a_broken_row_costs_itself_alone(tmp_path: Path) -> None:
     assert sorted(found) == sorted(f"{n}.jpg" for n in (1, 3, 4, 7, 12))
     assert found["4.jpg"]["a"] == ["two", 'lines, "quoted"'] and found["7.jpg"]["a"] == ['a 5" pipe']
     assert counts.bad == {"broken quoting": 3, "wrong number of fields": 2, "not UTF-8": 1, "no caption": 1}
-    assert counts.examples["broken quoting"] == "t.csv:3, t.csv:12, t.csv:14" and counts.examples["not UTF-8"] == "t.csv:8"
+    assert (
+        counts.examples["broken quoting"] == "t.csv:3, t.csv:12, t.csv:14" and counts.examples["not UTF-8"] == "t.csv:8"
+    )
     assert counts.rows == 12
 
 
@@ -281,9 +312,15 @@ def test_parquet_strings_that_are_no_utf8(images: Callable[..., list[Path]], tmp
 
 
 def test_lists_and_repeats_are_counted(images: Callable[..., list[Path]], tmp_path: Path) -> None:
-    columns = {"url": [url(0), url(1), url(0)], "a": pa.array([["A. B", "C"], ["D"], ["later"]]), "b": ["x", '["y. z"]', "w"]}
+    columns = {
+        "url": [url(0), url(1), url(0)],
+        "a": pa.array([["A. B", "C"], ["D"], ["later"]]),
+        "b": ["x", '["y. z"]', "w"],
+    }
     parquet.write_table(pa.table(columns), tmp_path / "p.parquet")
-    counts = prepare([tmp_path / "p.parquet"], images([0, 1], [1, 0]), tmp_path / "out", "captions", caption_columns=["a", "b"])
+    counts = prepare(
+        [tmp_path / "p.parquet"], images([0, 1], [1, 0]), tmp_path / "out", "captions", caption_columns=["a", "b"]
+    )
     found = tables_of(tmp_path / "out")
     assert found[url(0)]["a"] == ["A. B", "C"] and found[url(1)]["b"] == ["y. z"]
     assert counts.listed == {"a": 2, "b": 1}
@@ -315,8 +352,16 @@ def test_mistakes_are_told_in_one_line(images: Callable[..., list[Path]], tar: W
     listed = "link, raw_caption, longIB_caption"
     for words, error, call in [
         (["no column 'shortIB_captions'", listed], UserError, lambda o: prepare([short], shards, o, url_column="link")),
-        (["which column holds URLs", "--url-column"], UserError, lambda o: prepare([short], shards, o, "captions", **one)),
-        (["which column holds image paths", "--image-column"], UserError, lambda o: prepare([short], [empty], o, "captions", **one)),
+        (
+            ["which column holds URLs", "--url-column"],
+            UserError,
+            lambda o: prepare([short], shards, o, "captions", **one),
+        ),
+        (
+            ["which column holds image paths", "--image-column"],
+            UserError,
+            lambda o: prepare([short], [empty], o, "captions", **one),
+        ),
         (["no column 'urls'", "link"], UserError, lambda o: prepare([short], shards, o, url_column="urls")),
         (["no such file", "q.csv"], UserError, lambda o: prepare([tmp_path / "q.csv"], shards, o)),
         (["no parquet file"], UserError, lambda o: prepare([tmp_path / "x.parquet"], shards, o)),
@@ -327,7 +372,11 @@ def test_mistakes_are_told_in_one_line(images: Callable[..., list[Path]], tar: W
         (["not one of 1 rows", "example.org", url(0)], DataError, lambda o: prepare([other], shards, o)),
         (["--samples-per-shard"], UserError, lambda o: prepare([table], shards, o, samples_per_shard=0)),
         (["--caption-columns"], UserError, lambda o: prepare([table], shards, o, "captions")),
-        (["'url' is the name of something else"], UserError, lambda o: prepare([table], shards, o, "captions", caption_columns=["url"])),
+        (
+            ["'url' is the name of something else"],
+            UserError,
+            lambda o: prepare([table], shards, o, "captions", caption_columns=["url"]),
+        ),
     ]:
         with pytest.raises(error) as caught:
             call(tmp_path / "out")
@@ -376,9 +425,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report, listed = tmp_path / "out", tmp_path / "r.json", tmp_path / "l.tsv"
     assert main(command(table, root, out, "--dry-run", "--list-missing", str(listed))) == EXIT_DONE
     said = capsys.readouterr().out
-    assert "7 rows, 6 images: 5 match" in said and "2  rows without an image" in said and "1  images without a row" in said
+    assert (
+        "7 rows, 6 images: 5 match" in said and "2  rows without an image" in said and "1  images without a row" in said
+    )
     assert not out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["img", "l.tsv", "t.csv"]
-    assert listed.read_text().splitlines() == ["row\t0/im.6.JPG\tno image", "row\t1/im.7.JPG\tno image", "image\t0/im.0.JPG\tno row"]
+    assert listed.read_text().splitlines() == [
+        "row\t0/im.6.JPG\tno image",
+        "row\t1/im.7.JPG\tno image",
+        "image\t0/im.0.JPG\tno row",
+    ]
     assert main(command(table, root, out, "--json", str(report), "--workers", "2")) == EXIT_DONE
     said = capsys.readouterr().out
     assert "5 samples in 1 shards" in said and "data.caption_schema=json:a" in said
@@ -419,7 +474,9 @@ def test_killed_work_goes_on_and_repeats_nothing(images: Callable[..., list[Path
     assert len(noted) >= len(done) - 2, "at most the shards whose note was not written yet are made again"
     assert main(command(table, tmp_path / "images", tmp_path / "whole", *options)) == EXIT_DONE
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -433,7 +490,8 @@ def test_a_full_disk(images: Callable[..., list[Path]], tmp_path: Path) -> None:
     images(range(60))
     table = write_csv(tmp_path / "t.csv", [{"url": url(n), "a": f"It is {n}."} for n in range(60)])
     arguments = command(table, tmp_path / "images", tmp_path / "out", "--workers", "1")
-    limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n{RUN}"  # files may not grow further
+    # files may not grow further
+    limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n{RUN}"
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_LOST and done.stderr.count("\n") == 1 and "--continue" in done.stderr, done.stderr
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -451,9 +509,18 @@ def test_the_outcome_trains(images: Callable[..., list[Path]], tmp_path: Path, s
         prepare([table], shards, tmp_path / "out", "captions", caption_columns=["a", "b"])
     small = ["model.embed_dim=32", "tokenizer.context_length=24"]
     small += ["augmenters.image.global_crops_size=32", "augmenters.image.local_crops_size=16"]
-    small += [f"model.image.{key}={value}" for key, value in {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32}.items()]
+    small += [
+        f"model.image.{key}={value}"
+        for key, value in {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32}.items()
+    ]
     small += [f"model.text.{key}={value}" for key, value in {"width": 64, "layers": 1, "heads": 1}.items()]
-    small += ["heads.cross.num_heads=2", "loader.workers=0", "evaluators=null", "training.batch_size=8", "training.precision=fp32"]
+    small += [
+        "heads.cross.num_heads=2",
+        "loader.workers=0",
+        "evaluators=null",
+        "training.batch_size=8",
+        "training.precision=fp32",
+    ]
     small += ["training.device=cpu", "schedule.max_steps=2", "schedule.warmup_steps=1", f"output_dir={tmp_path}/run"]
     small += [f"data.train_data={tmp_path}/out/train-{{0000..0000}}.tar", f"data.caption_schema={schema}"]
     metrics = cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small)
@@ -461,7 +528,9 @@ def test_the_outcome_trains(images: Callable[..., list[Path]], tmp_path: Path, s
     shard = tmp_path / "out" / "train-0000.tar"
     body = bytearray(shard.read_bytes())
     shard.touch()
-    assert cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small) == metrics, "the same bytes at another time: the same data, a finished run"
+    assert cosmos_ssl.train("cosmos/vitb16_cc3m.yaml", small) == metrics, (
+        "the same bytes at another time: the same data, a finished run"
+    )
     body[body.index(b"jpg") + 700] ^= 1
     shard.write_bytes(body)
     with pytest.raises(UserError, match=r"belongs to another data set \(data, content: '\w+' -> '\w+'\)"):

@@ -21,12 +21,14 @@ from cosmos_ssl.shards.prepare import fetch
 from cosmos_ssl.shards.prepare.fetch import FetchOptions, read_stats
 
 KINDS = ("ok", "moved", "missing", "broken", "stalled", "page")
-# What img2dataset 1.47 does with these arguments, in small: names, JSON and stats are its own. It believes what servers say of content.
+# What img2dataset 1.47 does with these arguments, in small: names, JSON and stats are its own. It believes what servers
+# say of content.
 STAND_IN = """
 import collections, io, json, os, sys, tarfile, urllib.request
 from pyarrow import parquet
 options = dict(text.removeprefix("--").split("=", 1) for text in sys.argv[1:])
-assert options["output_format"] == "webdataset" and options["url_col"] == "url" and options["input_format"] == "parquet", options
+assert [options[f"{key}_format"] for key in ("output", "input")] == ["webdataset", "parquet"], options
+assert options["url_col"] == "url", options
 folder = options["output_folder"]
 os.makedirs(folder, exist_ok=True)
 urls = parquet.read_table(options["url_list"])["url"].to_pylist()
@@ -112,7 +114,9 @@ def table(server: str, tmp_path: Path) -> Path:
     with (tmp_path / "t.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["url", "a"])
-        writer.writerows([f"{server}/{kind}/{number}", f"{kind} {number}. Yes."] for number in range(3) for kind in KINDS)
+        writer.writerows(
+            [f"{server}/{kind}/{number}", f"{kind} {number}. Yes."] for number in range(3) for kind in KINDS
+        )
     return tmp_path / "t.csv"
 
 
@@ -126,8 +130,27 @@ def stand_in(tmp_path: Path) -> str:
 def test_fetched_images_are_joined_and_lies_found(
     table: Path, stand_in: str, tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["data", "prepare", "captions", "--table", str(table), "--caption-columns", "a", "--output", str(tmp_path / "out")]
-    given += ["--fetch", str(tmp_path / "fetch"), "--fetch-command", stand_in, "--fetch-timeout", "1", "--fetch-retries", "1"]
+    given = [
+        "data",
+        "prepare",
+        "captions",
+        "--table",
+        str(table),
+        "--caption-columns",
+        "a",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    given += [
+        "--fetch",
+        str(tmp_path / "fetch"),
+        "--fetch-command",
+        stand_in,
+        "--fetch-timeout",
+        "1",
+        "--fetch-retries",
+        "1",
+    ]
     (tmp_path / "power").touch()
     assert main(given) == EXIT_LOST
     said = capsys.readouterr().err
@@ -155,7 +178,12 @@ def test_what_is_there_is_not_fetched_again(table: Path, stand_in: str, tmp_path
 
 def test_mistakes(table: Path, tmp_path: Path) -> None:
     def run(command: str, column: str | None = None, folder: str = "fetch") -> None:
-        fetch([str(table)], column, FetchOptions(folder=tmp_path / folder, command=command), lambda what, done, total: None)
+        fetch(
+            [str(table)],
+            column,
+            FetchOptions(folder=tmp_path / folder, command=command),
+            lambda what, done, total: None,
+        )
 
     with pytest.raises(UserError, match="no-such-command cannot be run"):
         run("no-such-command")
@@ -174,7 +202,9 @@ def test_mistakes(table: Path, tmp_path: Path) -> None:
 
 
 def test_stats_that_are_not_whole_are_left_out(tmp_path: Path) -> None:
-    for number, text in enumerate(['{"count": 3, "successes": 2, "status_dict": {"success": 2, "timed out": 1}}', '{"count": 3, "succ']):
+    for number, text in enumerate(
+        ['{"count": 3, "successes": 2, "status_dict": {"success": 2, "timed out": 1}}', '{"count": 3, "succ']
+    ):
         (tmp_path / f"{number:05d}_stats.json").write_text(text)
         (tmp_path / f"{number:05d}.tar").touch()
     (tmp_path / "00002_stats.json").write_text(json.dumps({"count": 1, "successes": 1}))

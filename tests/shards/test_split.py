@@ -46,8 +46,13 @@ def test_merge_lists_sets_a_whole_number_of_times(shards: Make, tmp_path: Path) 
     path = tmp_path / "all.list"
     counts = merge_shards([[a], [b]], [1, 3], path)
     assert (counts.shards, counts.samples, counts.distinct_shards, counts.distinct_samples) == (5, 22, 3, 12)
-    assert counts.fields[0] == counts.fields[1] == ["txt", "raw_caption", "longIB_captions"] and counts.common_schema is None
-    assert expand(str(path)) == [str(tmp_path / n) for n in ("a/a-000.tar", "a/a-001.tar", "b/a-000.tar", "b/a-000.tar", "b/a-000.tar")]
+    assert (
+        counts.fields[0] == counts.fields[1] == ["txt", "raw_caption", "longIB_captions"]
+        and counts.common_schema is None
+    )
+    assert expand(str(path)) == [
+        str(tmp_path / n) for n in ("a/a-000.tar", "a/a-001.tar", "b/a-000.tar", "b/a-000.tar", "b/a-000.tar")
+    ]
     assert load_manifest(str(path)).sizes.tolist() == [4, 3, 5, 5, 5]
     assert len(check_shards(str(path))) == 3
     read = open_shards(str(path))
@@ -79,7 +84,17 @@ def test_lists_tell_mistakes(shards: Make, tmp_path: Path) -> None:
 
 
 def test_merge_command(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["data", "merge", shards(4, folder="a"), shards(5, folder="b"), "--repeat", "2", "1", "--output", str(tmp_path / "m.list")]
+    command = [
+        "data",
+        "merge",
+        shards(4, folder="a"),
+        shards(5, folder="b"),
+        "--repeat",
+        "2",
+        "1",
+        "--output",
+        str(tmp_path / "m.list"),
+    ]
     assert main(command) == EXIT_DONE
     assert "3 shards, 13 samples (2 and 9 without repetition)" in capsys.readouterr().out
     assert main(["data", "index", str(tmp_path / "m.list")]) == EXIT_DONE
@@ -89,7 +104,9 @@ def test_merge_command(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_merge_tells_other_captions(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def other(number: int, members: dict[str, bytes]) -> None:
         del members["txt"]
-        members["json"] = json.dumps({"raw_caption": ["x"], "mine": "A text.", "url": "http://host/x"} if number else {}).encode()
+        members["json"] = json.dumps(
+            {"raw_caption": ["x"], "mine": "A text.", "url": "http://host/x"} if number else {}
+        ).encode()
 
     a, b, c = (
         shards(4, folder="a", change=lambda _, members: members.pop("txt")),
@@ -101,8 +118,14 @@ def test_merge_tells_other_captions(shards: Make, tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert f"captions of {a}: raw_caption, longIB_captions\ncaptions of {b}: raw_caption, mine\n" in said
     schema = "json:raw_caption,longIB_captions,mine"
-    assert f'"data.caption_schema={schema}"' in said and json.loads((tmp_path / "m.json").read_text())["caption_schema"] == schema
-    assert main([*command, str(tmp_path / "bc.list"), b, c]) == EXIT_DONE and "data.caption_schema=all" in capsys.readouterr().out
+    assert (
+        f'"data.caption_schema={schema}"' in said
+        and json.loads((tmp_path / "m.json").read_text())["caption_schema"] == schema
+    )
+    assert (
+        main([*command, str(tmp_path / "bc.list"), b, c]) == EXIT_DONE
+        and "data.caption_schema=all" in capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------------------- split
@@ -115,7 +138,9 @@ def test_split_is_a_partition(shards: Make, tmp_path: Path, by: Literal["content
     counts = split_shards(options, quiet)
     train, val = samples(f"{tmp_path}/out/train-*.tar"), samples(f"{tmp_path}/out/val-*.tar")
     assert train | val == samples(pattern) and not train.keys() & val.keys()
-    assert val.keys() == {key for key, image in (train | val).items() if is_held_out(image if by == "content" else key.encode(), 0.2)}
+    assert val.keys() == {
+        key for key, image in (train | val).items() if is_held_out(image if by == "content" else key.encode(), 0.2)
+    }
     assert counts == {
         "train_samples": len(train),
         "train_shards": 3,
@@ -130,18 +155,29 @@ def test_split_is_a_partition(shards: Make, tmp_path: Path, by: Literal["content
 def test_the_share_is_what_was_asked_for() -> None:
     held = sum(is_held_out(b"%09d" % number, 0.05) for number in range(40_000))
     assert abs(held - 2000) < 5 * math.sqrt(2000)
-    assert all(is_held_out(b"%d" % n, 0.3) for n in range(1000) if is_held_out(b"%d" % n, 0.1)), "a larger share holds the smaller"
+    assert all(is_held_out(b"%d" % n, 0.3) for n in range(1000) if is_held_out(b"%d" % n, 0.1)), (
+        "a larger share holds the smaller"
+    )
 
 
 def test_equal_pictures_stay_together(shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = shards(15, folder="first")
     images = list(samples(first).values())
     pattern = shards(30, 30, change=lambda number, members: members.update(png=images[number // 4]))
-    assert main(["data", "split", str(tmp_path / "shards"), "--share", "0.4", "--output", str(tmp_path / "out")]) == EXIT_DONE
+    assert (
+        main(["data", "split", str(tmp_path / "shards"), "--share", "0.4", "--output", str(tmp_path / "out")])
+        == EXIT_DONE
+    )
     train, val = samples(f"{tmp_path}/out/train-*.tar"), samples(f"{tmp_path}/out/val-*.tar")
     assert not set(train.values()) & set(val.values()) and len(train) + len(val) == 60
-    assert main(["data", "split", pattern, "--share", "0.4", "--by", "key", "--output", str(tmp_path / "out")]) == EXIT_USER
-    assert main(["data", "split", pattern, "--share", "0.4", "--by", "key", "--output", str(tmp_path / "keys")]) == EXIT_DONE
+    assert (
+        main(["data", "split", pattern, "--share", "0.4", "--by", "key", "--output", str(tmp_path / "out")])
+        == EXIT_USER
+    )
+    assert (
+        main(["data", "split", pattern, "--share", "0.4", "--by", "key", "--output", str(tmp_path / "keys")])
+        == EXIT_DONE
+    )
     leaking = [set(samples(f"{tmp_path}/keys/{side}-*.tar").values()) for side in ("train", "val")]
     assert leaking[0] & leaking[1]
 
@@ -177,7 +213,9 @@ def faulty(number: int, members: dict[str, bytes]) -> None:
     if number == 1:
         members["png"] = b"no picture"
     if number == 2:
-        members["json"] = json.dumps({"raw_caption": "One. Two.", "longIB_captions": ["kept. whole"], "other": 3}).encode()
+        members["json"] = json.dumps(
+            {"raw_caption": "One. Two.", "longIB_captions": ["kept. whole"], "other": 3}
+        ).encode()
     if number == 3:
         members["json"] = b"{}"
 
@@ -192,7 +230,13 @@ def test_fix_writes_what_is_good_beside(shards: Make, tmp_path: Path, capsys: py
     pattern = pattern.replace("001}", "002}")
     assert main(["data", "check", pattern, "--captions", "dreamlip", "--fix"]) == EXIT_FAULTS
     said = capsys.readouterr().out
-    for words in ("undecodable", "captions not in lists", "no caption", "repeated", "sample 0 is sample 5 of a-000.tar"):
+    for words in (
+        "undecodable",
+        "captions not in lists",
+        "no caption",
+        "repeated",
+        "sample 0 is sample 5 of a-000.tar",
+    ):
         assert words in said
     fixed = tmp_path / "shards-fixed"
     assert f"2 shards, 8 samples in {fixed}" in said and first.read_bytes() == before
@@ -227,7 +271,11 @@ def test_same_picture_with_other_captions_is_no_repeat(shards: Make) -> None:
 
 
 def test_equal_keys_of_other_pictures_are_told(
-    shards: Make, tmp_path: Path, tar: Callable[..., Path], parts: Callable[[int], dict[str, bytes]], capsys: pytest.CaptureFixture[str]
+    shards: Make,
+    tmp_path: Path,
+    tar: Callable[..., Path],
+    parts: Callable[[int], dict[str, bytes]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     a = tar(tmp_path / "keys" / "a.tar", [("one", parts(0)), ("two", parts(1)), ("three", parts(2))])
     tar(tmp_path / "keys" / "b.tar", [("two", parts(3)), ("three", parts(2) | {"txt": b"other"}), ("one", parts(0))])
@@ -236,7 +284,9 @@ def test_equal_keys_of_other_pictures_are_told(
     assert f"no fault, {OTHER_PICTURE}: 1 (b.tar: sample 0 is sample 1 of a.tar)" in said
     assert f"no fault, {OTHER_CAPTIONS}: 1 (b.tar: sample 1 is sample 2 of a.tar)" in said
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["notes"][OTHER_CAPTIONS], report["notes"][OTHER_PICTURE]) == (1, 1) and report["faults"] == {"repeated": 1}
+    assert (report["notes"][OTHER_CAPTIONS], report["notes"][OTHER_PICTURE]) == (1, 1) and report["faults"] == {
+        "repeated": 1
+    }
 
 
 def test_fix_with_nothing_left(shards: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +314,9 @@ def test_stats_count_what_the_tower_would_cut(shards: Make, tmp_path: Path, caps
 
     def change(number: int, members: dict[str, bytes]) -> None:
         captions = ["a cat", long] if number % 4 == 0 else ["a cat", "a dog"]
-        members["json"] = json.dumps({"raw_caption": captions, "url": "http://host/x", "about": "pictures/1.png", "width": 24}).encode()
+        members["json"] = json.dumps(
+            {"raw_caption": captions, "url": "http://host/x", "about": "pictures/1.png", "width": 24}
+        ).encode()
         if number == 7:
             members["png"] = b"no picture"
 
@@ -272,11 +324,22 @@ def test_stats_count_what_the_tower_would_cut(shards: Make, tmp_path: Path, caps
     tokenizer = load(find("tokenizers", "clip"))(Spec(embed_dim=1), context_length=256)
     stats = collect_stats(pattern, captions="dreamlip", tokenizer=tokenizer)
     found = stats.as_json(77)
-    assert (stats.samples, stats.looked_at, dict(stats.unusable), dict(stats.formats)) == (20, 20, {"undecodable": 1}, {"PNG": 19})
+    assert (stats.samples, stats.looked_at, dict(stats.unusable), dict(stats.formats)) == (
+        20,
+        20,
+        {"undecodable": 1},
+        {"PNG": 19},
+    )
     assert found["width"]["p50"] == 24 and found["sentences"]["mean"] == 2
     raw = found["fields"]["raw_caption"]
-    assert raw["samples"] == 19 and raw["captions_cut"] == pytest.approx(5 / 19) and raw["sentences_cut"] == pytest.approx(5 / 38)
-    assert raw["tokens_per_sentence"]["p100"] == 92 and raw["tokens_per_sentence"]["p0"] == 4, "with start and end token"
+    assert (
+        raw["samples"] == 19
+        and raw["captions_cut"] == pytest.approx(5 / 19)
+        and raw["sentences_cut"] == pytest.approx(5 / 38)
+    )
+    assert raw["tokens_per_sentence"]["p100"] == 92 and raw["tokens_per_sentence"]["p0"] == 4, (
+        "with start and end token"
+    )
     assert main(["data", "stats", pattern, "--samples", "5", "--json", str(tmp_path / "s.json")]) == EXIT_DONE
     said = capsys.readouterr().out
     assert "20 samples" in said and "looked at 5" in said and "raw_caption: tokens a sentence" in said

@@ -27,11 +27,19 @@ class Slurm:
         """Call ``tools/slurm_local.py`` for this cluster."""
         command, *options = words
         return subprocess.run(
-            [sys.executable, TOOL, command, "--folder", self.folder, *options], capture_output=True, text=True, timeout=120
+            [sys.executable, TOOL, command, "--folder", self.folder, *options],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
-    def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 60) -> str:
-        """The output of a command that has SLURM_CONF, without the last line's end. Fails the test where the command fails."""
+    def run(
+        self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 60
+    ) -> str:
+        """The output of a command that has SLURM_CONF, without the last line's end.
+
+        Fails the test where the command fails.
+        """
         environment = {**os.environ, **(env or {}), "SLURM_CONF": str(self.config)}
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -43,7 +51,9 @@ class Slurm:
         return dict(line.split() for line in lines)
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What ``scontrol show job`` tells of a job, also of one that has ended: JobState, Restarts, ExitCode, BatchHost, ..."""
+        """What ``scontrol show job`` tells of a job, also of one that has ended: JobState, Restarts, ExitCode,
+        BatchHost, ...
+        """
         words = self.run("scontrol", "-o", "show", "job", job_id).split()
         return {name: value for name, _, value in (word.partition("=") for word in words)}
 
@@ -55,7 +65,13 @@ class Slurm:
             if time.monotonic() > end:
                 log = (self.folder / "log" / "slurmctld").read_text().splitlines()[-30:]
                 pytest.fail(
-                    "\n".join((f"job {job_id} is {state} after {timeout} s, not {' or '.join(wanted)}", str(self.job(job_id)), *log))
+                    "\n".join(
+                        (
+                            f"job {job_id} is {state} after {timeout} s, not {' or '.join(wanted)}",
+                            str(self.job(job_id)),
+                            *log,
+                        )
+                    )
                 )
             time.sleep(0.1)
         return state
@@ -63,8 +79,8 @@ class Slurm:
     def node(self, name: str, state: str) -> None:
         """Take a node away, or bring it back with ``"resume"``, and wait until SLURM says so.
 
-        ``"down"``: an operator does it, and SLURM ends the job there. ``"lost"``: all that runs there ends at once, as in a
-        power cut, and SLURM is told, which would find it out after a minute.
+        ``"down"``: an operator does it, and SLURM ends the job there. ``"lost"``: all that runs there ends at once, as
+        in a power cut, and SLURM is told, which would find it out after a minute.
         """
         assert state in ("down", "lost", "resume")
         if state == "lost":
@@ -97,7 +113,8 @@ class Slurm:
                     words = (process / "environ").read_bytes().split(b"\0")
                     daemon = (process / "exe").readlink().name.startswith(("slurmd", "slurmstepd"))
                     if ours <= set(words) or (
-                        daemon and self.folder / "log" / name in [file.readlink() for file in (process / "fd").iterdir()]
+                        daemon
+                        and self.folder / "log" / name in [file.readlink() for file in (process / "fd").iterdir()]
                     ):
                         os.kill(int(process.name), signal.SIGKILL)
                         found = True

@@ -1,4 +1,6 @@
-"""``cosmos-launch`` on a real SLURM: two nodes, preemption, requeueing, a lost node, a killed rank, arrays, cancelling."""
+"""``cosmos-launch`` on a real SLURM: two nodes, preemption, requeueing, a lost node, a killed rank, arrays,
+cancelling.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ pytestmark = pytest.mark.slurm
 COMMAND = [sys.executable, "-c", "import sys; from cosmos_ssl_launch import main; sys.exit(main())"]
 STEPS = 40
 RUN = ["data.train_samples=64", "data.validation_samples=16", "training.batch_size=16", f"schedule.max_steps={STEPS}"]
-RUN += ["schedule.epochs=100", "model.image.layers=1", "model.text.layers=1", "model.text.width=32", "evaluators=null", "loader.workers=1"]
+RUN += [
+    "schedule.epochs=100",
+    "model.image.layers=1",
+    "model.text.layers=1",
+    "model.text.width=32",
+    "evaluators=null",
+    "loader.workers=1",
+]
 RUN += ["logging.every_steps=1", "logging.tensorboard=false", "checkpoints.keep_last=1"]
 PROFILE = """\
 kind: slurm
@@ -44,7 +53,9 @@ class Runs:
     def launch(self, *words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_CONF": str(self.slurm.config)}
         environment.pop("COSMOS_PROFILE", None)
-        return subprocess.run([*COMMAND, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [*COMMAND, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     def queue(self, name: str, *words: str) -> str:
         """Queue a run; the id of its job."""
@@ -61,7 +72,11 @@ class Runs:
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of metrics without what the clock has a part in; also while the last one is being written."""
         path = self.run(name) / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
         timed = ("samples_per_second", "data_wait", "slowest_rank", "slowest_rank_lag")
         return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
@@ -131,7 +146,20 @@ def test_preempted_by_another_partition(runs: Runs, undisturbed: list[dict[str, 
     """SIGUSR2 comes, the run saves and is requeued, and ends with the losses of an undisturbed one."""
     job = runs.queue("preempted")
     runs.wait_for_step("preempted", 2)
-    high = ["sbatch", "--parsable", "-p", "high", "-N2", "-c2", "--mem=1G", "-t1", "-o", "/dev/null", "--wrap", "srun sleep 1"]
+    high = [
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N2",
+        "-c2",
+        "--mem=1G",
+        "-t1",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "srun sleep 1",
+    ]
     urgent = runs.slurm.run(*high)
     runs.completes(urgent)
     ended = runs.completes(job)
@@ -175,7 +203,10 @@ def rank_process(job: str, rank: int) -> int:
 
 
 def test_requeued_by_hand_then_cancelled_then_resumed(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
-    """SIGTERM saves. A requeued job goes on, a cancelled one stays cancelled, and while it runs nothing else is queued for its folder."""
+    """SIGTERM saves.
+
+    A requeued job goes on, a cancelled one stays cancelled, and while it runs nothing else is queued for its folder.
+    """
     job = runs.queue("moved")
     runs.wait_for_step("moved", 2)
     runs.slurm.run("scontrol", "requeue", job)
@@ -199,13 +230,18 @@ def test_requeued_by_hand_then_cancelled_then_resumed(runs: Runs, undisturbed: l
 def test_an_array_of_two_configs(runs: Runs) -> None:
     """One of them is told that its time is up while it starts: it alone is requeued."""
     for name in ("first", "second"):
-        (runs.folder / f"{name}.yaml").write_text(f"extends: quickstart\nname: {name}\ntraining: {{seed: {len(name)}}}\n")
+        (runs.folder / f"{name}.yaml").write_text(
+            f"extends: quickstart\nname: {name}\ntraining: {{seed: {len(name)}}}\n"
+        )
     words = ["profile.nodes=1", "schedule.max_steps=4", f"data.folder={runs.folder}/scenes"]
     short = [word for word in RUN if not word.startswith("schedule.max_steps")]
     done = runs.launch("--config", "first.yaml", "second.yaml", "--profile", "two.yaml", *short, *words)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"queued as job (\d+_\d), on 1 x 1 ranks, into runs/(\w+)", done.stdout)
-    assert [name for _, name in jobs] == ["first", "second"] and [job.partition("_")[2] for job, _ in jobs] == ["0", "1"]
+    assert [name for _, name in jobs] == ["first", "second"] and [job.partition("_")[2] for job, _ in jobs] == [
+        "0",
+        "1",
+    ]
     runs.wait_for((runs.run("first") / "slurm" / "starts").exists, "the start of the first")
     runs.slurm.run("scancel", "--signal=USR2", jobs[0][0])
     for job, name in jobs:

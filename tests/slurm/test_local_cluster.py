@@ -1,4 +1,6 @@
-"""tools/slurm_local.py: its commands, and that the cluster preempts, requeues, loses nodes and cancels as a big one does."""
+"""tools/slurm_local.py: its commands, and that the cluster preempts, requeues, loses nodes and cancels as a big one
+does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ srun --kill-on-bad-exit=1 bash -c '
     [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
     while :; do sleep 0.1; done'
 """
-STUBBORN = "#!/bin/bash\n#SBATCH --nodes=2\nsrun bash -c 'trap \"\" TERM; touch running.$SLURM_PROCID; while :; do sleep 0.1; done'\n"
+STUBBORN = (
+    '#!/bin/bash\n#SBATCH --nodes=2\nsrun bash -c \'trap "" TERM; touch running.$SLURM_PROCID; while :; '
+    "do sleep 0.1; done'\n"
+)
 
 
 class Script:
@@ -63,7 +68,8 @@ TWICE_TOLD = [[first, "USR2", second] for first, second in TWICE]
 
 def test_srun_on_two_nodes(slurm: Any, tmp_path: Path) -> None:
     script = Script(
-        tmp_path, "#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=2 -o out\nsrun -l bash -c 'echo $SLURMD_NODENAME $SLURM_LOCALID'\n"
+        tmp_path,
+        "#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=2 -o out\nsrun -l bash -c 'echo $SLURMD_NODENAME $SLURM_LOCALID'\n",
     )
     job = script.submit(slurm)
     slurm.wait_for(job, "COMPLETED")
@@ -74,8 +80,8 @@ def test_srun_on_two_nodes(slurm: Any, tmp_path: Path) -> None:
 def test_high_preempts_low_which_hears_usr2_and_comes_back(slurm: Any, tmp_path: Path) -> None:
     """A job that leaves at the signal is requeued, though it ended with 0.
 
-    One that stays is killed after GraceTime and up to 30 s more, as SLURM looks every 30 s, and its next end, with 0 too,
-    requeues it once more.
+    One that stays is killed after GraceTime and up to 30 s more, as SLURM looks every 30 s, and its next end, with 0
+    too, requeues it once more.
     """
     script = Script(tmp_path)
     low = script.submit(slurm, "--signal=USR2@20")
@@ -227,7 +233,10 @@ def test_what_is_missing_is_named(
     monkeypatch.setattr(tool, "SEARCH", str(tmp_path))
     assert tool.main(["start", "--folder", str(tmp_path / "c")]) == 2
     line = capsys.readouterr().err
-    assert "missing: munged, slurmctld, slurmd" in line and "apt-get install -y --no-install-recommends slurm-wlm munge" in line
+    assert (
+        "missing: munged, slurmctld, slurmd" in line
+        and "apt-get install -y --no-install-recommends slurm-wlm munge" in line
+    )
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert tool.main(["start", "--folder", str(tmp_path / "c")]) == 2
     assert "as root" in capsys.readouterr().err
@@ -252,6 +261,8 @@ def test_a_daemon_that_cannot_start_shows_its_log_and_leaves_nothing(second: Any
     broken = {**os.environ, "PATH": f"{second.folder}:{os.environ['PATH']}"}
     (second.folder / "slurmctld").write_text("#!/bin/sh\necho no state >&2; exit 3\n")
     (second.folder / "slurmctld").chmod(0o755)
-    failed = subprocess.run([sys.executable, TOOL, "start", "--folder", second.folder], env=broken, capture_output=True, text=True)
+    failed = subprocess.run(
+        [sys.executable, TOOL, "start", "--folder", second.folder], env=broken, capture_output=True, text=True
+    )
     assert failed.returncode == 1 and "slurmctld does not start" in failed.stderr and "no state" in failed.stderr
     assert processes_of(second) == []

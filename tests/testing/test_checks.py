@@ -1,4 +1,6 @@
-"""``cosmos_ssl.testing``: all of our own augmenters, heads, losses and teachers pass its checks, and it finds what breaks them."""
+"""``cosmos_ssl.testing``: all of our own augmenters, heads, losses and teachers pass its checks, and it finds what
+breaks them.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"global_crops_size": 32, "local_crops_number": 0, "mask_probability": 0.7, "solarize_probs": (0.5, 0.5, 0.5)},
     ],
     "augmenters/resize_crop": [{"size": 32}, {"size": 32, "flip": True}],
-    "augmenters/view_groups": [{"groups": {"a": {"size": 32}, "b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}}],
+    "augmenters/view_groups": [
+        {"groups": {"a": {"size": 32}, "b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}}
+    ],
     "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
     "heads/dino_projection": [PROTOTYPES, {**PROTOTYPES, "norm_last_layer": False, "batch_norm": True}],
     "heads/dinov2_projection": [PROTOTYPES],
@@ -74,9 +78,19 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
     "towers/clip_vit": [
         {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
-        {"width": 24, "heads": 2, "layers": 1, "patch_size": 8, "image_size": 32, "mask_token": True, "layer_scale": 1e-2},
+        {
+            "width": 24,
+            "heads": 2,
+            "layers": 1,
+            "patch_size": 8,
+            "image_size": 32,
+            "mask_token": True,
+            "layer_scale": 1e-2,
+        },
     ],
-    "towers/huggingface": [{"architecture": "bert", "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}],
+    "towers/huggingface": [
+        {"architecture": "bert", "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}
+    ],
     "towers/timm": [],  # its smallest models are too large for the pictures here
 }
 AROUND = {"losses/dino": DINO, "losses/ibot": DINO, "losses/lightly": DINO}
@@ -88,7 +102,9 @@ def cases() -> list[Any]:
     for record in OWN:
         name = f"{record.group}/{record.name}"
         if record.group in CHECKS:
-            found += [pytest.param(record, options, id=f"{name}-{i}") for i, options in enumerate(OPTIONS.get(name, [{}]))]
+            found += [
+                pytest.param(record, options, id=f"{name}-{i}") for i, options in enumerate(OPTIONS.get(name, [{}]))
+            ]
     return found
 
 
@@ -400,7 +416,12 @@ class Silent(Copy):
 
 @pytest.mark.parametrize("cls", [Sound, Plain, Corner, Copy])
 def test_sound_parts_pass(cls: type[Any]) -> None:
-    check = {Loss: testing.check_loss, Head: testing.check_head, Augmenter: testing.check_augmenter, Teacher: testing.check_teacher}
+    check = {
+        Loss: testing.check_loss,
+        Head: testing.check_head,
+        Augmenter: testing.check_augmenter,
+        Teacher: testing.check_teacher,
+    }
     check[cls.__base__](cls)  # type: ignore[operator]
 
 
@@ -408,7 +429,11 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
     ("check", "cls", "words"),
     [
         (testing.check_loss, Undocumented, "the option 'scale' has no docs"),
-        (testing.check_loss, WrongDefault, "the default of 'scale' is none of its own type (float): expected a number, got 'large'"),
+        (
+            testing.check_loss,
+            WrongDefault,
+            "the default of 'scale' is none of its own type (float): expected a number, got 'large'",
+        ),
         (testing.check_loss, CountsInPython, "one batch and state give two losses: keep state in buffers"),
         (testing.check_loss, KeepsItsCentre, "a copy with the same state gives another loss"),
         (testing.check_loss, DrawsFromNumpy, "two builds with one seed start losses.part.weight differently"),
@@ -423,10 +448,22 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         (testing.check_loss, Plain, "is no Loss"),
         (testing.check_head, WrongWidth, "returned 'b' of shape [2, 6, 7], expected [V, 6, 6]"),
         (testing.check_head, ReadsAll, "unread(['a']) is wrong about b.bias, b.weight"),
-        (testing.check_head, Mixes, "the output 'a' of a sample depends on others of the batch: say so with mixes_samples"),
+        (
+            testing.check_head,
+            Mixes,
+            "the output 'a' of a sample depends on others of the batch: say so with mixes_samples",
+        ),
         (testing.check_head, DependsOnTheOther, "the output 'a' is another one when asked for alone"),
-        (testing.check_augmenter, GlobalRandomness, "crop gives other views for the same sample and rng: all randomness"),
-        (testing.check_augmenter, WrongCrops, "pixels of 'global' are torch.float32 [1, 3, 16, 16], expected torch.uint8 [1, 3, 16, 16]"),
+        (
+            testing.check_augmenter,
+            GlobalRandomness,
+            "crop gives other views for the same sample and rng: all randomness",
+        ),
+        (
+            testing.check_augmenter,
+            WrongCrops,
+            "pixels of 'global' are torch.float32 [1, 3, 16, 16], expected torch.uint8 [1, 3, 16, 16]",
+        ),
         (testing.check_augmenter, OtherGroups, "crop gives the groups ['local'], and offers ['global']"),
         (testing.check_augmenter, TakesAnything, "crop takes a picture that cannot be decoded"),
         (testing.check_augmenter, DrawsOnTheDevice, "finish draws random numbers for 'global'"),
@@ -454,7 +491,9 @@ def test_errors_of_a_part_keep_their_kind_and_are_named() -> None:
         def forward(self, ctx: StepContext) -> LossOutput:
             raise KeyError("no such thing")
 
-    with pytest.raises(AssertionError, match=r"Crashes: losses\.part \(.*Crashes.*\) failed: KeyError: 'no such thing'"):
+    with pytest.raises(
+        AssertionError, match=r"Crashes: losses\.part \(.*Crashes.*\) failed: KeyError: 'no such thing'"
+    ):
         testing.check_loss(Crashes)
 
 
@@ -462,14 +501,22 @@ def test_errors_of_a_part_keep_their_kind_and_are_named() -> None:
 
 
 def test_example_features_hold_what_is_asked_for_and_nothing_else() -> None:
-    needs = [Need(modality="image", group="global", kind="masked_tokens"), Need(modality="text", group="local"), Need(head="cross")]
+    needs = [
+        Need(modality="image", group="global", kind="masked_tokens"),
+        Need(modality="text", group="local"),
+        Need(head="cross"),
+    ]
     views = testing.example_views()
     found = testing.example_features(needs)
     assert set(found.image) == {"global"} and set(found.text) == {"local"}
     masks = views.image["global"].masks
     assert masks is not None and found.image["global"].masked_tokens is not None
-    assert found.image["global"].masked_tokens.shape == (int(masks.sum()), 32) and found.image["global"].projected is None
-    assert found.text["local"].unit.shape == (2, 6, 32) and {name: x.shape[-1] for name, x in found.heads["cross"].items()} == {
+    assert (
+        found.image["global"].masked_tokens.shape == (int(masks.sum()), 32) and found.image["global"].projected is None
+    )
+    assert found.text["local"].unit.shape == (2, 6, 32) and {
+        name: x.shape[-1] for name, x in found.heads["cross"].items()
+    } == {
         "image": 32,
         "text": 32,
     }

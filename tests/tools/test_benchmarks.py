@@ -19,10 +19,14 @@ EQUAL = ("difference", "collectives", "bytes moved")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "more"), [*((name, []) for name in TINY), ("bench_step", ["--variants", "clip", "--compile"])])
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, []) for name in TINY), ("bench_step", ["--variants", "clip", "--compile"])]
+)
 def test_runs_in_a_tiny_form(name, more, tmp_path):
     command = [sys.executable, str(TOOLS / f"{name}.py"), *TINY[name], *more, "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows and all(row.keys() == {"name", "value", "unit", "goal", "ok"} for row in rows)

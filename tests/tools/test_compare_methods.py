@@ -59,7 +59,9 @@ def scenes(tmp_path_factory):
         files = {name: tar.extractfile(name).read() for name in tar.getnames()}
     read = {name: np.array(Image.open(io.BytesIO(body))) for name, body in files.items() if name.endswith(".png")}
     pictures = [name for name in read if not name.endswith(".mask.png")]
-    return options.pattern(folder, "val"), {read[name].tobytes(): read[name.replace(".png", ".mask.png")] for name in pictures}
+    return options.pattern(folder, "val"), {
+        read[name].tobytes(): read[name.replace(".png", ".mask.png")] for name in pictures
+    }
 
 
 def touched(mask, name):
@@ -70,7 +72,10 @@ def touched(mask, name):
 
 
 class Knowing:
-    """A model that knows the masks. ``choose`` picks a patch, told which of them hold a named object, and which another one."""
+    """A model that knows the masks.
+
+    ``choose`` picks a patch, told which of them hold a named object, and which another one.
+    """
 
     spec = SimpleNamespace(image=SimpleNamespace(patch_size=PATCH))
     device = torch.device("cpu")
@@ -133,7 +138,11 @@ def test_a_fixed_place_hits_what_lies_there(tool, scenes):
     pattern, masks = scenes
     held = [touched(mask, CLASS_NAMES[value - 1]) for mask in masks.values() for value in np.unique(mask)[1:]]
     found = tool.peaks(Knowing(masks, lambda *_: 5), pattern)
-    assert found["attention_peak"] == found["attention_peak_left_out"] == pytest.approx(np.mean([patches[5] for patches in held]))
+    assert (
+        found["attention_peak"]
+        == found["attention_peak_left_out"]
+        == pytest.approx(np.mean([patches[5] for patches in held]))
+    )
     assert found["any_patch"] == pytest.approx(np.mean(held), abs=1e-6)
 
 
@@ -153,7 +162,16 @@ def test_spread_over_seeds(tool):
 @pytest.mark.slow
 def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
     def compare(*words):
-        command = [sys.executable, str(TOOL), "--quick", "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "rows.json"), *words]
+        command = [
+            sys.executable,
+            str(TOOL),
+            "--quick",
+            "--output",
+            str(tmp_path / "runs"),
+            "--json",
+            str(tmp_path / "rows.json"),
+            *words,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -162,13 +180,21 @@ def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
     rows = compare("--seeds", "1")
     figures = ("image_to_text_R@1", "text_to_image_R@5", "top1", "miou", "similarity_peak", "any_patch")
     for method in ("clip", "clip_multi_crop", "cosmos"):
-        assert all(0 <= rows[f"{method}/{role}/{name}"]["value"] <= 100 for role in ("student", "teacher") for name in figures)
-    assert [name for name in rows if name.endswith("attention_peak")] == ["cosmos/student/attention_peak", "cosmos/teacher/attention_peak"]
+        assert all(
+            0 <= rows[f"{method}/{role}/{name}"]["value"] <= 100 for role in ("student", "teacher") for name in figures
+        )
+    assert [name for name in rows if name.endswith("attention_peak")] == [
+        "cosmos/student/attention_peak",
+        "cosmos/teacher/attention_peak",
+    ]
     assert rows["clip/flops"]["value"] < rows["clip_multi_crop/flops"]["value"] < rows["cosmos/flops"]["value"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*_0/*.json")}
     assert len([path for path in written if path.name == "result.json"]) == 3
     more = compare("--seeds", "2", "--equal-compute")
     assert {path: path.stat().st_mtime_ns for path in written} == written  # neither trained nor evaluated again
     assert more["cosmos/student/miou"]["seeds"] == 2
-    spent = {method: more[f"{method}/samples"]["value"] * more[f"{method}/flops"]["value"] for method in ("clip_longer", "cosmos")}
+    spent = {
+        method: more[f"{method}/samples"]["value"] * more[f"{method}/flops"]["value"]
+        for method in ("clip_longer", "cosmos")
+    }
     assert spent["clip_longer"] == pytest.approx(spent["cosmos"], rel=0.2)  # in whole epochs

@@ -64,12 +64,21 @@ def test_agrees_with_the_official_program(run):
     recorded = load_file(GOLDEN / "golden.safetensors")
     inputs = {name for name in recorded if name == "texts" or name.startswith("image.") or name.endswith(".image")}
     assert recorded.keys() - inputs - {"trajectory"} <= names
-    assert {f"trajectory.{step}.{column}" for step in range(6) for column in ("clip_loss", "distill_loss", "grad_norm", "lr")} <= names
+    assert {
+        f"trajectory.{step}.{column}"
+        for step in range(6)
+        for column in ("clip_loss", "distill_loss", "grad_norm", "lr")
+    } <= names
 
 
 @pytest.mark.parametrize(
     ("name", "by"),
-    [("student.img_crossmodal_features", 2e-5), ("loss.distill", 2e-5), ("dense.48x32.tokens.csa1", 1e-4), ("final.loss.clip", 3e-4)],
+    [
+        ("student.img_crossmodal_features", 2e-5),
+        ("loss.distill", 2e-5),
+        ("dense.48x32.tokens.csa1", 1e-4),
+        ("final.loss.clip", 3e-4),
+    ],
 )
 def test_a_changed_value_fails(run, copy, name, by):
     def change(values):
@@ -136,10 +145,14 @@ def test_other_sizes_and_a_nested_meta(run, tool, tmp_path):
     values["trajectory"] = torch.zeros(2, 6, dtype=torch.float64)
     save_file(values, tmp_path / "golden.safetensors")
     recording = tool.Recording(tmp_path)
-    values |= {name: value.contiguous() for name, value in (tool.at_these_weights(recording) | tool.dense(recording)).items()}
+    values |= {
+        name: value.contiguous() for name, value in (tool.at_these_weights(recording) | tool.dense(recording)).items()
+    }
     rows, without = tool.train(recording)
     assert without == []
-    values["trajectory"] = torch.tensor([[row[column] for column in meta["trajectory_columns"]] for row in rows], dtype=torch.float64)
+    values["trajectory"] = torch.tensor(
+        [[row[column] for column in meta["trajectory_columns"]] for row in rows], dtype=torch.float64
+    )
     save_file(values, tmp_path / "golden.safetensors")
     code, lines, _ = run(tmp_path)
     assert (code, [line for line in lines if "FAIL" in line]) == (0, [])

@@ -1,4 +1,6 @@
-"""Images from their URLs through img2dataset, which needs an older webdataset: a command from an environment of its own."""
+"""Images from their URLs through img2dataset, which needs an older webdataset: a command from an environment of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Fetched:
     """URLs that gave no image, by reason."""
 
 
-def fetch(tables: Sequence[str], url_column: str | None, options: FetchOptions, progress: Callable[[str, int, int], None]) -> Fetched:
+def fetch(
+    tables: Sequence[str], url_column: str | None, options: FetchOptions, progress: Callable[[str, int, int], None]
+) -> Fetched:
     """Download the images of the tables' URLs into shards; those that are whole already are kept.
 
     Raises UserError where a table has no URLs or the command cannot be run, StorageError where it fails.
@@ -63,10 +67,16 @@ def fetch(tables: Sequence[str], url_column: str | None, options: FetchOptions, 
     done = len(list((options.folder / "shards").glob("*_stats.json")))
     if done < shards:
         command = shlex.split(options.command) if options.command else [str(environment())]
-        _run(_command(command, options), options.folder, lambda: progress("shards fetched", _finished(options.folder), shards))
+        _run(
+            _command(command, options),
+            options.folder,
+            lambda: progress("shards fetched", _finished(options.folder), shards),
+        )
     found = read_stats(options.folder / "shards")
     if not found.shards:
-        raise StorageError(f"--fetch {options.folder}: img2dataset wrote no shard; see {options.folder / 'img2dataset.log'}")
+        raise StorageError(
+            f"--fetch {options.folder}: img2dataset wrote no shard; see {options.folder / 'img2dataset.log'}"
+        )
     return found
 
 
@@ -83,9 +93,14 @@ def _write_urls(tables: Sequence[str], url_column: str | None, options: FetchOpt
         try:
             found = json.loads(note.read_bytes())
         except ValueError as error:
-            raise UserError(f"--fetch {options.folder}: fetch.json is damaged ({error}). Give another folder") from error
+            raise UserError(
+                f"--fetch {options.folder}: fetch.json is damaged ({error}). Give another folder"
+            ) from error
         if found["identity"] != identity:
-            raise UserError(f"--fetch {options.folder}: this folder holds the images of other tables or options. Give another folder")
+            raise UserError(
+                f"--fetch {options.folder}: this folder holds the images of other tables or options. Give "
+                "another folder"
+            )
         return int(found["urls"])
     if options.folder.is_dir() and any(path.suffix != ".part" for path in options.folder.iterdir()):
         raise UserError(f"--fetch {options.folder}: this folder holds something else. Give a new one")
@@ -96,7 +111,10 @@ def _write_urls(tables: Sequence[str], url_column: str | None, options: FetchOpt
             table = open_table(path)
             column = table.choose(url_column, (*URL_NAMES, "image_path"))
             if column is None:
-                raise UserError(f"{path}: which column holds URLs? Name it by --url-column. The table has: {', '.join(table.columns)}")
+                raise UserError(
+                    f"{path}: which column holds URLs? Name it by --url-column. The table has: "
+                    f"{', '.join(table.columns)}"
+                )
             for batch in table.batches([column]):
                 found = [u.strip() for u in batch.column(0).to_pylist() if isinstance(u, str) and "://" in u]
                 writer.write_table(pa.table({"url": found}, schema=schema))
@@ -135,7 +153,12 @@ def _run(command: Sequence[str], folder: Path, told: Callable[[], None]) -> None
     with log.open("ab") as file:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise UserError(f"--fetch: {command[0]} cannot be run: {error.strerror}") from error
@@ -152,8 +175,13 @@ def _run(command: Sequence[str], folder: Path, told: Callable[[], None]) -> None
             process.wait()
     told()
     if code:
-        last = next((line for line in reversed(log.read_text("utf-8", "replace").splitlines()) if line.strip()), "it said nothing")
-        raise StorageError(f"--fetch: img2dataset failed (exit code {code}): {last.strip()[:200]}. See {log}; the same command goes on")
+        last = next(
+            (line for line in reversed(log.read_text("utf-8", "replace").splitlines()) if line.strip()),
+            "it said nothing",
+        )
+        raise StorageError(
+            f"--fetch: img2dataset failed (exit code {code}): {last.strip()[:200]}. See {log}; the same command goes on"
+        )
 
 
 def _end_with_parent() -> None:
@@ -186,7 +214,10 @@ def read_stats(folder: Path) -> Fetched:
 
 
 def environment() -> Path:
-    """The img2dataset command of a virtual environment in the cache folder, installed when first asked for. Raises UserError."""
+    """The img2dataset command of a virtual environment in the cache folder, installed when first asked for.
+
+    Raises UserError.
+    """
     folder = cache_root() / "img2dataset"
     command, whole = folder / "bin" / "img2dataset", folder / "installed"
     with lock(folder.with_suffix(".lock")):
@@ -198,6 +229,9 @@ def environment() -> Path:
                 done = subprocess.run(step, capture_output=True, text=True, check=False)
                 if done.returncode:
                     said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-                    raise UserError(f"--fetch: img2dataset cannot be installed in {folder}: {said}. Or name your own by --fetch-command")
+                    raise UserError(
+                        f"--fetch: img2dataset cannot be installed in {folder}: {said}. Or name your own by "
+                        "--fetch-command"
+                    )
             whole.touch()
     return command

@@ -20,9 +20,11 @@ from cosmos_ssl.files import written_whole
 from cosmos_ssl.pictures import FILE_BYTES, open_picture, read_regular, undecodable
 from cosmos_ssl.shards.prepare.rows import KEY, hashed
 
-IMAGE = np.dtype([("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")])
-"""One image of a part: hashed URL or path; where its sample (or its name in the list of names) lies; in a shard, where its bytes
-lie; and whether its name is that of a picture."""
+IMAGE = np.dtype(
+    [("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")]
+)
+"""One image of a part: hashed URL or path; where its sample (or its name in the list of names) lies; in a shard, where
+its bytes lie; and whether its name is that of a picture."""
 _JSON_BYTES = 1 << 22
 _FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "tif", "tiff")
 _LISTED = 1 << 17
@@ -41,7 +43,10 @@ class Images(ABC):
 
     @abstractmethod
     def read(self, work: Path, part: int, image: Any) -> bytes:
-        """The bytes of one image, a record of IMAGE. Raises BadSample where it is gone or too large, OSError where storage fails."""
+        """The bytes of one image, a record of IMAGE.
+
+        Raises BadSample where it is gone or too large, OSError where storage fails.
+        """
 
     @abstractmethod
     def name(self, work: Path, part: int, image: Any) -> str:
@@ -102,7 +107,9 @@ class ShardImages(Images):
                     names.append(address.encode("utf-8", "surrogatepass"))
                     places.append((group[0].start, group[-1].end - group[0].start, picture.data, picture.size))
         except TarFault as error:
-            raise DataError(f"--images: {url} is cut short or damaged: {error}. Fetch it again, or leave it out") from error
+            raise DataError(
+                f"--images: {url} is cut short or damaged: {error}. Fetch it again, or leave it out"
+            ) from error
         found = np.zeros(len(names), IMAGE)
         found["key"], found["picture"] = hashed(names), True
         if places:
@@ -187,7 +194,9 @@ class FolderImages(Images):
         if names:
             lengths = np.array([len(name) for name in names])
             found["key"], found["length"], found["offset"] = hashed(names), lengths, np.cumsum(lengths) - lengths
-            found["picture"] = [name.rpartition(b".")[2].lower().decode("ascii", "replace") in _FILE_EXTENSIONS for name in names]
+            found["picture"] = [
+                name.rpartition(b".")[2].lower().decode("ascii", "replace") in _FILE_EXTENSIONS for name in names
+            ]
         with written_whole(work / f"names-{part:05d}") as file:
             file.write(b"".join(names))
         _save(index_path(work, part), found)
@@ -214,7 +223,9 @@ def open_images(given: Sequence[str]) -> Images:
     """The images that ``--images`` names. Raises DataError."""
     folders = [local_path(name) for name in given if "://" not in name and local_path(name).is_dir()]
     if folders and len(given) > 1:
-        raise DataError(f"--images: {folders[0]} is a folder: give one folder of images, or shards such as '{folders[0]}/*.tar'")
+        raise DataError(
+            f"--images: {folders[0]} is a folder: give one folder of images, or shards such as '{folders[0]}/*.tar'"
+        )
     if not folders:
         return ShardImages(expand(given))
     tars = folder_shards(folders[0])

@@ -24,7 +24,9 @@ _ENTRY = np.dtype([("key", KEY), ("number", "<i8")])
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Row of each image (or NO_ROW, REPEATED), int64 [images]; state of each row, uint8 [rows]: 0 no image, 1 used, 2 a repeat."""
+    """Row of each image (or NO_ROW, REPEATED), int64 [images]; state of each row, uint8 [rows]: 0 no image, 1 used, 2 a
+    repeat.
+    """
 
     row_of: NDArray[np.int64]
     state: NDArray[np.uint8]

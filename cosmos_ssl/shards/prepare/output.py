@@ -36,7 +36,8 @@ class Output:
 
     @contextmanager
     def claimed(self, identity: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """Begin, or go on with what the same options began. One process at a time; what a killed one left unfinished is removed.
+        """Begin, or go on with what the same options began. One process at a time; what a killed one left unfinished is
+        removed.
 
         Raises UserError where the folder holds other things, or other work, or another process works on it.
         """
@@ -45,15 +46,22 @@ class Output:
         try:
             begun = self._identity()
             there = begun is not None or (not self.folder.is_dir() and self.folder.exists())
-            there = there or (self.folder.is_dir() and any(not self._is_own_work(path) for path in self.folder.iterdir()))
+            there = there or (
+                self.folder.is_dir() and any(not self._is_own_work(path) for path in self.folder.iterdir())
+            )
             if there and not resume:
                 word = "is finished" if self.report else "was begun" if begun else "exists"
                 hint = " or go on with it by --continue" if begun and not self.report else ""
                 raise UserError(f"--output {self.folder} {word}. Give another folder{hint}")
             if there and begun is None:
-                raise UserError(f"--output {self.folder}: there is nothing to continue, it holds something else. Give another folder")
+                raise UserError(
+                    f"--output {self.folder}: there is nothing to continue, it holds something else. Give "
+                    "another folder"
+                )
             if begun is not None and (changed := _changed(begun, json.loads(json.dumps(identity)))):
-                raise UserError(f"--output {self.folder} was begun with other input or options ({changed}). Give another folder")
+                raise UserError(
+                    f"--output {self.folder} was begun with other input or options ({changed}). Give another folder"
+                )
             self.work.mkdir(parents=True, exist_ok=True)
             with FileLock(self.work / "lock", timeout=0):
                 if begun is None:
@@ -69,7 +77,9 @@ class Output:
             raise type(told)(f"{told}{hint}") from error
 
     def _is_own_work(self, path: Path) -> bool:
-        """Whether this is the work of a process that was killed before it noted what it does: it is removed in the end."""
+        """Whether this is the work of a process that was killed before it noted what it does: it is removed in
+        the end.
+        """
         if path != self.work or path.is_symlink() or not path.is_dir():
             return False
         return all(inner.name == "lock" or inner.suffix == ".part" for inner in path.iterdir())
@@ -122,7 +132,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_processes(workers: int, function: Callable[..., _T], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, _T]]:
+def in_processes(
+    workers: int, function: Callable[..., _T], jobs: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, _T]]:
     """Number and result of each job as it ends. The processes end with this one, however it ends.
 
     Raises what a job raises, StorageError where a process is killed.
@@ -146,7 +158,9 @@ def in_processes(workers: int, function: Callable[..., _T], jobs: Sequence[tuple
                 yield waiting.pop(future), future.result()
         ended = True
     except BrokenProcessPool as error:
-        raise StorageError("a worker process was killed; out of memory? --continue goes on from here, --workers N takes fewer") from error
+        raise StorageError(
+            "a worker process was killed; out of memory? --continue goes on from here, --workers N takes fewer"
+        ) from error
     finally:
         processes = [] if ended else list((executor._processes or {}).values())
         for process in processes:  # in the midst of a shard: its unfinished file is removed when the work goes on

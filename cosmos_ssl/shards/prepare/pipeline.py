@@ -1,4 +1,6 @@
-"""From caption tables and images to shards: tables stored, images indexed, both joined, shards written; any stage can be continued."""
+"""From caption tables and images to shards: tables stored, images indexed, both joined, shards written; any stage can
+be continued.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ class PrepareOptions:
         if not self.columns:
             raise UserError("--caption-columns: which columns hold captions? Name them, such as short,long")
         if taken := {"key", "url", "image"} & set(self.columns.values()):
-            raise UserError(f"--caption-columns: '{min(taken)}' is the name of something else in a sample's JSON. Rename that column")
+            raise UserError(
+                f"--caption-columns: '{min(taken)}' is the name of something else in a sample's JSON. Rename "
+                "that column"
+            )
         if not self.name or not all(c.isalnum() or c in "-_" for c in self.name) or len(self.name) > 64:
             raise UserError(f"--name: '{self.name}' is no name for shards: letters, digits, - and _ are")
 
@@ -84,7 +89,11 @@ class PrepareOptions:
     @property
     def caption_schema(self) -> str:
         """The ``data.caption_schema`` that reads these shards."""
-        return self.schema if self.schema in PRESETS and not self.caption_columns else f"json:{','.join(self.columns.values())}"
+        return (
+            self.schema
+            if self.schema in PRESETS and not self.caption_columns
+            else f"json:{','.join(self.columns.values())}"
+        )
 
 
 @dataclass(slots=True)
@@ -134,14 +143,20 @@ class Prepare:
         with output.claimed(self.identity(), resume=resume):
             if (report := output.report) is not None:
                 if missing is not None:
-                    raise UserError("--list-missing: this output is finished and its index is gone; ask for the list in a --dry-run")
+                    raise UserError(
+                        "--list-missing: this output is finished and its index is gone; ask for the list in a --dry-run"
+                    )
                 return Counts(**report["counts"])
             counts, plan = self._join(output)
             self._write(output, plan, counts)
             if missing is not None:
                 self._list(output, missing)
             sizes = {name: output.note(f"{name}.json")["samples"] for name in plan["names"]}
-            report = {"identity": self.identity(), "caption_schema": self.options.caption_schema, "counts": asdict(counts)}
+            report = {
+                "identity": self.identity(),
+                "caption_schema": self.options.caption_schema,
+                "counts": asdict(counts),
+            }
             output.finish(sizes, report)
         return counts
 
@@ -159,15 +174,25 @@ class Prepare:
     def identity(self) -> dict[str, Any]:
         """What the shards depend on, in plain values."""
         options = self.options
-        found: dict[str, Any] = {"tables": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in self.tables]}
+        found: dict[str, Any] = {
+            "tables": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in self.tables]
+        }
         if isinstance(self.images, FolderImages):
             found["images"] = str(self.images.root)
         else:
             assert isinstance(self.images, ShardImages)
             lines = "\n".join(f"{url} {self.images.stat(i).size}" for i, url in enumerate(self.images.urls))
-            found["images"] = [len(self.images.urls), self.images.urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]]
+            found["images"] = [
+                len(self.images.urls),
+                self.images.urls[0],
+                hashlib.sha256(lines.encode()).hexdigest()[:16],
+            ]
         kept = ("samples_per_shard", "name", "decode", "max_pixels", "url_column", "image_column")
-        return found | {"captions": dict(options.columns), "rule": options.sentence_rule} | {name: getattr(options, name) for name in kept}
+        return (
+            found
+            | {"captions": dict(options.columns), "rule": options.sentence_rule}
+            | {name: getattr(options, name) for name in kept}
+        )
 
     def _stems(self, output: Output) -> list[Path]:
         return [output.work / f"table-{i:04d}" for i in range(len(self.tables))]
@@ -184,13 +209,23 @@ class Prepare:
         return Counts(**plan["counts"]), plan
 
     def _store(self, output: Output, captions: bool) -> None:
-        todo = [(p, s) for p, s in zip(self.tables, self._stems(output), strict=True) if not s.with_suffix(".json").is_file()]
+        todo = [
+            (p, s)
+            for p, s in zip(self.tables, self._stems(output), strict=True)
+            if not s.with_suffix(".json").is_file()
+        ]
         sizes = [path.stat().st_size for path, _ in todo]
         if len(todo) == 1 or self.options.workers == 1:
             for number, (path, stem) in enumerate(todo):
                 before = sum(sizes[:number])
                 self.progress("bytes of tables read", before, sum(sizes))
-                store_rows(path, self.wanted, stem, captions=captions, told=self._told("bytes of tables read", before, sum(sizes)))
+                store_rows(
+                    path,
+                    self.wanted,
+                    stem,
+                    captions=captions,
+                    told=self._told("bytes of tables read", before, sum(sizes)),
+                )
             return
         done = 0
         self.progress("bytes of tables read", 0, sum(sizes))
@@ -214,14 +249,18 @@ class Prepare:
                 notes[part] = note
         todo = [part for part in range(len(self.images.urls)) if part not in notes]
         self.progress("image shards indexed", len(notes), len(self.images.urls))
-        for number, note in in_processes(self.options.workers, _index_part, [(self.images, work, part) for part in todo]):
+        for number, note in in_processes(
+            self.options.workers, _index_part, [(self.images, work, part) for part in todo]
+        ):
             output.put(f"index/{todo[number]:05d}.json", note)
             notes[todo[number]] = note
             self.progress("image shards indexed", len(notes), len(self.images.urls))
         if not any(note["images"] for note in notes.values()):
             without = sum(note["without a URL"] for note in notes.values())
             what = f"none of {without:,} images has a 'url' in its JSON" if without else "no images at all"
-            raise DataError(f"--images: these shards hold {what}. Images in shards are joined by URL; else give a folder of images")
+            raise DataError(
+                f"--images: these shards hold {what}. Images in shards are joined by URL; else give a folder of images"
+            )
         return [notes[part] for part in sorted(notes)]
 
     def _plan(self, output: Output, notes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -289,7 +328,10 @@ class Prepare:
             counts.bad[reason] = counts.bad.get(reason, 0) + count
         if counts.samples == 0:
             what = ", ".join(f"{reason} {count:,}" for reason, count in counts.bad.items())
-            raise DataError(f"--output: not one of {counts.matched:,} samples can be used: {what} ({next(iter(counts.examples.values()))})")
+            raise DataError(
+                f"--output: not one of {counts.matched:,} samples can be used: {what} "
+                f"({next(iter(counts.examples.values()))})"
+            )
 
     def _examples(self, output: Output) -> tuple[str, str]:
         rows = Rows(self._stems(output))
@@ -360,7 +402,11 @@ def schema_beside(shard: str) -> str | None:
     from cosmos_ssl.data.storage import is_local, local_path
 
     try:
-        found = json.loads((local_path(shard).parent / "shards.json").read_bytes())["caption_schema"] if is_local(shard) else None
+        found = (
+            json.loads((local_path(shard).parent / "shards.json").read_bytes())["caption_schema"]
+            if is_local(shard)
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None

@@ -1,4 +1,6 @@
-"""Rows of the tables in a form that gives any row at once: Arrow files, mapped and not read, and a column of hashed keys."""
+"""Rows of the tables in a form that gives any row at once: Arrow files, mapped and not read, and a column of hashed
+keys.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def key_columns(table: Table, wanted: Wanted) -> tuple[str, str | None]:
     else:
         key, option, what = table.choose(wanted.image_column, IMAGE_NAMES), "--image-column", "image paths"
     if key is None:
-        raise UserError(f"{table.path}: which column holds {what}? Name it by {option}. The table has: {', '.join(table.columns)}")
+        raise UserError(
+            f"{table.path}: which column holds {what}? Name it by {option}. The table has: {', '.join(table.columns)}"
+        )
     return key, url if url != key else None
 
 
@@ -82,8 +86,11 @@ def check_table(path: Path, wanted: Wanted) -> None:
     caption_columns(table, wanted.captions)
 
 
-def store_rows(path: Path, wanted: Wanted, stem: Path, *, captions: bool = True, told: Told = lambda read: None) -> TableNote:
-    """Write the rows that name an image to ``STEM.arrow`` and their keys to ``STEM.keys``; ``STEM.json``, written last, is the note.
+def store_rows(
+    path: Path, wanted: Wanted, stem: Path, *, captions: bool = True, told: Told = lambda read: None
+) -> TableNote:
+    """Write the rows that name an image to ``STEM.arrow`` and their keys to ``STEM.keys``; ``STEM.json``, written last,
+    is the note.
 
     Without ``captions`` the names alone are kept. Raises UserError, DataError, OSError.
     """
@@ -97,7 +104,9 @@ def store_rows(path: Path, wanted: Wanted, stem: Path, *, captions: bool = True,
     with written_whole(stem.with_suffix(".arrow")) as file, written_whole(stem.with_suffix(".keys")) as keys:
         # a column may be read twice under two names: the image's path may be a caption too
         for batch in table.batches(list(dict.fromkeys(columns)), told):
-            found, batch = _named(batch.select(columns) if len(set(columns)) == len(columns) else _selected(batch, columns), wanted, table)
+            found, batch = _named(
+                batch.select(columns) if len(set(columns)) == len(columns) else _selected(batch, columns), wanted, table
+            )
             batch = batch.rename_columns(names)
             if writer is None:
                 writer = pa.ipc.new_file(file, batch.schema)
@@ -131,7 +140,10 @@ def _named(batch: pa.RecordBatch, wanted: Wanted, table: Table) -> tuple[list[by
             found.append(name.encode("utf-8", "surrogatepass"))
             kept.append(place)
         else:
-            table.fault("not UTF-8" if isinstance(value, bytes) else "names no image", f"{table.path.name} near row {first + place + 1:,}")
+            table.fault(
+                "not UTF-8" if isinstance(value, bytes) else "names no image",
+                f"{table.path.name} near row {first + place + 1:,}",
+            )
     return found, batch if len(kept) == len(batch) else batch.take(pa.array(kept, pa.int64()))
 
 
@@ -163,7 +175,10 @@ class Rows:
         return int(self._ends[-1])
 
     def row(self, index: int) -> dict[str, Any]:
-        """Cells by name: ``key``, perhaps ``url``, and caption fields. Raises BadSample for strings that are no UTF-8."""
+        """Cells by name: ``key``, perhaps ``url``, and caption fields.
+
+        Raises BadSample for strings that are no UTF-8.
+        """
         batch, place = self._find(index)
         try:
             return {name: batch.column(i)[place].as_py() for i, name in enumerate(batch.schema.names)}
@@ -194,7 +209,9 @@ class _Mapped:
         import pyarrow as pa
 
         self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._ends = np.cumsum([self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]).tolist()
+        self._ends = np.cumsum(
+            [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
+        ).tolist()
         self._batches: dict[int, Any] = {}  # views of the mapped file, which hold no memory of their own
 
     def find(self, index: int) -> tuple[pa.RecordBatch, int]:

@@ -14,10 +14,32 @@ _PUBLISHED = re.compile(r"\n|</s>|\.")
 _CAREFUL = re.compile(r"""\n|</s>|\.(?=["')\]]?(?:\s|$|</s>))""")
 _WORD = re.compile(r"[^\s\"'(\[]*$")
 _NEVER_LAST = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "st", "mt", "capt", "col", "gen", "lt", "sgt", "rev", "hon", "fig", "no", "vs", "approx", "ca"]
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "st",
+        "mt",
+        "capt",
+        "col",
+        "gen",
+        "lt",
+        "sgt",
+        "rev",
+        "hon",
+        "fig",
+        "no",
+        "vs",
+        "approx",
+        "ca",
+    ]
 )
 """Abbreviations that something always follows."""
-_SELDOM_LAST = frozenset(["etc", "inc", "ltd", "co", "corp", "jr", "sr", "dept", "est", "min", "max", "ft", "in", "lb", "oz"])
+_SELDOM_LAST = frozenset(
+    ["etc", "inc", "ltd", "co", "corp", "jr", "sr", "dept", "est", "min", "max", "ft", "in", "lb", "oz"]
+)
 """Abbreviations that end a sentence only before a capital letter."""
 
 
@@ -60,7 +82,9 @@ def whole(text: str) -> list[str]:
 
 
 def sentences(value: Any, split: Callable[[str], list[str]]) -> tuple[list[str], bool]:
-    """Sentences of a cell, and whether it held a list already: a list, or the text of one as JSON or Python writes it."""
+    """Sentences of a cell, and whether it held a list already: a list, or the text of one as JSON or Python
+    writes it.
+    """
     if isinstance(value, str):
         listed = _written_list(value)
         return (split(value), False) if listed is None else (as_sentences(listed), True)

@@ -52,7 +52,10 @@ def open_table(path: Path) -> Table:
 
 
 class Table:
-    """The rows of one file. ``faults`` counts those that could not be read, ``examples`` names the first of each reason."""
+    """The rows of one file.
+
+    ``faults`` counts those that could not be read, ``examples`` names the first of each reason.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path = path
@@ -74,10 +77,15 @@ class Table:
 
     def missing(self, column: str) -> UserError:
         """The error for a column that is not there."""
-        return UserError(f"{self.path}: no column '{column}'.{did_you_mean(column, self.columns)} It has: {', '.join(self.columns)}")
+        return UserError(
+            f"{self.path}: no column '{column}'.{did_you_mean(column, self.columns)} It has: {', '.join(self.columns)}"
+        )
 
     def choose(self, wanted: str | None, names: Sequence[str]) -> str | None:
-        """The column ``wanted``, else the first whose name is one of ``names``. Raises UserError where ``wanted`` is not there."""
+        """The column ``wanted``, else the first whose name is one of ``names``.
+
+        Raises UserError where ``wanted`` is not there.
+        """
         if wanted is not None:
             if wanted not in self.columns:
                 raise self.missing(wanted)
@@ -148,7 +156,9 @@ class CsvTable(Table):
         found: list[list[str]] = []
 
         def batch() -> pa.RecordBatch:
-            return pa.record_batch([pa.array([row[p] for row in found], pa.string()) for p in places], names=list(columns))
+            return pa.record_batch(
+                [pa.array([row[p] for row in found], pa.string()) for p in places], names=list(columns)
+            )
 
         with self.path.open("rb", buffering=1 << 20) as file:
             file.readline()

@@ -1,4 +1,6 @@
-"""FLAIR (arXiv 2412.03561) for cosmos-ssl: text-conditioned attention pooling, its losses, its retrieval score, a recipe."""
+"""FLAIR (arXiv 2412.03561) for cosmos-ssl: text-conditioned attention pooling, its losses, its retrieval score, a
+recipe.
+"""
 
 from pathlib import Path
 

@@ -15,7 +15,8 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class Flair(Loss):
-    """Text-conditioned and multi-positive sigmoid loss over K sampled captions an image (FLAIR, arXiv 2412.03561, section 3).
+    """Text-conditioned and multi-positive sigmoid loss over K sampled captions an image (FLAIR, arXiv 2412.03561,
+    section 3).
 
     Each is the sum over captions of -log sigmoid(z (scale cosine + bias)), z = 1 for a caption of the image and -1 for
     another's, divided by K and averaged over images. The text-conditioned one compares a caption with the image pooled
@@ -41,7 +42,8 @@ class Flair(Loss):
         negative_captions: how many of another image's captions the text-conditioned loss compares an image with; drawn
             each step, evenly over images, and the sum is divided by this number in place of K. None takes all of
             them; the authors' program draws 1, at a K-th of the cost.
-        multi_positive_share: weight of the multi-positive loss, from 0 to below 1; the text-conditioned one has the rest.
+        multi_positive_share: weight of the multi-positive loss, from 0 to below 1; the text-conditioned one has the
+            rest.
         init_logit_scale: inverse temperature at the start; it is learned, and kept within 1..100. Both losses share it.
         init_logit_bias: bias of the logits at the start; it is learned. Below 0, since nearly all pairs are no match.
         """
@@ -51,7 +53,9 @@ class Flair(Loss):
             raise ValueError(f"head: no pooling head '{head}'. Heads of that kind: {able}")
         captions = sum(view.views for view in spec.text_views.values())
         if negative_captions is not None and not 1 <= negative_captions <= captions:
-            raise ValueError(f"negative_captions: {negative_captions} of the {captions} captions of an image cannot be drawn")
+            raise ValueError(
+                f"negative_captions: {negative_captions} of the {captions} captions of an image cannot be drawn"
+            )
         if not 0 <= multi_positive_share < 1:
             raise ValueError(f"multi_positive_share: {multi_positive_share:g} is outside 0..1, 1 excluded")
         if not 1 <= init_logit_scale <= 100:
@@ -61,7 +65,9 @@ class Flair(Loss):
         self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
 
     def requires(self) -> list[Need]:
-        """The head; tokens, and for the multi-positive loss the feature, of the first global image; captions of all ranks."""
+        """The head; tokens, and for the multi-positive loss the feature, of the first global image; captions of all
+        ranks.
+        """
         needs = [
             Need(head=self.head, outputs=()),
             Need(modality="image", group="global", views=(0,), kind="tokens"),
@@ -83,7 +89,9 @@ class Flair(Loss):
         tokens = ctx.student.image["global"].tokens_of((0,))[0]  # [B, P, W]
         captions, samples, _ = texts.shape
         own = rank() * len(tokens) + torch.arange(len(tokens), device=texts.device)
-        positives = own[:, None] + samples * torch.arange(captions, device=texts.device)  # [B, K], rows of texts laid end to end
+        positives = own[:, None] + samples * torch.arange(
+            captions, device=texts.device
+        )  # [B, K], rows of texts laid end to end
         asked = None
         if self.negatives not in (None, captions):
             asked = torch.cat([positives, self._draw(own, captions, samples, ctx.progress.step)], dim=1)
@@ -94,7 +102,9 @@ class Flair(Loss):
         return F.softplus(signs * logits).sum(1).mean() / (self.negatives or captions)
 
     def _draw(self, own: Tensor, captions: int, samples: int, step: int) -> Tensor:
-        """Some captions of every other image, int64 [B, (N - 1) x negatives]: a function of seed, step and image, whatever the ranks."""
+        """Some captions of every other image, int64 [B, (N - 1) x negatives]: a function of seed, step and image,
+        whatever the ranks.
+        """
         assert self.negatives is not None
         generator = torch.Generator().manual_seed(hash((self.seed, step)) & 0x7FFF_FFFF_FFFF_FFFF)
         first = torch.randint(captions, (samples,), generator=generator).to(own.device, non_blocking=True)

@@ -90,7 +90,9 @@ class FlairPool(Head):
 
     def match_needs(self, modality: Modality) -> list[Need]:
         """An image's tokens, a text's projected feature."""
-        return [Need(modality=modality, group="global", views=(0,), kind="tokens" if modality == "image" else "projected")]
+        return [
+            Need(modality=modality, group="global", views=(0,), kind="tokens" if modality == "image" else "projected")
+        ]
 
     def match_input(self, features: Features, modality: Modality) -> Tensor:
         """An image's patches at the shared width [B, P, D]; a text's feature [T, D]."""
@@ -119,7 +121,9 @@ class FlairPool(Head):
         return torch.cat([score(k, v, *part) for part in parts], dim=1)
 
     def _part(self, k: Tensor, v: Tensor, q: Tensor, unit: Tensor, rows: Tensor | None) -> Tensor:
-        """Keys and values [B, P + 1, H, d], queries [T, H, d], unit texts [T, D], rows of them [B, t] -> scores [B, t or T]."""
+        """Keys and values [B, P + 1, H, d], queries [T, H, d], unit texts [T, D], rows of them [B, t] -> scores [B, t
+        or T].
+        """
         if rows is None:
             q = q.expand(len(k), *q.shape)
         else:
@@ -132,7 +136,9 @@ class FlairPool(Head):
         return self._heads(F.linear(self.norm_q(texts), self.qkv.weight[: self.width], self.qkv.bias[: self.width]))
 
     def _memory(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches [B, P, D] -> keys and values [B, P + 1, H, d], computed once for all texts; the last is the empty token."""
+        """Patches [B, P, D] -> keys and values [B, P + 1, H, d], computed once for all texts; the last is the empty
+        token.
+        """
         weights, biases = self.qkv.weight[self.width :].chunk(2), self.qkv.bias[self.width :].chunk(2)
         found = []
         for norm, weight, bias in zip((self.norm_k, self.norm_v), weights, biases, strict=True):

@@ -1,4 +1,5 @@
-"""One rank of the loss on a fixed global batch, as a program: RANK WORLD FOLDER NEGATIVES. Writes what test_loss.py compares.
+"""One rank of the loss on a fixed global batch, as a program: RANK WORLD FOLDER NEGATIVES. Writes what test_loss.py
+compares.
 
 The global batch is the same for every WORLD; a rank takes its share, and what it finds is the loss, and the
 gradients of its images, of its captions and of all parameters.
@@ -42,10 +43,14 @@ def main(rank: int, world: int, folder: Path, negatives: int | None) -> None:
     tokens, images, texts = (x[:, share].clone().requires_grad_() for x in everyone)
     context = StepContext(
         views=Views(keys=[""] * tokens.shape[1]),
-        student=Features(image={"global": GroupFeatures(views=(0,), projected=images, tokens=tokens, token_views=(0,))}),
+        student=Features(
+            image={"global": GroupFeatures(views=(0,), projected=images, tokens=tokens, token_views=(0,))}
+        ),
         teacher=None,
         gathered={
-            "student": Features(text={"global": GroupFeatures(views=tuple(range(CAPTIONS)), projected=gather(texts, dim=1))}),
+            "student": Features(
+                text={"global": GroupFeatures(views=tuple(range(CAPTIONS)), projected=gather(texts, dim=1))}
+            ),
             "teacher": Features(),
         },
         progress=Progress(step=4, total_steps=9),

@@ -43,7 +43,9 @@ class Setting:
     def __init__(self, **options: object) -> None:
         torch.manual_seed(0)
         self.head = FlairPool(spec(), num_heads=HEADS).double()
-        self.loss = Flair(spec(), **{"head": "pool", "init_logit_scale": 7.0, "init_logit_bias": -3.0} | options).double()
+        self.loss = Flair(
+            spec(), **{"head": "pool", "init_logit_scale": 7.0, "init_logit_bias": -3.0} | options
+        ).double()
         self.tokens = torch.randn(1, B, PATCHES, WIDTH, dtype=torch.float64, requires_grad=True)
         self.images = torch.randn(1, B, D, dtype=torch.float64, requires_grad=True)
         self.texts = torch.randn(K, B, D, dtype=torch.float64, requires_grad=True)
@@ -53,7 +55,9 @@ class Setting:
     def context(self) -> StepContext:
         image = GroupFeatures(views=(0,), projected=self.images, tokens=self.tokens, token_views=(0,))
         parts = self.texts.split(list(GROUPS.values()))
-        text = {name: GroupFeatures(views=tuple(range(len(x))), projected=x) for name, x in zip(GROUPS, parts, strict=True)}
+        text = {
+            name: GroupFeatures(views=tuple(range(len(x))), projected=x) for name, x in zip(GROUPS, parts, strict=True)
+        }
         return StepContext(
             views=Views(keys=[""] * B),
             student=Features(image={"global": image}, text=text),
@@ -79,14 +83,19 @@ def pooled(head: FlairPool, tokens: Tensor, text: Tensor) -> Tensor:
     wq, wk, wv = head.qkv.weight.chunk(3)
     bq, bk, bv = head.qkv.bias.chunk(3)
     q = wq @ head.norm_q(text) + bq
-    k, v = (torch.cat([norm(patches) @ w.T + b, torch.zeros(1, D)]) for norm, w, b in ((head.norm_k, wk, bk), (head.norm_v, wv, bv)))
+    k, v = (
+        torch.cat([norm(patches) @ w.T + b, torch.zeros(1, D)])
+        for norm, w, b in ((head.norm_k, wk, bk), (head.norm_v, wv, bv))
+    )
     d = D // HEADS
     found = [((k[:, i : i + d] @ q[i : i + d]) / math.sqrt(d)).softmax(0) @ v[:, i : i + d] for i in range(0, D, d)]
     return head.proj(torch.cat(found))
 
 
 def dense(setting: Setting, compared: list[list[tuple[int, int]]], divisor: int) -> dict[str, Tensor]:
-    """Both losses as sums over pairs; ``compared`` are the captions (k, j) that each image is compared with when pooled."""
+    """Both losses as sums over pairs; ``compared`` are the captions (k, j) that each image is compared with when
+    pooled.
+    """
     scale, bias = setting.loss.logit_scale.exp(), setting.loss.logit_bias
 
     def term(image: Tensor, text: Tensor, own: bool) -> Tensor:
@@ -112,7 +121,9 @@ def assert_same(setting: Setting, expected: dict[str, Tensor]) -> None:
     assert terms.keys() == expected.keys()
     for name, value in terms.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
-    for ours, plain in zip(setting.gradients(sum(terms.values())), setting.gradients(sum(expected.values())), strict=True):
+    for ours, plain in zip(
+        setting.gradients(sum(terms.values())), setting.gradients(sum(expected.values())), strict=True
+    ):
         torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-11)
 
 
@@ -128,7 +139,9 @@ def test_value_and_gradients_are_those_of_the_formula(chunk: int) -> None:
     setting = Setting(multi_positive_share=0.3)
     setting.head.chunk = chunk
     plain = dense(setting, [all_pairs()] * B, K)
-    assert_same(setting, {"text_conditioned": 0.7 * plain["text_conditioned"], "multi_positive": 0.3 * plain["multi_positive"]})
+    assert_same(
+        setting, {"text_conditioned": 0.7 * plain["text_conditioned"], "multi_positive": 0.3 * plain["multi_positive"]}
+    )
 
 
 def test_without_the_multi_positive_loss_the_feature_is_not_read() -> None:
@@ -165,7 +178,9 @@ def test_draws_change_with_step_and_seed_and_are_even() -> None:
         counts += torch.bincount(asked[:, K:].flatten(), minlength=K * B).view(K, B)
     assert len(seen) > 50
     assert (counts.sum(0) == 60 * (B - 1)).all()
-    assert (counts / counts.sum(0)).sub(1 / K).abs().max() < 0.12  # standard deviation at most 0.06 were they independent
+    assert (counts / counts.sum(0)).sub(
+        1 / K
+    ).abs().max() < 0.12  # standard deviation at most 0.06 were they independent
     for setting.loss.seed, again in ((0, True), (1, False)):  # a resumed run draws what it drew
         setting.step = 0
         setting.loss(setting.context())
@@ -200,7 +215,9 @@ def test_ranks_share_the_global_batch_exactly(negatives: int | None, tmp_path: P
         folder = tmp_path / str(world)
         folder.mkdir()
         command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
-        ranks = [subprocess.Popen([*command, str(r), str(world), str(folder), str(negatives or 0)]) for r in range(world)]
+        ranks = [
+            subprocess.Popen([*command, str(r), str(world), str(folder), str(negatives or 0)]) for r in range(world)
+        ]
         assert [process.wait(timeout=120) for process in ranks] == [0] * world
     loss, tokens, images, texts, *parameters = torch.load(tmp_path / "1" / "1-0.pt")
     first, second = (torch.load(tmp_path / "2" / f"2-{rank}.pt") for rank in range(2))

@@ -29,7 +29,11 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path}:{node.lineno}"
-            found += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "cosmos_ssl" else [node.module]
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "cosmos_ssl"
+                else [node.module]
+            )
     return found
 
 
@@ -44,7 +48,19 @@ def test_only_the_public_surface_is_imported(path: Path) -> None:
 def test_public_and_private_are_told_apart() -> None:
     for name in ("cosmos_ssl", "cosmos_ssl.api", "cosmos_ssl.models.attention", "cosmos_ssl.data"):
         assert PUBLIC.fullmatch(name), name
-    for name in ("engine", "engine.step", "registry", "config", "build", "cli", "interop", "types", "errors", "specs", "api_x"):
+    for name in (
+        "engine",
+        "engine.step",
+        "registry",
+        "config",
+        "build",
+        "cli",
+        "interop",
+        "types",
+        "errors",
+        "specs",
+        "api_x",
+    ):
         assert not PUBLIC.fullmatch(f"cosmos_ssl.{name}"), name
 
 
@@ -53,13 +69,18 @@ def test_parts_are_listed_with_their_distribution() -> None:
     done = subprocess.run([str(program), "plugins", "list"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for group, name, object_path in (("heads", "flair_pool", "pooling:FlairPool"), ("losses", "flair", "loss:Flair")):
-        pattern = rf"^{group} +{name} +cosmos-ssl-flair {re.escape(PYPROJECT['project']['version'])} +cosmos_ssl_flair\.{object_path}$"
+        pattern = (
+            rf"^{group} +{name} +cosmos-ssl-flair {re.escape(PYPROJECT['project']['version'])} "
+            rf"+cosmos_ssl_flair\.{object_path}$"
+        )
         assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout
 
 
 def test_installed_metadata_are_those_of_pyproject() -> None:
     project, installed = PYPROJECT["project"], distribution("cosmos-ssl-flair")
-    declared = {(group, name, value) for group, points in project["entry-points"].items() for name, value in points.items()}
+    declared = {
+        (group, name, value) for group, points in project["entry-points"].items() for name, value in points.items()
+    }
     assert {(point.group, point.name, point.value) for point in installed.entry_points} == declared
     assert installed.version == project["version"]
     assert "cosmos-ssl<0.2,>=0.1" in (installed.requires or [])

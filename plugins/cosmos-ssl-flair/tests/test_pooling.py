@@ -17,7 +17,12 @@ IMAGES, PATCHES, TEXTS, WIDTH, D, HEADS = 3, 7, 11, 12, 16, 4
 
 def spec(**changes: object) -> Spec:
     sizes = {"image": TowerSpec(width=WIDTH), "text": TowerSpec(width=20), "attention": "sdpa"}
-    return Spec(embed_dim=D, image_views={"global": ViewSpec(views=1)}, text_views={"global": ViewSpec(views=3)}, **sizes | changes)
+    return Spec(
+        embed_dim=D,
+        image_views={"global": ViewSpec(views=1)},
+        text_views={"global": ViewSpec(views=3)},
+        **sizes | changes,
+    )
 
 
 @pytest.fixture
@@ -42,13 +47,17 @@ def pooled(head: FlairPool, tokens: Tensor, text: Tensor) -> Tensor:
     reference.in_proj_weight, reference.in_proj_bias = head.qkv.weight, head.qkv.bias
     reference.out_proj.weight, reference.out_proj.bias = head.proj.weight, head.proj.bias
     patches = head.image_tokens(tokens)[None]
-    found: Tensor = reference(head.norm_q(text)[None, None], head.norm_k(patches), head.norm_v(patches), need_weights=False)[0]
+    found: Tensor = reference(
+        head.norm_q(text)[None, None], head.norm_k(patches), head.norm_v(patches), need_weights=False
+    )[0]
     return found[0, 0]
 
 
 def scores(head: FlairPool, tokens: Tensor, texts: Tensor) -> Tensor:
     """[B, P, W], [T, D] -> [B, T], a pair at a time."""
-    rows = [torch.stack([F.cosine_similarity(pooled(head, image, text), text, dim=0) for text in texts]) for image in tokens]
+    rows = [
+        torch.stack([F.cosine_similarity(pooled(head, image, text), text, dim=0) for text in texts]) for image in tokens
+    ]
     return torch.stack(rows)
 
 
@@ -95,7 +104,10 @@ def test_match_scores_a_picture_and_a_text(head: FlairPool, chunk: int) -> None:
         assert images.shape == (IMAGES, PATCHES, D)
         assert torch.equal(head.match_input(features, "text"), texts)
         torch.testing.assert_close(head.match(images, texts), scores(head, tokens, texts), rtol=1e-9, atol=1e-11)
-    assert head.matches and {need.kind for m in ("image", "text") for need in head.match_needs(m)} == {"tokens", "projected"}
+    assert head.matches and {need.kind for m in ("image", "text") for need in head.match_needs(m)} == {
+        "tokens",
+        "projected",
+    }
 
 
 def test_output_is_the_image_pooled_by_its_own_texts(head: FlairPool) -> None:
@@ -106,7 +118,9 @@ def test_output_is_the_image_pooled_by_its_own_texts(head: FlairPool) -> None:
     )
     found = head(features, Views(keys=[""] * IMAGES), ("pooled",))
     assert found.keys() == head.outputs().keys() and head(features, Views(keys=[""] * IMAGES), ()) == {}
-    plain = torch.stack([torch.stack([pooled(head, image, text) for image, text in zip(tokens, view, strict=True)]) for view in texts])
+    plain = torch.stack(
+        [torch.stack([pooled(head, image, text) for image, text in zip(tokens, view, strict=True)]) for view in texts]
+    )
     torch.testing.assert_close(found["pooled"], plain, rtol=1e-9, atol=1e-11)
 
 
@@ -166,7 +180,12 @@ def test_starts_as_pytorch_s_attention() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "heads", "message"),
-    [({}, 3, "num_heads: "), ({}, 0, "num_heads: "), ({"image": None}, 4, "needs both"), ({"text": None}, 4, "needs both")],
+    [
+        ({}, 3, "num_heads: "),
+        ({}, 0, "num_heads: "),
+        ({"image": None}, 4, "needs both"),
+        ({"text": None}, 4, "needs both"),
+    ],
 )
 def test_impossible_options_are_refused(changes: dict[str, object], heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

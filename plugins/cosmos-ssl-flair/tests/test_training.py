@@ -23,8 +23,13 @@ from cosmos_ssl.data import open_shards
 SMALL = [
     "data={type: scenes, train_samples: 48, validation_samples: 20, image_size: 32}",
     "evaluators.retrieval={data: null, batch_size: 8}",
-    "model={embed_dim: 32, image: {width: 64, layers: 1, image_size: 32, patch_size: 8}, text: {width: 64, layers: 1, heads: 1}}",
-    *("tokenizer.context_length=40", "augmenters.image.size=32", "augmenters.text={num_sampled_captions: 3, num_global_captions: 3}"),
+    "model={embed_dim: 32, image: {width: 64, layers: 1, image_size: 32, patch_size: 8}, text: {width: 64, "
+    "layers: 1, heads: 1}}",
+    *(
+        "tokenizer.context_length=40",
+        "augmenters.image.size=32",
+        "augmenters.text={num_sampled_captions: 3, num_global_captions: 3}",
+    ),
     *("training={batch_size: 12, precision: fp32}", "optimizer.lr=3e-3", "schedule={epochs: 2, warmup_steps: 1}"),
     *("loader.workers=0", "logging={every_steps: 1, tensorboard: false}"),
 ]
@@ -32,7 +37,10 @@ SMALL = [
 
 def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
     """Train the small recipe in a folder; the rows of its metrics."""
-    cosmos_ssl.train(cosmos_ssl_flair.RECIPE, [*SMALL, f"data.folder={folder / 'scenes'}", f"output_dir={folder / 'run'}", *overrides])
+    cosmos_ssl.train(
+        cosmos_ssl_flair.RECIPE,
+        [*SMALL, f"data.folder={folder / 'scenes'}", f"output_dir={folder / 'run'}", *overrides],
+    )
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -72,7 +80,9 @@ def test_trains_and_retrieves_by_the_pooled_score(negatives: str, tmp_path: Path
     steps = [row for row in rows if "loss" in row]
     assert len(steps) == 8 and steps[-1]["loss"] < steps[0]["loss"]
     for row in steps:
-        assert row["loss"] == pytest.approx(row["loss/flair/text_conditioned"] + row["loss/flair/multi_positive"], rel=1e-4)
+        assert row["loss"] == pytest.approx(
+            row["loss/flair/text_conditioned"] + row["loss/flair/multi_positive"], rel=1e-4
+        )
     [*_, found] = [row for row in rows if "retrieval/student/image_to_text_R@1" in row]
 
     model = cosmos_ssl.load(tmp_path / "run")
@@ -112,9 +122,15 @@ def test_the_recipe_builds_as_it_is_and_its_command_holds() -> None:
     assert "ok" in run("cosmos-ssl", "config", "check", recipe, *overrides)
 
 
-def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_s_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both blocks as they stand, the first on fewer samples."""
-    fewer = ["data={train_samples: 64, validation_samples: 8, folder: scenes}", "schedule={epochs: 1, warmup_steps: 1}", "loader.workers=0"]
+    fewer = [
+        "data={train_samples: 64, validation_samples: 8, folder: scenes}",
+        "schedule={epochs: 1, warmup_steps: 1}",
+        "loader.workers=0",
+    ]
     real = cosmos_ssl.train
     monkeypatch.setattr(cosmos_ssl, "train", lambda recipe, overrides: real(recipe, [*overrides, *fewer]))
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,12 @@ TRIES = 10
 
 
 def crop_boxes(
-    views: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+    views: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Draw ``views`` boxes (top, left, height, width), int64 [views, 4], by the rule of RandomResizedCrop.
 

@@ -22,10 +22,11 @@ TRIES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockMasks:
-    """Draws the masks of a view group: with ``probability`` a view is masked, by a share of its patches uniform in ``ratio``.
+    """Draws the masks of a view group: with ``probability`` a view is masked, by a share of its patches uniform in
+    ``ratio``.
 
-    Blocks of patches are laid over one another until so many are masked (BEiT, arXiv 2106.08254, algorithm 1; the random
-    masking of iBOT, arXiv 2111.07832, section 3.2). ``aspect`` is the range of a block's height / width.
+    Blocks of patches are laid over one another until so many are masked (BEiT, arXiv 2106.08254, algorithm 1; the
+    random masking of iBOT, arXiv 2111.07832, section 3.2). ``aspect`` is the range of a block's height / width.
     """
 
     grid: int
@@ -39,7 +40,9 @@ class BlockMasks:
         if not 0 < self.probability <= 1:
             raise ValueError(f"mask_probability: {self.probability:g} is not between 0 and 1")
         if self.grid < 1:
-            raise ValueError("mask_probability: the image tower has no patches to mask, or they are larger than the global views")
+            raise ValueError(
+                "mask_probability: the image tower has no patches to mask, or they are larger than the global views"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1] <= 1:
             raise ValueError(f"mask_ratio: {list(self.ratio)} is not a range of shares between 0 and 1")
         check_span("mask_aspect", self.aspect, "aspect ratios", most=1000)

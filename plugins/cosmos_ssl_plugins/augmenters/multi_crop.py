@@ -38,14 +38,17 @@ class MultiCrop(Augmenter):
     ``global_crops_size``, ``local_crops_size``: side of the views in pixels.
     ``global_crops_scale``, ``local_crops_scale``: range of the share of the picture that a view covers.
     ``crops_ratio``: range of a crop's width / height before it is resized.
-    ``flip_prob``, ``color_jitter_prob``, ``grayscale_prob``: how likely a view is mirrored, changes its colours, loses them.
+    ``flip_prob``, ``color_jitter_prob``, ``grayscale_prob``: how likely a view is mirrored, changes its colours, loses
+    them.
     ``brightness``, ``contrast``, ``saturation``: the jitter's factor is within 1 +- this.
     ``hue``: the jitter's turn of the colour circle is within +- this.
     ``gaussian_blur_probs``, ``solarize_probs``: for the first global view, the other global views and the local views.
     ``gaussian_blur_radius``: range of the blur's standard deviation in pixels.
     ``solarize_threshold``: 8-bit values from here on are inverted.
-    ``mask_probability``: how likely a global view carries a mask of its patches, for masked image modelling; 0 draws no masks.
-    ``mask_ratio``: range of the share of the patches that a mask hides, by blocks (iBOT, arXiv 2111.07832, section 3.2).
+    ``mask_probability``: how likely a global view carries a mask of its patches, for masked image modelling; 0 draws no
+    masks.
+    ``mask_ratio``: range of the share of the patches that a mask hides, by blocks (iBOT, arXiv 2111.07832, section
+    3.2).
     ``mask_aspect``: range of a block's height / width.
     """
 
@@ -109,14 +112,19 @@ class MultiCrop(Augmenter):
         sizes = {"global": global_crops_size, "local": local_crops_size}
         self._masks = _masks(global_crops_size, tower.patch_size, mask_probability, mask_ratio, mask_aspect)
         masked = {"global"} if self._masks else set[str]()
-        self._offers = {name: ViewSpec(views=len(strengths[name]), size=sizes[name], masks=name in masked) for name in self._draws}
+        self._offers = {
+            name: ViewSpec(views=len(strengths[name]), size=sizes[name], masks=name in masked) for name in self._draws
+        }
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """``global``, and ``local`` unless its number is 0."""
         return self._offers
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
-        """Crops as uint8 [V, 3, size, size], their parameter rows and masks, by group. Raises BadSample as ``decode`` does."""
+        """Crops as uint8 [V, 3, size, size], their parameter rows and masks, by group.
+
+        Raises BadSample as ``decode`` does.
+        """
         image = sample.decode()
         height, width = image.shape[-2:]
         crops = {}
@@ -134,7 +142,9 @@ class MultiCrop(Augmenter):
         return replace(group, pixels=pixels.view(group.pixels.shape))
 
 
-def _masks(size: int, patch: int, probability: float, ratio: tuple[float, float], aspect: tuple[float, float]) -> BlockMasks | None:
+def _masks(
+    size: int, patch: int, probability: float, ratio: tuple[float, float], aspect: tuple[float, float]
+) -> BlockMasks | None:
     """What draws the masks of views of this size; None at probability 0. Raises ValueError."""
     if probability == 0:
         return None
@@ -151,4 +161,6 @@ def check_range(option: str, *values: float, most: float = 1) -> None:
     """Raise ValueError for a value outside 0..``most``."""
     for value in values:
         if not 0 <= value <= most:
-            raise ValueError(f"{option}: {value} is not between 0 and {most}" if most < math.inf else f"{option}: {value} is below 0")
+            raise ValueError(
+                f"{option}: {value} is not between 0 and {most}" if most < math.inf else f"{option}: {value} is below 0"
+            )

@@ -124,7 +124,9 @@ def photometric(pixels: Tensor, rows: NDArray[np.float32]) -> Tensor:
     return change(x, rows[:, SOLARIZE] < 256, _solarize, rows[:, SOLARIZE])
 
 
-def change(x: Tensor, chosen: NDArray[np.bool_], operation: _Operation, values: NDArray[np.float32] | None = None) -> Tensor:
+def change(
+    x: Tensor, chosen: NDArray[np.bool_], operation: _Operation, values: NDArray[np.float32] | None = None
+) -> Tensor:
     """Apply ``operation(views, values [n, 1, 1, 1])`` to the chosen views of ``x``; works in place on ``x``."""
     which = np.flatnonzero(chosen)
     if not len(which):
@@ -150,7 +152,8 @@ def luma(x: Tensor) -> Tensor:
 
 
 def box_radius(radius: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Radius of the extended box blur that, three times over, stands for a Gaussian of this radius (standard deviation).
+    """Radius of the extended box blur that, three times over, stands for a Gaussian of this radius (standard
+    deviation).
 
     Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011; the sizes of PIL.
     """
@@ -224,7 +227,9 @@ def _blur(x: Tensor, radius: Tensor, inner: int) -> Tensor:
             )
             flat, reach = frame.view(len(x), -1), margin * stride
             length = flat.shape[1] - 2 * reach
-            line = torch.add(flat[:, :length], flat[:, 2 * reach :], out=other.view(len(x), -1)[:, reach:-reach]).mul_(edge)
+            line = torch.add(flat[:, :length], flat[:, 2 * reach :], out=other.view(len(x), -1)[:, reach:-reach]).mul_(
+                edge
+            )
             for step in range(-inner, inner + 1):
                 line.add_(flat.narrow(1, reach + step * stride, length))
             line.mul_(share).round_()

@@ -32,7 +32,11 @@ class TextCrop(Augmenter):
         caption_fields: list[str] | None = None,
         join: bool = True,
     ) -> None:
-        numbers = {"num_sampled_captions": num_sampled_captions, "num_global_captions": num_global_captions, "max_sentences": max_sentences}
+        numbers = {
+            "num_sampled_captions": num_sampled_captions,
+            "num_global_captions": num_global_captions,
+            "max_sentences": max_sentences,
+        }
         for option, number in numbers.items():
             if number < 1:
                 raise ValueError(f"{option}: {number} leaves no text; give at least 1")
@@ -63,6 +67,8 @@ class TextCrop(Augmenter):
 
 
 def draw_sentences(sentences: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """``count`` sentences without replacement; of too few, the whole list as often as it fits, then a draw for the rest."""
+    """``count`` sentences without replacement; of too few, the whole list as often as it fits, then a draw for the
+    rest.
+    """
     times, rest = divmod(count, len(sentences))
     return list(sentences) * times + [sentences[i] for i in rng.permutation(len(sentences))[:rest]]

@@ -11,7 +11,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from cosmos_ssl.api import Augmenter, Few, ImageCrops, ImageGroup, Modality, Pixels, Sample, Spec, Strength, TowerSpec, ViewSpec
+from cosmos_ssl.api import (
+    Augmenter,
+    Few,
+    ImageCrops,
+    ImageGroup,
+    Modality,
+    Pixels,
+    Sample,
+    Spec,
+    Strength,
+    TowerSpec,
+    ViewSpec,
+)
 from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_span, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.multi_crop import check_range
 from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish, standardise
@@ -77,9 +89,11 @@ class ViewGroup:
 
 
 class ViewGroups(Augmenter):
-    """View groups by name, such as one weakly changed view for CLIP and two strongly changed ones for SimCLR (SLIP, arXiv 2112.12750).
+    """View groups by name, such as one weakly changed view for CLIP and two strongly changed ones for SimCLR (SLIP,
+    arXiv 2112.12750).
 
-    A group's views of a sample depend on its own name and options alone: another group, or another order, changes nothing.
+    A group's views of a sample depend on its own name and options alone: another group, or another order, changes
+    nothing.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -106,7 +120,10 @@ class ViewGroups(Augmenter):
         return {name: ViewSpec(views=group.number, size=group.size) for name, group in self._groups.items()}
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
-        """Crops as uint8 [V, 3, size, size] by group, with parameter rows where they change. Raises BadSample as ``decode`` does."""
+        """Crops as uint8 [V, 3, size, size] by group, with parameter rows where they change.
+
+        Raises BadSample as ``decode`` does.
+        """
         image = sample.decode()
         height, width = image.shape[-2:]
         base = int(rng.integers(1 << 63))

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from cosmos_ssl.api import Aside, Location, Sample, Spec
 from cosmos_ssl.data.folder import EXTENSIONS, Folder
 
-# The order shuffles whole shards and then, where there are more than loader.shuffle_samples, within windows of neighbours.
-# Sorted pictures as one shard, or class folders as shards, would give each lane one class at a time: batches of as many
-# classes as there are lanes, in the first case the same in every epoch. So the pictures are dealt out like cards into many
-# small shards, each with pictures from all over the list. Nothing is lost by it: a picture is a file of its own and costs one
-# random read in any order. (For disks and file systems that need long reads there are tar shards.)
+# The order shuffles whole shards and then, where there are more than loader.shuffle_samples, within windows of
+# neighbours. Sorted pictures as one shard, or class folders as shards, would give each lane one class at a time:
+# batches of as many classes as there are lanes, in the first case the same in every epoch. So the pictures are dealt
+# out like cards into many small shards, each with pictures from all over the list. Nothing is lost by it: a picture is
+# a file of its own and costs one random read in any order. (For disks and file systems that need long reads there are
+# tar shards.)
 DEALT = 64
 """Pictures in a shard."""
 
@@ -22,11 +23,11 @@ DEALT = 64
 class ImageFolder(Folder):
     """Pictures below a folder: one folder a class, at any depth, or all in one.
 
-    ``train_data`` is the folder. The folders directly below are the classes, whatever lies between them and their pictures, numbered by
-    sorted name; they need not mean anything. ``validation_data`` is a folder or shards for evaluators that name no data.
-    ``extensions`` are those of the pictures, in any case. Where texts are trained on, ``NAME.txt`` beside ``NAME.jpg`` holds its caption.
-    ``cache_dir`` holds the index of the folder; without it the index lies beside the folder or in the user's cache folder. Pictures of
-    more than ``max_pixels`` are bad samples.
+    ``train_data`` is the folder. The folders directly below are the classes, whatever lies between them and their
+    pictures, numbered by sorted name; they need not mean anything. ``validation_data`` is a folder or shards for
+    evaluators that name no data. ``extensions`` are those of the pictures, in any case. Where texts are trained on,
+    ``NAME.txt`` beside ``NAME.jpg`` holds its caption. ``cache_dir`` holds the index of the folder; without it the
+    index lies beside the folder or in the user's cache folder. Pictures of more than ``max_pixels`` are bad samples.
     """
 
     def __init__(
@@ -41,7 +42,13 @@ class ImageFolder(Folder):
     ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels: {max_pixels} leaves no picture")
-        super().__init__(train_data, extensions=extensions, captions=bool(spec.text_views), cache_dir=cache_dir, max_pixels=max_pixels)
+        super().__init__(
+            train_data,
+            extensions=extensions,
+            captions=bool(spec.text_views),
+            cache_dir=cache_dir,
+            max_pixels=max_pixels,
+        )
         self.validation_data = validation_data
 
     @property
@@ -55,7 +62,9 @@ class ImageFolder(Folder):
         return -(-len(self) // DEALT)
 
     def place(self, index: int) -> int:
-        """Where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt round by round."""
+        """Where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt round by
+        round.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         rounds, larger = divmod(len(self), self._shards)  # the first ones have one more

@@ -23,12 +23,13 @@ SHOWN, BEST = 8, 3
 class Classification(Evaluator):
     """Pictures against class names put into templates.
 
-    ``data`` are shards or a folder with one folder a class (None: the training set's validation data). ``class_names`` is a list in the
-    order of the labels, a text file with one a line, ``imagenet``, or None: ``classes.txt`` or ``classnames.txt`` beside the shards or in
-    the folder, else the names of its class folders, underscores as spaces. Names of class folders may come in any order, others come in
-    that of the folders. ``templates`` is a list with ``{}`` for the name, ``simple``, ``openai`` (the 80 of CLIP) or ``openclip_simple``
-    (OpenCLIP's seven). ``label`` names the member or the JSON key with each sample's class: its number from 0, or its name.
-    ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
+    ``data`` are shards or a folder with one folder a class (None: the training set's validation data). ``class_names``
+    is a list in the order of the labels, a text file with one a line, ``imagenet``, or None: ``classes.txt`` or
+    ``classnames.txt`` beside the shards or in the folder, else the names of its class folders, underscores as spaces.
+    Names of class folders may come in any order, others come in that of the folders. ``templates`` is a list with
+    ``{}`` for the name, ``simple``, ``openai`` (the 80 of CLIP) or ``openclip_simple`` (OpenCLIP's seven). ``label``
+    names the member or the JSON key with each sample's class: its number from 0, or its name. ``max_samples`` takes
+    evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Classification(Evaluator):
         max_samples: Count | None = None,
     ) -> None:
         self.data = EvaluationData(data, fallback=spec.validation_data)
-        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
+        self.job = Job(
+            batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name
+        )
         self.names = None if class_names is None else load_class_names(class_names)
         self.templates = load_templates(templates)
         if not label:
@@ -75,8 +78,14 @@ class Classification(Evaluator):
         """The name of each class in the order of the labels. Raises DataError."""
         folders, file = self.data.class_names, self.data.class_file
         if self.names is None and file is None and (len(folders) < 2 or wordnet(folders)):
-            raise DataError(f"class_names: give them, since none of {', '.join(CLASS_FILES)} lies beside {self.data.name}")
+            raise DataError(
+                f"class_names: give them, since none of {', '.join(CLASS_FILES)} lies beside {self.data.name}"
+            )
         if self.names is None and file is None:
             return list(map(spoken, folders))
         names = load_class_names(str(file)) if self.names is None else self.names
-        return in_order_of_folders(names, folders, "class_names" if self.names is not None else str(file)) if folders else names
+        return (
+            in_order_of_folders(names, folders, "class_names" if self.names is not None else str(file))
+            if folders
+            else names
+        )

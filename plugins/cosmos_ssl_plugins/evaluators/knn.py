@@ -20,12 +20,14 @@ SHOWN, NEAREST = 6, 6
 
 
 class KNearestNeighbours(Evaluator):
-    """Labels pictures of ``data`` by the nearest ones of ``train_data`` in the frozen tower's features before the projection.
+    """Labels pictures of ``data`` by the nearest ones of ``train_data`` in the frozen tower's features before the
+    projection.
 
-    Both are shards or a folder with one folder a class; ``data`` None is the training set's validation data. ``k`` neighbours vote with
-    weight exp(cosine / ``temperature``) (DINO, arXiv 2104.14294). ``label`` names the member or the JSON key with each sample's class;
-    classes of two folders are the same if their names are. ``max_samples`` and ``max_train_samples`` take evenly spread ones;
-    ``workers`` are threads that decode, ``batch_size`` pictures are encoded at once.
+    Both are shards or a folder with one folder a class; ``data`` None is the training set's validation data. ``k``
+    neighbours vote with weight exp(cosine / ``temperature``) (DINO, arXiv 2104.14294). ``label`` names the member or
+    the JSON key with each sample's class; classes of two folders are the same if their names are. ``max_samples`` and
+    ``max_train_samples`` take evenly spread ones; ``workers`` are threads that decode, ``batch_size`` pictures are
+    encoded at once.
     """
 
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
@@ -47,7 +49,9 @@ class KNearestNeighbours(Evaluator):
         check_positive(k=k, temperature=temperature, max_train_samples=max_train_samples)
         self.train_data = EvaluationData(train_data, option="train_data")
         self.data = EvaluationData(data, fallback=spec.validation_data, numbered_by=self.train_data)
-        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
+        self.job = Job(
+            batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name
+        )
         self.train_job = replace(self.job, max_samples=max_train_samples, data=self.train_data.name)
         self.k = k
         self.temperature = temperature
@@ -62,7 +66,10 @@ class KNearestNeighbours(Evaluator):
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``neighbours``. Raises DataError."""
-        train, test = self._features(encoder, self.train_data, self.train_job), self._features(encoder, self.data, self.job)
+        train, test = (
+            self._features(encoder, self.train_data, self.train_job),
+            self._features(encoder, self.data, self.job),
+        )
         metrics = trained_accuracy(train, test, partial(knn_scores, k=self.k, temperature=self.temperature))
         if not pictures:
             return Evaluation(metrics=metrics)
@@ -72,10 +79,14 @@ class KNearestNeighbours(Evaluator):
 
         rows = []
         for n in torch.linspace(0, len(test.rows) - 1, min(SHOWN, len(test.rows))).round().long().tolist():
-            near = (normalise(train.rows) @ normalise(test.rows[n])).topk(min(NEAREST, len(train.rows))).indices.tolist()
+            near = (
+                (normalise(train.rows) @ normalise(test.rows[n])).topk(min(NEAREST, len(train.rows))).indices.tolist()
+            )
             found = [(picture(self.train_data, train, i), train.labels[i] == test.labels[n]) for i in near]
             rows.append((picture(self.data, test, n), found))
         return Evaluation(metrics=metrics, pictures={"neighbours": draw_neighbours(rows)})
 
     def _features(self, encoder: Encoder, data: EvaluationData, job: Job) -> Labelled:
-        return labelled_features(encoder, data.samples, job, lambda sample: class_of(sample, self.label), name=self.label)
+        return labelled_features(
+            encoder, data.samples, job, lambda sample: class_of(sample, self.label), name=self.label
+        )

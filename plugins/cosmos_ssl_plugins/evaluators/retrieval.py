@@ -20,11 +20,11 @@ SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
 class Retrieval(Evaluator):
     """Finds the texts of each picture among all texts, and the picture of each text among all pictures.
 
-    The score is the dot product of unit features, or the rule of a head that has one (``Head.match``).
-    ``data`` are shards, or a folder of pictures with text files beside them (None: the training set's validation data). ``texts`` is
-    ``txt``, the text member or file, or a list of the JSON; a picture may have several texts and is found if any of them is. Pictures
-    without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that decode,
-    ``batch_size`` pictures are encoded at once.
+    The score is the dot product of unit features, or the rule of a head that has one (``Head.match``). ``data`` are
+    shards, or a folder of pictures with text files beside them (None: the training set's validation data). ``texts`` is
+    ``txt``, the text member or file, or a list of the JSON; a picture may have several texts and is found if any of
+    them is. Pictures without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that
+    decode, ``batch_size`` pictures are encoded at once.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class Retrieval(Evaluator):
         if not texts:
             raise ValueError("texts: an empty name. Give txt, or a key of the JSON")
         self.data = EvaluationData(data, fallback=spec.validation_data)
-        self.job = Job(batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name)
+        self.job = Job(
+            batch_size=batch_size, workers=workers, max_samples=max_samples, allow_missing=True, data=self.data.name
+        )
         self.texts = texts
 
     def prepare(self) -> None:
@@ -48,7 +50,10 @@ class Retrieval(Evaluator):
         self.data.check(texts=self.texts)
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
-        """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``. Raises DataError."""
+        """``image_to_text_R@1``, ``text_to_image_median_rank``, ...; pictures ``matches`` and ``attention``.
+
+        Raises DataError.
+        """
         found = retrieve(encoder, self.data.samples, self.job, texts=self.texts)
         return Evaluation(metrics=found.metrics, pictures=self._draw(encoder, found) if pictures else {})
 
@@ -63,7 +68,9 @@ class Retrieval(Evaluator):
             order = best_first(scores)
             rank = next(rank for rank, i in enumerate(order, 1) if owners[i] == n)
             lines = [(texts[i], float(scores[i]), owners[i] == n) for i in order[:BEST]]
-            matches.append(Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[order[rank - 1]]}"))
+            matches.append(
+                Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[order[rank - 1]]}")
+            )
         drawn = {"matches": draw_matches(matches)}
         if isinstance(encoder, ModelEncoder) and encoder.spec.image is not None:
             few = shown[:: max(1, len(shown) // SHOWN_ATTENTION)][:SHOWN_ATTENTION]

@@ -56,7 +56,8 @@ class Ask(nn.Module):
 
 
 class CrossAttention(Head):
-    """Cross features of COSMOS (arXiv 2412.01814, section 3): each view's feature plus what it finds in the other modality.
+    """Cross features of COSMOS (arXiv 2412.01814, section 3): each view's feature plus what it finds in the other
+    modality.
 
     Every image view's projected feature asks the tokens of the first global text, every text view's
     the tokens of the first global image. Outputs ``image`` [V, B, D] and ``text`` [T, B, D], unit length.
@@ -122,7 +123,9 @@ class CrossAttention(Head):
         return found
 
     def attention_weights(self, features: Features, views: Views, *, mask_padding: bool = True) -> dict[str, Tensor]:
-        """Where each view looks, averaged over heads: ``image`` over words [V, B, S], ``text`` over patches [T, B, N]."""
+        """Where each view looks, averaged over heads: ``image`` over words [V, B, S], ``text`` over patches [T,
+        B, N].
+        """
         return {
             "image": self.image_asks_text.weights(*self._image_asks(features, views, mask=mask_padding)),
             "text": self.text_asks_image.weights(*self._text_asks(features)),

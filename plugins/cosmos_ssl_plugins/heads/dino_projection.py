@@ -13,10 +13,18 @@ from cosmos_ssl_plugins.heads.per_group import PerGroup, global_batch_norm, grou
 
 
 class Prototypes(PerGroup):
-    """What the heads of DINO and DINOv2 share: an MLP on pooled image features and masked patches, unit length, K prototypes."""
+    """What the heads of DINO and DINOv2 share: an MLP on pooled image features and masked patches, unit length, K
+    prototypes.
+    """
 
     def __init__(
-        self, spec: Spec, make: Callable[..., nn.Module], *, freeze_last_layer: float, batch_norm: bool, **options: int | bool
+        self,
+        spec: Spec,
+        make: Callable[..., nn.Module],
+        *,
+        freeze_last_layer: float,
+        batch_norm: bool,
+        **options: int | bool,
     ) -> None:
         """``make`` is the class of lightly's head. Raises ValueError."""
         if spec.image is None:
@@ -30,21 +38,28 @@ class Prototypes(PerGroup):
         self.freeze_last_layer = freeze_last_layer
         self.mixes_samples = batch_norm
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use weight_norm, which torch wants replaced
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # lightly's heads use weight_norm, which torch wants replaced
             self.mlp = global_batch_norm(make(input_dim=spec.image.width, batch_norm=batch_norm, **options))
 
     def parameter_rules(self) -> list[ParameterRule]:
         """The last layer rests for the first epochs; lengths of the prototypes that are fixed at 1 stay so."""
         rules = [ParameterRule(match="mlp.last_layer.*", frozen_epochs=self.freeze_last_layer)]
-        fixed = [name for name, parameter in self.named_parameters() if name.endswith("weight_g") and not parameter.requires_grad]
+        fixed = [
+            name
+            for name, parameter in self.named_parameters()
+            if name.endswith("weight_g") and not parameter.requires_grad
+        ]
         return rules + [ParameterRule(match=name, frozen_epochs=math.inf) for name in fixed]
 
 
 class DinoProjection(Prototypes):
-    """A 3-layer MLP with GELU, unit length, and a weight-normalised linear map to K (DINO, arXiv 2104.14294, section 3.1).
+    """A 3-layer MLP with GELU, unit length, and a weight-normalised linear map to K (DINO, arXiv 2104.14294, section
+    3.1).
 
-    One output a view group, from pooled image features before the projection; and ``global_masked``, from masked patches,
-    where the augmenter draws masks (a head shared as in iBOT, arXiv 2111.07832, section 3.2).
+    One output a view group, from pooled image features before the projection; and ``global_masked``, from masked
+    patches, where the augmenter draws masks (a head shared as in iBOT, arXiv 2111.07832, section 3.2).
     """
 
     def __init__(

@@ -17,7 +17,8 @@ MASKED = "_masked"
 
 
 class PerGroup(Head):
-    """A head whose outputs are named as view groups: ``global`` [V, B, K]; and ``global_masked`` [M, K] where masks are drawn.
+    """A head whose outputs are named as view groups: ``global`` [V, B, K]; and ``global_masked`` [M, K] where masks are
+    drawn.
 
     ``reads`` is what each output is computed from, ``mlp`` maps rows [n, W] to [n, K].
     """
@@ -38,18 +39,28 @@ class PerGroup(Head):
         return [self.reads[name] for name in outputs]
 
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
-        """These outputs, [V, B, K] or [M, K]: from one pass over all their rows, or one a view where batch norm mixes them."""
+        """These outputs, [V, B, K] or [M, K]: from one pass over all their rows, or one a view where batch norm mixes
+        them.
+        """
         inputs = {name: _found(features, self.reads[name]) for name in outputs}
         if self.mixes_samples:
-            return {name: torch.stack([self.mlp(view) for view in x]) if x.dim() == 3 else self.mlp(x) for name, x in inputs.items()}
+            return {
+                name: torch.stack([self.mlp(view) for view in x]) if x.dim() == 3 else self.mlp(x)
+                for name, x in inputs.items()
+            }
         rows = [x.flatten(0, -2) for x in inputs.values()]
         parts = self.mlp(torch.cat(rows)).split([len(x) for x in rows])
-        return {name: part.view(*x.shape[:-1], self.width) for (name, x), part in zip(inputs.items(), parts, strict=True)}
+        return {
+            name: part.view(*x.shape[:-1], self.width) for (name, x), part in zip(inputs.items(), parts, strict=True)
+        }
 
 
 def group_needs(spec: Spec, modality: Modality = "image", *, projected: bool = False) -> dict[str, Need]:
     """The features of every group of a modality by output name; masked patches too, which have no projected form."""
-    needs = {name: Need(modality=modality, group=name, kind="projected" if projected else "pooled") for name in spec.views(modality)}
+    needs = {
+        name: Need(modality=modality, group=name, kind="projected" if projected else "pooled")
+        for name in spec.views(modality)
+    }
     masked = [] if projected else [name for name, view in spec.views(modality).items() if view.masks]
     return needs | {name + MASKED: Need(modality=modality, group=name, kind="masked_tokens") for name in masked}
 

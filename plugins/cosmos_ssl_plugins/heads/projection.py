@@ -13,9 +13,10 @@ from cosmos_ssl_plugins.heads.per_group import BatchNorm, PerGroup, group_needs
 class Projection(PerGroup):
     """An MLP with ReLU, as SimCLR, BYOL, Barlow Twins, VICReg, SimSiam and MoCo v3 have behind the tower.
 
-    One output a view group. SimCLR: 2 layers; Barlow Twins and VICReg: 3 layers of 8192; MoCo v3 and SimSiam: 3 layers and
-    ``output_batch_norm``. The prediction head of BYOL (hidden 4096, output 256) or SimSiam (hidden 512, output 2048) is a
-    second one of 2 layers whose ``input`` is the first. Batch norm sees one view of all ranks at a time, as there.
+    One output a view group. SimCLR: 2 layers; Barlow Twins and VICReg: 3 layers of 8192; MoCo v3 and SimSiam: 3 layers
+    and ``output_batch_norm``. The prediction head of BYOL (hidden 4096, output 256) or SimSiam (hidden 512, output
+    2048) is a second one of 2 layers whose ``input`` is the first. Batch norm sees one view of all ranks at a time, as
+    there.
     """
 
     def __init__(

@@ -52,7 +52,9 @@ class CrossModalityDistillation(Loss):
         teachers = [normalise(teacher.stack(m, group="global")) for m in MODALITIES]
         scale = self.logit_scale.exp()
         # one call for the mean of four means: a view weighs half of its side's share
-        loss = info_nce(torch.cat(students), torch.cat(teachers), scale, a_weights=_halves(students), b_weights=_halves(teachers))
+        loss = info_nce(
+            torch.cat(students), torch.cat(teachers), scale, a_weights=_halves(students), b_weights=_halves(teachers)
+        )
         entropy = _entropy(teachers[0][0], teachers[1][0], scale)
         return LossOutput(terms={"distillation": loss}, metrics={"logit_scale": scale, "teacher_entropy": entropy})
 

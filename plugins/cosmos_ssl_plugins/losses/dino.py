@@ -12,7 +12,8 @@ from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_p
 
 
 class Dino(Loss):
-    """Cross-entropy of every student view to every other global view of the teacher (DINO, arXiv 2104.14294, section 3.1).
+    """Cross-entropy of every student view to every other global view of the teacher (DINO, arXiv 2104.14294, section
+    3.1).
 
     The mean over pairs of two different views. The teacher's logits are centred by their running mean or, as in DINOv2
     (arXiv 2304.07193, section 4), by Sinkhorn-Knopp; both over the samples of all ranks.
@@ -46,7 +47,9 @@ class Dino(Loss):
         check_positive(student_temp=student_temp)
         able = [name for name, outputs in spec.heads.items() if "global" in outputs]
         if head not in able:
-            raise ValueError(f"head: no head '{head}' with an output 'global'. Heads that have it: {', '.join(able) or 'none'}")
+            raise ValueError(
+                f"head: no head '{head}' with an output 'global'. Heads that have it: {', '.join(able) or 'none'}"
+            )
         others = [name for name in spec.image_views if name != "global" and name in spec.heads[head]]
         self.groups = ("global", *others)
         if sum(spec.image_views[name].views for name in self.groups) < 2:
@@ -80,4 +83,6 @@ class Dino(Loss):
             "teacher_entropy": entropy(targets.flatten(0, 1)),
             "teacher_temp": pairs.new_full((), self.targets.temperature(ctx.progress)),
         }
-        return LossOutput(terms={"distillation": (pairs * others).sum() / (pairs.numel() - len(pairs))}, metrics=metrics)
+        return LossOutput(
+            terms={"distillation": (pairs * others).sum() / (pairs.numel() - len(pairs))}, metrics=metrics
+        )

@@ -16,8 +16,8 @@ OUTPUT = "global_masked"
 class Ibot(Loss):
     """Cross-entropy at the masked patches of global views, teacher unmasked (iBOT, arXiv 2111.07832, section 3.1).
 
-    The mean over the masked patches of a view, then over all views; a view without masked patches counts 0, as in DINOv2.
-    Centring as in the loss ``dino``, over the masked patches of all ranks.
+    The mean over the masked patches of a view, then over all views; a view without masked patches counts 0, as in
+    DINOv2. Centring as in the loss ``dino``, over the masked patches of all ranks.
     """
 
     def __init__(
@@ -53,7 +53,10 @@ class Ibot(Loss):
                 if any(view.masks for view in spec.image_views.values())
                 else ". No masks are drawn: set augmenters.image.mask_probability"
             )
-            raise ValueError(f"head: no head '{head}' with an output '{OUTPUT}'. Heads that have it: {', '.join(able) or 'none'}{hint}")
+            raise ValueError(
+                f"head: no head '{head}' with an output '{OUTPUT}'. Heads that have it: "
+                f"{', '.join(able) or 'none'}{hint}"
+            )
         self.head = head
         self.student_temp = student_temp
         self.targets = TeacherTargets(
@@ -77,7 +80,9 @@ class Ibot(Loss):
         targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
         log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
         counts = masks.sum(-1).flatten()  # [V B], on the host
-        weights = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts).to(log_p.device, non_blocking=True)
+        weights = (
+            (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts).to(log_p.device, non_blocking=True)
+        )
         loss = -(weights * torch.linalg.vecdot(targets, log_p)).sum() / len(counts)
         metrics = {
             "teacher_entropy": entropy(targets),

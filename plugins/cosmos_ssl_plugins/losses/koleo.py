@@ -45,4 +45,6 @@ class Koleo(Loss):
             cosines.diagonal(rank() * own.shape[1], dim1=1, dim2=2).fill_(-2)  # not itself
             nearest = cosines.argmax(-1, keepdim=True).expand_as(own)
         distances = F.pairwise_distance(own, everyone.gather(1, nearest), eps=self.eps)  # [V, B]
-        return LossOutput(terms={"koleo": -(distances + self.eps).log().mean(1).sum()}, metrics={"distance": distances.mean()})
+        return LossOutput(
+            terms={"koleo": -(distances + self.eps).log().mean(1).sum()}, metrics={"distance": distances.mean()}
+        )

@@ -30,7 +30,9 @@ LossName = Literal[
 NOT_OFFERED = ("gather_distributed", "memory_bank_size", "weight_fn", "dim")
 """Arguments of these classes that no config may set: the gathering is done here, queues and functions are left out."""
 
-warnings.filterwarnings("ignore", "To copy construct from a tensor", module=r"lightly\.")  # DCLWLoss, every step; of no concern
+warnings.filterwarnings(
+    "ignore", "To copy construct from a tensor", module=r"lightly\."
+)  # DCLWLoss, every step; of no concern
 
 
 class Lightly(Loss):

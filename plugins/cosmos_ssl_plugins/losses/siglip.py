@@ -12,7 +12,8 @@ from cosmos_ssl.functional import sigmoid_loss
 
 
 class SigLip(Loss):
-    """Sigmoid loss of every image with every text of the global batch (SigLIP, arXiv 2303.15343), averaged over view pairs.
+    """Sigmoid loss of every image with every text of the global batch (SigLIP, arXiv 2303.15343), averaged over view
+    pairs.
 
     Local image crops are left out, as in the loss ``clip``.
     """

@@ -41,7 +41,9 @@ class TeacherTargets(nn.Module):
     ) -> None:
         """The arguments are options of losses. Raises ValueError."""
         super().__init__()
-        check_positive(warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, sinkhorn_iterations=sinkhorn_iterations)
+        check_positive(
+            warmup_teacher_temp=warmup_teacher_temp, teacher_temp=teacher_temp, sinkhorn_iterations=sinkhorn_iterations
+        )
         if warmup_teacher_temp_epochs < 0:
             raise ValueError(f"warmup_teacher_temp_epochs: {warmup_teacher_temp_epochs:g} is no number of epochs")
         if not 0 <= center_momentum < 1:
@@ -75,10 +77,12 @@ def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
     """Distributions [n, K] from scores [n, K]: prototypes get equal shares of the rows of all ranks, rows sum to one.
 
     Sinkhorn-Knopp on exp(scores), so many rounds (SwAV, arXiv 2006.09882, section 3.1; as in DINOv2). The matrix is
-    kept as diag(a) E diag(b) with the largest entry of each row of E at 1, so a round is two products of E and a vector,
-    and nothing overflows.
+    kept as diag(a) E diag(b) with the largest entry of each row of E at 1, so a round is two products of E and a
+    vector, and nothing overflows.
     """
-    least = scores.shape[1] * torch.finfo(scores.dtype).tiny  # of a prototype's mass: below it, products with E would overflow
+    least = (
+        scores.shape[1] * torch.finfo(scores.dtype).tiny
+    )  # of a prototype's mass: below it, products with E would overflow
     peaks = scores.amax(1) if len(scores) else scores.new_empty(0)
     highest = all_max(peaks.amax() if len(scores) else scores.new_full((), -torch.inf))
     matrix = (scores - peaks[:, None]).exp_()
@@ -98,7 +102,9 @@ def exact(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def entropy(targets: Tensor) -> Tensor:
-    """Mean entropy of distributions [n, K] over the rows of all ranks, in nats: 0 is one sure prototype, ln K all alike; 0 without rows."""
+    """Mean entropy of distributions [n, K] over the rows of all ranks, in nats: 0 is one sure prototype, ln K all
+    alike; 0 without rows.
+    """
     total = torch.stack([torch.special.entr(rows).sum() for rows in targets.split(ROWS_AT_ONCE)]).sum()
     total, rows = all_sum(torch.stack([total, total.new_full((), len(targets))]))
     mean: Tensor = total / rows.clamp_min(1)

@@ -14,10 +14,13 @@ from cosmos_ssl.api import Progress, Spec, Teacher
 class Ema(Teacher):
     """Every parameter moves as t <- m t + (1 - m) s (mean teacher, arXiv 1703.01780).
 
-    The momentum m is ``momentum_teacher``, or rises from it by a cosine to ``final_momentum_teacher`` (DINO, arXiv 2104.14294).
+    The momentum m is ``momentum_teacher``, or rises from it by a cosine to ``final_momentum_teacher`` (DINO, arXiv
+    2104.14294).
     """
 
-    def __init__(self, spec: Spec, *, momentum_teacher: float = 0.999, final_momentum_teacher: float | None = None) -> None:
+    def __init__(
+        self, spec: Spec, *, momentum_teacher: float = 0.999, final_momentum_teacher: float | None = None
+    ) -> None:
         """Raises ValueError for a momentum outside 0..1."""
         super().__init__()
         for name, value in (("momentum_teacher", momentum_teacher), ("final_momentum_teacher", final_momentum_teacher)):
@@ -28,7 +31,10 @@ class Ema(Teacher):
 
     def momentum(self, progress: Progress) -> float:
         """The momentum at this step."""
-        return self.final_momentum - (self.final_momentum - self.start_momentum) * (1 + math.cos(math.pi * progress.fraction)) / 2
+        return (
+            self.final_momentum
+            - (self.final_momentum - self.start_momentum) * (1 + math.cos(math.pi * progress.fraction)) / 2
+        )
 
     @torch.no_grad()
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:

@@ -20,7 +20,12 @@ class Frozen(Teacher):
     """
 
     def __init__(
-        self, spec: Spec, *, checkpoint: Location, which: Literal["student", "teacher"] = "teacher", trust_code: Aside[bool] = False
+        self,
+        spec: Spec,
+        *,
+        checkpoint: Location,
+        which: Literal["student", "teacher"] = "teacher",
+        trust_code: Aside[bool] = False,
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
@@ -39,7 +44,9 @@ class Frozen(Teacher):
     def _read(self) -> nn.Module:
         encoder = cosmos_ssl.load(self.checkpoint, which=self.which, trust_code=self.trust_code)
         if encoder.spec.embed_dim != self.embed_dim:
-            raise UserError(f"teacher: {self.checkpoint} has embed_dim {encoder.spec.embed_dim}, the student {self.embed_dim}")
+            raise UserError(
+                f"teacher: {self.checkpoint} has embed_dim {encoder.spec.embed_dim}, the student {self.embed_dim}"
+            )
         return encoder.model.requires_grad_(False).eval()
 
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:

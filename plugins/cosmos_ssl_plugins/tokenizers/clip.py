@@ -80,7 +80,9 @@ class _BytePairs:
         self._ids = {token: number for number, token in enumerate(self.vocabulary)}
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._words: dict[str, list[int]] = {}
-        self._parts = regex.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+        self._parts = regex.compile(
+            rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+        )
         self.start, self.end = self._ids[START], self._ids[END]
 
     def encode(self, text: str) -> list[int]:
@@ -109,7 +111,9 @@ class _BytePairs:
         return ids
 
     def _merge(self, letters: Sequence[str]) -> list[str]:
-        """Join the pair of lowest rank, wherever it stands, until no pair has one (Sennrich et al., arXiv 1508.07909)."""
+        """Join the pair of lowest rank, wherever it stands, until no pair has one (Sennrich et al., arXiv
+        1508.07909).
+        """
         word = [*letters[:-1], letters[-1] + "</w>"]
         while len(word) > 1:
             pair = min(pairwise(word), key=lambda pair: self._ranks.get(pair, MERGES))
@@ -135,7 +139,9 @@ def _clean(text: str) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """A visible letter for each byte, in the order of the vocabulary: visible bytes as they are, others from U+0100 on."""
+    """A visible letter for each byte, in the order of the vocabulary: visible bytes as they are, others from
+    U+0100 on.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -26,7 +26,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = _load(name)
         if self._tokenizer.pad_token_id is None:
             if self._tokenizer.eos_token_id is None:
-                raise UserError(f"name: the tokenizer '{name}' has neither a padding nor an end token. Name another one.")
+                raise UserError(
+                    f"name: the tokenizer '{name}' has neither a padding nor an end token. Name another one."
+                )
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"
         self.pad_id = int(self._tokenizer.pad_token_id)
@@ -52,5 +54,6 @@ def _load(name: str) -> Any:
     except Exception as error:  # OSError, ValueError, ImportError and more: whatever keeps it from loading
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"name: the tokenizer '{name}' cannot be loaded ({reason}). Give a folder with its files, or a name on the hub."
+            f"name: the tokenizer '{name}' cannot be loaded ({reason}). Give a folder with its files, or a name "
+            "on the hub."
         ) from error

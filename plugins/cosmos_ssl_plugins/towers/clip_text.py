@@ -73,7 +73,13 @@ class ClipText(Tower):
         self.token_embedding = nn.Embedding(vocab_size or spec.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
         self.blocks = Blocks(
-            layers, width, heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path, grad_checkpointing=grad_checkpointing
+            layers,
+            width,
+            heads,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+            grad_checkpointing=grad_checkpointing,
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.empty(width, spec.embed_dim))
@@ -98,7 +104,9 @@ class ClipText(Tower):
             return {}
         captions = _Captions(groups, plan)
         ids = torch.cat([pick_views(groups[name].tokens, wanted.views).flatten() for name, wanted in plan.items()])
-        index, positions = (torch.from_numpy(x).to(ids.device, non_blocking=True) for x in (captions.index, captions.positions))
+        index, positions = (
+            torch.from_numpy(x).to(ids.device, non_blocking=True) for x in (captions.index, captions.positions)
+        )
         x = self.token_embedding(ids[index]) + F.embedding(positions, self.position_embedding)
         layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
@@ -107,7 +115,9 @@ class ClipText(Tower):
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
         """Raise ValueError where the tokenizer has more ids than the embedding rows."""
         if self.token_embedding.num_embeddings < self.vocab_size:
-            raise ValueError(f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}")
+            raise ValueError(
+                f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}"
+            )
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""
@@ -123,7 +133,9 @@ class ClipText(Tower):
         """The depth of a parameter: 0 embeddings, 1 .. layers blocks, ``layer_count`` what follows them."""
         return layer_of(name, self.layer_count)
 
-    def _features(self, out: Tensor, layout: Layout, captions: _Captions, name: str, wanted: GroupPlan) -> GroupFeatures:
+    def _features(
+        self, out: Tensor, layout: Layout, captions: _Captions, name: str, wanted: GroupPlan
+    ) -> GroupFeatures:
         views, batch, context = captions.shapes[name]
         pooled = take_rows(out, layout.rows(captions.pooled[name])).view(views, batch, -1)
         tokens = None
@@ -144,7 +156,8 @@ class ClipText(Tower):
 
 
 class _Captions:
-    """Where the captions of all groups lie in the packed tensor: ordered by length, so that equal lengths are neighbours.
+    """Where the captions of all groups lie in the packed tensor: ordered by length, so that equal lengths are
+    neighbours.
 
     ``index`` [T] are the places of the packed rows in all groups' ids laid end to end, ``positions`` [T] their
     places in their captions, ``keep`` [T] the rows that are read; ``pooled`` and ``tokens`` are packed rows by group.

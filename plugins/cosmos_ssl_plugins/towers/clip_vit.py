@@ -114,9 +114,15 @@ class ClipViT(Tower):
             pixels = pick_views(groups[name].pixels, wanted.views)
             masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
             masks = None if masks is None else pick_views(masks, wanted.views)
-            hidden = masks.flatten(0, 1).to(pixels.device, non_blocking=True) if masks is not None and wanted.hide_masked else None
+            hidden = (
+                masks.flatten(0, 1).to(pixels.device, non_blocking=True)
+                if masks is not None and wanted.hide_masked
+                else None
+            )
             x = self._embed(pixels.flatten(0, 1), hidden)
-            reads.append(_Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None))
+            reads.append(
+                _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None)
+            )
             parts.append(x.flatten(0, 1))
             start += len(parts[-1])
         if not parts:
@@ -131,7 +137,9 @@ class ClipViT(Tower):
         patch = self.spec.patch_size
         for name, view in views.items():
             if view.size is not None and view.size < patch:
-                raise ValueError(f"the views '{name}' of augmenters.image are {view.size} pixels wide, less than a patch of {patch}")
+                raise ValueError(
+                    f"the views '{name}' of augmenters.image are {view.size} pixels wide, less than a patch of {patch}"
+                )
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Dense inference: pixels [B, 3, H, W] of any size -> normed tokens [B, N, W] and pooled [B, W], not projected.
@@ -220,7 +228,9 @@ class ClipViT(Tower):
 
 @torch.no_grad()
 def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
-    """The matrix [target, source] of bicubic interpolation by DINO's rule: the scale factor is (target + 0.1) / source."""
+    """The matrix [target, source] of bicubic interpolation by DINO's rule: the scale factor is (target + 0.1) /
+    source.
+    """
     unit = torch.eye(source, device=like.device, dtype=like.dtype)[None, :, :, None]
     resized = F.interpolate(unit, scale_factor=((target + 0.1) / source, 1.0), mode="bicubic")
     assert resized.shape[2] == target
@@ -230,7 +240,9 @@ def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
 class _Read:
     """The packed rows of one group that are read: class tokens, patches of its token views, masked patches."""
 
-    def __init__(self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None) -> None:
+    def __init__(
+        self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None
+    ) -> None:
         self.wanted, self.batch, self.length = wanted, batch, length
         self.pooled: Ints = start + length * np.arange(len(wanted.views) * batch)
         patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]

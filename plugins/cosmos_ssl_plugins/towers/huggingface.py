@@ -1,4 +1,6 @@
-"""BERT- and RoBERTa-like text encoders of Hugging Face as text towers, run as they are: one pass for each view group."""
+"""BERT- and RoBERTa-like text encoders of Hugging Face as text towers, run as they are: one pass for each view
+group.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ class HuggingFaceText(Tower):
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling: '{pooling}' is neither cls nor mean")
         self.pooling = pooling
-        known = _named_config(model, config or {}) if model is not None else _own_config(str(architecture), config or {}, spec.vocab_size)
+        known = (
+            _named_config(model, config or {})
+            if model is not None
+            else _own_config(str(architecture), config or {}, spec.vocab_size)
+        )
         _check_sizes(known, spec)
         self.pad_id = int(known.pad_token_id or 0)
         # a plan built on the meta device only asks for shapes
@@ -67,7 +73,10 @@ class HuggingFaceText(Tower):
         self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
 
     def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
-        """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B]. Pads are never attended to."""
+        """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B].
+
+        Pads are never attended to.
+        """
         return {name: self._encode(groups[name], wanted) for name, wanted in plan.items()}
 
     def _encode(self, group: TextGroup, wanted: GroupPlan) -> GroupFeatures:
@@ -113,7 +122,9 @@ def _own_config(architecture: str, config: dict[str, Any], vocab_size: int) -> A
 
     if architecture not in CONFIG_MAPPING_NAMES:
         close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING_NAMES), n=1)
-        raise ValueError(f"architecture: transformers has no '{architecture}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        raise ValueError(
+            f"architecture: transformers has no '{architecture}'." + (f" Did you mean '{close[0]}'?" if close else "")
+        )
     _check_keys(AutoConfig.for_model(architecture), config)
     return AutoConfig.for_model(architecture, **{"vocab_size": vocab_size} | config)
 
@@ -136,7 +147,9 @@ def _check_keys(known: Any, config: dict[str, Any]) -> None:
     for key in config:
         if not hasattr(known, key):
             close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
-            raise ValueError(f"config: {known.model_type} has no '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+            raise ValueError(
+                f"config: {known.model_type} has no '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+            )
 
 
 def _check_sizes(known: Any, spec: Spec) -> None:
@@ -144,12 +157,17 @@ def _check_sizes(known: Any, spec: Spec) -> None:
     if known.is_encoder_decoder:
         raise ValueError(f"a text encoder is needed, but {known.model_type} is an encoder with a decoder")
     if known.vocab_size < spec.vocab_size:
-        raise ValueError(f"the tokenizer has {spec.vocab_size} ids, the text encoder {known.vocab_size}: use the tokenizer made for it")
+        raise ValueError(
+            f"the tokenizer has {spec.vocab_size} ids, the text encoder {known.vocab_size}: use the tokenizer "
+            "made for it"
+        )
     # RoBERTa's family counts positions from after the pad's id
     shift = known.pad_token_id + 1 if "roberta" in known.model_type else 0
     positions = known.max_position_embeddings - shift
     if positions < spec.context_length:
-        raise ValueError(f"tokenizer.context_length: {spec.context_length} is more than the text encoder's {positions} positions")
+        raise ValueError(
+            f"tokenizer.context_length: {spec.context_length} is more than the text encoder's {positions} positions"
+        )
 
 
 def _create(weights: str | None, known: Any) -> Any:
@@ -167,5 +185,6 @@ def _unreachable(model: str, what: str, error: Exception) -> UserError:
     """The hub's client, sockets and files raise many kinds of error; one line for all."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
-        f"model: the {what} of '{model}' cannot be loaded: {reason} Reach the hub once, give a folder, or use architecture and config"
+        f"model: the {what} of '{model}' cannot be loaded: {reason} Reach the hub once, give a folder, or use "
+        "architecture and config"
     )

@@ -9,7 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, ImageGroup, Modality, Pixels, Share, Spec, Tower, TowerSpec, UserError, ViewSpec
+from cosmos_ssl.api import (
+    GroupFeatures,
+    GroupPlan,
+    ImageGroup,
+    Modality,
+    Pixels,
+    Share,
+    Spec,
+    Tower,
+    TowerSpec,
+    UserError,
+    ViewSpec,
+)
 from cosmos_ssl.models.transformer import pick_views
 
 
@@ -49,7 +61,8 @@ class TimmImage(Tower):
         self.model, self.dynamic = _create(model, pretrained and torch.get_default_device().type != "meta", options)
         if getattr(self.model, "num_prefix_tokens", None) is None:
             raise UserError(
-                f"model: timm's '{model}' has no patch tokens of one size; choose a vision transformer such as vit_base_patch16_224"
+                f"model: timm's '{model}' has no patch tokens of one size; choose a vision transformer such as "
+                "vit_base_patch16_224"
             )
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
@@ -67,30 +80,42 @@ class TimmImage(Tower):
         self.layer_count = max(self._depths.values()) + 1
 
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
-        """Raise ValueError for sizes that the model cannot take: others than its own, or no multiples of its patches."""
+        """Raise ValueError for sizes that the model cannot take: others than its own, or no multiples of its
+        patches.
+        """
         size, patch = self.spec.image_size, self.spec.patch_size
         for name, view in views.items():
             if view.size is not None and (view.size % patch if self.dynamic else view.size != size):
                 takes = f"multiples of {patch}" if self.dynamic else f"{size} alone"
                 raise ValueError(
-                    f"the views '{name}' of augmenters.image are {view.size} pixels wide: timm's '{self.model_name}' takes {takes}"
+                    f"the views '{name}' of augmenters.image are {view.size} pixels wide: timm's "
+                    f"'{self.model_name}' takes {takes}"
                 )
 
     def forward(self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
-        """Encode the views in ``plan``; pixels float [V, B, 3, H, W]. Raises UserError for a size that the model cannot take."""
-        return {name: self._encode(pick_views(groups[name].pixels, wanted.views), wanted) for name, wanted in plan.items()}
+        """Encode the views in ``plan``; pixels float [V, B, 3, H, W].
+
+        Raises UserError for a size that the model cannot take.
+        """
+        return {
+            name: self._encode(pick_views(groups[name].pixels, wanted.views), wanted) for name, wanted in plan.items()
+        }
 
     def _encode(self, pixels: Tensor, wanted: GroupPlan) -> GroupFeatures:
         views, batch, _, height, width = pixels.shape
         size = self.spec.image_size
         if not self.dynamic and (height, width) != (size, size):
-            raise UserError(f"model: timm's '{self.model_name}' takes images of {size}x{size} alone, not {height}x{width}")
+            raise UserError(
+                f"model: timm's '{self.model_name}' takes images of {size}x{size} alone, not {height}x{width}"
+            )
         out = self.model.forward_features(pixels.flatten(0, 1))
         pooled = self.model.forward_head(out, pre_logits=True).view(views, batch, -1)
         tokens = None
         if wanted.tokens:
             patches = out[:, self.model.num_prefix_tokens :]
-            tokens = patches.view(views, batch, *patches.shape[1:])[[wanted.views.index(view) for view in wanted.tokens]]
+            tokens = patches.view(views, batch, *patches.shape[1:])[
+                [wanted.views.index(view) for view in wanted.tokens]
+            ]
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
@@ -106,7 +131,9 @@ class TimmImage(Tower):
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
 
     def layer_of(self, name: str) -> int:
-        """The depth of a parameter as timm groups them: 0 embeddings, then the blocks, ``layer_count`` the projection."""
+        """The depth of a parameter as timm groups them: 0 embeddings, then the blocks, ``layer_count`` the
+        projection.
+        """
         return self._depths.get(name.removeprefix("model."), self.layer_count)
 
 
@@ -128,7 +155,9 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[Any, 
         raise UserError(f"model: timm's '{name}' cannot be built as a vision transformer: {error}") from error
     except Exception as error:  # the hub's client, sockets and files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model: timm's '{name}' cannot be fetched: {reason}. Reach the hub once, or set pretrained: false") from error
+        raise UserError(
+            f"model: timm's '{name}' cannot be fetched: {reason}. Reach the hub once, or set pretrained: false"
+        ) from error
 
 
 def _depths(model: Any) -> dict[str, int]:

@@ -60,7 +60,12 @@ def test_boxes_have_torchvisions_distribution(scale: tuple[float, float]) -> Non
     blank = torch.empty(3, 427, 640, device="meta")
     theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), list(RATIO)) for _ in range(4000)])
     ours = crop_boxes(4000, 427, 640, scale, RATIO, np.random.default_rng(0))
-    for values in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3] / (427 * 640), lambda b: b[:, 3] / b[:, 2]):
+    for values in (
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2] * b[:, 3] / (427 * 640),
+        lambda b: b[:, 3] / b[:, 2],
+    ):
         a, b = values(ours), values(theirs)
         spread = b.std()
         assert abs(a.mean() - b.mean()) < 0.1 * spread
@@ -95,6 +100,8 @@ def test_resizing_equals_torchvision_and_is_near_pil(size: int) -> None:
         (24, (0.4, 1.0), (2.0, 1.0), "crops_ratio"),
     ],
 )
-def test_impossible_crops_are_refused(size: int, scale: tuple[float, float], ratio: tuple[float, float], message: str) -> None:
+def test_impossible_crops_are_refused(
+    size: int, scale: tuple[float, float], ratio: tuple[float, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_crops("global_crops", size, scale, ratio)

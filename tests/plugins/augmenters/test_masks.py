@@ -50,7 +50,9 @@ def test_exactly_so_many_patches(grid: int) -> None:
 
 @pytest.mark.parametrize("count", [20, 50, 98])
 def test_blocks_are_those_of_lightly(count: int) -> None:
-    """As long a border as lightly's own masks of as many patches (which follow DINOv2's code), far from scattered patches'."""
+    """As long a border as lightly's own masks of as many patches (which follow DINOv2's code), far from scattered
+    patches'.
+    """
     ours = drawn(count)
     state = random.getstate()
     random.seed(0)
@@ -119,7 +121,9 @@ def test_masks_change_no_view_and_none_are_drawn_when_off() -> None:
     for name in ("global", "local"):
         assert torch.equal(off[name].pixels, on[name].pixels) and torch.equal(off[name].params, on[name].params)
         assert off[name].masks is None and not crops().offers()[name].masks
-    expected.random((8, 40 + 14))  # 8 views, 40 numbers for a box and 14 for its colours: as many as before there were masks
+    expected.random(
+        (8, 40 + 14)
+    )  # 8 views, 40 numbers for a box and 14 for its colours: as many as before there were masks
     assert off_rng.bit_generator.state == expected.bit_generator.state
 
 

@@ -32,7 +32,9 @@ def small(**options: Any) -> MultiCrop:
 
 def batch(augmenter: MultiCrop | ResizeCrop, name: str, count: int) -> ImageGroup:
     crops = [augmenter.crop(sample(), np.random.default_rng(seed))[name] for seed in range(count)]
-    return ImageGroup(pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1))
+    return ImageGroup(
+        pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1)
+    )
 
 
 def test_published_defaults() -> None:
@@ -42,7 +44,10 @@ def test_published_defaults() -> None:
 def test_groups_and_shapes() -> None:
     augmenter = small(global_crops_number=3, local_crops_number=2)
     crops = augmenter.crop(sample(), np.random.default_rng(0))
-    assert {name: tuple(c.pixels.shape) for name, c in crops.items()} == {"global": (3, 3, 32, 32), "local": (2, 3, 16, 16)}
+    assert {name: tuple(c.pixels.shape) for name, c in crops.items()} == {
+        "global": (3, 3, 32, 32),
+        "local": (2, 3, 16, 16),
+    }
     assert all(c.pixels.dtype == torch.uint8 and c.params.shape[1] == ph.COLUMNS for c in crops.values())
     assert {name: (v.views, v.size) for name, v in augmenter.offers().items()} == {"global": (3, 32), "local": (2, 16)}
 
@@ -57,8 +62,12 @@ def test_same_generator_same_views_and_another_one_others() -> None:
     augmenter = small()
     first, again, other = (augmenter.crop(sample(), np.random.default_rng(seed)) for seed in (7, 7, 8))
     for name in ("global", "local"):
-        assert torch.equal(first[name].pixels, again[name].pixels) and torch.equal(first[name].params, again[name].params)
-        assert not torch.equal(first[name].pixels, other[name].pixels) and not torch.equal(first[name].params, other[name].params)
+        assert torch.equal(first[name].pixels, again[name].pixels) and torch.equal(
+            first[name].params, again[name].params
+        )
+        assert not torch.equal(first[name].pixels, other[name].pixels) and not torch.equal(
+            first[name].params, other[name].params
+        )
 
 
 def test_parameters_do_not_depend_on_the_picture() -> None:
@@ -108,16 +117,26 @@ def test_finish_does_not_mix_samples() -> None:
     assert torch.equal(whole[:, 2:4], part)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "1")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "1")]
+)
 def test_pictures_of_all_kinds(kind: str, mode: str) -> None:
     assert small().crop(sample(kind=kind, mode=mode), np.random.default_rng(0))["local"].pixels.shape == (6, 3, 16, 16)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 50_000), (50_000, 1)])
-def test_very_long_pictures_are_cut_before_they_are_resized(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A box is at most 4/3 as long as it is wide: what is resized is never larger than that, whatever the picture is."""
+def test_very_long_pictures_are_cut_before_they_are_resized(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box is at most 4/3 as long as it is wide: what is resized is never larger than that, whatever the picture
+    is.
+    """
     resized, interpolate = [], geometry.F.interpolate
-    monkeypatch.setattr(geometry.F, "interpolate", lambda view, **options: resized.append(view.shape[-2:]) or interpolate(view, **options))
+    monkeypatch.setattr(
+        geometry.F,
+        "interpolate",
+        lambda view, **options: resized.append(view.shape[-2:]) or interpolate(view, **options),
+    )
     one = sample(width, height)
     for augmenter in (small(), ResizeCrop(SPEC, size=32)):
         views = augmenter.crop(one, np.random.default_rng(0))

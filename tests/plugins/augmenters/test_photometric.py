@@ -58,7 +58,12 @@ def difference(ours: Tensor, expected: list[Tensor]) -> tuple[float, float]:
     return distance.max().item(), (distance > 0).float().mean().item()
 
 
-FACTORS = {0: (0.6, 0.8341, 1.0, 1.3713), 1: (0.6123, 0.8341, 1.0, 1.3713), 2: (0.8037, 1.0, 1.1931), 3: (-0.1, -0.0371, 0.0, 0.0613, 0.1)}
+FACTORS = {
+    0: (0.6, 0.8341, 1.0, 1.3713),
+    1: (0.6123, 0.8341, 1.0, 1.3713),
+    2: (0.8037, 1.0, 1.1931),
+    3: (-0.1, -0.0371, 0.0, 0.0613, 0.1),
+}
 REFERENCE = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
@@ -75,7 +80,9 @@ def test_jitter_operations_equal_torchvision(views: Tensor, operation: int, fact
 
 @pytest.mark.parametrize("operation", range(4))
 def test_jitter_operations_are_near_pil(views: Tensor, operation: int) -> None:
-    """PIL rounds luma where torchvision cuts it (one level), and turns the hue in 8-bit HSV (some levels; the mean stays)."""
+    """PIL rounds luma where torchvision cuts it (one level), and turns the hue in 8-bit HSV (some levels; the mean
+    stays).
+    """
     pil = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[operation]
     factor = float(np.float32(0.0837 if operation == 3 else 1.1837))
     ours = ph.photometric(views, jitter_rows(len(views), operation, factor))
@@ -87,7 +94,9 @@ def test_jitter_operations_are_near_pil(views: Tensor, operation: int) -> None:
 
 def test_grey_equals_torchvision(views: Tensor) -> None:
     """Equal but where the weighted sum is a whole number, which torchvision's float32 may miss."""
-    largest, share = difference(ph.photometric(views, rows(len(views), GREY=1)), [tv.rgb_to_grayscale(v, 3) for v in views])
+    largest, share = difference(
+        ph.photometric(views, rows(len(views), GREY=1)), [tv.rgb_to_grayscale(v, 3) for v in views]
+    )
     assert largest <= 1 and share < 1e-3
 
 
@@ -186,8 +195,12 @@ def test_drawn_rows_have_the_distributions_asked_for() -> None:
 
 
 def test_a_strength_above_one_stops_at_zero() -> None:
-    strong = ph.Draw([ph.Strengths(**{**{f: getattr(PUBLISHED, f) for f in PUBLISHED.__slots__}, "factors": (1.5, 2.0, 1.0, 0.0)})])
-    factors = np.concatenate([strong(np.random.default_rng(seed)).numpy()[:, ph.FACTORS : ph.GREY] for seed in range(200)])
+    strong = ph.Draw(
+        [ph.Strengths(**{**{f: getattr(PUBLISHED, f) for f in PUBLISHED.__slots__}, "factors": (1.5, 2.0, 1.0, 0.0)})]
+    )
+    factors = np.concatenate(
+        [strong(np.random.default_rng(seed)).numpy()[:, ph.FACTORS : ph.GREY] for seed in range(200)]
+    )
     assert (factors >= 0).all() and factors[:, 0].max() > 2 and (factors[:, 3] == 0).all()
 
 

@@ -16,7 +16,9 @@ MANY = {"raw_caption": [f"r{i}" for i in range(4)], "longIB_captions": [f"l{i}" 
 
 
 def crop(augmenter: TextCrop, seed: int, captions: Any = None) -> dict[str, list[str]]:
-    texts = augmenter.crop(Sample(key="k", captions=MANY if captions is None else captions), np.random.default_rng(seed))
+    texts = augmenter.crop(
+        Sample(key="k", captions=MANY if captions is None else captions), np.random.default_rng(seed)
+    )
     return {name: [str(text) for text in group] for name, group in texts.items()}
 
 
@@ -101,7 +103,9 @@ def test_a_field_without_sentences_is_a_bad_sample() -> None:
         crop(TextCrop(SPEC, caption_fields=["shortIB_captions"]), 0)
 
 
-@pytest.mark.parametrize("options", [{"num_sampled_captions": 0}, {"num_global_captions": 0}, {"max_sentences": 0}, {"caption_fields": []}])
+@pytest.mark.parametrize(
+    "options", [{"num_sampled_captions": 0}, {"num_global_captions": 0}, {"max_sentences": 0}, {"caption_fields": []}]
+)
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         TextCrop(SPEC, **options)

@@ -44,14 +44,19 @@ def make(spec: Spec = SPEC, **groups: ViewGroup | None) -> ViewGroups:
 def batch(augmenter: ViewGroups, name: str, count: int, one: Sample | None = None) -> ImageGroup:
     one = one or sample()
     crops = [augmenter.crop(one, np.random.default_rng(seed))[name] for seed in range(count)]
-    return ImageGroup(pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1))
+    return ImageGroup(
+        pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1)
+    )
 
 
 def test_groups_and_shapes() -> None:
     augmenter = make(**{"global": PLAIN, "ssl": STRONG})
     assert augmenter.offers() == {"global": ViewSpec(views=1, size=32), "ssl": ViewSpec(views=2, size=16)}
     crops = augmenter.crop(sample(), np.random.default_rng(0))
-    assert {name: tuple(c.pixels.shape) for name, c in crops.items()} == {"global": (1, 3, 32, 32), "ssl": (2, 3, 16, 16)}
+    assert {name: tuple(c.pixels.shape) for name, c in crops.items()} == {
+        "global": (1, 3, 32, 32),
+        "ssl": (2, 3, 16, 16),
+    }
     assert all(c.pixels.dtype == torch.uint8 for c in crops.values())
     assert crops["global"].params.shape == (1, 0) and crops["ssl"].params.shape == (2, ph.COLUMNS)
 
@@ -61,7 +66,9 @@ def test_a_group_depends_on_nothing_but_its_name_and_options() -> None:
     one = sample()
     views = [augmenter.crop(one, np.random.default_rng(7)) for augmenter in (alone, beside, after)]
     for other in views[1:]:
-        assert torch.equal(views[0]["ssl"].pixels, other["ssl"].pixels) and torch.equal(views[0]["ssl"].params, other["ssl"].params)
+        assert torch.equal(views[0]["ssl"].pixels, other["ssl"].pixels) and torch.equal(
+            views[0]["ssl"].params, other["ssl"].params
+        )
     assert not torch.equal(views[1]["ssl"].params, views[1]["other"].params)
     assert not torch.equal(views[1]["ssl"].pixels, views[1]["other"].pixels)
 
@@ -86,7 +93,9 @@ def test_what_follows_in_the_generator_does_not_depend_on_the_groups() -> None:
 def test_each_group_has_its_own_settings() -> None:
     """How often what happens, over 600 samples, and factors within their ranges."""
     weak = ViewGroup(size=4, flip_prob=0.5, color_jitter_prob=0.3, brightness=0.1, hue=0.05)
-    strong = ViewGroup(number=2, size=4, color_jitter_prob=0.8, brightness=0.4, grayscale_prob=0.2, gaussian_blur_prob=0.5)
+    strong = ViewGroup(
+        number=2, size=4, color_jitter_prob=0.8, brightness=0.4, grayscale_prob=0.2, gaussian_blur_prob=0.5
+    )
     augmenter, one = make(weak=weak, strong=strong), sample(8, 8)
     rows = {name: batch(augmenter, name, 600, one).params for name in ("weak", "strong")}
     columns = [ph.FLIP, ph.JITTER, ph.GREY, ph.BLUR]
@@ -105,7 +114,8 @@ def test_crops_cover_the_share_asked_for() -> None:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(ramp)).save(stream, "PNG")
     augmenter = make(
-        whole=ViewGroup(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0)), part=ViewGroup(size=64, scale=(0.1, 0.1), ratio=(1.0, 1.0))
+        whole=ViewGroup(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0)),
+        part=ViewGroup(size=64, scale=(0.1, 0.1), ratio=(1.0, 1.0)),
     )
     crops = augmenter.crop(Sample(key="k", image=stream.getvalue()), np.random.default_rng(0))
     spread = {name: int(c.pixels.max()) - int(c.pixels.min()) for name, c in crops.items()}
@@ -168,7 +178,9 @@ def test_no_group_is_refused() -> None:
 def test_options_of_a_config_become_groups() -> None:
     """As a config gives them; faults are located at ``groups.NAME.KEY``."""
     record = registry.find("augmenters", "view_groups")
-    values, faults = registry.check_options(record, ViewGroups, {"groups": {"ssl": {"number": 2, "scale": [0.08, 1]}, "old": None}})
+    values, faults = registry.check_options(
+        record, ViewGroups, {"groups": {"ssl": {"number": 2, "scale": [0.08, 1]}, "old": None}}
+    )
     assert not faults and values == {"groups": {"ssl": ViewGroup(number=2, scale=(0.08, 1.0)), "old": None}}
     wrong = {"groups": {"ssl": {"sice": 3, "scale": [0.5], "number": 1.5}, "other": 3}}
     _, faults = registry.check_options(record, ViewGroups, wrong)

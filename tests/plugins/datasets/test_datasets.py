@@ -22,7 +22,9 @@ def scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scenes:
 
 
 def test_parts_are_registered() -> None:
-    entries = [entry for entry in entry_points(group="cosmos_ssl.datasets") if entry.dist and entry.dist.name == "cosmos-ssl"]
+    entries = [
+        entry for entry in entry_points(group="cosmos_ssl.datasets") if entry.dist and entry.dist.name == "cosmos-ssl"
+    ]
     found = {entry.name: entry.load() for entry in entries}
     assert found["scenes"] is Scenes and found["webdataset"] is WebDataset
     assert issubclass(Scenes, Dataset) and issubclass(WebDataset, Dataset)

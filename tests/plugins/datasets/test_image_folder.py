@@ -1,4 +1,6 @@
-"""Image folders as training data: how samples are dealt into shards, captions where texts are trained on, and whole runs."""
+"""Image folders as training data: how samples are dealt into shards, captions where texts are trained on, and whole
+runs.
+"""
 
 from __future__ import annotations
 
@@ -77,18 +79,28 @@ def test_every_picture_is_dealt_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_batches_of_large_sets_mix_the_classes(tmp_path: Path) -> None:
-    """Beyond ``shuffle_samples`` the order works by shards and windows: 40 classes of 100, lanes of 1,000 and windows of 128."""
+    """Beyond ``shuffle_samples`` the order works by shards and windows: 40 classes of 100, lanes of 1,000 and windows
+    of 128.
+    """
     data = ImageFolder(SPEC, train_data=named(tmp_path / "data", 40, 100))
 
     def classes_a_batch(sizes: Any, place: Any) -> float:
         order = Order(sizes, 32, lanes=4, shuffle_samples=512, seed=0)
-        return float(np.mean([len({place(i) // 100 for i in order.batch(step).tolist()}) for step in range(order.steps_per_epoch)]))
+        return float(
+            np.mean(
+                [len({place(i) // 100 for i in order.batch(step).tolist()}) for step in range(order.steps_per_epoch)]
+            )
+        )
 
     expected = 40 * (1 - (39 / 40) ** 32)  # classes among 32 independent draws: 22.2
     assert abs(classes_a_batch(data.shard_sizes, data.place) - expected) < 1.5
-    assert classes_a_batch([100] * 40, lambda i: i) < 12, "class folders as shards: a lane is in two or three classes at a time"
+    assert classes_a_batch([100] * 40, lambda i: i) < 12, (
+        "class folders as shards: a lane is in two or three classes at a time"
+    )
     order = Order(data.shard_sizes, 32, lanes=4, shuffle_samples=512, seed=0)
-    first, second = (Counter(data.place(i) // 100 for i in order.batch(step).tolist()) for step in (0, order.steps_per_epoch))
+    first, second = (
+        Counter(data.place(i) // 100 for i in order.batch(step).tolist()) for step in (0, order.steps_per_epoch)
+    )
     assert first != second, "other classes at the same step of the next epoch"
 
 
@@ -99,7 +111,10 @@ def test_samples_carry_their_class(tmp_path: Path) -> None:
     for i in range(90):
         sample = data.read(i)
         assert sample.extras == {"cls": (place := data.place(i)) // 30, "class_name": f"class {place // 30:02d}"}
-        assert sample.key == f"class {place // 30:02d}/{place % 30:03d}.JPEG" and data.describe(i) == sample.extras["class_name"]
+        assert (
+            sample.key == f"class {place // 30:02d}/{place % 30:03d}.JPEG"
+            and data.describe(i) == sample.extras["class_name"]
+        )
     assert data.identity() == ImageFolder(SPEC, train_data=str(tmp_path / "data")).identity()
 
 
@@ -120,7 +135,9 @@ def test_mistakes(tmp_path: Path) -> None:
         ImageFolder(SPEC, train_data=str(tmp_path / "trian")).prepare()
     with pytest.raises(DataError, match=r"^data: .*/trian does not exist"):
         cosmos_ssl.train(config(tmp_path), [f"data.train_data={tmp_path}/trian"])
-    with pytest.raises(ConfigError, match=r"evaluators\.knn\.train_data: .*/trian does not exist\. Did you mean 'train'"):
+    with pytest.raises(
+        ConfigError, match=r"evaluators\.knn\.train_data: .*/trian does not exist\. Did you mean 'train'"
+    ):
         cosmos_ssl.train(config(tmp_path), [f"evaluators.knn.train_data={tmp_path}/trian"])
     with pytest.raises(ValueError, match=r"^extensions: none are given"):
         ImageFolder(SPEC, train_data="x", extensions=())
@@ -147,7 +164,10 @@ def config(folder: Path) -> dict[str, Any]:
         "extends": "base.yaml",
         "name": "folders",
         "output_dir": str(folder / "run"),
-        "model": {"embed_dim": 16, "image": {"type": "clip_vit", "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 16}},
+        "model": {
+            "embed_dim": 16,
+            "image": {"type": "clip_vit", "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 16},
+        },
         "augmenters": {"image": {"type": "resize_crop", "size": 16}},
         "losses": {"spread": {"type": Spread}},
         "data": {"type": "image_folder", "train_data": str(folder / "train"), "validation_data": str(folder / "val")},
@@ -168,7 +188,10 @@ def test_a_run_on_pictures_alone(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     (tmp_path / "train").rename(tmp_path / "moved")
-    moved = config(tmp_path) | {"data": {"type": "image_folder", "train_data": str(tmp_path / "moved")}, "evaluators": None}
+    moved = config(tmp_path) | {
+        "data": {"type": "image_folder", "train_data": str(tmp_path / "moved")},
+        "evaluators": None,
+    }
     assert cosmos_ssl.train(moved, ["loader.error_budget=0.5"])["loss"] == found["loss"], "the same run, finished"
     changed = tmp_path / "moved" / "class 01" / "000.JPEG"
     changed.write_bytes(changed.read_bytes()[::-1])
@@ -184,7 +207,10 @@ def test_the_command_trains_with_images_and_texts(tmp_path: Path) -> None:
     text = {
         "model": {**config(tmp_path)["model"], "text": {"type": "clip_text", "width": 32, "layers": 1, "heads": 2}},
         "tokenizer": {"type": "clip", "context_length": 16},
-        "augmenters": {"image": {"type": "resize_crop", "size": 16}, "text": {"type": "text_crop", "caption_fields": ["txt"]}},
+        "augmenters": {
+            "image": {"type": "resize_crop", "size": 16},
+            "text": {"type": "text_crop", "caption_fields": ["txt"]},
+        },
         "losses": {"clip": {"type": "clip"}},
         "data": {"type": "image_folder", "train_data": "train", "validation_data": "train"},
         "evaluators": {"retrieval": {"type": "retrieval"}, "classification": {"type": "classification"}},
@@ -196,4 +222,7 @@ def test_the_command_trains_with_images_and_texts(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {key for row in rows for key in row} >= {"retrieval/student/image_to_text_R@1", "classification/student/top1"}
+    assert {key for row in rows for key in row} >= {
+        "retrieval/student/image_to_text_R@1",
+        "classification/student/top1",
+    }

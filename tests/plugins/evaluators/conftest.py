@@ -62,7 +62,13 @@ def write_shard(tmp_path):
                 if colour is not None:
                     Image.new("RGB", (10, 9), COLOURS[colour]).save(buffer, "png")
                 for extension, value in {"png": buffer.getvalue(), **members}.items():
-                    data = value if isinstance(value, bytes) else value.encode() if isinstance(value, str) else json.dumps(value).encode()
+                    data = (
+                        value
+                        if isinstance(value, bytes)
+                        else value.encode()
+                        if isinstance(value, str)
+                        else json.dumps(value).encode()
+                    )
                     info = tarfile.TarInfo(f"{number:04d}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

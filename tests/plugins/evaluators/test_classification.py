@@ -9,8 +9,12 @@ NAMES = ["red", "green", "blue"]
 
 
 def test_top1(encoder, spec, write_shard):
-    shard = write_shard("a.tar", [("red", {"cls": "0"}), ("blue", {"cls": "2"}), ("green", {"cls": "2"}), ("blue", {"cls": "2"})])
-    found = Classification(spec, data=shard, class_names=NAMES, templates=["a {}", "one {}"]).evaluate(encoder, pictures=True)
+    shard = write_shard(
+        "a.tar", [("red", {"cls": "0"}), ("blue", {"cls": "2"}), ("green", {"cls": "2"}), ("blue", {"cls": "2"})]
+    )
+    found = Classification(spec, data=shard, class_names=NAMES, templates=["a {}", "one {}"]).evaluate(
+        encoder, pictures=True
+    )
     assert found.metrics == pytest.approx({"top1": 3 / 4, "top5": 1, "mean_per_class_top1": 5 / 6})
     assert list(found.pictures) == ["classes"]
 
@@ -18,7 +22,9 @@ def test_top1(encoder, spec, write_shard):
 def test_names_beside_the_shards_and_labels_by_name(encoder, spec, write_shard, tmp_path):
     shard = write_shard("a.tar", [("red", {"json": {"kind": "red"}}), ("green", {"json": {"kind": 1}})])
     evaluator = Classification(spec, data=shard, label="kind")
-    with pytest.raises(DataError, match=r"class_names: give them, since none of classes.txt, classnames.txt lies beside .*a.tar"):
+    with pytest.raises(
+        DataError, match=r"class_names: give them, since none of classes.txt, classnames.txt lies beside .*a.tar"
+    ):
         evaluator.prepare()
     (tmp_path / "classnames.txt").write_text("red\ngreen\n")
     evaluator.prepare()
@@ -43,4 +49,6 @@ def test_equal_names_are_told_and_the_first_counts(encoder, spec, write_shard, c
     evaluator = Classification(spec, data=shard, class_names=["red", "blue", "red"])
     evaluator.prepare()
     assert "'red' is the name of classes 0 and 2: their scores are equal" in caplog.text
-    assert evaluator.evaluate(encoder).metrics == pytest.approx({"top1": 2 / 3, "top5": 1, "mean_per_class_top1": 2 / 3})
+    assert evaluator.evaluate(encoder).metrics == pytest.approx(
+        {"top1": 2 / 3, "top5": 1, "mean_per_class_top1": 2 / 3}
+    )

@@ -41,7 +41,9 @@ def test_neighbours_by_the_names_of_classes(encoder, spec, write):
     val = write("val", {"blue/9.png": "blue", "red/deep/7.jpg": "red", "red/8.png": "green", "red/x.png": None})
     evaluator = KNearestNeighbours(spec, train_data=train, data=val, k=1)
     evaluator.prepare()
-    assert evaluator.evaluate(encoder, pictures=True).metrics == pytest.approx({"top1": 2 / 3, "top5": 1, "mean_per_class_top1": 3 / 4})
+    assert evaluator.evaluate(encoder, pictures=True).metrics == pytest.approx(
+        {"top1": 2 / 3, "top5": 1, "mean_per_class_top1": 3 / 4}
+    )
     by_name = KNearestNeighbours(spec, train_data=train, data=val, k=1, label="class_name")
     assert by_name.evaluate(encoder).metrics["top1"] == pytest.approx(2 / 3)
     of_the_set = KNearestNeighbours(replace(spec, validation_data=val), train_data=train, k=1)
@@ -51,11 +53,15 @@ def test_neighbours_by_the_names_of_classes(encoder, spec, write):
 def test_neighbours_refuse(encoder, spec, write):
     train = write("train", {"blue/1.png": "blue", "red/1.png": "red"})
     flat = write("flat", {"1.png": "blue"})
-    with pytest.raises(DataError, match=r"^data: .*/val: the class folder 'rad' is none of the 2 known classes\. Did you mean 'red'\?"):
+    with pytest.raises(
+        DataError, match=r"^data: .*/val: the class folder 'rad' is none of the 2 known classes\. Did you mean 'red'\?"
+    ):
         KNearestNeighbours(spec, train_data=train, data=write("val", {"rad/1.png": "red"})).prepare()
     with pytest.raises(DataError, match=r"^train_data: sample 1.png has no label 'cls'\. It has: none"):
         KNearestNeighbours(spec, train_data=flat, data=train).prepare()
-    with pytest.raises(DataError, match=r"^train_data: sample blue/1.png has no label 'kind'\. It has: class_name, cls"):
+    with pytest.raises(
+        DataError, match=r"^train_data: sample blue/1.png has no label 'kind'\. It has: class_name, cls"
+    ):
         KNearestNeighbours(spec, train_data=train, data=train, label="kind").prepare()
     with pytest.raises(DataError, match=r"^data: .*/trian does not exist\. Did you mean 'train'\?"):
         KNearestNeighbours(spec, train_data=train, data=train.replace("train", "trian")).prepare()
@@ -77,7 +83,9 @@ def test_classes_are_called_as_their_folders(encoder, spec, write):
     evaluator.prepare()
     found = evaluator.evaluate(encoder, pictures=True)
     assert found.metrics == pytest.approx({"top1": 3 / 4, "top5": 1, "mean_per_class_top1": 5 / 6})
-    assert Classification(spec, data=val, templates="a {}", label="class_name").evaluate(encoder).metrics["top1"] == 3 / 4
+    assert (
+        Classification(spec, data=val, templates="a {}", label="class_name").evaluate(encoder).metrics["top1"] == 3 / 4
+    )
     (Path(val) / "classes.txt").write_text("red\nyellow\ngreen\nblue\n")  # found by name, in any order
     assert Classification(spec, data=val, templates="a {}").evaluate(encoder).metrics["top1"] == 3 / 4
     (Path(val) / "classes.txt").write_text("a blue\na red\na green\n")  # other words, so in the order of the folders
@@ -105,10 +113,15 @@ def test_retrieval_by_the_texts_beside_pictures(encoder, spec, write):
 
 def test_splits_are_no_classes(encoder, spec, write):
     """Of a folder with train/ and val/ one is learned from and the other is evaluated on."""
-    root = write("all", {"train/red/1.png": "red", "train/blue/1.png": "blue", "val/red/1.png": "red", "val/blue/1.png": "red"})
+    root = write(
+        "all", {"train/red/1.png": "red", "train/blue/1.png": "blue", "val/red/1.png": "red", "val/blue/1.png": "red"}
+    )
     evaluator = KNearestNeighbours(spec, train_data=root, data=root, k=1)
     evaluator.prepare()
-    assert evaluator.train_data.class_names == ("blue", "red") and len(evaluator.train_data.samples) == len(evaluator.data.samples) == 2
+    assert (
+        evaluator.train_data.class_names == ("blue", "red")
+        and len(evaluator.train_data.samples) == len(evaluator.data.samples) == 2
+    )
     assert evaluator.evaluate(encoder).metrics["top1"] == 1 / 2
     with pytest.raises(DataError, match=r"all holds train/ and val/: splits, no classes\. Name one: .*all/train"):
         ImageFolder(spec, train_data=root).prepare()

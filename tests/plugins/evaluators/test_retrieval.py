@@ -11,7 +11,10 @@ from cosmos_ssl_plugins.evaluators.retrieval import Retrieval
 
 def samples(*colours, **more):
     return [
-        (colour, {"txt": f"a {colour} thing", "json": {"short": [f"{colour}"], "long": [f"so {colour}", "yellow"]}, **more})
+        (
+            colour,
+            {"txt": f"a {colour} thing", "json": {"short": [f"{colour}"], "long": [f"so {colour}", "yellow"]}, **more},
+        )
         for colour in colours
     ]
 
@@ -42,7 +45,11 @@ def test_bad_and_untold_pictures_are_left_out(encoder, spec, write_shard, caplog
 
 
 def test_pictures(encoder, spec, write_shard):
-    pictures = Retrieval(spec, data=write_shard("a.tar", samples("red", "green", "blue"))).evaluate(encoder, pictures=True).pictures
+    pictures = (
+        Retrieval(spec, data=write_shard("a.tar", samples("red", "green", "blue")))
+        .evaluate(encoder, pictures=True)
+        .pictures
+    )
     assert list(pictures) == ["matches"]
     picture = pictures["matches"]
     assert picture.dtype == torch.uint8
@@ -87,7 +94,9 @@ def test_faults(encoder, spec, write_shard, tmp_path):
     with pytest.raises(DataError, match=r"have no texts 'raw'. They have: txt, short, long"):
         Retrieval(spec, data=write_shard("a.tar", samples("red")), texts="raw").evaluate(encoder)
     found = Retrieval(spec, data=write_shard("a.tar", samples("red", "blue")), texts="raw")
-    with pytest.raises(DataError, match=r"^texts: samples such as 0000 have no texts 'raw'. They have: txt, short, long"):
+    with pytest.raises(
+        DataError, match=r"^texts: samples such as 0000 have no texts 'raw'. They have: txt, short, long"
+    ):
         found.prepare()  # before training rather than after an epoch of it
     Retrieval(spec, data=write_shard("a.tar", [(None, {"txt": "red"}), ("red", {"txt": "red"})])).prepare()
     with pytest.raises(DataError, match="not one picture can be used"):

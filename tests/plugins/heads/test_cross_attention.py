@@ -24,13 +24,21 @@ def batch():
     torch.manual_seed(0)
     features = Features(
         image={
-            "global": GroupFeatures(views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 6, 12), token_views=(0,)),
+            "global": GroupFeatures(
+                views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 6, 12), token_views=(0,)
+            ),
             "local": GroupFeatures(views=(0, 1, 2), projected=torch.randn(3, 4, 16)),
         },
-        text={"global": GroupFeatures(views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 7, 10), token_views=(0,))},
+        text={
+            "global": GroupFeatures(
+                views=(0, 1), projected=torch.randn(2, 4, 16), tokens=torch.randn(1, 4, 7, 10), token_views=(0,)
+            )
+        },
     )
     lengths = torch.tensor([[3, 7, 1, 5], [2, 2, 2, 2]])
-    views = Views(keys=list("abcd"), text={"global": TextGroup(tokens=torch.zeros(2, 4, 7, dtype=torch.int64), lengths=lengths)})
+    views = Views(
+        keys=list("abcd"), text={"global": TextGroup(tokens=torch.zeros(2, 4, 7, dtype=torch.int64), lengths=lengths)}
+    )
     return features, views
 
 
@@ -56,7 +64,9 @@ def test_equals_the_usual_module_called_view_by_view(batch, mask):
     hidden = torch.arange(7) >= views.text["global"].lengths[0][:, None] if mask else None
     text_tokens = head.text_tokens(features.text["global"].tokens[0])
     image, image_weights = expected(head.image_asks_text, features.stack("image"), text_tokens, hidden)
-    text, text_weights = expected(head.text_asks_image, features.stack("text"), head.image_tokens(features.image["global"].tokens[0]))
+    text, text_weights = expected(
+        head.text_asks_image, features.stack("text"), head.image_tokens(features.image["global"].tokens[0])
+    )
     torch.testing.assert_close(out["image"], image, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out["text"], text, rtol=1e-5, atol=1e-6)
     weights = head.attention_weights(features, views, mask_padding=mask)
@@ -66,7 +76,10 @@ def test_equals_the_usual_module_called_view_by_view(batch, mask):
 
 def test_pads_are_asked_for_unless_masked():
     heads = CrossAttention(SPEC), CrossAttention(SPEC, mask_padding=True)
-    assert [[need.pads for need in head.requires(["image"]) if need.kind == "tokens"] for head in heads] == [[True], [False]]
+    assert [[need.pads for need in head.requires(["image"]) if need.kind == "tokens"] for head in heads] == [
+        [True],
+        [False],
+    ]
 
 
 @pytest.mark.parametrize(("output", "other"), [("image", "text"), ("text", "image")])
@@ -82,7 +95,9 @@ def test_an_output_alone_is_the_same_and_asks_for_less(batch, output, other):
     alone[output].sum().backward()
     unread = head.unread((output,))
     reached = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
-    assert reached == {name for name, _ in head.named_parameters() if not any(fnmatchcase(name, pattern) for pattern in unread)}
+    assert reached == {
+        name for name, _ in head.named_parameters() if not any(fnmatchcase(name, pattern) for pattern in unread)
+    }
 
 
 def test_impossible_options_are_named():

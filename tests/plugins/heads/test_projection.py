@@ -43,7 +43,9 @@ def features() -> Features:
 
     return Features(
         image={
-            "global": GroupFeatures(views=(0, 1), pooled=leaf(2, 5, 12), projected=leaf(2, 5, 6), masked_tokens=leaf(9, 12)),
+            "global": GroupFeatures(
+                views=(0, 1), pooled=leaf(2, 5, 12), projected=leaf(2, 5, 6), masked_tokens=leaf(9, 12)
+            ),
             "local": GroupFeatures(views=(0, 1, 2), pooled=leaf(3, 5, 12), projected=leaf(3, 5, 6)),
         },
         text={
@@ -66,7 +68,9 @@ def formula(head: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make", PROTOTYPES)
-def test_prototypes_equal_the_published_formula_and_its_gradients(make: Callable[..., Head], features: Features) -> None:
+def test_prototypes_equal_the_published_formula_and_its_gradients(
+    make: Callable[..., Head], features: Features
+) -> None:
     head = make(SPEC, **SIZES)
     nn.init.uniform_(head.mlp.last_layer.weight_g, 0.5, 2)  # type: ignore[union-attr, arg-type]
     names = ("global", "local", "global_masked")
@@ -87,7 +91,9 @@ def test_prototypes_equal_the_published_formula_and_its_gradients(make: Callable
 
 @pytest.mark.parametrize("make", PROTOTYPES)
 def test_published_sizes(make: Callable[..., Head]) -> None:
-    """K = 65,536, hidden 2,048, bottleneck 256: for a ViT-S/16 (width 384) 21.7 million weights, 16.8 of them prototypes."""
+    """K = 65,536, hidden 2,048, bottleneck 256: for a ViT-S/16 (width 384) 21.7 million weights, 16.8 of them
+    prototypes.
+    """
     with meta_device():
         head = make(Spec(embed_dim=8, image=TowerSpec(width=384), image_views=SPEC.image_views))
     assert head.outputs() == {"global": 65536, "local": 65536, "global_masked": 65536}
@@ -110,7 +116,9 @@ def test_only_what_is_asked_for_is_asked_for_and_computed(features: Features) ->
 
 def test_no_masked_patches(features: Features) -> None:
     head = DinoProjection(SPEC, **SIZES)
-    empty = Features(image={"global": GroupFeatures(views=(0, 1), pooled=torch.ones(2, 5, 12), masked_tokens=torch.empty(0, 12))})
+    empty = Features(
+        image={"global": GroupFeatures(views=(0, 1), pooled=torch.ones(2, 5, 12), masked_tokens=torch.empty(0, 12))}
+    )
     found = head(empty, VIEWS, ("global_masked",))["global_masked"]
     assert found.shape == (0, 24)
     found.sum().backward()
@@ -142,7 +150,10 @@ def test_a_rebuilt_copy_takes_the_state(make: Callable[..., Head], features: Fea
 @pytest.mark.parametrize(("norm_last_layer", "lengths"), [(True, math.inf), (False, 1.0)])
 def test_the_last_layer_rests(norm_last_layer: bool, lengths: float) -> None:
     model = Model({}, {"dino": DinoProjection(SPEC, norm_last_layer=norm_last_layer, **SIZES)}, {})
-    found = {name.rpartition("mlp.")[2]: setting.frozen_epochs for name, setting in settings(model, OptimizerConfig()).items()}
+    found = {
+        name.rpartition("mlp.")[2]: setting.frozen_epochs
+        for name, setting in settings(model, OptimizerConfig()).items()
+    }
     assert found.pop("last_layer.weight_g") == lengths and found.pop("last_layer.weight_v") == 1.0
     assert set(found.values()) == {0.0}
 
@@ -158,7 +169,10 @@ PUBLISHED: list[tuple[dict[str, Any], nn.Module]] = [
     ({"hidden_dim": 16, "output_dim": 9, "batch_norm": False}, lightlys.MoCoProjectionHead(12, 16, 9)),
     ({"hidden_dim": 16, "output_dim": 9}, lightlys.BYOLProjectionHead(12, 16, 9)),
     ({"hidden_dim": 16, "output_dim": 9, "layers": 3}, lightlys.BarlowTwinsProjectionHead(12, 16, 9)),
-    ({"hidden_dim": 16, "output_dim": 9, "layers": 3, "output_batch_norm": True}, lightlys.SimSiamProjectionHead(12, 16, 9)),
+    (
+        {"hidden_dim": 16, "output_dim": 9, "layers": 3, "output_batch_norm": True},
+        lightlys.SimSiamProjectionHead(12, 16, 9),
+    ),
 ]
 
 
@@ -169,7 +183,9 @@ def test_projection_equals_lightlys_heads_called_view_by_view(
 ) -> None:
     """Also a teacher in evaluation mode uses the statistics of its batch."""
     ours = Projection(SPEC, **options).train(not teacher)
-    weights = {name: value for name, value in theirs.state_dict().items() if "running" not in name and "batches" not in name}
+    weights = {
+        name: value for name, value in theirs.state_dict().items() if "running" not in name and "batches" not in name
+    }
     ours.mlp.load_state_dict(weights)
     assert ours.mixes_samples == any(isinstance(module, nn.BatchNorm1d) for module in theirs.modules())
     theirs.train()
@@ -180,7 +196,9 @@ def test_projection_equals_lightlys_heads_called_view_by_view(
         expected = torch.stack([theirs(view) for view in pooled])
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
         direction = torch.randn_like(expected)
-        gradients = [torch.autograd.grad((x * direction).sum(), pooled, retain_graph=True)[0] for x in (found[name], expected)]
+        gradients = [
+            torch.autograd.grad((x * direction).sum(), pooled, retain_graph=True)[0] for x in (found[name], expected)
+        ]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -237,7 +255,11 @@ def test_one_layer_is_a_linear_map() -> None:
         (DinoProjection, {"bottleneck_dim": -1}, "bottleneck_dim: -1"),
         (DinoV2Projection, {"freeze_last_layer": -1}, "freeze_last_layer: -1"),
         (Projection, {"layers": 0}, "layers: 0"),
-        (Projection, {"input": "second"}, "input: no head 'second' is listed above this one. There are: pooled, projected, first, mixed"),
+        (
+            Projection,
+            {"input": "second"},
+            "input: no head 'second' is listed above this one. There are: pooled, projected, first, mixed",
+        ),
         (Projection, {"input": "mixed"}, "input: the outputs of 'mixed' differ in width"),
     ],
 )

@@ -21,14 +21,18 @@ def draw(seed, samples=6, modalities=SHAPES):
     """Features by modality and group, [V, B, 12]."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        m: {name: torch.randn(views, samples, 12, generator=generator, dtype=torch.float64) for name, views in groups.items()}
+        m: {
+            name: torch.randn(views, samples, 12, generator=generator, dtype=torch.float64)
+            for name, views in groups.items()
+        }
         for m, groups in modalities.items()
     }
 
 
 def features(drawn, heads=None):
     groups = {
-        m: {name: GroupFeatures(views=tuple(range(len(x))), projected=x) for name, x in groups.items()} for m, groups in drawn.items()
+        m: {name: GroupFeatures(views=tuple(range(len(x))), projected=x) for name, x in groups.items()}
+        for m, groups in drawn.items()
     }
     return Features(**groups, heads=heads or {})
 
@@ -75,7 +79,10 @@ def test_without_a_head_the_students_own_features_of_all_views_are_distilled():
     log_scale = torch.tensor(math.log(20.0), dtype=torch.float64, requires_grad=True)
     expected = published(image, text, teacher, log_scale.exp())
     torch.testing.assert_close(term, expected, rtol=1e-10, atol=1e-12)
-    mine, plain = torch.autograd.grad(term, [*leaves, loss.logit_scale]), torch.autograd.grad(expected, [*leaves, log_scale])
+    mine, plain = (
+        torch.autograd.grad(term, [*leaves, loss.logit_scale]),
+        torch.autograd.grad(expected, [*leaves, log_scale]),
+    )
     for x, y in zip(mine, plain, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
     assert loss.requires() == [
@@ -94,7 +101,11 @@ def test_with_a_head_its_outputs_are_distilled():
     term = loss(context(drawn, teacher, cross)).terms["distillation"]
     expected = published(cross["image"], cross["text"], teacher, 20.0)
     torch.testing.assert_close(term, expected, rtol=1e-10, atol=1e-12)
-    for x, y in zip(torch.autograd.grad(term, list(cross.values())), torch.autograd.grad(expected, list(cross.values())), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(term, list(cross.values())),
+        torch.autograd.grad(expected, list(cross.values())),
+        strict=True,
+    ):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
     assert loss.requires()[0] == Need(head="cross", outputs=("image", "text"))
 
@@ -111,7 +122,9 @@ def test_the_teachers_entropy_is_that_of_its_matches():
 def _rank(rank, world, path, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     share = slice(rank * 6 // world, (rank + 1) * 6 // world)
-    drawn, teacher = ({m: {n: x[:, share] for n, x in groups.items()} for m, groups in draw(seed).items()} for seed in (0, 1))
+    drawn, teacher = (
+        {m: {n: x[:, share] for n, x in groups.items()} for m, groups in draw(seed).items()} for seed in (0, 1)
+    )
     leaf = drawn["image"]["local"] = drawn["image"]["local"].clone().requires_grad_()
     term = double(CrossModalityDistillation(SPEC))(context(drawn, teacher)).terms["distillation"]
     results[rank] = term.detach(), torch.autograd.grad(term, leaf)[0]
@@ -128,7 +141,9 @@ def test_two_ranks_are_one(tmp_path):
     image, text = (torch.cat(list(groups.values())) for groups in drawn.values())
     expected = published(image, text, teacher, 20.0)
     torch.testing.assert_close((first[0] + second[0]) / 2, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.cat([first[1], second[1]], 1) / 2, torch.autograd.grad(expected, leaf)[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([first[1], second[1]], 1) / 2, torch.autograd.grad(expected, leaf)[0], rtol=1e-9, atol=1e-12
+    )
 
 
 def test_the_scale_starts_at_clips_and_stays_within_bounds():

@@ -51,11 +51,16 @@ def test_equals_lightly_over_three_steps(views: tuple[int, int]) -> None:
     whole, parts = views
     groups = {"global": ViewSpec(views=whole)} | ({"local": ViewSpec(views=parts)} if parts else {})
     ours = Dino(
-        Spec(embed_dim=8, image_views=groups, heads={"mine": dict.fromkeys(groups, 7)}), head="mine", teacher_temp=TEMP, center_momentum=0.8
+        Spec(embed_dim=8, image_views=groups, heads={"mine": dict.fromkeys(groups, 7)}),
+        head="mine",
+        teacher_temp=TEMP,
+        center_momentum=0.8,
     ).double()
     theirs = DINOLoss(output_dim=7, teacher_temp=TEMP, student_temp=0.1, center_momentum=0.8).double()
     for step in range(3):
-        student = {"global": leaf(whole, 5, 7, seed=step)} | ({"local": leaf(parts, 5, 7, seed=step + 10)} if parts else {})
+        student = {"global": leaf(whole, 5, 7, seed=step)} | (
+            {"local": leaf(parts, 5, 7, seed=step + 10)} if parts else {}
+        )
         teacher = leaf(whole, 5, 7, seed=step + 20).detach()
         loss = run(ours, student, teacher).terms["distillation"]
         expected = theirs(list(teacher), [view for group in student.values() for view in group])
@@ -84,7 +89,9 @@ def test_sinkhorn_equals_lightly_and_the_published_algorithm() -> None:
         q = q / q.sum(0) / 7
         q = q / q.sum(1, keepdim=True) / 12
     torch.testing.assert_close(ours, q * 12, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(sinkhorn(scores / TEMP, 200).sum(0), torch.full((7,), 12 / 7).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        sinkhorn(scores / TEMP, 200).sum(0), torch.full((7,), 12 / 7).double(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("spread", [1e2, 1e4, 1e30])
@@ -101,7 +108,9 @@ def test_sinkhorn_in_the_loss() -> None:
     loss = make(centering="sinkhorn", sinkhorn_iterations=4)
     assert not list(loss.buffers())
     found = run(loss, student, teacher).terms["distillation"]
-    targets = lightlys_sinkhorn(teacher.detach().flatten(0, 1), iterations=4, epsilon=0.04).view(2, 5, 7)  # both views share the prototypes
+    targets = lightlys_sinkhorn(teacher.detach().flatten(0, 1), iterations=4, epsilon=0.04).view(
+        2, 5, 7
+    )  # both views share the prototypes
     log_p = (torch.cat([student["global"], student["local"]]) / 0.1).log_softmax(-1)
     pairs = [-(targets[t] * log_p[s]).sum(-1).mean() for t in range(2) for s in range(5) if s != t]
     torch.testing.assert_close(found, torch.stack(pairs).mean(), rtol=1e-10, atol=0)
@@ -109,7 +118,10 @@ def test_sinkhorn_in_the_loss() -> None:
 
 def test_temperature_rises_linearly_over_the_warm_up() -> None:
     loss = make(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=30)
-    at = {epoch: loss.targets.temperature(Progress(step=epoch * 5, total_steps=500, steps_per_epoch=5)) for epoch in (0, 15, 30, 60)}
+    at = {
+        epoch: loss.targets.temperature(Progress(step=epoch * 5, total_steps=500, steps_per_epoch=5))
+        for epoch in (0, 15, 30, 60)
+    }
     assert at == pytest.approx({0: 0.04, 15: 0.055, 30: 0.07, 60: 0.07})
     half = Progress(step=7, total_steps=500, steps_per_epoch=14)  # half an epoch
     output = run(loss, {"global": leaf(2, 5, 7), "local": leaf(3, 5, 7)}, leaf(2, 5, 7), half)
@@ -157,7 +169,9 @@ def test_half_precision_is_computed_in_float32() -> None:
     student, teacher = {"global": leaf(2, 5, 7), "local": leaf(3, 5, 7, seed=1)}, leaf(2, 5, 7, seed=2)
     half = {name: x.detach().bfloat16() for name, x in student.items()}
     found = run(Dino(SPEC, head="mine"), half, teacher.bfloat16()).terms["distillation"]
-    plain = run(make(), {name: x.double() for name, x in half.items()}, teacher.bfloat16().double()).terms["distillation"]
+    plain = run(make(), {name: x.double() for name, x in half.items()}, teacher.bfloat16().double()).terms[
+        "distillation"
+    ]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=0)
 

@@ -1,4 +1,6 @@
-"""DINO, iBOT, KoLeo and batch norm of heads: several ranks together are one rank with the whole batch, float64 to 1e-6 and closer."""
+"""DINO, iBOT, KoLeo and batch norm of heads: several ranks together are one rank with the whole batch, float64 to 1e-6
+and closer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from cosmos_ssl.api import Features, GroupFeatures, ImageGroup, Loss, Progress, Spec, StepContext, TowerSpec, Views, ViewSpec
+from cosmos_ssl.api import (
+    Features,
+    GroupFeatures,
+    ImageGroup,
+    Loss,
+    Progress,
+    Spec,
+    StepContext,
+    TowerSpec,
+    Views,
+    ViewSpec,
+)
 from cosmos_ssl.functional import gather
 from cosmos_ssl_plugins.heads.per_group import BatchNorm
 from cosmos_ssl_plugins.losses.dino import Dino
@@ -34,23 +47,33 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def masks(step: int) -> Tensor:
     """[2, B, N]; the ranks' counts differ, and at the second step the last rank has no masked patch."""
-    counts = torch.tensor([[0, 1, 9, 3, 2, 0], [4, 4, 0, 1, 0, 1]]) if step == 0 else torch.tensor([[2, 5, 3, 0, 0, 0], [1, 0, 6, 0, 0, 0]])
+    counts = (
+        torch.tensor([[0, 1, 9, 3, 2, 0], [4, 4, 0, 1, 0, 1]])
+        if step == 0
+        else torch.tensor([[2, 5, 3, 0, 0, 0], [1, 0, 6, 0, 0, 0]])
+    )
     return torch.arange(PATCHES) < counts[..., None]
 
 
 def context(step: int, weight: Tensor, share: slice) -> StepContext:
-    """Logits are a linear map, ``weight`` [W, K], of features of the samples in ``share``; the teacher's have another one."""
+    """Logits are a linear map, ``weight`` [W, K], of features of the samples in ``share``; the teacher's have another
+    one.
+    """
     hidden = masks(step)[:, share]
     patches = draw(2, BATCH, PATCHES, WIDTH, seed=step + 40)[:, share][hidden]
     whole, parts = (draw(views, BATCH, WIDTH, seed=step + seed)[:, share] for views, seed in ((2, 10), (3, 20)))
     teacher = draw(WIDTH, K, seed=99)
     student = {"global": whole @ weight, "local": parts @ weight, "global_masked": patches @ weight}
-    group = ImageGroup(pixels=torch.empty(2, hidden.shape[1], 3, 1, 1), params=torch.empty(2, hidden.shape[1], 0), masks=hidden)
+    group = ImageGroup(
+        pixels=torch.empty(2, hidden.shape[1], 3, 1, 1), params=torch.empty(2, hidden.shape[1], 0), masks=hidden
+    )
     pooled = whole @ weight[:, :WIDTH]
     return StepContext(
         views=Views(keys=[""] * hidden.shape[1], image={"global": group}),
         student=Features(image={"global": GroupFeatures(views=(0, 1), pooled=pooled)}, heads={"mine": student}),
-        teacher=Features(heads={"mine": {"global": whole.flip(0) @ teacher, "global_masked": patches.flip(1) @ teacher}}),
+        teacher=Features(
+            heads={"mine": {"global": whole.flip(0) @ teacher, "global_masked": patches.flip(1) @ teacher}}
+        ),
         gathered={"student": Features(image={"global": GroupFeatures(views=(0, 1), pooled=gather(pooled, dim=1))})},
         progress=Progress(step=step, total_steps=2),
         head=lambda *_: {},
@@ -68,9 +91,13 @@ def losses() -> dict[str, Loss]:
 
 
 def normalised(share: slice) -> Found:
-    """Batch norm: output and gradients of rows [V, B, W], view by view, and rows of which the ranks have unlike numbers."""
+    """Batch norm: output and gradients of rows [V, B, W], view by view, and rows of which the ranks have unlike
+    numbers.
+    """
     torch.manual_seed(0)
-    head = nn.Sequential(nn.Linear(WIDTH, 8), BatchNorm(8), nn.ReLU(), nn.Linear(8, 4), BatchNorm(4, affine=False)).double()
+    head = nn.Sequential(
+        nn.Linear(WIDTH, 8), BatchNorm(8), nn.ReLU(), nn.Linear(8, 4), BatchNorm(4, affine=False)
+    ).double()
     x = draw(2, BATCH, WIDTH, seed=1)[:, share].requires_grad_()
     output = torch.stack([head(view) for view in x])
     (output * draw(2, BATCH, 4, seed=3)[:, share]).sum(-1).mean().backward()
@@ -81,7 +108,9 @@ def normalised(share: slice) -> Found:
 
 
 def everything(share: slice) -> dict[str, Found]:
-    """Per loss and step: the loss and the gradient of ``weight``, both to be averaged over ranks, and the buffers, the same on all."""
+    """Per loss and step: the loss and the gradient of ``weight``, both to be averaged over ranks, and the buffers, the
+    same on all.
+    """
     found: dict[str, Found] = {"batch norm": normalised(share)}
     made = {name: loss.double() for name, loss in losses().items()}
     for step in range(2):
@@ -93,7 +122,12 @@ def everything(share: slice) -> dict[str, Found]:
             assert weight.grad is not None
             buffers = {key: value.clone() for key, value in loss.named_buffers()}
             metrics = {f"mean of {key}": value.detach().double() for key, value in output.metrics.items()}
-            found[f"{name} {step}"] = {"mean of loss": term.detach(), "mean of gradient": weight.grad, **metrics, **buffers}
+            found[f"{name} {step}"] = {
+                "mean of loss": term.detach(),
+                "mean of gradient": weight.grad,
+                **metrics,
+                **buffers,
+            }
     return found
 
 
@@ -119,7 +153,9 @@ def test_losses(case: str, runs: tuple[dict[str, Found], list[dict[str, Found]]]
     assert {len(found) for found in (one, *ranks)} == {len(one)} and one["mean of loss"] != 0
     for key, expected in one.items():
         if key.startswith("mean"):
-            torch.testing.assert_close(torch.stack([rank[key] for rank in ranks]).mean(0), expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                torch.stack([rank[key] for rank in ranks]).mean(0), expected, rtol=1e-9, atol=1e-12
+            )
         else:
             assert expected.any()
             for rank in ranks:
@@ -134,7 +170,9 @@ def test_batch_norm(runs: tuple[dict[str, Found], list[dict[str, Found]]]) -> No
         elif key == "masked":
             counts = masks(0).sum(-1)
             found = torch.empty_like(expected)
-            owner = (torch.arange(BATCH) * WORLD // BATCH).expand_as(counts).flatten().repeat_interleave(counts.flatten())
+            owner = (
+                (torch.arange(BATCH) * WORLD // BATCH).expand_as(counts).flatten().repeat_interleave(counts.flatten())
+            )
             for number, rank in enumerate(ranks):
                 found[owner == number] = rank[key]
         else:

@@ -28,14 +28,18 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
 
 
 def draw_masks(seed: int = 0) -> Tensor:
-    """[2, 5, 9]: 0, 1, 2, 4 or 8 patches of each image (lightly holds one over the count in float32, where these are exact)."""
+    """[2, 5, 9]: 0, 1, 2, 4 or 8 patches of each image (lightly holds one over the count in float32, where these are
+    exact).
+    """
     draw = torch.Generator().manual_seed(seed)
     counts = torch.tensor([0, 1, 2, 4, 8]).repeat(2)[torch.randperm(10, generator=draw)].view(2, 5, 1)
     return torch.rand(2, 5, 9, generator=draw).argsort(-1) < counts
 
 
 def run(loss: Ibot, student: Tensor, teacher: Tensor, masks: Tensor) -> LossOutput:
-    group = ImageGroup(pixels=torch.empty(*masks.shape[:2], 3, 3, 3), params=torch.empty(*masks.shape[:2], 0), masks=masks)
+    group = ImageGroup(
+        pixels=torch.empty(*masks.shape[:2], 3, 3, 3), params=torch.empty(*masks.shape[:2], 0), masks=masks
+    )
     context = StepContext(
         views=Views(keys=[""] * masks.shape[1], image={"global": group}),
         student=Features(heads={"mine": {"global_masked": student}}),
@@ -73,11 +77,19 @@ def test_an_image_weighs_one_over_its_masked_patches(centering: str) -> None:
     masks = draw_masks()
     student, teacher = leaf(int(masks.sum()), 7), leaf(int(masks.sum()), 7, seed=1).detach()
     found = run(make(centering=centering, teacher_temp=TEMP), student, teacher, masks).terms["patches"]
-    targets = (teacher / TEMP).softmax(-1) if centering == "center" else lightlys_sinkhorn(teacher, iterations=3, epsilon=TEMP)
+    targets = (
+        (teacher / TEMP).softmax(-1)
+        if centering == "center"
+        else lightlys_sinkhorn(teacher, iterations=3, epsilon=TEMP)
+    )
     rows = -(targets * (student / 0.1).log_softmax(-1)).sum(-1)
     full = torch.zeros(2, 5, 9, dtype=torch.float64)
     full[masks] = rows
-    images = [full[v, b][masks[v, b]].mean() if masks[v, b].any() else torch.zeros(()).double() for v in range(2) for b in range(5)]
+    images = [
+        full[v, b][masks[v, b]].mean() if masks[v, b].any() else torch.zeros(()).double()
+        for v in range(2)
+        for b in range(5)
+    ]
     torch.testing.assert_close(found, torch.stack(images).mean(), rtol=1e-10, atol=0)
 
 
@@ -110,7 +122,9 @@ def test_requirements() -> None:
 
 
 def test_a_head_without_masked_patches_is_named() -> None:
-    with pytest.raises(ValueError, match=r"head: no head 'plain' with an output 'global_masked'\. Heads that have it: mine$"):
+    with pytest.raises(
+        ValueError, match=r"head: no head 'plain' with an output 'global_masked'\. Heads that have it: mine$"
+    ):
         Ibot(SPEC, head="plain")
     spec = Spec(embed_dim=8, image_views={"global": ViewSpec(views=2)}, heads={"mine": {"global": 7}})
     with pytest.raises(ValueError, match=r"No masks are drawn: set augmenters\.image\.mask_probability"):

@@ -39,7 +39,10 @@ def test_equals_lightly_summed_over_views(kind: Any) -> None:
     """Loss and gradient, float64, to 1e-12; DINOv2 sums over the two global views."""
     x = leaf(2, 6, 5)
     theirs = KoLeoLoss()
-    loss, expected = run(Koleo(SPEC, kind=kind), x, kind).terms["koleo"], torch.stack([theirs(view) for view in x]).sum()
+    loss, expected = (
+        run(Koleo(SPEC, kind=kind), x, kind).terms["koleo"],
+        torch.stack([theirs(view) for view in x]).sum(),
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)

@@ -57,7 +57,12 @@ def context(student, teacher=None, projected=None):
         gathered["student"] = Features(image={"ssl": group})
     empty = Features()  # whatever is compared was gathered
     return StepContext(
-        views=Views(keys=[]), student=empty, teacher=empty, gathered=gathered, progress=Progress(step=0, total_steps=1), head=lambda *_: {}
+        views=Views(keys=[]),
+        student=empty,
+        teacher=empty,
+        gathered=gathered,
+        progress=Progress(step=0, total_steps=1),
+        head=lambda *_: {},
     )
 
 
@@ -75,7 +80,9 @@ def ours(name, options, x):
 def direct(name, options, x):
     """lightly's loss of each two views, averaged."""
     loss = lightlys(name, options)
-    return with_gradient(lambda leaf: torch.stack([loss(leaf[i], leaf[j]) for i, j in combinations(range(len(x)), 2)]).mean(), x)
+    return with_gradient(
+        lambda leaf: torch.stack([loss(leaf[i], leaf[j]) for i, j in combinations(range(len(x)), 2)]).mean(), x
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), LOSSES.items())
@@ -110,7 +117,9 @@ def _rank(rank, world, path, results):
 
 
 def test_two_ranks_are_one(tmp_path):
-    """Averaged over ranks, as the engine does it: loss and gradients of the whole batch, statistics over samples included."""
+    """Averaged over ranks, as the engine does it: loss and gradients of the whole batch, statistics over samples
+    included.
+    """
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
@@ -126,8 +135,12 @@ def test_two_ranks_are_one(tmp_path):
 
 @pytest.mark.parametrize("target", ["student", "teacher"])
 def test_a_target_of_its_own_gets_no_gradient(target):
-    """SimSiam (arXiv 2011.10566, algorithm 1) and BYOL (arXiv 2006.07733, equation 2 in cosine form): each view predicts the others."""
-    loss = Lightly(SPEC, loss="NegativeCosineSimilarity", head="predict", group="ssl", target=target, target_head="project")
+    """SimSiam (arXiv 2011.10566, algorithm 1) and BYOL (arXiv 2006.07733, equation 2 in cosine form): each view
+    predicts the others.
+    """
+    loss = Lightly(
+        SPEC, loss="NegativeCosineSimilarity", head="predict", group="ssl", target=target, target_head="project"
+    )
     p, z = draw(2, 5, 0).requires_grad_(), draw(2, 5, 1).requires_grad_()
     student = {"predict": p, "project": -z if target == "teacher" else z}
     term = loss(context(student, teacher={"project": z})).terms["pairs"]
@@ -142,7 +155,9 @@ def test_the_teachers_output_of_the_same_head():
     loss = Lightly(SPEC, loss="NTXentLoss", head="project", group="ssl", target="teacher")
     a, b = draw(3, 5, 0), draw(3, 5, 1)
     pairs = [lightlys("NTXentLoss", {})(a[i], b[j]) for i in range(3) for j in range(3) if i != j]
-    torch.testing.assert_close(loss(context({"project": a}, teacher={"project": b})).terms["pairs"], torch.stack(pairs).mean())
+    torch.testing.assert_close(
+        loss(context({"project": a}, teacher={"project": b})).terms["pairs"], torch.stack(pairs).mean()
+    )
 
 
 def test_features_of_the_tower_where_no_head_is_named():
@@ -174,7 +189,10 @@ def test_what_it_asks_for():
     ("arguments", "message"),
     [
         ({"options": {"temprature": 0.1}}, "options.temprature: unknown option of NTXentLoss. Accepts: temperature"),
-        ({"options": {"gather_distributed": 1}}, "options.gather_distributed: is not offered here. NTXentLoss accepts: temperature"),
+        (
+            {"options": {"gather_distributed": 1}},
+            "options.gather_distributed: is not offered here. NTXentLoss accepts: temperature",
+        ),
         ({"options": {"memory_bank_size": 64}}, "options.memory_bank_size: is not offered here"),
         ({"options": {"temperature": 0.0}}, "options: Illegal temperature"),
         ({"loss": "DirectCLRLoss", "options": {"loss_dim": 2.5}}, "options.loss_dim: expected a whole number, got 2.5"),

@@ -49,7 +49,9 @@ def open_clips(images, texts, scale=10.0, bias=-10.0):
     log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
     logit_bias = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
     unit = [F.normalize(x, dim=-1) for x in leaves]
-    term = torch.stack([SigLipLoss()(image, text, log_scale.exp(), logit_bias) for image in unit[0] for text in unit[1]]).mean()
+    term = torch.stack(
+        [SigLipLoss()(image, text, log_scale.exp(), logit_bias) for image in unit[0] for text in unit[1]]
+    ).mean()
     return term, *torch.autograd.grad(term, [*leaves, log_scale, logit_bias])
 
 
@@ -64,14 +66,19 @@ def test_loss_and_gradients_are_open_clips(image_views, text_views, scale, bias)
 def test_starts_as_published():
     """Section 3.2 of arXiv 2303.15343: t' = log 10 and b = -10."""
     loss = SigLip(SPEC)
-    assert {n: p.item() for n, p in loss.named_parameters()} == {"logit_scale": pytest.approx(math.log(10)), "logit_bias": -10}
+    assert {n: p.item() for n, p in loss.named_parameters()} == {
+        "logit_scale": pytest.approx(math.log(10)),
+        "logit_bias": -10,
+    }
 
 
 def test_all_texts_and_nobody_elses_local_crops():
     """Texts of every group count; gathered are the global images alone."""
     images, texts, locals_ = draw(1, 6, 0), draw(1, 6, 1), draw(2, 6, 2)
     output = SigLip(SPEC).double()(context(images, texts, locals_))
-    torch.testing.assert_close(output.terms["contrastive"], open_clips(images, torch.cat([texts, locals_]))[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        output.terms["contrastive"], open_clips(images, torch.cat([texts, locals_]))[0], rtol=1e-6, atol=1e-9
+    )
     assert output.metrics["logit_scale"].item() == pytest.approx(10) and output.metrics["logit_bias"].item() == -10
     assert SigLip(SPEC).requires() == [
         Need(modality="image", group="global", kind="projected", gathered=True),
@@ -95,7 +102,9 @@ def test_two_ranks_are_one(tmp_path):
     for number in (0, 3, 4):
         torch.testing.assert_close((first[number] + second[number]) / 2, alone[number], rtol=1e-10, atol=1e-12)
     for number in (1, 2):
-        torch.testing.assert_close(torch.cat([first[number], second[number]], 1) / 2, alone[number], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            torch.cat([first[number], second[number]], 1) / 2, alone[number], rtol=1e-10, atol=1e-12
+        )
 
 
 def test_a_scale_without_logarithm_is_refused():

@@ -42,9 +42,19 @@ def test_ids_equal_openclips(tokenizer: ClipTokenizer) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     source = random.Random(0)
-    blocks = [range(0x250), range(0x300, 0x330), range(0x390, 0x420), range(0x2000, 0x2070), range(0x4E00, 0x4E40), range(0x1F600, 0x1F640)]
+    blocks = [
+        range(0x250),
+        range(0x300, 0x330),
+        range(0x390, 0x420),
+        range(0x2000, 0x2070),
+        range(0x4E00, 0x4E40),
+        range(0x1F600, 0x1F640),
+    ]
     rare, usual = [chr(code) for block in blocks for code in block], "abcdefghij klmnop '<>&;."
-    words = ["".join(source.choice(rare if source.random() < 0.4 else usual) for _ in range(source.randrange(60))) for _ in range(1500)]
+    words = [
+        "".join(source.choice(rare if source.random() < 0.4 else usual) for _ in range(source.randrange(60)))
+        for _ in range(1500)
+    ]
     expected = SimpleTokenizer()(TEXTS + words)
     for _ in range(2):  # the second time from memory
         ids, lengths = tokenizer(TEXTS + words)
@@ -71,7 +81,16 @@ def test_no_texts(tokenizer: ClipTokenizer) -> None:
 
 def test_decode_shows_the_pieces(tokenizer: ClipTokenizer) -> None:
     ids, lengths = tokenizer(["A dog, café Rex 🎉"])
-    assert tokenizer.decode(ids[0, : int(lengths)].tolist()) == ["<start_of_text>", "a", "dog", ",", "café", "rex", "🎉", "<end_of_text>"]
+    assert tokenizer.decode(ids[0, : int(lengths)].tolist()) == [
+        "<start_of_text>",
+        "a",
+        "dog",
+        ",",
+        "café",
+        "rex",
+        "🎉",
+        "<end_of_text>",
+    ]
 
 
 def test_tokenizers_travel_to_workers_small(tokenizer: ClipTokenizer) -> None:
@@ -97,7 +116,9 @@ from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
 ClipTokenizer(Spec(embed_dim=8))(["plain text"])
 print(sorted({"open_clip", "timm", "torchvision", "transformers", "ftfy"} & set(sys.modules)))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_missing_vocabulary_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def test_ids_lengths_and_pads(bert: Path) -> None:
     tokenizer = HuggingFaceTokenizer(SPEC, name=str(bert), context_length=6)
     ids, lengths = tokenizer(["a photo of cats", "A dog", "a a a a a a a a"])
     assert ids.dtype == lengths.dtype == torch.int64
-    assert ids.tolist() == [[2, 4, 5, 6, 7, 3], [2, 4, 9, 3, 0, 0], [2, 4, 4, 4, 4, 3]]  # the first one is cut, its end kept
+    assert ids.tolist() == [
+        [2, 4, 5, 6, 7, 3],
+        [2, 4, 9, 3, 0, 0],
+        [2, 4, 4, 4, 4, 3],
+    ]  # the first one is cut, its end kept
     assert lengths.tolist() == [6, 4, 6]
     assert (tokenizer.vocab_size, tokenizer.context_length, tokenizer.pad_id) == (11, 6, 0)
     assert tokenizer.decode([4, 9, 3]) == ["a", "dog", "[SEP]"]

@@ -43,7 +43,9 @@ def ours(official: dict[str, Tensor], visual: bool) -> dict[str, Tensor]:
     state = {}
     for name, tensor in official.items():
         name = name.removeprefix("module.")
-        if name.startswith("visual.") != visual or any(word in name for word in ("cross_pool", "token_mapping", "logit_scale")):
+        if name.startswith("visual.") != visual or any(
+            word in name for word in ("cross_pool", "token_mapping", "logit_scale")
+        ):
             continue
         parts = name.removeprefix("visual.").removeprefix("transformer.").split(".")
         state[".".join(RENAMED.get(part, part) for part in parts)] = tensor
@@ -63,7 +65,12 @@ def official_towers() -> Callable[..., tuple[ClipViT, ClipText]]:
 
     def build(role: str, attention: str = "auto", **options: Any) -> tuple[ClipViT, ClipText]:
         vision, text = meta["vision_cfg"], meta["text_cfg"]
-        spec = Spec(embed_dim=meta["embed_dim"], attention=attention, context_length=text["context_length"], vocab_size=text["vocab_size"])
+        spec = Spec(
+            embed_dim=meta["embed_dim"],
+            attention=attention,
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+        )
         sizes = {name: vision[name] for name in ("width", "layers", "patch_size", "image_size")}
         vit = ClipViT(spec, **sizes, heads=vision["width"] // vision["head_width"], **options)
         tower = ClipText(spec, width=text["width"], layers=text["layers"], heads=text["heads"])

@@ -49,14 +49,18 @@ def plain(text: ClipText, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers, role: str, backend: str) -> None:
+def test_features_are_the_recorded_ones(
+    golden: dict[str, Tensor], official_towers: Towers, role: str, backend: str
+) -> None:
     _, text = official_towers(role, backend)
     ids = golden["texts"].long().unflatten(0, (8, 4))
     group = TextGroup(tokens=ids, lengths=ids.argmax(-1) + 1)
     views = tuple(range(8 if role == "student" else 2))
     for tokens in ((), (0,)):
         features = text({"all": group}, {"all": GroupPlan(views=views, tokens=tokens, pads=True)})
-        torch.testing.assert_close(features["all"].unit.flatten(0, 1), golden[f"{role}.text_features"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            features["all"].unit.flatten(0, 1), golden[f"{role}.text_features"], atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("pads", [False, True])
@@ -65,14 +69,22 @@ def test_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towe
 def test_packed_captions_are_padded_ones(options: dict[str, Any], pads: bool, batch: int) -> None:
     text = small(**options)
     groups = {"global": random_texts(2, batch), "local": random_texts(3, batch, seed=2, context=9)}
-    plan = {"global": GroupPlan(views=(0, 1), tokens=(1,), pads=pads), "local": GroupPlan(views=(2, 0), projected=False)}
+    plan = {
+        "global": GroupPlan(views=(0, 1), tokens=(1,), pads=pads),
+        "local": GroupPlan(views=(2, 0), projected=False),
+    }
     features = text(groups, plan)
-    whole, local = (plain(text, groups[n].tokens[list(plan[n].views)].flatten(0, 1)).unflatten(0, (2, batch)) for n in plan)
+    whole, local = (
+        plain(text, groups[n].tokens[list(plan[n].views)].flatten(0, 1)).unflatten(0, (2, batch)) for n in plan
+    )
     ends = [groups[n].lengths[list(plan[n].views)] - 1 for n in plan]
     tokens = whole[1:]
     if not pads:
         tokens = tokens * (torch.arange(CONTEXT) <= ends[0][1:, :, None])[..., None]
-    pooled = [x.gather(2, end[..., None, None].expand(-1, -1, 1, 32))[:, :, 0] for x, end in zip((whole, local), ends, strict=True)]
+    pooled = [
+        x.gather(2, end[..., None, None].expand(-1, -1, 1, 32))[:, :, 0]
+        for x, end in zip((whole, local), ends, strict=True)
+    ]
     expected = [pooled[0] @ text.projection, tokens, pooled[1]]
     found = [features["global"].projected, features["global"].tokens, features["local"].pooled]
     for a, b in zip(found, expected, strict=True):

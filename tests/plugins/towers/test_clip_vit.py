@@ -77,7 +77,9 @@ def plain(vit: ClipViT, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_student_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers, backend: str) -> None:
+def test_student_features_are_the_recorded_ones(
+    golden: dict[str, Tensor], official_towers: Towers, backend: str
+) -> None:
     vit, _ = official_towers("student", backend)
     pixels = [golden[f"image.{i}"] for i in range(8)]
     groups = {"global": group(torch.stack(pixels[:2])), "local": group(torch.stack(pixels[2:]))}
@@ -90,16 +92,22 @@ def test_teacher_features_are_the_recorded_ones(golden: dict[str, Tensor], offic
     vit, _ = official_towers("teacher")
     groups = {"global": group(torch.stack([golden["image.0"], golden["image.1"]]))}
     features = vit(groups, {"global": GroupPlan(views=(0, 1))})
-    torch.testing.assert_close(features["global"].unit.flatten(0, 1), golden["teacher.image_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        features["global"].unit.flatten(0, 1), golden["teacher.image_features"], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("csa", [False, True])
 @pytest.mark.parametrize("size", ["32x32", "32x40", "48x32"])
-def test_dense_features_are_the_recorded_ones(golden: dict[str, Tensor], official_towers: Towers, size: str, csa: bool) -> None:
+def test_dense_features_are_the_recorded_ones(
+    golden: dict[str, Tensor], official_towers: Towers, size: str, csa: bool
+) -> None:
     vit, _ = official_towers("teacher")
     tokens, pooled = vit.dense(golden[f"dense.{size}.image"], csa=csa)
     for name, found in (("tokens", tokens), ("pooled", pooled)):
-        torch.testing.assert_close(found @ vit.projection, golden[f"dense.{size}.{name}.csa{int(csa)}"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found @ vit.projection, golden[f"dense.{size}.{name}.csa{int(csa)}"], atol=1e-5, rtol=0
+        )
 
 
 OPTIONS = [
@@ -116,7 +124,9 @@ def test_packed_and_pruned_is_a_plain_transformer_of_each_size(options: dict[str
     groups = random_groups()
     plan = {"global": GroupPlan(views=(0, 1), tokens=(1,)), "local": GroupPlan(views=(3, 1))}
     features = vit(groups, plan)
-    glob, local = (plain(vit, groups[name].pixels[list(plan[name].views)].flatten(0, 1)).unflatten(0, (2, 3)) for name in plan)
+    glob, local = (
+        plain(vit, groups[name].pixels[list(plan[name].views)].flatten(0, 1)).unflatten(0, (2, 3)) for name in plan
+    )
     expected = [glob[:, :, 0], glob[1:, :, vit.prefix :], local[:, :, 0]]
     found = [features["global"].pooled, features["global"].tokens, features["local"].pooled]
     for a, b in zip(found, expected, strict=True):
@@ -143,7 +153,9 @@ def test_masked_patches(tokens: tuple[int, ...]) -> None:
     features = vit(groups, {"global": hidden, "local": GroupPlan(views=(0,), projected=False)})
     pixels = groups["global"].pixels.flatten(0, 1)
     expected = plain(vit, pixels, masks.flatten(0, 1))
-    torch.testing.assert_close(features["global"].masked_tokens, expected[:, 1:].unflatten(0, (2, 3))[masks], atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        features["global"].masked_tokens, expected[:, 1:].unflatten(0, (2, 3))[masks], atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(features["global"].pooled, expected[:, 0].unflatten(0, (2, 3)), atol=1e-10, rtol=0)
     # the teacher's side of the same: nothing hidden, the same places read, one view alone
     features = vit(groups, {"global": GroupPlan(views=(1,), masked_tokens=True)})

@@ -48,7 +48,9 @@ def test_a_text_is_encoded_as_if_alone(architecture: str, pooling: str) -> None:
 
 def test_pads_where_they_are_read() -> None:
     tower = small()
-    features = tower({"global": texts()}, {"global": GroupPlan(views=(0,), tokens=(0,), pads=True, projected=False)})["global"]
+    features = tower({"global": texts()}, {"global": GroupPlan(views=(0,), tokens=(0,), pads=True, projected=False)})[
+        "global"
+    ]
     assert features.tokens.shape == (1, 3, 12, 32)
     assert features.tokens[0, 0, 3:].any()
     assert features.projected is None
@@ -93,10 +95,19 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
         ({"architecture": "bert", "pretrained": True}, "pretrained: needs a model"),
         ({"architecture": "bert", "pooling": "max"}, "pooling: 'max' is neither"),
         ({"architecture": "brt"}, "architecture: transformers has no 'brt'. Did you mean 'bert'?"),
-        ({"architecture": "bert", "config": {"hiden_size": 32}}, "config: bert has no 'hiden_size'. Did you mean 'hidden_size'?"),
+        (
+            {"architecture": "bert", "config": {"hiden_size": 32}},
+            "config: bert has no 'hiden_size'. Did you mean 'hidden_size'?",
+        ),
         ({"architecture": "t5"}, "t5 is an encoder with a decoder"),
-        ({"architecture": "bert", "config": CONFIG | {"vocab_size": 50}}, "the tokenizer has 100 ids, the text encoder 50"),
-        ({"architecture": "roberta", "config": CONFIG | {"max_position_embeddings": 13}}, "12 is more than the text encoder's 11"),
+        (
+            {"architecture": "bert", "config": CONFIG | {"vocab_size": 50}},
+            "the tokenizer has 100 ids, the text encoder 50",
+        ),
+        (
+            {"architecture": "roberta", "config": CONFIG | {"max_position_embeddings": 13}},
+            "12 is more than the text encoder's 11",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:

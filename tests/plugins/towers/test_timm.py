@@ -46,8 +46,12 @@ def test_families_encode_views_of_several_sizes(name: str, options: dict[str, An
     plan = {"global": GroupPlan(views=(0, 1), tokens=(1,)), "local": GroupPlan(views=(1,), projected=False)}
     features = tower(groups, plan)
     whole = tower.model.forward_features(groups["global"].pixels[1])
-    torch.testing.assert_close(features["global"].tokens[0], whole[:, tower.model.num_prefix_tokens :], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(features["global"].pooled[1], tower.model(groups["global"].pixels[1]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        features["global"].tokens[0], whole[:, tower.model.num_prefix_tokens :], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        features["global"].pooled[1], tower.model(groups["global"].pixels[1]), atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(features["global"].projected, features["global"].pooled @ tower.projection)
     assert features["local"].pooled.shape == (1, 1, tower.spec.width)
     assert features["local"].projected is None
@@ -84,7 +88,9 @@ def test_faults_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to the hub\nand more")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(UserError, match=r"^model: timm's 'vit_tiny_patch16_224' cannot be fetched: no route to the hub\. Reach .*$"):
+    with pytest.raises(
+        UserError, match=r"^model: timm's 'vit_tiny_patch16_224' cannot be fetched: no route to the hub\. Reach .*$"
+    ):
         TimmImage(SPEC, model="vit_tiny_patch16_224", pretrained=True)
 
 
