@@ -96,6 +96,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """The first ``limit`` of ``names``, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest candidate, or an empty string."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)

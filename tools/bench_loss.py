@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cosmos_ssl import functional
 from cosmos_ssl.api import Progress, normalise
-from cosmos_ssl.engine.step import Step
+from cosmos_ssl.engine.step import Gradients
 
 WORLDS = (1, 2, 4, 8)
 ROWS, WIDTH = 128, 512
@@ -98,7 +98,7 @@ def one_rank(rank: int, world: int, store: str, results: Any) -> None:
     counting = Counting()
     functional.dist = counting  # type: ignore[assignment]
     share = work.views.slice(rank * 8 // world, (rank + 1) * 8 // world)
-    Step(work.assembly)(share, Progress(step=0, total_steps=10))
+    Gradients(work.assembly)(share, Progress(step=0, total_steps=10))
     results[rank] = (counting.calls, counting.bytes)
     dist.destroy_process_group()
 

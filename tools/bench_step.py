@@ -78,19 +78,15 @@ class Work:
 
     def ours(self) -> Callable[[], dict[str, Tensor]]:
         """Our step."""
-        state = self.state()
-        step = Step(self.assembly, device=self.device)
+        step = Step(self.assembly, self.state(), self.loaded.config.training)
 
         def run() -> dict[str, Tensor]:
             progress = Progress(step=self.step_number, total_steps=1000)
             self.step_number += 1
-            state.optimizer.set(progress)
-            result = step(self.views, progress)
-            state.optimizer.clip(None)
-            state.move(progress)
+            logs = step(self.views, progress).result.logs
             return {
                 name.removeprefix("loss/"): value
-                for name, value in result.logs.items()
+                for name, value in logs.items()
                 if name.count("/") == 1 and name.startswith("loss/")
             }
 

@@ -75,10 +75,9 @@ class Recording:
         self.assembly = Builder(loaded).assemble(prepare=False)
         self.state = RunState(self.assembly, loaded.config, torch.device("cpu"))
         load_exactly(self.assembly.model, student.state, "the recorded student")
-        assert self.state.teacher_model is not None
-        self.teacher = self.state.teacher_model
+        self.teacher = self.state.models["teacher"]
         load_exactly(self.teacher, teacher.state, "the recorded teacher")
-        self.step = Step(self.assembly)
+        self.step = Step(self.assembly, self.state, loaded.config.training)
 
     def _config(self, official: Mapping[str, Any]) -> LoadedConfig:
         """The config that the recorded sizes and settings stand for."""
@@ -137,10 +136,11 @@ class Recording:
 @torch.no_grad()
 def at_these_weights(recording: Recording) -> dict[str, Tensor]:
     """Everything that is recorded of the batch at the present weights, by its recorded name."""
-    step, views, losses = recording.step, recording.views, recording.assembly.model.losses
-    student, teacher = step.encode(views), step.teacher_features(views)
+    forward, views = recording.step.gradients.forward, recording.views
+    losses = recording.assembly.model.losses
+    student, teacher = forward.student(views), forward.teacher(views)
     assert teacher is not None
-    logs = step.losses(views, student, teacher, Progress(step=0, total_steps=1)).logs
+    logs = forward.losses(views, student, teacher, Progress(step=0, total_steps=1)).logs
     return {
         "student.image_features": _stacked(student.image),
         "student.text_features": _stacked(student.text),
@@ -180,21 +180,19 @@ def train(recording: Recording) -> tuple[list[dict[str, float]], list[str]]:
     recording.assembly.model.train()
     for number in range(len(recording.values["trajectory"])):
         progress = Progress(step=number, total_steps=total)
-        state.optimizer.set(progress)
-        logs = step(recording.views, progress).logs
-        norm = state.optimizer.clip(None)
+        update = step(recording.views, progress)
+        logs = update.result.logs
         if number == 0:
             without = list(
                 to_official({n: p for n, p in recording.assembly.model.named_parameters() if p.grad is None})
             )
-        state.move(progress)
         scales = {
             name: loss.get_parameter("logit_scale").detach() for name, loss in recording.assembly.model.losses.items()
         }
         row: dict[str, Tensor | float] = {
             "distill_loss": logs["loss/distill"],
             "clip_loss": logs["loss/clip"],
-            "grad_norm": norm,
+            "grad_norm": update.norm,
             "lr": state.optimizer.lr,
             "logit_scale_after": scales["clip"],
             "distill_logit_scale_after": scales["distill"],

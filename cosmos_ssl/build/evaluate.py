@@ -16,7 +16,7 @@ from cosmos_ssl.build import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.data.storage import cache_root
-from cosmos_ssl.engine.distributed import World, joined_world, named_losses, pick_device
+from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world, pick_device
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.evaluation.features import Job, Store, digest, weights_digest
 from cosmos_ssl.evaluation.tasks import TASKS, Options, Task, check_model
@@ -77,7 +77,7 @@ def evaluate(
     told = _given(data=data, set_name=set_name, texts=texts, label=label, class_names=class_names, templates=templates)
     told |= _given(train_data=train_data, k=k, csa=csa, max_samples=max_samples, max_train_samples=max_train_samples)
     settings = {"batch_size": batch_size, "workers": workers, "allow_missing": allow_missing, "progress": progress}
-    with joined_world(device), named_losses():
+    with joined_world(device), as_run_errors():
         if isinstance(model, ModelEncoder):
             return _run(
                 {"model": lambda: _in_precision(model, precision)},
@@ -153,7 +153,7 @@ def _run(
 
 def _found(given: str | Path) -> Source:
     """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
-    found = World().from_first(lambda: find_source(given))  # one rank fetches
+    found = World().run_on_first(lambda: find_source(given))  # one rank fetches
     return found if found.folder is not None else find_source(given)
 
 

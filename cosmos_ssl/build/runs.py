@@ -15,6 +15,7 @@ from cosmos_ssl.api import Augmenter, Modality, Role, Spec
 from cosmos_ssl.build.builder import Builder
 from cosmos_ssl.build.weights import Source, find_source, read_weights
 from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.engine.accumulate import refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import check_fit
 from cosmos_ssl.engine.distributed import World, joined_world
@@ -22,7 +23,6 @@ from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
-from cosmos_ssl.engine.step import refuse_accumulation
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError
@@ -125,7 +125,7 @@ def run(
 def _trainer(
     loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
 ) -> Trainer:
-    World().from_first(lambda: _claim(loaded.config.folder, fork))  # said now rather than after the data is ready
+    World().run_on_first(lambda: _claim(loaded.config.folder, fork))  # said now rather than after the data is ready
     assembly = Builder(loaded).assemble(watched=lambda: watched(loaded))
     return Trainer(assembly, loaded.config, loaded.config.folder, writers=writers, signals=signals)
 

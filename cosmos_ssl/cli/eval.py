@@ -103,10 +103,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     from inspect import signature
 
     from cosmos_ssl.build.evaluate import evaluate
-    from cosmos_ssl.engine.distributed import World, joined_world, named_losses
+    from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
 
     options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}
-    with joined_world(arguments.device), named_losses():
+    with joined_world(arguments.device), as_run_errors():
         with reading(shown=World().first), stages(shown=World().first) as told:
             report = evaluate(
                 arguments.checkpoint,

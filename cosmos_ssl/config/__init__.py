@@ -5,7 +5,14 @@ Options of parts are not here: they are the arguments of the part's constructor,
 """
 
 from cosmos_ssl.config.loading import NAMED_GROUPS, SINGLE_PARTS, LoadedConfig, load_config, locate, part_paths
-from cosmos_ssl.config.sections import CheckpointsConfig, Config, OptimizerConfig, RuleConfig, ScheduleConfig
+from cosmos_ssl.config.sections import (
+    CheckpointsConfig,
+    Config,
+    OptimizerConfig,
+    RuleConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "NAMED_GROUPS",
@@ -16,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "RuleConfig",
     "ScheduleConfig",
+    "TrainingConfig",
     "load_config",
     "locate",
     "part_paths",

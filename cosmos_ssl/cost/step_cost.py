@@ -21,8 +21,9 @@ from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.config import Config
 from cosmos_ssl.cost.flops import counted, trace
 from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.engine.exchange import tensors_in
+from cosmos_ssl.engine.forward import Forward
 from cosmos_ssl.engine.state import RunState
-from cosmos_ssl.engine.step import Step
 from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.precision import resolve_precision
 
@@ -93,8 +94,8 @@ def measure_step(
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
     state = RunState(assembly, config, device)
     precision = resolve_precision(config.training.precision, device) if device.type == "cuda" else "fp32"
-    step = Step(assembly, precision=precision, device=device)
-    views = step.finish(make_views(assembly, samples, caption_tokens).to(device))
+    forward = Forward(assembly, precision=precision, device=device)
+    views = forward.augment(make_views(assembly, samples, caption_tokens).to(device))
     progress = Progress(step=0, total_steps=1)
     flops: dict[str, dict[str, int]] = {}
     uncounted: Counter[str] = Counter()
@@ -105,20 +106,19 @@ def measure_step(
 
         def once() -> list[Tensor]:
             kept.append(run())
-            return _tensors(kept[0])
+            return list(tensors_in(kept[0]))
 
         flops[stage], unknown = trace(model, once) if model is not None else ({"": 0}, Counter[str]())
         uncounted.update(unknown)
         return kept[0] if kept else None
 
     teacher = traced(
-        "teacher", state.teacher_model if assembly.plan.teacher else None, lambda: step.teacher_features(views)
+        "teacher", state.models["teacher"] if assembly.plan.teacher else None, lambda: forward.teacher(views)
     )
-    student = traced("encode", state.model, lambda: step.encode(views))
-    traced(
-        "losses", state.model, lambda: dict(step.losses(views, student, teacher, progress).logs)
-    )  # a trace has what its outputs need
-    kept, backward, forward = _run(step, views, teacher, progress, uncounted)
+    student = traced("encode", state.model, lambda: forward.student(views))
+    # a trace has what its outputs need
+    traced("losses", state.model, lambda: dict(forward.losses(views, student, teacher, progress).logs))
+    kept, backward, of_forward = _run(forward, views, teacher, progress, uncounted)
 
     heads = sum(count for name, count in flops["encode"].items() if name.startswith("heads.") and name.count(".") == 1)
     stages = {
@@ -136,31 +136,32 @@ def measure_step(
         activations=kept[""] / samples,
         modules=_modules(state, flops, kept, samples),
         uncounted=dict(uncounted.most_common()),
-        difference=(forward - flops["encode"][""] - flops["losses"][""]) / samples,
+        difference=(of_forward - flops["encode"][""] - flops["losses"][""]) / samples,
     )
 
 
 def _run(
-    step: Step, views: Views, teacher: Features | None, progress: Progress, uncounted: Counter[str]
+    forward: Forward, views: Views, teacher: Features | None, progress: Progress, uncounted: Counter[str]
 ) -> tuple[Counter[str], dict[str, int], int]:
     """The step with gradients, cut between features and losses: bytes kept by module, FLOPs of the two backward passes,
     of forward.
     """
-    step.model.zero_grad(set_to_none=True)
-    with counted() as of_forward, kept_tensors(step.model) as kept:
-        student = step.encode(views)
+    model = forward.assembly.model
+    model.zero_grad(set_to_none=True)
+    with counted() as of_forward, kept_tensors(model) as kept:
+        student = forward.student(views)
         leaves = map_tensors(student, lambda x: x.detach().requires_grad_(x.requires_grad))
-        loss = step.losses(views, leaves, teacher, progress).loss
+        loss = forward.losses(views, leaves, teacher, progress).loss
     with counted() as of_losses:
         loss.backward()
     pairs = [
         (output, leaf.grad)
-        for output, leaf in zip(_tensors(student), _tensors(leaves), strict=True)
+        for output, leaf in zip(tensors_in(student), tensors_in(leaves), strict=True)
         if leaf.grad is not None and output.requires_grad
     ]
     with counted() as of_student:
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-    step.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     uncounted.update(of_losses.uncounted + of_student.uncounted)
     return kept, {"student_backward": of_student.flops, "losses_backward": of_losses.flops}, of_forward.flops
 
@@ -206,19 +207,12 @@ def kept_tensors(model: nn.Module) -> Iterator[Counter[str]]:
             hook.remove()
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor of ``value``, in a fixed order."""
-    found: list[Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
-
-
 def _parameters(state: RunState) -> dict[str, int]:
     counts = {"trained": 0, "frozen": 0, "teacher": 0}
     for parameter in state.model.parameters():
         counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
-    if state.teacher_model is not None:
-        counts["teacher"] = sum(parameter.numel() for parameter in state.teacher_model.parameters())
+    if "teacher" in state.models:
+        counts["teacher"] = sum(parameter.numel() for parameter in state.models["teacher"].parameters())
     return counts
 
 
@@ -229,7 +223,7 @@ def _modules(
     found = []
     for prefix, model, stages in (
         ("", state.model, ("encode", "losses")),
-        ("teacher.", state.teacher_model, ("teacher",)),
+        ("teacher.", state.models.get("teacher"), ("teacher",)),
     ):
         for name, module in model.named_modules() if model is not None else ():
             cost = ModuleCost(

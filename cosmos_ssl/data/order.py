@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cosmos_ssl.errors import DataError, UserError
 
 MAX_LANES = 256
-_SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE = range(5)  # one stream of random numbers for each use
+_SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE, _STEP = range(6)  # one stream of random numbers for each use
 
 
 def _philox(use: int, seed: int, *counter: int) -> np.random.Philox:
@@ -43,6 +43,11 @@ def sample_rng(seed: int, epoch: int, position: int, attempt: int = 0, *, text: 
 def replacement(seed: int, epoch: int, position: int, attempt: int, samples: int) -> int:
     """The sample (of ``samples``) that stands in for a bad one, from ``attempt`` 1 on."""
     return int(_philox(_REPLACE, seed, position, epoch, attempt).random_raw() % samples)
+
+
+def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """The seed of a device's randomness in one micro-batch of a step, below 2^63."""
+    return int(_philox(_STEP, seed, step, micro_batch, rank).random_raw() >> 1)
 
 
 class Order:

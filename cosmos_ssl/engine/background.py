@@ -20,14 +20,22 @@ class CheckpointWriter:
     """One write at a time, in a thread. The newest sound checkpoint is never removed."""
 
     def __init__(
-        self, run_dir: Path, settings: CheckpointsConfig, steps_per_epoch: int, total_steps: int, sound: int | None
+        self,
+        run_dir: Path,
+        settings: CheckpointsConfig,
+        steps_per_epoch: int,
+        total_steps: int,
+        *,
+        sound: int | None,
+        writes: bool = True,
     ) -> None:
-        """``sound`` is the step of the checkpoint that the run goes on from."""
+        """``sound`` is the step of the checkpoint that the run goes on from; without ``writes`` none is ever due."""
         self.run_dir = run_dir
         self.settings = settings
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.sound = sound
+        self.writes = writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.seconds = 0.0
         """How long the last write took."""
@@ -35,10 +43,13 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._step = -1
         self._owed, self._begun = False, time.monotonic()
-        _set_aside(run_dir, newer_than=-1 if sound is None else sound)
+        if writes:
+            _set_aside(run_dir, newer_than=-1 if sound is None else sound)
 
     def due(self, step: int) -> bool:
         """Whether to write after ``step``; what would have to wait for a write under way is owed to a later step."""
+        if not self.writes:
+            return False
         settings = self.settings
         on_time = settings.every_minutes is not None and time.monotonic() - self._begun >= 60 * settings.every_minutes
         self._owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)

@@ -6,14 +6,13 @@ import ctypes
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -29,9 +28,6 @@ TIMEOUT = timedelta(minutes=30)
 
 LEAVING = timedelta(seconds=2)
 """How long a rank that has ended waits for the others to end."""
-
-BUCKET = 25 << 20
-"""Bytes of gradients that are averaged in one collective."""
 
 
 @contextmanager
@@ -80,8 +76,8 @@ def _leave_together(store: Store, own: int, size: int) -> None:
 
 
 @contextmanager
-def named_losses() -> Iterator[None]:
-    """Let OSError mean that storage was lost, and a broken collective that a rank was: starting again may mend either.
+def as_run_errors() -> Iterator[None]:
+    """Raise OSError as lost storage, and a broken collective as a lost rank: starting again may mend either.
 
     Raises StorageError for them, and TrainingError for what calls ``sys.exit``: it has not ended as a run does.
     """
@@ -139,7 +135,7 @@ class World:
         most, mean = max(all_seconds), sum(all_seconds) / self.size
         return {"slowest_rank": all_seconds.index(most), "slowest_rank_lag": most / mean - 1}
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def run_on_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on the first rank, on all; an error of ours that it raises there is raised on all."""
         if self.size == 1:
             return make()
@@ -154,60 +150,6 @@ class World:
         if told[1] is not None:
             raise error or told[1]
         return cast(T, told[0])
-
-
-class GradientMean:
-    """Averages gradients over ranks while the backward pass runs, in buckets that never change.
-
-    PyTorch's own wrapper lays its buckets anew after the first step, so that a resumed run adds in another order
-    than one that was never stopped. Here the order of the parameters alone decides, and the same sums come out.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        """``parameters``: all that are trained, in an order that is the same on every rank."""
-        self.on = True
-        self.buckets: list[list[Tensor]] = [[]]
-        for parameter in reversed(list(parameters)):  # backward reaches the last ones first
-            full = sum(p.numel() * p.element_size() for p in self.buckets[-1]) >= BUCKET
-            other = bool(self.buckets[-1]) and self.buckets[-1][0].dtype != parameter.dtype
-            if full or other:
-                self.buckets.append([])
-            self.buckets[-1].append(parameter)
-        self._left = [len(bucket) for bucket in self.buckets]
-        self._next = 0
-        self._running: list[tuple[list[Tensor], Tensor, Any]] = []
-        for number, bucket in enumerate(self.buckets):
-            for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(self._hook(number))
-
-    def _hook(self, number: int) -> Callable[[Tensor], None]:
-        def reached(parameter: Tensor) -> None:
-            if self.on:
-                self._left[number] -= 1
-                self._send()
-
-        return reached
-
-    def _send(self, *, whole: bool = False) -> None:
-        """Start the buckets that are complete, in their order; ``whole``: all of them."""
-        while self._next < len(self.buckets) and (whole or self._left[self._next] == 0):
-            bucket = self.buckets[self._next]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(world_size())
-            self._running.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            self._next += 1
-
-    def finish(self) -> None:
-        """Start what is left, wait for all, and put the means into ``grad``."""
-        self._send(whole=True)
-        for bucket, flat, work in self._running:
-            with waits.during(flat):
-                work.wait()
-            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = mean.view_as(parameter)
-        self._left = [len(bucket) for bucket in self.buckets]
-        self._next = 0
-        self._running.clear()
 
 
 def pick_device(wanted: str) -> torch.device:

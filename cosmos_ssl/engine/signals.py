@@ -53,8 +53,6 @@ class Signals:
         """What has to end before this process can leave, for the line that is printed when a signal comes."""
         self.received: int | None = None
         """The signal that has come to this process."""
-        self.agreed: int | None = None
-        """The signal on which all ranks stop."""
         self._before: dict[signal.Signals, Any] = {}
         self._pipe = (-1, -1)
         self._old_descriptor = -1
@@ -82,11 +80,6 @@ class Signals:
         """Raise Interrupted if a signal has come to this process."""
         if self.received is not None:
             raise Interrupted(self.received)
-
-    def check_agreed(self) -> None:
-        """Raise Interrupted if all ranks have agreed to stop."""
-        if self.agreed is not None:
-            raise Interrupted(self.agreed)
 
     def _read(self, descriptor: int) -> None:
         while numbers := os.read(descriptor, 64):

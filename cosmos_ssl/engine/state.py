@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
 from cosmos_ssl.errors import CheckpointError, UserError
-from cosmos_ssl.models.contract import blaming, checked_moves
+from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.model import Model
 
 _MODEL = "model."
@@ -34,13 +33,19 @@ class Counters:
     overflowed_steps: int = 0
     """Of fp16: part of how the scaler finds its scale, no fault."""
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out, for whichever reason."""
+        return self.nonfinite_steps + self.overflowed_steps
+
 
 class RunState:
     """Owns what training changes; ``snapshot`` and ``restore`` are exact to the last bit."""
 
     def __init__(self, assembly: Assembly, config: Config, device: torch.device, precision: str = "fp32") -> None:
         """Put the model on ``device``, start the teacher, make the optimiser. Raises UserError."""
-        self.assembly = assembly
+        self.device = device
+        self.precision = precision
         self.step = 0
         self.model = assembly.model.to(device)
         self.teacher = assembly.teacher
@@ -55,39 +60,18 @@ class RunState:
             self._compile(device)
 
     @property
-    def teacher_model(self) -> Model | None:
-        """The teacher's model, if there is a teacher."""
-        return cast(Model, self.teacher.model) if self.teacher.present else None
-
-    def move(self, progress: Progress) -> dict[str, float]:
-        """One update from the gradients that are there: teacher and optimiser in the order asked for, then the
-        hooks.
-        """
-        before = self.assembly.update_when == "before_optimizer_step"
-        moved = self._move_teacher(progress) if before else {}
-        with record_function("optimizer"):
-            self.optimizer.step()
-        moved |= {} if before else self._move_teacher(progress)
-        self.model.after_step()
-        if self.teacher_model is not None:
-            self.teacher_model.after_step()
-        return moved
-
-    @record_function("teacher update")
-    def _move_teacher(self, progress: Progress) -> dict[str, float]:
-        with blaming(self.teacher, "teacher"):
-            return checked_moves(self.teacher.update(self.model, progress))
+    def models(self) -> dict[str, Model]:
+        """``student`` and, where there is one, ``teacher``."""
+        teacher = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
+        return {"student": self.model, **teacher}
 
     @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
-        tensors = {"student": self.model.state_dict(), "optimizer": self.optimizer.tensors() | own}
-        if self.teacher_model is not None:
-            tensors["teacher"] = self.teacher_model.state_dict()
-        buffers = {
-            name for model in (self.model, self.teacher_model) if model is not None for name, _ in model.named_buffers()
-        }
+        tensors = {role: model.state_dict() for role, model in self.models.items()}
+        tensors["optimizer"] = self.optimizer.tensors() | own
+        buffers = {name for model in self.models.values() for name, _ in model.named_buffers()}
         state = {
             "step": self.step,
             **about,
@@ -106,9 +90,8 @@ class RunState:
     def restore(self, path: Path) -> dict[str, Any]:
         """Become what ``snapshot`` saw, from a checkpoint folder; the folder's state. Raises CheckpointError."""
         state = read_state(path)
-        load_exactly(self.model, load_tensors(path, "student"), f"{path}/student.safetensors")
-        if self.teacher_model is not None:
-            load_exactly(self.teacher_model, load_tensors(path, "teacher"), f"{path}/teacher.safetensors")
+        for role, model in self.models.items():
+            load_exactly(model, load_tensors(path, role), f"{path}/{role}.safetensors")
         tensors = load_tensors(path, "optimizer")
         for name, value in self._teacher_extras().items():
             told = tensors.pop(f"{_TEACHER}{name}", None)
@@ -144,6 +127,6 @@ class RunState:
                 f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
                 "(Debian: g++, python3-dev). Install them, or leave training.compile out"
             ) from error
-        for model in (self.model, self.teacher_model):
-            for tower in model.towers.values() if model is not None else ():
+        for model in self.models.values():
+            for tower in model.towers.values():
                 tower.compile()

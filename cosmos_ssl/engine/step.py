@@ -1,56 +1,170 @@
-"""The training step: from a batch of views to gradients."""
+"""One update, from a batch of views to moved weights: ``Step`` from the top down, and the stages that it calls.
+
+Beside it: ``forward`` has the stages, ``exchange`` what ranks tell one another, ``accumulate`` micro-batches,
+``culprit`` the search for what is not finite.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cosmos_ssl.api import (
-    ALL,
-    Features,
-    GroupFeatures,
-    HeadOutput,
-    LossOutput,
-    Modality,
-    Need,
-    PluginError,
-    Progress,
-    Role,
-    StepContext,
-    Views,
-)
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api import Features, PluginError, Progress, Views
+from cosmos_ssl.config import TrainingConfig
+from cosmos_ssl.engine.accumulate import accumulate, refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.distributed import GradientMean
-from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
-from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
-from cosmos_ssl.models.model import Model
-from cosmos_ssl.models.precision import DTYPES
+from cosmos_ssl.engine.culprit import find_culprit
+from cosmos_ssl.engine.distributed import World
+from cosmos_ssl.engine.exchange import GradientMean
+from cosmos_ssl.engine.forward import Forward, Result
+from cosmos_ssl.engine.state import RunState
+from cosmos_ssl.errors import TrainingError, listed
+from cosmos_ssl.functional import world_size
+from cosmos_ssl.models.contract import blaming, checked_moves
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step leaves behind besides gradients, detached."""
+class News:
+    """What a rank knows and all must learn of at the same step; the largest of each counts."""
 
-    loss: Tensor
-    logs: Mapping[str, Tensor]
-    """Scalars."""
-    moments: Mapping[str, Tensor]
-    """By modality [2, D]: mean and mean square of this rank's unit features, for ``spread``."""
+    signal: int = 0
+    """The signal that asks the run to end."""
+    bad_samples: int = 0
+    """Samples of this batch that were replaced."""
+    unsaved: bool = False
+    """Whether a checkpoint could not be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What all ranks agree on, once a step."""
+
+    finite_loss: bool
+    finite_gradient: bool
+    news: News
+
+    @property
+    def sound(self) -> bool:
+        """Whether the update is made."""
+        return self.finite_loss and self.finite_gradient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What a step leaves behind."""
+
+    result: Result
+    norm: Tensor
+    """Of the gradient before it was clipped, a scalar."""
+    told: Agreement
+    moved: Mapping[str, float]
+    """What the teacher says of its move, such as its momentum; empty where there was none."""
 
 
 class Step:
-    """Forward and backward over one global batch's share; gradients stay in ``.grad``.
+    """Makes updates of a run's state, which it shares with whoever saves it."""
 
-    ``micro_batch_size`` bounds the samples that towers and heads encode at once. It changes memory, not
-    the result: losses see the whole batch's outputs once, then towers and heads encode each
-    micro-batch again and receive the gradients of their outputs.
+    def __init__(self, assembly: Assembly, state: RunState, training: TrainingConfig) -> None:
+        """Raises PluginError where ``training.micro_batch_size`` is asked of parts that mix samples."""
+        self.assembly = assembly
+        self.state = state
+        self.training = training
+        self.gradients = Gradients(
+            assembly,
+            precision=state.precision,
+            micro_batch_size=training.micro_batch_size,
+            device=state.device,
+            scaler=state.scaler,
+        )
+
+    def __call__(self, views: Views, progress: Progress, news: Callable[[], News] = News) -> Update:
+        """Make one update of this rank's share of a batch, on the device; leave it out where it would not be finite.
+
+        ``news`` is asked as late as possible. Raises TrainingError after too many steps in a row that were left out.
+        """
+        self.state.optimizer.set(progress)
+        result = self.gradients(views, progress)
+        norm = self.prepare_gradients(progress)
+        told = self.agree(result, norm, news)
+        moved = self.move(progress) if told.sound else self.skip(told, result, views, progress)
+        if self.state.scaler is not None:
+            self.state.scaler.update()
+        return Update(result=result, norm=norm, told=told, moved=moved)
+
+    def prepare_gradients(self, progress: Progress) -> Tensor:
+        """Unscale the gradients, drop those of frozen parameters, and clip; the norm that they had."""
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer.torch)
+        optimizer.drop_frozen(progress)
+        return optimizer.clip(self.training.clip_grad_norm)
+
+    def agree(self, result: Result, norm: Tensor, news: Callable[[], News]) -> Agreement:
+        """Tell all ranks whether loss and gradient are finite, and the news: the one rendezvous of a step."""
+        faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device
+        own = news()
+        loss, gradient, signal, bad, unsaved = World().most([*faults, own.signal, own.bad_samples, own.unsaved])
+        told = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved))
+        return Agreement(finite_loss=not loss, finite_gradient=not gradient, news=told)
+
+    def move(self, progress: Progress) -> Mapping[str, float]:
+        """Move teacher and weights in the order asked for, then run the hooks of the parts."""
+        self.state.counters.nonfinite_in_a_row = 0
+        first = self.assembly.update_when == "before_optimizer_step"
+        moved = self.move_teacher(progress) if first else {}
+        with record_function("optimizer"):
+            self.state.optimizer.step()
+        if not first:
+            moved = self.move_teacher(progress)
+        for model in self.state.models.values():
+            model.after_step()
+        return moved
+
+    @record_function("teacher update")
+    def move_teacher(self, progress: Progress) -> Mapping[str, float]:
+        """Let the teacher follow the student."""
+        with blaming(self.assembly.teacher, "teacher"):
+            return checked_moves(self.assembly.teacher.update(self.assembly.model, progress))
+
+    def skip(self, told: Agreement, result: Result, views: Views, progress: Progress) -> Mapping[str, float]:
+        """Leave the update out: count it, name what is not finite, and put back what the step has moved.
+
+        Raises TrainingError after ``training.max_nonfinite_steps`` in a row.
+        """
+        counters, scaler, limit = self.state.counters, self.state.scaler, self.training.max_nonfinite_steps
+        if told.finite_loss and scaler is not None and scaler.get_scale() > 1:
+            counters.overflowed_steps += 1  # part of how the scaler finds its scale, no fault
+            self.gradients.restore_buffers()
+            return {}
+        counters.nonfinite_steps += 1
+        counters.nonfinite_in_a_row += 1
+        what, keys = "the gradient", views.keys
+        if not told.finite_loss:
+            size = self.training.micro_batch_size or len(views)
+            what, keys = find_culprit(self.gradients.forward, result, views, progress, size)
+        self.gradients.restore_buffers()
+        step = progress.step + 1
+        log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
+        if counters.nonfinite_in_a_row >= limit:
+            raise TrainingError(
+                f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
+                f"Samples of this step: {listed(keys)}. Those of the others are in the run's log.txt"
+            )
+        log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, listed(keys))
+        return {}
+
+
+class Gradients:
+    """Forward and backward over this rank's share of a batch; the means over ranks stay in ``.grad``.
+
+    ``micro_batch_size`` bounds the samples that towers and heads encode at once (``accumulate``).
     """
 
     def __init__(
@@ -60,322 +174,65 @@ class Step:
         precision: str = "fp32",
         micro_batch_size: int | None = None,
         device: torch.device | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.assembly = assembly
+        self.forward = Forward(assembly, precision=precision, device=device)
         self.model = assembly.model
-        self.teacher = assembly.teacher
-        self.plan = assembly.plan
-        self.dtype = DTYPES[precision]
         self.micro_batch_size = micro_batch_size
-        self.device = device or torch.device("cpu")
+        self.scaler = scaler
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._reached = False
         self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
-    def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
-        """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
-        self.model.zero_grad(set_to_none=True)
-        for model in (self.model, *([self.teacher.model] if self.teacher.present else [])):
-            cast(Model, model).strict = not self._reached  # at the first step alone
-        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self._seed(progress, 0)
-        views = self.finish(views)
-        teacher = self.teacher_features(views)
-        if self.micro_batch_size is None or self.micro_batch_size >= len(views):
-            student = self.encode(views)
-            result = self.losses(views, student, teacher, progress)
-            _backward(result.loss, scaler)
-        else:
-            result = self._accumulate(views, teacher, progress, scaler)
-        if not self._reached:
+    def __call__(self, views: Views, progress: Progress) -> Result:
+        """Run one step's forward and backward on ``views``, uint8 as loaded or float and finished, on the device."""
+        self.begin(progress)
+        views = self.forward.augment(views)
+        teacher = self.forward.teacher(views)
+        result = self.backward(views, teacher, progress)
+        if not self.forward.proven:
             self._check_reached()
         if self._mean is not None:
             with record_function("gradient mean"):
                 self._mean.finish()
         return replace(result, loss=result.loss.detach())
 
-    # ------------------------------------------------------------------ stages
+    def begin(self, progress: Progress) -> None:
+        """Drop old gradients, remember the buffers, seed the device; watch the parts closely in the first step."""
+        self.model.zero_grad(set_to_none=True)
+        self.forward.watch()
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.forward.seed(progress)
 
-    @torch.no_grad()
-    @record_function("augment")
-    def finish(self, views: Views) -> Views:
-        """Photometric work on the device: uint8 crops to normalised float views."""
-        augmenter = self.assembly.augmenters.get("image")
-        if augmenter is None:
-            return views
-        crops = {name: group for name, group in views.image.items() if not group.pixels.is_floating_point()}
-        with blaming(augmenter, "augmenters.image"), nullcontext() if self._reached else untouched(crops):
-            finished = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.items()}
-        return replace(views, image={**views.image, **finished})
+    def backward(self, views: Views, teacher: Features | None, progress: Progress) -> Result:
+        """Encode the student, compute the losses and leave gradients in ``.grad``, a micro-batch at a time if asked."""
+        size = self.micro_batch_size
+        if size is not None and size < len(views):
+            if self._mean is not None:
+                self._mean.on = False  # gradients add up first, and are averaged once
+            return accumulate(self.forward, views, teacher, progress, size, self._backward)
+        result = self.forward.losses(views, self.forward.student(views), teacher, progress)
+        self._backward(result.loss)
+        return result
 
-    @torch.no_grad()
-    @record_function("teacher forward")
-    def teacher_features(self, views: Views) -> Features | None:
-        """What the plan wants of the teacher."""
-        if self.plan.teacher is None:
-            return None
-        with self._autocast():
-            return self.teacher.model.encode(views, self.plan.teacher)  # type: ignore[operator, no-any-return]
-
-    @record_function("student forward")
-    def encode(self, views: Views) -> Features:
-        """The student's towers and heads."""
-        with self._autocast():
-            return self.model.encode(views, self.plan.student)
-
-    @record_function("losses")
-    def losses(self, views: Views, student: Features, teacher: Features | None, progress: Progress) -> StepResult:
-        """Every loss once, and the weighted total. The loss still carries its graph."""
-        context = StepContext(
-            views=views,
-            student=student,
-            teacher=teacher,
-            gathered=self._gather(student, teacher),
-            progress=progress,
-            head=self._call_head,
-        )
-        outputs = self.model.compute_losses(context)
-        weights = self.assembly.loss_weights
-        total = torch.stack(
-            [
-                weights[name] * sum(output.terms.values(), torch.zeros((), device=self.device))
-                for name, output in outputs.items()
-            ]
-        ).sum()
-        if torch.is_grad_enabled() and not (self._reached and total.requires_grad):
-            self._check_trained(outputs)
-        return StepResult(loss=total, logs=_logs(total, outputs), moments=_moments(student))
-
-    @torch.no_grad()
-    def find_unsound(self, views: Views, progress: Progress) -> str:
-        """The first part whose output for this batch is not finite, for a message; empty where those of all but losses
-        are.
-
-        Encodes the batch once more: for a step that failed. Call ``restore_buffers`` after it.
-        """
-        size = self.micro_batch_size or len(views)
-        for number, start in enumerate(range(0, len(views), size)):
-            self._seed(progress, number)
-            part = self.finish(views.slice(start, start + size))
-            encoded = (
-                ("the teacher's ", self.teacher_features(part)),
-                ("", self.encode(part)),
-            )  # in full: heads may wait for other ranks
-            if not all(_finite(group.pixels) for group in part.image.values()):
-                return describe(self.assembly.augmenters["image"], "augmenters.image")
-            for whose, features in encoded:
-                found = _unsound(features) if features is not None else None
-                if found is not None:
-                    return whose + self.model.parts().get(found, found)
-        return ""
+    @record_function("backward")
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def restore_buffers(self) -> None:
-        """Undo what the last step moved in buffers (for a step that is skipped)."""
+        """Undo what the last step moved in buffers."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
 
-    def _check_trained(self, outputs: Mapping[str, LossOutput]) -> None:
-        """Raise PluginError for losses that nothing can be trained by, unless they are zero: then they may be off."""
-        silent = {n: o for n, o in outputs.items() if not any(term.requires_grad for term in o.terms.values())}
-        wrong = [
-            n for n, o in silent.items() if len(silent) == len(outputs) or any(term != 0 for term in o.terms.values())
-        ]
-        if wrong:
-            named = ", ".join(describe(self.model.loss(name), f"losses.{name}") for name in wrong)
-            raise PluginError(
-                f"{named} returned terms without a gradient, expected terms computed from the student's features"
-            )
-
     def _check_reached(self) -> None:
-        """Raise PluginError, at the first step, for trained parameters without a gradient: data parallelism would wait
-        for it.
-        """
-        missed = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and parameter.grad is None
-        ]
+        """Raise PluginError, at the first step, for trained parameters without a gradient: ranks would wait for it."""
+        missed = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         if missed:
             parts = self.model.parts().items()
-            owners = [described for prefix, described in parts if any(name.startswith(f"{prefix}.") for name in missed)]
-            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            owners = [told for prefix, told in parts if any(name.startswith(f"{prefix}.") for name in missed)]
             raise PluginError(
-                f"{', '.join(owners)}: no gradient reaches {missed[0]}{more}. Let a loss read what they compute, "
-                "or freeze them: "
-                f"optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
+                f"{', '.join(owners)}: no gradient reaches {listed(missed, 1)}. Let a loss read what they compute, "
+                f"or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
             )
-        self._reached = True
-
-    # ------------------------------------------------------------------ exact accumulation
-
-    def _accumulate(
-        self, views: Views, teacher: Features | None, progress: Progress, scaler: torch.amp.GradScaler | None
-    ) -> StepResult:
-        """Encode micro-batches without graph, losses once, encode again with the outputs' gradients."""
-        assert self.micro_batch_size is not None
-        if self._mean is not None:
-            self._mean.on = False  # gradients add up here first, and are averaged once
-        starts = range(0, len(views), self.micro_batch_size)
-        parts = [views.slice(start, start + self.micro_batch_size) for start in starts]
-        encoded: list[Features] = []
-        with torch.no_grad():
-            for number, part in enumerate(parts):
-                self._seed(progress, number)
-                encoded.append(self.encode(part))
-        student = map_tensors(_join(encoded), lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
-        result = self.losses(views, student, teacher, progress)
-        _backward(result.loss, scaler)
-        for number, part in enumerate(parts):
-            self._seed(progress, number)
-            outputs = list(_tensors(self.encode(part)))
-            leaves = list(_tensors(student))
-            start = starts[number]
-            pairs = [
-                (output, leaf.grad[:, start : start + output.shape[1]])
-                for output, leaf in zip(outputs, leaves, strict=True)
-                if leaf.grad is not None and output.requires_grad
-            ]
-            with record_function("backward"):
-                torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-        return result
-
-    # ------------------------------------------------------------------ what the stages stand on
-
-    def _gather(self, student: Features, teacher: Features | None) -> dict[Role, Features]:
-        """The planned features and head outputs of all ranks, in one collective."""
-        places: dict[tuple[Role, str, str, str], Tensor] = {}
-        if self.plan.teacher is not None and teacher is not None:
-            places |= {
-                ("teacher", *place): tensor for place, tensor in _gathered_places(self.plan.teacher.gathered, teacher)
-            }
-        places |= {
-            ("student", *place): tensor for place, tensor in _gathered_places(self.plan.student.gathered, student)
-        }
-        roles: tuple[Role, ...] = ("student", "teacher")
-        found: dict[Role, dict[str, dict[str, dict[str, Tensor]]]] = {
-            role: {"image": {}, "text": {}, "heads": {}} for role in roles
-        }
-        for (role, section, name, kind), tensor in zip(places, gather_many(list(places.values()), dim=1), strict=True):
-            found[role][section].setdefault(name, {})[kind] = tensor
-        local = {"student": student, "teacher": teacher}
-        return {role: _features(sections, local[role]) for role, sections in found.items()}
-
-    def _call_head(self, name: str, *args: object, **kwargs: object) -> HeadOutput:
-        with self._autocast():
-            return self.model.respond(name, *args, **kwargs)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
-    def _seed(self, progress: Progress, micro_batch: int) -> None:
-        """Device randomness is a function of (seed, step, micro-batch, rank): nothing of it needs storing."""
-        torch.manual_seed(hash((self.assembly.spec.seed, progress.step, micro_batch, rank())) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-@record_function("backward")
-def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
-    (loss if scaler is None else scaler.scale(loss)).backward()
-
-
-def _logs(total: Tensor, outputs: Mapping[str, LossOutput]) -> dict[str, Tensor]:
-    """``loss``, ``loss/NAME``, ``loss/NAME/TERM`` where there are several, ``NAME/METRIC``."""
-    logs = {"loss": total.detach()}
-    for name, output in outputs.items():
-        terms = {term: value.detach() for term, value in output.terms.items()}
-        logs[f"loss/{name}"] = torch.stack(list(terms.values())).sum()
-        if len(terms) > 1:
-            logs |= {f"loss/{name}/{term}": value for term, value in terms.items()}
-        logs |= {f"{name}/{metric}": value.detach() for metric, value in output.metrics.items()}
-    return logs
-
-
-def spread(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Collapse signs: standard deviation of unit features over the global batch x sqrt(D); 1 is isotropic, 0 collapsed.
-
-    A collective: all ranks call it.
-    """
-    if not moments:
-        return {}
-    mean, mean_square = all_sum(torch.cat(list(moments.values()), 1)) / world_size()
-    deviation = (mean_square - mean**2).clamp(min=0).sqrt()
-    parts = deviation.split([own.shape[1] for own in moments.values()])
-    return {f"spread/{modality}": part.mean() * len(part) ** 0.5 for modality, part in zip(moments, parts, strict=True)}
-
-
-@torch.no_grad()
-def _moments(student: Features) -> dict[str, Tensor]:
-    found = {}
-    for modality, groups in (("image", student.image), ("text", student.text)):
-        features = next((g for g in groups.values() if g.projected is not None), None)
-        if features is not None:
-            unit = features.unit[0].double()
-            found[modality] = torch.stack([unit.mean(0), unit.square().mean(0)])
-    return found
-
-
-def _gathered_places(needs: Sequence[Need], features: Features) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-    """Where the gathered needs of one role lie: (modality or ``heads``, group or head, kind or output), and what lies
-    there.
-    """
-    for need in needs:
-        if need.head is not None:
-            given = features.heads[need.head]
-            for output in given if need.outputs is None else need.outputs:
-                if given[output].dim() == 3:
-                    yield ("heads", need.head, output), given[output]
-            continue
-        assert need.modality is not None
-        for name, group in features.of(need.modality).items():
-            if need.group in (ALL, name):
-                yield (need.modality, name, need.kind), getattr(group, need.kind)
-
-
-def _features(sections: Mapping[str, Mapping[str, Mapping[str, Tensor]]], local: Features | None) -> Features:
-    """Gathered tensors as features, with the views of the local ones."""
-    groups: dict[Modality, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
-    for modality, found in groups.items():
-        for name, kinds in sections[modality].items():
-            assert local is not None
-            found[name] = GroupFeatures(views=local.of(modality)[name].views, **cast(Any, kinds))
-    return Features(image=groups["image"], text=groups["text"], heads=sections["heads"])
-
-
-def _unsound(features: Features) -> str | None:
-    """The first tower or head, as ``Model.parts`` calls it, with an output that is not finite."""
-    parts: dict[str, object] = {"image": features.image, "text": features.text}
-    parts |= {f"heads.{name}": outputs for name, outputs in features.heads.items()}
-    return next((part for part, given in parts.items() if not all(_finite(x) for x in _tensors(given))), None)
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(x.isfinite().all())
-
-
-def _tensors(features: object) -> Iterator[Tensor]:
-    """Every tensor of ``features``, in a fixed order."""
-    found: list[Tensor] = []
-    map_tensors(features, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return iter(found)
-
-
-def _join(parts: Sequence[Features]) -> Features:
-    """Micro-batches of features to one: every tensor is [V, b, ...] and is joined along its samples."""
-    columns = [list(_tensors(part)) for part in parts]
-    joined = iter([torch.cat(column, dim=1) for column in zip(*columns, strict=True)])
-    return map_tensors(parts[0], lambda _: next(joined))
-
-
-def refuse_accumulation(assembly: Assembly) -> None:
-    """Name the parts that cannot work on micro-batches."""
-    model = assembly.model
-    mixing = [f"heads.{name} mixes samples" for name in assembly.plan.student.heads if model.head(name).mixes_samples]
-    moving = [f"heads.{name} moves buffers" for name in assembly.plan.student.heads if list(model.head(name).buffers())]
-    calling = [f"losses.{name} calls a head" for name in model.losses if model.loss(name).calls_heads]
-    masked = ["masked patches are read" for group in assembly.plan.student.image.values() if group.masked_tokens]
-    reasons = mixing + moving + calling + masked[:1]
-    if reasons:
-        raise PluginError(
-            f"training.micro_batch_size: exact accumulation is impossible here: {'; '.join(reasons)}. Leave it out"
-        )
+        self.forward.proven = True

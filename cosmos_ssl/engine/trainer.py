@@ -1,4 +1,4 @@
-"""The training loop and what stands around it: run folder, resuming, checkpoints, metrics, evaluation, signals."""
+"""Training: a run is started or resumed, loops over updates, logs, saves, evaluates, and finishes."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_ssl.api import Progress, Views
+from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.engine.distributed import World, be_deterministic, keep_freed_memory, named_losses, pick_device
+from cosmos_ssl.engine.distributed import World, as_run_errors, be_deterministic, keep_freed_memory, pick_device
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
+from cosmos_ssl.engine.exchange import spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
-from cosmos_ssl.engine.step import Step, StepResult, spread
+from cosmos_ssl.engine.step import News, Step, Update
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, listed
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import resolve_backend
@@ -67,13 +69,12 @@ class Trainer:
             keep_freed_memory()
         resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
         self.console = console or Console(quiet=not self.world.first)
-        self.extra_writers = writers
+        self.writers = writers
         self.signals = signals or Signals(at_once=True)
         self._watching = signals is not None
         check_ranks(config, self.world.size)
         assert assembly.dataset is not None, "a model built to be read, not trained"
         self.dataset = assembly.dataset
-        loader = config.loader
         self.order = make_order(config, self.dataset.shard_sizes)
         self.loader = Loader(
             self.dataset,
@@ -81,19 +82,24 @@ class Trainer:
             image=assembly.augmenters.get("image"),
             text=assembly.augmenters.get("text"),
             tokenizer=assembly.tokenizer,
-            workers=loader.workers,
+            workers=config.loader.workers,
             rank=self.world.rank,
             world=self.world.size,
-            prefetch=loader.prefetch,
+            prefetch=config.loader.prefetch,
             pin_memory=self.device.type == "cuda",
             background=config.model.background,
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = total_steps(config, self.order)
+        self.run: Run | None = None
+        """The run under way."""
         if config.training.deterministic:
             be_deterministic()
 
-    # ------------------------------------------------------------------ from start to end
+    @cached_property
+    def identity(self) -> Identity:
+        """What makes this run this run; read from config, data and files, on the first rank alone."""
+        return Identity.of(self.config, self.dataset.identity(), self.assembly.places())
 
     def train(self) -> dict[str, float]:
         """Train to the end and return the final metrics.
@@ -105,33 +111,25 @@ class Trainer:
             stack.enter_context(lines(self.console))
             if not self._watching:
                 stack.enter_context(self.signals)
-            self.world.from_first(lambda: stack.enter_context(self.folder.locked()))
-            stack.enter_context(named_losses())
-            metrics = self.world.from_first(self._finished)
+            self.world.run_on_first(lambda: stack.enter_context(self.folder.locked()))
+            stack.enter_context(as_run_errors())
+            metrics = self.world.run_on_first(self._finished)
             if metrics is not None:
                 log.info("run %s is finished (step %s)", self.folder.path, f"{self.total_steps:,}")
                 return metrics
             with self.folder.logged():
                 try:
-                    return self._run()
+                    with ExitStack() as inner:
+                        self.run = Run(self, inner)
+                        return self.run.to_end()
                 except BaseException as error:
-                    unforeseen = (
-                        not isinstance(error, CosmosError) or error.__cause__ is not None or hasattr(error, "__notes__")
-                    )
-                    log.info(
-                        "the run ended: %s",
-                        error or type(error).__name__,
-                        exc_info=unforeseen,
-                        extra={"file_only": True},
-                    )
+                    unforeseen = not isinstance(error, CosmosError) or error.__cause__ or hasattr(error, "__notes__")
+                    told = error or type(error).__name__
+                    log.info("the run ended: %s", told, exc_info=bool(unforeseen), extra={"file_only": True})
                     raise
 
     def _finished(self) -> dict[str, float] | None:
-        """On the first rank: the final metrics where there is nothing left to do.
-
-        Raises UserError for a folder that is another run's.
-        """
-        self.identity = Identity.of(self.config, self.dataset.identity(), self.assembly.places())
+        """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
         self.folder.belong(self.identity, accept_data=self.config.loader.changed_data == "accept")
         result = self.folder.result()
         if result is None or result["step"] != self.total_steps:
@@ -139,39 +137,22 @@ class Trainer:
         self.folder.identify(finished=True)
         return dict(result["metrics"])
 
-    def _run(self) -> dict[str, float]:
-        """Start or resume, loop, finish."""
-        with ExitStack() as stack:
-            self._start(stack)
-            self.between_steps = True
-            try:
-                self._evaluate()  # what a resumed run still owes
-                self._loop()
-            except Interrupted as error:
-                if self.signals.agreed is None:
-                    self._save_now()
-                else:  # what started the ranks ends all when one leaves: not before the first has saved
-                    self.world.from_first(self._save_now)
-                raise Interrupted(
-                    error.number, f"{error.cause}: saved {self._place()}. The same command goes on from there."
-                ) from None
-            except Exception as error:
-                if self.between_steps and not isinstance(error, TrainingError):
-                    self._save_now()
-                raise
-            self.world.from_first(self._save_now)
-            return self._finish()
 
-    def _start(self, stack: ExitStack) -> None:
-        """Make all that a run needs, as new or as the newest sound checkpoint left it."""
-        newest = self.world.from_first(lambda: latest_checkpoint(self.folder.path))
-        self.precision = resolve_precision(self.world.from_first(self.folder.begun_in), self.device)
-        self.state = RunState(self.assembly, self.config, self.device, self.precision)
+class Run:
+    """A run under way: what it consists of while it trains, as new or as the newest sound checkpoint left it."""
+
+    def __init__(self, trainer: Trainer, stack: ExitStack) -> None:
+        """Start or resume; ``stack`` closes what was opened. Raises UserError, CheckpointError."""
+        self.trainer, self.assembly, self.config = trainer, trainer.assembly, trainer.config
+        self.world, self.folder, self.signals = trainer.world, trainer.folder, trainer.signals
+        self.steps_per_epoch, self.total_steps = trainer.steps_per_epoch, trainer.total_steps
+        newest = self.world.run_on_first(lambda: latest_checkpoint(self.folder.path))
+        precision = resolve_precision(self.world.run_on_first(self.folder.begun_in), trainer.device)
+        self.state = RunState(self.assembly, self.config, trainer.device, precision)
         self.state.model.train()
-        micro = self.config.training.micro_batch_size
-        self.step = Step(self.assembly, precision=self.precision, micro_batch_size=micro, device=self.device)
+        self.step = Step(self.assembly, self.state, self.config.training)
         with refusing(self.folder):
-            fork = self.world.from_first(self._fork) if newest is None else None
+            fork = self.world.run_on_first(self._fork) if newest is None else None
             source = newest if fork is None else fork.checkpoint
             saved = self.state.restore(source) if source is not None else None
         if fork is not None:
@@ -182,226 +163,157 @@ class Trainer:
         self._announce(saved, fork)
         self.writers = Writers(list(self._make_writers()) if self.world.first else [])
         stack.callback(self.writers.close)
-        if self.world.first:
-            sound = None if newest is None else self.state.step
-            self.checkpoints = CheckpointWriter(
-                self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps, sound
-            )
-            stack.callback(self.checkpoints.close)
-        self.world.from_first(lambda: self._settle(fork))
-        self.loader.check_limits()
+        self.checkpoints = CheckpointWriter(
+            self.folder.path,
+            self.config.checkpoints,
+            self.steps_per_epoch,
+            self.total_steps,
+            sound=None if newest is None else self.state.step,
+            writes=self.world.first,
+        )
+        stack.callback(self.checkpoints.close)
+        self.world.run_on_first(lambda: self._settle(fork))
+        trainer.loader.check_limits()
         self.signals.at_once = False
         self.watchdog = stack.enter_context(
-            Watchdog(self.config.training.timeout_minutes, self.folder.log, self._doing)
+            Watchdog(self.config.training.timeout_minutes, self.folder.log, self._where)
         )
-        save_seconds = (lambda: self.checkpoints.seconds) if self.world.first else float
-        self.watch = Watch(self.console, self.total_steps, self.steps_per_epoch, save_seconds)
+        self.watch = Watch(trainer.console, self.total_steps, self.steps_per_epoch, lambda: self.checkpoints.seconds)
         stack.enter_context(self.watch.showing(self.state.step))
         self.clock = Clock()
+        self.between_steps = True
+        """Whether what an error leaves behind can be saved."""
 
-    def _fork(self) -> Fork | None:
-        """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""
-        checkpoint = told_fork(self.folder)
-        return (
-            None if checkpoint is None else plan_fork(checkpoint, self.identity, self.config, self.dataset.shard_sizes)
-        )
-
-    def _settle(self, fork: Fork | None) -> None:
-        """On the first rank: make the folder this run's; what was taken over from another run is kept here from
-        now on.
-        """
-        if fork is not None:
-            note_fork(self.folder, fork)
-            self._save_now()
-        self.folder.record(self.config, self.assembly.parts)
-
-    def _finish(self) -> dict[str, float]:
-        """Mark the run as finished and show its final table."""
-        self.writers.sync()
-        metrics = self.world.from_first(lambda: metrics_at(self.folder.metrics, self.state.step))
-        if self.world.first:
-            self.folder.finish(self.total_steps, metrics)
-        self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
-        log.info("finished %s", self._place())
-        return metrics
+    def to_end(self) -> dict[str, float]:
+        """Loop and finish; the final metrics. What ends the run between two steps finds it saved."""
+        try:
+            self.evaluate()  # what a resumed run still owes
+            self.loop()
+        except (Interrupted, TrainingError):
+            raise
+        except Exception:
+            if self.between_steps:
+                self.save_now()
+            raise
+        self.world.run_on_first(self.save_now)
+        return self.finish()
 
     # ------------------------------------------------------------------ the loop
 
-    def _loop(self) -> None:
-        """Batch, schedules, step, teacher and optimiser, hooks; then log, checkpoint, evaluate."""
+    def loop(self) -> None:
+        """Make the updates that are left; after each log, save and evaluate where it is due."""
         left = self.total_steps - self.state.step
-        batches = traced(
-            self._batches(), self.config.training.trace_steps, left, self.device, self.folder.trace, self.clock.paused
-        )
+        path, paused = self.folder.trace, self.clock.paused
+        batches = traced(self._batches(), self.config.training.trace_steps, left, self.state.device, path, paused)
         with closing(batches):  # whatever ends the loop, workers do not outlive it
             began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
                 self.watchdog.alive()
-                self.replaced = len(batch.replaced)
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                numbers = self._update(batch.views.to(self.device), progress)
+                update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
-                self._count(batch)
+                self._count(update.told.news, batch)
                 self.between_steps = True
                 self.signals.ahead = f"{AHEAD} (a step takes about {time.monotonic() - began:.0f} s)"
-                self._log(numbers)
-                self._checkpoint()
-                self._evaluate()
-                self.signals.check_agreed()
+                self.log(update)
+                self.save_if_due(update.told.news)
+                if update.told.news.signal:
+                    self._leave(update.told.news.signal, together=True)
+                self.evaluate()
                 began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
         start = time.perf_counter()
-        for batch in self.loader.batches(self.state.step, self.total_steps):
+        for batch in self.trainer.loader.batches(self.state.step, self.total_steps):
             self.clock.waited(time.perf_counter() - start)
             yield batch
             start = time.perf_counter()
 
-    def _update(self, views: Views, progress: Progress) -> dict[str, Tensor | float]:
-        """One step on one batch; an update that is not finite is left out. Returns what may be logged."""
-        state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
-        optimizer.set(progress)
-        result = self.step(views, progress, scaler)
-        if scaler is not None:
-            scaler.unscale_(optimizer.torch)
-        optimizer.drop_frozen(progress)
-        norm = optimizer.clip(self.config.training.clip_grad_norm)
-        moved: Mapping[str, float] = {}
-        if self._is_sound(result, norm, views, progress):
-            moved = state.move(progress)
-        else:
-            self.step.restore_buffers()
-        self.moments = result.moments
-        numbers: dict[str, Tensor | float] = {**result.logs, "lr": optimizer.lr, "grad_norm": norm}
-        numbers |= {f"teacher/{name}": value for name, value in moved.items()}
-        if scaler is not None:
-            scaler.update()
-        return numbers
+    def _news(self, batch: LoadedBatch) -> News:
+        """What the other ranks must learn of this one."""
+        signal = self.signals.received or 0
+        return News(signal=signal, bad_samples=len(batch.replaced), unsaved=self.checkpoints.fault)
 
-    def _is_sound(self, result: StepResult, norm: Tensor, views: Views, progress: Progress) -> bool:
-        """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in
-        a row.
+    def _count(self, news: News, batch: LoadedBatch) -> None:
+        """Count what all ranks have consumed. Raises TrainingError past the budget of bad samples."""
+        replaced = gather_objects(batch.replaced) if news.bad_samples else []
+        self.state.budget.add([item for theirs in replaced for item in theirs], self.config.training.batch_size)
 
-        What all ranks must learn of at the same step travels along: signals, bad samples, a checkpoint that could not
-        be written.
-        """
-        counters, limit = self.state.counters, self.config.training.max_nonfinite_steps
-        faults = torch.stack(
-            [~result.loss.isfinite(), ~norm.isfinite()]
-        ).tolist()  # the one wait for the device of a step
-        failed = self.world.first and self.checkpoints.fault
-        *faults, signal, replaced, unsaved = self.world.most(
-            [*faults, self.signals.received or 0, self.replaced, failed]
-        )
-        self.signals.agreed, self.replaced, self.unsaved = int(signal) or None, int(replaced), bool(unsaved)
-        finite_loss, finite_norm = (not fault for fault in faults)
-        if finite_loss and finite_norm:
-            counters.nonfinite_in_a_row = 0
-            return True
-        scaler = self.state.scaler
-        if finite_loss and scaler is not None and scaler.get_scale() > 1:
-            counters.overflowed_steps += 1
-            return False
-        counters.nonfinite_steps += 1
-        counters.nonfinite_in_a_row += 1
-        step = self.state.step + 1
-        what, keys = ("the gradient", views.keys) if finite_loss else self._culprit(result, views, progress)
-        log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
-        if counters.nonfinite_in_a_row >= limit:
-            raise TrainingError(
-                f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
-                f"Samples of this step: {_listed(keys)}. Those of the others are in {self.folder.log}"
-            )
-        log.warning(
-            "step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys)
-        )
-        return False
+    def _leave(self, signal: int, *, together: bool) -> NoReturn:
+        """Save, and raise Interrupted; ``together`` where all ranks leave at this step."""
+        # what started the ranks ends all when one leaves: not before the first has saved
+        self.world.run_on_first(self.save_now) if together else self.save_now()
+        cause = Interrupted(signal).cause
+        raise Interrupted(signal, f"{cause}: saved {self._place()}. The same command goes on from there.") from None
 
-    def _culprit(self, result: StepResult, views: Views, progress: Progress) -> tuple[str, Sequence[str]]:
-        """The part that is not finite, on which rank, and the samples there."""
-        parts = self.assembly.model.parts()
-        values = {
-            place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")
-        }
-        losses = ", ".join(parts[place] for place, value in values.items() if not value.isfinite())
-        found = gather_objects((self.step.find_unsound(views, progress), losses, views.keys))
-        rank = next(
-            (r for r, (part, _, _) in enumerate(found) if part),
-            next((r for r, (_, loss, _) in enumerate(found) if loss), 0),
-        )
-        part, loss, keys = found[rank]
-        on = f" on rank {rank}" if self.world.size > 1 else ""
-        return (part or loss or "the weighted sum of the losses") + on, keys
+    # ------------------------------------------------------------------ log, save, evaluate, finish
 
-    # ------------------------------------------------------------------ log, checkpoint, evaluate
-
-    def _log(self, numbers: Mapping[str, Tensor | float]) -> None:
+    def log(self, update: Update) -> None:
         """Write a row, every so many steps and at the last."""
         step = self.state.step
         self.watch.stepped(step)
         if step % self.config.logging.every_steps and step != self.total_steps:
             return
         rates, seconds_a_step, own_seconds = self.clock.read(self.config.training.batch_size)
-        counters = self.state.counters
-        row = {"epoch": step / self.steps_per_epoch}
-        numbers = {**numbers, **spread(self.moments)}
-        row |= self.world.mean(
-            {name: value.item() if isinstance(value, Tensor) else value for name, value in numbers.items()}
-        )
-        row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
-        row |= {
-            "skipped_steps": counters.nonfinite_steps + counters.overflowed_steps,
-            "bad_samples": self.state.budget.bad,
+        numbers: dict[str, Tensor | float] = {
+            **update.result.logs,
+            "lr": self.state.optimizer.lr,
+            "grad_norm": update.norm,
+            **{f"teacher/{name}": value for name, value in update.moved.items()},
+            **spread(update.result.moments),
         }
+        row = {"epoch": step / self.steps_per_epoch}
+        row |= self.world.mean({n: x.item() if isinstance(x, Tensor) else x for n, x in numbers.items()})
+        row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
+        row |= {"skipped_steps": self.state.counters.skipped, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
         self.writers.scalars(step, row)
         self.watch.logged(step, row, seconds_a_step)
 
-    def _checkpoint(self) -> None:
+    def save_if_due(self, news: News) -> None:
         """Start writing a checkpoint where one is due; all ranks hear of one that failed.
 
-        Raises TrainingError for one that was not finite, StorageError where it could not be written and that ends the
-        run.
+        Raises TrainingError for one that was not finite, StorageError where one could not be written and that ends
+        the run.
         """
-        if self.unsaved:
-            fault = self.world.from_first(lambda: self.checkpoints.take_fault())
+        if news.unsaved:
+            fault = self.world.run_on_first(self.checkpoints.take_fault)
             if isinstance(fault, TrainingError):
                 raise fault
             if self.config.checkpoints.on_failure == "stop":
                 raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
-        if self.world.first and self.checkpoints.due(self.state.step):
+        if self.checkpoints.due(self.state.step):
             self._save()
 
     def _save(self) -> None:
         """Hand a snapshot to the writer."""
         self.writers.sync()
+        identity = self.trainer.identity
         about = {
             "samples": self.state.step * self.config.training.batch_size,
             "epoch": self.state.step / self.steps_per_epoch,
             "ranks": self.world.size,
-            "precision": self.precision,
-            "identity": {"config": self.identity.digest(), "data": self.identity.data},
+            "precision": self.state.precision,
+            "identity": {"config": identity.digest(), "data": identity.data},
             "versions": versions(self.assembly.parts),
         }
         self.checkpoints.write(self.state.snapshot(about))
 
-    def _save_now(self) -> None:
-        """Save where the run stands and wait for it. Raises StorageError."""
-        step = self.state.step
-        if not self.world.first:
-            return
-        if not self.checkpoints.has(step):
-            self._save()
-        self.checkpoints.wait(step)
+    def save_now(self) -> None:
+        """Save where the run stands and wait for it, on the first rank. Raises StorageError."""
+        if self.world.first:
+            if not self.checkpoints.has(self.state.step):
+                self._save()
+            self.checkpoints.wait(self.state.step)
 
-    def _evaluate(self) -> None:
-        """Run the evaluators that are due and have not run at this step."""
+    def evaluate(self) -> None:
+        """Run the evaluators that are due and have not run at this step. Raises Interrupted."""
         step = self.state.step
         for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
             if name in self.evaluated:
@@ -409,55 +321,72 @@ class Trainer:
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused():
-                found = evaluate(name, self.assembly, self._alive, DTYPES[self.precision], pictures=self.world.first)
+                dtype = DTYPES[self.state.precision]
+                try:
+                    found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)
+                except Interrupted as error:
+                    self._leave(error.number, together=False)
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
             self.signals.ahead = ahead
-            log.info(
-                "%s after step %s (%s, %.1f s): %s",
-                name,
-                f"{step:,}",
-                self.precision,
-                time.monotonic() - start,
-                summary(found),
-            )
+            seconds = time.monotonic() - start
+            told = (name, f"{step:,}", self.state.precision, seconds, summary(found))
+            log.info("%s after step %s (%s, %.1f s): %s", *told)
         self.evaluated = set()
-
-    # ------------------------------------------------------------------ small things
-
-    def _count(self, batch: LoadedBatch) -> None:
-        """Count what all ranks have consumed. Raises TrainingError past the budget."""
-        replaced = gather_objects(batch.replaced) if self.replaced else []
-        self.state.budget.add([item for theirs in replaced for item in theirs], self.config.training.batch_size)
-
-    def _make_writers(self) -> Iterator[Writer]:
-        yield PngFiles(self.folder.pictures)
-        if self.config.logging.tensorboard:
-            yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)
-        yield JsonLines(self.folder.metrics)
-        yield from self.extra_writers
-
-    def _already_evaluated(self) -> set[str]:
-        """The evaluators that left metrics at this step."""
-        names = self.world.from_first(lambda: metrics_at(self.folder.metrics, self.state.step))
-        return {own for own in self.assembly.evaluators if any(name.startswith(f"{own}/student/") for name in names)}
 
     def _alive(self) -> None:
         """Called by an evaluation between its batches. Raises Interrupted."""
         self.watchdog.alive()
         self.signals.check()
 
-    def _doing(self) -> str:
-        workers = self.loader.where()
+    def finish(self) -> dict[str, float]:
+        """Mark the run as finished and show its final table."""
+        self.writers.sync()
+        metrics = self.world.run_on_first(lambda: metrics_at(self.folder.metrics, self.state.step))
+        if self.world.first:
+            self.folder.finish(self.total_steps, metrics)
+        self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
+        log.info("finished %s", self._place())
+        return metrics
+
+    # ------------------------------------------------------------------ the start, for the constructor
+
+    def _fork(self) -> Fork | None:
+        """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""
+        checkpoint = told_fork(self.folder)
+        if checkpoint is None:
+            return None
+        return plan_fork(checkpoint, self.trainer.identity, self.config, self.trainer.dataset.shard_sizes)
+
+    def _settle(self, fork: Fork | None) -> None:
+        """On the first rank: make the folder this run's; what was taken over from another run is kept here too."""
+        if fork is not None:
+            note_fork(self.folder, fork)
+            self.save_now()
+        self.folder.record(self.config, self.assembly.parts)
+
+    def _make_writers(self) -> Iterator[Writer]:
+        yield PngFiles(self.folder.pictures)
+        if self.config.logging.tensorboard:
+            yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)
+        yield JsonLines(self.folder.metrics)
+        yield from self.trainer.writers
+
+    def _already_evaluated(self) -> set[str]:
+        """The evaluators that left metrics at this step."""
+        names = self.world.run_on_first(lambda: metrics_at(self.folder.metrics, self.state.step))
+        return {own for own in self.assembly.evaluators if any(name.startswith(f"{own}/student/") for name in names)}
+
+    def _where(self) -> str:
+        """Where this rank stands, for the watchdog."""
+        workers = self.trainer.loader.where()
         return f"rank {self.world.rank}, step {self.state.step + 1:,}" + (f"; {workers}" if workers else "")
 
     def _place(self) -> str:
-        step = self.state.step
-        return (
-            f"{self.folder.path} at step {step:,} (sample {step * self.config.training.batch_size:,}, epoch "
-            f"{step // self.steps_per_epoch})"
-        )
+        """Where the run stands, for people."""
+        step, batch = self.state.step, self.config.training.batch_size
+        return f"{self.folder.path} at step {step:,} (sample {step * batch:,}, epoch {step // self.steps_per_epoch})"
 
     def _announce(self, saved: Mapping[str, Any] | None, fork: Fork | None) -> None:
         """Say what is trained on what, from where on."""
@@ -474,36 +403,30 @@ class Trainer:
                     f"{self.total_steps:,}",
                     f"{self.steps_per_epoch:,}",
                 ),
-                *(f"{self.config.training.batch_size:,}", self.precision, self.device),
+                *(f"{self.config.training.batch_size:,}", self.state.precision, self.state.device),
             )
             if self.assembly.start:
                 log.info("%s", self.assembly.start)
         else:
-            moved = (
-                f" on {self.world.size} ranks; it was saved on {saved['ranks']}"
-                if saved["ranks"] != self.world.size
-                else ""
-            )
+            before = saved["ranks"]
+            moved = f" on {self.world.size} ranks; it was saved on {before}" if before != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)
         self._announce_precision(saved)
         if self.assembly.frozen:
-            log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
+            log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen))
 
     def _announce_precision(self, saved: Mapping[str, Any] | None) -> None:
         """Say what ``auto`` is, that it has changed, and where a precision has no fast path."""
-        before = self.precision if saved is None else saved.get("precision", self.precision)
-        if before != self.precision:
-            log.info("precision: %s (auto on %s); until here it was %s", self.precision, self.device.type, before)
+        precision, device = self.state.precision, self.state.device
+        before = precision if saved is None else saved.get("precision", precision)
+        if before != precision:
+            log.info("precision: %s (auto on %s); until here it was %s", precision, device.type, before)
         elif self.config.training.precision == "auto":
-            log.info("precision: %s (auto on %s)", self.precision, self.device.type)
-        if saved is None and not has_fast_path(self.precision, self.device):
-            faster = "amp_fp16" if self.device.type == "cuda" else "fp32"
+            log.info("precision: %s (auto on %s)", precision, device.type)
+        if saved is None and not has_fast_path(precision, device):
+            faster = "amp_fp16" if device.type == "cuda" else "fp32"
             log.warning(
                 "training.precision: this %s has no fast path for %s, and a step may take many times as long. "
-                "Faster here: %s",
-                *(self.device.type, self.precision, f"training.precision={faster}"),
+                "Faster here: training.precision=%s",
+                *(device.type, precision, faster),
             )
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api import Features, GroupFeatures, Head, ParameterRule, Progress, Views
 from cosmos_ssl.api.views import map_tensors
-from cosmos_ssl.engine.step import Step, StepResult
+from cosmos_ssl.engine.forward import Result
+from cosmos_ssl.engine.step import Gradients
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.testing.examples import PROGRESS, example_assembly, example_config, example_views
@@ -42,7 +43,7 @@ class ModelCheck:
         for assembly in (first, second):
             assembly.teacher.start(assembly.build_model, assembly.model)
             assembly.model.train()
-        step = Step(first)
+        step = Gradients(first)
         before = _state(first.model)
         result = self._step(step)
         _finite({**result.logs, **{name: p.grad for name, p in first.model.named_parameters() if p.grad is not None}})
@@ -57,7 +58,7 @@ class ModelCheck:
         first.teacher.update(first.model, PROGRESS)
         second.model.load_state_dict(_state(first.model))
         second.teacher.load_state_dict(first.teacher.state_dict())
-        ours, theirs = self._step(step), self._step(Step(second))
+        ours, theirs = self._step(step), self._step(Gradients(second))
         expect(
             torch.equal(ours.loss, theirs.loss), "a copy with the same state gives another loss: keep state in buffers"
         )
@@ -66,9 +67,9 @@ class ModelCheck:
             _state(second.model),
             "a copy with the same state moves {} elsewhere: keep state in buffers",
         )
-        _finite(self._step(Step(first, precision="amp_bf16")).logs, " under bfloat16")
+        _finite(self._step(Gradients(first, precision="amp_bf16")).logs, " under bfloat16")
 
-    def _step(self, step: Step) -> StepResult:
+    def _step(self, step: Gradients) -> Result:
         return step(self.views, PROGRESS)
 
     def _built_alike(self, first: Model, second: Model) -> None:
@@ -185,7 +186,7 @@ class ModelCheck:
             _state(second.teacher),
             "a copy with the same state moves {} elsewhere: keep state in buffers",
         )
-        Step(first)(self.views, PROGRESS)
+        Gradients(first)(self.views, PROGRESS)
 
     def _update(self, student: Model, teacher: Any, number: int) -> None:
         before = _state(student)

@@ -17,7 +17,7 @@ from cosmos_ssl.build import Builder
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.cost.step_cost import StepCost, kept_tensors, make_views, measure_step
 from cosmos_ssl.engine.state import RunState
-from cosmos_ssl.engine.step import Step
+from cosmos_ssl.engine.step import Gradients
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(
@@ -70,7 +70,7 @@ def flops_of_a_step(loaded: LoadedConfig, samples: int) -> int:
     }
     assembly = Builder(loaded).assemble(prepare=False)
     RunState(assembly, loaded.config, torch.device("cpu"))
-    step, views = Step(assembly), make_views(assembly, samples)
+    step, views = Gradients(assembly), make_views(assembly, samples)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step(views, Progress(step=0, total_steps=1))
     return int(counter.get_total_flops())

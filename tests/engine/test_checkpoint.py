@@ -51,7 +51,7 @@ def names(run_dir):
 
 
 def writer(run_dir, sound=None, **settings):
-    return CheckpointWriter(run_dir, CheckpointsConfig(**settings), 5, 100, sound)
+    return CheckpointWriter(run_dir, CheckpointsConfig(**settings), 5, 100, sound=sound)
 
 
 def test_what_is_written_is_read_and_is_true_safetensors(tmp_path):

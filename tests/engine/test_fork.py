@@ -44,7 +44,7 @@ class Killer:
     """A writer that does so at the first row."""
 
     def scalars(self, step, values):
-        self.trainer.between_steps = False
+        self.trainer.run.between_steps = False
         raise Killed
 
     sync = close = lambda self: None

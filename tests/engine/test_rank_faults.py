@@ -24,7 +24,7 @@ from cosmos_ssl.errors import StorageError
 from cosmos_ssl.testing.examples import small_config
 
 IMPATIENT = {"training": {"timeout_minutes": 0.15}}
-COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/distributed\.py\", line \d+ in finish"
+COLLECTIVE = r"torch/distributed/distributed_c10d\.py\", line|engine/exchange\.py\", line \d+ in finish"
 HANGS = "nothing has happened for 0.15 min (training.timeout_minutes): "
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
-from cosmos_ssl.engine.distributed import GradientMean, joined_world
+from cosmos_ssl.engine.distributed import joined_world
+from cosmos_ssl.engine.exchange import GradientMean
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.engine.signals import Interrupted
 from cosmos_ssl.errors import StorageError
@@ -84,7 +85,7 @@ def test_a_folder_in_use_is_refused_on_every_rank(tiny, ranks, finished, tmp_pat
 
 
 def test_buckets_hold_every_parameter_once_and_one_type_each(monkeypatch):
-    monkeypatch.setattr("cosmos_ssl.engine.distributed.BUCKET", 100)
+    monkeypatch.setattr("cosmos_ssl.engine.exchange.BUCKET", 100)
     sizes = [(30, torch.float32), (2, torch.float32), (3, torch.float64)]
     parameters = [torch.zeros(size, dtype=dtype, requires_grad=True) for size, dtype in sizes]
     buckets = GradientMean(parameters).buckets

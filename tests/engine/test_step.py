@@ -22,7 +22,9 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.step import Step, spread
+from cosmos_ssl.engine.exchange import spread
+from cosmos_ssl.engine.forward import Forward
+from cosmos_ssl.engine.step import Gradients
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
@@ -111,8 +113,8 @@ def gradients(model) -> Mapping[str, torch.Tensor]:
 def test_accumulation_equals_the_whole_batch(size, drop_path):
     """Losses and gradients to 1e-6 in float64; with drop path, micro-batches of the whole share replay its draws."""
     assembly = assemble(drop_path=drop_path)
-    whole = Step(assembly, micro_batch_size=None)
-    small = Step(assembly, micro_batch_size=size)
+    whole = Gradients(assembly, micro_batch_size=None)
+    small = Gradients(assembly, micro_batch_size=size)
     if drop_path:  # other micro-batches draw other paths; what must hold is that both passes draw the same
         first = small(batch(), PROGRESS)
         expected = gradients(assembly.model)
@@ -135,7 +137,7 @@ def test_accumulation_equals_the_whole_batch(size, drop_path):
 def test_replayed_randomness_gives_the_true_gradient():
     """With drop path, the accumulated gradient equals a finite difference of the accumulated loss."""
     assembly = assemble(drop_path=0.5)
-    step = Step(assembly, micro_batch_size=2)
+    step = Gradients(assembly, micro_batch_size=2)
     step(batch(), PROGRESS)
     weight = assembly.model.image.blocks[1].mlp.fc1.weight
     grad = weight.grad.clone()
@@ -153,10 +155,10 @@ def test_replayed_randomness_gives_the_true_gradient():
 
 def test_total_is_the_weighted_sum_and_every_parameter_gets_a_gradient():
     assembly = assemble()
-    result = Step(assembly)(batch(), PROGRESS)
+    result = Gradients(assembly)(batch(), PROGRESS)
     torch.testing.assert_close(result.loss, result.logs["loss/clip"] + 0.5 * result.logs["loss/distill"])
     assert {"clip/logit_scale", "distill/teacher_entropy"} <= result.logs.keys()
-    features = Step(assembly).encode(Step(assembly).finish(batch()))
+    features = Forward(assembly).student(Forward(assembly).augment(batch()))
     for modality, groups in (("image", features.image), ("text", features.text)):
         unit = next(iter(groups.values())).unit[0]
         expected = unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
@@ -171,7 +173,7 @@ def _rank_step(rank, world, path, micro_batch_size, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     assembly = assemble()
     share = batch().slice(rank * 6 // world, (rank + 1) * 6 // world)
-    result = Step(assembly, micro_batch_size=micro_batch_size)(share, PROGRESS)
+    result = Gradients(assembly, micro_batch_size=micro_batch_size)(share, PROGRESS)
     results[rank] = (dict(result.logs), gradients(assembly.model))
     dist.destroy_process_group()
 
@@ -186,7 +188,7 @@ def test_ranks_compute_what_one_computes(world, micro_batch_size, tmp_path):
         mp.spawn(_rank_step, args=(world, str(tmp_path / "store"), micro_batch_size, results), nprocs=world)
         ranks = [results[rank] for rank in range(world)]
     assembly = assemble()
-    expected = Step(assembly)(batch(), PROGRESS)
+    expected = Gradients(assembly)(batch(), PROGRESS)
     for name in ("loss", "loss/clip", "loss/distill"):
         torch.testing.assert_close(
             torch.stack([logs[name] for logs, _ in ranks]).mean(), expected.logs[name], rtol=1e-9, atol=0
@@ -216,7 +218,7 @@ class Counting(Loss):
 
 def test_buffers_are_restored_when_a_step_is_skipped():
     assembly = assemble(extra_losses=[("counting", Counting)])
-    step = Step(assembly)
+    step = Gradients(assembly)
     step(batch(), PROGRESS)
     moved = assembly.model.loss("counting").center.clone()
     assert moved.abs().sum() > 0
@@ -251,7 +253,7 @@ class ReadsMixing(Counting):
 def test_accumulation_refuses_parts_that_cannot_by_name():
     assembly = assemble(extra_heads=[("mixing", Mixing)], extra_losses=[("reads", ReadsMixing)])
     with pytest.raises(PluginError, match=r"heads\.mixing mixes samples"):
-        Step(assembly, micro_batch_size=2)
+        Gradients(assembly, micro_batch_size=2)
 
 
 def returns(value):
@@ -272,4 +274,4 @@ def returns(value):
 )
 def test_a_loss_is_held_to_its_contract(value, message):
     with pytest.raises(PluginError, match=message):
-        Step(assemble(extra_losses=[("faulty", returns(value))]))(batch(), PROGRESS)
+        Gradients(assemble(extra_losses=[("faulty", returns(value))]))(batch(), PROGRESS)

@@ -43,7 +43,7 @@ class Halt:
 
     def scalars(self, step, values):
         if step == self.step:
-            self.trainer_of().between_steps = False
+            self.trainer_of().run.between_steps = False
             raise Stop
 
     def pictures(self, step, pictures):
@@ -271,7 +271,7 @@ class UntilTold:
         self.step, self.trainer_of = step, trainer_of
 
     def scalars(self, step, values):
-        while step == self.step and not self.trainer_of().checkpoints.fault:
+        while step == self.step and not self.trainer_of().run.checkpoints.fault:
             time.sleep(0.01)
 
     def pictures(self, step, pictures):
@@ -287,7 +287,7 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch, policy):
     real = shutil.disk_usage
 
     def full(folder):
-        return real(folder)._replace(free=int(trainer.state.step > 5) << 30)
+        return real(folder)._replace(free=int(trainer.run.state.step > 5) << 30)
 
     monkeypatch.setattr(shutil, "disk_usage", full)
     config = tiny.make_config(checkpoints={"on_failure": policy})
@@ -295,7 +295,7 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch, policy):
     if policy == "stop":
         with pytest.raises(StorageError, match=r"checkpoint of step [45] could not be written"):  # tried once more
             trainer.train()
-        assert trainer.state.step in (4, 5)
+        assert trainer.run.state.step in (4, 5)
         monkeypatch.setattr(shutil, "disk_usage", real)
         trainer = tiny.make_trainer(tmp_path / "full", config)
     trainer.train()
@@ -337,7 +337,7 @@ def test_storage_that_fails_saves_what_was_done(tiny, rows, tmp_path):
     trainer = tiny.make_trainer(tmp_path / "cut")
     good = trainer.dataset.read
     trainer.dataset.read = lambda index: (
-        good(index) if trainer.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        good(index) if trainer.run.state.step < 4 else (_ for _ in ()).throw(OSError(5, "Input/output error"))
     )
     with pytest.raises(StorageError, match=r"storage failed: .*Input/output error"):
         trainer.train()

@@ -1,0 +1,139 @@
+"""What ranks exchange in a step: planned features for the losses, means of gradients, moments of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
+from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.functional import all_sum, gather_many, world_size
+from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.models.plan import Plan
+
+BUCKET = 25 << 20
+"""Bytes of gradients that are averaged in one collective."""
+
+
+def gather_features(plan: Plan, student: Features, teacher: Features | None) -> dict[Role, Features]:
+    """The planned features and head outputs of all ranks, by one collective: [V, ranks x B, ...], with gradients."""
+    wanted: dict[Role, Features] = {"teacher": Features(), "student": _select(plan.student.gathered, student)}
+    if plan.teacher is not None and teacher is not None:
+        wanted["teacher"] = _select(plan.teacher.gathered, teacher)
+    gathered = iter(gather_many(list(tensors_in(wanted)), dim=1))
+    return map_tensors(wanted, lambda _: next(gathered))
+
+
+def _select(needs: Sequence[Need], features: Features) -> Features:
+    """Those of ``features`` that are needed from all ranks; outputs for masked patches, [M, width], stay behind."""
+    kinds: dict[Modality, dict[str, set[Kind]]] = {"image": {}, "text": {}}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for need in needs:
+        if need.head is not None:
+            given = features.heads[need.head]
+            names = given if need.outputs is None else need.outputs
+            heads.setdefault(need.head, {}).update({name: given[name] for name in names if given[name].dim() == 3})
+        elif need.modality is not None:
+            for name in features.of(need.modality):
+                if need.group in (ALL, name):
+                    kinds[need.modality].setdefault(name, set()).add(need.kind)
+
+    def chosen(modality: Modality) -> dict[str, GroupFeatures]:
+        groups = features.of(modality)
+        found: dict[str, GroupFeatures] = {}
+        for name, wanted in kinds[modality].items():
+            tensors: dict[str, Any] = {kind: getattr(groups[name], kind) for kind in sorted(wanted)}
+            found[name] = GroupFeatures(views=groups[name].views, **tensors)
+        return found
+
+    return Features(image=chosen("image"), text=chosen("text"), heads=heads)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor inside of what ``map_tensors`` goes through, in its order."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return iter(found)
+
+
+class GradientMean:
+    """Averages gradients over ranks while the backward pass runs, in buckets that never change.
+
+    PyTorch's own wrapper lays its buckets anew after the first step, so that a resumed run adds in another order
+    than one that was never stopped. Here the order of the parameters alone decides, and the same sums come out.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        """``parameters``: all that are trained, in an order that is the same on every rank."""
+        self.on = True
+        self.buckets: list[list[Tensor]] = [[]]
+        for parameter in reversed(list(parameters)):  # backward reaches the last ones first
+            full = sum(p.numel() * p.element_size() for p in self.buckets[-1]) >= BUCKET
+            other = bool(self.buckets[-1]) and self.buckets[-1][0].dtype != parameter.dtype
+            if full or other:
+                self.buckets.append([])
+            self.buckets[-1].append(parameter)
+        self._left = [len(bucket) for bucket in self.buckets]
+        self._next = 0
+        self._running: list[tuple[list[Tensor], Tensor, Any]] = []
+        for number, bucket in enumerate(self.buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(self._hook(number))
+
+    def _hook(self, number: int) -> Callable[[Tensor], None]:
+        def reached(parameter: Tensor) -> None:
+            if self.on:
+                self._left[number] -= 1
+                self._send()
+
+        return reached
+
+    def _send(self, *, whole: bool = False) -> None:
+        """Start the buckets that are complete, in their order; ``whole``: all of them."""
+        while self._next < len(self.buckets) and (whole or self._left[self._next] == 0):
+            bucket = self.buckets[self._next]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(world_size())
+            self._running.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            self._next += 1
+
+    def finish(self) -> None:
+        """Start what is left, wait for all, and put the means into ``grad``."""
+        self._send(whole=True)
+        for bucket, flat, work in self._running:
+            with waits.during(flat):
+                work.wait()
+            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = mean.view_as(parameter)
+        self._left = [len(bucket) for bucket in self.buckets]
+        self._next = 0
+        self._running.clear()
+
+
+@torch.no_grad()
+def moments(student: Features) -> dict[str, Tensor]:
+    """Mean and mean square of this rank's unit features by modality, [2, D], of the first group that has any."""
+    found = {}
+    for modality, groups in (("image", student.image), ("text", student.text)):
+        features = next((group for group in groups.values() if group.projected is not None), None)
+        if features is not None:
+            unit = features.unit[0].double()
+            found[modality] = torch.stack([unit.mean(0), unit.square().mean(0)])
+    return found
+
+
+def spread(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Collapse signs, from all ranks' ``moments``: the standard deviation of unit features x sqrt(D).
+
+    1 is isotropic, 0 collapsed. A collective: all ranks call it.
+    """
+    if not own:
+        return {}
+    mean, mean_square = all_sum(torch.cat(list(own.values()), 1)) / world_size()
+    deviation = (mean_square - mean**2).clamp(min=0).sqrt()
+    parts = deviation.split([each.shape[1] for each in own.values()])
+    return {f"spread/{modality}": part.mean() * len(part) ** 0.5 for modality, part in zip(own, parts, strict=True)}
