@@ -114,7 +114,7 @@ def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: b
     folder = RunFolder(config.folder)
     source = find_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, places)
-    folder.belong(mine, accept_data=config.loader.changed_data == "accept")
+    folder.check_identity(mine, accept_data=config.loader.changed_data == "accept")
     if source is not None:
         with _no_copies():
             load_exactly(assembly.model, load_tensors(source, "student"), f"--fork: {source}")

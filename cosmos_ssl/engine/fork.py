@@ -18,7 +18,7 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import make_order, total_steps
 from cosmos_ssl.engine.checkpoint import checkpoint_step, find_fault, latest_checkpoint, read_state
-from cosmos_ssl.engine.run_folder import RunFolder, write_whole
+from cosmos_ssl.engine.run_folder import RunFolder, write_text
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.identity import Identity
 
@@ -89,7 +89,7 @@ def ask_fork(folder: RunFolder, source: str | Path) -> None:
     """Note in a claimed ``folder`` what its run goes on from when it starts. Raises as ``find_source``."""
     checkpoint = find_source(folder, source)
     if checkpoint is not None:
-        write_whole(folder.fork, json.dumps({"checkpoint": str(checkpoint)}, indent=1))
+        write_text(folder.fork, json.dumps({"checkpoint": str(checkpoint)}, indent=1))
 
 
 def note_fork(folder: RunFolder, fork: Fork) -> None:
@@ -100,7 +100,7 @@ def note_fork(folder: RunFolder, fork: Fork) -> None:
         "step": fork.step,
         "changed": list(fork.changed),
     }
-    write_whole(folder.fork, json.dumps(told, indent=1))
+    write_text(folder.fork, json.dumps(told, indent=1))
 
 
 @contextmanager

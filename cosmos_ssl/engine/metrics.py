@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cosmos_ssl.config.files import set_aside
+from cosmos_ssl.files import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -196,16 +197,11 @@ def cut_rows(path: Path, step: int) -> None:
         if row is not None and row["step"] <= step:
             kept.append(line)
         damaged += row is None and line.endswith(b"\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    if damaged:
-        log.warning(
-            "%s: %s lines are no rows and are left out; the file is kept as %s",
-            path,
-            f"{damaged:,}",
-            set_aside(path).name,
-        )
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.writelines(kept)
+        if damaged:
+            aside = set_aside(path).name
+            log.warning("%s: %d lines are no rows and are left out; the file is kept as %s", path, damaged, aside)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

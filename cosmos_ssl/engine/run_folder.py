@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.files import read_object, set_aside
 from cosmos_ssl.config.source import dump_yaml
-from cosmos_ssl.errors import UserError, printable
+from cosmos_ssl.errors import UserError, listed, printable
+from cosmos_ssl.files import written_whole
 from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class RunFolder:
 
     # ------------------------------------------------------------------ whose folder it is
 
-    def belong(self, mine: Identity, *, accept_data: bool = False) -> None:
+    def check_identity(self, mine: Identity, *, accept_data: bool = False) -> None:
         """Hold the folder against the run that wants it; ``record`` makes it that run's. Nothing is written here.
 
         Raises UserError where it is another's; data that have changed may be accepted (``loader.changed_data``).
@@ -151,7 +152,7 @@ class RunFolder:
             self._accepted = moved
         elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config ({_listed(changed + moved)}). Give another "
+                f"run folder {self.path} belongs to another config ({listed(changed + moved, 4)}). Give another "
                 "output_dir. "
                 f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
                 f"model.pretrained={self.path} the weights alone"
@@ -159,7 +160,7 @@ class RunFolder:
         elif moved:
             how = "loader.changed_data=accept to go on with the shards of now"
             raise UserError(
-                f"run folder {self.path} belongs to another data set ({_listed(moved)}). Give another "
+                f"run folder {self.path} belongs to another data set ({listed(moved, 4)}). Give another "
                 f"output_dir, or {how}."
             )
 
@@ -175,22 +176,22 @@ class RunFolder:
         return Identity(config=found["config"], data=found["data"], places=found.get("places", {}))
 
     def identify(self, *, finished: bool = False) -> None:
-        """Write down the identity that ``belong`` was given, with what was not known of it before.
+        """Write down the identity that ``check_identity`` was given, with what was not known of it before.
 
         Raises UserError for a ``finished`` run whose data have changed: it has not seen those of now.
         """
         if finished and self._accepted:
             raise UserError(
-                f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another "
+                f"run folder {self.path} is finished, with other data ({listed(self._accepted, 4)}). Give another "
                 "output_dir"
             )
         if self._mine is not None and self.identity() != self._mine:
-            write_whole(self._identity, json.dumps(self._mine.plain(), indent=1))
+            write_text(self._identity, json.dumps(self._mine.plain(), indent=1))
 
     def begun_in(self) -> str:
         """``training.precision`` with which the run was begun; ``auto`` in what is resumed goes on in it."""
         whose = self.identity() or self._mine
-        assert whose is not None, "belong comes first"
+        assert whose is not None, "check_identity comes first"
         return str(whose.config["training"]["precision"])
 
     def record(self, config: Config, parts: Mapping[str, str]) -> None:
@@ -200,15 +201,15 @@ class RunFolder:
         if self._accepted:
             log.warning(
                 "the shards have changed since this run began (%s); it goes on with those of now",
-                _listed(self._accepted),
+                listed(self._accepted, 4),
             )
         self.identify()
-        write_whole(self.config, dump_yaml(config.model_dump()))
+        write_text(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)
         if path.exists() and (changed := differences(_older_versions(path, now), now)):
-            log.warning("versions have changed since this run last started: %s", _listed(changed))
-        write_whole(path, json.dumps(now, indent=1))
+            log.warning("versions have changed since this run last started: %s", listed(changed, 4))
+        write_text(path, json.dumps(now, indent=1))
 
     # ------------------------------------------------------------------ its end
 
@@ -221,7 +222,7 @@ class RunFolder:
 
     def finish(self, step: int, metrics: Mapping[str, float]) -> None:
         """Mark the run as finished."""
-        write_whole(self._result, json.dumps({"step": step, "metrics": dict(metrics)}, indent=1))
+        write_text(self._result, json.dumps({"step": step, "metrics": dict(metrics)}, indent=1))
 
 
 def versions(parts: Mapping[str, str]) -> dict[str, str]:
@@ -244,14 +245,10 @@ def _older_versions(path: Path, now: Mapping[str, str]) -> Mapping[str, Any]:
         return now
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text.rstrip("\n") + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.write(f"{text.rstrip()}\n".encode())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -262,7 +259,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for k in dict.fromkeys((*old, *new))
         if old.get(k) != new.get(k)
     ]
-
-
-def _listed(faults: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(faults[:limit]) + (f", and {len(faults) - limit} more" if len(faults) > limit else "")

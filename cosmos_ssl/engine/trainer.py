@@ -130,7 +130,7 @@ class Trainer:
 
     def _finished(self) -> dict[str, float] | None:
         """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
-        self.folder.belong(self.identity, accept_data=self.config.loader.changed_data == "accept")
+        self.folder.check_identity(self.identity, accept_data=self.config.loader.changed_data == "accept")
         result = self.folder.result()
         if result is None or result["step"] != self.total_steps:
             return None

@@ -39,20 +39,20 @@ def told(config, **data):
 
 def test_a_folder_belongs_to_one_config_and_one_data_set(tiny, tmp_path):
     folder, config = RunFolder(tmp_path), tiny.make_config()
-    folder.belong(told(config, samples=20))
+    folder.check_identity(told(config, samples=20))
     assert not any(tmp_path.iterdir())  # looking claims nothing
     folder.record(config, {})
-    folder.belong(told(tiny.make_config(loader={"workers": 3}, logging={"every_steps": 9}), samples=20))
+    folder.check_identity(told(tiny.make_config(loader={"workers": 3}, logging={"every_steps": 9}), samples=20))
     with pytest.raises(
         UserError, match=rf"run folder {tmp_path} belongs to another config \(optimizer.lr: 0.05 -> 0.1\)"
     ) as caught:
-        folder.belong(told(tiny.make_config(optimizer={"lr": 0.1}), samples=20))
+        folder.check_identity(told(tiny.make_config(optimizer={"lr": 0.1}), samples=20))
     assert (
         f"--fork {tmp_path} takes over weights, optimiser and step, model.pretrained={tmp_path} the weights alone"
         in str(caught.value)
     )
     with pytest.raises(UserError, match=r"belongs to another data set \(data, samples: 20 -> 24\)"):
-        folder.belong(told(config, samples=24))
+        folder.check_identity(told(config, samples=24))
 
 
 def test_what_was_not_known_is_written_down_when_a_run_goes_on(tiny, tmp_path):
@@ -63,22 +63,22 @@ def test_what_was_not_known_is_written_down_when_a_run_goes_on(tiny, tmp_path):
     older = {"config": config.model_dump(), "data": {"samples": 20}}
     (tmp_path / "identity.json").write_text(json.dumps(older))
     folder = RunFolder(tmp_path)
-    folder.belong(told(config, samples=20, content="a"))
+    folder.check_identity(told(config, samples=20, content="a"))
     assert json.loads((tmp_path / "identity.json").read_text()) == older
     folder.identify(finished=True)
     with pytest.raises(UserError, match="data, content: 'a' -> 'b'"):
-        folder.belong(told(config, samples=20, content="b"))
+        folder.check_identity(told(config, samples=20, content="b"))
 
 
 def test_shards_that_have_changed_can_be_accepted(tiny, tmp_path, caplog):
     folder, config = RunFolder(tmp_path), tiny.make_config()
-    folder.belong(told(config, samples=20))
+    folder.check_identity(told(config, samples=20))
     folder.record(config, {})
     with pytest.raises(
         UserError, match=r"Give another output_dir, or loader.changed_data=accept to go on with the shards of now"
     ):
-        folder.belong(told(config, samples=24))
-    folder.belong(told(config, samples=24), accept_data=True)
+        folder.check_identity(told(config, samples=24))
+    folder.check_identity(told(config, samples=24), accept_data=True)
     with pytest.raises(UserError, match=r"is finished, with other data \(data, samples: 20 -> 24\)"):
         folder.identify(finished=True)
     folder.record(config, {})
@@ -86,9 +86,9 @@ def test_shards_that_have_changed_can_be_accepted(tiny, tmp_path, caplog):
         "the shards have changed since this run began (data, samples: 20 -> 24); it goes on with those of now"
         in caplog.text
     )
-    folder.belong(told(config, samples=24))
+    folder.check_identity(told(config, samples=24))
     with pytest.raises(UserError, match=r"another config \(optimizer.lr: 0.05 -> 0.1, data, samples: 24 -> 20\)"):
-        folder.belong(told(tiny.make_config(optimizer={"lr": 0.1}), samples=20), accept_data=True)
+        folder.check_identity(told(tiny.make_config(optimizer={"lr": 0.1}), samples=20), accept_data=True)
 
 
 def test_changed_versions_are_told(tiny, tmp_path, caplog):

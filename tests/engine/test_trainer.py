@@ -400,7 +400,7 @@ def test_the_console_shows_lines_and_a_table(tiny, tmp_path):
     tiny.make_trainer(tmp_path, console=Console(file=said, width=200), evaluators={"mean": tiny.Mean()}).train()
     text = said.getvalue()
     assert f"training tiny (121 parameters) into {tmp_path}: 10 steps, 5 an epoch, batch 4, fp32 on cpu" in text
-    assert "step  1 of 10  epoch 0.20  loss 2.193  match 2.193  lr 2.50e-02" in text
+    assert "step  1 of 10  epoch 0.20  loss 2.203  match 2.203  lr 2.50e-02" in text
     assert re.search(
         r"^mean after step 5 \(fp32, \d+\.\d s\): student mean 0\.\d+; teacher mean 0\.\d+$", text, re.MULTILINE
     )
