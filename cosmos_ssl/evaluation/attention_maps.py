@@ -33,7 +33,7 @@ class AttentionMap:
 
 def has_attention(encoder: ModelEncoder) -> bool:
     """Whether a head of the model can say where it looks."""
-    return any(hasattr(head, "attention_weights") for head in encoder.model.heads.values())
+    return encoder.attending is not None
 
 
 def attention_maps(encoder: ModelEncoder, pixels: Tensor, texts: Sequence[str]) -> list[AttentionMap] | None:

@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import (
+    AttendingHead,
     BadSample,
+    DenseTower,
     Features,
     GroupFeatures,
     GroupPlan,
-    Head,
     ImageGroup,
+    MatchingHead,
     Modality,
     Need,
+    Part,
     Spec,
     TextGroup,
     Tokenizer,
     Tower,
-    TowerSpec,
     UserError,
     Views,
     ViewSpec,
     normalise,
 )
-from cosmos_ssl.models.contract import blaming, checked_features
+from cosmos_ssl.models.contract import blaming, checked_features, is_matching
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl.pictures import BACKGROUND, open_rgb, to_rgb
@@ -139,13 +141,12 @@ class ModelEncoder:
         head = self._matching
         if head is None:
             return images @ texts.T
-        with self.reading(), blaming(head, "the head that matches"):
+        with self.reading(), blaming(cast(Part, head), "the head that matches"):
             return head.match(images.to(self.device), texts.to(self.device)).float()
 
     @property
-    def _matching(self) -> Head | None:
-        heads = (self.model.head(name) for name in self.model.heads)
-        return next((head for head in heads if head.matches), None)
+    def _matching(self) -> MatchingHead | None:
+        return next((head for head in self.model.heads.values() if is_matching(head)), None)
 
     def _match_input(self, modality: Modality, views: Views) -> Tensor:
         head = self._matching
@@ -157,7 +158,7 @@ class ModelEncoder:
         with self.reading():
             features = self.model.encode(views, plan.student)
             return (
-                features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
+                normalise(features.stack(modality))[0] if head is None else head.match_input(features, modality).float()
             )
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
@@ -166,12 +167,18 @@ class ModelEncoder:
         Pictures [B, 3, H, W] of any size. ``csa`` replaces the last block's attention by correlative
         self-attention (SCLIP, arXiv 2312.01597). Raises UserError where the tower has no dense mode.
         """
-        tower = cast(Any, self._tower("image"))
+        tower = self._tower("image")
         if "csa" not in tower.capabilities:
             raise UserError(f"the image tower '{tower.part_name}' has no dense inference; clip_vit has")
+        dense = cast(DenseTower, tower)
         with self.reading():
-            tokens, pooled = tower.dense(pixels.to(self.device), csa=csa)
-            return (tokens @ tower.projection).float(), (pooled @ tower.projection).float()
+            tokens, pooled = dense.dense(pixels.to(self.device), csa=csa)
+            return (tokens @ dense.projection).float(), (pooled @ dense.projection).float()
+
+    @property
+    def attending(self) -> AttendingHead | None:
+        """The head that can say where it looks, if there is one."""
+        return next((head for head in self.model.heads.values() if isinstance(head, AttendingHead)), None)
 
     def cross_attention(self, pixels: Tensor, tokens: Tensor | str | Sequence[str]) -> dict[str, Tensor] | None:
         """Where picture b looks in text b and the reverse, averaged over heads; None without a head that can say.
@@ -179,7 +186,7 @@ class ModelEncoder:
         Pictures [B, 3, H, W] and token ids [B, S] -> ``image``, over words [B, S], and ``text``, over
         patches [B, N]. Both are the head's own softmax, so a row sums to one.
         """
-        head = next((head for head in self.model.heads.values() if hasattr(head, "attention_weights")), None)
+        head = self.attending
         if head is None:
             return None
         with self.reading():
@@ -187,8 +194,7 @@ class ModelEncoder:
             plan = GroupPlan(views=(0,), tokens=(0,))
             features = Features(image={_GROUP: self._image(image, plan)}, text={_GROUP: self._text(text, plan)})
             views = Views(keys=[""] * len(pixels), image={_GROUP: image}, text={_GROUP: text})
-            weights = cast(Any, head).attention_weights(features, views)
-        return {name: cast(Tensor, weight[0]).float() for name, weight in weights.items()}
+            return {name: weight[0].float() for name, weight in head.attention_weights(features, views).items()}
 
     # ------------------------------------------------------------------ inputs
 
@@ -199,7 +205,7 @@ class ModelEncoder:
         What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture,
         OSError.
         """
-        tower = self._image_spec()
+        tower = self._tower("image").spec
         pixels = resize_crop(image, tower.image_size, background=self.spec.background)
         return (
             pixels.float()
@@ -221,14 +227,14 @@ class ModelEncoder:
         """Ids for a tower with fewer than its tokenizer's ``vocabulary``: its last ends a text, as in CLIP, the others
         wrap around.
         """
-        table = getattr(self.model.text, "token_embedding", None)
-        if table is None or table.num_embeddings >= vocabulary or not ids.numel():
+        known = self.model.text.spec.vocab_size if self.model.text is not None else 0
+        if not known or known >= vocabulary or not ids.numel():
             return ids
-        last = table.num_embeddings - 1
+        last = known - 1
         if not self._told:
             _log.warning(
                 "this model has %s token ids, its tokenizer %s: words are folded into them and mean little",
-                last + 1,
+                known,
                 vocabulary,
             )
             self._told = True
@@ -260,9 +266,6 @@ class ModelEncoder:
         if tower is None:
             raise UserError(f"this model has no {modality} tower")
         return tower
-
-    def _image_spec(self) -> TowerSpec:
-        return self._tower("image").spec
 
     def _pixels(self, pixels: Tensor) -> ImageGroup:
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 4:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cosmos_ssl.api import Features, GroupFeatures, Head, ParameterRule, Progress, Views
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.step import Step, StepResult
+from cosmos_ssl.models.contract import is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.testing.examples import PROGRESS, example_assembly, example_config, example_views
@@ -116,7 +117,7 @@ class ModelCheck:
         head.load_state_dict(state)
         if not head.mixes_samples:
             self._samples_apart(head, features, tuple(widths))
-        if head.matches:
+        if is_matching(head):
             self._matches(model)
 
     def _features(self) -> Features:

@@ -49,7 +49,7 @@ class ClipText(Tower):
     """
 
     modality: ClassVar[Modality] = "text"
-    capabilities = frozenset({"tokens", "packing", "pruning"})
+    capabilities = frozenset({"tokens"})
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class ClipText(Tower):
     ) -> None:
         super().__init__()
         check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
-        self.vocab_size = spec.vocab_size
-        self.spec = TowerSpec(width=width)
+        self.tokenizer_ids = spec.vocab_size
+        self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention
         self.layer_count = layers + 1
-        self.token_embedding = nn.Embedding(vocab_size or spec.vocab_size, width)
+        self.token_embedding = nn.Embedding(self.spec.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
         self.blocks = Blocks(
             layers,
@@ -114,10 +114,8 @@ class ClipText(Tower):
 
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
         """Raise ValueError where the tokenizer has more ids than the embedding rows."""
-        if self.token_embedding.num_embeddings < self.vocab_size:
-            raise ValueError(
-                f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}"
-            )
+        if self.spec.vocab_size < self.tokenizer_ids:
+            raise ValueError(f"vocab_size: {self.spec.vocab_size} is less than the tokenizer's {self.tokenizer_ids}")
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""

@@ -75,7 +75,7 @@ class ClipViT(Tower):
         if registers < 0:
             raise ValueError(f"registers: {registers} is below zero")
         self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
-        self.capabilities = frozenset({"tokens", "packing", "pruning", "csa"} | ({"masks"} if mask_token else set()))
+        self.capabilities = frozenset({"tokens", "csa"} | ({"masks"} if mask_token else set()))
         self.attention = spec.attention
         self.prefix = 1 + registers
         self.layer_count = layers + 1

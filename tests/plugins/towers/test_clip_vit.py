@@ -1,4 +1,4 @@
-"""CLIP's image tower: recorded values, packing, pruning, options."""
+"""CLIP's image tower: recorded values, packing, options."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_options_are_off_by_default() -> None:
     plan = {"local": GroupPlan(views=(0, 1))}
     first, again = (vit.train()(random_groups(), plan)["local"].pooled for _ in range(2))
     assert torch.equal(first, again)
-    assert vit.capabilities == {"tokens", "packing", "pruning", "csa"}
+    assert vit.capabilities == {"tokens", "csa"}
     assert "masks" in small(mask_token=True).capabilities
 
 
