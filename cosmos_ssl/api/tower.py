@@ -40,7 +40,7 @@ A tower in full::
                 views=wanted.views,
                 pooled=pooled,
                 projected=pooled @ self.projection if wanted.projected else None,
-                tokens=tokens[[wanted.views.index(view) for view in wanted.tokens]] if wanted.tokens else None,
+                tokens=tokens[wanted.token_places] if wanted.tokens else None,
                 token_views=wanted.tokens,
             )
 
@@ -97,6 +97,11 @@ class GroupPlan:
     """Masked patches are replaced by the mask token (the student of masked image modelling)."""
     masked_tokens: bool = False
     """``masked_tokens`` is read."""
+
+    @property
+    def token_places(self) -> list[int]:
+        """Where the views whose tokens are read stand among ``views``."""
+        return [self.views.index(view) for view in self.tokens]
 
 
 class Tower(Part, nn.Module, ABC):

@@ -113,17 +113,17 @@ class ModelEncoder:
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, D], unit vectors unless told otherwise."""
         with self.reading():
-            return _projected(self._image(self._pixels(pixels), GroupPlan(views=(0,))), normalize)
+            return _projected(self._encode("image", self._pixels(pixels), GroupPlan(views=(0,))), normalize)
 
     def encode_text(self, tokens: Tensor | str | Sequence[str], *, normalize: bool = True) -> Tensor:
         """Token ids [B, S], or strings -> [B, D], unit vectors unless told otherwise."""
         with self.reading():
-            return _projected(self._text(self._texts(tokens), GroupPlan(views=(0,))), normalize)
+            return _projected(self._encode("text", self._texts(tokens), GroupPlan(views=(0,))), normalize)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> pooled features before the projection [B, W]."""
         with self.reading():
-            pooled = self._image(self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
+            pooled = self._encode("image", self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
         assert pooled is not None
         return pooled[0].float()
 
@@ -192,7 +192,8 @@ class ModelEncoder:
         with self.reading():
             image, text = self._pixels(pixels), self._texts(tokens)
             plan = GroupPlan(views=(0,), tokens=(0,))
-            features = Features(image={_GROUP: self._image(image, plan)}, text={_GROUP: self._text(text, plan)})
+            encoded = self._encode("image", image, plan), self._encode("text", text, plan)
+            features = Features(image={_GROUP: encoded[0]}, text={_GROUP: encoded[1]})
             views = Views(keys=[""] * len(pixels), image={_GROUP: image}, text={_GROUP: text})
             return {name: weight[0].float() for name, weight in head.attention_weights(features, views).items()}
 
@@ -207,12 +208,8 @@ class ModelEncoder:
         """
         tower = self._tower("image").spec
         pixels = resize_crop(image, tower.image_size, background=self.spec.background)
-        return (
-            pixels.float()
-            .div_(255)
-            .sub_(torch.tensor(tower.mean).view(3, 1, 1))
-            .div_(torch.tensor(tower.std).view(3, 1, 1))
-        )
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Strings -> token ids [n, S]. Raises UserError for anything else, and without a tokenizer."""
@@ -282,19 +279,11 @@ class ModelEncoder:
             raise UserError(f"token ids are whole numbers [B, S], not {_kind(tokens)}")
         return TextGroup(tokens=tokens.to(self.device)[None], lengths=self.lengths(tokens).cpu()[None])
 
-    def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
-        return self._encoded("image", pictures, plan, pictures.shape[1])
-
-    def _text(self, texts: TextGroup, plan: GroupPlan) -> GroupFeatures:
-        return self._encoded("text", texts, plan, texts.shape[1])
-
-    def _encoded(
-        self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int
-    ) -> GroupFeatures:
-        tower = self._tower(modality)
+    def _encode(self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan) -> GroupFeatures:
+        tower, plans, samples = self._tower(modality), {_GROUP: plan}, group.shape[1]
         with blaming(tower, f"model.{modality}"):
-            found = tower({_GROUP: group}, {_GROUP: plan})
-            return checked_features(tower, {_GROUP: plan}, samples, self.spec.embed_dim, self.device, found)[_GROUP]
+            found = tower({_GROUP: group}, plans)
+            return checked_features(tower, plans, samples, self.spec.embed_dim, self.device, found)[_GROUP]
 
 
 def _projected(features: GroupFeatures, normalize: bool) -> Tensor:

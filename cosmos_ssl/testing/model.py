@@ -119,6 +119,9 @@ class ModelCheck:
             self._samples_apart(head, features, tuple(widths))
         if is_matching(head):
             self._matches(model)
+        else:
+            lacking = getattr(head, "matches", False)
+            expect(not lacking, "it matches pictures and texts, and lacks match_needs, match_input or match")
 
     def _features(self) -> Features:
         with torch.no_grad():

@@ -73,7 +73,7 @@ class CrossAttention(Head):
         if spec.image is None or spec.text is None:
             raise ValueError("cross-attention needs both model.image and model.text")
         width = spec.embed_dim
-        if num_heads < 1 or width % num_heads:
+        if width % num_heads:
             raise ValueError(f"num_heads: model.embed_dim ({width}) is not a multiple of {num_heads}")
         self.width = width
         self.mask_padding = mask_padding

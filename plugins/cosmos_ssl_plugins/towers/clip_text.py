@@ -29,7 +29,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
 
 
 class ClipText(Tower):
@@ -65,7 +65,6 @@ class ClipText(Tower):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
         self.tokenizer_ids = spec.vocab_size
         self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention
@@ -119,8 +118,6 @@ class ClipText(Tower):
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""
-        if not plan:
-            return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -195,6 +192,5 @@ class _Captions:
             here = slice(first, first + views * batch)
             first += views * batch
             self.pooled[name] = packed[here] + end[here] - 1
-            chosen = [wanted.views.index(view) for view in wanted.tokens]
-            starts, counts = (x[here].reshape(views, batch)[chosen].ravel() for x in (packed, length))
+            starts, counts = (x[here].reshape(views, batch)[wanted.token_places].ravel() for x in (packed, length))
             self.tokens[name] = ranges(starts, counts), ranges(context * np.arange(len(starts)), counts)
