@@ -1,39 +1,28 @@
-"""The plugin contract on one page: what each kind of part must do.
+"""The plugin contract: what each kind of part must do, a page for each kind of author, with a worked example.
 
-A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on). Its constructor takes one
-``Spec`` and typed keyword-only arguments, which *are* its YAML options; raise ``ValueError`` there for values that make
-no sense. Types such as ``Size`` and ``Share`` bound numbers. ``type: NAME`` picks a part, ``DIST:NAME`` says whose. An
-option that says where something lies has the type ``Location``, one that changes nothing of what is computed
-``Aside[...]``: a run goes on though they differ, while every other option is part of what it is.
+A part is a class, offered by an entry point of its group (``cosmos_ssl.losses`` and so on) and named by a config:
+``type: NAME`` picks it, ``DIST:NAME`` says whose. All names are imported from here. Which file to read:
 
-A loss in full::
-
-    class Spread(Loss):
-        '''Mean squared distance of the student's image views from their sample's mean.'''
-
-        def __init__(self, spec: Spec, *, floor: float = 0.0) -> None:
-            super().__init__()
-            self.floor = floor
-
-        def requires(self) -> list[Need]:
-            return [Need(modality="image", kind="projected")]
-
-        def forward(self, ctx: StepContext) -> LossOutput:
-            x = ctx.student.stack("image")  # [V, B, D]
-            return LossOutput(terms={"spread": (x - x.mean(0)).square().mean().clamp_min(self.floor)})
-
-Shape letters as in ``cosmos_ssl.api.views``.
+- ``loss``: scalar terms of a step's features (and ``Need``, ``Features``, ``StepContext``, unit vectors: ``normalise``)
+- ``head``: features to named outputs
+- ``tower``: the views of one modality to features
+- ``augmenter``: the views of a sample
+- ``teacher``: a second model, and how it follows the student
+- ``data``: data sets and tokenizers
+- ``evaluator``: numbers and pictures of a model
+- ``part``: what all of them share: options, ``Spec``, ``Progress``
+- ``views``: what a batch is made of, with the letters of its shapes
 """
 
 from cosmos_ssl import API_VERSION
 from cosmos_ssl.api.augmenter import Augmenter
-from cosmos_ssl.api.data import Dataset, Tokenizer
+from cosmos_ssl.api.data import Dataset, FileBacked, IndexedDataset, Tokenizer
 from cosmos_ssl.api.evaluator import Encoder, Evaluation, Evaluator
-from cosmos_ssl.api.head import Head
+from cosmos_ssl.api.head import AttendingHead, Head, MatchingHead
 from cosmos_ssl.api.loss import Features, GroupFeatures, Loss, LossOutput, Need, StepContext, normalise
 from cosmos_ssl.api.part import ParameterRule, Part, Progress, Spec, TowerSpec, ViewSpec
 from cosmos_ssl.api.teacher import Teacher
-from cosmos_ssl.api.tower import GroupPlan, Tower
+from cosmos_ssl.api.tower import DenseTower, GroupPlan, LayeredTower, Tower
 from cosmos_ssl.api.views import (
     ALL,
     HeadOutput,
@@ -55,26 +44,32 @@ __all__ = [
     "ALL",
     "API_VERSION",
     "Aside",
+    "AttendingHead",
     "Augmenter",
     "BadSample",
     "Count",
     "DataError",
     "Dataset",
+    "DenseTower",
     "Encoder",
     "Evaluation",
     "Evaluator",
     "Features",
     "Few",
+    "FileBacked",
     "GroupFeatures",
     "GroupPlan",
     "Head",
     "HeadOutput",
     "ImageCrops",
     "ImageGroup",
+    "IndexedDataset",
     "Kind",
+    "LayeredTower",
     "Location",
     "Loss",
     "LossOutput",
+    "MatchingHead",
     "Modality",
     "Need",
     "ParameterRule",

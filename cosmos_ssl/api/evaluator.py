@@ -1,4 +1,38 @@
-"""DOC api.evaluator"""
+"""For authors of evaluators: one role's model and data to named numbers and pictures.
+
+An evaluator in full::
+
+    import torch
+    from cosmos_ssl.api import Encoder, Evaluation, Evaluator, Spec
+    from PIL import Image
+
+
+    class ColourNames(Evaluator):
+        '''The share of plain colours that the model calls by their name.'''
+
+        def __init__(self, spec: Spec) -> None:
+            self.names = ("red", "green", "blue", "white")
+
+        def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
+            shown = [encoder.preprocess(Image.new("RGB", (64, 64), name)) for name in self.names]
+            images = encoder.encode_image(torch.stack(shown))  # unit vectors [B, D]
+            texts = encoder.encode_text(encoder.tokenize([f"a {name} square" for name in self.names]))  # [T, D]
+            right = (images @ texts.T).argmax(1).cpu() == torch.arange(len(self.names))
+            return Evaluation(metrics={"top1": right.float().mean().item()})
+
+A config then says ``evaluators: {colours: {type: colour_names, every_epochs: 1}}``; ``every_epochs`` is the engine's
+(without it: at the end). Options and ``spec``: ``cosmos_ssl.api.part``. Data that it is not given may be
+``spec.validation_data``.
+
+When: ``prepare`` before training and in a dry run; ``evaluate`` when it is due, for the student and then the teacher,
+on all ranks. Metrics become ``NAME/ROLE/METRIC``.
+
+Shapes: B pictures, T texts, S tokens of a padded text, H x W pixels; W width of the image tower, D shared width.
+
+What must hold: with several ranks each returns the same numbers (all may do the same; what is shared out is put
+together by ``cosmos_ssl.functional``). Nothing of the model changes: the encoder works without gradients, in evaluation
+mode. Work is done in batches, through the encoder: it tells the run that it is alive.
+"""
 
 from __future__ import annotations
 

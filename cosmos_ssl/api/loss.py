@@ -1,4 +1,49 @@
-"""DOC api.loss"""
+"""For authors of losses: what a loss asks for, what it is given in a step, and what it returns.
+
+A loss in full::
+
+    from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext, Strength, normalise
+
+
+    class Spread(Loss):
+        '''Mean squared distance of the student's image views from their sample's mean, on the unit sphere.
+
+        ``floor``: below this distance nothing is gained.
+        '''
+
+        def __init__(self, spec: Spec, *, floor: Strength = 0.0) -> None:
+            super().__init__()
+            self.floor = floor
+
+        def requires(self) -> list[Need]:
+            return [Need(modality="image", kind="projected")]
+
+        def forward(self, ctx: StepContext) -> LossOutput:
+            x = normalise(ctx.student.stack("image"))  # [V, B, D], unit vectors
+            distance = (x - x.mean(0)).square().sum(-1).mean()
+            return LossOutput(terms={"spread": distance.clamp_min(self.floor)}, metrics={"distance": distance.detach()})
+
+A config then says ``losses: {spread: {type: spread, loss_weight: 0.1, floor: 0.2}}``; ``loss_weight`` (default 1) is
+the engine's. The keyword-only arguments are the options: typed, with a line in the docstring, bounded by types such as
+``Strength``, ``Share`` or ``Temperature``; raise ValueError for what makes no sense. ``spec`` is the model around it:
+``embed_dim``, ``batch_size`` (of all ranks), ``image_views["global"].views``, ``heads[NAME]`` (widths of a head's
+outputs), ``has_teacher``, ``epochs``. ``cosmos_ssl.api.part`` has the rest of both.
+
+When: ``requires()`` once, as the model is built. Towers and heads compute what some part asked for, and nothing else;
+what is not on offer is refused by name before training. In each step the student, and the teacher without gradients,
+have run before ``forward(ctx)`` is called: once, with the whole batch of this rank, also where that is encoded in
+micro-batches. ``after_step()`` follows when the optimiser has moved.
+
+Shapes: B samples of this rank, V views of one group, or of all groups one after the other; W width of a tower, D shared
+width, N tokens (patches of a picture, or the padded length of a text), M masked patches of a whole group. Views come
+first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name (``global``, ``local``).
+
+What must hold: every term is a float scalar and a mean over this rank's samples; the engine averages over ranks. What
+reaches over ranks is asked for with ``Need(gathered=True)``, or done by ``cosmos_ssl.functional`` (``info_nce`` and
+``sigmoid_loss`` of the global batch, ``all_sum``). Nothing that is given is changed in place. State lies in parameters
+(a scale) and buffers (a running centre), random numbers come from torch: so a step can be undone, and repeats.
+``cosmos_ssl.testing.check_loss`` tries all this.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +57,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
-from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, _check
+from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, check_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,19 +69,24 @@ class Need:
     """
 
     role: Role = "student"
+    """``student`` or ``teacher``."""
     modality: Modality | None = None
+    """``image`` or ``text``."""
     group: str = ALL
+    """A view group, or ``*``: every one that the augmenter offers."""
     views: tuple[int, ...] | None = None
     """Which of the group's views; None is all of them."""
     kind: Kind = "projected"
+    """``pooled``, ``projected``, ``tokens`` or ``masked_tokens``, as in ``GroupFeatures``."""
     pads: bool = False
     """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
     head: str | None = None
+    """A head of the config."""
     outputs: tuple[str, ...] | None = None
     """Which of the head's outputs; None is all of them."""
     gathered: bool = False
-    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for masked
-    patches.
+    """Also wanted from all ranks, as ``StepContext.gathered[role]`` with the global batch in B's place; not for tokens
+    and masked patches.
     """
 
     def __post_init__(self) -> None:
@@ -57,7 +107,7 @@ class GroupFeatures:
     projected: Tensor | None = None
     """[V, B, D], not normalised."""
     tokens: Tensor | None = None
-    """[views asked for, B, N or S, W], after the final norm; image: patches alone."""
+    """[views asked for, B, N, W], after the final norm; image: patches alone."""
     token_views: tuple[int, ...] = ()
     """The views that ``tokens`` holds, in its order."""
     masked_tokens: Tensor | None = None
@@ -65,20 +115,20 @@ class GroupFeatures:
 
     def __post_init__(self) -> None:
         if self.pooled is not None:
-            _check("pooled", self.pooled, "V B W", V=len(self.views))
+            check_shape("pooled", self.pooled, "V B W", V=len(self.views))
         if self.projected is not None:
-            _check("projected", self.projected, "V B D", V=len(self.views))
+            check_shape("projected", self.projected, "V B D", V=len(self.views))
         if self.tokens is not None:
-            _check("tokens", self.tokens, "V B N W", V=len(self.token_views))
+            check_shape("tokens", self.tokens, "V B N W", V=len(self.token_views))
 
     @property
     def unit(self) -> Tensor:
-        """``projected`` scaled to length one, float32 at least: [V, B, D]."""
+        """``normalise`` of ``projected``: [V, B, D]."""
         assert self.projected is not None, "projected was not asked for: name it in requires()"
         return normalise(self.projected)
 
     def tokens_of(self, views: Sequence[int]) -> Tensor:
-        """The tokens of these views: [len(views), B, N or S, W]."""
+        """The tokens of these views: [len(views), B, N, W]."""
         assert self.tokens is not None, "tokens were not asked for: name them in requires()"
         if tuple(views) == self.token_views:
             return self.tokens
@@ -92,13 +142,14 @@ class Features:
     image: Mapping[str, GroupFeatures] = field(default_factory=dict)
     text: Mapping[str, GroupFeatures] = field(default_factory=dict)
     heads: Mapping[str, HeadOutput] = field(default_factory=dict)
+    """By head and output: [V, B, width], or [M, width] of masked patches."""
 
     def of(self, modality: Modality) -> Mapping[str, GroupFeatures]:
         """The groups of one modality."""
         return self.image if modality == "image" else self.text
 
     def stack(self, modality: Modality, kind: Literal["pooled", "projected"] = "projected", group: str = ALL) -> Tensor:
-        """One group's features, or those of all groups one after the other: [V, B, W or D]."""
+        """One group's features, or those of all groups one after the other: [V, B, W or D], not normalised."""
         groups = self.of(modality)
         chosen = list(groups.values()) if group == ALL else [groups[group]]
         tensors = [getattr(features, kind) for features in chosen]
@@ -107,7 +158,7 @@ class Features:
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Scale the last dimension to length one, in float32 at least (half precision loses the small angles)."""
+    """Unit vectors: scale the last dimension to length one, in float32 at least (half precision loses small angles)."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
@@ -116,11 +167,16 @@ class StepContext:
     """All that a loss may read in one step."""
 
     views: Views
+    """The batch: ``image[GROUP].pixels`` (floats [V, B, 3, H, W]) and ``masks`` (bool [V, B, N], on the host),
+    ``text[GROUP].tokens`` and ``lengths`` (on the host); ``keys`` and ``extras`` of its samples.
+    """
     student: Features
     teacher: Features | None
+    """None where no part asked for the teacher."""
     gathered: Mapping[Role, Features]
     """Features asked for with ``gathered=True``: [V, ranks x B, ...] in rank order, gradients included."""
     progress: Progress
+    """``step`` from 0, ``epoch`` with fractions, ``fraction`` of the run that is done."""
     head: Callable[..., HeadOutput]
     """``head(name, *args, **kwargs)`` calls a head's ``respond`` method (heads conditioned on other samples)."""
 
@@ -154,5 +210,5 @@ class Loss(Part, nn.Module, ABC):
         """Called once after every optimiser step, on student and teacher alike (clamp a scale here)."""
 
     def parameter_rules(self) -> Sequence[ParameterRule]:
-        """Rules of the parameters."""
+        """Learning rates, decay and freezing of its parameters, where they are not the run's own."""
         return ()

@@ -1,4 +1,26 @@
-"""DOC api.part"""
+"""What parts of every kind share: how they are built, what they may know of the model around them, and options.
+
+A part is a class. A config picks it by ``type`` and builds it as ``Part(spec, **options)``::
+
+    def __init__(self, spec: Spec, *, head: str, temperature: Temperature = 0.1, file: Location | None = None) -> None:
+        '''Raises ValueError for a head that is not there.
+
+        head: the head that is read.
+        temperature: what its outputs are divided by.
+        file: where the prototypes lie.
+        '''
+
+The keyword-only arguments *are* its YAML options: each has a type, and a line ``name: what it is`` in the docstring of
+the constructor or of the class. They are checked before anything is built:
+
+- Numbers are finite; ``Count``, ``Whole``, ``Few``, ``Size``, ``Pixels``, ``Share``, ``Strength`` and ``Temperature``
+  bound them too. For what no type says, raise ``ValueError("head: no head 'x'")``: the option, and what is wrong.
+- ``Location`` says where something lies, ``Aside[...]`` what changes nothing of what is computed: a run goes on though
+  they differ, while every other option is part of what it is.
+
+A part is built twice: on the meta device, where the config is checked, and for the run; so give tensors no device. Only
+its parameters and buffers go into a checkpoint: what else it knows must follow from options, ``spec`` and progress.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +42,60 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSpec:
+    """What the rest of the model may know of a tower."""
+
+    width: int
+    """W, of pooled features and tokens."""
+    image_size: int = 0
+    """Side of a whole picture in pixels: what evaluation prepares."""
+    patch_size: int = 0
+    """Side of a patch in pixels."""
+    vocab_size: int = 0
+    """Token ids that a text tower knows, where these may be fewer than the tokenizer's; 0: as many."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """What is taken from each channel of a picture in 0..1, before it is divided by ``std``."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSpec:
+    """One view group that an augmenter offers."""
+
+    views: int
+    """V, of each sample."""
+    size: int | None = None
+    """Side of the square image views, in pixels."""
+    masks: bool = False
+    """Whether each view comes with a mask of patches to hide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What a part may know of the model around it: the first argument of every part's constructor.
 
-    Parts are built in the order tokenizer, towers, augmenters, data set, heads (as listed), losses,
-    teacher, evaluators; each sees what was built before it.
+    Parts are built in the order tokenizer, towers, augmenters, data set, heads (as listed), losses, teacher,
+    evaluators; each sees what was built before it, and defaults in the place of the rest.
     """
 
     embed_dim: int
+    """D, the width that the towers share."""
     batch_size: int = 1
     """Samples of the global batch."""
     steps_per_epoch: int = 1
     epochs: int = 1
     seed: int = 0
     attention: str = "auto"
+    """The backend for ``cosmos_ssl.models.attention``."""
     has_teacher: bool = False
     context_length: int = 0
+    """S, tokens of a padded text."""
     vocab_size: int = 0
+    """Token ids of the tokenizer."""
     image: TowerSpec | None = None
     text: TowerSpec | None = None
     image_views: Mapping[str, ViewSpec] = field(default_factory=dict)
+    """The image views on offer, by group (``global``, ``local``, ...)."""
     text_views: Mapping[str, ViewSpec] = field(default_factory=dict)
     heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Width of each output of each head built so far."""
@@ -51,27 +107,6 @@ class Spec:
     def views(self, modality: Modality) -> Mapping[str, ViewSpec]:
         """The view groups on offer in one modality."""
         return self.image_views if modality == "image" else self.text_views
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TowerSpec:
-    """What the rest of the model may know of a tower."""
-
-    width: int
-    image_size: int = 0
-    patch_size: int = 0
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViewSpec:
-    """One view group that an augmenter offers."""
-
-    views: int
-    size: int | None = None
-    """Side of the square image views, in pixels."""
-    masks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +132,8 @@ class Progress:
 class ParameterRule:
     """What the optimiser should know of some parameters of a part.
 
-    ``match`` is an fnmatch pattern over parameter names as seen from the part. The last matching rule
-    that sets a value wins; factors multiply the run's own learning rate and weight decay.
+    ``match`` is an fnmatch pattern over parameter names as seen from the part. The last matching rule that sets a value
+    wins; factors multiply the run's own learning rate and weight decay.
     """
 
     match: str

@@ -26,7 +26,7 @@ ALL = "*"
 _T = TypeVar("_T")
 
 
-def _check(name: str, tensor: Tensor, shape: str, **sizes: int) -> None:
+def check_shape(name: str, tensor: Tensor, shape: str, **sizes: int) -> None:
     """Raise ValueError unless ``tensor`` has the dimensions named in ``shape``, of the given sizes."""
     letters = shape.split()
     wrong = tensor.dim() != len(letters) or any(
@@ -103,10 +103,10 @@ class ImageCrops:
     """bool [V, N], True where a patch is hidden from the student."""
 
     def __post_init__(self) -> None:
-        _check("pixels", self.pixels, "V C H W", C=3)
-        _check("params", self.params, "V P", V=self.pixels.shape[0])
+        check_shape("pixels", self.pixels, "V C H W", C=3)
+        check_shape("params", self.params, "V P", V=self.pixels.shape[0])
         if self.masks is not None:
-            _check("masks", self.masks, "V N", V=self.pixels.shape[0])
+            check_shape("masks", self.masks, "V N", V=self.pixels.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +129,11 @@ class ImageGroup:
     """bool [V, B, N], on the host; True where a patch is hidden."""
 
     def __post_init__(self) -> None:
-        _check("pixels", self.pixels, "V B C H W", C=3)
+        check_shape("pixels", self.pixels, "V B C H W", C=3)
         sizes = {"V": self.pixels.shape[0], "B": self.pixels.shape[1]}
-        _check("params", self.params, "V B P", **sizes)
+        check_shape("params", self.params, "V B P", **sizes)
         if self.masks is not None:
-            _check("masks", self.masks, "V B N", **sizes)
+            check_shape("masks", self.masks, "V B N", **sizes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,8 +151,8 @@ class TextGroup:
     """int64 [V, B], on the host: tokens up to and with the end-of-text token; the rest are pads."""
 
     def __post_init__(self) -> None:
-        _check("tokens", self.tokens, "V B S")
-        _check("lengths", self.lengths, "V B", V=self.tokens.shape[0], B=self.tokens.shape[1])
+        check_shape("tokens", self.tokens, "V B S")
+        check_shape("lengths", self.lengths, "V B", V=self.tokens.shape[0], B=self.tokens.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:

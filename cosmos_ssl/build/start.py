@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from cosmos_ssl.api import IndexedDataset
 from cosmos_ssl.build import Builder, claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.data import Folder, Shards
 from cosmos_ssl.data.storage import only_looking
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
@@ -61,7 +61,7 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
         there = dataset.check_exists()
         if there and not here:
             _must_be_indexed(assembly)
-        indexed = there and isinstance(dataset, Shards | Folder) and dataset.is_indexed
+        indexed = there and isinstance(dataset, IndexedDataset) and dataset.is_indexed
     if indexed:
         assembly = builder.assemble(meta=True)
     else:
@@ -80,7 +80,7 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
 
 def _must_be_indexed(assembly: Assembly) -> None:
     dataset = assembly.dataset
-    if isinstance(dataset, Shards) and not dataset.is_indexed:
+    if isinstance(dataset, IndexedDataset) and dataset.index_command is not None and not dataset.is_indexed:
         raise DataError(f"data: these shards are not indexed yet. Run: {dataset.index_command}")
 
 

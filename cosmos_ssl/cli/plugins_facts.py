@@ -12,6 +12,7 @@ from cosmos_ssl import registry
 from cosmos_ssl.api import Need, Spec, TowerSpec, ViewSpec
 from cosmos_ssl.build import meta_device
 from cosmos_ssl.errors import PluginError, first_line
+from cosmos_ssl.models.contract import is_matching
 
 SPEC = Spec(
     embed_dim=512,
@@ -127,7 +128,9 @@ def _of_part(record: registry.Record, part: Any) -> Facts:
     if record.group == "heads":
         widths = part.outputs()
         offers = [f"output '{name}', width {width:,}" for name, width in widths.items()]
-        return Facts(list(_of_outputs(part)), offers + ["scores of pictures and texts for retrieval"] * part.matches)
+        return Facts(
+            list(_of_outputs(part)), offers + ["scores of pictures and texts for retrieval"] * is_matching(part)
+        )
     if record.group == "augmenters":
         return Facts(_inputs(record, part), list(_views(part.offers())))
     if record.group == "towers":

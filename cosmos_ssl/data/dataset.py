@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import BadSample, Dataset, Sample
+from cosmos_ssl.api import BadSample, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
 from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
@@ -29,7 +29,7 @@ _INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
-class Shards(Dataset):
+class Shards(IndexedDataset):
     """Webdataset shards with random access.
 
     ``caption_schema`` as in ``cosmos_ssl.data.captions``. With ``full`` a sample also carries the whole JSON in

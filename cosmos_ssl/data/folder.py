@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
+from cosmos_ssl.api import BadSample, DataError, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder_index import (
     EXTENSIONS,
@@ -35,7 +35,7 @@ _HELD_OUT = ("val", "valid", "validation", "test")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
-class Folder(Dataset):
+class Folder(IndexedDataset):
     """The pictures below one folder with random access, sorted by class, folder and name in byte order.
 
     The folders directly below are the classes, whatever lies between them and their pictures; a picture's class is

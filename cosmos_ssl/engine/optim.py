@@ -6,28 +6,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Head, Loss, ParameterRule, Progress, Tower
+from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Tower
 from cosmos_ssl.config import OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean
 from cosmos_ssl.models.model import Model
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-@runtime_checkable
-class Layered(Protocol):
-    """A tower that knows how deep its parameters lie, for ``optimizer.layer_decay``."""
-
-    layer_count: int
-
-    def layer_of(self, name: str) -> int:
-        """0 at the embeddings, ``layer_count`` behind the last block."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +48,7 @@ def settings(model: Model, config: OptimizerConfig) -> dict[str, Setting]:
 
 def _layer_factors(model: Model, decay: float) -> Iterator[tuple[str, float]]:
     for modality, tower in model.towers.items():
-        if not isinstance(tower, Layered):
+        if not isinstance(tower, LayeredTower):
             raise UserError(
                 f"optimizer.layer_decay: the {modality} tower '{tower.part_name}' does not tell its layers. "
                 "Leave it out"

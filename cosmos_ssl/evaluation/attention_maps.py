@@ -5,7 +5,7 @@ nearest to.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class AttentionMap:
 
 def has_attention(encoder: ModelEncoder) -> bool:
     """Whether a head of the model can say where it looks."""
-    return any(hasattr(head, "attention_weights") for head in encoder.model.heads.values())
+    return encoder.attending is not None
 
 
 def attention_maps(encoder: ModelEncoder, pixels: Tensor, texts: Sequence[str]) -> list[AttentionMap] | None:
@@ -107,10 +107,5 @@ def _alone(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[i
     """Texts, each with its tokens between start and end."""
     if not texts:
         return []
-    return list(zip(texts, _inner(tokenizer, texts), strict=True))
-
-
-def _inner(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    ids, lengths = tokenizer(texts)
-    for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
-        yield row[1 : length - 1]
+    rows = zip(texts, *(x.tolist() for x in tokenizer(texts)), strict=True)
+    return [(text, ids[1 : length - 1]) for text, ids, length in rows]

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import BadSample, DataError, Sample
+from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample
 from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
 from cosmos_ssl.data.storage import stat
@@ -147,12 +147,12 @@ class Sources:
     """Sizes and times of the files that samples are read from, as they were when each was first looked at; threads may
     share one.
 
-    A part's own data set that does not tell its files (``sources``) has none.
+    A part's own data set that is not ``FileBacked`` has none.
     """
 
     def __init__(self, data: Samples) -> None:
         self._data = data
-        self._of: Callable[[int], Sequence[str]] = getattr(data, "sources", lambda index: ())
+        self._of: Callable[[int], Sequence[str]] = data.sources if isinstance(data, FileBacked) else lambda index: ()
         self._seen: dict[str, str] = {}
 
     def stamp(self, index: int) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cosmos_ssl.api import BadSample, DataError, Sample, UserError
+from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.data.storage import retrying
@@ -64,7 +64,7 @@ class SegmentationData:
 
     def sources(self, index: int) -> Sequence[str]:
         """The files of sample ``index``."""
-        return list(getattr(self.samples, "sources", lambda index: ())(index))
+        return self.samples.sources(index) if isinstance(self.samples, FileBacked) else ()
 
     def _labels(self, sample: Sample) -> Tensor:
         if MASK not in sample.extras:

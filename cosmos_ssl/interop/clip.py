@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosmos_ssl.api import Role, UserError
 from cosmos_ssl.interop.official import CLIP_VOCABULARY, listed
-from cosmos_ssl.models.contract import is_built_in
+from cosmos_ssl.models.contract import is_built_in, is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.transformer import Blocks
 
@@ -126,7 +126,7 @@ def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True)
         contrastive=contrastive,
         logit_scale=scale,
         logit_bias=bias,
-        matching=next((key for key in model.heads if model.head(key).matches), None),
+        matching=next((key for key in model.heads if is_matching(model.head(key))), None),
     )
 
 

@@ -76,9 +76,7 @@ def _xformers_fault(device_type: str, dtype: torch.dtype, head_width: int, deter
             ops.memory_efficient_attention(x, x, x, attn_bias=mask).sum().backward()
     except Exception as error:  # a wheel of another torch, CUDA or GPU fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide" + (
-            ", deterministic" if deterministic else ""
-        )
+        mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide{', deterministic' * deterministic}"
         return f"xformers does not run with torch {torch.__version__} ({mode}): {reason}"
     return None
 
@@ -107,7 +105,7 @@ def resolve_backend(
 
 
 def backend_report() -> dict[str, str]:
-    """Which backends run on this machine, or why not, for bug reports."""
+    """The backends, each with ``available`` or why it does not run on this machine, for bug reports."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "auto": resolve_backend("auto", device),
@@ -230,9 +228,8 @@ class Packing:
         q, k = self.query_lengths[first:last], self.lengths[first:last]
         count, queries, keys = len(k), int(q.max()), int(k.max())
         ragged = bool((q != queries).any() or (k != keys).any())
-        square = self.causal and bool(
-            (q == k).all()
-        )  # PyTorch's own causal mask, which hides the pads too: they come last
+        # PyTorch's own causal mask hides the pads too: they come last
+        square = self.causal and bool((q == k).all())
         bucket = functools.partial(_Bucket, count, queries, keys, int(q.sum()), int(k.sum()), square and queries > 1)
         mask = None
         if not square and (ragged or (self.causal and queries > 1)):
@@ -253,9 +250,8 @@ class Packing:
     def bias(self) -> Any:
         """xformers' description of the same."""
         _, masks = _xformers()
-        bias = masks.BlockDiagonalMask.from_seqlens(
-            self.query_lengths.tolist(), self.lengths.tolist(), device=self.device
-        )
+        lengths = self.query_lengths.tolist(), self.lengths.tolist()
+        bias = masks.BlockDiagonalMask.from_seqlens(*lengths, device=self.device)
         return bias.make_causal_from_bottomright() if self.causal else bias
 
     @functools.cached_property
@@ -286,14 +282,12 @@ def attention(
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if chosen == "xformers" and key_lengths is None:
         ops, masks = _xformers()
-        return cast(
-            Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=masks.LowerTriangularMask() if causal else None)
-        )
+        bias = masks.LowerTriangularMask() if causal else None
+        return cast(Tensor, ops.memory_efficient_attention(q, k, v, attn_bias=bias))
     mask = None
     if key_lengths is not None:
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device, non_blocking=True)[:, None])[
-            :, None, None
-        ]
+        ends = key_lengths.to(k.device, non_blocking=True)[:, None]
+        mask = (torch.arange(k.shape[1], device=k.device) < ends)[:, None, None]
     if causal and (mask is not None or chosen == "reference"):
         triangle = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         mask = triangle if mask is None else mask & triangle

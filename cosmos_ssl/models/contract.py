@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cosmos_ssl.api import (
     HeadOutput,
     ImageGroup,
     LossOutput,
+    MatchingHead,
     Modality,
     Need,
     Part,
@@ -36,6 +37,11 @@ from cosmos_ssl.errors import CosmosError, is_lost_rank
 def is_built_in(part: object, group: str, name: str) -> bool:
     """Whether a part is the built-in one of this name, and no other package's or derived one."""
     return type(part) is registry.load(registry.find(group, f"{registry.OWN}:{name}"))
+
+
+def is_matching(head: object) -> TypeGuard[MatchingHead]:
+    """Whether pictures and texts match by this head."""
+    return isinstance(head, MatchingHead) and head.matches
 
 
 class Fault(Exception):

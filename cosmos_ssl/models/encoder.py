@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import (
+    AttendingHead,
     BadSample,
+    DenseTower,
     Features,
     GroupFeatures,
     GroupPlan,
-    Head,
     ImageGroup,
+    MatchingHead,
     Modality,
     Need,
+    Part,
     Spec,
     TextGroup,
     Tokenizer,
     Tower,
-    TowerSpec,
     UserError,
     Views,
     ViewSpec,
     normalise,
 )
-from cosmos_ssl.models.contract import blaming, checked_features
+from cosmos_ssl.models.contract import blaming, checked_features, is_matching
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl.pictures import BACKGROUND, open_rgb, to_rgb
@@ -111,17 +113,17 @@ class ModelEncoder:
     def encode_image(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, D], unit vectors unless told otherwise."""
         with self.reading():
-            return _projected(self._image(self._pixels(pixels), GroupPlan(views=(0,))), normalize)
+            return _projected(self._encode("image", self._pixels(pixels), GroupPlan(views=(0,))), normalize)
 
     def encode_text(self, tokens: Tensor | str | Sequence[str], *, normalize: bool = True) -> Tensor:
         """Token ids [B, S], or strings -> [B, D], unit vectors unless told otherwise."""
         with self.reading():
-            return _projected(self._text(self._texts(tokens), GroupPlan(views=(0,))), normalize)
+            return _projected(self._encode("text", self._texts(tokens), GroupPlan(views=(0,))), normalize)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> pooled features before the projection [B, W]."""
         with self.reading():
-            pooled = self._image(self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
+            pooled = self._encode("image", self._pixels(pixels), GroupPlan(views=(0,), projected=False)).pooled
         assert pooled is not None
         return pooled[0].float()
 
@@ -139,13 +141,12 @@ class ModelEncoder:
         head = self._matching
         if head is None:
             return images @ texts.T
-        with self.reading(), blaming(head, "the head that matches"):
+        with self.reading(), blaming(cast(Part, head), "the head that matches"):
             return head.match(images.to(self.device), texts.to(self.device)).float()
 
     @property
-    def _matching(self) -> Head | None:
-        heads = (self.model.head(name) for name in self.model.heads)
-        return next((head for head in heads if head.matches), None)
+    def _matching(self) -> MatchingHead | None:
+        return next((head for head in self.model.heads.values() if is_matching(head)), None)
 
     def _match_input(self, modality: Modality, views: Views) -> Tensor:
         head = self._matching
@@ -157,7 +158,7 @@ class ModelEncoder:
         with self.reading():
             features = self.model.encode(views, plan.student)
             return (
-                features.of(modality)[_GROUP].unit[0] if head is None else head.match_input(features, modality).float()
+                normalise(features.stack(modality))[0] if head is None else head.match_input(features, modality).float()
             )
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
@@ -166,12 +167,18 @@ class ModelEncoder:
         Pictures [B, 3, H, W] of any size. ``csa`` replaces the last block's attention by correlative
         self-attention (SCLIP, arXiv 2312.01597). Raises UserError where the tower has no dense mode.
         """
-        tower = cast(Any, self._tower("image"))
+        tower = self._tower("image")
         if "csa" not in tower.capabilities:
             raise UserError(f"the image tower '{tower.part_name}' has no dense inference; clip_vit has")
+        dense = cast(DenseTower, tower)
         with self.reading():
-            tokens, pooled = tower.dense(pixels.to(self.device), csa=csa)
-            return (tokens @ tower.projection).float(), (pooled @ tower.projection).float()
+            tokens, pooled = dense.dense(pixels.to(self.device), csa=csa)
+            return (tokens @ dense.projection).float(), (pooled @ dense.projection).float()
+
+    @property
+    def attending(self) -> AttendingHead | None:
+        """The head that can say where it looks, if there is one."""
+        return next((head for head in self.model.heads.values() if isinstance(head, AttendingHead)), None)
 
     def cross_attention(self, pixels: Tensor, tokens: Tensor | str | Sequence[str]) -> dict[str, Tensor] | None:
         """Where picture b looks in text b and the reverse, averaged over heads; None without a head that can say.
@@ -179,16 +186,16 @@ class ModelEncoder:
         Pictures [B, 3, H, W] and token ids [B, S] -> ``image``, over words [B, S], and ``text``, over
         patches [B, N]. Both are the head's own softmax, so a row sums to one.
         """
-        head = next((head for head in self.model.heads.values() if hasattr(head, "attention_weights")), None)
+        head = self.attending
         if head is None:
             return None
         with self.reading():
             image, text = self._pixels(pixels), self._texts(tokens)
             plan = GroupPlan(views=(0,), tokens=(0,))
-            features = Features(image={_GROUP: self._image(image, plan)}, text={_GROUP: self._text(text, plan)})
+            encoded = self._encode("image", image, plan), self._encode("text", text, plan)
+            features = Features(image={_GROUP: encoded[0]}, text={_GROUP: encoded[1]})
             views = Views(keys=[""] * len(pixels), image={_GROUP: image}, text={_GROUP: text})
-            weights = cast(Any, head).attention_weights(features, views)
-        return {name: cast(Tensor, weight[0]).float() for name, weight in weights.items()}
+            return {name: weight[0].float() for name, weight in head.attention_weights(features, views).items()}
 
     # ------------------------------------------------------------------ inputs
 
@@ -199,14 +206,10 @@ class ModelEncoder:
         What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture,
         OSError.
         """
-        tower = self._image_spec()
+        tower = self._tower("image").spec
         pixels = resize_crop(image, tower.image_size, background=self.spec.background)
-        return (
-            pixels.float()
-            .div_(255)
-            .sub_(torch.tensor(tower.mean).view(3, 1, 1))
-            .div_(torch.tensor(tower.std).view(3, 1, 1))
-        )
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Strings -> token ids [n, S]. Raises UserError for anything else, and without a tokenizer."""
@@ -221,14 +224,14 @@ class ModelEncoder:
         """Ids for a tower with fewer than its tokenizer's ``vocabulary``: its last ends a text, as in CLIP, the others
         wrap around.
         """
-        table = getattr(self.model.text, "token_embedding", None)
-        if table is None or table.num_embeddings >= vocabulary or not ids.numel():
+        known = self.model.text.spec.vocab_size if self.model.text is not None else 0
+        if not known or known >= vocabulary or not ids.numel():
             return ids
-        last = table.num_embeddings - 1
+        last = known - 1
         if not self._told:
             _log.warning(
                 "this model has %s token ids, its tokenizer %s: words are folded into them and mean little",
-                last + 1,
+                known,
                 vocabulary,
             )
             self._told = True
@@ -261,9 +264,6 @@ class ModelEncoder:
             raise UserError(f"this model has no {modality} tower")
         return tower
 
-    def _image_spec(self) -> TowerSpec:
-        return self._tower("image").spec
-
     def _pixels(self, pixels: Tensor) -> ImageGroup:
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 4:
             shape = (
@@ -279,19 +279,11 @@ class ModelEncoder:
             raise UserError(f"token ids are whole numbers [B, S], not {_kind(tokens)}")
         return TextGroup(tokens=tokens.to(self.device)[None], lengths=self.lengths(tokens).cpu()[None])
 
-    def _image(self, pictures: ImageGroup, plan: GroupPlan) -> GroupFeatures:
-        return self._encoded("image", pictures, plan, pictures.shape[1])
-
-    def _text(self, texts: TextGroup, plan: GroupPlan) -> GroupFeatures:
-        return self._encoded("text", texts, plan, texts.shape[1])
-
-    def _encoded(
-        self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan, samples: int
-    ) -> GroupFeatures:
-        tower = self._tower(modality)
+    def _encode(self, modality: Modality, group: ImageGroup | TextGroup, plan: GroupPlan) -> GroupFeatures:
+        tower, plans, samples = self._tower(modality), {_GROUP: plan}, group.shape[1]
         with blaming(tower, f"model.{modality}"):
-            found = tower({_GROUP: group}, {_GROUP: plan})
-            return checked_features(tower, {_GROUP: plan}, samples, self.spec.embed_dim, self.device, found)[_GROUP]
+            found = tower({_GROUP: group}, plans)
+            return checked_features(tower, plans, samples, self.spec.embed_dim, self.device, found)[_GROUP]
 
 
 def _projected(features: GroupFeatures, normalize: bool) -> Tensor:

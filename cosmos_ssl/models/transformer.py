@@ -64,12 +64,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def ask(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, W] -> queries, keys and values [T, H, d]."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         return q, k, v
 
-    def ask_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, W] -> queries [R, H, d] of these rows alone, keys and values [T, H, d] of all."""
         sizes = [x.shape[-1], 2 * x.shape[-1]]
         q_weight, kv_weight = self.qkv.weight.split_with_sizes(sizes)
@@ -94,9 +94,8 @@ class Mlp(nn.Module):
         """[..., W] -> [..., W]."""
         hidden = self.fc1(x)
         active = self.act(hidden)
-        if (
-            not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):  # a compiler chooses what to keep
+        # a compiler chooses what to keep
+        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return cast(Tensor, self.fc2(active))
         kept, place, act = hidden.detach(), active.data_ptr(), self.act
 
@@ -146,28 +145,24 @@ class Block(nn.Module):
 
         ``csa``: softmax(q q^T / sqrt d) v + softmax(k k^T / sqrt d) v (SCLIP, Wang et al. 2024, section 3.2).
         """
-        q, k, v = self.ask(x, rows)
-        attended = (
-            packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing)
-            if csa
-            else packed_attention(q, k, v, packing)
-        )
+        q, k, v = self.before_attention(x, rows)
+        if csa:
+            attended = packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing)
+        else:
+            attended = packed_attention(q, k, v, packing)
         factors = None
         if self.training and self.drop_path:
-            share = 1 - self.drop_path
-            drawn = (
-                torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype).bernoulli_(share).div_(share)
-            )
-            factors = drawn[packing.sequence_of_query]
-        return self.answer(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+            share, drawn = 1 - self.drop_path, torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype)
+            factors = drawn.bernoulli_(share).div_(share)[packing.sequence_of_query]
+        return self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
 
-    def ask(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before the attention: queries, keys and values."""
+    def before_attention(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R, H, d]."""
         normed = self.norm1(x)
-        return self.attn.ask(normed) if rows is None else self.attn.ask_rows(normed, rows)
+        return self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows)
 
-    def answer(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Tensor:
-        """What comes after it; ``factors`` [R, 2, 1] of the two branches, from drop path."""
+    def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Tensor:
+        """The block's output [R, W] from what was attended; ``factors`` [R, 2, 1] of both branches, from drop path."""
         branch = self.ls1(self.attn.proj(attended))
         x = x + (branch if factors is None else branch * factors[:, 0])
         branch = self.ls2(self.mlp(self.norm2(x)))
@@ -214,12 +209,11 @@ class Blocks(nn.ModuleList):
         """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""
         import torch._dynamo.config as dynamo  # takes seconds
 
-        dynamo.recompile_limit = max(
-            dynamo.recompile_limit, 64
-        )  # all blocks share it: widths, roles, evaluation, rows read or all
+        # all blocks share it: widths, roles, evaluation, rows read or all
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         for block in self:
-            block.ask = torch.compile(block.ask, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
-            block.answer = torch.compile(block.answer, *args, **{"dynamic": True} | kwargs)  # type: ignore[method-assign]
+            for name in ("before_attention", "after_attention"):
+                setattr(block, name, torch.compile(getattr(block, name), *args, **{"dynamic": True} | kwargs))
 
     def __iter__(self) -> Iterator[Block]:
         return cast(Iterator[Block], super().__iter__())
@@ -229,12 +223,8 @@ class Blocks(nn.ModuleList):
         last = len(self) - 1
         for i, block in enumerate(self):
             ends = i == last
-            arguments = (
-                x,
-                layout.read_packing if ends else layout.packing,
-                layout.read if ends else None,
-                csa and ends,
-            )
+            packing, rows = (layout.read_packing, layout.read) if ends else (layout.packing, None)
+            arguments = (x, packing, rows, csa and ends)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

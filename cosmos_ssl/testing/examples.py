@@ -61,7 +61,7 @@ def example_spec(**changes: Any) -> Spec:
         context_length=12,
         vocab_size=260,
         image=TowerSpec(width=32, image_size=32, patch_size=8),
-        text=TowerSpec(width=24),
+        text=TowerSpec(width=24, vocab_size=260),
         image_views={"global": ViewSpec(views=2, size=32, masks=True), "local": ViewSpec(views=2, size=16)},
         text_views={"global": ViewSpec(views=2), "local": ViewSpec(views=2)},
         heads={"cross": {"image": 32, "text": 32}},

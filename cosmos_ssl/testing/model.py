@@ -14,6 +14,7 @@ from cosmos_ssl.api import Features, GroupFeatures, Head, ParameterRule, Progres
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.forward import Result
 from cosmos_ssl.engine.step import Gradients
+from cosmos_ssl.models.contract import is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.testing.examples import PROGRESS, example_assembly, example_config, example_views
@@ -117,8 +118,11 @@ class ModelCheck:
         head.load_state_dict(state)
         if not head.mixes_samples:
             self._samples_apart(head, features, tuple(widths))
-        if head.matches:
+        if is_matching(head):
             self._matches(model)
+        else:
+            lacking = getattr(head, "matches", False)
+            expect(not lacking, "it matches pictures and texts, and lacks match_needs, match_input or match")
 
     def _features(self) -> Features:
         with torch.no_grad():

@@ -108,6 +108,8 @@ def test_logits_of_another_kind_are_told(make, folder):
         def forward(self, features, views, outputs):
             return {}
 
+        match_needs = match_input = match = forward
+
     encoder = make()
     encoder.model.heads["own"] = Matching()
     del encoder.model.losses["clip"]

@@ -284,6 +284,12 @@ class Mixes(Plain):
         return {name: x - x.mean(1, keepdim=True) for name, x in super().forward(features, views, outputs).items()}
 
 
+class MatchesByNothing(Plain):
+    """Says that it matches, and cannot."""
+
+    matches = True
+
+
 class DependsOnTheOther(Plain):
     """One output changes with the company."""
 
@@ -453,6 +459,7 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
             Mixes,
             "the output 'a' of a sample depends on others of the batch: say so with mixes_samples",
         ),
+        (testing.check_head, MatchesByNothing, "lacks match_needs, match_input or match"),
         (testing.check_head, DependsOnTheOther, "the output 'a' is another one when asked for alone"),
         (
             testing.check_augmenter,

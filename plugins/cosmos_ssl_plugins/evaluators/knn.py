@@ -14,7 +14,7 @@ from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.pictures import draw_neighbours
 from cosmos_ssl.evaluation.protocols import Labelled, labelled_features, trained_accuracy
-from cosmos_ssl.evaluation.samples import EvaluationData, check_positive, class_of
+from cosmos_ssl.evaluation.samples import EvaluationData, class_of
 
 SHOWN, NEAREST = 6, 6
 
@@ -46,7 +46,6 @@ class KNearestNeighbours(Evaluator):
         max_samples: Count | None = None,
         max_train_samples: Count | None = None,
     ) -> None:
-        check_positive(k=k, temperature=temperature, max_train_samples=max_train_samples)
         self.train_data = EvaluationData(train_data, option="train_data")
         self.data = EvaluationData(data, fallback=spec.validation_data, numbered_by=self.train_data)
         self.job = Job(

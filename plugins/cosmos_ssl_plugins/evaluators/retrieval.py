@@ -20,7 +20,7 @@ SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
 class Retrieval(Evaluator):
     """Finds the texts of each picture among all texts, and the picture of each text among all pictures.
 
-    The score is the dot product of unit features, or the rule of a head that has one (``Head.match``). ``data`` are
+    The score is the dot product of unit features, or the rule of a head that has one (``MatchingHead``). ``data`` are
     shards, or a folder of pictures with text files beside them (None: the training set's validation data). ``texts`` is
     ``txt``, the text member or file, or a list of the JSON; a picture may have several texts and is found if any of
     them is. Pictures without one are left out. ``max_samples`` takes evenly spread ones; ``workers`` are threads that

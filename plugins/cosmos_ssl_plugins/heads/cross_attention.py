@@ -12,7 +12,7 @@ from cosmos_ssl.api import ALL, Features, Head, HeadOutput, Need, Size, Spec, Vi
 from cosmos_ssl.models.attention import attention
 
 
-class Ask(nn.Module):
+class CrossAttentionLayer(nn.Module):
     """Multi-head attention of width D from queries to tokens, LayerNorm on both, no residual."""
 
     def __init__(self, width: int, num_heads: int, backend: str) -> None:
@@ -73,14 +73,14 @@ class CrossAttention(Head):
         if spec.image is None or spec.text is None:
             raise ValueError("cross-attention needs both model.image and model.text")
         width = spec.embed_dim
-        if num_heads < 1 or width % num_heads:
+        if width % num_heads:
             raise ValueError(f"num_heads: model.embed_dim ({width}) is not a multiple of {num_heads}")
         self.width = width
         self.mask_padding = mask_padding
         self.image_tokens = nn.Linear(spec.image.width, width)
         self.text_tokens = nn.Linear(spec.text.width, width)
-        self.image_asks_text = Ask(width, num_heads, spec.attention)
-        self.text_asks_image = Ask(width, num_heads, spec.attention)
+        self.image_asks_text = CrossAttentionLayer(width, num_heads, spec.attention)
+        self.text_asks_image = CrossAttentionLayer(width, num_heads, spec.attention)
 
     def outputs(self) -> Mapping[str, int]:
         """``image`` and ``text``, both of the shared width."""

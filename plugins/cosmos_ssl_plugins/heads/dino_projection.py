@@ -26,14 +26,9 @@ class Prototypes(PerGroup):
         batch_norm: bool,
         **options: int | bool,
     ) -> None:
-        """``make`` is the class of lightly's head. Raises ValueError."""
+        """``make`` is the class of lightly's head. Raises ValueError where there is no image tower."""
         if spec.image is None:
             raise ValueError("this head needs model.image")
-        for name in ("hidden_dim", "bottleneck_dim", "output_dim"):
-            if options[name] < 1:
-                raise ValueError(f"{name}: {options[name]} is not above zero")
-        if freeze_last_layer < 0:
-            raise ValueError(f"freeze_last_layer: {freeze_last_layer:g} is no number of epochs")
         super().__init__(group_needs(spec), options["output_dim"])
         self.freeze_last_layer = freeze_last_layer
         self.mixes_samples = batch_norm
@@ -73,7 +68,7 @@ class DinoProjection(Prototypes):
         norm_last_layer: bool = True,
         freeze_last_layer: Strength = 1.0,
     ) -> None:
-        """Raises ValueError for impossible sizes and where there is no image tower.
+        """Raises ValueError where there is no image tower.
 
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width of the unit vectors before the last layer.

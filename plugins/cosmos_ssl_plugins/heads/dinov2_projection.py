@@ -24,7 +24,7 @@ class DinoV2Projection(Prototypes):
         batch_norm: bool = False,
         freeze_last_layer: Strength = 1.0,
     ) -> None:
-        """Raises ValueError for impossible sizes and where there is no image tower.
+        """Raises ValueError where there is no image tower.
 
         hidden_dim: width of the two hidden layers.
         bottleneck_dim: width of the unit vectors before the last layer.

@@ -31,7 +31,7 @@ class Projection(PerGroup):
         batch_norm: bool = True,
         output_batch_norm: bool = False,
     ) -> None:
-        """Raises ValueError for impossible sizes, and for an input or a tower that is not there.
+        """Raises ValueError for an input or a tower that is not there.
 
         input: ``pooled`` or ``projected`` features of the tower, or the name of a head listed above this one.
         modality: whose features; a head as the input has its own.
@@ -43,9 +43,6 @@ class Projection(PerGroup):
         """
         from lightly.models.modules.heads import ProjectionHead
 
-        for name, value in (("hidden_dim", hidden_dim), ("output_dim", output_dim), ("layers", layers)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not above zero")
         width, needs = _input(spec, input, modality)
         super().__init__(needs, output_dim)
         self.mixes_samples = batch_norm or output_batch_norm

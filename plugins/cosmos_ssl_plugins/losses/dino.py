@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
-from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
+from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, entropy, exact
 
 
 class Dino(Loss):
@@ -32,7 +32,7 @@ class Dino(Loss):
         center_momentum: Share = 0.9,
         sinkhorn_iterations: Few = 3,
     ) -> None:
-        """Raises ValueError for a head without the output ``global``, fewer than two views, and impossible values.
+        """Raises ValueError for a head without the output ``global``, fewer than two views, and a fixed centre.
 
         head: the head that gives logits of each view group, such as a ``dino_projection``.
         centering: ``center`` (running mean) or ``sinkhorn``.
@@ -44,7 +44,6 @@ class Dino(Loss):
         sinkhorn_iterations: rounds of Sinkhorn-Knopp.
         """
         super().__init__()
-        check_positive(student_temp=student_temp)
         able = [name for name, outputs in spec.heads.items() if "global" in outputs]
         if head not in able:
             raise ValueError(

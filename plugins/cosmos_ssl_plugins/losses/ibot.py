@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
-from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, check_positive, entropy, exact
+from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, entropy, exact
 
 OUTPUT = "global_masked"
 
@@ -33,7 +33,7 @@ class Ibot(Loss):
         center_momentum: Share = 0.9,
         sinkhorn_iterations: Few = 3,
     ) -> None:
-        """Raises ValueError for a head without the output ``global_masked``, and impossible values.
+        """Raises ValueError for a head without the output ``global_masked``, and a centre that never moves.
 
         head: the head that gives logits of masked patches, such as a ``dino_projection``.
         centering: ``center`` (running mean) or ``sinkhorn``.
@@ -45,7 +45,6 @@ class Ibot(Loss):
         sinkhorn_iterations: rounds of Sinkhorn-Knopp.
         """
         super().__init__()
-        check_positive(student_temp=student_temp)
         able = [name for name, outputs in spec.heads.items() if OUTPUT in outputs]
         if head not in able:
             hint = (

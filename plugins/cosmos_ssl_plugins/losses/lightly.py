@@ -14,6 +14,7 @@ from lightly.loss import hypersphere_loss
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Loss, LossOutput, Need, Role, Spec, StepContext
+from cosmos_ssl_plugins.losses.targets import exact
 
 LossName = Literal[
     "BarlowTwinsLoss",
@@ -100,8 +101,7 @@ class Lightly(Loss):
     def _views(self, ctx: StepContext, role: Role, head: str | None) -> Tensor:
         """[V, N, W] in float32 at least."""
         features = ctx.gathered[role]
-        x = features.stack("image", group=self.group) if head is None else features.heads[head][self.group]
-        return x if x.dtype == torch.float64 else x.float()
+        return exact(features.stack("image", group=self.group) if head is None else features.heads[head][self.group])
 
 
 def _make(name: LossName, options: dict[str, int | float]) -> nn.Module:

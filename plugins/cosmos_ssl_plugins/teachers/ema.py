@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from cosmos_ssl.api import Progress, Spec, Teacher
+from cosmos_ssl.api import Progress, Share, Spec, Teacher
 
 
 class Ema(Teacher):
@@ -19,13 +19,9 @@ class Ema(Teacher):
     """
 
     def __init__(
-        self, spec: Spec, *, momentum_teacher: float = 0.999, final_momentum_teacher: float | None = None
+        self, spec: Spec, *, momentum_teacher: Share = 0.999, final_momentum_teacher: Share | None = None
     ) -> None:
-        """Raises ValueError for a momentum outside 0..1."""
         super().__init__()
-        for name, value in (("momentum_teacher", momentum_teacher), ("final_momentum_teacher", final_momentum_teacher)):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}: {value:g} is outside 0..1")
         self.start_momentum = momentum_teacher
         self.final_momentum = momentum_teacher if final_momentum_teacher is None else final_momentum_teacher
 

@@ -29,7 +29,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
 
 
 class ClipText(Tower):
@@ -49,7 +49,7 @@ class ClipText(Tower):
     """
 
     modality: ClassVar[Modality] = "text"
-    capabilities = frozenset({"tokens", "packing", "pruning"})
+    capabilities = frozenset({"tokens"})
 
     def __init__(
         self,
@@ -65,12 +65,11 @@ class ClipText(Tower):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(width=width, vocab_size=1 if vocab_size is None else vocab_size)
-        self.vocab_size = spec.vocab_size
-        self.spec = TowerSpec(width=width)
+        self.tokenizer_ids = spec.vocab_size
+        self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention
         self.layer_count = layers + 1
-        self.token_embedding = nn.Embedding(vocab_size or spec.vocab_size, width)
+        self.token_embedding = nn.Embedding(self.spec.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
         self.blocks = Blocks(
             layers,
@@ -114,15 +113,11 @@ class ClipText(Tower):
 
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
         """Raise ValueError where the tokenizer has more ids than the embedding rows."""
-        if self.token_embedding.num_embeddings < self.vocab_size:
-            raise ValueError(
-                f"vocab_size: {self.token_embedding.num_embeddings} is less than the tokenizer's {self.vocab_size}"
-            )
+        if self.spec.vocab_size < self.tokenizer_ids:
+            raise ValueError(f"vocab_size: {self.spec.vocab_size} is less than the tokenizer's {self.tokenizer_ids}")
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""
-        if not plan:
-            return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -197,6 +192,5 @@ class _Captions:
             here = slice(first, first + views * batch)
             first += views * batch
             self.pooled[name] = packed[here] + end[here] - 1
-            chosen = [wanted.views.index(view) for view in wanted.tokens]
-            starts, counts = (x[here].reshape(views, batch)[chosen].ravel() for x in (packed, length))
+            starts, counts = (x[here].reshape(views, batch)[wanted.token_places].ravel() for x in (packed, length))
             self.tokens[name] = ranges(starts, counts), ranges(context * np.arange(len(starts)), counts)

@@ -30,7 +30,7 @@ from cosmos_ssl.api import (
     Whole,
 )
 from cosmos_ssl.models.attention import Ints, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, check_sizes, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
 
 
 class ClipViT(Tower):
@@ -69,13 +69,10 @@ class ClipViT(Tower):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(width=width, patch_size=patch_size)
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
-        if registers < 0:
-            raise ValueError(f"registers: {registers} is below zero")
         self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
-        self.capabilities = frozenset({"tokens", "packing", "pruning", "csa"} | ({"masks"} if mask_token else set()))
+        self.capabilities = frozenset({"tokens", "csa"} | ({"masks"} if mask_token else set()))
         self.attention = spec.attention
         self.prefix = 1 + registers
         self.layer_count = layers + 1
@@ -154,8 +151,6 @@ class ClipViT(Tower):
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection and the mask token, where no group reads them."""
-        if not plan:
-            return ("*",)
         used = {
             "projection": any(wanted.projected for wanted in plan.values()),
             "mask_token": any(wanted.hide_masked for wanted in plan.values()),
@@ -246,5 +241,5 @@ class _Read:
         self.wanted, self.batch, self.length = wanted, batch, length
         self.pooled: Ints = start + length * np.arange(len(wanted.views) * batch)
         patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
-        self.tokens: Ints = patches[[wanted.views.index(view) for view in wanted.tokens]].ravel()
+        self.tokens: Ints = patches[wanted.token_places].ravel()
         self.masked: Ints = patches[masks.cpu().numpy()] if masks is not None else patches[:0].ravel()

@@ -92,7 +92,7 @@ class HuggingFaceText(Tower):
         tokens = None
         if wanted.tokens:
             kept = out if wanted.pads else F.pad(out * real[..., None], (0, 0, 0, context - used))
-            tokens = kept.view(views, batch, context, -1)[[wanted.views.index(view) for view in wanted.tokens]]
+            tokens = kept.view(views, batch, context, -1)[wanted.token_places]
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
@@ -103,8 +103,6 @@ class HuggingFaceText(Tower):
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""
-        if not plan:
-            return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
 
     def layer_of(self, name: str) -> int:

@@ -113,9 +113,7 @@ class TimmImage(Tower):
         tokens = None
         if wanted.tokens:
             patches = out[:, self.model.num_prefix_tokens :]
-            tokens = patches.view(views, batch, *patches.shape[1:])[
-                [wanted.views.index(view) for view in wanted.tokens]
-            ]
+            tokens = patches.view(views, batch, *patches.shape[1:])[wanted.token_places]
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
@@ -126,8 +124,6 @@ class TimmImage(Tower):
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection, where no group reads it."""
-        if not plan:
-            return ("*",)
         return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
 
     def layer_of(self, name: str) -> int:

@@ -37,10 +37,6 @@ def test_faults(encoder, spec, write_shard):
     shard = write_shard("a.tar", [("red", {"json": {"kind": ["list"]}})])
     with pytest.raises(DataError, match=r"^train_data: .*nothing.tar does not exist"):
         KNearestNeighbours(spec, train_data="nothing.tar", data=shard).prepare()
-    with pytest.raises(ValueError, match=r"^temperature: 0 is not above zero"):
-        KNearestNeighbours(spec, train_data=shard, data=shard, temperature=0)
-    with pytest.raises(ValueError, match=r"^max_train_samples: 0 is not above zero"):
-        KNearestNeighbours(spec, train_data=shard, data=shard, max_train_samples=0)
     with pytest.raises(DataError, match=r"sample 0000 has no label 'cls'. It has: kind"):
         KNearestNeighbours(spec, train_data=shard, data=shard).evaluate(encoder)
     with pytest.raises(DataError, match=r"has a list or a table where a label is due"):

@@ -189,12 +189,7 @@ def test_requirements() -> None:
     [
         ({"head": "other"}, "head: no head 'other' with an output 'global'. Heads that have it: mine"),
         ({"head": "cross"}, "head: no head 'cross'"),
-        ({"student_temp": 0}, "student_temp: 0"),
-        ({"teacher_temp": -1}, "teacher_temp: -1"),
-        ({"warmup_teacher_temp": 0}, "warmup_teacher_temp: 0"),
-        ({"warmup_teacher_temp_epochs": -1}, "warmup_teacher_temp_epochs: -1"),
         ({"center_momentum": 1}, "center_momentum: 1"),
-        ({"centering": "sinkhorn", "sinkhorn_iterations": 0}, "sinkhorn_iterations: 0"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], message: str) -> None:

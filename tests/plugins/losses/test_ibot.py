@@ -129,5 +129,3 @@ def test_a_head_without_masked_patches_is_named() -> None:
     spec = Spec(embed_dim=8, image_views={"global": ViewSpec(views=2)}, heads={"mine": {"global": 7}})
     with pytest.raises(ValueError, match=r"No masks are drawn: set augmenters\.image\.mask_probability"):
         Ibot(spec, head="mine")
-    with pytest.raises(ValueError, match="student_temp: 0"):
-        Ibot(SPEC, head="mine", student_temp=0)

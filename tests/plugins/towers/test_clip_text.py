@@ -132,7 +132,6 @@ def test_what_a_plan_leaves_unread_and_depths() -> None:
     text = small()
     assert text.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection",)
     assert text.unread({"global": GroupPlan(views=(0,))}) == ()
-    assert text.unread({}) == ("*",)
     assert text({}, {}) == {}
     assert text.layer_of("token_embedding.weight") == text.layer_of("position_embedding") == 0
     assert text.layer_of("blocks.0.norm1.weight") == 1
