@@ -36,6 +36,7 @@ from cosmos_ssl.api.teacher import Teacher
 from cosmos_ssl.api.tower import GroupPlan, Tower
 from cosmos_ssl.api.views import (
     ALL,
+    CropGroup,
     HeadOutput,
     ImageCrops,
     ImageGroup,
@@ -43,7 +44,6 @@ from cosmos_ssl.api.views import (
     Modality,
     Role,
     Sample,
-    SampleViews,
     TextGroup,
     Views,
 )
@@ -58,6 +58,7 @@ __all__ = [
     "Augmenter",
     "BadSample",
     "Count",
+    "CropGroup",
     "DataError",
     "Dataset",
     "Encoder",
@@ -84,7 +85,6 @@ __all__ = [
     "Progress",
     "Role",
     "Sample",
-    "SampleViews",
     "Share",
     "Size",
     "Spec",

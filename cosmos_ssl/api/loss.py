@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
-from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, _check
+from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, check_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +65,11 @@ class GroupFeatures:
 
     def __post_init__(self) -> None:
         if self.pooled is not None:
-            _check("pooled", self.pooled, "V B W", V=len(self.views))
+            check_shape("pooled", self.pooled, "V B W", V=len(self.views))
         if self.projected is not None:
-            _check("projected", self.projected, "V B D", V=len(self.views))
+            check_shape("projected", self.projected, "V B D", V=len(self.views))
         if self.tokens is not None:
-            _check("tokens", self.tokens, "V B N W", V=len(self.token_views))
+            check_shape("tokens", self.tokens, "V B N W", V=len(self.token_views))
 
     @property
     def unit(self) -> Tensor:

@@ -59,7 +59,7 @@ class WorkerStart:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
 
-class Board:
+class StatusLines:
     """What each worker is at, as a line of text in memory that all processes share."""
 
     WIDTH = 240

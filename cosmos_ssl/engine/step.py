@@ -25,11 +25,12 @@ from cosmos_ssl.api import (
     StepContext,
     Views,
 )
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.api.views import CroppedViews, map_tensors
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
-from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
+from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.precision import DTYPES
 
@@ -74,14 +75,16 @@ class Step:
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
-    def __call__(self, views: Views, progress: Progress, scaler: torch.amp.GradScaler | None = None) -> StepResult:
-        """Run one step on ``views`` (uint8 as loaded, or float and finished), on the device."""
+    def __call__(
+        self, batch: CroppedViews | Views, progress: Progress, scaler: torch.amp.GradScaler | None = None
+    ) -> StepResult:
+        """Run one step on ``batch`` (as loaded, or finished), on the device."""
         self.model.zero_grad(set_to_none=True)
         for model in (self.model, *([self.teacher.model] if self.teacher.present else [])):
             cast(Model, model).strict = not self._reached  # at the first step alone
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._seed(progress, 0)
-        views = self.finish(views)
+        views = self.finish(batch) if isinstance(batch, CroppedViews) else batch
         teacher = self.teacher_features(views)
         if self.micro_batch_size is None or self.micro_batch_size >= len(views):
             student = self.encode(views)
@@ -100,15 +103,14 @@ class Step:
 
     @torch.no_grad()
     @record_function("augment")
-    def finish(self, views: Views) -> Views:
+    def finish(self, crops: CroppedViews) -> Views:
         """Photometric work on the device: uint8 crops to normalised float views."""
-        augmenter = self.assembly.augmenters.get("image")
-        if augmenter is None:
-            return views
-        crops = {name: group for name, group in views.image.items() if not group.pixels.is_floating_point()}
-        with blaming(augmenter, "augmenters.image"), nullcontext() if self._reached else untouched(crops):
-            finished = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.items()}
-        return replace(views, image={**views.image, **finished})
+        image = {}
+        if crops.image:
+            augmenter = self.assembly.augmenters["image"]
+            with blaming(augmenter, "augmenters.image"), nullcontext() if self._reached else untouched(crops.image):
+                image = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.image.items()}
+        return Views(keys=crops.keys, image=image, text=crops.text, extras=crops.extras)
 
     @torch.no_grad()
     @record_function("teacher forward")
@@ -149,16 +151,16 @@ class Step:
         return StepResult(loss=total, logs=_logs(total, outputs), moments=_moments(student))
 
     @torch.no_grad()
-    def find_unsound(self, views: Views, progress: Progress) -> str:
+    def find_unsound(self, crops: CroppedViews, progress: Progress) -> str:
         """The first part whose output for this batch is not finite, for a message; empty where those of all but losses
         are.
 
         Encodes the batch once more: for a step that failed. Call ``restore_buffers`` after it.
         """
-        size = self.micro_batch_size or len(views)
-        for number, start in enumerate(range(0, len(views), size)):
+        size = self.micro_batch_size or len(crops)
+        for number, start in enumerate(range(0, len(crops), size)):
             self._seed(progress, number)
-            part = self.finish(views.slice(start, start + size))
+            part = self.finish(crops.slice(start, start + size))
             encoded = (
                 ("the teacher's ", self.teacher_features(part)),
                 ("", self.encode(part)),

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_ssl.api import Progress, Views
+from cosmos_ssl.api import Progress
+from cosmos_ssl.api.views import CroppedViews
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
@@ -261,7 +262,7 @@ class Trainer:
             yield batch
             start = time.perf_counter()
 
-    def _update(self, views: Views, progress: Progress) -> dict[str, Tensor | float]:
+    def _update(self, views: CroppedViews, progress: Progress) -> dict[str, Tensor | float]:
         """One step on one batch; an update that is not finite is left out. Returns what may be logged."""
         state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
         optimizer.set(progress)
@@ -282,7 +283,7 @@ class Trainer:
             scaler.update()
         return numbers
 
-    def _is_sound(self, result: StepResult, norm: Tensor, views: Views, progress: Progress) -> bool:
+    def _is_sound(self, result: StepResult, norm: Tensor, views: CroppedViews, progress: Progress) -> bool:
         """Whether loss and gradient are finite on all ranks; counts what is not. Raises TrainingError after too many in
         a row.
 
@@ -321,7 +322,7 @@ class Trainer:
         )
         return False
 
-    def _culprit(self, result: StepResult, views: Views, progress: Progress) -> tuple[str, Sequence[str]]:
+    def _culprit(self, result: StepResult, views: CroppedViews, progress: Progress) -> tuple[str, Sequence[str]]:
         """The part that is not finite, on which rank, and the samples there."""
         parts = self.assembly.model.parts()
         values = {

@@ -11,6 +11,7 @@ import numpy as np
 
 from cosmos_ssl.api import (
     Augmenter,
+    CropGroup,
     Few,
     ImageCrops,
     ImageGroup,
@@ -136,10 +137,10 @@ class MultiCrop(Augmenter):
             crops["global"] = replace(crops["global"], masks=self._masks(self._offers["global"].views, rng))
         return crops
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
-        return replace(group, pixels=pixels.view(group.pixels.shape))
+        return group.finished(pixels.view(group.pixels.shape))
 
 
 def _masks(

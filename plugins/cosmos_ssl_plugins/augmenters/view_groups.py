@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from cosmos_ssl.api import (
     Augmenter,
+    CropGroup,
     Few,
     ImageCrops,
     ImageGroup,
@@ -136,9 +137,9 @@ class ViewGroups(Augmenter):
             crops[name] = ImageCrops(pixels=resized_crops(image, boxes, group.size), params=params)
         return crops
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         if not group.params.shape[-1]:
-            return replace(group, pixels=standardise(group.pixels, self.mean, self.std))
+            return group.finished(standardise(group.pixels, self.mean, self.std))
         pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
-        return replace(group, pixels=pixels.view(group.pixels.shape))
+        return group.finished(pixels.view(group.pixels.shape))
