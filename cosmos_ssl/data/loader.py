@@ -26,7 +26,7 @@ from cosmos_ssl.data.captions import check_texts
 from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.data.limits import check_open_files, check_shared_memory
 from cosmos_ssl.data.order import Order, replacement, sample_rng
-from cosmos_ssl.data.workers import Failure, StatusLines, WorkerStart, held_signals, lost
+from cosmos_ssl.data.workers import Failure, StatusLines, WorkerStart, held_signals, lost_worker
 from cosmos_ssl.errors import TrainingError
 from cosmos_ssl.pictures import BACKGROUND
 
@@ -76,7 +76,6 @@ class Loader:
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._stop = multiprocessing.get_context().Event()
-        self._status = StatusLines(workers)
         augmenters: dict[Modality, Augmenter | None] = {"text": text, "image": image}
         self._batches = _Batches(
             dataset=dataset,
@@ -86,7 +85,7 @@ class Loader:
             background=background,
             rank=rank,
             world=world,
-            status=self._status,
+            status=StatusLines(workers),
             stop=self._stop,
         )
 
@@ -111,17 +110,11 @@ class Loader:
             for _ in range(start_step, stop_step):
                 try:
                     result = next(iterator)
-                except (
-                    RuntimeError,
-                    OSError,
-                    EOFError,
-                ) as error:  # errors of samples come as values: this is the loader's own
-                    ending = wait(
-                        [process.sentinel for process in processes], timeout=1
-                    )  # its pipes are closed before it has ended
+                except (RuntimeError, OSError, EOFError) as error:  # the loader's own: those of samples come as values
+                    ending = wait([process.sentinel for process in processes], timeout=1)  # pipes close before it ends
                     for process in processes:
                         process.join(1 if process.sentinel in ending else 0)
-                    raise lost(processes, error) from error
+                    raise lost_worker(processes, error) from error
                 yield _opened(result)
         finally:
             self._stop.set()
@@ -142,7 +135,9 @@ class Loader:
 
     def where(self) -> str:
         """What the workers are at, for the message of a run that hangs."""
-        return "; ".join(f"loader worker {number}: {line}" for number, line in enumerate(self._status.read()) if line)
+        return "; ".join(
+            f"loader worker {number}: {line}" for number, line in enumerate(self._batches.status.read()) if line
+        )
 
     def _torch_loader(self, steps: range) -> DataLoader[LoadedBatch | Failure]:
         return DataLoader(
@@ -161,7 +156,7 @@ class Loader:
 def _start(loader: DataLoader[Any]) -> Any:
     """Start the workers, without PyTorch's handler that raises in the midst of a step when one of them dies."""
     with held_signals():
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        if threading.current_thread() is not threading.main_thread():
             return iter(loader)
         before = signal.getsignal(signal.SIGCHLD)
         iterator = iter(loader)

@@ -478,7 +478,7 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         (testing.check_teacher, Learns, "takes gradients: a teacher must not"),
         (testing.check_teacher, MovesTheStudent, "update changes image.class_token"),
         (testing.check_teacher, Remembers, "a copy with the same state moves model.image.class_token"),
-        (testing.check_teacher, Silent, "update returns None, expected a mapping of names to numbers"),
+        (testing.check_teacher, Silent, "returned None from update, expected a mapping of names to numbers"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
