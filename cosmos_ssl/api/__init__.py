@@ -25,6 +25,7 @@ from cosmos_ssl.api.teacher import Teacher
 from cosmos_ssl.api.tower import DenseTower, GroupPlan, LayeredTower, Tower
 from cosmos_ssl.api.views import (
     ALL,
+    CropGroup,
     HeadOutput,
     ImageCrops,
     ImageGroup,
@@ -32,7 +33,6 @@ from cosmos_ssl.api.views import (
     Modality,
     Role,
     Sample,
-    SampleViews,
     TextGroup,
     Views,
 )
@@ -48,6 +48,7 @@ __all__ = [
     "Augmenter",
     "BadSample",
     "Count",
+    "CropGroup",
     "DataError",
     "Dataset",
     "DenseTower",
@@ -79,7 +80,6 @@ __all__ = [
     "Progress",
     "Role",
     "Sample",
-    "SampleViews",
     "Share",
     "Size",
     "Spec",

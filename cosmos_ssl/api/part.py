@@ -141,3 +141,8 @@ class ParameterRule:
     weight_decay_scale: float | None = None
     frozen_epochs: float | None = None
     """No update before this epoch; ``math.inf`` freezes for good and saves the backward pass."""
+
+
+def describe(part: Part, place: str) -> str:
+    """A part for a message: its place in the config, and whose it is unless ours."""
+    return f"{place} ({part.part_source})" if part.part_source else place

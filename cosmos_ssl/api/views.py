@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Self, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
             _T, replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
         )
     return value
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Every tensor inside dataclasses, mappings and sequences, in a fixed order."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +117,8 @@ class ImageCrops:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleViews:
-    """All views of one sample: crops by group, and strings by group before they are tokenised."""
-
-    image: Mapping[str, ImageCrops] = field(default_factory=dict)
-    text: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageGroup:
-    """One group of image views of a batch: uint8 as loaded, float after ``Augmenter.finish``."""
+class _PictureGroup:
+    """What groups of pictures have in common, before and after ``Augmenter.finish``."""
 
     pixels: Tensor
     """[V, B, 3, H, W]."""
@@ -139,6 +138,20 @@ class ImageGroup:
     def shape(self) -> tuple[int, int]:
         """(V, B)."""
         return self.pixels.shape[0], self.pixels.shape[1]
+
+    def finished(self, pixels: Tensor) -> ImageGroup:
+        """The views that these crops become: ``pixels`` float [V, B, 3, H, W], parameters and masks as they are."""
+        return ImageGroup(pixels=pixels, params=self.params, masks=self.masks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropGroup(_PictureGroup):
+    """One group of crops of a batch, as loaded: ``pixels`` are uint8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageGroup(_PictureGroup):
+    """One group of image views of a batch, as models read them: ``pixels`` are floats, normalised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,14 +173,18 @@ class TextGroup:
         return self.tokens.shape[0], self.tokens.shape[1]
 
 
+_G = TypeVar("_G", bound=_PictureGroup)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Views:
-    """A batch: keys and extras of its samples and all their views by group."""
+class _Batch(Generic[_G]):
+    """Keys and extras of the samples of a batch, and all their views by group."""
 
     keys: Sequence[str]
-    image: Mapping[str, ImageGroup] = field(default_factory=dict)
+    image: Mapping[str, _G] = field(default_factory=dict)
     text: Mapping[str, TextGroup] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
+    """What came with the samples beside pictures and captions, by name: a list of B each."""
 
     def __post_init__(self) -> None:
         sizes = [(n, g.shape[1]) for n, g in self.image.items()] + [(n, g.shape[1]) for n, g in self.text.items()]
@@ -178,6 +195,10 @@ class Views:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def of(self, modality: Modality) -> Mapping[str, _G | TextGroup]:
+        """The groups of one modality."""
+        return self.image if modality == "image" else self.text
+
     @property
     def device(self) -> torch.device:
         """Where the pixels and tokens are."""
@@ -185,31 +206,46 @@ class Views:
             x.device for x in (*(g.pixels for g in self.image.values()), *(g.tokens for g in self.text.values()))
         )
 
-    def to(self, device: torch.device | str) -> Views:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on ``device``; asynchronous from pinned memory.
 
         Photometric parameters, masks and text lengths stay on the host, where they are read: a step waits for no copy.
         """
-        moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return replace(
-            moved,
-            image={
-                n: replace(group, params=self.image[n].params, masks=self.image[n].masks)
-                for n, group in moved.image.items()
-            },
-            text={name: replace(group, lengths=self.text[name].lengths) for name, group in moved.text.items()},
+            self,
+            image={name: replace(group, pixels=move(group.pixels)) for name, group in self.image.items()},
+            text={name: replace(group, tokens=move(group.tokens)) for name, group in self.text.items()},
+            extras=map_tensors(self.extras, move),
         )
 
-    def pin_memory(self) -> Views:
+    def pin_memory(self) -> Self:
         """The same batch in page-locked memory (the name that PyTorch's loader looks for)."""
         return map_tensors(self, Tensor.pin_memory)
 
-    def slice(self, start: int, stop: int) -> Views:
+    def slice(self, start: int, stop: int) -> Self:
         """Samples ``start`` to ``stop`` of the batch."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, start:stop]
+
         return replace(
             self,
             keys=self.keys[start:stop],
-            image={n: map_tensors(g, lambda t: t[:, start:stop]) for n, g in self.image.items()},
-            text={n: map_tensors(g, lambda t: t[:, start:stop]) for n, g in self.text.items()},
-            extras={n: v[start:stop] for n, v in self.extras.items()},
+            image=map_tensors(self.image, cut),
+            text=map_tensors(self.text, cut),
+            extras={name: values[start:stop] for name, values in self.extras.items()},
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CroppedViews(_Batch[CropGroup]):
+    """A batch as loaded: crops of the pictures, which the augmenter finishes on the device, and tokens of the texts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views(_Batch[ImageGroup]):
+    """A batch as models, heads and losses read it: finished pictures, and tokens of the texts."""

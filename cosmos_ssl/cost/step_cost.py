@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cosmos_ssl.api import Augmenter, Features, ImageGroup, Progress, Sample, TextGroup, UserError, Views, ViewSpec
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api import (
+    Augmenter,
+    CropGroup,
+    Features,
+    ImageGroup,
+    Progress,
+    Sample,
+    TextGroup,
+    UserError,
+    Views,
+    ViewSpec,
+)
+from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.config import Config
 from cosmos_ssl.cost.flops import counted, trace
+from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.exchange import tensors_in
 from cosmos_ssl.engine.forward import Forward
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.models.contract import blaming
@@ -95,7 +106,7 @@ def measure_step(
     state = RunState(assembly, config, device)
     precision = resolve_precision(config.training.precision, device) if device.type == "cuda" else "fp32"
     forward = Forward(assembly, precision=precision, device=device)
-    views = forward.augment(make_views(assembly, samples, caption_tokens).to(device))
+    views = make_views(assembly, samples, caption_tokens).to(device)
     progress = Progress(step=0, total_steps=1)
     flops: dict[str, dict[str, int]] = {}
     uncounted: Counter[str] = Counter()
@@ -106,7 +117,7 @@ def measure_step(
 
         def once() -> list[Tensor]:
             kept.append(run())
-            return list(tensors_in(kept[0]))
+            return tensors_in(kept[0])
 
         flops[stage], unknown = trace(model, once) if model is not None else ({"": 0}, Counter[str]())
         uncounted.update(unknown)
@@ -289,28 +300,31 @@ def _lengths(captions: int, mean: float, most: int) -> Tensor:
 def _image_views(
     augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int, generator: torch.Generator
 ) -> dict[str, ImageGroup]:
-    if all(view.size and not view.masks for view in offers.values()):
-        return {
-            name: ImageGroup(
-                pixels=torch.randn(view.views, samples, 3, view.size or 0, view.size or 0, generator=generator),
-                params=torch.zeros(view.views, samples, 0),
-            )
-            for name, view in offers.items()
-        }
+    """Noise; masks, and sizes that are not on offer, are those of crops."""
+    known = all(view.size and not view.masks for view in offers.values())
+    crops = {} if known else _crops(augmenter, offers, samples, generator)
+    groups = {}
+    for name, view in offers.items():
+        shape = crops[name].pixels.shape if crops else (view.views, samples, 3, view.size or 0, view.size or 0)
+        groups[name] = ImageGroup(
+            pixels=torch.randn(shape, generator=generator),
+            params=torch.zeros(view.views, samples, 0),
+            masks=crops[name].masks if crops else None,
+        )
+    return groups
+
+
+def _crops(
+    augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int, generator: torch.Generator
+) -> Mapping[str, CropGroup]:
+    """What the augmenter cuts of a picture of noise."""
     picture = io.BytesIO()
     noise = torch.randint(0, 256, (_PICTURE, _PICTURE, 3), dtype=torch.uint8, generator=generator)
     Image.fromarray(noise.numpy()).save(picture, "PNG")
+    collator = Collator(samples)
     with blaming(augmenter, "augmenters.image"):
-        crops: list[Mapping[str, Any]] = [
-            augmenter.crop(Sample(key=str(n), image=picture.getvalue()), np.random.default_rng(n))
-            for n in range(samples)
-        ]
-    groups = {}
-    for name in offers:
-        pixels, params = (
-            torch.stack([getattr(each[name], field) for each in crops], 1) for field in ("pixels", "params")
-        )
-        groups[name] = ImageGroup(pixels=pixels, params=params)
-        if crops[0][name].masks is not None:
-            groups[name] = replace(groups[name], masks=torch.stack([each[name].masks for each in crops], 1))
-    return groups
+        for number in range(samples):
+            sample = Sample(key=str(number), image=picture.getvalue())
+            crops = augmenter.crop(sample, np.random.default_rng(number))
+            collator.add(sample, {"image": checked_crops(crops, offers, "image", "augmenters.image")})
+    return collator.batch(None).image

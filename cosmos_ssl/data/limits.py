@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -30,10 +31,6 @@ def check_shared_memory(needed: int, folder: Path = Path("/dev/shm")) -> None:
 
 def check_open_files(needed: int) -> None:
     """Lift this process's limit of open files as far as allowed. Raises UserError where ``needed`` more do not fit."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -10,15 +10,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, first_line
 
 _PR_SET_PDEATHSIG = 1
-_POLITE = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+_POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
@@ -28,9 +29,6 @@ def held_signals() -> Iterator[None]:
 
     A worker inherits the hold and lifts it in :class:`WorkerStart`; this thread gets what came meanwhile at the end.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _POLITE)
     try:
         yield
@@ -50,8 +48,7 @@ class WorkerStart:
         """Set up the process of worker number ``worker``."""
         for number in _POLITE:
             signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
         if sys.platform == "linux" and self.from_main_thread:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self.parent:  # it died before the call above
@@ -59,8 +56,8 @@ class WorkerStart:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
 
-class Board:
-    """What each worker is at, as a line of text in memory that all processes share."""
+class StatusLines:
+    """What each worker is at, a line of text each, in memory that all processes share."""
 
     WIDTH = 240
 
@@ -68,7 +65,7 @@ class Board:
         self._lines = multiprocessing.get_context().RawArray("c", max(1, workers) * self.WIDTH)
 
     def write(self, worker: int, text: str) -> None:
-        """Put up the line of one worker."""
+        """Replace the line of one worker."""
         data = text.encode()[: self.WIDTH]
         start = worker * self.WIDTH
         self._lines[start : start + self.WIDTH] = data.ljust(self.WIDTH, b"\0")
@@ -115,14 +112,7 @@ def _survives(error: Exception) -> bool:
     return True
 
 
-class Process(Protocol):
-    """The part of a worker's process that is read here."""
-
-    exitcode: int | None
-    pid: int | None
-
-
-def lost(workers: list[Process], error: Exception) -> StorageError:
+def lost_worker(workers: Sequence[BaseProcess], error: Exception) -> StorageError:
     """The error for a worker that is gone, with the signal that took it."""
     dead = [w for w in workers if w.exitcode]
     if not dead:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from cosmos_ssl.api import Features, PluginError, Progress, Views
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.exchange import tensors_in
 from cosmos_ssl.engine.forward import Forward, Result
 
 
@@ -37,7 +36,7 @@ def accumulate(
     student = map_tensors(_join(encoded), lambda x: x.detach().requires_grad_(x.is_floating_point()))
     result = forward.losses(views, student, teacher, progress)
     backward(result.loss)
-    leaves = list(tensors_in(student))
+    leaves = tensors_in(student)
     for number, part in enumerate(parts):
         forward.seed(progress, number)
         start = number * size

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Features, Progress, Views
-from cosmos_ssl.engine.exchange import tensors_in
-from cosmos_ssl.engine.forward import Forward, Result
+from cosmos_ssl.api import Features, Progress
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.api.views import tensors_in
+from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.functional import gather_objects, world_size
-from cosmos_ssl.models.contract import describe
 
 
 def find_culprit(
-    forward: Forward, result: Result, views: Views, progress: Progress, size: int
+    forward: Forward, result: Result, batch: Batch, progress: Progress, size: int
 ) -> tuple[str, Sequence[str]]:
     """The first part that is not finite, on which rank, and the samples there. A collective: all ranks call it.
 
@@ -26,7 +26,7 @@ def find_culprit(
         place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")
     }
     losses = ", ".join(parts[place] for place, value in values.items() if not value.isfinite())
-    found = gather_objects((_find_part(forward, views, progress, size), losses, views.keys))
+    found = gather_objects((_find_part(forward, batch, progress, size), losses, batch.keys))
     at = next((r for r, (part, _, _) in enumerate(found) if part), None)
     if at is None:
         at = next((r for r, (_, loss, _) in enumerate(found) if loss), 0)
@@ -36,11 +36,11 @@ def find_culprit(
 
 
 @torch.no_grad()
-def _find_part(forward: Forward, views: Views, progress: Progress, size: int) -> str:
+def _find_part(forward: Forward, batch: Batch, progress: Progress, size: int) -> str:
     """The part before the losses whose output is not finite, for a message; empty where there is none."""
-    for number, start in enumerate(range(0, len(views), size)):
+    for number, start in enumerate(range(0, len(batch), size)):
         forward.seed(progress, number)
-        part = forward.augment(views.slice(start, start + size))
+        part = forward.augment(batch.slice(start, start + size))
         # both in full: heads may wait for other ranks
         encoded = (("the teacher's ", forward.teacher(part)), ("", forward.student(part)))
         if not all(_finite(group.pixels) for group in part.image.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.functional import all_sum, gather_many, world_size
 from cosmos_ssl.functional.waits import waits
 from cosmos_ssl.models.plan import Plan
@@ -24,7 +24,7 @@ def gather_features(plan: Plan, student: Features, teacher: Features | None) -> 
     wanted: dict[Role, Features] = {"teacher": Features(), "student": _select(plan.student.gathered, student)}
     if plan.teacher is not None and teacher is not None:
         wanted["teacher"] = _select(plan.teacher.gathered, teacher)
-    gathered = iter(gather_many(list(tensors_in(wanted)), dim=1))
+    gathered = iter(gather_many(tensors_in(wanted), dim=1))
     return map_tensors(wanted, lambda _: next(gathered))
 
 
@@ -51,13 +51,6 @@ def _select(needs: Sequence[Need], features: Features) -> Features:
         return found
 
     return Features(image=chosen("image"), text=chosen("text"), heads=heads)
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor inside of what ``map_tensors`` goes through, in its order."""
-    found: list[Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return iter(found)
 
 
 class GradientMean:

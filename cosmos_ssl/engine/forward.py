@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from cosmos_ssl.api import Features, HeadOutput, LossOutput, PluginError, Progress, StepContext, Views
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.api.views import CroppedViews
 from cosmos_ssl.data.order import step_seed
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.exchange import gather_features, moments
 from cosmos_ssl.functional import rank
-from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
+from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.precision import DTYPES
+
+Batch: TypeAlias = CroppedViews | Views
+"""What a step takes: as loaded, or finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +60,16 @@ class Forward:
 
     @torch.no_grad()
     @record_function("augment")
-    def augment(self, views: Views) -> Views:
-        """Photometric work on the device: uint8 crops to normalised float views."""
-        augmenter = self.assembly.augmenters.get("image")
-        if augmenter is None:
-            return views
-        crops = {name: group for name, group in views.image.items() if not group.pixels.is_floating_point()}
-        with blaming(augmenter, "augmenters.image"), nullcontext() if self.proven else untouched(crops):
-            finished = {name: checked_pixels(group, augmenter.finish(group)) for name, group in crops.items()}
-        return replace(views, image={**views.image, **finished})
+    def augment(self, batch: Batch) -> Views:
+        """Photometric work on the device: uint8 crops to normalised float views; what is finished stays as it is."""
+        if isinstance(batch, Views):
+            return batch
+        image = {}
+        if batch.image:
+            augmenter = self.assembly.augmenters["image"]
+            with blaming(augmenter, "augmenters.image"), nullcontext() if self.proven else untouched(batch.image):
+                image = {name: checked_pixels(group, augmenter.finish(group)) for name, group in batch.image.items()}
+        return Views(keys=batch.keys, image=image, text=batch.text, extras=batch.extras)
 
     @torch.no_grad()
     @record_function("teacher forward")

@@ -21,7 +21,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.culprit import find_culprit
 from cosmos_ssl.engine.distributed import World
 from cosmos_ssl.engine.exchange import GradientMean
-from cosmos_ssl.engine.forward import Forward, Result
+from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import TrainingError, listed
 from cosmos_ssl.functional import world_size
@@ -84,16 +84,16 @@ class Step:
             scaler=state.scaler,
         )
 
-    def __call__(self, views: Views, progress: Progress, news: Callable[[], News] = News) -> Update:
+    def __call__(self, batch: Batch, progress: Progress, news: Callable[[], News] = News) -> Update:
         """Make one update of this rank's share of a batch, on the device; leave it out where it would not be finite.
 
         ``news`` is asked as late as possible. Raises TrainingError after too many steps in a row that were left out.
         """
         self.state.optimizer.set(progress)
-        result = self.gradients(views, progress)
+        result = self.gradients(batch, progress)
         norm = self.prepare_gradients(progress)
         told = self.agree(result, norm, news)
-        moved = self.move(progress) if told.sound else self.skip(told, result, views, progress)
+        moved = self.move(progress) if told.sound else self.skip(told, result, batch, progress)
         if self.state.scaler is not None:
             self.state.scaler.update()
         return Update(result=result, norm=norm, told=told, moved=moved)
@@ -133,7 +133,7 @@ class Step:
         with blaming(self.assembly.teacher, "teacher"):
             return checked_moves(self.assembly.teacher.update(self.assembly.model, progress))
 
-    def skip(self, told: Agreement, result: Result, views: Views, progress: Progress) -> Mapping[str, float]:
+    def skip(self, told: Agreement, result: Result, batch: Batch, progress: Progress) -> Mapping[str, float]:
         """Leave the update out: count it, name what is not finite, and put back what the step has moved.
 
         Raises TrainingError after ``training.max_nonfinite_steps`` in a row.
@@ -145,10 +145,10 @@ class Step:
             return {}
         counters.nonfinite_steps += 1
         counters.nonfinite_in_a_row += 1
-        what, keys = "the gradient", views.keys
+        what, keys = "the gradient", batch.keys
         if not told.finite_loss:
-            size = self.training.micro_batch_size or len(views)
-            what, keys = find_culprit(self.gradients.forward, result, views, progress, size)
+            size = self.training.micro_batch_size or len(batch)
+            what, keys = find_culprit(self.gradients.forward, result, batch, progress, size)
         self.gradients.restore_buffers()
         step = progress.step + 1
         log.info("step %s: samples %s", step, ", ".join(keys), extra={"file_only": True})
@@ -185,10 +185,10 @@ class Gradients:
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
-    def __call__(self, views: Views, progress: Progress) -> Result:
-        """Run one step's forward and backward on ``views``, uint8 as loaded or float and finished, on the device."""
+    def __call__(self, batch: Batch, progress: Progress) -> Result:
+        """Run one step's forward and backward on ``batch``, as loaded or finished, on the device."""
         self.begin(progress)
-        views = self.forward.augment(views)
+        views = self.forward.augment(batch)
         teacher = self.forward.teacher(views)
         result = self.backward(views, teacher, progress)
         if not self.forward.proven:

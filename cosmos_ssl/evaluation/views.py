@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Sample, TowerSpec
+from cosmos_ssl.api import Augmenter, Modality, Sample, TowerSpec
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.data.order import sample_rng
+from cosmos_ssl.models.contract import blaming, checked_pixels
 
 _GAP, _SIDE, _FONT = 8, 224, 14  # pixels
 _LEAST, _ROOM = 440, 960  # pixels: the least width, and the most that views take in a row
@@ -33,26 +36,24 @@ def look(
     sample: Sample, augmenters: Mapping[Modality, Augmenter], tower: TowerSpec | None, *, seed: int, position: int
 ) -> SampleLook:
     """Draw the views of a sample as the loader does at ``position`` of the first epoch. Raises BadSample."""
-    images: dict[str, Tensor] = {}
-    texts: Mapping[str, Sequence[str]] = {}
+    views: dict[Modality, Mapping[str, Any]] = {}
     for modality, augmenter in augmenters.items():
-        rng = sample_rng(seed, 0, position, text=modality == "text")
-        if modality == "text":
-            texts = {
-                name: list(map(str, cast(Sequence[str], views))) for name, views in augmenter.crop(sample, rng).items()
-            }
-            continue
-        for name, crops in augmenter.crop(sample, rng).items():
-            assert isinstance(crops, ImageCrops)
-            group = ImageGroup(pixels=crops.pixels[:, None], params=crops.params[:, None])
-            images[name] = _shown(augmenter.finish(group).pixels[:, 0], tower)
+        drawn = augmenter.crop(sample, sample_rng(seed, 0, position, text=modality == "text"))
+        whose = describe(augmenter, f"augmenters.{modality}")
+        views[modality] = checked_crops(drawn, augmenter.offers(), modality, whose)
+    texts = {name: list(found) for name, found in views.pop("text", {}).items()}
+    collator = Collator(1)
+    collator.add(sample, views)
+    images = {}
+    for name, group in collator.batch(None).image.items():
+        with blaming(augmenters["image"], "augmenters.image"):
+            finished = checked_pixels(group, augmenters["image"].finish(group))
+        images[name] = _shown(finished.pixels[:, 0], tower or TowerSpec(width=0))
     return SampleLook(key=sample.key, picture=sample.decode(), images=images, texts=texts)
 
 
-def _shown(pixels: Tensor, tower: TowerSpec | None) -> Tensor:
+def _shown(pixels: Tensor, tower: TowerSpec) -> Tensor:
     """Normalised pixels [V, 3, S, S] as uint8."""
-    if pixels.dtype == torch.uint8 or tower is None:
-        return pixels.to(torch.uint8)
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (tower.mean, tower.std))
     return (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 

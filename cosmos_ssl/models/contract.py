@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cosmos_ssl import registry
 from cosmos_ssl.api import (
+    CropGroup,
     Evaluation,
     GroupFeatures,
     GroupPlan,
@@ -30,7 +31,8 @@ from cosmos_ssl.api import (
     TowerSpec,
     ViewSpec,
 )
-from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.api.views import tensors_in
 from cosmos_ssl.errors import CosmosError, is_lost_rank
 
 
@@ -66,11 +68,6 @@ def blaming(part: Part, place: str) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines() or ["no message"]
         raise PluginError(f"{describe(part, place)} failed: {type(error).__name__}: {reason[0]}") from error
-
-
-def describe(part: Part, place: str) -> str:
-    """A part for a message: its place in the config, and whose it is unless ours."""
-    return f"{place} ({part.part_source})" if part.part_source else place
 
 
 # ---------------------------------------------------------------------------- what parts say of themselves
@@ -131,18 +128,18 @@ def checked_needs(needs: object) -> Sequence[Need]:
 # ---------------------------------------------------------------------------- what parts return
 
 
-def checked_pixels(group: ImageGroup, given: Any) -> ImageGroup:
-    """What ``Augmenter.finish`` made of a group. Raises Fault."""
-    if not isinstance(given, ImageGroup):
+def checked_pixels(crops: CropGroup, given: Any) -> ImageGroup:
+    """What ``Augmenter.finish`` made of a group of crops. Raises Fault."""
+    if not isinstance(given, ImageGroup | CropGroup):  # the latter by ``dataclasses.replace``
         raise Fault(f"finish returned {type(given).__name__}, expected ImageGroup")
-    if not given.pixels.is_floating_point() or given.shape != group.shape:
-        wanted = [*group.pixels.shape[:3], "H", "W"]
+    if not given.pixels.is_floating_point() or given.shape != crops.shape:
+        wanted = [*crops.pixels.shape[:3], "H", "W"]
         raise Fault(
             f"finish returned {given.pixels.dtype} pixels {_shape(given.pixels)}, expected floats "
             f"[{', '.join(map(str, wanted))}]"
         )
-    _check_floats("pixels from finish", given.pixels, group.pixels.device)
-    return given
+    _check_floats("pixels from finish", given.pixels, crops.pixels.device)
+    return given.finished(given.pixels)
 
 
 def checked_features(
@@ -242,9 +239,8 @@ def checked_evaluation(found: object) -> Evaluation:
 
 @contextmanager
 def untouched(*given: object) -> Iterator[None]:
-    """Raises Fault where a tensor inside ``given`` was changed in place meanwhile: others read it too."""
-    seen: list[tuple[Tensor, int]] = []
-    map_tensors(given, lambda tensor: seen.append((tensor, tensor._version)) or tensor)  # type: ignore[func-returns-value]
+    """Raise Fault where a tensor inside ``given`` was changed in place meanwhile: others read it too."""
+    seen = [(tensor, tensor._version) for tensor in tensors_in(given)]
     yield
     changed = next((tensor for tensor, version in seen if tensor._version != version), None)
     if changed is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -12,6 +13,7 @@ from torch import nn
 from cosmos_ssl.api import (
     Features,
     GroupFeatures,
+    GroupPlan,
     Head,
     HeadOutput,
     Loss,
@@ -21,12 +23,12 @@ from cosmos_ssl.api import (
     Tower,
     Views,
 )
+from cosmos_ssl.api.part import describe
 from cosmos_ssl.models.contract import (
     blaming,
     checked_features,
     checked_loss,
     checked_outputs,
-    describe,
     is_built_in,
     untouched,
 )
@@ -105,22 +107,25 @@ class Model(nn.Module):
 
     def encode(self, views: Views, plan: RolePlan) -> Features:
         """Phase one: towers over the planned groups, then the planned heads in order."""
-        towers: dict[Modality, dict[str, GroupFeatures]] = {"image": {}, "text": {}}
-        for modality, tower in self.towers.items():
-            if plan.of(modality):
-                given = views.image if modality == "image" else views.text
-                with blaming(tower, f"model.{modality}"), self._watched(given):
-                    found = tower(given, plan.of(modality))
-                    towers[modality] = checked_features(
-                        tower, plan.of(modality), len(views), self.embed_dim, views.device, found
-                    )
-        heads: dict[str, HeadOutput] = {}
-        features = Features(image=towers["image"], text=towers["text"], heads=heads)
+        features = Features(
+            image=self._encode_groups("image", views, plan.image), text=self._encode_groups("text", views, plan.text)
+        )
         for name, outputs in plan.heads.items():
             head = self.head(name)
             with blaming(head, f"heads.{name}"), self._watched(features, views):
-                heads[name] = checked_outputs(head, outputs, len(views), views.device, head(features, views, outputs))
+                found = checked_outputs(head, outputs, len(views), views.device, head(features, views, outputs))
+            features = replace(features, heads={**features.heads, name: found})
         return features
+
+    def _encode_groups(
+        self, modality: Modality, views: Views, plan: Mapping[str, GroupPlan]
+    ) -> dict[str, GroupFeatures]:
+        """What the tower of this modality makes of the planned groups."""
+        if not plan:
+            return {}
+        tower, groups = self.towers[modality], views.of(modality)
+        with blaming(tower, f"model.{modality}"), self._watched(groups):
+            return checked_features(tower, plan, len(views), self.embed_dim, views.device, tower(groups, plan))
 
     def compute_losses(self, context: StepContext) -> dict[str, LossOutput]:
         """Phase two: every loss once."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cosmos_ssl.api import ALL, GroupPlan, Head, Loss, Modality, Need, PluginError, Role, Spec, Tower
-from cosmos_ssl.models.contract import blaming, checked_needs, describe
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.models.contract import blaming, checked_needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

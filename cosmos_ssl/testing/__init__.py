@@ -7,10 +7,10 @@
     def test_contract():
         check_loss("my-losses:triplet", margin=0.5)  # a registered name or a class, and its options
 
-    def test_training(tmp_path):
-        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU start,
-        end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to
-        step assert end < start
+    def test_training(tmp_path):  # seconds, on the CPU
+        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)
+        start, end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ
+        assert end < start
 
 A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
 training would. What breaks the contract is an AssertionError that names the part.

@@ -1,20 +1,4 @@
-"""Checks that this project's own parts pass, for the tests of your package; and what such tests are made of.
-
-::
-
-    from cosmos_ssl.testing import check_loss, small_run
-
-    def test_contract():
-        check_loss("my-losses:triplet", margin=0.5)  # a registered name or a class, and its options
-
-    def test_training(tmp_path):
-        rows = small_run(tmp_path, {"losses": {"triplet": {"type": "triplet"}}}, steps=24)  # seconds, on the CPU start,
-        end = (sum(row["loss/triplet"] for row in part) for part in (rows[:6], rows[-6:]))  # crops differ from step to
-        step assert end < start
-
-A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
-training would. What breaks the contract is an AssertionError that names the part.
-"""
+"""The checks of parts by their kind, and a short training."""
 
 from __future__ import annotations
 
@@ -36,25 +20,21 @@ from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
     BadSample,
+    CropGroup,
     Head,
     ImageCrops,
-    ImageGroup,
     Loss,
     Need,
     Sample,
     Teacher,
     Tower,
-    ViewSpec,
 )
 from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CosmosError
-from cosmos_ssl.testing.examples import (
-    example_samples,
-    example_spec,
-    reader,
-    small_config,
-)
+from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
+from cosmos_ssl.testing.examples import example_samples, reader, small_config
 from cosmos_ssl.testing.model import ModelCheck, expect
 
 PART = "part"
@@ -172,23 +152,21 @@ def check_augmenter(
     """
     check_options("augmenters", part)
     with _naming("augmenters", part) as (_, cls):
-        expect(cls.modality in ("image", "text"), f"its modality is {cls.modality!r}, expected 'image' or 'text'")
         config = {"augmenters": {cls.modality: {"type": part, **options}}, "heads": {"cross": None}}
         config["losses"] = {"clip": None, "reads": {"type": reader(Need(modality=cls.modality))}}
-        augmenter = ModelCheck(config, around).assembly.augmenters[cls.modality]
-        offers = augmenter.offers()
-        expect(
-            offers and all(view.views > 0 for view in offers.values()),
-            f"it offers {dict(offers)}, expected groups with views",
-        )
+        assembly = ModelCheck(config, around).assembly
+        augmenter, spec = assembly.augmenters[cls.modality], assembly.spec
         given = list(samples or example_samples())
-        crops = [_crops(augmenter, sample, seed) for seed, sample in enumerate(given)]
-        if cls.modality == "text":
-            _check_texts(offers, crops)
-        else:
-            patch = example_spec().image
-            assert patch is not None
-            _check_pictures(augmenter, offers, crops, patch.patch_size)
+        collator = Collator(len(given))
+        for seed, sample in enumerate(given):
+            crops = checked_crops(_crops(augmenter, sample, seed), spec.views(cls.modality), cls.modality, "crop")
+            collator.add(sample, {cls.modality: crops})
+        for name, group in collator.batch(assembly.tokenizer).image.items():
+            if group.masks is not None and spec.image is not None:
+                patches = group.pixels[0, 0, 0].numel() // spec.image.patch_size**2
+                found = group.masks.shape[-1]
+                expect(found == patches, f"masks of '{name}' are of {found} patches, expected {patches}")
+            _check_finish(augmenter, name, group)
 
 
 def _crops(augmenter: Augmenter, sample: Sample, seed: int) -> Mapping[str, Any]:
@@ -221,57 +199,16 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _check_texts(offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]]) -> None:
-    for views in crops:
-        expect(views.keys() == offers.keys(), f"crop gives the groups {list(views)}, and offers {list(offers)}")
-        for name, texts in views.items():
-            good = len(texts) == offers[name].views and all(isinstance(text, str) for text in texts)
-            expect(good, f"crop gives {texts!r} as '{name}', expected {offers[name].views} strings")
-
-
-def _check_pictures(
-    augmenter: Augmenter, offers: Mapping[str, ViewSpec], crops: Sequence[Mapping[str, Any]], patch: int
-) -> None:
-    for views in crops:
-        expect(views.keys() == offers.keys(), f"crop gives the groups {list(views)}, and offers {list(offers)}")
-        for name, view in offers.items():
-            found, size = views[name], view.size or 0
-            expect(isinstance(found, ImageCrops), f"crop gives '{name}' as {type(found).__name__}, expected ImageCrops")
-            wanted = {"pixels": (torch.uint8, [view.views, 3, size, size])}
-            wanted["params"] = (torch.float32, [view.views, *views[name].params.shape[1:]])
-            if view.masks:
-                wanted["masks"] = (torch.bool, [view.views, (size // patch) ** 2])
-            for what, (dtype, shape) in wanted.items():
-                x = getattr(found, what)
-                shown = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
-                good = x is not None and (x.dtype, list(x.shape)) == (dtype, shape)
-                expect(good, f"{what} of '{name}' are {shown}, expected {dtype} {shape}")
-            expect(view.masks or found.masks is None, f"'{name}' comes with masks that are not on offer")
-    for name, view in offers.items():
-        columns = [[getattr(views[name], what) for views in crops] for what in ("pixels", "params", "masks")]
-        same = len({tuple(x.shape) for x in columns[1]}) == 1
-        expect(same, f"params of '{name}' differ in shape between samples")
-        pixels, params, masks = (None if column[0] is None else torch.stack(column, dim=1) for column in columns)
-        assert pixels is not None and params is not None
-        _check_finish(augmenter, name, ImageGroup(pixels=pixels, params=params, masks=masks if view.masks else None))
-
-
-def _check_finish(augmenter: Augmenter, name: str, group: ImageGroup) -> None:
-    before = group.pixels.clone()
+def _check_finish(augmenter: Augmenter, name: str, group: CropGroup) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        found = augmenter.finish(group)
+        with blaming(augmenter, "augmenters.image"), untouched(group):
+            x = checked_pixels(group, augmenter.finish(group)).pixels
         torch.manual_seed(1)
-        again = augmenter.finish(group)
-    x = found.pixels
-    good = x.is_floating_point() and x.shape == before.shape
-    expect(good, f"finish gives '{name}' as {x.dtype} {list(x.shape)}, expected float {list(before.shape)}")
+        again = augmenter.finish(group).pixels
     expect(bool(x.isfinite().all()), f"finish gives numbers in '{name}' that are not finite")
-    expect(torch.equal(group.pixels, before), f"finish changes the crops of '{name}' in place")
-    expect(
-        torch.equal(x, again.pixels),
-        f"finish draws random numbers for '{name}': draw them in crop and hand them over as params",
-    )
+    drawn = f"finish draws random numbers for '{name}': draw them in crop and hand them over as params"
+    expect(torch.equal(x, again), drawn)
     for i in range(x.shape[1]):
         alone = augmenter.finish(map_tensors(group, lambda tensor, i=i: tensor[:, [i]]))  # type: ignore[misc]
         close = torch.allclose(alone.pixels, x[:, [i]], rtol=1e-5, atol=1e-5)

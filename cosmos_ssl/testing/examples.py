@@ -152,7 +152,7 @@ def example_features(
         tower = spec.image if modality == "image" else spec.text
         if not kinds or tower is None:
             return None
-        group = views.image[name] if modality == "image" else views.text[name]
+        group = views.of(modality)[name]
         (count, samples), every = group.shape, tuple(range(group.shape[0]))
         places = (
             (group.pixels.shape[-1] // tower.patch_size) ** 2 if isinstance(group, ImageGroup) else spec.context_length
@@ -271,7 +271,7 @@ class ReadsNeeds(Loss):
                 found = {
                     f"{name}_{need.kind}": getattr(group, need.kind)
                     for name, group in groups.items()
-                    if need.group in ("*", name)
+                    if need.group in (ALL, name)
                 }
             terms |= {
                 f"{need.head or need.modality}_{name}": directed(x)

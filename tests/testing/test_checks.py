@@ -18,6 +18,7 @@ from torch import nn
 from cosmos_ssl import registry, testing
 from cosmos_ssl.api import (
     Augmenter,
+    CropGroup,
     Features,
     Head,
     HeadOutput,
@@ -313,8 +314,8 @@ class Corner(Augmenter):
         pixels = sample.decode()[None, :, shift : shift + self.size, : self.size]
         return {"global": ImageCrops(pixels=pixels.contiguous(), params=torch.rand(1, 1) * 0)}
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
-        return replace(group, pixels=group.pixels / 255)
+    def finish(self, group: CropGroup) -> ImageGroup:
+        return group.finished(group.pixels / 255)
 
 
 class GlobalRandomness(Corner):
@@ -349,23 +350,23 @@ class TakesAnything(Corner):
 class DrawsOnTheDevice(Corner):
     """Draws in finish."""
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
-        return replace(group, pixels=group.pixels / 255 + torch.rand(()))
+    def finish(self, group: CropGroup) -> ImageGroup:
+        return group.finished(group.pixels / 255 + torch.rand(()))
 
 
 class WholeBatch(Corner):
     """Normalises by the batch."""
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         pixels = group.pixels.float()
-        return replace(group, pixels=(pixels - pixels.mean()) / pixels.std())
+        return group.finished((pixels - pixels.mean()) / pixels.std())
 
 
 class InPlace(Corner):
     """Changes its crops."""
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
-        return replace(group, pixels=group.pixels.add_(1).float())
+    def finish(self, group: CropGroup) -> ImageGroup:
+        return group.finished(group.pixels.add_(1).float())
 
 
 class Copy(Teacher):
@@ -469,18 +470,22 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         (
             testing.check_augmenter,
             WrongCrops,
-            "pixels of 'global' are torch.float32 [1, 3, 16, 16], expected torch.uint8 [1, 3, 16, 16]",
+            "crop gave 'global' as torch.float32 [1, 3, 16, 16], expected ImageCrops of uint8 [1, 3, 16, 16]",
         ),
-        (testing.check_augmenter, OtherGroups, "crop gives the groups ['local'], and offers ['global']"),
+        (
+            testing.check_augmenter,
+            OtherGroups,
+            "crop gave the groups ['local'], expected those that it offers, ['global']",
+        ),
         (testing.check_augmenter, TakesAnything, "crop takes a picture that cannot be decoded"),
         (testing.check_augmenter, DrawsOnTheDevice, "finish draws random numbers for 'global'"),
         (testing.check_augmenter, WholeBatch, "finish gives sample 0 of 'global' other pixels in a batch than alone"),
-        (testing.check_augmenter, InPlace, "finish changes the crops of 'global' in place"),
+        (testing.check_augmenter, InPlace, "changed its input of shape [1, 4, 3, 16, 16] in place"),
         (testing.check_teacher, Same, "takes gradients: a teacher must not"),
         (testing.check_teacher, Learns, "takes gradients: a teacher must not"),
         (testing.check_teacher, MovesTheStudent, "update changes image.class_token"),
         (testing.check_teacher, Remembers, "a copy with the same state moves model.image.class_token"),
-        (testing.check_teacher, Silent, "update returns None, expected a mapping of names to numbers"),
+        (testing.check_teacher, Silent, "returned None from update, expected a mapping of names to numbers"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

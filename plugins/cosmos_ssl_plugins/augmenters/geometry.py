@@ -73,3 +73,12 @@ def check_span(option: str, span: tuple[float, float], what: str, *, most: float
     """Raise ValueError for a range that runs backwards or leaves 1 / ``most`` .. ``most``."""
     if not 1 / most <= span[0] <= span[1] <= most:
         raise ValueError(f"{option}: {list(span)} is not a range of {what} from {1 / most:g} to {most:g}")
+
+
+def check_ranges(*, most: float = 1, **options: float | tuple[float, ...]) -> None:
+    """Raise ValueError for an option with a value outside 0..``most``."""
+    for option, values in options.items():
+        for value in values if isinstance(values, tuple) else (values,):
+            if not 0 <= value <= most:
+                bounds = f"not between 0 and {most}" if most < math.inf else "below 0"
+                raise ValueError(f"{option}: {value} is {bounds}")

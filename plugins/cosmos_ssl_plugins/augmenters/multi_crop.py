@@ -11,6 +11,7 @@ import numpy as np
 
 from cosmos_ssl.api import (
     Augmenter,
+    CropGroup,
     Few,
     ImageCrops,
     ImageGroup,
@@ -23,7 +24,7 @@ from cosmos_ssl.api import (
     ViewSpec,
     Whole,
 )
-from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_span, crop_boxes, resized_crops
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_ranges, check_span, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.masks import BlockMasks
 from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish
 
@@ -86,11 +87,11 @@ class MultiCrop(Augmenter):
             raise ValueError(f"local_crops_number: {local_crops_number} is no number of views")
         check_crops("global_crops", global_crops_size, global_crops_scale, crops_ratio)
         check_crops("local_crops", local_crops_size, local_crops_scale, crops_ratio)
-        _check_shares(flip_prob=flip_prob, color_jitter_prob=color_jitter_prob, grayscale_prob=grayscale_prob)
-        _check_shares(gaussian_blur_probs=gaussian_blur_probs, solarize_probs=solarize_probs)
-        _check_shares(most=math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
-        check_range("hue", hue, most=0.5)
-        check_range("solarize_threshold", solarize_threshold, most=255)
+        check_ranges(flip_prob=flip_prob, color_jitter_prob=color_jitter_prob, grayscale_prob=grayscale_prob)
+        check_ranges(gaussian_blur_probs=gaussian_blur_probs, solarize_probs=solarize_probs)
+        check_ranges(most=math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
+        check_ranges(most=0.5, hue=hue)
+        check_ranges(most=255, solarize_threshold=solarize_threshold)
         check_span("gaussian_blur_radius", gaussian_blur_radius, "radii", most=MAX_BLUR)
         tower = spec.image or TowerSpec(width=0)
         self.mean, self.std = tower.mean, tower.std
@@ -110,7 +111,10 @@ class MultiCrop(Augmenter):
         self._draws = {name: Draw(views) for name, views in strengths.items() if views}
         self._scales = {"global": global_crops_scale, "local": local_crops_scale}
         sizes = {"global": global_crops_size, "local": local_crops_size}
-        self._masks = _masks(global_crops_size, tower.patch_size, mask_probability, mask_ratio, mask_aspect)
+        self._masks = None
+        if mask_probability:
+            grid = global_crops_size // tower.patch_size if tower.patch_size else 0
+            self._masks = BlockMasks(grid=grid, probability=mask_probability, ratio=mask_ratio, aspect=mask_aspect)
         masked = {"global"} if self._masks else set[str]()
         self._offers = {
             name: ViewSpec(views=len(strengths[name]), size=sizes[name], masks=name in masked) for name in self._draws
@@ -136,31 +140,7 @@ class MultiCrop(Augmenter):
             crops["global"] = replace(crops["global"], masks=self._masks(self._offers["global"].views, rng))
         return crops
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
-        return replace(group, pixels=pixels.view(group.pixels.shape))
-
-
-def _masks(
-    size: int, patch: int, probability: float, ratio: tuple[float, float], aspect: tuple[float, float]
-) -> BlockMasks | None:
-    """What draws the masks of views of this size; None at probability 0. Raises ValueError."""
-    if probability == 0:
-        return None
-    return BlockMasks(grid=size // patch if patch else 0, probability=probability, ratio=ratio, aspect=aspect)
-
-
-def _check_shares(*, most: float = 1, **options: float | tuple[float, ...]) -> None:
-    """Raise ValueError for an option with a value outside 0..``most``."""
-    for option, value in options.items():
-        check_range(option, *(value if isinstance(value, tuple) else (value,)), most=most)
-
-
-def check_range(option: str, *values: float, most: float = 1) -> None:
-    """Raise ValueError for a value outside 0..``most``."""
-    for value in values:
-        if not 0 <= value <= most:
-            raise ValueError(
-                f"{option}: {value} is not between 0 and {most}" if most < math.inf else f"{option}: {value} is below 0"
-            )
+        return group.finished(pixels.view(group.pixels.shape))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from cosmos_ssl.api import Augmenter, ImageCrops, ImageGroup, Modality, Pixels, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl.api import (
+    Augmenter,
+    CropGroup,
+    ImageCrops,
+    ImageGroup,
+    Modality,
+    Pixels,
+    Sample,
+    Spec,
+    TowerSpec,
+    ViewSpec,
+)
 from cosmos_ssl_plugins.augmenters.geometry import check_crops, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.photometric import mirror, standardise
 
@@ -49,9 +59,9 @@ class ResizeCrop(Augmenter):
         params = torch.full((1, 1), float(rng.random() < 0.5)) if self.flip else torch.empty(1, 0)
         return {"global": ImageCrops(pixels=resized_crops(image, boxes, self.size), params=params)}
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [1, B, 3, H, W] to normalised float32 of the same shape."""
         pixels = standardise(group.pixels, self.mean, self.std)
         if self.flip:
             mirror(pixels.flatten(0, 1), group.params.flatten())
-        return replace(group, pixels=pixels)
+        return group.finished(pixels)

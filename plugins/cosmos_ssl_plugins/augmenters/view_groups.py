@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from cosmos_ssl.api import (
     Augmenter,
+    CropGroup,
     Few,
     ImageCrops,
     ImageGroup,
@@ -24,8 +25,7 @@ from cosmos_ssl.api import (
     TowerSpec,
     ViewSpec,
 )
-from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_span, crop_boxes, resized_crops
-from cosmos_ssl_plugins.augmenters.multi_crop import check_range
+from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_ranges, check_span, crop_boxes, resized_crops
 from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish, standardise
 
 
@@ -59,16 +59,12 @@ class ViewGroup:
         if self.number < 1:
             raise ValueError(f"number: {self.number} leaves no view; give at least 1")
         check_crops("", self.size, self.scale, self.ratio)
-        for option in ("flip_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "solarize_prob"):
-            check_range(option, getattr(self, option))
-        for option, most in {
-            "brightness": math.inf,
-            "contrast": math.inf,
-            "saturation": math.inf,
-            "hue": 0.5,
-            "solarize_threshold": 255,
-        }.items():
-            check_range(option, getattr(self, option), most=most)
+        check_ranges(flip_prob=self.flip_prob, color_jitter_prob=self.color_jitter_prob)
+        check_ranges(grayscale_prob=self.grayscale_prob, gaussian_blur_prob=self.gaussian_blur_prob)
+        check_ranges(solarize_prob=self.solarize_prob)
+        check_ranges(most=math.inf, brightness=self.brightness, contrast=self.contrast, saturation=self.saturation)
+        check_ranges(most=0.5, hue=self.hue)
+        check_ranges(most=255, solarize_threshold=self.solarize_threshold)
         check_span("gaussian_blur_radius", self.gaussian_blur_radius, "radii", most=MAX_BLUR)
 
     @property
@@ -136,9 +132,9 @@ class ViewGroups(Augmenter):
             crops[name] = ImageCrops(pixels=resized_crops(image, boxes, group.size), params=params)
         return crops
 
-    def finish(self, group: ImageGroup) -> ImageGroup:
+    def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         if not group.params.shape[-1]:
-            return replace(group, pixels=standardise(group.pixels, self.mean, self.std))
+            return group.finished(standardise(group.pixels, self.mean, self.std))
         pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
-        return replace(group, pixels=pixels.view(group.pixels.shape))
+        return group.finished(pixels.view(group.pixels.shape))

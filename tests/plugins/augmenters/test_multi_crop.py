@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_ssl.api import BadSample, ImageGroup, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl.api import BadSample, CropGroup, Sample, Spec, TowerSpec, ViewSpec
 from cosmos_ssl_plugins.augmenters import geometry
 from cosmos_ssl_plugins.augmenters import photometric as ph
 from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
@@ -30,11 +30,9 @@ def small(**options: Any) -> MultiCrop:
     return MultiCrop(SPEC, global_crops_size=32, local_crops_size=16, **options)
 
 
-def batch(augmenter: MultiCrop | ResizeCrop, name: str, count: int) -> ImageGroup:
+def batch(augmenter: MultiCrop | ResizeCrop, name: str, count: int) -> CropGroup:
     crops = [augmenter.crop(sample(), np.random.default_rng(seed))[name] for seed in range(count)]
-    return ImageGroup(
-        pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1)
-    )
+    return CropGroup(pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1))
 
 
 def test_published_defaults() -> None:
@@ -113,7 +111,7 @@ def test_finish_does_not_mix_samples() -> None:
     augmenter = small()
     group = batch(augmenter, "global", 6)
     whole = augmenter.finish(group).pixels
-    part = augmenter.finish(ImageGroup(pixels=group.pixels[:, 2:4], params=group.params[:, 2:4])).pixels
+    part = augmenter.finish(CropGroup(pixels=group.pixels[:, 2:4], params=group.params[:, 2:4])).pixels
     assert torch.equal(whole[:, 2:4], part)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cosmos_ssl import registry
-from cosmos_ssl.api import BadSample, ImageGroup, Sample, Spec, TowerSpec, ViewSpec
+from cosmos_ssl.api import BadSample, CropGroup, Sample, Spec, TowerSpec, ViewSpec
 from cosmos_ssl_plugins.augmenters import photometric as ph
 from cosmos_ssl_plugins.augmenters.view_groups import ViewGroup, ViewGroups
 
@@ -41,12 +41,10 @@ def make(spec: Spec = SPEC, **groups: ViewGroup | None) -> ViewGroups:
     return ViewGroups(spec, groups=groups)
 
 
-def batch(augmenter: ViewGroups, name: str, count: int, one: Sample | None = None) -> ImageGroup:
+def batch(augmenter: ViewGroups, name: str, count: int, one: Sample | None = None) -> CropGroup:
     one = one or sample()
     crops = [augmenter.crop(one, np.random.default_rng(seed))[name] for seed in range(count)]
-    return ImageGroup(
-        pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1)
-    )
+    return CropGroup(pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1))
 
 
 def test_groups_and_shapes() -> None:
@@ -137,7 +135,7 @@ def test_finish_does_not_mix_samples() -> None:
     augmenter = make(ssl=STRONG)
     group = batch(augmenter, "ssl", 6)
     whole = augmenter.finish(group).pixels
-    part = augmenter.finish(ImageGroup(pixels=group.pixels[:, 2:4], params=group.params[:, 2:4])).pixels
+    part = augmenter.finish(CropGroup(pixels=group.pixels[:, 2:4], params=group.params[:, 2:4])).pixels
     assert torch.equal(whole[:, 2:4], part)
 
 
