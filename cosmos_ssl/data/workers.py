@@ -62,20 +62,15 @@ class StatusLines:
     WIDTH = 240
 
     def __init__(self, workers: int) -> None:
-        self._lines = multiprocessing.get_context().RawArray("c", max(1, workers) * self.WIDTH)
+        self._lines = [multiprocessing.get_context().RawArray("c", self.WIDTH) for _ in range(workers)]
 
     def write(self, worker: int, text: str) -> None:
         """Replace the line of one worker."""
-        data = text.encode()[: self.WIDTH]
-        start = worker * self.WIDTH
-        self._lines[start : start + self.WIDTH] = data.ljust(self.WIDTH, b"\0")
+        self._lines[worker].value = text.encode()[: self.WIDTH - 1]
 
     def read(self) -> list[str]:
         """The lines of all workers."""
-        whole = bytes(self._lines)
-        return [
-            whole[n : n + self.WIDTH].rstrip(b"\0").decode(errors="replace") for n in range(0, len(whole), self.WIDTH)
-        ]
+        return [line.value.decode(errors="replace") for line in self._lines]
 
 
 class Failure(NamedTuple):

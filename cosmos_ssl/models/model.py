@@ -75,8 +75,8 @@ class Model(nn.Module):
     @property
     def towers(self) -> dict[Modality, Tower]:
         """The towers there are."""
-        pairs: tuple[tuple[Modality, Tower | None], ...] = (("image", self.image), ("text", self.text))
-        return {modality: tower for modality, tower in pairs if tower is not None}
+        towers: dict[Modality, Tower | None] = {"image": self.image, "text": self.text}
+        return {modality: tower for modality, tower in towers.items() if tower is not None}
 
     def parts(self) -> dict[str, str]:
         """The prefix of each part's parameters -> the part as messages call it."""

@@ -54,23 +54,8 @@ def small_run(folder: Path | str, config: Mapping[str, Any] | None = None, *, st
 
 def check_options(group: str, part: str | type[Any]) -> None:
     """Every option of a part has a type that a config can hold, a default of that type and a line in the docs."""
-    with _naming(group, part) as (record, cls):
-        for option in registry.options_of(cls):
-            expect(
-                option.doc,
-                f"the option '{option.name}' has no docs: write ``{option.name}: what it is`` in the docstring "
-                "of the class",
-            )
-            default = (
-                {option.name: option.default}
-                if not option.required and _is_plain(option.default)
-                else {option.name: None}
-            )
-            wrong = [message for key, message in registry.check_options(record, cls, default)[1] if key]
-            expect(
-                not wrong,
-                f"the default of '{option.name}' is none of its own type ({option.type_name}): {' '.join(wrong)}",
-            )
+    with _checking(group, part):
+        pass
 
 
 def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -81,8 +66,7 @@ def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = 
     same ones for the same batch and state, in bfloat16 too; gradients must reach all that it asks for; what it moves
     must be buffers, so that a step can be undone; and another copy with its state must go on as it does.
     """
-    check_options("losses", part)
-    with _naming("losses", part):
+    with _checking("losses", part):
         check = ModelCheck({"losses": {"clip": None, PART: {"type": part, **options}}}, around)
         check.run(f"losses.{PART}")
 
@@ -94,8 +78,7 @@ def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = 
     names exactly the parameters that an output does not reach; a sample's output depends on no other sample unless
     ``mixes_samples``.
     """
-    check_options("heads", part)
-    with _naming("heads", part):
+    with _checking("heads", part):
         reads = reader(Need(head=PART), Need(head=PART, role="teacher"))
         check = ModelCheck(
             {"heads": {PART: {"type": part, **options}}, "losses": {"clip": None, "reads": {"type": reads}}}, around
@@ -110,8 +93,7 @@ def check_tower(part: str | type[Tower], /, *, around: Mapping[str, Any] | None 
     It encodes what is asked for of every group: pooled and projected features, and as far as its capabilities say
     tokens and masked patches; gradients reach every parameter that ``unread`` does not name.
     """
-    check_options("towers", part)
-    with _naming("towers", part) as (_, cls):
+    with _checking("towers", part) as cls:
         modality = cls.modality
         tower = {"model": {modality: {"type": part, **options}}}
         capabilities = ModelCheck(tower, around).assembly.model.towers[modality].capabilities
@@ -130,8 +112,7 @@ def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | N
     It makes a second model that takes no gradients and shares nothing with the student, moves that model alone,
     returns numbers, and another copy with its state goes on as it does.
     """
-    check_options("teachers", part)
-    with _naming("teachers", part) as (_, cls):
+    with _checking("teachers", part) as cls:
         reads = [Need(modality="image"), *([Need(modality="image", role="teacher")] if cls.present else [])]
         config = {"losses": {"clip": None, "reads": {"type": reader(*reads)}}, "teacher": {"type": part, **options}}
         ModelCheck(config, around).teacher()
@@ -150,8 +131,7 @@ def check_augmenter(
     Crops are the groups on offer, of their shapes, a function of sample and ``rng`` alone, in a copy sent to another
     process too; ``finish`` gives finite floats, a function of crops and parameters, whatever else is in the batch.
     """
-    check_options("augmenters", part)
-    with _naming("augmenters", part) as (_, cls):
+    with _checking("augmenters", part) as cls:
         config = {"augmenters": {cls.modality: {"type": part, **options}}, "heads": {"cross": None}}
         config["losses"] = {"clip": None, "reads": {"type": reader(Need(modality=cls.modality))}}
         assembly = ModelCheck(config, around).assembly
@@ -215,6 +195,34 @@ def _check_finish(augmenter: Augmenter, name: str, group: CropGroup) -> None:
         expect(close, f"finish gives sample {i} of '{name}' other pixels in a batch than alone")
 
 
+@contextmanager
+def _checking(group: str, part: str | type[Any]) -> Iterator[type[Any]]:
+    """The class of a part, whose options are in order; what goes wrong from here on names the part."""
+    name = part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
+    try:
+        record = registry.find(group, part if isinstance(part, str) else registry.class_name(part))
+        name = str(record) if record.distribution != registry.CODE else name
+        cls = registry.load(record)
+        _check_options(record, cls)
+        yield cls
+    except (AssertionError, CosmosError) as error:
+        raise AssertionError(f"{name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while {name} was checked")
+        raise
+
+
+def _check_options(record: registry.Record, cls: type[Any]) -> None:
+    for option in registry.options_of(cls):
+        line = f"``{option.name}: what it is``"
+        expect(option.doc, f"the option '{option.name}' has no docs: write {line} in the docstring of the class")
+        if option.required or not _is_plain(option.default):
+            continue
+        _, faults = registry.check_options(record, cls, {option.name: option.default})
+        wrong = " ".join(message for key, message in faults if key)
+        expect(not wrong, f"the default of '{option.name}' is none of its own type ({option.type_name}): {wrong}")
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a config could hold the value as it is."""
     try:
@@ -222,18 +230,3 @@ def _is_plain(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-@contextmanager
-def _naming(group: str, part: str | type[Any]) -> Iterator[tuple[registry.Record, type[Any]]]:
-    """The record and class of a part; what goes wrong meanwhile names it."""
-    name = part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
-    try:
-        record = registry.find(group, part if isinstance(part, str) else registry.class_name(part))
-        name = str(record) if record.distribution != registry.CODE else name
-        yield record, registry.load(record)
-    except (AssertionError, CosmosError) as error:
-        raise AssertionError(f"{name}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while {name} was checked")
-        raise

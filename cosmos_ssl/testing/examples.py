@@ -258,27 +258,18 @@ class ReadsNeeds(Loss):
         return self.needs
 
     def forward(self, ctx: StepContext) -> LossOutput:
-        """One term a tensor that was asked of the student; what was asked of the teacher must be there."""
-        terms: dict[str, Tensor] = {}
+        """One term a tensor that was asked of the student; what is asked of the teacher is there to be computed."""
+        found: dict[str, Tensor] = {}
         for need in self.needs:
-            features = ctx.student if need.role == "student" else ctx.teacher
-            assert features is not None
+            if need.role == "teacher":
+                continue
             if need.head is not None:
-                found = dict(features.heads[need.head])
-            else:
-                assert need.modality is not None
-                groups = features.of(need.modality)
-                found = {
-                    f"{name}_{need.kind}": getattr(group, need.kind)
-                    for name, group in groups.items()
-                    if need.group in (ALL, name)
-                }
-            terms |= {
-                f"{need.head or need.modality}_{name}": directed(x)
-                for name, x in found.items()
-                if need.role == "student"
-            }
-        return LossOutput(terms=terms)
+                found |= {f"{need.head}_{name}": x for name, x in ctx.student.heads[need.head].items()}
+            elif need.modality is not None:
+                groups = ctx.student.of(need.modality).items()
+                asked = {name: group for name, group in groups if need.group in (ALL, name)}
+                found |= {f"{need.modality}_{name}_{need.kind}": getattr(x, need.kind) for name, x in asked.items()}
+        return LossOutput(terms={name: directed(x) for name, x in found.items()})
 
 
 def directed(x: Tensor) -> Tensor:
