@@ -27,7 +27,7 @@ from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying
 from cosmos_ssl.errors import DataError, did_you_mean
 from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TEXT_EXTENSION = "txt"

@@ -35,7 +35,7 @@ from cosmos_ssl.data.storage import (
 )
 from cosmos_ssl.errors import DataError
 from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 _MAGIC = b"cosmos-manifest-2\n"
 _SIZES_BYTES = 1 << 28

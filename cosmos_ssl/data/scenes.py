@@ -21,7 +21,7 @@ from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, 
 from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_error
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "is_written", "write_scenes"]
 

@@ -21,7 +21,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from cosmos_ssl.errors import BadSample, DataError, UserError
 from cosmos_ssl.files import part_name
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""

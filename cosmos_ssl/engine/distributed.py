@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from cosmos_ssl.config.ranks import started_ranks
 from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time as waits
 
 T = TypeVar("T")
 

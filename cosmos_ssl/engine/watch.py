@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from cosmos_ssl.errors import printable
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time as waits
 
 log = logging.getLogger(__name__)
 
