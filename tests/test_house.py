@@ -31,13 +31,7 @@ ORDER = [
     "functional",
     "data",
 ]
-ORDER += [
-    "models",
-    "evaluation",
-    "interop",
-    "engine",
-    "build",
-]  # training ends here
+ORDER += ["models", "evaluation", "interop", "engine", "build"]  # training ends here
 ORDER += ["shards", "cost", "testing", "cli"]
 NO_TORCH = (
     *(

@@ -66,10 +66,8 @@ def watched(loaded: LoadedConfig) -> Iterator[None]:
     folder = RunFolder(loaded.config.folder, rank)
     folder.path.mkdir(parents=True, exist_ok=True)
     minutes = loaded.config.training.timeout_minutes
-    with (
-        Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data") as watchdog,
-        on_alive(watchdog.alive),
-    ):
+    watchdog = Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data")
+    with watchdog, on_alive(watchdog.alive):
         yield
 
 
