@@ -20,7 +20,7 @@ from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
 from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
-from cosmos_ssl.data.tar import TarFault, members, sample_key
+from cosmos_ssl.data.tar import TarFault, members_in, sample_key
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
 _SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
@@ -183,10 +183,7 @@ class Shards(Dataset):
             raise BadSample("too large", f"at least {length:,} bytes at byte {offset:,} of {shard.name}")
         data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
         try:
-            found = [
-                (*sample_key(m.name), data[m.data : m.data + m.size])
-                for m in members(lambda at, count: data[at : at + count], length, whole=False)
-            ]
+            found = [(*sample_key(m.name), data[m.data : m.data + m.size]) for m in members_in(data)]
         except TarFault as error:
             raise OSError(f"{shard.url} has changed since it was indexed ({error} at sample {index})") from error
         if not found:

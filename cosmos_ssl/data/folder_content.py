@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.manifest import Progress
+from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def look_into(
     storage fails.
     """
     files, everything = _Files(root, index), range(len(index))
-    marked, hashed = _spread(len(index), len(index) if full_hash else _MARKED), _spread(len(index), _HASHED)
+    marked, hashed = spread(len(index), len(index) if full_hash else _MARKED), spread(len(index), _HASHED)
     total, done = (
         sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, everything[: len(index) * full_hash])),
         0,
@@ -87,7 +88,7 @@ def look_into(
 def is_unchanged(root: bytes, index: FolderIndex) -> bool:
     """Whether the marked pictures and their captions have the sizes and times that they had."""
     files, marks = _Files(root, index), index.columns["marks"]
-    places = _spread(len(index), len(marks))
+    places = spread(len(index), len(marks))
 
     def same(part: Sequence[int]) -> bool:
         try:
@@ -97,11 +98,6 @@ def is_unchanged(root: bytes, index: FolderIndex) -> bool:
 
     with ThreadPoolExecutor(THREADS) as threads:
         return all(threads.map(same, _parts(range(len(places)))))
-
-
-def _spread(count: int, most: int) -> Sequence[int]:
-    """Evenly spread places, ``most`` of them or all."""
-    return range(count) if most >= count else [i * count // most for i in range(most)]
 
 
 def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -266,9 +266,18 @@ def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
     return read
 
 
+def spread(count: int, most: int) -> Sequence[int]:
+    """Evenly spread places, ``most`` of them or all."""
+    return range(count) if most >= count else [i * count // most for i in range(most)]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pool(tasks: int, *, processes: bool) -> Executor:
     """One process a core for what computes (where processes can be forked), else threads, for what waits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if processes and cores > 1 and "fork" in get_all_start_methods():
-        return ProcessPoolExecutor(max(1, min(cores, tasks, 64)), mp_context=get_context("fork"))
+    if processes and cores() > 1 and "fork" in get_all_start_methods():
+        return ProcessPoolExecutor(max(1, min(cores(), tasks, 64)), mp_context=get_context("fork"))
     return ThreadPoolExecutor(max(1, min(32, tasks)))

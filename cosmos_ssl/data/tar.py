@@ -68,6 +68,11 @@ def members(read: Read, size: int, *, whole: bool = True) -> Iterator[Member]:
         raise TarFault(f"{size:,} of at least {position + 2 * BLOCK * whole:,} bytes")
 
 
+def members_in(data: bytes) -> Iterator[Member]:
+    """``members`` of a span of an archive that is in memory, such as a sample's."""
+    return members(lambda at, count: data[at : at + count], len(data), whole=False)
+
+
 def sample_key(name: str) -> tuple[str, str]:
     """Split a member's name at the first dot of its last part: (key, extension in lower case)."""
     folder, slash, base = name.rpartition("/")
