@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, Dataset, Sample
+from cosmos_ssl.data.cache import cache_root, digest
 from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
-from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
+from cosmos_ssl.data.manifest import Manifest, check_shards_exist, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
+from cosmos_ssl.data.storage import BlockCache, Reader
 from cosmos_ssl.data.tar import TarFault, members_in, sample_key
+from cosmos_ssl.liveness import OnProgress
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
 _SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
@@ -91,10 +92,10 @@ class Shards(Dataset):
 
     def check_exists(self) -> bool:
         """Raise DataError where a local shard, or the first one elsewhere, is missing; OSError where storage fails."""
-        check_shards(self._urls)
+        check_shards_exist(self._urls)
         return True
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""
         if self._manifest is None:
             self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir, progress=progress)
@@ -144,10 +145,10 @@ class Shards(Dataset):
         """
         shards = self.manifest.shards
         found: dict[str, Any] = {"samples": len(self), "shards": len(shards)}
-        found["digest"] = _digest(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
-        found["content"] = _digest(shard.content for shard in shards)
+        found["digest"] = digest(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
+        found["content"] = digest(shard.content for shard in shards)
         if all(shard.full_hash for shard in shards):
-            found["full_hash"] = _digest(shard.full_hash for shard in shards)
+            found["full_hash"] = digest(shard.full_hash for shard in shards)
         return found
 
     def read(self, index: int) -> Sample:
@@ -181,7 +182,7 @@ class Shards(Dataset):
         shard, offset, length = self.manifest.locate(index)
         if length > _SAMPLE_BYTES:
             raise BadSample("too large", f"at least {length:,} bytes at byte {offset:,} of {shard.name}")
-        data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
+        data = self._reader.read(shard.url, shard.stat, offset, length)
         try:
             found = [(*sample_key(m.name), data[m.data : m.data + m.size]) for m in members_in(data)]
         except TarFault as error:
@@ -213,10 +214,6 @@ def open_shards(
     shards = Shards(urls, caption_schema=caption_schema, cache_dir=cache_dir, max_pixels=max_pixels, full=True)
     len(shards)  # indexes them: a mistake shows here
     return shards
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.liveness import OnProgress
 
 if TYPE_CHECKING:
     from cosmos_ssl.data.folder_index import FolderIndex
@@ -42,7 +42,7 @@ def mark_of(found: os.stat_result) -> int:
 
 
 def look_into(
-    root: bytes, index: FolderIndex, *, full_hash: bool, progress: Progress | None
+    root: bytes, index: FolderIndex, *, full_hash: bool, progress: OnProgress
 ) -> tuple[dict[str, str], NDArray[np.int64]]:
     """Hashes of what is in ``pictures`` and ``captions``, and in every byte of them (``full_pictures``,
     ``full_captions``) where asked for.
@@ -61,8 +61,7 @@ def look_into(
         nonlocal done
         for found in threads.map(lambda part: retrying(lambda: function(part), os.fsdecode(root)), _parts(places)):
             done += 1
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
             yield found
 
     wanted = {

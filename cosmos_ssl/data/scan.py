@@ -177,6 +177,13 @@ class Notes:
     """Members whose names earlier ones of the shard have."""
     repeated_examples: list[str] = field(default_factory=list)
 
+    def add(self, kind: str, example: str) -> None:
+        """Count what is odd."""
+        count = getattr(self, kind)
+        setattr(self, kind, count + 1)
+        if count < EXAMPLES:
+            getattr(self, f"{kind}_examples").append(example)
+
 
 @unless_still
 def scan(url: str, size: int) -> Scan:
@@ -193,22 +200,16 @@ def scan(url: str, size: int) -> Scan:
             notes.keys += 1
             for member in group:
                 if member.name in names:
-                    notes.repeated += 1
-                    notes.repeated_examples += [f"{member.name} at byte {member.start:,}"] * (
-                        notes.repeated <= EXAMPLES
-                    )
+                    notes.add("repeated", f"{member.name} at byte {member.start:,}")
                 names.add(member.name)
             if extensions.isdisjoint(IMAGE_EXTENSIONS):
-                notes.imageless += 1
-                notes.imageless_examples += [group[0].name] * (notes.imageless <= EXAMPLES)
+                notes.add("imageless", group[0].name)
                 continue
             if extensions.isdisjoint(CAPTION_EXTENSIONS):
-                notes.bare += 1
-                notes.bare_examples += [group[0].name] * (notes.bare <= EXAMPLES)
+                notes.add("bare", group[0].name)
             offsets.append(group[0].start)
-            lengths.append(
-                min(group[-1].end - group[0].start, _MOST)
-            )  # more than a sample may have is a bad one when it is read
+            # more than a sample may have is a bad one when it is read
+            lengths.append(min(group[-1].end - group[0].start, _MOST))
     except TarFault as error:
         fault = str(error)
     for start in (0, max(0, size - _SPREAD) // 2, max(0, size - _SPREAD)):
@@ -264,6 +265,11 @@ def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
         return buffer[offset - first : offset - first + count]
 
     return read
+
+
+def some(examples: Sequence[str]) -> str:
+    """The first of them, and dots for more."""
+    return ", ".join(examples[:EXAMPLES]) + (", ..." if len(examples) > EXAMPLES else "")
 
 
 def spread(count: int, most: int) -> Sequence[int]:

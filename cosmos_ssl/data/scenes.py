@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.cache import cache_root, lock
 from cosmos_ssl.data.scan import pool
 from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, caption, draw, make_scene, sentences
-from cosmos_ssl.data.storage import cache_root, lock
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_error
 from cosmos_ssl.liveness import alive

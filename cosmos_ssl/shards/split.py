@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cosmos_ssl.data.cache import cache_root, digest
 from cosmos_ssl.data.manifest import stat_all
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import written_whole
@@ -60,9 +61,9 @@ def split_shards(options: SplitOptions, progress: OnStage, *, resume: bool = Fal
     """
     urls = expand(options.urls)
     stats = stat_all(urls)
-    lines = "\n".join(f"{url} {found.size} {found.stamp}" for url, found in zip(urls, stats, strict=True))
+    stamps = digest(f"{url} {found.size} {found.stamp}" for url, found in zip(urls, stats, strict=True))
     identity = {
-        "shards": [len(urls), urls[0], hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]],
+        "shards": [len(urls), urls[0], stamps],
         "share": options.share,
         "samples_per_shard": options.samples_per_shard,
         **({"by": options.by} if options.by != "key" else {}),  # which is all that there once was

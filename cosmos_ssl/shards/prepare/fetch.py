@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.data.storage import cache_root, lock
+from cosmos_ssl.data.cache import cache_root, lock
 from cosmos_ssl.errors import StorageError, UserError
 from cosmos_ssl.files import written_whole
 from cosmos_ssl.liveness import OnStage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.cache import cache_root, digest
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, folder_shards, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, local_path, stat
 from cosmos_ssl.data.tar import TarFault, members, members_in, sample_key
 from cosmos_ssl.errors import BadSample, DataError
 from cosmos_ssl.files import written_whole
@@ -106,8 +106,8 @@ class ShardImages(Images):
         return self._stats[part]
 
     def identity(self) -> Any:
-        lines = "\n".join(f"{url} {self._stat(i).size}" for i, url in enumerate(self._urls))
-        return [len(self._urls), self._urls[0], hashlib.sha256(lines.encode()).hexdigest()[:16]]
+        sizes = digest(f"{url} {self._stat(i).size}" for i, url in enumerate(self._urls))
+        return [len(self._urls), self._urls[0], sizes]
 
     def index(self, output: Output, workers: int, progress: OnStage) -> list[dict[str, int]]:
         notes = [output.note(f"index/{part:05d}.json") for part in range(len(self._urls))]
