@@ -81,11 +81,7 @@ _Checked = tuple[ShardReport, NDArray[np.bytes_]]
 
 
 def check_shards(
-    urls: str | Sequence[str],
-    *,
-    captions: str | None = None,
-    max_pixels: int = 1 << 26,
-    progress: OnProgress = alive,
+    urls: str | Sequence[str], *, captions: str | None = None, max_pixels: int = 1 << 26, progress: OnProgress = alive
 ) -> list[ShardReport]:
     """Decode every sample of every shard, several shards at once; samples that repeat an earlier one are faults.
 
