@@ -105,25 +105,19 @@ class FolderIndex:
             raise IndexError(f"picture {index} of {len(self)}")
         folder = int(np.searchsorted(self.columns["picture_ends"], index, side="right"))
         name = _piece(self.columns["names"], self.columns["name_ends"], index)
-        return (
-            _piece(self.columns["folders"], self.columns["folder_ends"], folder),
-            name,
-            int(self.columns["classes"][folder]),
-        )
+        return self._folder(folder), name, int(self.columns["classes"][folder])
 
-    def paths(self, places: Sequence[int]) -> list[bytes]:
-        """Paths from the root of the pictures at these places."""
+    def paths(self, places: Sequence[int], root: bytes = b"") -> list[bytes]:
+        """Paths from the root, or with it, of the pictures at these places."""
         at = np.asarray(places)
         ends, names = self.columns["name_ends"], self.columns["names"]
         spans = zip(np.where(at > 0, ends[at - 1] + 1, 0).tolist(), ends[at].tolist(), strict=True)
         numbers = np.searchsorted(self.columns["picture_ends"], at, side="right").tolist()
-        folders = {
-            number: _piece(self.columns["folders"], self.columns["folder_ends"], number) for number in set(numbers)
-        }
-        above = {number: folder and folder + b"/" for number, folder in folders.items()}
-        return [
-            above[number] + names[start:stop].tobytes() for number, (start, stop) in zip(numbers, spans, strict=True)
-        ]
+        above = {number: root + (folder := self._folder(number)) + b"/" * bool(folder) for number in set(numbers)}
+        return [above[at] + names[start:stop].tobytes() for at, (start, stop) in zip(numbers, spans, strict=True)]
+
+    def _folder(self, number: int) -> bytes:
+        return _piece(self.columns["folders"], self.columns["folder_ends"], number)
 
     def folders(self) -> list[bytes]:
         """Paths of all folders from the root."""

@@ -185,9 +185,12 @@ class Notes:
             getattr(self, f"{kind}_examples").append(example)
 
 
-@unless_still
 def scan(url: str, size: int) -> Scan:
     """Walk the headers of one shard. Raises OSError where storage fails; a damaged archive is a ``fault``."""
+    return unless_still(lambda: _scan(url, size), url)
+
+
+def _scan(url: str, size: int) -> Scan:
     offsets: list[int] = []
     lengths: list[int] = []
     notes, fault = Notes(), ""

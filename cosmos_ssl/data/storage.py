@@ -11,10 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import wraps
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cosmos_ssl.data.cache import lock
 from cosmos_ssl.errors import BadSample, DataError, UserError
@@ -41,7 +40,6 @@ _RUN = secrets.token_hex(8)
 _OPEN_FILES = 64
 
 _T = TypeVar("_T")
-_P = ParamSpec("_P")
 
 
 class Stat(NamedTuple):
@@ -161,16 +159,9 @@ class _Reads:
     count = 0
 
 
-def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Concatenate[str, _P], _T]:
-    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads
-    succeeds.
-    """
-
-    @wraps(function)
-    def watched(url: str, /, *args: _P.args, **options: _P.kwargs) -> _T:
-        return bounded(lambda: function(url, *args, **options), url, STILL_SECONDS, lambda: _Reads.count)
-
-    return watched
+def unless_still(call: Callable[[], _T], what: str) -> _T:
+    """``call()``, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads succeeds."""
+    return bounded(call, what, STILL_SECONDS, lambda: _Reads.count)
 
 
 def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[], int] = lambda: 0) -> _T:

@@ -158,7 +158,7 @@ class Rows:
     def __init__(self, stems: Sequence[Path]) -> None:
         self._stems = stems
         self._ends = np.cumsum([TableNote.of(stem).usable for stem in stems]).tolist()
-        self._tables: dict[int, _Mapped] = {}
+        self._tables: dict[int, dict[str, pa.ChunkedArray]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -168,46 +168,31 @@ class Rows:
 
         Raises BadSample for strings that are no UTF-8.
         """
-        batch, place = self._find(index)
+        columns, place = self._find(index)
         try:
-            return {name: batch.column(i)[place].as_py() for i, name in enumerate(batch.schema.names)}
+            return {name: column[place].as_py() for name, column in columns.items()}
         except UnicodeDecodeError as error:
             raise BadSample("not UTF-8", self.name(index)) from error
 
     def name(self, index: int) -> str:
         """URL or path of the image that a row names."""
-        batch, place = self._find(index)
-        return str(cell_or_bytes(batch.column(0)[place]))
+        columns, place = self._find(index)
+        return str(cell_or_bytes(columns["key"][place]))
 
-    def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _find(self, index: int) -> tuple[dict[str, pa.ChunkedArray], int]:
         number = bisect.bisect_right(self._ends, index)
-        if number not in self._tables:
-            self._tables[number] = _Mapped(self._stems[number].with_suffix(".arrow"))
-        return self._tables[number].find(index - (self._ends[number - 1] if number else 0))
+        if number not in self._tables:  # views of the mapped file, which hold no memory of their own
+            import pyarrow as pa
+
+            file = pa.memory_map(str(self._stems[number].with_suffix(".arrow")))
+            table = pa.ipc.open_file(file).read_all()
+            self._tables[number] = dict(zip(table.column_names, table.columns, strict=True))
+        return self._tables[number], index - (self._ends[number - 1] if number else 0)
 
     def keys(self) -> Iterator[NDArray[np.bytes_]]:
         """The keys of all rows in order, in pieces."""
         for stem in self._stems:
             yield from pieces(stem.with_suffix(".keys"), KEY)
-
-
-class _Mapped:
-    """One Arrow file."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._ends = np.cumsum(
-            [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
-        ).tolist()
-        self._batches: dict[int, Any] = {}  # views of the mapped file, which hold no memory of their own
-
-    def find(self, index: int) -> tuple[pa.RecordBatch, int]:
-        number = bisect.bisect_right(self._ends, index)
-        if number not in self._batches:
-            self._batches[number] = self._file.get_batch(number)
-        return self._batches[number], index - (self._ends[number - 1] if number else 0)
 
 
 def pieces(path: Path, kind: np.dtype[Any], count: int = 1 << 16) -> Iterator[NDArray[Any]]:

@@ -177,23 +177,26 @@ class CsvTable(Table):
                 yield batch()
 
     def _parsed(self, file: BinaryIO) -> Iterator[list[str]]:
-        lines = _Lines(file)
-        for first in lines:
+        back, number = deque[bytes](), 1  # lines that are read again; the number of the last one, the head's at first
+        while first := back.popleft() if back else file.readline():
+            number += 1
             record, quotes, size = [first], first.count(b'"'), len(first)
-            while quotes % 2 and size < RECORD_BYTES and (more := next(lines, None)) is not None:
+            while quotes % 2 and size < RECORD_BYTES and (more := back.popleft() if back else file.readline()):
                 record.append(more)
                 quotes += more.count(b'"')
                 size += len(more)
             row, reason = self._parse(b"".join(record))
             if row is None and len(record) > 1:  # the quote was not meant to be one, or was never closed
-                lines.put_back(record[1:])
+                back.extendleft(reversed(record[1:]))
                 row, reason = self._parse(first)
+            else:
+                number += len(record) - 1
             if row is not None:
                 self.rows += 1
                 yield row
             elif reason:
                 self.rows += 1
-                self.fault(reason, f"{self.path.name}:{lines.number}")
+                self.fault(reason, f"{self.path.name}:{number}")
 
     def _parse(self, record: bytes) -> tuple[list[str] | None, str]:
         if not record.strip():
@@ -206,26 +209,3 @@ class CsvTable(Table):
             return None, "broken quoting"
         good = len(rows) == 1 and len(rows[0]) == len(self.columns)
         return (rows[0], "") if good else (None, "wrong number of fields")
-
-
-class _Lines:
-    """Lines that can be put back; ``number`` is that of the last one given, from 1."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._back: deque[bytes] = deque()
-        self.number = 1  # the head
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        line = self._back.popleft() if self._back else self._file.readline()
-        if not line:
-            raise StopIteration
-        self.number += 1
-        return line
-
-    def put_back(self, lines: Sequence[bytes]) -> None:
-        self._back.extendleft(reversed(lines))
-        self.number -= len(lines)
