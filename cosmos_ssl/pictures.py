@@ -38,19 +38,14 @@ def read_regular(path: Path) -> bytes:
 
     Raises BadSample for a pipe or a device, which might never end, and for a file that is too large; OSError.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    # a pipe would be waited for until someone writes into it
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise BadSample("no regular file")
         if found.st_size > FILE_BYTES:
             raise BadSample("too large", f"{found.st_size:,} bytes")
         return file.read()
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(
-        path, flags | getattr(os, "O_NONBLOCK", 0)
-    )  # a pipe would be waited for until someone writes into it
 
 
 @contextmanager

@@ -23,6 +23,7 @@ ORDER = [
     "pictures",
     "bounds",
     "marks",
+    "liveness",
     "api",
     "registry",
     "config",
@@ -30,11 +31,12 @@ ORDER = [
     "functional",
     "data",
 ]
-ORDER += ["shards", "models", "evaluation", "interop", "engine", "cost", "build", "testing", "cli"]
+ORDER += ["models", "evaluation", "interop", "engine", "build"]  # training ends here
+ORDER += ["shards", "cost", "testing", "cli"]
 NO_TORCH = (
     *(
         f"cosmos_ssl.{unit}"
-        for unit in ("errors", "streams", "pictures", "bounds", "marks", "registry", "config", "identity")
+        for unit in ("errors", "streams", "pictures", "bounds", "marks", "liveness", "registry", "config", "identity")
     ),
     "cosmos_ssl_launch",
 )
@@ -129,7 +131,9 @@ def test_import_directions(path: Path) -> None:
     [
         ("cosmos_ssl/data/x.py", "cosmos_ssl.engine.step", False),
         ("cosmos_ssl/engine/x.py", "cosmos_ssl.data.order", True),
-        ("cosmos_ssl/build.py", "cosmos_ssl_plugins.losses.clip", False),
+        ("cosmos_ssl/build/x.py", "cosmos_ssl_plugins.losses.clip", False),
+        ("cosmos_ssl/data/x.py", "cosmos_ssl.shards.check", False),
+        ("cosmos_ssl/build/x.py", "cosmos_ssl.cost.flops", False),
         ("plugins/cosmos_ssl_plugins/losses/x.py", "cosmos_ssl.registry", False),
         ("plugins/cosmos_ssl_plugins/losses/x.py", "cosmos_ssl.api", True),
         ("launch/cosmos_ssl_launch/x.py", "cosmos_ssl.engine.trainer", False),

@@ -26,9 +26,9 @@ from bench import Row, report, row
 from PIL import Image
 
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
+from cosmos_ssl.shards.keys import hashed
+from cosmos_ssl.shards.output import TAR_END, tar_member
 from cosmos_ssl.shards.prepare.joining import join
-from cosmos_ssl.shards.prepare.rows import hashed
-from cosmos_ssl.shards.prepare.writing import TAR_END, tar_member
 
 SHARD = 10_000
 MB = 1e6
@@ -164,7 +164,7 @@ def joins(rows: int) -> tuple[float, float]:
         other = (hashed([names[i] for i in order[at : at + 8192]]) for at in range(0, rows, 8192))
         found = join(Path(folder), keys, other)
         dealt = rows / (time.monotonic() - start)
-        assert found.row_of.tolist() == order
+        assert found.tolist() == order
         start = time.monotonic()
         base = sqlite3.connect(f"{folder}/base")
         base.execute("PRAGMA journal_mode=OFF")

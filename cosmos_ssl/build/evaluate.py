@@ -15,7 +15,7 @@ from cosmos_ssl.api import Role, Spec, UserError
 from cosmos_ssl.build import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import LoadedConfig, load_config
-from cosmos_ssl.data.storage import cache_root
+from cosmos_ssl.data.cache import cache_root
 from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world, pick_device
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.evaluation.features import Job, Store, digest, weights_digest

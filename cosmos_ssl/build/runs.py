@@ -27,8 +27,8 @@ from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError
 from cosmos_ssl.files import storage_faults
-from cosmos_ssl.functional.pulse import heard
 from cosmos_ssl.interop.partial import compare
+from cosmos_ssl.liveness import on_alive
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.registry import shown
 from cosmos_ssl.streams import steady_streams
@@ -66,7 +66,8 @@ def watched(loaded: LoadedConfig) -> Iterator[None]:
     folder = RunFolder(loaded.config.folder, rank)
     folder.path.mkdir(parents=True, exist_ok=True)
     minutes = loaded.config.training.timeout_minutes
-    with Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data") as watchdog, heard(watchdog.alive):
+    watchdog = Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data")
+    with watchdog, on_alive(watchdog.alive):
         yield
 
 

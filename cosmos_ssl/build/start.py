@@ -13,7 +13,7 @@ from cosmos_ssl.api import IndexedDataset
 from cosmos_ssl.build import Builder, claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.data.storage import only_looking
+from cosmos_ssl.data.cache import only_looking
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import pick_device

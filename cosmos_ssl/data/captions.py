@@ -6,7 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 from cosmos_ssl.errors import BadSample, DataError, UserError, did_you_mean
@@ -57,10 +57,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """One text of several sentences, as the authors' program joins them: ``.
-
-    `` between, once where one brings its own full stop.
-    """
+    """One text of several sentences, as the authors' program joins them: ``. `` between, or one's own full stop."""
     joined = "".join(f"{text.rstrip()} " if _STOPPED.search(text) else f"{text}. " for text in sentences[:-1])
     return joined + "".join(sentences[-1:])
 
@@ -83,21 +80,8 @@ def caption_schema(name: str | None) -> Schema:
     what is under a key of bookkeeping, such as ``url`` or ``image_id``, nor URLs, paths of files and hashes under any
     key), None (no captions). Raises UserError for another name.
     """
-    if name is None:
-        return lambda table, text: {}
-    if name == "txt":
-        return lambda table, text: _filled({"txt": _whole(text)})
-    if name == "all":
-        return _everything
-    if name == "pixelprose":
-        return lambda table, text: _filled(
-            {
-                "original_caption": _whole_or_list(table.get("original_caption")),
-                "caption": as_sentences(table.get("caption")),
-            }
-        )
-    keys = schema_fields(name)
-    return lambda table, text: _filled({key: as_sentences(table.get(key)) for key in keys})
+    own = {None: _nothing, "txt": _text_member, "all": _everything, "pixelprose": _pixelprose}
+    return own[name] if name in own else partial(_lists, schema_fields(name or ""))
 
 
 def schema_fields(name: str) -> tuple[str, ...]:
@@ -111,6 +95,23 @@ def schema_fields(name: str) -> tuple[str, ...]:
         known = ["dreamlip", "pixelprose", "txt", "all", "json:KEY"]
         raise UserError(f"caption_schema: no schema '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return keys
+
+
+def _nothing(table: Mapping[str, Any], text: str | None) -> Captions:
+    return {}
+
+
+def _text_member(table: Mapping[str, Any], text: str | None) -> Captions:
+    return _filled({"txt": _whole(text)})
+
+
+def _pixelprose(table: Mapping[str, Any], text: str | None) -> Captions:
+    whole = _whole_or_list(table.get("original_caption"))
+    return _filled({"original_caption": whole, "caption": as_sentences(table.get("caption"))})
+
+
+def _lists(keys: Sequence[str], table: Mapping[str, Any], text: str | None) -> Captions:
+    return _filled({key: as_sentences(table.get(key)) for key in keys})
 
 
 def _everything(table: Mapping[str, Any], text: str | None) -> Captions:

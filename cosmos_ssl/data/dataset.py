@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, IndexedDataset, Sample
-from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
-from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
+from cosmos_ssl.data.cache import cache_root, digest
+from cosmos_ssl.data.captions import caption_schema as schema_named
+from cosmos_ssl.data.captions import check_captions, text_fault
+from cosmos_ssl.data.manifest import Manifest, check_shards_exist, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
-from cosmos_ssl.data.tar import TarFault, members, sample_key
+from cosmos_ssl.data.storage import BlockCache, Reader
+from cosmos_ssl.data.tar import TarFault, members_in, sample_key
+from cosmos_ssl.liveness import OnProgress
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
 _SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
 """What a sample may have in all, and in its JSON, which becomes a hundred times as much when it is read."""
+_NO_EXTRAS = frozenset((*IMAGE_EXTENSIONS, "json", "txt", "cls"))
 _INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
 
@@ -54,19 +57,9 @@ class Shards(IndexedDataset):
         self._max_pixels = max_pixels
         self._full = full
         self._manifest = manifest
-        self._use_schema(caption_schema)
+        self._captions = schema_named(caption_schema)
         blocks = (Path(cache_dir).expanduser() if cache_dir else cache_root()) / "blocks"
         self._reader = Reader(BlockCache(blocks, int(cache_gib * 2**30)))
-
-    def _use_schema(self, name: str | None) -> None:
-        self._captions = caption_schema(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_captions"}  # a closure cannot be pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._use_schema(self._schema_name)
 
     @property
     def manifest(self) -> Manifest:
@@ -91,10 +84,10 @@ class Shards(IndexedDataset):
 
     def check_exists(self) -> bool:
         """Raise DataError where a local shard, or the first one elsewhere, is missing; OSError where storage fails."""
-        check_shards(self._urls)
+        check_shards_exist(self._urls)
         return True
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""
         if self._manifest is None:
             self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir, progress=progress)
@@ -109,11 +102,8 @@ class Shards(IndexedDataset):
         filled = np.flatnonzero(sizes)
         chosen = filled[np.linspace(0, len(filled) - 1, min(len(filled), _LOOK_SHARDS)).astype(int)]
         starts = np.cumsum(sizes) - sizes
-        indices = [
-            int(starts[s] + i)
-            for s in chosen
-            for i in np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int))
-        ]
+        inside = {s: np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int)) for s in chosen.tolist()}
+        indices = [int(starts[s] + i) for s, places in inside.items() for i in places]
         with ThreadPoolExecutor(16) as threads:
             for index, found in zip(indices, threads.map(self._members, indices), strict=True):
                 try:
@@ -144,10 +134,10 @@ class Shards(IndexedDataset):
         """
         shards = self.manifest.shards
         found: dict[str, Any] = {"samples": len(self), "shards": len(shards)}
-        found["digest"] = _digest(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
-        found["content"] = _digest(shard.content for shard in shards)
+        found["digest"] = digest(f"{shard.name} {shard.size} {shard.samples}" for shard in shards)
+        found["content"] = digest(shard.content for shard in shards)
         if all(shard.full_hash for shard in shards):
-            found["full_hash"] = _digest(shard.full_hash for shard in shards)
+            found["full_hash"] = digest(shard.full_hash for shard in shards)
         return found
 
     def read(self, index: int) -> Sample:
@@ -157,23 +147,15 @@ class Shards(IndexedDataset):
         """
         key, parts = self._members(index)
         image = next((parts[e] for e in parts if e in IMAGE_EXTENSIONS), None)
-        wants_table = self._full or (self._schema_name not in (None, "txt"))
-        table = _table(parts) if wants_table else {}
-        extras: dict[str, Any] = {}
-        if "cls" in parts:
-            extras["cls"] = _label(parts["cls"])
+        table = _table(parts) if self._full or self._schema_name not in (None, "txt") else {}
+        extras: dict[str, Any] = {"cls": _label(parts["cls"])} if "cls" in parts else {}
         if self._full:
             extras["json"] = table
-            extras |= {
-                name: body for name, body in parts.items() if name not in (*IMAGE_EXTENSIONS, "json", "txt", "cls")
-            }
+            extras |= {name: body for name, body in parts.items() if name not in _NO_EXTRAS}
         captions = self._captions(table, _text(parts))
         if self._schema_name == "all":  # whatever is text: not all of it was meant to be a caption
-            captions = {
-                name: fit
-                for name, texts in captions.items()
-                if (fit := [text for text in texts if not text_fault(text)])
-            }
+            fit = {name: [text for text in texts if not text_fault(text)] for name, texts in captions.items()}
+            captions = {name: texts for name, texts in fit.items() if texts}
         return Sample(key=key, image=image, captions=captions, extras=extras, max_pixels=self._max_pixels)
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
@@ -181,22 +163,16 @@ class Shards(IndexedDataset):
         shard, offset, length = self.manifest.locate(index)
         if length > _SAMPLE_BYTES:
             raise BadSample("too large", f"at least {length:,} bytes at byte {offset:,} of {shard.name}")
-        data = self._reader.read(shard.url, Stat(shard.size, shard.stamp), offset, length)
+        data = self._reader.read(shard.url, shard.stat, offset, length)
         try:
-            found = [
-                (*sample_key(m.name), data[m.data : m.data + m.size])
-                for m in members(lambda at, count: data[at : at + count], length, whole=False)
-            ]
+            found = [(*sample_key(m.name), data[m.data : m.data + m.size]) for m in members_in(data)]
         except TarFault as error:
             raise OSError(f"{shard.url} has changed since it was indexed ({error} at sample {index})") from error
         if not found:
             raise OSError(f"{shard.url} has changed since it was indexed (zeros at sample {index})")
         parts = {extension: body for _, extension, body in found}
         if len(parts) < len(found):
-            raise BadSample(
-                "repeated member",
-                f"{found[0][0]} has more than one of {', '.join(f'.{extension}' for extension in parts)}",
-            )
+            raise BadSample("repeated member", f"{found[0][0]} has more than one of .{', .'.join(parts)}")
         return found[0][0], parts
 
 
@@ -216,10 +192,6 @@ def open_shards(
     shards = Shards(urls, caption_schema=caption_schema, cache_dir=cache_dir, max_pixels=max_pixels, full=True)
     len(shards)  # indexes them: a mistake shows here
     return shards
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _table(parts: Mapping[str, bytes]) -> Mapping[str, Any]:

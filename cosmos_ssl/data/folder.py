@@ -18,16 +18,16 @@ from cosmos_ssl.data.folder_index import (
     EXTENSIONS,
     TEXT_EXTENSION,
     FolderIndex,
-    check_folder,
+    check_is_folder,
     is_indexed,
     load_folder,
     shown,
     similar,
 )
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.pictures import MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
@@ -108,10 +108,10 @@ class Folder(IndexedDataset):
 
     def check_exists(self) -> bool:
         """Raise DataError where there is no such folder."""
-        check_folder(self.root)
+        check_is_folder(self.root)
         return True
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""
         if (splits := splits_of(self.root)) is not None and self._classes is None:
             raise DataError(

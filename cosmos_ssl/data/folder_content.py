@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.manifest import Progress
+from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.liveness import OnProgress
 
 if TYPE_CHECKING:
     from cosmos_ssl.data.folder_index import FolderIndex
@@ -41,7 +42,7 @@ def mark_of(found: os.stat_result) -> int:
 
 
 def look_into(
-    root: bytes, index: FolderIndex, *, full_hash: bool, progress: Progress | None
+    root: bytes, index: FolderIndex, *, full_hash: bool, progress: OnProgress
 ) -> tuple[dict[str, str], NDArray[np.int64]]:
     """Hashes of what is in ``pictures`` and ``captions``, and in every byte of them (``full_pictures``,
     ``full_captions``) where asked for.
@@ -49,49 +50,43 @@ def look_into(
     Empty where there are none, or were not asked for. Then the marks of some pictures, or of all. Raises OSError where
     storage fails.
     """
-    files, everything = _Files(root, index), range(len(index))
-    marked, hashed = _spread(len(index), len(index) if full_hash else _MARKED), _spread(len(index), _HASHED)
-    total, done = (
-        sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, everything[: len(index) * full_hash])),
-        0,
-    )
+    texts, everything = index.notes.texts > 0, range(len(index))
+    whole = everything[: len(index) * full_hash]
+    marked, hashed = spread(len(index), len(index) if full_hash else _MARKED), spread(len(index), _HASHED)
+    total, done = sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, whole)), 0
 
-    def of_parts(function: Callable[[Sequence[int]], _T], places: Sequence[int]) -> Iterator[_T]:
+    def of_parts(function: Callable[[list[bytes]], _T], places: Sequence[int]) -> Iterator[_T]:
         nonlocal done
-        for found in threads.map(lambda part: retrying(lambda: function(part), os.fsdecode(root)), _parts(places)):
+        look = lambda part: retrying(lambda: function(index.paths(part, root + b"/")), os.fsdecode(root))  # noqa: E731
+        for found in threads.map(look, _parts(places)):
             done += 1
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
             yield found
 
-    wanted = {
-        "pictures": True,
-        "captions": files.texts,
-        "full_pictures": full_hash,
-        "full_captions": full_hash and files.texts,
-    }
-    hashes = {name: hashlib.sha256() for name in wanted}
+    hashes = {name: hashlib.sha256() for name in ("pictures", "captions", "full_pictures", "full_captions")}
     with ThreadPoolExecutor(THREADS) as threads:  # files on a network file system are waited for
-        marks = list(
-            of_parts(partial(files.marks, now=time.time_ns()), marked)
-        )  # first, so that what changes meanwhile is seen later
-        for sizes in of_parts(files.sizes, everything):
+        # marks first, so that what changes meanwhile is seen later
+        marks = list(of_parts(partial(_marks, texts=texts, now=time.time_ns()), marked))
+        for sizes in of_parts(_sizes, everything):
             hashes["pictures"].update(sizes)
-        for before, places in (("", hashed), ("full_", everything[: len(index) * full_hash])):
-            for own, theirs in of_parts(partial(files.hashes, whole=bool(before)), places):
+        for before, places, length in (("", hashed, _HEAD), ("full_", whole, -1)):
+            for own, theirs in of_parts(partial(_digests, texts=texts, length=length), places):
                 hashes[f"{before}pictures"].update(own)
                 hashes[f"{before}captions"].update(theirs)
-    return {name: hashes[name].hexdigest()[:16] if wanted[name] else "" for name in wanted}, np.concatenate(marks)
+    wanted = {"captions": texts, "full_pictures": full_hash, "full_captions": full_hash and texts}
+    found = {name: digest.hexdigest()[:16] if wanted.get(name, True) else "" for name, digest in hashes.items()}
+    return found, np.concatenate(marks)
 
 
 def is_unchanged(root: bytes, index: FolderIndex) -> bool:
     """Whether the marked pictures and their captions have the sizes and times that they had."""
-    files, marks = _Files(root, index), index.columns["marks"]
-    places = _spread(len(index), len(marks))
+    texts, marks = index.notes.texts > 0, index.columns["marks"]
+    places = spread(len(index), len(marks))
 
     def same(part: Sequence[int]) -> bool:
         try:
-            return bool((files.marks([places[i] for i in part]) == marks[part[0] : part[-1] + 1]).all())
+            found = _marks(index.paths([places[i] for i in part], root + b"/"), texts)
+            return bool((found == marks[part[0] : part[-1] + 1]).all())
         except OSError:
             return False
 
@@ -99,59 +94,47 @@ def is_unchanged(root: bytes, index: FolderIndex) -> bool:
         return all(threads.map(same, _parts(range(len(places)))))
 
 
-def _spread(count: int, most: int) -> Sequence[int]:
-    """Evenly spread places, ``most`` of them or all."""
-    return range(count) if most >= count else [i * count // most for i in range(most)]
-
-
 def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:
     return (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
 
 
-class _Files:
-    """Sizes, marks and hashes of the pictures at some places of an index, and of the captions where there are any."""
+def _sizes(paths: Sequence[bytes]) -> bytes:
+    return np.array([os.stat(path).st_size for path in paths], np.int64).tobytes()  # noqa: PTH116
 
-    def __init__(self, root: bytes, index: FolderIndex) -> None:
-        self._root, self._index = root, index
-        self.texts = index.notes.texts > 0
 
-    def _paths(self, places: Sequence[int]) -> list[bytes]:
-        return [self._root + b"/" + path for path in self._index.paths(places)]
+def _marks(paths: Sequence[bytes], texts: bool, now: int | None = None) -> NDArray[np.int64]:
+    """One number a picture, and its caption with ``texts``; -1 for one that may change after ``now`` without another
+    time.
+    """
+    marks = []
+    for path in paths:
+        mark = newest = 0
+        for name in (path, _caption(path))[: 1 + texts]:
+            try:
+                found = os.stat(name)  # noqa: PTH116  (a Path holds no bytes)
+            except FileNotFoundError:
+                if name == path:
+                    raise
+                continue  # a picture without a caption
+            mark = (mark * 31 + mark_of(found) + found.st_size * 1_000_003) & (2**63 - 1)
+            newest = max(newest, found.st_ctime_ns)
+        marks.append(-1 if now is not None and abs(now - newest) < YOUNG else mark)
+    return np.array(marks, np.int64)
 
-    def sizes(self, places: Sequence[int]) -> bytes:
-        return np.array([os.stat(path).st_size for path in self._paths(places)], np.int64).tobytes()  # noqa: PTH116
 
-    def marks(self, places: Sequence[int], now: int | None = None) -> NDArray[np.int64]:
-        """One number a picture; -1 for one that may change after ``now`` without another time."""
-        marks = []
-        for path in self._paths(places):
-            mark = newest = 0
-            for name in (path, _caption(path))[: 1 + self.texts]:
-                try:
-                    found = os.stat(name)  # noqa: PTH116  (a Path holds no bytes)
-                except FileNotFoundError:
-                    if name == path:
-                        raise
-                    continue  # a picture without a caption
-                mark = (mark * 31 + mark_of(found) + found.st_size * 1_000_003) & (2**63 - 1)
-                newest = max(newest, found.st_ctime_ns)
-            marks.append(-1 if now is not None and abs(now - newest) < YOUNG else mark)
-        return np.array(marks, np.int64)
-
-    def hashes(self, places: Sequence[int], *, whole: bool) -> tuple[bytes, bytes]:
-        """The digests of these pictures, and of their captions, end to end."""
-        paths = self._paths(places)
-        own = b"".join(_digest(path, whole) for path in paths)
-        return own, b"".join(_digest(_caption(path), whole) for path in paths) if self.texts else b""
+def _digests(paths: Sequence[bytes], texts: bool, length: int) -> tuple[bytes, bytes]:
+    """The digests of the first bytes of these pictures (-1: of all), and of their captions, end to end."""
+    own = b"".join(_digest(path, length) for path in paths)
+    return own, b"".join(_digest(_caption(path), length) for path in paths) if texts else b""
 
 
 def _caption(picture: bytes) -> bytes:
     return picture.rpartition(b".")[0] + b".txt"
 
 
-def _digest(path: bytes, whole: bool) -> bytes:
-    """Of the first bytes of a file, or of all; of nothing where there is no regular one."""
-    if not os.path.isfile(path):  # noqa: PTH113  (a pipe would be waited for without end)
+def _digest(path: bytes, length: int) -> bytes:
+    """Nothing where there is no regular file: a pipe would be waited for without end."""
+    if not os.path.isfile(path):  # noqa: PTH113
         return bytes(32)
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        return hashlib.file_digest(file, "sha256").digest() if whole else hashlib.sha256(file.read(_HEAD)).digest()
+        return (hashlib.file_digest(file, "sha256") if length < 0 else hashlib.sha256(file.read(length))).digest()

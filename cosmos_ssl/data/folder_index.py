@@ -9,7 +9,6 @@ tell.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.cache import cache_root, digest, kept, open_head, save_columns
 from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
-from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying
+from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import DataError, did_you_mean
-from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import OnProgress, alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TEXT_EXTENSION = "txt"
@@ -107,25 +105,19 @@ class FolderIndex:
             raise IndexError(f"picture {index} of {len(self)}")
         folder = int(np.searchsorted(self.columns["picture_ends"], index, side="right"))
         name = _piece(self.columns["names"], self.columns["name_ends"], index)
-        return (
-            _piece(self.columns["folders"], self.columns["folder_ends"], folder),
-            name,
-            int(self.columns["classes"][folder]),
-        )
+        return self._folder(folder), name, int(self.columns["classes"][folder])
 
-    def paths(self, places: Sequence[int]) -> list[bytes]:
-        """Paths from the root of the pictures at these places."""
+    def paths(self, places: Sequence[int], root: bytes = b"") -> list[bytes]:
+        """Paths from the root, or with it, of the pictures at these places."""
         at = np.asarray(places)
         ends, names = self.columns["name_ends"], self.columns["names"]
         spans = zip(np.where(at > 0, ends[at - 1] + 1, 0).tolist(), ends[at].tolist(), strict=True)
         numbers = np.searchsorted(self.columns["picture_ends"], at, side="right").tolist()
-        folders = {
-            number: _piece(self.columns["folders"], self.columns["folder_ends"], number) for number in set(numbers)
-        }
-        above = {number: folder and folder + b"/" for number, folder in folders.items()}
-        return [
-            above[number] + names[start:stop].tobytes() for number, (start, stop) in zip(numbers, spans, strict=True)
-        ]
+        above = {number: root + (folder := self._folder(number)) + b"/" * bool(folder) for number in set(numbers)}
+        return [above[at] + names[start:stop].tobytes() for at, (start, stop) in zip(numbers, spans, strict=True)]
+
+    def _folder(self, number: int) -> bytes:
+        return _piece(self.columns["folders"], self.columns["folder_ends"], number)
 
     def folders(self) -> list[bytes]:
         """Paths of all folders from the root."""
@@ -146,13 +138,7 @@ class FolderIndex:
 
         Raises OSError or ValueError where there is none of this form, or it has another digest.
         """
-        if verify:
-            check_seal(path)
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ValueError(f"{path} is no index of a folder")
-            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = file.tell()
+        head, start = open_head(path, _MAGIC, verify=verify)
         if digest not in (None, head["digest"]):
             raise ValueError(f"{path} is of other pictures")
         whole = np.asarray(np.memmap(path, np.uint8, "r"))  # one map for all columns
@@ -167,13 +153,7 @@ class FolderIndex:
     def save(self, path: Path) -> None:
         """Write the index under a temporary name, then rename it."""
         lengths = {name: len(column) for name, column in self.columns.items()}
-        head = json.dumps({**self._head, "lengths": lengths}).encode()
-        with written_whole(path) as file:
-            file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
-            for column in self.columns.values():
-                file.write(bytes(-file.tell() % 64))
-                file.write(np.ascontiguousarray(column).data)
-            seal(file)
+        save_columns(path, _MAGIC, {**self._head, "lengths": lengths}, self.columns.values())
 
 
 def _reopened(path: Path, digest: str) -> FolderIndex:
@@ -194,7 +174,7 @@ def load_folder(
     extensions: Sequence[str] = EXTENSIONS,
     cache_dir: str | Path | None = None,
     full_hash: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> FolderIndex:
     """The index of a folder: from its cache, or by a scan under a lock.
 
@@ -203,23 +183,18 @@ def load_folder(
     whenever some change. Raises DataError for a folder that is missing, cannot be read or holds no picture, OSError
     where storage fails.
     """
-    progress = progress or alive
     began = time.time_ns()
-    check_folder(root)
-    places = _places(root, extensions, cache_dir)
-    for path in places:
-        cached = _fresh(path, root, began, full_hash)
-        if cached is not None:
-            return cached
-    kept = first_writable(places)
-    if kept is None:
-        return scan_folder(root, extensions, full_hash, progress)
-    with lock(kept.with_suffix(".lock")):
-        index = _fresh(kept, root, began, full_hash)
-        if index is None:
-            scan_folder(root, extensions, full_hash or _was_hashed(kept), progress).save(kept)
-            index = FolderIndex.open(kept)
-    return index
+    check_is_folder(root)
+
+    def make(path: Path | None) -> FolderIndex:
+        whole = full_hash or (path is not None and _hashed_whole(_opened(path)))
+        index = scan_folder(root, extensions, whole, progress or alive)
+        if path is None:
+            return index
+        index.save(path)
+        return FolderIndex.open(path)
+
+    return kept(_places(root, extensions, cache_dir), lambda path: _fresh(path, root, began, full_hash), make)
 
 
 def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None) -> bool:
@@ -228,7 +203,7 @@ def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir:
     return any(_fresh(path, root, began) is not None for path in _places(root, extensions, cache_dir))
 
 
-def check_folder(root: Path) -> None:
+def check_is_folder(root: Path) -> None:
     """Raise DataError unless ``root`` is a folder."""
     if not root.is_dir():
         raise DataError(
@@ -254,23 +229,28 @@ def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None)
     Never in the folder itself, where other programs would take it for a class.
     """
     root = root.resolve()
-
-    def named(text: str) -> str:
-        digest = hashlib.sha256(" ".join((text, *extensions)).encode("utf-8", "surrogateescape"))
-        return f"folder-{digest.hexdigest()[:16]}.bin"
-
+    by_path, by_name = (f"folder-{digest((str(name), *extensions), ' ')}.bin" for name in (root, root.name))
     if cache_dir is not None:
-        return [Path(cache_dir).expanduser() / named(str(root))]
-    return [root.parent / ".cosmos_ssl" / named(root.name), cache_root() / "manifests" / named(str(root))]
+        return [Path(cache_dir).expanduser() / by_path]
+    return [root.parent / ".cosmos_ssl" / by_name, cache_root() / "manifests" / by_path]
+
+
+def _opened(path: Path) -> FolderIndex | None:
+    try:
+        return FolderIndex.open(path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _hashed_whole(index: FolderIndex | None) -> bool:
+    """Whether there is an index with hashes of every byte, of the folder as it once was."""
+    return index is not None and bool(index.hashes["full_pictures"])
 
 
 def _fresh(path: Path, root: Path, began: int, full_hash: bool = False) -> FolderIndex | None:
     """The cached index if it is of the folder as it is now."""
-    try:
-        index = FolderIndex.open(path)
-    except (OSError, ValueError, KeyError):
-        return None
-    if full_hash and not index.hashes["full_pictures"]:
+    index = _opened(path)
+    if index is None or (full_hash and not _hashed_whole(index)):
         return None
     if index.written >= began:  # another process made it while this one waited
         return index
@@ -286,14 +266,6 @@ def _fresh(path: Path, root: Path, began: int, full_hash: bool = False) -> Folde
     with ThreadPoolExecutor(THREADS) as threads:
         unchanged = all(threads.map(same, range(0, len(folders), 1024)))
     return index if unchanged and is_unchanged(above, index) else None
-
-
-def _was_hashed(path: Path) -> bool:
-    """Whether the index at ``path`` has hashes of every byte, of the folder as it once was."""
-    try:
-        return bool(FolderIndex.open(path).hashes["full_pictures"])
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _stamp(root: bytes, folder: bytes) -> int:
@@ -363,7 +335,7 @@ def _pack(packs: Sequence[NDArray[np.bytes_]]) -> tuple[bytes, int]:
     return table[kept].tobytes(), len(names)
 
 
-def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> Iterator[tuple[bytes, _Listing]]:
+def _walk(root: Path, extensions: Sequence[str], progress: OnProgress) -> Iterator[tuple[bytes, _Listing]]:
     """Every folder below the root once, level by level; of several links to one folder the first in byte order
     counts.
     """
@@ -376,8 +348,7 @@ def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> I
             listings = threads.map(lambda f: retrying(lambda: _list(above, f, wanted), shown(above + b"/" + f)), level)
             below = list[bytes]()
             for done, (folder, listing) in enumerate(zip(level, listings, strict=True), known - len(level) + 1):
-                if progress is not None:
-                    progress(done, known)
+                progress(done, known)
                 if listing.file in seen:
                     continue
                 seen.add(listing.file)
@@ -388,7 +359,7 @@ def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> I
 
 
 def scan_folder(
-    root: Path, extensions: Sequence[str] = EXTENSIONS, full_hash: bool = False, progress: Progress | None = None
+    root: Path, extensions: Sequence[str] = EXTENSIONS, full_hash: bool = False, progress: OnProgress = alive
 ) -> FolderIndex:
     """List every folder below the root but hidden ones, and look into its pictures. Raises as ``load_folder`` does."""
     found = list(_walk(root, extensions, progress))
@@ -416,7 +387,7 @@ def scan_folder(
         shards = " Its .tar files may be shards: data.type=webdataset trains on them" if folder_shards(root) else ""
         raise DataError(f"data: no pictures in {root} or below it (looked for {looked}).{there}{shards}")
     index, folders = _built(found, classes, notes), len(found)
-    told = None if progress is None else lambda done, total: progress(folders + done, folders + total)
+    told = lambda done, total: progress(folders + done, folders + total)  # noqa: E731
     return index.looked_into(*look_into(os.fsencode(root), index, full_hash=full_hash, progress=told))
 
 
@@ -434,19 +405,19 @@ def _built(found: list[tuple[bytes, _Listing]], classes: Sequence[bytes], notes:
         "stamps": np.array([listing.stamp for _, listing in found], np.int64),
         "marks": np.empty(0, np.int64),
     }
-    digest = hashlib.sha256(b"\0".join(classes))
+    names_hash = hashlib.sha256(b"\0".join(classes))
     at = place = 0
     for number, (folder, listing) in enumerate(found):
         names = np.frombuffer(listing.names, np.uint8)
         columns["names"][at : at + len(names)] = names
         columns["name_ends"][place : place + listing.pictures] = np.flatnonzero(names == 0) + at
         if listing.pictures:
-            digest.update(b"\0\0" + folder + b"\0" + listing.names)
+            names_hash.update(b"\0\0" + folder + b"\0" + listing.names)
         at, place = at + len(names), place + listing.pictures
         found[number] = folder, listing._replace(names=b"")
     head = {
         "classes": [shown(name) for name in classes],
-        "digest": digest.hexdigest()[:16],
+        "digest": names_hash.hexdigest()[:16],
         "hashes": {},
         "notes": asdict(notes),
         "written": time.time_ns(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,30 +18,24 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
+from cosmos_ssl.data.cache import cache_root, digest, kept, open_head, save_columns
+from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan, some
 from cosmos_ssl.data.storage import (
     BLOCK_BYTES,
     UNMARKED,
     Reader,
     Stat,
-    cache_root,
-    first_writable,
     is_local,
     local_path,
-    lock,
     read_whole,
     shard_name,
     stat,
 )
 from cosmos_ssl.errors import DataError
-from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import OnProgress, alive
 
 _MAGIC = b"cosmos-manifest-2\n"
 _SIZES_BYTES = 1 << 28
-
-Progress = Callable[[int, int], None]
-"""Called with shards done and shards in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +56,11 @@ class Shard:
     def name(self) -> str:
         """The last part of the URL."""
         return shard_name(self.url)
+
+    @property
+    def stat(self) -> Stat:
+        """Size and stamp."""
+        return Stat(self.size, self.stamp)
 
 
 class Manifest:
@@ -101,13 +100,7 @@ class Manifest:
 
         Raises OSError or ValueError where there is none of this form for these shards.
         """
-        if verify:
-            check_seal(path)
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ValueError(f"{path} is no manifest")
-            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = -(-file.tell() // 64) * 64
+        head, start = open_head(path, _MAGIC, verify=verify)
         if [shard_name(url) for url in urls] != [row.pop("name") for row in head]:
             raise ValueError(f"{path} is of other shards")
         shards = [Shard(url, notes=Notes(**row.pop("notes")), **row) for url, row in zip(urls, head, strict=True)]
@@ -121,13 +114,8 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Write the manifest under a temporary name, then rename it."""
         rows = [{"name": shard.name, **asdict(shard)} for shard in self.shards]
-        head = json.dumps([{key: value for key, value in row.items() if key != "url"} for row in rows]).encode()
-        lead = _MAGIC + len(head).to_bytes(8, "little") + head
-        with written_whole(path) as file:
-            file.write(lead + bytes(-len(lead) % 64))
-            file.write(np.ascontiguousarray(self._offsets).data)
-            file.write(np.ascontiguousarray(self._lengths).data)
-            seal(file)
+        head = [{key: value for key, value in row.items() if key != "url"} for row in rows]
+        save_columns(path, _MAGIC, head, (self._offsets, self._lengths), align=8)
 
     def part(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Offsets and lengths of the samples of one shard."""
@@ -145,7 +133,7 @@ def load_manifest(
     *,
     cache_dir: str | Path | None = None,
     full_hash: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Manifest:
     """The manifest of these shards: from its cache, or by a scan of what is new or changed, under a lock.
 
@@ -154,24 +142,17 @@ def load_manifest(
     changes. Raises DataError for missing, cut, damaged or miscounted shards and where there is no sample at all,
     OSError where storage fails.
     """
-    progress = progress or alive
     names = expand(urls)
     stats = stat_all(names)
-    places = _places(names, cache_dir)
-    for path in places:
-        cached = _fresh(path, names, stats, full_hash)
-        if cached is not None:
-            return _checked(cached)
-    kept = first_writable(places)
-    if kept is None:
-        return _checked(_scan_all(names, stats, None, full_hash, progress))
-    with lock(kept.with_suffix(".lock")):
-        manifest = _fresh(kept, names, stats, full_hash)
-        if manifest is None:
-            manifest = _scan_all(names, stats, kept, full_hash, progress)
-            manifest.save(kept)
-            manifest = Manifest.open(kept, names)
-    return _checked(manifest)
+
+    def make(path: Path | None) -> Manifest:
+        made = _scan_all(names, stats, path, full_hash, progress or alive)
+        if path is None:
+            return made
+        made.save(path)
+        return Manifest.open(path, names)
+
+    return _checked(kept(_places(names, cache_dir), lambda path: _fresh(path, names, stats, full_hash), make))
 
 
 def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None) -> bool:
@@ -186,7 +167,7 @@ def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None
     return any(_fresh(path, names, stats) is not None for path in _places(names, cache_dir))
 
 
-def check_shards(urls: str | Sequence[str]) -> None:
+def check_shards_exist(urls: str | Sequence[str]) -> None:
     """Raise DataError unless all local shards, and of those on other storage the first, are there.
 
     Raises OSError where storage fails.
@@ -220,91 +201,79 @@ def _stat_or_none(url: str) -> Stat | None:
 
 def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
     """Where a manifest may lie, best first. Beside the shards its name survives a move of the folder."""
-    by_url = f"manifest-{_name_digest(urls)}.bin"
+    by_url = f"manifest-{digest(urls)}.bin"
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / by_url]
     places = [cache_root() / "manifests" / by_url]
     if is_local(urls[0]):
-        by_name = _name_digest([shard_name(url) for url in urls])
-        places.insert(0, local_path(urls[0]).absolute().parent / ".cosmos_ssl" / f"manifest-{by_name}.bin")
+        by_name = f"manifest-{digest(map(shard_name, urls))}.bin"
+        places.insert(0, local_path(urls[0]).absolute().parent / ".cosmos_ssl" / by_name)
     return places
 
 
-def _name_digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def _opened(path: Path | None, urls: Sequence[str]) -> Manifest | None:
+    """The cached manifest of these shards, None where there is none."""
+    try:
+        return None if path is None else Manifest.open(path, urls)
+    except (OSError, ValueError):
+        return None
 
 
 def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bool = False) -> Manifest | None:
     """The cached manifest if it is of these shards as they are now."""
-    try:
-        manifest = Manifest.open(path, urls)
-    except (OSError, ValueError):
+    manifest = _opened(path, urls)
+    if manifest is None or any(shard.stat != found for shard, found in zip(manifest.shards, stats, strict=True)):
         return None
-    same = all(s.size == found.size and s.stamp == found.stamp for s, found in zip(manifest.shards, stats, strict=True))
-    return manifest if same and all(shard.full_hash or not full_hash for shard in manifest.shards) else None
+    return manifest if all(shard.full_hash or not full_hash for shard in manifest.shards) else None
 
 
 def _scan_all(
-    urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: Progress | None
+    urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: OnProgress
 ) -> Manifest:
     """Scan every shard that the manifest at ``path`` does not know as it is now; hash it whole if that was ever asked
     for.
     """
-    try:
-        known: Manifest | None = Manifest.open(path, urls) if path is not None else None
-    except (OSError, ValueError):
-        known = None
+    known = _opened(path, urls)
     found: dict[int, Scan] = {}
     hashes: dict[int, str] = {}
-    if known is not None:
-        full_hash = full_hash or any(shard.full_hash for shard in known.shards)
-        for i, (shard, now) in enumerate(zip(known.shards, stats, strict=True)):
-            if shard.size == now.size and shard.stamp == now.stamp:
-                found[i] = Scan(*known.part(i), shard.notes, content=shard.content)
-                hashes[i] = shard.full_hash
-    todo = [i for i in range(len(urls)) if i not in found]
-    unhashed = [i for i in range(len(urls)) if full_hash and not hashes.get(i)]
+    for i, shard in enumerate(known.shards if known is not None else ()):
+        full_hash = full_hash or bool(shard.full_hash)
+        if known is not None and shard.stat == stats[i]:
+            found[i] = Scan(*known.part(i), shard.notes, content=shard.content)
+            hashes[i] = shard.full_hash
+    order = range(len(urls))
+    todo = [i for i in order if i not in found]
+    unhashed = [i for i in order if full_hash and not hashes.get(i)]
     total = len(todo) + len(unhashed)
     with pool(len(todo), processes=len(todo) >= 64 and is_local(urls[0])) as executor:
         scans = executor.map(scan, [urls[i] for i in todo], [stats[i].size for i in todo])
         for done, (i, result) in enumerate(zip(todo, scans, strict=True), 1):
             found[i] = result
-            if progress is not None:
-                progress(done, total)
-    cut = [(urls[i], found[i].fault) for i in sorted(found) if found[i].fault]
+            progress(done, total)
+    cut = [f"{shard_name(urls[i])}: {found[i].fault}" for i in order if found[i].fault]
     if cut:
-        raise DataError(_cut_words(cut, len(urls)))
+        raise DataError(
+            f"data: {len(cut)} of {len(urls)} shards are cut short or damaged ({some(cut)}). Fetch them again; "
+            "'cosmos-ssl data check' lists all"
+        )
     with pool(len(unhashed), processes=False) as executor:  # threads: hashing and reading leave the interpreter
         digests = executor.map(_full_hash, [urls[i] for i in unhashed], [stats[i] for i in unhashed])
-        for done, (i, digest) in enumerate(zip(unhashed, digests, strict=True), len(todo) + 1):
-            hashes[i] = digest
-            if progress is not None:
-                progress(done, total)
-    order = range(len(urls))
+        for done, (i, hashed) in enumerate(zip(unhashed, digests, strict=True), len(todo) + 1):
+            hashes[i] = hashed
+            progress(done, total)
     shards = [
         Shard(urls[i], *stats[i], len(found[i].offsets), found[i].notes, found[i].content, hashes.get(i, ""))
         for i in order
     ]
-    return Manifest(
-        shards, np.concatenate([found[i].offsets for i in order]), np.concatenate([found[i].lengths for i in order])
-    )
+    offsets, lengths = [found[i].offsets for i in order], [found[i].lengths for i in order]
+    return Manifest(shards, np.concatenate(offsets), np.concatenate(lengths))
 
 
 def _full_hash(url: str, found: Stat) -> str:
-    digest, reader = hashlib.sha256(), Reader()
+    whole, reader = hashlib.sha256(), Reader()
     for start in range(0, found.size, BLOCK_BYTES):
-        digest.update(reader.read(url, found, start, min(BLOCK_BYTES, found.size - start)))
-    return digest.hexdigest()
-
-
-def _cut_words(cut: Sequence[tuple[str, str]], total: int) -> str:
-    shown = ", ".join(f"{shard_name(url)}: {fault}" for url, fault in cut[:EXAMPLES]) + (
-        ", ..." if len(cut) > EXAMPLES else ""
-    )
-    return (
-        f"data: {len(cut)} of {total} shards are cut short or damaged ({shown}). Fetch them again; "
-        "'cosmos-ssl data check' lists all"
-    )
+        whole.update(reader.read(url, found, start, min(BLOCK_BYTES, found.size - start)))
+    return whole.hexdigest()
 
 
 def _checked(manifest: Manifest) -> Manifest:
@@ -312,7 +281,7 @@ def _checked(manifest: Manifest) -> Manifest:
     empty = [shard for shard in manifest.shards if shard.samples == 0]
     if len(manifest) == 0:
         what = "hold no image" if any(shard.notes.keys for shard in empty) else "are empty"
-        names = ", ".join(shard.name for shard in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
+        names = some([shard.name for shard in empty])
         raise DataError(f"data: no samples: all {len(empty)} shards {what} ({names})")
     told = told_sizes([s.url for s in manifest.shards])
     wrong = [
@@ -322,8 +291,7 @@ def _checked(manifest: Manifest) -> Manifest:
         shard, count = wrong[0]
         raise DataError(
             f"data: {shard.name} holds {shard.samples:,} samples, its sizes.json says {count:,} ({len(wrong)} of "
-            f"{len(manifest.shards)}"
-            " shards differ). Fetch these shards again, or correct or delete sizes.json"
+            f"{len(manifest.shards)} shards differ). Fetch these shards again, or correct or delete sizes.json"
         )
     return manifest
 
@@ -356,34 +324,25 @@ def _sizes_json(url: str) -> Mapping[str, int]:
 
 def notices(manifest: Manifest) -> list[str]:
     """What a person should know of these shards, one line each."""
-    lines = []
-    empty = [s.name for s in manifest.shards if s.samples == 0]
+    shards, lines = manifest.shards, list[str]()
+
+    def odd(kind: str, words: str, hint: str = "") -> None:
+        if count := sum(getattr(shard.notes, kind) for shard in shards):
+            worst = max(shards, key=lambda shard: int(getattr(shard.notes, kind)))
+            examples = ", ".join(getattr(worst.notes, f"{kind}_examples"))
+            lines.append(f"data: {count:,} {words} ({worst.name}: {examples}){hint}")
+
+    empty = [shard.name for shard in shards if shard.samples == 0]
     if empty:
-        lines.append(f"data: {len(empty)} of {len(manifest.shards)} shards are empty ({', '.join(empty[:EXAMPLES])})")
-    imageless = sum(s.notes.imageless for s in manifest.shards)
-    bare = sum(s.notes.bare for s in manifest.shards)
-    if imageless:
-        shard = max(manifest.shards, key=lambda s: s.notes.imageless)
-        lines.append(
-            f"data: {imageless:,} keys have no image and are left out ({shard.name}: "
-            f"{', '.join(shard.notes.imageless_examples)})."
-            " Members of a sample stand side by side and share their name up to the first dot"
-        )
-    repeated = sum(s.notes.repeated for s in manifest.shards)
-    if repeated:
-        shard = max(manifest.shards, key=lambda s: s.notes.repeated)
-        lines.append(
-            f"data: {repeated:,} members have the name of an earlier one ({shard.name}: "
-            f"{', '.join(shard.notes.repeated_examples)})"
-        )
-    unmarked = [s.name for s in manifest.shards if s.stamp.startswith(UNMARKED)]
+        lines.append(f"data: {len(empty)} of {len(shards)} shards are empty ({', '.join(empty[:EXAMPLES])})")
+    by_key = ". Members of a sample stand side by side and share their name up to the first dot"
+    odd("imageless", "keys have no image and are left out", by_key)
+    odd("repeated", "members have the name of an earlier one")
+    unmarked = [shard.name for shard in shards if shard.stamp.startswith(UNMARKED)]
     if unmarked:
         lines.append(
-            f"data: {len(unmarked):,} of {len(manifest.shards):,} shards come without ETag and time of change, "
-            "so that each run indexes and"
-            f" fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
+            f"data: {len(unmarked):,} of {len(shards):,} shards come without ETag and time of change, so that each run "
+            f"indexes and fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
         )
-    if bare:
-        shard = max(manifest.shards, key=lambda s: s.notes.bare)
-        lines.append(f"data: {bare:,} images have no captions ({shard.name}: {', '.join(shard.notes.bare_examples)})")
+    odd("bare", "images have no captions")
     return lines

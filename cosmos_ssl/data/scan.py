@@ -177,10 +177,20 @@ class Notes:
     """Members whose names earlier ones of the shard have."""
     repeated_examples: list[str] = field(default_factory=list)
 
+    def add(self, kind: str, example: str) -> None:
+        """Count what is odd."""
+        count = getattr(self, kind)
+        setattr(self, kind, count + 1)
+        if count < EXAMPLES:
+            getattr(self, f"{kind}_examples").append(example)
 
-@unless_still
+
 def scan(url: str, size: int) -> Scan:
     """Walk the headers of one shard. Raises OSError where storage fails; a damaged archive is a ``fault``."""
+    return unless_still(lambda: _scan(url, size), url)
+
+
+def _scan(url: str, size: int) -> Scan:
     offsets: list[int] = []
     lengths: list[int] = []
     notes, fault = Notes(), ""
@@ -193,22 +203,16 @@ def scan(url: str, size: int) -> Scan:
             notes.keys += 1
             for member in group:
                 if member.name in names:
-                    notes.repeated += 1
-                    notes.repeated_examples += [f"{member.name} at byte {member.start:,}"] * (
-                        notes.repeated <= EXAMPLES
-                    )
+                    notes.add("repeated", f"{member.name} at byte {member.start:,}")
                 names.add(member.name)
             if extensions.isdisjoint(IMAGE_EXTENSIONS):
-                notes.imageless += 1
-                notes.imageless_examples += [group[0].name] * (notes.imageless <= EXAMPLES)
+                notes.add("imageless", group[0].name)
                 continue
             if extensions.isdisjoint(CAPTION_EXTENSIONS):
-                notes.bare += 1
-                notes.bare_examples += [group[0].name] * (notes.bare <= EXAMPLES)
+                notes.add("bare", group[0].name)
             offsets.append(group[0].start)
-            lengths.append(
-                min(group[-1].end - group[0].start, _MOST)
-            )  # more than a sample may have is a bad one when it is read
+            # more than a sample may have is a bad one when it is read
+            lengths.append(min(group[-1].end - group[0].start, _MOST))
     except TarFault as error:
         fault = str(error)
     for start in (0, max(0, size - _SPREAD) // 2, max(0, size - _SPREAD)):
@@ -266,9 +270,23 @@ def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
     return read
 
 
+def some(examples: Sequence[str]) -> str:
+    """The first of them, and dots for more."""
+    return ", ".join(examples[:EXAMPLES]) + (", ..." if len(examples) > EXAMPLES else "")
+
+
+def spread(count: int, most: int) -> Sequence[int]:
+    """Evenly spread places, ``most`` of them or all."""
+    return range(count) if most >= count else [i * count // most for i in range(most)]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pool(tasks: int, *, processes: bool) -> Executor:
     """One process a core for what computes (where processes can be forked), else threads, for what waits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if processes and cores > 1 and "fork" in get_all_start_methods():
-        return ProcessPoolExecutor(max(1, min(cores, tasks, 64)), mp_context=get_context("fork"))
+    if processes and cores() > 1 and "fork" in get_all_start_methods():
+        return ProcessPoolExecutor(max(1, min(cores(), tasks, 64)), mp_context=get_context("fork"))
     return ThreadPoolExecutor(max(1, min(32, tasks)))

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.cache import cache_root, lock
 from cosmos_ssl.data.scan import pool
-from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, Scene, caption, draw, make_scene, sentences
-from cosmos_ssl.data.storage import cache_root, lock
+from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, caption, draw, make_scene, sentences
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_error
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 __all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "is_written", "write_scenes"]
 
@@ -119,23 +119,16 @@ def is_written(folder: Path, options: SceneOptions) -> bool:
 
 def _write_all(folder: Path, options: SceneOptions) -> None:
     tries: dict[Split, Sequence[int]] = {"train": [0] * options.train_samples, "val": _distinct(options)}
+    size = options.shard_samples
     jobs = [
-        (
-            folder / f"{split}-{shard:04d}.tar",
-            split,
-            first,
-            tries[split][first : first + options.shard_samples],
-            options,
-        )
-        for split in tries
-        for shard, first in enumerate(range(0, options.samples(split), options.shard_samples))
+        (folder / f"{split}-{shard:04d}.tar", split, first, drawn[first : first + size], options)
+        for split, drawn in tries.items()
+        for shard, first in enumerate(range(0, len(drawn), size))
     ]
     with pool(len(jobs), processes=len(jobs) > 1) as executor:
-        counts = []
-        for count in executor.map(_write_shard, *zip(*jobs, strict=True)):
-            counts.append(count)
+        for _ in executor.map(_write_shard, *zip(*jobs, strict=True)):
             alive()
-    sizes = {job[0].name: count for job, count in zip(jobs, counts, strict=True)}
+    sizes = {path.name: len(drawn) for path, _, _, drawn, _ in jobs}
     (folder / "sizes.json").write_text(json.dumps(sizes, indent=1))
     (folder / "classes.txt").write_text("\n".join(options.class_names) + "\n")
     (folder / _NOTE).write_text(json.dumps({"version": _VERSION, **asdict(options)}))
@@ -149,17 +142,17 @@ def _rng(options: SceneOptions, split: str, index: int, attempt: int) -> np.rand
 def _distinct(options: SceneOptions) -> list[int]:
     """Which draw of each validation scene to use, so that no two scenes have one caption."""
     seen: set[str] = set()
-    tries = []
+    tries, classes = [], len(options.class_names)
     for index in range(options.validation_samples):
         attempt = 0
-        while (text := caption(_scene(_rng(options, "val", index, attempt), options))) in seen:
+        while (text := caption(make_scene(_rng(options, "val", index, attempt), classes))) in seen:
             attempt += 1
         seen.add(text)
         tries.append(attempt)
     return tries
 
 
-def _write_shard(path: Path, split: Split, first: int, tries: Sequence[int], options: SceneOptions) -> int:
+def _write_shard(path: Path, split: Split, first: int, tries: Sequence[int], options: SceneOptions) -> None:
     from webdataset import TarWriter
 
     with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
@@ -168,15 +161,10 @@ def _write_shard(path: Path, split: Split, first: int, tries: Sequence[int], opt
         writer.close()
         file.flush()
         os.fsync(file.fileno())
-    return len(tries)
-
-
-def _scene(rng: np.random.Generator, options: SceneOptions) -> Scene:
-    return make_scene(rng, len(options.class_names))
 
 
 def _sample(key: str, rng: np.random.Generator, options: SceneOptions) -> dict[str, Any]:
-    scene = _scene(rng, options)
+    scene = make_scene(rng, len(options.class_names))
     picture, mask = draw(scene, options.image_size)
     return {
         "__key__": key,

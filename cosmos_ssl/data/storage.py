@@ -6,22 +6,19 @@ import errno
 import hashlib
 import os
 import secrets
-import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from functools import wraps
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from cosmos_ssl.data.cache import lock
 from cosmos_ssl.errors import BadSample, DataError, UserError
 from cosmos_ssl.files import part_name
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.liveness import alive
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts at a read."""
@@ -33,17 +30,8 @@ STILL_SECONDS = 300.0
 """Local storage from which nothing at all comes for so long has hung."""
 BLOCK_BYTES = 8 << 20
 _STAMPS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "mtime",
-    "LastModified",
-    "updated",
-    "created",
-    "Last-Modified",
-    "Content-MD5",
-    "Digest",
-    "modify",
+    *("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created"),
+    *("Last-Modified", "Content-MD5", "Digest", "modify"),
 )
 """What file systems call the marks that change with a file's content, the best of each first."""
 UNMARKED = "run "
@@ -52,7 +40,6 @@ _RUN = secrets.token_hex(8)
 _OPEN_FILES = 64
 
 _T = TypeVar("_T")
-_P = ParamSpec("_P")
 
 
 class Stat(NamedTuple):
@@ -62,11 +49,6 @@ class Stat(NamedTuple):
 
     size: int
     stamp: str
-
-
-def cache_root() -> Path:
-    """The project's cache folder: ``$XDG_CACHE_HOME/cosmos_ssl``, by default ``~/.cache/cosmos_ssl``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos_ssl"
 
 
 def is_local(url: str) -> bool:
@@ -177,16 +159,9 @@ class _Reads:
     count = 0
 
 
-def unless_still(function: Callable[Concatenate[str, _P], _T]) -> Callable[Concatenate[str, _P], _T]:
-    """The function of a URL, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads
-    succeeds.
-    """
-
-    @wraps(function)
-    def watched(url: str, /, *args: _P.args, **options: _P.kwargs) -> _T:
-        return bounded(lambda: function(url, *args, **options), url, STILL_SECONDS, lambda: _Reads.count)
-
-    return watched
+def unless_still(call: Callable[[], _T], what: str) -> _T:
+    """``call()``, which reads much, bounded by ``STILL_SECONDS`` in which not one of this process's reads succeeds."""
+    return bounded(call, what, STILL_SECONDS, lambda: _Reads.count)
 
 
 def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[], int] = lambda: 0) -> _T:
@@ -229,66 +204,6 @@ def request(url: str, call: Callable[[Any, str], _T]) -> _T:
             raise
 
     return retrying(lambda: bounded(attempt, url, REQUEST_SECONDS), url)
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that work is done once; where the file system has no locks it may be done twice."""
-    from filelock import FileLock, Timeout
-
-    held = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not held.is_locked:
-            alive()  # whoever holds it is watched over itself
-            with suppress(Timeout):
-                held.acquire(timeout=5)
-    except (OSError, NotImplementedError):  # no permission, a full disk; a Lustre without flock
-        yield
-        return
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether files can be made there. A folder marked read-only is left alone, even by root."""
-    there = next((f for f in (folder, *folder.parents) if f.exists()), folder)
-    if not there.stat().st_mode & 0o222:
-        return False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-_only_looking: ContextVar[bool] = ContextVar("only_looking", default=False)
-
-
-@contextmanager
-def only_looking() -> Iterator[None]:
-    """While entered, what is indexed is kept in memory alone."""
-    token = _only_looking.set(True)
-    try:
-        yield
-    finally:
-        _only_looking.reset(token)
-
-
-def first_writable(places: Sequence[Path]) -> Path | None:
-    """The first of these files that may be made, None where none can: in a folder of another user at the last place
-    alone.
-    """
-    if _only_looking.get():
-        return None
-    for path in places[:-1]:
-        there = next(folder for folder in path.parents if folder.exists())
-        if (not hasattr(os, "getuid") or there.stat().st_uid == os.getuid()) and is_writable(path.parent):
-            return path
-    return places[-1] if is_writable(places[-1].parent) else None
 
 
 class _File:

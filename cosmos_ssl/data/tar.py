@@ -68,6 +68,11 @@ def members(read: Read, size: int, *, whole: bool = True) -> Iterator[Member]:
         raise TarFault(f"{size:,} of at least {position + 2 * BLOCK * whole:,} bytes")
 
 
+def members_in(data: bytes) -> Iterator[Member]:
+    """``members`` of a span of an archive that is in memory, such as a sample's."""
+    return members(lambda at, count: data[at : at + count], len(data), whole=False)
+
+
 def sample_key(name: str) -> tuple[str, str]:
     """Split a member's name at the first dot of its last part: (key, extension in lower case)."""
     folder, slash, base = name.rpartition("/")
@@ -96,11 +101,8 @@ def _check(header: bytes, position: int) -> bytes:
     except ValueError:
         holds = False
     if not holds:
-        raise TarFault(
-            "no tar file (compressed shards must be unpacked first)"
-            if position == 0
-            else f"damaged at byte {position:,}"
-        )
+        compressed = "no tar file (compressed shards must be unpacked first)"
+        raise TarFault(f"damaged at byte {position:,}" if position else compressed)
     kind = header[156:157]
     if kind == _SPARSE:
         raise _sparse(position)
@@ -160,10 +162,8 @@ def _extension(read: Read, kind: bytes, body: int, count: int) -> dict[bytes, by
     if b"size" in records and not records[b"size"].isdigit():
         raise _malformed(position)
     if kind == _FOR_ALL and records:
-        raise TarFault(
-            f"the global header at byte {position:,} gives all files one "
-            f"{' and one '.join(k.decode() for k in records)}"
-        )
+        given = " and one ".join(key.decode() for key in records)
+        raise TarFault(f"the global header at byte {position:,} gives all files one {given}")
     return {key: value.rstrip(b"/") if key == b"path" else value for key, value in records.items()}
 
 

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from cosmos_ssl.config.ranks import started_ranks
 from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class World:
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        with waits.during(numbers):
+        with collective_time.during(numbers):
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return cast(list[float], numbers.tolist())
 

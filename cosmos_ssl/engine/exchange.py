@@ -12,7 +12,7 @@ from torch import Tensor
 from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
 from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.functional import all_sum, gather_many, world_size
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.models.plan import Plan
 
 BUCKET = 25 << 20
@@ -98,7 +98,7 @@ class GradientMean:
         """Start what is left, wait for all, and put the means into ``grad``."""
         self._send(whole=True)
         for bucket, flat, work in self._running:
-            with waits.during(flat):
+            with collective_time.during(flat):
                 work.wait()
             for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = mean.view_as(parameter)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from cosmos_ssl.errors import printable
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._for_others = -waits.total()
+        self._for_others = -collective_time.total()
         self._waited = 0.0
         self._paused = 0.0
         self._steps = 0
@@ -170,16 +170,16 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time that belongs to no step (an evaluation)."""
-        start, waited = time.perf_counter(), waits.total()
+        start, waited = time.perf_counter(), collective_time.total()
         yield
         self._paused += time.perf_counter() - start
-        self._for_others -= waits.total() - waited
+        self._for_others -= collective_time.total() - waited
 
     def read(self, batch_size: int) -> tuple[dict[str, float], float, float]:
         """The numbers of a row, seconds a step, and seconds of this rank's own work; then start anew."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rates = {"samples_per_second": self._steps * batch_size / seconds, "data_wait": self._waited / seconds}
         seconds_a_step = seconds / max(self._steps, 1)
-        own = max(seconds - self._for_others - waits.total(), 1e-9)
+        own = max(seconds - self._for_others - collective_time.total(), 1e-9)
         self.__init__()  # type: ignore[misc]
         return rates, seconds_a_step, own

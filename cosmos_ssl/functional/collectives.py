@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_ssl.functional.pulse import alive as alive
-from cosmos_ssl.functional.waits import waits
+from cosmos_ssl.functional.collective_time import collective_time
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ def all_sum(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    with waits.during(total):
+    with collective_time.during(total):
         dist.all_reduce(total)
     return total
 
@@ -47,7 +46,7 @@ def all_max(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     most = x.detach().clone()
-    with waits.during(most):
+    with collective_time.during(most):
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most
 
@@ -74,7 +73,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        with waits.during(x):
+        with collective_time.during(x):
             _single("all_gather_single", "all_gather_into_tensor")(out, x.contiguous())
         return out
 
@@ -82,7 +81,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         rows = grad.shape[0] // world_size()
-        with waits.during(grad):
+        with collective_time.during(grad):
             if grad.is_cuda:
                 out = grad.new_empty(rows, *grad.shape[1:])
                 _single("reduce_scatter_single", "reduce_scatter_tensor")(out, grad)

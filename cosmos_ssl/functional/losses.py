@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.functional.collectives import rank, world_size
-from cosmos_ssl.functional.pulse import alive as alive
-from cosmos_ssl.functional.waits import waits
 
 CHUNK = 1 << 24
 """Logits held at once, in elements."""
@@ -35,7 +34,7 @@ class _InfoNCE(torch.autograd.Function):
             world_size() > 1
         ):  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
             sums = (column_lse - scale).double().exp()
-            with waits.during(sums):
+            with collective_time.during(sums):
                 dist.all_reduce(sums)
             column_lse = sums.log().to(a.dtype) + scale
         own = slice(start, start + rows)

@@ -7,11 +7,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +19,20 @@ from cosmos_ssl.api import Sample
 from cosmos_ssl.data.captions import check_texts, schema_fields
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.folder import Folder
-from cosmos_ssl.data.manifest import Manifest, Progress, Shard, told_sizes
+from cosmos_ssl.data.manifest import Manifest, Shard, told_sizes
 from cosmos_ssl.data.scan import expand, pool, scan
 from cosmos_ssl.data.storage import is_local, shard_name, stat
 from cosmos_ssl.errors import BadSample, UserError
+from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.pictures import has_alpha, open_picture
-from cosmos_ssl.shards.prepare.joining import FILES, deal, entries, repeats
-from cosmos_ssl.shards.prepare.rows import KEY
+from cosmos_ssl.shards.keys import FILES, KEY, deal, digest, entries, repeats
 
 SAME_PICTURE = "picture of an earlier sample"
 OTHER_CAPTIONS, OTHER_PICTURE = f"{SAME_PICTURE}, other captions", "key of an earlier sample, other picture"
 """What is no fault by itself: a sample may have several captions, and merged sets the same keys."""
 TRANSPARENT, ONE_COLOUR = "transparent, put on model.background", "of one colour all over"
 _DIGESTS = ("picture and captions", "picture", "key", "key and picture")
-"""Of what there is a digest of each good sample of shards."""
+"""Of what there is a digest of each good sample of shards; of pictures in folders there is one."""
 _PICTURES = 512
 """Pictures of a folder that one process checks at a time."""
 
@@ -67,13 +66,22 @@ class ShardReport:
         self.faults[reason] = self.faults.get(reason, 0) + count
         self.examples.setdefault(reason, example)
 
+    def join(self, part: ShardReport) -> None:
+        """Add what was found in a part of it; the samples before it have been added."""
+        self.bad += [self.samples + place for place in part.bad]
+        self.strings += [self.samples + place for place in part.strings]
+        self.samples += part.samples
+        self.size += part.size
+        for what, example in part.examples.items():
+            (self.add if what in part.faults else self.note)(what, example, (part.faults | part.notes)[what])
+
+
+_Checked = tuple[ShardReport, NDArray[np.bytes_]]
+"""What is wrong in some samples, and the digests of each good one, [samples, kinds]; empty ones of bad samples."""
+
 
 def check_shards(
-    urls: str | Sequence[str],
-    *,
-    captions: str | None = None,
-    max_pixels: int = 1 << 26,
-    progress: Progress | None = None,
+    urls: str | Sequence[str], *, captions: str | None = None, max_pixels: int = 1 << 26, progress: OnProgress = alive
 ) -> list[ShardReport]:
     """Decode every sample of every shard, several shards at once; samples that repeat an earlier one are faults.
 
@@ -86,22 +94,10 @@ def check_shards(
     if captions is not None:
         schema_fields(captions)
     told = told_sizes(names)
-    reports: list[ShardReport] = []
-
-    def digests() -> Iterator[NDArray[np.bytes_]]:
-        with pool(len(names), processes=len(names) > 1 and is_local(names[0])) as executor:
-            tasks = deque(executor.submit(_check, name, captions, max_pixels, told.get(name)) for name in names)
-            while tasks:
-                report, found = tasks.popleft().result()  # not kept: 64 bytes a sample are much for 30 million
-                reports.append(report)
-                if progress is not None:
-                    progress(len(reports), len(names))
-                yield found
-
-    with tempfile.TemporaryDirectory() as folder:
-        deal(Path(folder), (found.ravel() for found in digests()))
-        found = [_repeats(Path(folder), kind, len(_DIGESTS)) for kind in range(len(_DIGESTS))]
-    samples, pictures, keys, keys_of_pictures = found
+    reports = [ShardReport(shard_name(name)) for name in names]
+    jobs = [(report, (name, captions, max_pixels, told.get(name))) for report, name in zip(reports, names, strict=True)]
+    processes = len(names) > 1 and is_local(names[0])
+    samples, pictures, keys, keys_of_pictures = _check_all(_check_shard, jobs, len(_DIGESTS), processes, progress)
     for report, index, example in _named(samples, reports):
         report.add("repeated", example)
         report.bad.append(index)
@@ -109,6 +105,59 @@ def check_shards(
         for report, _, example in _named(repeated[~np.isin(repeated[:, 0], known[:, 0])], reports):
             report.note(what, example)
     return reports
+
+
+def check_folder(
+    root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: OnProgress = alive
+) -> list[ShardReport]:
+    """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones
+    are noted.
+
+    Raises DataError as ``load_folder`` does, UserError for captions other than ``txt``, OSError where storage fails.
+    """
+    if captions not in (None, "txt"):
+        raise UserError(f"captions: pictures in folders have theirs in text files beside them: txt, not {captions}")
+    folder = Folder(root, captions=captions is not None, max_pixels=max_pixels)
+    sizes = folder.index.class_sizes().tolist() if folder.class_names else [len(folder)]
+    reports = [ShardReport(name) for name in folder.class_names or [root.name]]
+    jobs, end = list[tuple[ShardReport, tuple[Any, ...]]](), 0
+    for report, size in zip(reports, sizes, strict=True):
+        start, end = end, end + size
+        parts = (range(first, min(first + _PICTURES, end)) for first in range(start, end, _PICTURES))
+        jobs += [(report, (folder, part)) for part in parts]
+    [pictures] = _check_all(_check_pictures, jobs, 1, len(folder) > _PICTURES, progress)
+    for report, _, example in _named(pictures, reports):
+        report.note(SAME_PICTURE, example)
+    for report in reports:
+        if report.samples == 0:
+            report.add("empty", "no pictures")
+    return reports
+
+
+def _check_all(
+    check: Callable[..., _Checked],
+    jobs: Sequence[tuple[ShardReport, tuple[Any, ...]]],
+    kinds: int,
+    processes: bool,
+    progress: OnProgress,
+) -> list[NDArray[np.int64]]:
+    """Check each part and add what is found to its report.
+
+    By kind of digest, the samples that repeat an earlier one, and which, by their numbers over all reports, [n, 2].
+    """
+
+    def digests() -> Iterator[NDArray[np.bytes_]]:
+        tasks = deque((report, executor.submit(check, *job)) for report, job in jobs)
+        while tasks:
+            report, task = tasks.popleft()  # not kept: 64 bytes a sample are much for 30 million
+            part, found = task.result()
+            report.join(part)
+            progress(len(jobs) - len(tasks), len(jobs))
+            yield found.ravel()
+
+    with pool(len(jobs), processes=processes) as executor, tempfile.TemporaryDirectory() as folder:
+        deal(Path(folder), digests())
+        return [_repeats(Path(folder), kind, kinds) for kind in range(kinds)]
 
 
 def _repeats(folder: Path, kind: int, kinds: int) -> NDArray[np.int64]:
@@ -135,66 +184,18 @@ def _named(pairs: NDArray[np.int64], reports: Sequence[ShardReport]) -> Iterator
         yield report, index, f"sample {index} is sample {first} of {first_report.name}"
 
 
-def check_folder(
-    root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: Progress | None = None
-) -> list[ShardReport]:
-    """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones
-    are noted.
-
-    Raises DataError as ``load_folder`` does, UserError for captions other than ``txt``, OSError where storage fails.
-    """
-    if captions not in (None, "txt"):
-        raise UserError(f"captions: pictures in folders have theirs in text files beside them: txt, not {captions}")
-    folder = Folder(root, captions=captions is not None, max_pixels=max_pixels)
-    sizes = folder.index.class_sizes() if folder.class_names else np.array([len(folder)])
-    reports = [ShardReport(name) for name in folder.class_names or [root.name]]
-    ends = np.cumsum(sizes)
-    tasks = deque[tuple[int, Future[tuple[ShardReport, NDArray[np.bytes_]]]]]()
-
-    def digests() -> Iterator[NDArray[np.bytes_]]:
-        total = len(tasks)
-        for done in range(1, total + 1):
-            number, task = tasks.popleft()
-            found, pictures = task.result()
-            reports[number].samples += found.samples
-            reports[number].size += found.size
-            for reason, count in found.faults.items():
-                reports[number].add(reason, found.examples[reason], count)
-            for what, count in found.notes.items():
-                reports[number].note(what, found.examples[what], count)
-            if progress is not None:
-                progress(done, total)
-            yield pictures
-
-    with pool(len(folder), processes=len(folder) > _PICTURES) as executor, tempfile.TemporaryDirectory() as temporary:
-        for number, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist(), strict=True)):
-            for start in range(end - size, end, _PICTURES):
-                tasks.append(
-                    (number, executor.submit(_check_pictures, folder, range(start, min(start + _PICTURES, end))))
-                )
-        deal(Path(temporary), digests())
-        pairs = _repeats(Path(temporary), 0, 1)
-    for report, _, example in _named(pairs, reports):
-        report.note(SAME_PICTURE, example)
-    for report in reports:
-        if report.samples == 0:
-            report.add("empty", "no pictures")
-    return reports
-
-
-def _check_pictures(folder: Folder, indices: range) -> tuple[ShardReport, NDArray[np.bytes_]]:
-    """What is wrong with some pictures of one class, and the digest of each good one."""
+def _check_pictures(folder: Folder, indices: range) -> _Checked:
+    """Some pictures of one class."""
     report, digests = ShardReport("", samples=len(indices)), np.zeros(len(indices), KEY)
     for place, index in enumerate(indices):
         sample = _check_sample(folder, index, folder.captions, report)
         if sample is not None:
-            digests[place] = _digest(sample.image or b"")
+            digests[place] = digest(sample.image or b"")
     return report, digests
 
 
-def _check(url: str, captions: str | None, max_pixels: int, told: int | None) -> tuple[ShardReport, NDArray[np.bytes_]]:
-    """What is wrong in one shard, and the digests of each sample that is good, [samples, kinds]."""
-    report = ShardReport(shard_name(url))
+def _check_shard(url: str, captions: str | None, max_pixels: int, told: int | None) -> _Checked:
+    report = ShardReport("")
     try:
         found = stat(url)
     except (FileNotFoundError, NotADirectoryError):
@@ -228,18 +229,10 @@ def _check(url: str, captions: str | None, max_pixels: int, told: int | None) ->
             report.add("captions not in lists", f"{sample.key}: {', '.join(strings)}")
             report.strings.append(index)
         texts = sample.captions if captions is not None else _texts(everything, index)
-        picture, key = _digest(sample.image or b""), sample.key.encode("utf-8", "surrogateescape")
-        digests[index] = (
-            _digest(picture, json.dumps(sorted(texts.items())).encode()),
-            picture,
-            _digest(key),
-            _digest(key, picture),
-        )
+        picture, key = digest(sample.image or b""), sample.key.encode("utf-8", "surrogateescape")
+        both = digest(picture, json.dumps(sorted(texts.items())).encode())
+        digests[index] = both, picture, digest(key), digest(key, picture)
     return report, digests
-
-
-def _digest(*parts: bytes) -> bytes:
-    return blake2b(b"\0".join(parts), digest_size=KEY.itemsize).digest()
 
 
 def _texts(shards: Shards, index: int) -> Mapping[str, Sequence[str]]:
@@ -261,9 +254,8 @@ def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report
         pixels = sample.decode()
         if has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False)):
             report.note(TRANSPARENT, key)
-        if all(
-            bool((part == pixels[:, :1, :1]).all()) for part in (pixels[:, ::16, ::16], pixels)
-        ):  # some first: most end there
+        some_first = (pixels[:, ::16, ::16], pixels)  # most end there
+        if all(bool((part == pixels[:, :1, :1]).all()) for part in some_first):
             report.note(ONE_COLOUR, key)
         if wants_caption and not sample.captions:
             raise BadSample("no caption")

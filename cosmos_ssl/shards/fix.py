@@ -6,18 +6,18 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cosmos_ssl.data.captions import as_sentences, schema_fields
-from cosmos_ssl.data.scan import expand, scan
-from cosmos_ssl.data.storage import Reader, Stat, is_local, local_path, stat
-from cosmos_ssl.data.tar import members, sample_key
+from cosmos_ssl.data.scan import cores, expand, scan
+from cosmos_ssl.data.storage import Reader, is_local, local_path, stat
+from cosmos_ssl.data.tar import members_in, sample_key
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.files import written_whole
+from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.shards.check import ShardReport
-from cosmos_ssl.shards.prepare.output import Output, cores, in_processes
-from cosmos_ssl.shards.prepare.writing import TAR_END
+from cosmos_ssl.shards.output import TAR_END, Output, in_processes
 
 
 def fixed_folder(urls: str | Sequence[str]) -> Path:
@@ -42,7 +42,7 @@ def fix_shards(
     *,
     captions: str | None,
     resume: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = alive,
 ) -> dict[str, int]:
     """Write the shards that ``check_shards`` reported on into ``folder`` under their names; samples of each.
 
@@ -86,14 +86,14 @@ def _fix(url: str, report: ShardReport, captions: str | None, path: Path) -> Non
         for index, (offset, length) in enumerate(zip(headers.offsets.tolist(), headers.lengths.tolist(), strict=True)):
             if index in bad:
                 continue
-            sample = reader.read(url, Stat(found.size, found.stamp), offset, length)
+            sample = reader.read(url, found, offset, length)
             file.write(b"".join(_listed(sample, captions)) if index in strings and captions else sample)
         file.write(TAR_END)
 
 
 def _listed(sample: bytes, captions: str) -> Iterable[bytes]:
     """The members of a sample, with lists in the place of the strings of its JSON."""
-    for member in members(lambda at, count: sample[at : at + count], len(sample), whole=False):
+    for member in members_in(sample):
         if sample_key(member.name)[1] != "json":
             yield sample[member.start : member.end]
             continue

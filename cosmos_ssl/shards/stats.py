@@ -5,55 +5,64 @@ cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from cosmos_ssl.api import BadSample, Tokenizer
 from cosmos_ssl.data.captions import join_sentences, left_out
 from cosmos_ssl.data.dataset import Shards
-from cosmos_ssl.data.manifest import Progress, load_manifest
+from cosmos_ssl.data.manifest import load_manifest
 from cosmos_ssl.data.scan import pool
+from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.pictures import has_alpha, open_picture
 
 _CHUNK = 256
 _LEVELS = (0, 5, 50, 95, 100)
 
 
-@dataclass(slots=True)
-class Spread:
-    """Distribution of whole numbers, kept as how often each occurs."""
-
-    counts: Counter[int] = field(default_factory=Counter)
-
-    def add(self, values: Sequence[int]) -> None:
-        """Count values."""
-        self.counts.update(values)
+class Spread(Counter[int]):
+    """Distribution of whole numbers: how often each occurs."""
 
     def share_above(self, limit: int) -> float:
         """Share of the values that are larger."""
-        return sum(n for value, n in self.counts.items() if value > limit) / max(1, self.counts.total())
+        return sum(n for value, n in self.items() if value > limit) / max(1, self.total())
 
     def summary(self) -> dict[str, float]:
         """``count``, ``mean`` and the percentiles ``p0`` (least), ``p5``, ``p50``, ``p95``, ``p100`` (largest)."""
-        if not self.counts:
+        if not self:
             return {"count": 0}
-        values = np.array(sorted(self.counts))
-        ends = np.cumsum([self.counts[int(value)] for value in values])
+        values = np.array(sorted(self))
+        ends = np.cumsum([self[int(value)] for value in values])
         places = [min(int(level / 100 * ends[-1]), int(ends[-1]) - 1) for level in _LEVELS]
         found = values[np.searchsorted(ends, places, side="right")]
-        mean = sum(value * n for value, n in self.counts.items()) / ends[-1]
-        return {"count": int(ends[-1]), "mean": float(mean)} | {
-            f"p{lv}": int(v) for lv, v in zip(_LEVELS, found, strict=True)
-        }
+        mean = sum(value * n for value, n in self.items()) / ends[-1]
+        levels = {f"p{level}": int(value) for level, value in zip(_LEVELS, found, strict=True)}
+        return {"count": int(ends[-1]), "mean": float(mean), **levels}
 
 
 @dataclass(slots=True)
-class FieldStats:
+class _Counts:
+    """Numbers, counters, and tables of counts by name."""
+
+    def join(self, other: Self) -> None:
+        """Add what was counted elsewhere."""
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, dict):
+                for name, counts in theirs.items():
+                    mine.setdefault(name, type(counts)()).join(counts)
+            else:
+                setattr(self, one.name, mine + theirs)
+
+
+@dataclass(slots=True)
+class FieldStats(_Counts):
     """One caption field."""
 
     samples: int = 0
@@ -67,7 +76,7 @@ class FieldStats:
 
 
 @dataclass(slots=True)
-class DataStats:
+class DataStats(_Counts):
     """What ``collect_stats`` found."""
 
     shards: int = 0
@@ -112,7 +121,7 @@ def collect_stats(
     captions: str,
     tokenizer: Tokenizer,
     samples: int = 20_000,
-    progress: Progress | None = None,
+    progress: OnProgress = alive,
 ) -> DataStats:
     """Look at ``samples`` evenly spread samples (0: all of them); their number and bytes are of all.
 
@@ -122,20 +131,15 @@ def collect_stats(
     manifest = load_manifest(urls)
     shards = Shards(urls, caption_schema=captions, manifest=manifest, full=captions == "all")
     total = len(manifest)
-    chosen = (
-        np.arange(total)
-        if samples in (0, total) or samples > total
-        else np.linspace(0, total - 1, samples).astype(np.int64)
-    )
+    looked_at = samples if 0 < samples < total else total
+    chosen = np.linspace(0, total - 1, looked_at).astype(np.int64)
     stats = DataStats(len(manifest.shards), total, sum(shard.size for shard in manifest.shards))
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-    if progress is not None:
-        progress(0, len(chosen))
+    progress(0, len(chosen))
     with pool(len(chunks), processes=len(chunks) > 1) as executor:
-        for done, found in enumerate(executor.map(partial(_look, shards, tokenizer), chunks), 1):
-            _join(stats, found)
-            if progress is not None:
-                progress(min(done * _CHUNK, len(chosen)), len(chosen))
+        for found in executor.map(partial(_look, shards, tokenizer), chunks):
+            stats.join(found)
+            progress(stats.looked_at, len(chosen))
     return stats
 
 
@@ -145,59 +149,27 @@ def _look(shards: Shards, tokenizer: Tokenizer, indices: Sequence[int]) -> DataS
     for index in indices:
         try:
             sample = shards.read(int(index))
-            _picture(sample.image or b"", stats)
+            body = sample.image or b""
+            picture = open_picture(body, decode=False)
         except BadSample as error:
             stats.unusable[error.reason] += 1
             continue
-        stats.sentences.add([len(sample.sentences())])
+        stats.width[picture.width] += 1
+        stats.height[picture.height] += 1
+        stats.image_bytes[len(body)] += 1
+        stats.formats[str(picture.format)] += 1
+        stats.with_alpha += has_alpha(picture)
+        stats.sentences[len(sample.sentences())] += 1
         stats.left_out.update(left_out(sample.extras.get("json", {})))
         for name, sentences in sample.captions.items():
             found = stats.fields.setdefault(name, FieldStats())
             found.samples += 1
-            found.sentences.add([len(sentences)])
+            found.sentences[len(sentences)] += 1
             texts += [(found, False, sentence) for sentence in sentences]
             texts.append((found, True, join_sentences(sentences)))
     for start in range(0, len(texts), _CHUNK):
         part = texts[start : start + _CHUNK]
         _, lengths = tokenizer([text for _, _, text in part])
         for (found, is_caption, _), length in zip(part, lengths.tolist(), strict=True):
-            (found.caption_tokens if is_caption else found.sentence_tokens).add([length])
+            (found.caption_tokens if is_caption else found.sentence_tokens)[length] += 1
     return stats
-
-
-def _picture(body: bytes, stats: DataStats) -> None:
-    picture = open_picture(body, decode=False)
-    stats.width.add([picture.width])
-    stats.height.add([picture.height])
-    stats.image_bytes.add([len(body)])
-    stats.formats[str(picture.format)] += 1
-    stats.with_alpha += has_alpha(picture)
-
-
-def _join(into: DataStats, found: DataStats) -> None:
-    into.looked_at += found.looked_at
-    into.with_alpha += found.with_alpha
-    into.unusable.update(found.unusable)
-    into.formats.update(found.formats)
-    into.left_out.update(found.left_out)
-    for mine, theirs in _spreads(into, found):
-        mine.counts.update(theirs.counts)
-    for name, theirs_field in found.fields.items():
-        into.fields.setdefault(name, FieldStats()).samples += theirs_field.samples
-
-
-def _spreads(into: DataStats, found: DataStats) -> Iterator[tuple[Spread, Spread]]:
-    yield from ((getattr(into, name), getattr(found, name)) for name in ("width", "height", "image_bytes", "sentences"))
-    for name, theirs in found.fields.items():
-        mine = into.fields.setdefault(name, FieldStats())
-        yield from (
-            (getattr(mine, kind), getattr(theirs, kind)) for kind in ("sentences", "sentence_tokens", "caption_tokens")
-        )
-
-
-def default_schema(urls: str | Sequence[str]) -> str | None:
-    """The schema that a report beside the first of these shards names, None where there is none."""
-    from cosmos_ssl.data.scan import expand
-    from cosmos_ssl.shards.prepare import schema_beside
-
-    return schema_beside(str(Path(expand(urls)[0])))

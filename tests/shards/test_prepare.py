@@ -31,7 +31,7 @@ from cosmos_ssl.data.captions import DREAMLIP_FIELDS
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.errors import EXIT_DONE, EXIT_LOST, EXIT_USER, DataError, UserError
 from cosmos_ssl.shards.check import check_shards
-from cosmos_ssl.shards.prepare import Counts, Prepare, PrepareOptions
+from cosmos_ssl.shards.prepare import Counts, Preparation, PrepareOptions
 from cosmos_ssl.shards.prepare.sentences import sentences, split_careful, split_published
 
 WriteTar = Callable[..., Path]
@@ -98,7 +98,7 @@ def prepare(
     made = PrepareOptions(
         schema=schema, tables=list(map(str, tables)), images=list(map(str, images)), output=output, **options
     )
-    return Prepare(made).run(resume=resume, missing=missing)
+    return Preparation(made).run(resume=resume, missing=missing)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

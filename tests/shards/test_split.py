@@ -20,7 +20,8 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError, User
 from cosmos_ssl.registry import find, load
 from cosmos_ssl.shards.check import OTHER_CAPTIONS, OTHER_PICTURE, check_shards
 from cosmos_ssl.shards.fix import fix_shards, fixed_folder
-from cosmos_ssl.shards.split import SplitOptions, is_held_out, merge_shards, split_shards
+from cosmos_ssl.shards.merge import merge_shards
+from cosmos_ssl.shards.split import SplitOptions, is_held_out, split_shards
 from cosmos_ssl.shards.stats import Spread, collect_stats
 
 Make = Callable[..., str]
@@ -299,8 +300,7 @@ def test_fix_with_nothing_left(shards: Make, capsys: pytest.CaptureFixture[str])
 
 def test_spread_has_the_percentiles_of_numpy() -> None:
     values = np.random.default_rng(0).integers(0, 1000, 4001)
-    spread = Spread()
-    spread.add(values.tolist())
+    spread = Spread(values.tolist())
     found = spread.summary()
     assert found["count"] == 4001 and found["mean"] == pytest.approx(values.mean())
     for level in (0, 5, 50, 95, 100):

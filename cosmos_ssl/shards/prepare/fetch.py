@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.data.storage import cache_root, lock
+from cosmos_ssl.data.cache import cache_root, lock
 from cosmos_ssl.errors import StorageError, UserError
 from cosmos_ssl.files import written_whole
-from cosmos_ssl.shards.prepare.tables import URL_NAMES, Told, find_tables, open_table
+from cosmos_ssl.liveness import OnStage
+from cosmos_ssl.shards.prepare.tables import URL_NAMES, OnRead, find_tables, open_table, stamps
 
 _REQUIREMENT = "img2dataset>=1.45"
 _SHARD = 10_000
@@ -55,23 +56,17 @@ class Fetched:
     """URLs that gave no image, by reason."""
 
 
-def fetch(
-    tables: Sequence[str], url_column: str | None, options: FetchOptions, progress: Callable[[str, int, int], None]
-) -> Fetched:
+def fetch(tables: Sequence[str], url_column: str | None, options: FetchOptions, progress: OnStage) -> Fetched:
     """Download the images of the tables' URLs into shards; those that are whole already are kept.
 
     Raises UserError where a table has no URLs or the command cannot be run, StorageError where it fails.
     """
     count = _write_urls(tables, url_column, options, lambda done: progress("URLs listed", done, 0))
     shards = -(-count // _SHARD)
-    done = len(list((options.folder / "shards").glob("*_stats.json")))
-    if done < shards:
+    if _finished(options.folder) < shards:
         command = shlex.split(options.command) if options.command else [str(environment())]
-        _run(
-            _command(command, options),
-            options.folder,
-            lambda: progress("shards fetched", _finished(options.folder), shards),
-        )
+        told = lambda: progress("shards fetched", _finished(options.folder), shards)  # noqa: E731
+        _run(_command(command, options), options.folder, told)
     found = read_stats(options.folder / "shards")
     if not found.shards:
         raise StorageError(
@@ -80,14 +75,13 @@ def fetch(
     return found
 
 
-def _write_urls(tables: Sequence[str], url_column: str | None, options: FetchOptions, told: Told) -> int:
+def _write_urls(tables: Sequence[str], url_column: str | None, options: FetchOptions, told: OnRead) -> int:
     """List the URLs in ``urls.parquet``, once for the same tables; how many there are."""
     import pyarrow as pa
     from pyarrow import parquet
 
     paths = find_tables(tables)
-    sources = [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
-    identity = {"tables": sources, "url_column": url_column, "image_size": options.image_size}
+    identity = {"tables": stamps(paths), "url_column": url_column, "image_size": options.image_size}
     note, urls = options.folder / "fetch.json", options.folder / "urls.parquet"
     if note.is_file():
         try:

@@ -6,19 +6,23 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.cache import cache_root, digest
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, expand, folder_shards, grouped, header_reader
-from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, local_path, stat
-from cosmos_ssl.data.tar import TarFault, members, sample_key
+from cosmos_ssl.data.storage import BlockCache, Reader, Stat, local_path, stat
+from cosmos_ssl.data.tar import TarFault, members, members_in, sample_key
 from cosmos_ssl.errors import BadSample, DataError
 from cosmos_ssl.files import written_whole
+from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.pictures import FILE_BYTES, open_picture, read_regular, undecodable
-from cosmos_ssl.shards.prepare.rows import KEY, hashed
+from cosmos_ssl.shards.keys import KEY, hashed
+from cosmos_ssl.shards.output import Output, in_processes
 
 IMAGE = np.dtype(
     [("key", KEY), ("offset", "<i8"), ("length", "<u4"), ("body", "<i8"), ("size", "<u4"), ("picture", "?")]
@@ -36,10 +40,19 @@ class Images(ABC):
     """Images in parts; a part has an index in the work folder, ``images-00000.npy``."""
 
     by_url: bool
+    root = ""
+    """The folder below which absolute paths are as good as relative ones."""
 
     @abstractmethod
-    def index_part(self, work: Path, part: int) -> dict[str, int]:
-        """Write the index of one part; counts of what was odd. Raises DataError, OSError."""
+    def identity(self) -> Any:
+        """What makes these images these, in plain values."""
+
+    @abstractmethod
+    def index(self, output: Output, workers: int, progress: OnStage) -> list[dict[str, int]]:
+        """Write the index of each part; of each, how many ``images`` it has, and how many more ``without a URL``.
+
+        Raises DataError, OSError.
+        """
 
     @abstractmethod
     def read(self, work: Path, part: int, image: Any) -> bytes:
@@ -53,19 +66,24 @@ class Images(ABC):
         """URL or path of one image."""
 
 
-def index_path(work: Path, part: int) -> Path:
-    """Where the index of a part lies."""
-    return work / f"images-{part:05d}.npy"
-
-
 def load_index(work: Path, part: int) -> NDArray[Any]:
     """The index of a part, records of IMAGE."""
-    found: NDArray[Any] = np.load(index_path(work, part))
+    found: NDArray[Any] = np.load(_index_path(work, part))
     return found
 
 
-def _save(path: Path, found: NDArray[Any]) -> None:
-    with written_whole(path) as file:
+def _index_path(work: Path, part: int) -> Path:
+    return work / f"images-{part:05d}.npy"
+
+
+def _new_index(names: Sequence[bytes]) -> NDArray[Any]:
+    found = np.zeros(len(names), IMAGE)
+    found["key"] = hashed(names)
+    return found
+
+
+def _save(work: Path, part: int, found: NDArray[Any]) -> None:
+    with written_whole(_index_path(work, part)) as file:
         np.save(file, found)
 
 
@@ -75,21 +93,42 @@ class ShardImages(Images):
     by_url = True
 
     def __init__(self, urls: Sequence[str]) -> None:
-        self.urls = list(urls)
+        self._urls = list(urls)
         self._stats: dict[int, Stat] = {}
         self._reader = Reader(BlockCache(cache_root() / "blocks", 32 << 30))
 
-    def stat(self, part: int) -> Stat:
-        """Size and stamp of a shard. Raises DataError where it is missing."""
+    def _stat(self, part: int) -> Stat:
         if part not in self._stats:
             try:
-                self._stats[part] = stat(self.urls[part])
+                self._stats[part] = stat(self._urls[part])
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise DataError(f"--images: no such shard: {self.urls[part]}") from error
+                raise DataError(f"--images: no such shard: {self._urls[part]}") from error
         return self._stats[part]
 
-    def index_part(self, work: Path, part: int) -> dict[str, int]:
-        url, size = self.urls[part], self.stat(part).size
+    def identity(self) -> Any:
+        sizes = digest(f"{url} {self._stat(i).size}" for i, url in enumerate(self._urls))
+        return [len(self._urls), self._urls[0], sizes]
+
+    def index(self, output: Output, workers: int, progress: OnStage) -> list[dict[str, int]]:
+        notes = [output.note(f"index/{part:05d}.json") for part in range(len(self._urls))]
+        todo = [part for part, note in enumerate(notes) if note is None]
+        done = len(notes) - len(todo)
+        progress("image shards indexed", done, len(notes))
+        for number, note in in_processes(workers, self._index_part, [(output.work, part) for part in todo]):
+            output.put(f"index/{todo[number]:05d}.json", note)
+            notes[todo[number]] = note
+            done += 1
+            progress("image shards indexed", done, len(notes))
+        if not any(note["images"] for note in notes):
+            without = sum(note["without a URL"] for note in notes)
+            what = f"none of {without:,} images has a 'url' in its JSON" if without else "no images at all"
+            raise DataError(
+                f"--images: these shards hold {what}. Images in shards are joined by URL; else give a folder of images"
+            )
+        return notes
+
+    def _index_part(self, work: Path, part: int) -> dict[str, int]:
+        url, size = self._urls[part], self._stat(part).size
         read = header_reader(url, size)
         names: list[bytes] = []
         places: list[tuple[int, int, int, int]] = []
@@ -110,25 +149,24 @@ class ShardImages(Images):
             raise DataError(
                 f"--images: {url} is cut short or damaged: {error}. Fetch it again, or leave it out"
             ) from error
-        found = np.zeros(len(names), IMAGE)
-        found["key"], found["picture"] = hashed(names), True
+        found = _new_index(names)
+        found["picture"] = True
         if places:
             found["offset"], found["length"], found["body"], found["size"] = np.array(places).T
-        _save(index_path(work, part), found)
+        _save(work, part, found)
         return {"images": len(names), "without a URL": without}
 
     def read(self, work: Path, part: int, image: Any) -> bytes:
-        return self._reader.read(self.urls[part], self.stat(part), int(image["body"]), int(image["size"]))
+        return self._reader.read(self._urls[part], self._stat(part), int(image["body"]), int(image["size"]))
 
     def name(self, work: Path, part: int, image: Any) -> str:
-        length = int(image["length"])
-        found = self._reader.read(self.urls[part], self.stat(part), int(image["offset"]), length)
+        found = self._reader.read(self._urls[part], self._stat(part), int(image["offset"]), int(image["length"]))
         try:
-            for member in members(lambda at, count: found[at : at + count], length, whole=False):
+            for member in members_in(found):
                 if sample_key(member.name)[1] == "json":
                     return _url(found[member.data : member.data + member.size])
         except TarFault as error:
-            raise OSError(f"{self.urls[part]} has changed since it was indexed: {error}") from error
+            raise OSError(f"{self._urls[part]} has changed since it was indexed: {error}") from error
         return ""
 
 
@@ -148,33 +186,38 @@ class FolderImages(Images):
     by_url = False
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._folder = root
+        self.root = root.as_posix()
 
-    def list_files(self, work: Path) -> int:
-        """Write the parts' indices and lists of names; how many parts there are. Hidden files are left out.
+    def identity(self) -> Any:
+        return str(self._folder)
+
+    def index(self, output: Output, workers: int, progress: OnStage) -> list[dict[str, int]]:
+        """The files of a folder, hidden ones left out.
 
         Names are sorted within each ``_LISTED`` of a folder, so that a folder of any size fits in memory.
         """
-        part, names = -1, list[bytes]()
-        for name in self._walk(b"", frozenset()):
-            names.append(name)
-            if len(names) == _LISTED:
-                part += 1
-                self._save(work, part, names)
-                names = []
-        if names or part < 0:
-            part += 1
-            self._save(work, part, names)
-        return part + 1
+        notes: list[dict[str, int]] = []
+        files = self._walk(b"", frozenset())
+        while (names := list(islice(files, _LISTED))) or not notes:
+            found, lengths = _new_index(names), np.array([len(name) for name in names], np.int64)
+            found["length"], found["offset"] = lengths, np.cumsum(lengths) - lengths
+            endings = [name.rpartition(b".")[2].lower().decode("ascii", "replace") for name in names]
+            found["picture"] = [ending in _FILE_EXTENSIONS for ending in endings]
+            with written_whole(self._names(output.work, len(notes))) as file:
+                file.write(b"".join(names))
+            _save(output.work, len(notes), found)
+            notes.append({"images": int(found["picture"].sum()), "without a URL": 0})
+        return notes
 
     def _walk(self, folder: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
         folders, files = list[bytes](), list[bytes]()
-        found = (self.root / os.fsdecode(folder)).stat()
+        found = (self._folder / os.fsdecode(folder)).stat()
         if (found.st_dev, found.st_ino) in above:  # a link back to where we came from
             return
         above |= {(found.st_dev, found.st_ino)}
         try:
-            with os.scandir(os.fsencode(self.root / os.fsdecode(folder))) as entries:
+            with os.scandir(os.fsencode(self._folder / os.fsdecode(folder))) as entries:
                 for entry in entries:
                     name = bytes(entry.name)
                     if name.startswith(b"."):
@@ -189,25 +232,9 @@ class FolderImages(Images):
         for below in sorted(folders):
             yield from self._walk(below, above)
 
-    def _save(self, work: Path, part: int, names: Sequence[bytes]) -> None:
-        found = np.zeros(len(names), IMAGE)
-        if names:
-            lengths = np.array([len(name) for name in names])
-            found["key"], found["length"], found["offset"] = hashed(names), lengths, np.cumsum(lengths) - lengths
-            found["picture"] = [
-                name.rpartition(b".")[2].lower().decode("ascii", "replace") in _FILE_EXTENSIONS for name in names
-            ]
-        with written_whole(work / f"names-{part:05d}") as file:
-            file.write(b"".join(names))
-        _save(index_path(work, part), found)
-
-    def index_part(self, work: Path, part: int) -> dict[str, int]:
-        return {"images": int(load_index(work, part)["picture"].sum()), "without a URL": 0}
-
     def read(self, work: Path, part: int, image: Any) -> bytes:
-        name = self._bytes(work, part, image)
         try:
-            return read_regular(self.root / os.fsdecode(name))
+            return read_regular(self._folder / os.fsdecode(self._bytes(work, part, image)))
         except (FileNotFoundError, PermissionError) as error:
             raise BadSample("unreadable file", str(error.strerror)) from error
 
@@ -215,8 +242,11 @@ class FolderImages(Images):
         return self._bytes(work, part, image).decode("utf-8", "backslashreplace")
 
     def _bytes(self, work: Path, part: int, image: Any) -> bytes:
-        with (work / f"names-{part:05d}").open("rb", buffering=0) as names:
+        with self._names(work, part).open("rb", buffering=0) as names:
             return os.pread(names.fileno(), int(image["length"]), int(image["offset"]))
+
+    def _names(self, work: Path, part: int) -> Path:
+        return work / f"names-{part:05d}"
 
 
 def open_images(given: Sequence[str]) -> Images:

@@ -4,39 +4,35 @@ be continued.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_faults, written_whole
-from cosmos_ssl.shards.prepare import writing
-from cosmos_ssl.shards.prepare.images import FolderImages, Images, ShardImages, load_index, open_images
+from cosmos_ssl.liveness import OnStage
+from cosmos_ssl.shards.output import Output, in_processes, numbers
+from cosmos_ssl.shards.prepare.images import load_index, open_images
 from cosmos_ssl.shards.prepare.joining import NO_ROW, REPEATED, join, open_mapped
-from cosmos_ssl.shards.prepare.output import Output, in_processes
 from cosmos_ssl.shards.prepare.rows import Rows, TableNote, Wanted, check_table, pieces, store_rows
-from cosmos_ssl.shards.prepare.sentences import SPLITTERS
-from cosmos_ssl.shards.prepare.tables import find_tables
-from cosmos_ssl.shards.prepare.writing import ShardJob
+from cosmos_ssl.shards.prepare.sentences import SPLITTERS, whole
+from cosmos_ssl.shards.prepare.tables import find_tables, stamps
+from cosmos_ssl.shards.prepare.writing import ShardWriter
 
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "dreamlip": {name: name for name in DREAMLIP_FIELDS},
     "pixelprose": {"original_caption": "original_caption", "vlm_caption": "caption"},
 }
 """Columns of the published tables and the fields that the caption schema of that name reads."""
-_WHOLE = {"pixelprose": frozenset({"original_caption"})}  # one sentence, however many full stops
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much in all."""
+_WHOLE = {"pixelprose": {"original_caption"}}  # one sentence, however many full stops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +83,12 @@ class PrepareOptions:
         return self.rule or ("published" if self.schema in PRESETS else "careful")
 
     @property
+    def splitters(self) -> dict[str, Callable[[str], list[str]]]:
+        """How the captions of each field are cut into sentences."""
+        uncut = _WHOLE.get(self.schema, ())
+        return {name: whole if name in uncut else SPLITTERS[self.sentence_rule] for name in self.columns.values()}
+
+    @property
     def caption_schema(self) -> str:
         """The ``data.caption_schema`` that reads these shards."""
         return (
@@ -118,29 +120,28 @@ class Counts:
     """Caption fields that held lists already, and in how many samples."""
 
 
-class Prepare:
+class Preparation:
     """One run of ``cosmos-ssl data prepare``."""
 
-    def __init__(self, options: PrepareOptions, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(self, options: PrepareOptions, progress: OnStage = lambda what, done, total: None) -> None:
         self.options = options
         self.progress = progress
         self.tables = find_tables(options.tables)
         self.images = open_images(options.images)
-        root = self.images.root.as_posix() if isinstance(self.images, FolderImages) else ""
         self.wanted = Wanted(
             captions=options.columns,
             by_url=self.images.by_url,
             url_column=options.url_column,
             image_column=options.image_column,
-            root=root,
+            root=self.images.root,
         )
         for table in self.tables:
             check_table(table, self.wanted)
 
     def run(self, *, resume: bool = False, missing: Path | None = None) -> Counts:
         """Write the shards; of finished work its counts. Raises UserError, DataError, StorageError."""
-        output = Output(self.options.output.absolute())
-        with output.claimed(self.identity(), resume=resume):
+        output, identity = Output(self.options.output.absolute()), self.identity()
+        with output.claimed(identity, resume=resume):
             if (report := output.report) is not None:
                 if missing is not None:
                     raise UserError(
@@ -150,14 +151,10 @@ class Prepare:
             counts, plan = self._join(output)
             self._write(output, plan, counts)
             if missing is not None:
-                self._list(output, missing)
+                self._list_missing(output, missing)
             sizes = {name: output.note(f"{name}.json")["samples"] for name in plan["names"]}
-            report = {
-                "identity": self.identity(),
-                "caption_schema": self.options.caption_schema,
-                "counts": asdict(counts),
-            }
-            output.finish(sizes, report)
+            schema = self.options.caption_schema
+            output.finish(sizes, {"identity": identity, "caption_schema": schema, "counts": asdict(counts)})
         return counts
 
     def dry_run(self, missing: Path | None = None) -> Counts:
@@ -168,31 +165,20 @@ class Prepare:
             output.work.mkdir()
             counts, _ = self._join(output, captions=False)
             if missing is not None:
-                self._list(output, missing)
+                self._list_missing(output, missing)
         return counts
 
     def identity(self) -> dict[str, Any]:
         """What the shards depend on, in plain values."""
         options = self.options
-        found: dict[str, Any] = {
-            "tables": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in self.tables]
-        }
-        if isinstance(self.images, FolderImages):
-            found["images"] = str(self.images.root)
-        else:
-            assert isinstance(self.images, ShardImages)
-            lines = "\n".join(f"{url} {self.images.stat(i).size}" for i, url in enumerate(self.images.urls))
-            found["images"] = [
-                len(self.images.urls),
-                self.images.urls[0],
-                hashlib.sha256(lines.encode()).hexdigest()[:16],
-            ]
         kept = ("samples_per_shard", "name", "decode", "max_pixels", "url_column", "image_column")
-        return (
-            found
-            | {"captions": dict(options.columns), "rule": options.sentence_rule}
-            | {name: getattr(options, name) for name in kept}
-        )
+        return {
+            "tables": stamps(self.tables),
+            "images": self.images.identity(),
+            "captions": dict(options.columns),
+            "rule": options.sentence_rule,
+            **{name: getattr(options, name) for name in kept},
+        }
 
     def _stems(self, output: Output) -> list[Path]:
         return [output.work / f"table-{i:04d}" for i in range(len(self.tables))]
@@ -201,67 +187,34 @@ class Prepare:
         """Tables, images and the join, each only where it is not done yet."""
         if (plan := output.note("plan.json")) is None:
             self._store(output, captions)
-            notes = self._index(output)
-            rows = Rows(self._stems(output))
-            join(output.work, rows.keys(), (load_index(output.work, part)["key"] for part in range(len(notes))))
+            notes = self.images.index(output, self.options.workers, self.progress)
+            keys = Rows(self._stems(output)).keys()
+            join(output.work, keys, (load_index(output.work, part)["key"] for part in range(len(notes))))
             plan = self._plan(output, notes)
             output.put("plan.json", plan)
         return Counts(**plan["counts"]), plan
 
     def _store(self, output: Output, captions: bool) -> None:
-        todo = [
-            (p, s)
-            for p, s in zip(self.tables, self._stems(output), strict=True)
-            if not s.with_suffix(".json").is_file()
-        ]
-        sizes = [path.stat().st_size for path, _ in todo]
+        """Store the rows of the tables that are not stored yet; of a single one progress is told while it is read."""
+        stems = zip(self.tables, self._stems(output), strict=True)
+        todo = [(table, stem) for table, stem in stems if not stem.with_suffix(".json").is_file()]
+        sizes = [table.stat().st_size for table, _ in todo]
+        done, total = 0, sum(sizes)
+
+        def told(read: int) -> None:
+            self.progress("bytes of tables read", done + read, total)
+
         if len(todo) == 1 or self.options.workers == 1:
-            for number, (path, stem) in enumerate(todo):
-                before = sum(sizes[:number])
-                self.progress("bytes of tables read", before, sum(sizes))
-                store_rows(
-                    path,
-                    self.wanted,
-                    stem,
-                    captions=captions,
-                    told=self._told("bytes of tables read", before, sum(sizes)),
-                )
+            for (table, stem), size in zip(todo, sizes, strict=True):
+                told(0)
+                store_rows(table, stem, self.wanted, captions=captions, told=told)
+                done += size
             return
-        done = 0
-        self.progress("bytes of tables read", 0, sum(sizes))
-        jobs = [(path, self.wanted, stem, captions) for path, stem in todo]
-        for number, _ in in_processes(self.options.workers, _store_rows, jobs):
+        told(0)
+        store = partial(store_rows, wanted=self.wanted, captions=captions)
+        for number, _ in in_processes(self.options.workers, store, todo):
             done += sizes[number]
-            self.progress("bytes of tables read", done, sum(sizes))
-
-    def _told(self, what: str, before: int, total: int) -> Callable[[int], None]:
-        return lambda read: self.progress(what, before + read, total)
-
-    def _index(self, output: Output) -> list[dict[str, int]]:
-        work = output.work
-        if isinstance(self.images, FolderImages):
-            count = self.images.list_files(work)
-            return [self.images.index_part(work, part) for part in range(count)]
-        assert isinstance(self.images, ShardImages)
-        notes: dict[int, dict[str, int]] = {}
-        for part in range(len(self.images.urls)):
-            if (note := output.note(f"index/{part:05d}.json")) is not None:
-                notes[part] = note
-        todo = [part for part in range(len(self.images.urls)) if part not in notes]
-        self.progress("image shards indexed", len(notes), len(self.images.urls))
-        for number, note in in_processes(
-            self.options.workers, _index_part, [(self.images, work, part) for part in todo]
-        ):
-            output.put(f"index/{todo[number]:05d}.json", note)
-            notes[todo[number]] = note
-            self.progress("image shards indexed", len(notes), len(self.images.urls))
-        if not any(note["images"] for note in notes.values()):
-            without = sum(note["without a URL"] for note in notes.values())
-            what = f"none of {without:,} images has a 'url' in its JSON" if without else "no images at all"
-            raise DataError(
-                f"--images: these shards hold {what}. Images in shards are joined by URL; else give a folder of images"
-            )
-        return [notes[part] for part in sorted(notes)]
+            told(0)
 
     def _plan(self, output: Output, notes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """Where each shard begins, and what was matched."""
@@ -286,127 +239,92 @@ class Prepare:
         counts.images = sum(note["images"] for note in notes)
         counts.images_without_url = sum(note["without a URL"] for note in notes)
         for stem in self._stems(output):
-            table = TableNote(**json.loads(stem.with_suffix(".json").read_bytes()))
+            table = TableNote.of(stem)
             counts.rows += table.rows
             for reason, count in table.faults.items():
                 counts.bad[reason] = counts.bad.get(reason, 0) + count
                 counts.examples.setdefault(reason, ", ".join(table.examples[reason]))
         counts.shards = len(starts)
-        digits = max(4, len(str(len(starts) - 1)))
-        names = [f"{self.options.name}-{shard:0{digits}d}.tar" for shard in range(len(starts))]
+        names = [f"{self.options.name}-{number}.tar" for number in numbers(len(starts))]
         return {"counts": asdict(counts), "part_sizes": part_sizes, "starts": [*starts, begin], "names": names}
 
     def _write(self, output: Output, plan: Mapping[str, Any], counts: Counts) -> None:
+        """Write the shards that are not there yet, and add to the counts what went into each."""
         if not plan["names"]:
-            raise DataError(nothing_matched(counts, self._examples(output)))
-        writing.JOB = ShardJob(
+            raise DataError(self._nothing_matched(output, counts))
+        writer = ShardWriter(
             folder=output.folder,
             work=output.work,
             images=self.images,
-            stems=self._stems(output),
+            rows=Rows(self._stems(output)),
+            row_of=open_mapped(output.work / "row_of", np.dtype(np.int64)),
             part_sizes=plan["part_sizes"],
             starts=plan["starts"],
             names=plan["names"],
-            fields=list(self.options.columns.values()),
-            whole_fields=_WHOLE.get(self.options.schema, frozenset()),
-            rule=self.options.sentence_rule,
+            splitters=self.options.splitters,
             max_pixels=self.options.max_pixels,
             decode=self.options.decode,
         )
-        left_out, done, total = Counter[str](), 0, counts.matched
-        todo = []
-        for shard, name in enumerate(plan["names"]):
-            if (note := output.note(f"{name}.json")) is None:
-                todo.append(shard)
-            else:
-                done += _add(counts, note, left_out)
-        self.progress("samples written", done, total)
-        for _, note in in_processes(self.options.workers, writing.write_shard, [(shard,) for shard in todo]):
-            done += _add(counts, note, left_out)
-            self.progress("samples written", done, total)
+        left_out, done = Counter[str](), 0
+
+        def add(note: Mapping[str, Any]) -> None:
+            nonlocal done
+            counts.samples += note["samples"]
+            counts.bytes += note["size"]
+            for reason, name, detail in note["left_out"]:
+                left_out[reason] += 1
+                counts.examples.setdefault(reason, f"{name}: {detail}" if detail else name)
+            for name, count in note["listed"].items():
+                counts.listed[name] = counts.listed.get(name, 0) + count
+            done += note["samples"] + len(note["left_out"])
+
+        notes = [output.note(f"{name}.json") for name in plan["names"]]
+        for note in filter(None, notes):
+            add(note)
+        self.progress("samples written", done, counts.matched)
+        jobs = [(shard,) for shard, note in enumerate(notes) if note is None]
+        for _, note in in_processes(self.options.workers, writer.write, jobs):
+            add(note)
+            self.progress("samples written", done, counts.matched)
         for reason, count in left_out.most_common():
             counts.bad[reason] = counts.bad.get(reason, 0) + count
         if counts.samples == 0:
             what = ", ".join(f"{reason} {count:,}" for reason, count in counts.bad.items())
-            raise DataError(
-                f"--output: not one of {counts.matched:,} samples can be used: {what} "
-                f"({next(iter(counts.examples.values()))})"
-            )
+            example = next(iter(counts.examples.values()))
+            raise DataError(f"--output: not one of {counts.matched:,} samples can be used: {what} ({example})")
 
-    def _examples(self, output: Output) -> tuple[str, str]:
-        rows = Rows(self._stems(output))
+    def _nothing_matched(self, output: Output, counts: Counts) -> str:
+        """Why there is no sample, with a row and an image to compare."""
+        rows, index = Rows(self._stems(output)), load_index(output.work, 0)
         row = rows.name(0) if len(rows) else "-"
-        index = load_index(output.work, 0)
         image = self.images.name(output.work, 0, index[0]) if len(index) else "-"
-        return row, image
+        return (
+            f"--images: not one of {counts.rows:,} rows names one of {counts.images:,} images."
+            f" The first row names {row!r}, the first image is {image!r}"
+        )
 
-    def _list(self, output: Output, path: Path) -> None:
+    def _list_missing(self, output: Output, path: Path) -> None:
+        """One line for each row without an image, image without a row, and row left out: what, name, reason."""
         with storage_faults(f"--list-missing {path}: cannot be written"), written_whole(path) as file:
             text = io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
-            _list_missing(text, output, self.images, Rows(self._stems(output)))
+            text.writelines(map("{}\n".format, self._missing(output)))
             text.detach()
 
-
-def nothing_matched(counts: Counts, examples: tuple[str, str]) -> str:
-    """Why there is no sample, with a row and an image to compare."""
-    row, image = examples
-    return (
-        f"--images: not one of {counts.rows:,} rows names one of {counts.images:,} images."
-        f" The first row names {row!r}, the first image is {image!r}"
-    )
-
-
-def _add(counts: Counts, note: Mapping[str, Any], left_out: Counter[str]) -> int:
-    counts.samples += note["samples"]
-    counts.bytes += note["size"]
-    for reason, name, detail in note["left_out"]:
-        left_out[reason] += 1
-        counts.examples.setdefault(reason, f"{name}: {detail}" if detail else name)
-    for name, count in note["listed"].items():
-        counts.listed[name] = counts.listed.get(name, 0) + count
-    return int(note["samples"]) + len(note["left_out"])
-
-
-def _store_rows(path: Path, wanted: Wanted, stem: Path, captions: bool) -> None:
-    store_rows(path, wanted, stem, captions=captions)
-
-
-def _index_part(images: Images, work: Path, part: int) -> dict[str, int]:
-    return images.index_part(work, part)
-
-
-def _list_missing(file: TextIO, output: Output, images: Images, rows: Rows) -> None:
-    """One line for each row without an image, image without a row, and row left out: what, name, reason."""
-    number = 0
-    for state in pieces(output.work / "state", np.dtype(np.uint8)):
-        for place in np.flatnonzero(state != 1).tolist():
-            file.write(f"row\t{rows.name(number + place)}\t{'repeated' if state[place] == 2 else 'no image'}\n")
-        number += len(state)
-    row_of = open_mapped(output.work / "row_of", np.dtype(np.int64))
-    begin = 0
-    plan = output.note("plan.json")
-    for part, size in enumerate(plan["part_sizes"]):
-        index = load_index(output.work, part)
-        found = row_of[begin : begin + size]
-        begin += size
-        for place in np.flatnonzero((found < 0) & index["picture"]).tolist():
-            name = images.name(output.work, part, index[place])
-            file.write(f"image\t{name}\t{'repeated' if found[place] == REPEATED else 'no row'}\n")
-    for name in plan["names"]:
-        for reason, row, detail in (output.note(f"{name}.json") or {"left_out": []})["left_out"]:
-            file.write(f"sample\t{row}\t{reason}{': ' * bool(detail)}{detail}\n")
-
-
-def schema_beside(shard: str) -> str | None:
-    """The caption schema that the report beside a shard names, None where there is none."""
-    from cosmos_ssl.data.storage import is_local, local_path
-
-    try:
-        found = (
-            json.loads((local_path(shard).parent / "shards.json").read_bytes())["caption_schema"]
-            if is_local(shard)
-            else None
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
+    def _missing(self, output: Output) -> Iterator[str]:
+        rows, number = Rows(self._stems(output)), 0
+        for state in pieces(output.work / "state", np.dtype(np.uint8)):
+            for place in np.flatnonzero(state != 1).tolist():
+                yield f"row\t{rows.name(number + place)}\t{'repeated' if state[place] == 2 else 'no image'}"
+            number += len(state)
+        row_of, begin = open_mapped(output.work / "row_of", np.dtype(np.int64)), 0
+        plan = output.note("plan.json")
+        for part, size in enumerate(plan["part_sizes"]):
+            index = load_index(output.work, part)
+            found = row_of[begin : begin + size]
+            begin += size
+            for place in np.flatnonzero((found < 0) & index["picture"]).tolist():
+                name = self.images.name(output.work, part, index[place])
+                yield f"image\t{name}\t{'repeated' if found[place] == REPEATED else 'no row'}"
+        for shard in plan["names"]:
+            for reason, row, detail in (output.note(f"{shard}.json") or {"left_out": []})["left_out"]:
+                yield f"sample\t{row}\t{reason}{': ' * bool(detail)}{detail}"

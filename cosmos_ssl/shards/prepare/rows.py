@@ -7,24 +7,21 @@ from __future__ import annotations
 import bisect
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.errors import BadSample, UserError
 from cosmos_ssl.files import written_whole
-from cosmos_ssl.shards.prepare.tables import IMAGE_NAMES, URL_NAMES, Table, Told, caption_columns, open_table
+from cosmos_ssl.shards.keys import KEY, hashed
+from cosmos_ssl.shards.prepare.tables import IMAGE_NAMES, URL_NAMES, OnRead, Table, open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-KEY = np.dtype("S16")
-"""128 bits of a hash: among 10^9 names two are alike with probability 10^-21."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +49,10 @@ class TableNote:
     faults: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-
-def hashed(names: Sequence[bytes]) -> NDArray[np.bytes_]:
-    """The keys of these names, [n]."""
-    return np.frombuffer(b"".join([blake2b(name, digest_size=16).digest() for name in names]), KEY)
+    @classmethod
+    def of(cls, stem: Path) -> Self:
+        """The note that ``store_rows`` wrote."""
+        return cls(**json.loads(stem.with_suffix(".json").read_bytes()))
 
 
 def plain_path(name: str, root: str = "") -> str:
@@ -83,14 +80,16 @@ def check_table(path: Path, wanted: Wanted) -> None:
     """Raise UserError where this is no table or lacks a column."""
     table = open_table(path)
     key_columns(table, wanted)
-    caption_columns(table, wanted.captions)
+    for column in wanted.captions:
+        if column not in table.columns:
+            raise table.missing(column)
 
 
 def store_rows(
-    path: Path, wanted: Wanted, stem: Path, *, captions: bool = True, told: Told = lambda read: None
-) -> TableNote:
+    path: Path, stem: Path, wanted: Wanted, *, captions: bool = True, told: OnRead = lambda read: None
+) -> None:
     """Write the rows that name an image to ``STEM.arrow`` and their keys to ``STEM.keys``; ``STEM.json``, written last,
-    is the note.
+    is a TableNote.
 
     Without ``captions`` the names alone are kept. Raises UserError, DataError, OSError.
     """
@@ -102,12 +101,10 @@ def store_rows(
     names = ["key", *(["url"] if url else []), *(wanted.captions.values() if captions else ())]
     note, writer = TableNote(path.name), None
     with written_whole(stem.with_suffix(".arrow")) as file, written_whole(stem.with_suffix(".keys")) as keys:
-        # a column may be read twice under two names: the image's path may be a caption too
         for batch in table.batches(list(dict.fromkeys(columns)), told):
-            found, batch = _named(
-                batch.select(columns) if len(set(columns)) == len(columns) else _selected(batch, columns), wanted, table
-            )
-            batch = batch.rename_columns(names)
+            # a column may be there twice, under two names: the image's path may be a caption too
+            batch = pa.record_batch([batch.column(name) for name in columns], names=names)
+            found, batch = _named(batch, wanted, table)
             if writer is None:
                 writer = pa.ipc.new_file(file, batch.schema)
             writer.write_batch(batch)
@@ -118,13 +115,6 @@ def store_rows(
     note.rows, note.faults, note.examples = table.rows, dict(table.faults), table.examples
     with written_whole(stem.with_suffix(".json")) as file:
         file.write(json.dumps(asdict(note)).encode())
-    return note
-
-
-def _selected(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
-    import pyarrow as pa
-
-    return pa.record_batch([batch.column(name) for name in columns], names=[f"{i}" for i in range(len(columns))])
 
 
 def _named(batch: pa.RecordBatch, wanted: Wanted, table: Table) -> tuple[list[bytes], pa.RecordBatch]:
@@ -167,9 +157,8 @@ class Rows:
 
     def __init__(self, stems: Sequence[Path]) -> None:
         self._stems = stems
-        counts = [TableNote(**json.loads(stem.with_suffix(".json").read_bytes())).usable for stem in stems]
-        self._ends = np.cumsum(counts).tolist()
-        self._tables: dict[int, _Mapped] = {}
+        self._ends = np.cumsum([TableNote.of(stem).usable for stem in stems]).tolist()
+        self._tables: dict[int, dict[str, pa.ChunkedArray]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -179,22 +168,26 @@ class Rows:
 
         Raises BadSample for strings that are no UTF-8.
         """
-        batch, place = self._find(index)
+        columns, place = self._find(index)
         try:
-            return {name: batch.column(i)[place].as_py() for i, name in enumerate(batch.schema.names)}
+            return {name: column[place].as_py() for name, column in columns.items()}
         except UnicodeDecodeError as error:
             raise BadSample("not UTF-8", self.name(index)) from error
 
     def name(self, index: int) -> str:
         """URL or path of the image that a row names."""
-        batch, place = self._find(index)
-        return str(cell_or_bytes(batch.column(0)[place]))
+        columns, place = self._find(index)
+        return str(cell_or_bytes(columns["key"][place]))
 
-    def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _find(self, index: int) -> tuple[dict[str, pa.ChunkedArray], int]:
         number = bisect.bisect_right(self._ends, index)
-        if number not in self._tables:
-            self._tables[number] = _Mapped(self._stems[number].with_suffix(".arrow"))
-        return self._tables[number].find(index - (self._ends[number - 1] if number else 0))
+        if number not in self._tables:  # views of the mapped file, which hold no memory of their own
+            import pyarrow as pa
+
+            file = pa.memory_map(str(self._stems[number].with_suffix(".arrow")))
+            table = pa.ipc.open_file(file).read_all()
+            self._tables[number] = dict(zip(table.column_names, table.columns, strict=True))
+        return self._tables[number], index - (self._ends[number - 1] if number else 0)
 
     def keys(self) -> Iterator[NDArray[np.bytes_]]:
         """The keys of all rows in order, in pieces."""
@@ -202,30 +195,8 @@ class Rows:
             yield from pieces(stem.with_suffix(".keys"), KEY)
 
 
-class _Mapped:
-    """One Arrow file."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._ends = np.cumsum(
-            [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
-        ).tolist()
-        self._batches: dict[int, Any] = {}  # views of the mapped file, which hold no memory of their own
-
-    def find(self, index: int) -> tuple[pa.RecordBatch, int]:
-        number = bisect.bisect_right(self._ends, index)
-        if number not in self._batches:
-            self._batches[number] = self._file.get_batch(number)
-        return self._batches[number], index - (self._ends[number - 1] if number else 0)
-
-
 def pieces(path: Path, kind: np.dtype[Any], count: int = 1 << 16) -> Iterator[NDArray[Any]]:
     """A column that is too large for memory, piece after piece."""
     with path.open("rb") as file:
         while len(found := np.frombuffer(file.read(kind.itemsize * count), kind)):
             yield found
-
-
-Progress = Callable[[int, int], None]

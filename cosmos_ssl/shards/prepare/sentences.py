@@ -13,33 +13,11 @@ from cosmos_ssl.data.captions import as_sentences
 _PUBLISHED = re.compile(r"\n|</s>|\.")
 _CAREFUL = re.compile(r"""\n|</s>|\.(?=["')\]]?(?:\s|$|</s>))""")
 _WORD = re.compile(r"[^\s\"'(\[]*$")
-_NEVER_LAST = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "st",
-        "mt",
-        "capt",
-        "col",
-        "gen",
-        "lt",
-        "sgt",
-        "rev",
-        "hon",
-        "fig",
-        "no",
-        "vs",
-        "approx",
-        "ca",
-    ]
-)
+_NEVER_LAST = frozenset(("mr", "mrs", "ms", "dr", "prof", "st", "mt", "capt", "col", "gen", "lt", "sgt", "rev", "hon"))
+_NEVER_LAST |= {"fig", "no", "vs", "approx", "ca"}
 """Abbreviations that something always follows."""
-_SELDOM_LAST = frozenset(
-    ["etc", "inc", "ltd", "co", "corp", "jr", "sr", "dept", "est", "min", "max", "ft", "in", "lb", "oz"]
-)
+_SELDOM_LAST = frozenset(("etc", "inc", "ltd", "co", "corp", "jr", "sr", "dept", "est", "min", "max", "ft", "in"))
+_SELDOM_LAST |= {"lb", "oz"}
 """Abbreviations that end a sentence only before a capital letter."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from cosmos_ssl.data.scan import EXAMPLES, expand
 from cosmos_ssl.errors import DataError, UserError, did_you_mean
@@ -21,7 +21,7 @@ RECORD_BYTES = 1 << 20
 URL_NAMES = ("url", "image_url", "img_url")
 IMAGE_NAMES = ("image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file_name")
 
-Told = Callable[[int], None]
+OnRead: TypeAlias = Callable[[int], None]
 """Called with the bytes of the file that were read so far."""
 
 
@@ -46,6 +46,11 @@ def find_tables(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
+def stamps(tables: Sequence[Path]) -> list[list[Any]]:
+    """What tells these files from others, in plain values: path, size and time of each."""
+    return [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in tables]
+
+
 def open_table(path: Path) -> Table:
     """The table in this file. Raises UserError where it is none."""
     return ParquetTable(path) if path.suffix == ".parquet" else CsvTable(path)
@@ -64,7 +69,7 @@ class Table:
         self.faults: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def batches(self, columns: Sequence[str], told: Told = lambda read: None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
         """The named columns in batches; CSV gives strings, parquet what it holds."""
         raise NotImplementedError
 
@@ -107,7 +112,7 @@ class ParquetTable(Table):
             raise UserError(f"{path}: no parquet file: {str(error).partition('.')[0]}") from error
         super().__init__(path, self._file.schema_arrow.names)
 
-    def batches(self, columns: Sequence[str], told: Told = lambda read: None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
         """Raises DataError where the file is damaged."""
         import pyarrow as pa
 
@@ -148,7 +153,7 @@ class CsvTable(Table):
             raise UserError(f"{path}: no CSV file: its first line names no columns")
         super().__init__(path, columns)
 
-    def batches(self, columns: Sequence[str], told: Told = lambda read: None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
         """Raises OSError where storage fails."""
         import pyarrow as pa
 
@@ -172,23 +177,26 @@ class CsvTable(Table):
                 yield batch()
 
     def _parsed(self, file: BinaryIO) -> Iterator[list[str]]:
-        lines = _Lines(file)
-        for first in lines:
+        back, number = deque[bytes](), 1  # lines that are read again; the number of the last one, the head's at first
+        while first := back.popleft() if back else file.readline():
+            number += 1
             record, quotes, size = [first], first.count(b'"'), len(first)
-            while quotes % 2 and size < RECORD_BYTES and (more := next(lines, None)) is not None:
+            while quotes % 2 and size < RECORD_BYTES and (more := back.popleft() if back else file.readline()):
                 record.append(more)
                 quotes += more.count(b'"')
                 size += len(more)
             row, reason = self._parse(b"".join(record))
             if row is None and len(record) > 1:  # the quote was not meant to be one, or was never closed
-                lines.put_back(record[1:])
+                back.extendleft(reversed(record[1:]))
                 row, reason = self._parse(first)
+            else:
+                number += len(record) - 1
             if row is not None:
                 self.rows += 1
                 yield row
             elif reason:
                 self.rows += 1
-                self.fault(reason, f"{self.path.name}:{lines.number}")
+                self.fault(reason, f"{self.path.name}:{number}")
 
     def _parse(self, record: bytes) -> tuple[list[str] | None, str]:
         if not record.strip():
@@ -201,33 +209,3 @@ class CsvTable(Table):
             return None, "broken quoting"
         good = len(rows) == 1 and len(rows[0]) == len(self.columns)
         return (rows[0], "") if good else (None, "wrong number of fields")
-
-
-class _Lines:
-    """Lines that can be put back; ``number`` is that of the last one given, from 1."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._back: deque[bytes] = deque()
-        self.number = 1  # the head
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        line = self._back.popleft() if self._back else self._file.readline()
-        if not line:
-            raise StopIteration
-        self.number += 1
-        return line
-
-    def put_back(self, lines: Sequence[bytes]) -> None:
-        self._back.extendleft(reversed(lines))
-        self.number -= len(lines)
-
-
-def caption_columns(table: Table, wanted: Mapping[str, str]) -> None:
-    """Raise UserError where the table lacks one of these columns."""
-    for column in wanted:
-        if column not in table.columns:
-            raise table.missing(column)

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.errors import BadSample
 from cosmos_ssl.files import written_whole
+from cosmos_ssl.shards.output import TAR_END, spans, tar_member
 from cosmos_ssl.shards.prepare.images import Images, check_picture, load_index
-from cosmos_ssl.shards.prepare.joining import open_mapped, spans
 from cosmos_ssl.shards.prepare.rows import Rows
-from cosmos_ssl.shards.prepare.sentences import SPLITTERS, sentences, whole
-
-_HEAD = b"0000644\0" + b"0000000\0" * 2  # mode, owner, group
-_TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(80) + bytes(167)  # a plain file, POSIX form
-_TAIL_SUM = sum(_TAIL) + 8 * ord(" ")  # the checksum itself counts as spaces
-
-
-def tar_member(name: str, body: bytes) -> bytes:
-    """A file of a tar archive (POSIX ustar, time 0): header, body, padding. ``name`` has at most 100 bytes of ASCII."""
-    before = name.encode("ascii").ljust(100, b"\0") + _HEAD + b"%011o\0%011o\0" % (len(body), 0)
-    total = sum(before) + _TAIL_SUM
-    return b"".join((before, b"%06o\0 " % total, _TAIL, body, bytes(-len(body) % 512)))
-
-
-TAR_END = bytes(1024)
-
-
-class LeftOut(NamedTuple):
-    """A row with an image that did not become a sample."""
-
-    reason: str
-    name: str
-    detail: str
+from cosmos_ssl.shards.prepare.sentences import sentences
 
 
 @dataclass(slots=True)
@@ -49,48 +26,33 @@ class ShardNote:
     name: str
     samples: int = 0
     size: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[tuple[str, str, str]] = field(default_factory=list)
+    """Rows with an image that did not become samples: reason, name, detail."""
     listed: dict[str, int] = field(default_factory=dict)
     """Caption fields that held lists already, and in how many samples."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"left_out": [list(item) for item in self.left_out]}
 
-
-@dataclass
-class ShardJob:
-    """All that the writing of any shard needs; sent to the workers once."""
+@dataclass(kw_only=True)
+class ShardWriter:
+    """All that the writing of any shard needs."""
 
     folder: Path
     work: Path
     images: Images
-    stems: Sequence[Path]
+    rows: Rows
+    row_of: NDArray[np.int64]
+    """The row of each image."""
     part_sizes: Sequence[int]
     starts: Sequence[int]
     """The image at which each shard begins, and the end of the last."""
     names: Sequence[str]
-    fields: Sequence[str]
-    whole_fields: frozenset[str]
-    rule: str
+    splitters: Mapping[str, Callable[[str], list[str]]]
+    """Caption field -> how it is cut into sentences."""
     max_pixels: int
     decode: bool
 
-    @cached_property
-    def rows(self) -> Rows:
-        """The rows of the tables."""
-        return Rows(self.stems)
-
-    @cached_property
-    def row_of(self) -> NDArray[np.int64]:
-        """The row of each image."""
-        return open_mapped(self.work / "row_of", np.dtype(np.int64))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "row_of")}
-
     def write(self, shard: int) -> dict[str, Any]:
-        """Write one shard and its note. Raises OSError where storage fails."""
+        """Write one shard and its note, a ShardNote in plain values. Raises OSError where storage fails."""
         note = ShardNote(self.names[shard])
         start, stop = self.starts[shard], self.starts[shard + 1]
         begin = start
@@ -104,7 +66,7 @@ class ShardJob:
                     try:
                         sample = self._sample(image, part, int(rows[place]), note)
                     except BadSample as error:
-                        note.left_out.append(LeftOut(error.reason, self.rows.name(int(rows[place])), error.detail))
+                        note.left_out.append((error.reason, self.rows.name(int(rows[place])), error.detail))
                         continue
                     file.write(sample)
                     note.samples += 1
@@ -112,8 +74,8 @@ class ShardJob:
             file.write(TAR_END)
             note.size += len(TAR_END)
         with written_whole(self.work / f"{note.name}.json") as file:
-            file.write(json.dumps(note.as_json()).encode())
-        return note.as_json()
+            file.write(json.dumps(asdict(note)).encode())
+        return asdict(note)
 
     def _sample(self, image: Any, part: int, row: int, note: ShardNote) -> bytes:
         cells = self.rows.row(row)
@@ -131,18 +93,8 @@ class ShardJob:
 
     def _captions(self, cells: Mapping[str, Any], note: ShardNote) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for name in self.fields:
-            found[name], listed = sentences(cells[name], whole if name in self.whole_fields else SPLITTERS[self.rule])
+        for name, split in self.splitters.items():
+            found[name], listed = sentences(cells[name], split)
             if listed:
                 note.listed[name] = note.listed.get(name, 0) + 1
         return found
-
-
-JOB: ShardJob | None = None
-"""Set before the workers are forked, which inherit it."""
-
-
-def write_shard(shard: int) -> dict[str, Any]:
-    """``ShardJob.write`` in a worker."""
-    assert JOB is not None
-    return JOB.write(shard)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.common import add_json, write_json
-from cosmos_ssl.cli.data_common import URLS, add_workers, storage
+from cosmos_ssl.cli.data.common import URLS, add_command, add_continue, add_workers, storage
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE
 
@@ -20,43 +20,33 @@ def add_parser(commands: Any) -> None:
     merge = commands.add_parser("merge", help="join sets of shards in one list file, and index it")
     merge.add_argument("urls", nargs="+", metavar="SET", help=f"one set of {URLS}")
     merge.add_argument("--repeat", type=int, nargs="+", metavar="N", help="how often each set counts (default: once)")
-    merge.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.list", help="the list file, good wherever shards are named"
-    )
+    where = "the list file, good wherever shards are named"
+    merge.add_argument("--output", type=Path, required=True, metavar="FILE.list", help=where)
     add_json(merge)
     merge.set_defaults(run=_merge)
 
-    split = commands.add_parser("split", help="hold samples out for validation, by a hash of their pictures")
-    split.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
+    split = add_command(commands, "split", "hold samples out for validation, by a hash of their pictures")
     split.add_argument("--output", type=Path, required=True, metavar="DIR", help="where train-*.tar and val-*.tar go")
     split.add_argument("--share", type=float, default=0.01, help="share that is held out (default: %(default)s)")
-    split.add_argument(
-        "--by",
-        choices=("content", "key"),
-        default="content",
-        help="content: samples of equal pictures stay on one side; key: a sample's key decides (default: %(default)s)",
-    )
-    split.add_argument(
-        "--samples-per-shard", type=int, default=5000, metavar="N", help="of val-*.tar (default: %(default)s)"
-    )
+    decides = "content: samples of equal pictures stay on one side; key: a sample's key decides (default: %(default)s)"
+    split.add_argument("--by", choices=("content", "key"), default="content", help=decides)
+    size = "of val-*.tar (default: %(default)s)"
+    split.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help=size)
     add_workers(split)
-    split.add_argument("--continue", dest="resume", action="store_true", help="go on with interrupted work")
+    add_continue(split, "interrupted work")
     add_json(split)
     split.set_defaults(run=_split)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.shards.split import merge_shards
+    from cosmos_ssl.shards.merge import merge_shards
 
+    sets, repeats = [[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls)
     with storage():
-        merged = merge_shards(
-            [[url] for url in arguments.urls], arguments.repeat or [1] * len(arguments.urls), arguments.output
-        )
+        merged = merge_shards(sets, repeats, arguments.output)
     distinct = f" ({merged.distinct_shards:,} and {merged.distinct_samples:,} without repetition)"
-    print(
-        f"{merged.shards:,} shards, {merged.samples:,} "
-        f"samples{distinct if merged.shards > merged.distinct_shards else ''}"
-    )
+    repeated = merged.shards > merged.distinct_shards
+    print(f"{merged.shards:,} shards, {merged.samples:,} samples{distinct * repeated}")
     train, schema = f'"data.train_data={arguments.output}"', merged.common_schema
     if schema is not None:
         for url, fields in zip(arguments.urls, merged.fields, strict=True):
@@ -73,7 +63,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _split(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.shards.prepare.output import cores
+    from cosmos_ssl.data.scan import cores
     from cosmos_ssl.shards.split import SplitOptions, split_shards
 
     options = SplitOptions(
@@ -86,14 +76,10 @@ def _split(arguments: argparse.Namespace) -> int:
     )
     with storage(), stages() as progress:
         counts = split_shards(options, progress, resume=arguments.resume)
-    print(
-        f"train: {arguments.output}/train-*.tar  ({counts['train_samples']:,} samples, "
-        f"{counts['train_shards']:,} shards)"
-    )
-    print(
-        f"val:   {arguments.output}/val-*.tar  ({counts['validation_samples']:,} samples, "
-        f"{counts['validation_shards']:,} shards)"
-    )
+    for side, name in (("train", "train"), ("val", "validation")):
+        pattern = f"{arguments.output}/{side}-*.tar"
+        samples, shards = counts[f"{name}_samples"], counts[f"{name}_shards"]
+        print(f"{side + ':':6} {pattern}  ({samples:,} samples, {shards:,} shards)")
     if arguments.json:
         write_json(arguments.json, counts)
     return EXIT_DONE

@@ -1,11 +1,12 @@
-"""A folder of shards in the making: claimed once, its work kept until it is whole, continued on request alone."""
+"""A folder of shards in the making: claimed once, its work kept until it is whole, continued on request alone; what its
+shards are made of.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cosmos_ssl.data.storage import is_local, local_path
 from cosmos_ssl.data.workers import WorkerStart
 from cosmos_ssl.errors import StorageError, UserError
 from cosmos_ssl.files import storage_error, written_whole
@@ -44,11 +46,9 @@ class Output:
         from filelock import FileLock, Timeout
 
         try:
-            begun = self._identity()
-            there = begun is not None or (not self.folder.is_dir() and self.folder.exists())
-            there = there or (
-                self.folder.is_dir() and any(not self._is_own_work(path) for path in self.folder.iterdir())
-            )
+            begun = self.note("identity.json") if self.report is None else self.report["identity"]
+            empty = self.folder.is_dir() and all(map(self._is_own_work, self.folder.iterdir()))
+            there = begun is not None or (self.folder.exists() and not empty)
             if there and not resume:
                 word = "is finished" if self.report else "was begun" if begun else "exists"
                 hint = " or go on with it by --continue" if begun and not self.report else ""
@@ -77,18 +77,10 @@ class Output:
             raise type(told)(f"{told}{hint}") from error
 
     def _is_own_work(self, path: Path) -> bool:
-        """Whether this is the work of a process that was killed before it noted what it does: it is removed in
-        the end.
-        """
+        """Whether this is of a process that was killed before it noted what it does: it is removed in the end."""
         if path != self.work or path.is_symlink() or not path.is_dir():
             return False
         return all(inner.name == "lock" or inner.suffix == ".part" for inner in path.iterdir())
-
-    def _identity(self) -> dict[str, Any] | None:
-        if (report := self.report) is not None:
-            return dict(report["identity"])
-        found = self.note("identity.json")
-        return None if found is None else dict(found)
 
     def note(self, name: str) -> Any:
         """A finished note of the work, None where there is none."""
@@ -127,9 +119,59 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def schema_beside(shard: str) -> str | None:
+    """The caption schema that the report beside a shard names, None where there is none."""
+    try:
+        found = (
+            json.loads((local_path(shard).parent / REPORT).read_bytes())["caption_schema"] if is_local(shard) else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+# ---------------------------------------------------------------------------- shards
+
+TAR_END = bytes(1024)
+_HEAD = b"0000644\0" + b"0000000\0" * 2  # mode, owner, group
+_TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(80) + bytes(167)  # a plain file, POSIX form
+_TAIL_SUM = sum(_TAIL) + 8 * ord(" ")  # the checksum itself counts as spaces
+
+
+def tar_member(name: str, body: bytes) -> bytes:
+    """A file of a tar archive (POSIX ustar, time 0): header, body, padding. ``name`` has at most 100 bytes of ASCII."""
+    before = name.encode("ascii").ljust(100, b"\0") + _HEAD + b"%011o\0%011o\0" % (len(body), 0)
+    total = sum(before) + _TAIL_SUM
+    return b"".join((before, b"%06o\0 " % total, _TAIL, body, bytes(-len(body) % 512)))
+
+
+def numbers(shards: int) -> list[str]:
+    """The numbers in the names of so many shards: ``0000`` and so on."""
+    return [f"{number:0{max(4, len(str(shards - 1)))}d}" for number in range(shards)]
+
+
+def spans(counts: Sequence[int], start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+    """The parts (of these sizes) that hold the numbers from start to stop: part, first and last place in it."""
+    begin = 0
+    for part, count in enumerate(counts):
+        first, last = max(start - begin, 0), min(stop - begin, count)
+        if first < last:
+            yield part, first, last
+        begin += count
+
+
+# ---------------------------------------------------------------------------- worker processes
+
+_inherited: list[Callable[..., Any]] = []
+
+
+def _begin(start: WorkerStart, function: Callable[..., Any]) -> None:
+    start(0)
+    _inherited.append(function)
+
+
+def _do(*job: Any) -> Any:
+    return _inherited[0](*job)
 
 
 def in_processes(
@@ -137,18 +179,19 @@ def in_processes(
 ) -> Iterator[tuple[int, _T]]:
     """Number and result of each job as it ends. The processes end with this one, however it ends.
 
-    Raises what a job raises, StorageError where a process is killed.
+    They inherit the function: what it holds is not sent, and what it keeps stays in its process. Raises what a job
+    raises, StorageError where a process is killed.
     """
     if not jobs:
         return
-    executor = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), WorkerStart(), (0,))
+    executor = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), _begin, (WorkerStart(), function))
     ended = False
     try:
         waiting: dict[Future[_T], int] = {}
         todo = iter(enumerate(jobs))
         while True:
             for number, job in todo:
-                waiting[executor.submit(function, *job)] = number
+                waiting[executor.submit(_do, *job)] = number
                 if len(waiting) > 2 * workers:
                     break
             if not waiting:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.cli.data_common import URLS, storage
+from cosmos_ssl.cli.data.common import add_command, own_schema, storage
 from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE, DataError, UserError
 
@@ -23,94 +24,72 @@ _ROOM = 2048
 
 def add_parser(commands: Any) -> None:
     """Add the two commands."""
-    stats = commands.add_parser("stats", help="samples, image sizes, sentences and tokens of captions")
-    stats.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
-    stats.add_argument(
-        "--captions",
-        metavar="SCHEMA",
-        help="dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)",
-    )
-    stats.add_argument(
-        "--samples",
-        type=int,
-        default=20_000,
-        metavar="N",
-        help="evenly spread samples to look at, 0: all (default: %(default)s)",
-    )
-    stats.add_argument(
-        "--tokenizer",
-        default="clip",
-        metavar="NAME",
-        help="a tokenizer that takes context_length (default: %(default)s)",
-    )
-    stats.add_argument(
-        "--context-length", type=int, default=77, metavar="N", help="where the model cuts texts (default: %(default)s)"
-    )
+    stats = add_command(commands, "stats", "samples, image sizes, sentences and tokens of captions")
+    schemas = "dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)"
+    stats.add_argument("--captions", metavar="SCHEMA", help=schemas)
+    looked_at = "evenly spread samples to look at, 0: all (default: %(default)s)"
+    stats.add_argument("--samples", type=int, default=20_000, metavar="N", help=looked_at)
+    tokenizers = "a tokenizer that takes context_length (default: %(default)s)"
+    stats.add_argument("--tokenizer", default="clip", metavar="NAME", help=tokenizers)
+    cut = "where the model cuts texts (default: %(default)s)"
+    stats.add_argument("--context-length", type=int, default=77, metavar="N", help=cut)
     add_json(stats)
     stats.set_defaults(run=_stats)
 
-    show = commands.add_parser("show", help="pictures and a page of the views that a config draws of samples")
-    show.add_argument("urls", nargs="+", metavar="URLS", help=URLS)
-    show.add_argument(
-        "--config", required=True, metavar="CONFIG", help="a file, or the name of a config that comes with cosmos-ssl"
-    )
+    show = add_command(commands, "show", "pictures and a page of the views that a config draws of samples")
+    config = "a file, or the name of a config that comes with cosmos-ssl"
+    show.add_argument("--config", required=True, metavar="CONFIG", help=config)
     show.add_argument("--output", type=Path, required=True, metavar="DIR", help="where index.html and the PNG files go")
-    show.add_argument(
-        "--samples", type=int, default=8, metavar="N", help="evenly spread samples (default: %(default)s)"
-    )
+    spread = "evenly spread samples (default: %(default)s)"
+    show.add_argument("--samples", type=int, default=8, metavar="N", help=spread)
     show.add_argument("--seed", type=int, metavar="N", help="of the views (default: the config's training.seed)")
     show.epilog = "key.sub=value arguments override single values of the config."
     show.set_defaults(run=_show, overrides=[])
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.shards.stats import collect_stats, default_schema
+    from cosmos_ssl.shards.stats import collect_stats
 
     if arguments.samples < 0:
         raise UserError(f"--samples: {arguments.samples} is negative; 0 looks at all")
-    schema = arguments.captions or default_schema(arguments.urls) or "all"
+    urls, schema = arguments.urls, arguments.captions or own_schema(arguments.urls) or "all"
     tokenizer = _tokenizer(arguments.tokenizer)
     with storage(), progress("samples looked at") as told:
-        stats = collect_stats(
-            arguments.urls, captions=schema, tokenizer=tokenizer, samples=arguments.samples, progress=told
-        )
+        stats = collect_stats(urls, captions=schema, tokenizer=tokenizer, samples=arguments.samples, progress=told)
     found = stats.as_json(arguments.context_length)
-    print(
-        f"{stats.shards:,} shards, {stats.samples:,} samples, {stats.bytes:,} bytes; looked at "
-        f"{stats.looked_at:,}, captions: {schema}"
-    )
+    size = f"{stats.shards:,} shards, {stats.samples:,} samples, {stats.bytes:,} bytes"
+    print(f"{size}; looked at {stats.looked_at:,}, captions: {schema}")
     if stats.unusable:
-        print(
-            "could not be used: " + ", ".join(f"{reason} {count:,}" for reason, count in stats.unusable.most_common())
-        )
+        print(f"could not be used: {_listed(stats.unusable)}")
     rows: list[tuple[str, ...]] = [("", "MEAN", "LEAST", "5 %", "HALF", "95 %", "MOST")]
-    rows += [
-        _row(name, found[key])
-        for name, key in (("width, px", "width"), ("height, px", "height"), ("image, bytes", "image_bytes"))
-    ]
+    for name, key in (("width, px", "width"), ("height, px", "height"), ("image, bytes", "image_bytes")):
+        rows.append(_row(name, found[key]))
     rows.append(_row("sentences a sample", found["sentences"]))
     for name, values in found["fields"].items():
         rows.append(_row(f"{name}: sentences", values["sentences"]))
         rows.append(_row(f"{name}: tokens a sentence", values["tokens_per_sentence"]))
         rows.append(_row(f"{name}: tokens a caption", values["tokens_per_caption"]))
     print(table(rows), end="")
-    print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in stats.formats.most_common()))
+    print(f"formats: {_listed(stats.formats)}")
     if stats.with_alpha:
         print(f"{stats.with_alpha:,} pictures with transparency (put on model.background)")
     if schema == "all":
         taken, left = (", ".join(found[key]) or "none" for key in ("fields", "left_out"))
         print(f"captions are taken from: {taken}; not from (bookkeeping, addresses, hashes): {left}")
-    cut = [
-        (name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}")
-        for name, v in found["fields"].items()
-    ]
-    if cut:
-        print(
-            table([("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT"), *cut]), end=""
-        )
+    if found["fields"]:
+        head = ("FIELD", "SAMPLES", f"SENTENCES CUT AT {arguments.context_length}", "CAPTIONS CUT")
+        cut = [
+            (name, f"{v['samples']:,}", f"{v['sentences_cut']:.2%}", f"{v['captions_cut']:.2%}")
+            for name, v in found["fields"].items()
+        ]
+        print(table([head, *cut]), end="")
     if arguments.json:
         write_json(arguments.json, {"captions": schema, "context_length": arguments.context_length, **found})
     return EXIT_DONE
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{what} {count:,}" for what, count in counts.most_common())
 
 
 def _row(name: str, values: Mapping[str, float]) -> tuple[str, ...]:
@@ -141,58 +120,48 @@ def _show(arguments: argparse.Namespace) -> int:
     loaded = load_config(arguments.config, arguments.overrides)
     from cosmos_ssl.api import BadSample  # after the config's first checks, which need no torch
     from cosmos_ssl.build import make_augmenters
+    from cosmos_ssl.data.scan import spread
     from cosmos_ssl.evaluation.views import look
 
     spec, augmenters = make_augmenters(loaded)
     seed = loaded.config.training.seed if arguments.seed is None else arguments.seed
     wanted = loaded.config.data.options.get("caption_schema", "dreamlip") if loaded.config.data else None
     with storage():
-        shards, schema, notice = _open(arguments.urls, wanted if "text" in augmenters else None)
+        shards, schema, notes = _open(arguments.urls, wanted if "text" in augmenters else None)
         looks: list[SampleLook] = []
         skipped: list[str] = []
-        for index in _spread(len(shards), arguments.samples):
+        for index in spread(len(shards), arguments.samples):
             try:
-                looks.append(
-                    look(shards.read(index).on(spec.background), augmenters, spec.image, seed=seed, position=index)
-                )
+                sample = shards.read(index).on(spec.background)
+                looks.append(look(sample, augmenters, spec.image, seed=seed, position=index))
             except BadSample as error:
                 skipped.append(f"sample {index}: {error}")
         if not looks:
             raise DataError(f"data: not one of {len(skipped)} samples can be shown: {skipped[0]}")
         subtitle = f"views as {loaded.config.name} draws them; seed {seed}; captions: {schema}"
-        page = _write(arguments.output, looks, subtitle, [notice] * bool(notice) + skipped)
-    for line in [notice] * bool(notice) + skipped:
+        page = _write(arguments.output, looks, subtitle, notes + skipped)
+    for line in notes + skipped:
         print(line)
     print(f"{len(looks)} samples: {page}")
     return EXIT_DONE
 
 
-def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, str]:
+def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, list[str]]:
     """The shards by the schema of the config; where they have no captions by it, by their own, with a notice."""
     from cosmos_ssl.data import Shards
-    from cosmos_ssl.shards.stats import default_schema
 
     shards = Shards(urls, caption_schema=wanted)
     if wanted is None:
-        return shards, None, ""
+        return shards, None, []
     try:
         shards.prepare()
-        return shards, wanted, ""
+        return shards, wanted, []
     except DataError:
-        own = default_schema(urls)
+        own = own_schema(urls)
         if own is None or own == wanted:
             raise
-    shards = Shards(urls, caption_schema=own, manifest=shards.manifest)
-    return (
-        shards,
-        own,
-        f"no captions by the config's schema '{wanted}'; shown by '{own}'. Train with data.caption_schema={own}",
-    )
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` places, evenly spread."""
-    return sorted({i * total // min(count, total) for i in range(min(count, total))})
+    said = f"no captions by the config's schema '{wanted}'; shown by '{own}'. Train with data.caption_schema={own}"
+    return Shards(urls, caption_schema=own, manifest=shards.manifest), own, [said]
 
 
 def _write(folder: Path, looks: list[SampleLook], subtitle: str, notes: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""How long this process has waited for other ranks: what tells a slow rank from those that wait for it."""
+"""How long this process has been in collectives: what tells a slow rank from those that wait for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Waits:
+class CollectiveTime:
     """Adds up the time spent in collectives: of the process for host tensors, of its stream for those on a CUDA
     device.
     """
@@ -48,5 +48,5 @@ class Waits:
         self._seconds += start.elapsed_time(end) / 1000
 
 
-waits = Waits()
+collective_time = CollectiveTime()
 """Of this process."""

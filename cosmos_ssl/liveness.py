@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
+
+OnProgress: TypeAlias = Callable[[int, int], None]
+"""Called with how much of some work is done, and how much there is in all."""
+OnStage: TypeAlias = Callable[[str, int, int], None]
+"""The same for work of several stages: what is done comes first."""
 
 _listening: list[Callable[[], None]] = []
 
@@ -18,7 +24,7 @@ def alive(done: int = 0, total: int = 0) -> None:
 
 
 @contextmanager
-def heard(listen: Callable[[], None]) -> Iterator[None]:
+def on_alive(listen: Callable[[], None]) -> Iterator[None]:
     """While entered, ``listen`` is called by ``alive``."""
     _listening.append(listen)
     try:

@@ -10,18 +10,20 @@ import pytest
 from filelock import FileLock
 
 from cosmos_ssl.data import load_manifest
+from cosmos_ssl.data.cache import lock
 from cosmos_ssl.data.folder_index import load_folder
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
-from cosmos_ssl.data.storage import lock
-from cosmos_ssl.functional.pulse import alive, heard
+from cosmos_ssl.liveness import alive, on_alive
 from cosmos_ssl.testing import example_samples
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def beats() -> Iterator[list[None]]:
     """The signs that were given."""
     found: list[None] = []
-    with heard(lambda: found.append(None)):
+    with on_alive(lambda: found.append(None)):
         yield found
     alive()  # to nobody any more
 

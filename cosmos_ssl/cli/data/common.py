@@ -1,0 +1,47 @@
+"""What the commands on data share: how storage that fails is told, and the arguments that several have."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager
+from typing import Any
+
+from cosmos_ssl.files import storage_faults
+
+URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::, list files (.list), a folder of .tar files"
+
+
+def storage() -> AbstractContextManager[None]:
+    """Storage that fails is told in one line."""
+    return storage_faults("data: storage fails")
+
+
+def add_command(commands: Any, name: str, purpose: str, *, folder: bool = False) -> argparse.ArgumentParser:
+    """A command on shards, or with ``folder`` on a folder of pictures, too."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=purpose)
+    parser.add_argument("urls", nargs="+", metavar="URLS", help=URLS + "; or one folder of pictures" * folder)
+    return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that work in several processes."""
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+
+def add_max_pixels(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag of commands that decode; ``what`` becomes of larger pictures."""
+    help = f"larger pictures are {what} (default: %(default)s)"
+    parser.add_argument("--max-pixels", type=int, default=1 << 26, metavar="N", help=help)
+
+
+def add_continue(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag of commands whose work can be gone on with."""
+    parser.add_argument("--continue", dest="resume", action="store_true", help=f"go on with {what}")
+
+
+def own_schema(urls: list[str]) -> str | None:
+    """The caption schema that 'data prepare' noted beside the shards."""
+    from cosmos_ssl.data import expand
+    from cosmos_ssl.shards.output import schema_beside
+
+    return schema_beside(expand(urls)[0])
