@@ -95,7 +95,7 @@ def embed(
         if usual == "text" and what not in (None, "text"):
             raise UserError(f"--what {what}: {names[0]} holds texts alone")
         encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
-        job = embedding.Job(
+        request = embedding.Request(
             samples=samples,
             what=what or usual,
             texts=texts,
@@ -105,7 +105,7 @@ def embed(
             overrides=overrides,
             about={"checkpoint": checkpoint, "which": which, "cosmos_ssl": __version__},
         )
-        return embedding.embed(encoder, job, Path(output), overwrite=overwrite, progress=progress)
+        return embedding.embed(encoder, request, Path(output), overwrite=overwrite, progress=progress)
 
 
 def attend(

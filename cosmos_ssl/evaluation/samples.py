@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,6 +218,13 @@ def read_ahead(
 def threads_of_this_process() -> int:
     """Threads that decode where nothing else is asked for."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:
+    """The places of ``wanted`` among ``count`` samples; None, or more than there are, is all."""
+    if wanted is None or wanted >= count:
+        return range(count)
+    return list(map(int, np.linspace(0, count - 1, wanted).round()))
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
