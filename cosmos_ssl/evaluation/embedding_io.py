@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data.dataset import open_shards
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
-from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import Samples
 from cosmos_ssl.files import storage_faults, written_whole
-from cosmos_ssl.pictures import read_regular
 
 What: TypeAlias = Literal["image", "text", "both"]
 FORMATS = (".parquet", ".npy")
@@ -51,32 +50,24 @@ Rows: TypeAlias = tuple[NDArray[Any], Sequence[Row]]
 # ---------------------------------------------------------------------------- what is read
 
 
-class _Files:
+class _Files(PictureFiles):
     """Picture files, each named."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        _refuse_odd(paths)
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
-            raise DataError(f"data: {missing[0]}{more} not exist.{similar(missing[0])}")
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read(self, index: int) -> Sample:
-        path = self._paths[index]
-        return Sample(key=str(path), image=retrying(lambda: read_regular(path), str(path)))
-
-    def sources(self, index: int) -> Sequence[str]:
-        return [str(self._paths[index])]
-
     def describe(self, index: int) -> str:
-        return str(self._paths[index].parent)
+        return str(self.files[index].path.parent)
 
     def identity(self) -> Mapping[str, Any]:
-        return {"samples": len(self), "digest": _digest(f"{path.name} {path.stat().st_size}" for path in self._paths)}
+        told = (f"{file.path.name} {file.path.stat().st_size}" for file in self.files)
+        return {"samples": len(self), "digest": _digest(told)}
+
+
+def _named(paths: Sequence[Path]) -> _Files:
+    _refuse_odd(paths)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
+        raise DataError(f"data: {missing[0]}{more} not exist.{similar(missing[0])}")
+    return _Files(name="", files=[PictureFile(str(path), path) for path in paths])
 
 
 class _Lines:
@@ -130,7 +121,7 @@ def open_samples(data: Sequence[str]) -> tuple[WithSource, What]:
             f"data: {' and '.join(kinds)} are mixed. Give a folder, picture files, one text file, or shards"
         )
     if kinds == ["pictures"]:
-        return _Files([Path(name).expanduser() for name in data]), "image"
+        return _named([Path(name).expanduser() for name in data]), "image"
     if kinds == ["texts"]:
         if len(data) > 1:
             raise DataError(f"data: {len(data)} text files. Give one, with one text a line")

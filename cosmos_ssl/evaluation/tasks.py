@@ -24,10 +24,11 @@ from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe
 from cosmos_ssl.evaluation.naming import repeated
 from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
+from cosmos_ssl.evaluation.picture_files import PictureFiles
 from cosmos_ssl.evaluation.protocols import Scores, classify, labelled_features, retrieve, trained_accuracy
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, model_input, segment, segmentation_metrics
-from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data
+from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -194,8 +195,8 @@ def segmentation(options: Options, job: Job) -> Task:
     if not isinstance(options.class_names, str | None):
         raise UserError("--class-names: segmentation takes a file")
     data = find_segmentation_data(options.data, wanted=options.set_name, names=options.class_names)
-    if isinstance(data.samples, PairedFiles):
-        data = replace(data, samples=data.samples.complete(job))
+    if isinstance(data.samples, PictureFiles):
+        data = replace(data, samples=data.samples.complete(job, "pictures or masks are not there"))
     names = [name for of_class in data.names for name in of_class]
     owners = torch.tensor([number for number, of_class in enumerate(data.names) for _ in of_class])
     with _flags():
