@@ -70,6 +70,15 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     return [*model.left_out("image", "text"), *model.about_logits()]
 
 
+def loading(model: ClipModel) -> str:
+    """Lines that load the folder that they are run in."""
+    return (
+        "import open_clip\n\n"
+        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:.")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:.")\n'
+    )
+
+
 def config(model: ClipModel) -> dict[str, Any]:
     """The ``open_clip_config.json``: sizes, and how pictures are prepared."""
     assert model.text is not None

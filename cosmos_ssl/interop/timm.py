@@ -23,6 +23,15 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     return model.left_out("image")
 
 
+def loading(model: ClipModel) -> str:
+    """Lines that load the folder that they are run in."""
+    return (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:.", pretrained=True).eval()  # num_classes=0: before the projection\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+    )
+
+
 def architecture(model: ClipModel) -> str:
     """timm's name of this model, where its own sizes have one of the base family; else one that all sizes are
     told to.
