@@ -28,7 +28,7 @@ from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.functional.pulse import heard
-from cosmos_ssl.interop.partial import compare
+from cosmos_ssl.interop.matching import compare
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.registry import shown
 from cosmos_ssl.streams import steady_streams

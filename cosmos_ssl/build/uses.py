@@ -19,7 +19,7 @@ from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
 from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
-from cosmos_ssl.evaluation.embedding_io import What, open_samples
+from cosmos_ssl.evaluation.embedding_input import What, open_samples
 from cosmos_ssl.evaluation.samples import threads_of_this_process
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.interop.export import export as write_form

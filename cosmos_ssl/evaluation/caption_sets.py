@@ -102,9 +102,7 @@ _LINE = re.compile(
 
 
 def _lines(path: Path) -> Entries:
-    """A caption a line: ``NAME.jpg#0<tab>CAPTION``; below a line of heads ``NAME.jpg| 0| CAPTION`` or
-    ``NAME.jpg,CAPTION``.
-    """
+    """A caption a line: ``NAME.jpg#0<tab>CAPTION``, or below a head ``NAME.jpg| 0| CAPTION``, ``NAME.jpg,CAPTION``."""
     found: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         match = _LINE.match(line)

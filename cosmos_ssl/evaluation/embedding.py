@@ -1,6 +1,4 @@
-"""Embeddings of pictures and texts as a file, put together from a resumable store of features that lies beside it, in
-``OUTPUT.parts/``, while the work lasts.
-"""
+"""Embeddings as a file, put together from a resumable store beside it, ``OUTPUT.parts/``, which goes at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, UserError
-from cosmos_ssl.evaluation.embedding_io import Row, Rows, What, WithSource, check_output, read_meta, write_embeddings
+from cosmos_ssl.evaluation.embedding_input import What, WithSource
+from cosmos_ssl.evaluation.embedding_output import Row, Rows, check_output, read_meta, write_embeddings
 from cosmos_ssl.evaluation.feature_store import FeatureStore, check_same
 from cosmos_ssl.evaluation.features import Bad, Job, check_finite, part_size, pieces, weights_digest
 from cosmos_ssl.evaluation.samples import Sources
@@ -63,17 +62,13 @@ class Report:
     """Samples that an earlier start had embedded."""
 
 
-def _silent(done: int, total: int) -> None:
-    pass
-
-
 def embed(
     encoder: ModelEncoder,
     request: Request,
     output: Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = _silent,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write unit vectors of all samples to ``output``: ``.parquet``, or ``.npy`` with its ``.keys.txt`` and
     ``.meta.json``.

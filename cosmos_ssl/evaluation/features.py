@@ -1,6 +1,4 @@
-"""Features of all samples of a set, computed once: ranks share the batches, and what is computed is kept until all is
-done.
-"""
+"""Features of all samples of a set: ranks share the batches, and what is computed is kept until all is done."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ class Loaded(NamedTuple):
 
 
 Compute: TypeAlias = Callable[[Sequence[Loaded]], tuple[Tensor | None, Sequence[Any]]]
-"""Some samples -> rows [n, ...], and notes (strings, numbers, lists of these): of each sample, or of those that it
-takes.
-"""
+"""Some samples -> rows [n, ...] and notes (strings, numbers, lists of these), of all of them or of those it takes."""
 
 
 class Bad(NamedTuple):
@@ -60,10 +56,6 @@ class Bad(NamedTuple):
     place: int
     key: str
     reason: str
-
-
-def _no_progress(what: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +72,7 @@ class Job:
     """Leave out what cannot be used instead of raising DataError."""
     data: str = "data"
     """What messages call the samples."""
-    progress: Callable[[str, int, int], None] = _no_progress
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Told what is done, how much of it, and of how much."""
 
     def __post_init__(self) -> None:

@@ -69,9 +69,7 @@ class PairSet:
 
 
 def read_mmvp(folder: Path) -> PairSet:
-    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM
-    Images/CATEGORY/NUMBER.jpg``.
-    """
+    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two a pair), ``MLLM_VLM Images/CATEGORY/N.jpg``."""
     path = folder / "Questions.csv"
     try:
         rows = list(csv.reader(io.StringIO(read_text(path), newline="")))[1:]

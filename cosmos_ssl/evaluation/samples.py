@@ -1,6 +1,4 @@
-"""What is evaluated on, by index: shards or a folder that a user names; read ahead by threads, shared among ranks,
-gathered.
-"""
+"""What is evaluated on, by index: shards or a folder; read ahead by threads, shared among ranks, gathered."""
 
 from __future__ import annotations
 
@@ -94,9 +92,7 @@ class EvaluationData:
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without
-        class folders.
-        """
+        """Names of the class folders, in the order of their numbers; none for shards and for pictures in one folder."""
         return self.samples.class_names if isinstance(self.samples, Folder) else ()
 
     def check(self, *, label: str | None = None, texts: str | None = None) -> None:
@@ -112,11 +108,10 @@ class EvaluationData:
         missing: list[str] = []
         seen: list[Sample] = []
         try:
-            local = (
-                [] if picture_folder(self.urls) is not None else [url for url in expand(self.urls) if "://" not in url]
-            )
+            folder = picture_folder(self.urls)
+            local = [url for url in expand(self.urls) if "://" not in url] if folder is None else []
             missing = [url for url in local if not Path(url).exists()]
-            if not missing and (local or picture_folder(self.urls) is not None):
+            if not missing and (local or folder is not None):
                 seen = self._few()
             for sample in seen if label is not None else ():
                 label_of(sample, label or "")
@@ -129,6 +124,10 @@ class EvaluationData:
             )
         if texts is not None and seen and not any(sample.captions.get(texts) for sample in seen):
             raise no_texts(seen[0].key, texts, seen[0].captions)
+
+    def picture(self, place: int, background: str) -> Tensor:
+        """The picture of sample ``place`` on ``background``, uint8 [3, H, W]."""
+        return self.samples.read(place).on(background).decode()
 
     def _few(self) -> list[Sample]:
         """Evenly spread samples; bad ones are left out, as when all are read."""
@@ -200,9 +199,7 @@ def _stamp(url: str) -> str:
 def read_ahead(
     batches: Iterable[tuple[K, Sequence[Any]]], load: Callable[[Any], T], workers: int
 ) -> Generator[tuple[K, list[T]]]:
-    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads load two batches
-    ahead.
-    """
+    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads are two batches ahead."""
     threads = ThreadPoolExecutor(workers)
     started = ((key, [threads.submit(load, index) for index in indices]) for key, indices in batches)
     try:

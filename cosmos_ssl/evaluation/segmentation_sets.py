@@ -147,27 +147,13 @@ class _Known:
     """Class 0: ``words`` are those of the file ``background``, else this one word."""
 
 
-def _voc(table: Table) -> Sequence[_Layout]:
-    return [
-        _Layout(pictures="JPEGImages", masks="SegmentationClass", split="ImageSets/Segmentation/val.txt", table=table)
-    ]
-
-
-def _context(table: Table) -> Sequence[_Layout]:
-    return [
-        _Layout(
-            pictures="JPEGImages",
-            masks="SegmentationClassContext",
-            split="ImageSets/SegmentationContext/val.txt",
-            table=table,
-        )
-    ]
+def _voc(table: Table, kind: str = "") -> Sequence[_Layout]:
+    split = f"ImageSets/Segmentation{kind}/val.txt"
+    return [_Layout(pictures="JPEGImages", masks=f"SegmentationClass{kind}", split=split, table=table)]
 
 
 def _coco(converted: str, raw: Table) -> Sequence[_Layout]:
-    """MMSegmentation's folders with masks as it converts them; else masks as they were released, there or beside COCO's
-    pictures.
-    """
+    """MMSegmentation's folders with masks as it converts them, or as they were released, there or beside pictures."""
     pictures, masks = "images/val2017", "annotations/val2017"
     return [
         _Layout(pictures=pictures, masks=masks, ends=(".jpg", converted), table=_PLAIN),
@@ -201,10 +187,12 @@ KNOWN: Mapping[str, _Known] = {
         names="voc",
         background="words",
     ),
-    "context59": _Known(below=_VOC2010, layouts=_context(_FROM_ONE), protocol=SegmentationProtocol(), names="context"),
+    "context59": _Known(
+        below=_VOC2010, layouts=_voc(_FROM_ONE, "Context"), protocol=SegmentationProtocol(), names="context"
+    ),
     "context60": _Known(
         below=_VOC2010,
-        layouts=_context(_PLAIN),
+        layouts=_voc(_PLAIN, "Context"),
         protocol=SegmentationProtocol(scale=50, prob_thd=0.1),
         names="context",
         background="background",

@@ -58,9 +58,7 @@ class Options:
     class_names: str | Sequence[str] | None = None
     """A text file with one a line, ``imagenet``, or the names; None is what comes with the data."""
     templates: str | Sequence[str] | None = None
-    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is what the set is used with, else
-    ``simple``.
-    """
+    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is the set's own, else ``simple``."""
     train_data: str | None = None
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
     max_train_samples: int | None = None
@@ -165,9 +163,7 @@ def linear_probe(options: Options, job: Job) -> Task:
 
 
 def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
-    """A task on the tower's features before the projection: ``scores`` of test features from labelled training
-    features.
-    """
+    """A task on the tower's features before the projection: ``scores`` of test features from training features."""
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
         given = find_class_data(options.train_data)

@@ -75,10 +75,15 @@ class ClipModel:
         text = {} if self.text is None else {"model.text.heads": self.text.heads}
         return {"model.image.heads": self.image.heads, "model.image.image_size": self.image_size, **text}
 
+    def oddities(self) -> list[str]:
+        """The config keys that make these towers other than CLIP's, each with its value."""
+        found = [f"model.image.registers ({self.registers})"] if self.registers else []
+        found += [] if self.pre_norm else ["model.image.pre_norm=false"]
+        towers = {"image": self.image, "text": self.text}
+        return found + [f"model.{name}.layer_scale" for name, of in towers.items() if of is not None and of.layer_scale]
+
     def left_out(self, *kept: str) -> list[str]:
-        """For people: the parts, and the mask token, that a form with these towers alone has no use for, where there
-        are any.
-        """
+        """For people: the parts, and the mask token, that a form with these towers alone has no use for."""
         known = {*kept, f"losses.{self.contrastive}"} if "text" in kept else set(kept)
         parts = {".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in self.state}
         masks = {"image.mask_token"} & self.state.keys()

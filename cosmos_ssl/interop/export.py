@@ -62,9 +62,7 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """What the system refused, where that is what went wrong: safetensors says it in words, ``torch.save`` fails once
-    more over it.
-    """
+    """What the system refused, if that went wrong: safetensors says it in words, ``torch.save`` fails once more."""
     if isinstance(error, OSError):
         return error
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -74,9 +72,7 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[ClipModel], folder: Path) -> list[str]:
-    """``NAME.pt`` as the official program's evaluation reads it: ``name``, a table of tensors for each role, and ours
-    of sizes.
-    """
+    """``NAME.pt`` as the official program reads it: ``name``, a table of tensors for each role, and ours of sizes."""
     content: dict[str, Any] = {"name": described[0].name, SIZES: described[0].sizes()}
     for (role, encoder), model in zip(models.items(), described, strict=True):
         refuse("the official form", _official_faults(encoder, model))
@@ -91,11 +87,7 @@ def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[Cli
 
 def _official_faults(encoder: ModelEncoder, model: ClipModel) -> list[str]:
     """Options that change what a model computes, and that the official program does not have."""
-    faults = [f"model.image.registers ({model.registers})"] if model.registers else []
-    faults += [] if model.pre_norm else ["model.image.pre_norm=false"]
-    faults += ["model.image.mask_token"] if "image.mask_token" in model.state else []
-    for modality, tower in (("image", model.image), ("text", model.text)):
-        faults += [f"model.{modality}.layer_scale"] if tower is not None and tower.layer_scale else []
+    faults = [*model.oddities(), *(["model.image.mask_token"] if "image.mask_token" in model.state else [])]
     head = cast(Any, encoder.model.heads["cross"]) if "cross" in encoder.model.heads else None
     if head is not None and is_built_in(head, "heads", "cross_attention"):
         heads = head.image_asks_text.num_heads

@@ -1,6 +1,4 @@
-"""The forms in which a model is exported, by the names of ``cosmos-ssl export --format``. Imports nothing, so that
-``--help`` needs no torch.
-"""
+"""The forms of ``cosmos-ssl export --format``, by name. Imports nothing, so that ``--help`` needs no torch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.files import write_safetensors
+from cosmos_ssl.interop.files import write_json, write_safetensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _START_ID, _END_ID = 49_406, 49_407
@@ -25,9 +24,7 @@ _ENTITIES = (
     ("&apos;|&#0?39;|&#[xX]27;", "'"),
     ("&nbsp;", " "),
 )
-"""What stands for a character in captions from the web, in the order in which it is replaced; it may have been escaped
-three times.
-"""
+"""What stands for a character in captions from the web, in the order of replacing; it may be escaped three times."""
 _QUOTES = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
 """As ftfy has them."""
 
@@ -46,10 +43,10 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     Raises UserError for what CLIPModel has no place for.
     """
     assert model.text is not None
-    refuse("huggingface (CLIPModel)", _faults(model))
+    refuse("huggingface (CLIPModel)", model.oddities())
     write_safetensors(folder / "model.safetensors", tensors(model))
-    _dump(folder / "config.json", config(model))
-    _dump(folder / "preprocessor_config.json", preprocessing(model))
+    write_json(folder / "config.json", config(model))
+    write_json(folder / "preprocessor_config.json", preprocessing(model))
     notes = [*model.left_out("image", "text"), *model.about_logits()]
     if model.vocabulary:
         _write_tokenizer(model, folder)
@@ -169,16 +166,6 @@ def preprocessing(model: ClipModel) -> dict[str, Any]:
     }
 
 
-def _faults(model: ClipModel) -> Iterator[str]:
-    if model.registers:
-        yield f"model.image.registers ({model.registers})"
-    if not model.pre_norm:
-        yield "model.image.pre_norm=false"
-    for modality, tower in (("image", model.image), ("text", model.text)):
-        if tower is not None and tower.layer_scale:
-            yield f"model.{modality}.layer_scale"
-
-
 def _sizes(tower: TowerSizes | None) -> dict[str, Any]:
     assert tower is not None
     return {
@@ -217,13 +204,13 @@ def _write_tokenizer(model: ClipModel, folder: Path) -> None:
     pairs = SimpleTokenizer()
     words = list(pairs.encoder)[:_START_ID]
     vocabulary = {word: number for number, word in enumerate([*words, START, END])}
-    _dump(folder / "vocab.json", vocabulary, indent=None)
+    write_json(folder / "vocab.json", vocabulary, indent=None)
     merges = "\n".join(" ".join(pair) for pair in pairs.bpe_ranks)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(_tokenizer(vocabulary, list(pairs.bpe_ranks)) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    _dump(folder / "special_tokens_map.json", special)
-    _dump(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -250,7 +237,3 @@ def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
     made.add_special_tokens([START, END])
     return str(made.to_str())
-
-
-def _dump(path: Path, value: Any, indent: int | None = 2) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

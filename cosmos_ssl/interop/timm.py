@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.interop.clip import ClipModel
-from cosmos_ssl.interop.files import write_safetensors
+from cosmos_ssl.interop.files import write_json, write_safetensors
 from cosmos_ssl.interop.official import mlp_ratio
 
 _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position, LayerNorms of 1e-5
@@ -19,7 +18,7 @@ _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder in the hub's layout for ``timm.create_model("local-dir:...")``; returns what stays behind."""
     write_safetensors(folder / "model.safetensors", tensors(model))
-    (folder / "config.json").write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config(model))
     return model.left_out("image")
 
 
@@ -33,9 +32,7 @@ def loading(model: ClipModel) -> str:
 
 
 def architecture(model: ClipModel) -> str:
-    """timm's name of this model, where its own sizes have one of the base family; else one that all sizes are
-    told to.
-    """
+    """timm's name of this model, where its sizes have one of the base family; else one that is told all sizes."""
     from timm import is_model
 
     own = f"vit_base_patch{model.patch_size}_clip_{model.image_size}"

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from cosmos_ssl.api import DataError, Spec, TowerSpec, UserError
 from cosmos_ssl.evaluation import embedding, features
 from cosmos_ssl.evaluation.embedding import Request, embed
-from cosmos_ssl.evaluation.embedding_io import open_samples
+from cosmos_ssl.evaluation.embedding_input import open_samples
 from cosmos_ssl.evaluation.feature_store import FeatureStore
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
