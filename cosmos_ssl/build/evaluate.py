@@ -21,11 +21,10 @@ from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.evaluation.feature_store import FeatureStore
 from cosmos_ssl.evaluation.features import Job, digest, weights_digest
 from cosmos_ssl.evaluation.tasks import TASKS, Options, Task, check_model
+from cosmos_ssl.functional.pulse import OnStage
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
 
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
 _ROLES = ("student", "teacher")
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -57,7 +56,7 @@ def evaluate(
     precision: str = "auto",
     overrides: Sequence[str] = (),
     trust_code: bool = False,
-    progress: Progress = _no_progress,
+    progress: OnStage = _no_progress,
 ) -> dict[str, Any]:
     """Evaluate a model on the data of a task, as ``cosmos-ssl eval`` does; the report that its ``--json`` writes.
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema, check_captions, text_fault
-from cosmos_ssl.data.manifest import Manifest, Progress, check_shards, is_indexed, load_manifest, notices
+from cosmos_ssl.data.manifest import Manifest, check_shards, is_indexed, load_manifest, notices
 from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
 from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root
 from cosmos_ssl.data.tar import TarFault, members, sample_key
+from cosmos_ssl.functional.pulse import OnProgress
 
 _LOOK_SHARDS, _LOOK_SAMPLES = 256, 3
 _SAMPLE_BYTES, _JSON_BYTES = 1 << 30, 1 << 22
@@ -94,7 +95,7 @@ class Shards(Dataset):
         check_shards(self._urls)
         return True
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the shards and look into captions; what is odd is logged. Raises DataError, OSError."""
         if self._manifest is None:
             self._manifest = load_manifest(self._urls, cache_dir=self._cache_dir, progress=progress)

@@ -24,10 +24,10 @@ from cosmos_ssl.data.folder_index import (
     shown,
     similar,
 )
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.functional.pulse import OnProgress
 from cosmos_ssl.pictures import MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
@@ -111,7 +111,7 @@ class Folder(Dataset):
         check_folder(self.root)
         return True
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""
         if (splits := splits_of(self.root)) is not None and self._classes is None:
             raise DataError(

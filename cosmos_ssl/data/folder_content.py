@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.functional.pulse import OnProgress
 
 if TYPE_CHECKING:
     from cosmos_ssl.data.folder_index import FolderIndex
@@ -41,7 +41,7 @@ def mark_of(found: os.stat_result) -> int:
 
 
 def look_into(
-    root: bytes, index: FolderIndex, *, full_hash: bool, progress: Progress | None
+    root: bytes, index: FolderIndex, *, full_hash: bool, progress: OnProgress | None
 ) -> tuple[dict[str, str], NDArray[np.int64]]:
     """Hashes of what is in ``pictures`` and ``captions``, and in every byte of them (``full_pictures``,
     ``full_captions``) where asked for.

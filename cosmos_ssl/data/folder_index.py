@@ -22,12 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import cache_root, first_writable, lock, retrying
 from cosmos_ssl.errors import DataError, did_you_mean
 from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.functional.pulse import OnProgress, alive
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TEXT_EXTENSION = "txt"
@@ -194,7 +193,7 @@ def load_folder(
     extensions: Sequence[str] = EXTENSIONS,
     cache_dir: str | Path | None = None,
     full_hash: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> FolderIndex:
     """The index of a folder: from its cache, or by a scan under a lock.
 
@@ -363,7 +362,7 @@ def _pack(packs: Sequence[NDArray[np.bytes_]]) -> tuple[bytes, int]:
     return table[kept].tobytes(), len(names)
 
 
-def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> Iterator[tuple[bytes, _Listing]]:
+def _walk(root: Path, extensions: Sequence[str], progress: OnProgress | None) -> Iterator[tuple[bytes, _Listing]]:
     """Every folder below the root once, level by level; of several links to one folder the first in byte order
     counts.
     """
@@ -388,7 +387,7 @@ def _walk(root: Path, extensions: Sequence[str], progress: Progress | None) -> I
 
 
 def scan_folder(
-    root: Path, extensions: Sequence[str] = EXTENSIONS, full_hash: bool = False, progress: Progress | None = None
+    root: Path, extensions: Sequence[str] = EXTENSIONS, full_hash: bool = False, progress: OnProgress | None = None
 ) -> FolderIndex:
     """List every folder below the root but hidden ones, and look into its pictures. Raises as ``load_folder`` does."""
     found = list(_walk(root, extensions, progress))

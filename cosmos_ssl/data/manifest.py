@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,13 +35,12 @@ from cosmos_ssl.data.storage import (
 )
 from cosmos_ssl.errors import DataError
 from cosmos_ssl.files import check_seal, seal, written_whole
-from cosmos_ssl.functional.pulse import alive
+from cosmos_ssl.functional.pulse import OnProgress, alive
 
 _MAGIC = b"cosmos-manifest-2\n"
 _SIZES_BYTES = 1 << 28
 
-Progress = Callable[[int, int], None]
-"""Called with shards done and shards in all."""
+Progress = OnProgress  # the name by which data sets of other packages import it
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ def load_manifest(
     *,
     cache_dir: str | Path | None = None,
     full_hash: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Manifest:
     """The manifest of these shards: from its cache, or by a scan of what is new or changed, under a lock.
 
@@ -245,7 +244,7 @@ def _fresh(path: Path, urls: Sequence[str], stats: Sequence[Stat], full_hash: bo
 
 
 def _scan_all(
-    urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: Progress | None
+    urls: Sequence[str], stats: Sequence[Stat], path: Path | None, full_hash: bool, progress: OnProgress | None
 ) -> Manifest:
     """Scan every shard that the manifest at ``path`` does not know as it is now; hash it whole if that was ever asked
     for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from cosmos_ssl.evaluation.feature_store import FeatureStore, check_same
 from cosmos_ssl.evaluation.features import Bad, Job, check_finite, part_size, pieces, weights_digest
 from cosmos_ssl.evaluation.samples import Sources
 from cosmos_ssl.files import storage_error
+from cosmos_ssl.functional.pulse import OnProgress
 from cosmos_ssl.models.encoder import ModelEncoder
 
 
@@ -68,7 +69,7 @@ def embed(
     output: Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> Report:
     """Write unit vectors of all samples to ``output``: ``.parquet``, or ``.npy`` with its ``.keys.txt`` and
     ``.meta.json``.
@@ -145,7 +146,7 @@ def _compute(
     request: Request,
     store: FeatureStore,
     identity: Mapping[str, Any],
-    progress: Callable[[int, int], None],
+    progress: OnProgress,
 ) -> tuple[Report, list[str]]:
     """What becomes of the request, and the names of the pieces that the store then holds."""
 

@@ -27,6 +27,7 @@ from cosmos_ssl.evaluation.samples import (
     threads_of_this_process,
 )
 from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.functional.pulse import OnStage
 from cosmos_ssl.pictures import BACKGROUND
 
 T = TypeVar("T")
@@ -72,8 +73,8 @@ class Job:
     """Leave out what cannot be used instead of raising DataError."""
     data: str = "data"
     """What messages call the samples."""
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None
-    """Told what is done, how much of it, and of how much."""
+    progress: OnStage = lambda what, done, total: None
+    """Told of batches."""
 
     def __post_init__(self) -> None:
         check_positive(batch_size=self.batch_size, workers=self.workers, max_samples=self.max_samples)

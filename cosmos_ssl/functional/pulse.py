@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+OnProgress = Callable[[int, int], None]
+"""Told how much is done, and of how much (0 where that is not known)."""
+OnStage = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
 _listening: list[Callable[[], None]] = []
 
 

@@ -20,10 +20,11 @@ from cosmos_ssl.api import Sample
 from cosmos_ssl.data.captions import check_texts, schema_fields
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.folder import Folder
-from cosmos_ssl.data.manifest import Manifest, Progress, Shard, told_sizes
+from cosmos_ssl.data.manifest import Manifest, Shard, told_sizes
 from cosmos_ssl.data.scan import expand, pool, scan
 from cosmos_ssl.data.storage import is_local, shard_name, stat
 from cosmos_ssl.errors import BadSample, UserError
+from cosmos_ssl.functional.pulse import OnProgress
 from cosmos_ssl.pictures import has_alpha, open_picture
 from cosmos_ssl.shards.prepare.joining import FILES, deal, entries, repeats
 from cosmos_ssl.shards.prepare.rows import KEY
@@ -73,7 +74,7 @@ def check_shards(
     *,
     captions: str | None = None,
     max_pixels: int = 1 << 26,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[ShardReport]:
     """Decode every sample of every shard, several shards at once; samples that repeat an earlier one are faults.
 
@@ -136,7 +137,7 @@ def _named(pairs: NDArray[np.int64], reports: Sequence[ShardReport]) -> Iterator
 
 
 def check_folder(
-    root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: Progress | None = None
+    root: Path, *, captions: str | None = None, max_pixels: int = 1 << 26, progress: OnProgress | None = None
 ) -> list[ShardReport]:
     """Decode every picture below a folder; one report for each of its classes, or one for a folder without. Equal ones
     are noted.

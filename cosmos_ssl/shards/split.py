@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from cosmos_ssl.data.storage import BlockCache, Reader, Stat, cache_root, is_loc
 from cosmos_ssl.data.tar import TarFault, members, sample_key
 from cosmos_ssl.errors import BadSample, DataError, UserError
 from cosmos_ssl.files import written_whole
+from cosmos_ssl.functional.pulse import OnStage
 from cosmos_ssl.pictures import FILE_BYTES
 from cosmos_ssl.shards.prepare.joining import spans
 from cosmos_ssl.shards.prepare.output import Output, in_processes
@@ -26,7 +27,6 @@ from cosmos_ssl.shards.prepare.writing import TAR_END
 
 _SAMPLE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("held_out", "?")])
 _LOOK_SAMPLES = 16
-Progress = Callable[[str, int, int], None]
 
 
 def is_held_out(what: bytes, share: float) -> bool:
@@ -58,7 +58,7 @@ class SplitOptions:
                 raise UserError(f"--{option.replace('_', '-')}: {getattr(self, option)} is not positive")
 
 
-def split_shards(options: SplitOptions, progress: Progress, *, resume: bool = False) -> dict[str, int]:
+def split_shards(options: SplitOptions, progress: OnStage, *, resume: bool = False) -> dict[str, int]:
     """Write ``train-0000.tar`` ... (one for each shard, without its held-out samples) and ``val-0000.tar`` ...
 
     Samples are copied byte for byte. Returns samples and shards by split. Raises UserError, DataError, StorageError.
@@ -110,7 +110,7 @@ def _index_shard(url: str, found: Stat, share: float, by: str, path: Path) -> No
 
 
 def _write_split(
-    output: Output, urls: Sequence[str], stats: Sequence[Stat], options: SplitOptions, progress: Progress
+    output: Output, urls: Sequence[str], stats: Sequence[Stat], options: SplitOptions, progress: OnStage
 ) -> tuple[dict[str, int], dict[str, int]]:
     held = [int(np.load(_index(output.work, i))["held_out"].sum()) for i in range(len(urls))]
     total = [len(np.load(_index(output.work, i))) for i in range(len(urls))]

@@ -16,8 +16,9 @@ import numpy as np
 from cosmos_ssl.api import BadSample, Tokenizer
 from cosmos_ssl.data.captions import join_sentences, left_out
 from cosmos_ssl.data.dataset import Shards
-from cosmos_ssl.data.manifest import Progress, load_manifest
+from cosmos_ssl.data.manifest import load_manifest
 from cosmos_ssl.data.scan import pool
+from cosmos_ssl.functional.pulse import OnProgress
 from cosmos_ssl.pictures import has_alpha, open_picture
 
 _CHUNK = 256
@@ -112,7 +113,7 @@ def collect_stats(
     captions: str,
     tokenizer: Tokenizer,
     samples: int = 20_000,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> DataStats:
     """Look at ``samples`` evenly spread samples (0: all of them); their number and bytes are of all.
 

@@ -19,6 +19,7 @@ import numpy as np
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_faults, written_whole
+from cosmos_ssl.functional.pulse import OnStage
 from cosmos_ssl.shards.prepare import writing
 from cosmos_ssl.shards.prepare.images import FolderImages, Images, ShardImages, load_index, open_images
 from cosmos_ssl.shards.prepare.joining import NO_ROW, REPEATED, join, open_mapped
@@ -34,9 +35,6 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 }
 """Columns of the published tables and the fields that the caption schema of that name reads."""
 _WHOLE = {"pixelprose": frozenset({"original_caption"})}  # one sentence, however many full stops
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +119,7 @@ class Counts:
 class Prepare:
     """One run of ``cosmos-ssl data prepare``."""
 
-    def __init__(self, options: PrepareOptions, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(self, options: PrepareOptions, progress: OnStage = lambda what, done, total: None) -> None:
         self.options = options
         self.progress = progress
         self.tables = find_tables(options.tables)

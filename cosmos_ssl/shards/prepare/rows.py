@@ -7,7 +7,7 @@ from __future__ import annotations
 import bisect
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -226,6 +226,3 @@ def pieces(path: Path, kind: np.dtype[Any], count: int = 1 << 16) -> Iterator[ND
     with path.open("rb") as file:
         while len(found := np.frombuffer(file.read(kind.itemsize * count), kind)):
             yield found
-
-
-Progress = Callable[[int, int], None]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from cosmos_ssl.api import Location, Spec, UserError
 from cosmos_ssl.data import Manifest, Shards
-from cosmos_ssl.data.manifest import Progress
 from cosmos_ssl.data.scenes import SceneOptions, default_folder, is_written, write_scenes
+from cosmos_ssl.functional.pulse import OnProgress
 
 
 class Scenes(Shards):
@@ -55,7 +55,7 @@ class Scenes(Shards):
         """Whether they are written; if not, ``prepare`` writes them."""
         return is_written(self._folder, self._options)
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: OnProgress | None = None) -> None:
         """Write the scenes that are missing, then as for any shards."""
         write_scenes(self._folder, self._options)
         super().prepare(progress)
