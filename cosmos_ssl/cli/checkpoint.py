@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,11 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
     )
+
+
+def options_of(arguments: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a function of ``cosmos_ssl`` takes by their names."""
+    return {name: value for name, value in vars(arguments).items() if name in signature(function).parameters}
 
 
 def positive(text: str) -> int:

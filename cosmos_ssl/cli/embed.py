@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, reading
+from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, options_of, reading
 from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE
 
@@ -40,13 +40,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    from inspect import signature
-
     from cosmos_ssl.build.uses import embed
 
-    options = {name: value for name, value in vars(arguments).items() if name in signature(embed).parameters}
     with reading(), progress("samples embedded") as told:
-        report = embed(arguments.checkpoint, **options, progress=told)
+        report = embed(arguments.checkpoint, **options_of(arguments, embed), progress=told)
     if report.kept:
         print(f"{report.kept:,} of {report.samples:,} samples had been embedded before", file=sys.stderr)
     for reason, (count, key) in report.bad.items():

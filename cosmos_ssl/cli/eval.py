@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_batches, add_source, positive, reading
+from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
@@ -22,9 +22,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="evaluate a trained or released checkpoint",
-        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is "
-        "given again; under "
-        "torchrun all ranks share the work. key=value overrides reach the model's config (model.text.heads=4).",
+        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given "
+        "again; under torchrun all ranks share the work. key=value overrides reach the model's config "
+        "(model.text.heads=4).",
         epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items()),
     )
     add_source(parser)
@@ -73,17 +73,14 @@ def add_parser(subparsers: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
-    from inspect import signature
-
     from cosmos_ssl.build.evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, joined_world, named_losses
 
-    options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}
     with joined_world(arguments.device), named_losses():
         with reading(shown=World().first), stages(shown=World().first) as told:
             report = evaluate(
                 arguments.checkpoint,
-                **options,
+                **options_of(arguments, evaluate),
                 progress=lambda what, done, total: told(f"{what}, batches", done, total),
             )
         if World().first:
@@ -96,17 +93,11 @@ def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
 
     metrics, set_name = report["metrics"], report["set"]
     print(table(metric_rows(metrics)), end="")
-    print(
-        f"{report['samples']:,} samples{f' of {set_name}' if set_name else ''}, {report['precision']} on "
-        f"{report['device']}"
-    )
-    row = (
-        ""
-        if arguments.task in ON_FEATURES
-        else markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
-    )
-    if row and arguments.max_samples is None:
-        print(f"\n{row}", end="")
+    of_set = f" of {set_name}" if set_name else ""
+    print(f"{report['samples']:,} samples{of_set}, {report['precision']} on {report['device']}")
+    if arguments.task not in ON_FEATURES and arguments.max_samples is None:
+        row = markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
+        print(row and f"\n{row}", end="")
     for note in notes(arguments.task, set_name):
         print(f"note: {note}")
     if arguments.json:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_source, reading
+from cosmos_ssl.cli.checkpoint import add_source, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE
 from cosmos_ssl.interop.forms import FORMS
 
@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     add_source(parser)
     parser.add_argument(
         "--format",
+        dest="form",
         required=True,
         choices=tuple(FORMS),
         help="openclip, huggingface: both towers; timm: the image tower",
@@ -35,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 "
         "(default: %(default)s)"
     )
-    parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
+    parser.add_argument("--license", dest="licence", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     parser.set_defaults(run=_export)
 
@@ -52,16 +53,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.uses import export
 
     with reading():
-        done = export(
-            arguments.checkpoint,
-            arguments.format,
-            arguments.output,
-            which=arguments.which,
-            licence=arguments.license,
-            overrides=arguments.overrides,
-            trust_code=arguments.trust_code,
-        )
-    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.format}")
+        done = export(arguments.checkpoint, **options_of(arguments, export))
+    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}")
     for note in done.notes:
         print(note)
     return EXIT_DONE

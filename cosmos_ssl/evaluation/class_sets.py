@@ -7,6 +7,7 @@ where the readers have none fit to be read, its class names.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder, splits_of
@@ -28,7 +25,6 @@ from cosmos_ssl.evaluation.classification import load_class_names
 from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken, wordnet
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
-from cosmos_ssl.pictures import to_rgb
 
 IMAGENET = "imagenet"
 
@@ -119,18 +115,6 @@ SUN397 and Caltech101 (with its background class) have no split in these readers
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture(Sample):
-    """A sample that a reader has decoded."""
-
-    picture: Any
-    """A PIL image."""
-
-    def decode(self) -> Tensor:
-        """uint8 [3, H, W] in RGB. Raises BadSample for a mode that cannot become that."""
-        return torch.from_numpy(np.array(to_rgb(self.picture, self.background))).permute(2, 0, 1)
-
-
 class HeldPictures:
     """Pictures that a reader of torchvision's holds itself (CIFAR's), as samples."""
 
@@ -144,7 +128,8 @@ class HeldPictures:
     def read(self, index: int) -> Sample:
         """Picture ``index`` and its ``cls``."""
         picture, label = self.data[index]
-        return Picture(key=f"{self.name}/{index}", extras={"cls": int(label)}, picture=picture)
+        picture.save(file := io.BytesIO(), "png")
+        return Sample(key=f"{self.name}/{index}", image=file.getvalue(), extras={"cls": int(label)})
 
     def identity(self) -> Mapping[str, Any]:
         """Name, size, and a digest of the pictures."""

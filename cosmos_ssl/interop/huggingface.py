@@ -70,9 +70,9 @@ def loading(model: ClipModel) -> str:
         f"{imports}from torchvision import transforms\nfrom transformers import {processor}, CLIPModel\n\n"
         f'model = CLIPModel.from_pretrained(".").eval()\nprocessor = {processor}.from_pretrained(".")\n'
         "preprocess = transforms.Compose(\n    [\n"
-        f"        transforms.Resize({model.image_size}, transforms.InterpolationMode.BICUBIC),\n"
-        f"        transforms.CenterCrop({model.image_size}),\n        transforms.ToTensor(),\n"
-        f"        transforms.Normalize({list(model.mean)}, {list(model.std)}),\n    ]\n)"
+        f"        transforms.Resize({model.pictures.image_size}, transforms.InterpolationMode.BICUBIC),\n"
+        f"        transforms.CenterCrop({model.pictures.image_size}),\n        transforms.ToTensor(),\n"
+        f"        transforms.Normalize({list(model.pictures.mean)}, {list(model.pictures.std)}),\n    ]\n)"
         f"{clean}"
     )
 
@@ -131,8 +131,8 @@ def config(model: ClipModel) -> dict[str, Any]:
         "logit_scale_init_value": model.logit_scale.item(),
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": model.image_size,
-            "patch_size": model.patch_size,
+            "image_size": model.pictures.image_size,
+            "patch_size": model.pictures.patch_size,
             "num_channels": 3,
             **_sizes(model.image),
             "projection_dim": model.embed_dim,
@@ -154,15 +154,15 @@ def preprocessing(model: ClipModel) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": model.image_size},
+        "size": {"shortest_edge": model.pictures.image_size},
         "resample": 3,  # PIL's number of bicubic
         "do_center_crop": True,
-        "crop_size": {"height": model.image_size, "width": model.image_size},
+        "crop_size": {"height": model.pictures.image_size, "width": model.pictures.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(model.mean),
-        "image_std": list(model.std),
+        "image_mean": list(model.pictures.mean),
+        "image_std": list(model.pictures.std),
     }
 
 

@@ -90,8 +90,8 @@ def _sizes(model: ClipModel, form: str) -> list[str]:
     image = model.image
     rows = ["| tower | width | layers | heads | input |", "|---|---|---|---|---|"]
     rows.append(
-        f"| image | {image.width} | {image.layers} | {image.heads} | {model.image_size} px, patches of "
-        f"{model.patch_size} px |"
+        f"| image | {image.width} | {image.layers} | {image.heads} | {model.pictures.image_size} px, patches of "
+        f"{model.pictures.patch_size} px |"
     )
     if model.text is not None:
         text = model.text

@@ -86,8 +86,8 @@ def config(model: ClipModel) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": model.embed_dim,
             "vision_cfg": {
-                "image_size": model.image_size,
-                "patch_size": model.patch_size,
+                "image_size": model.pictures.image_size,
+                "patch_size": model.pictures.patch_size,
                 "head_width": model.image.width // model.image.heads,
                 **_sizes(model.image),
                 **({} if model.pre_norm else {"no_ln_pre": True}),
@@ -101,10 +101,10 @@ def config(model: ClipModel) -> dict[str, Any]:
             **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
         "preprocess_cfg": {
-            "size": model.image_size,
+            "size": model.pictures.image_size,
             "mode": "RGB",
-            "mean": list(model.mean),
-            "std": list(model.std),
+            "mean": list(model.pictures.mean),
+            "std": list(model.pictures.std),
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },

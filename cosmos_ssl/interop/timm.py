@@ -35,15 +35,15 @@ def architecture(model: ClipModel) -> str:
     """timm's name of this model, where its sizes have one of the base family; else one that is told all sizes."""
     from timm import is_model
 
-    own = f"vit_base_patch{model.patch_size}_clip_{model.image_size}"
+    own = f"vit_base_patch{model.pictures.patch_size}_clip_{model.pictures.image_size}"
     return own if is_model(own) else _FAMILY
 
 
 def arguments(model: ClipModel) -> dict[str, Any]:
     """What makes ``timm.create_model(architecture)`` a model of these sizes."""
     return {
-        "img_size": model.image_size,
-        "patch_size": model.patch_size,
+        "img_size": model.pictures.image_size,
+        "patch_size": model.pictures.patch_size,
         "embed_dim": model.image.width,
         "depth": model.image.layers,
         "num_heads": model.image.heads,
@@ -65,13 +65,13 @@ def config(model: ClipModel) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": model.name,
             "custom_load": False,
-            "input_size": [3, model.image_size, model.image_size],
+            "input_size": [3, model.pictures.image_size, model.pictures.image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
-            "mean": list(model.mean),
-            "std": list(model.std),
+            "mean": list(model.pictures.mean),
+            "std": list(model.pictures.std),
             "num_classes": model.embed_dim,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
