@@ -25,7 +25,8 @@ from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.engine.checkpoint import load_exactly
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
-from cosmos_ssl.interop.official import read_official, to_official
+from cosmos_ssl.interop.files import read_torch_file
+from cosmos_ssl.interop.official import ROLES, from_official, to_official
 from cosmos_ssl.models.encoder import ModelEncoder
 
 FEATURES = 1e-5  # unit vectors and scales; of features of any length, times the greatest of them
@@ -70,7 +71,8 @@ class Recording:
             raise DataError(f"{folder}: add_zero_attn is not part of the method")
         self.inputs: set[str] = set()
         self.views = self._views()
-        student, teacher = (read_official(folder / "official_checkpoint.pt", role) for role in ("student", "teacher"))
+        path = folder / "official_checkpoint.pt"
+        student, teacher = (from_official(read_torch_file(path), role, path) for role in ROLES)
         loaded = self._config(student.config)
         self.assembly = Builder(loaded).assemble(prepare=False)
         self.state = RunState(self.assembly, loaded.config, torch.device("cpu"))

@@ -18,13 +18,13 @@ from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.data.cache import cache_root
 from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world, pick_device
 from cosmos_ssl.errors import CheckpointError, did_you_mean
-from cosmos_ssl.evaluation.features import Job, Store, digest, weights_digest
+from cosmos_ssl.evaluation.feature_store import FeatureStore
+from cosmos_ssl.evaluation.features import Job, digest, weights_digest
 from cosmos_ssl.evaluation.tasks import TASKS, Options, Task, check_model
+from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
 
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
 _ROLES = ("student", "teacher")
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -56,7 +56,7 @@ def evaluate(
     precision: str = "auto",
     overrides: Sequence[str] = (),
     trust_code: bool = False,
-    progress: Progress = _no_progress,
+    progress: OnStage = _no_progress,
 ) -> dict[str, Any]:
     """Evaluate a model on the data of a task, as ``cosmos-ssl eval`` does; the report that its ``--json`` writes.
 
@@ -85,7 +85,7 @@ def evaluate(
                 task,
                 told,
                 settings,
-                lambda encoder, options: Store(None),
+                lambda encoder, options: FeatureStore(None),
             )
         source = _found(model)
         roles: dict[str, Callable[[], ModelEncoder]] = {}
@@ -119,7 +119,7 @@ def _run(
     task: str,
     told: Mapping[str, Any],
     settings: Mapping[str, Any],
-    store: Callable[[ModelEncoder, Options], Store],
+    store: Callable[[ModelEncoder, Options], FeatureStore],
 ) -> dict[str, Any]:
     """The report of all roles, evaluated one after another."""
     metrics: dict[str, float] = {}
@@ -220,7 +220,9 @@ def _evaluator_of_run(checkpoint: Source, task: str) -> dict[str, Any]:
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 
-def _store(checkpoint: Source, task: str, overrides: Sequence[str], encoder: ModelEncoder, options: Options) -> Store:
+def _store(
+    checkpoint: Source, task: str, overrides: Sequence[str], encoder: ModelEncoder, options: Options
+) -> FeatureStore:
     """The folder for what is computed, whose name tells model, task and precision; what others left behind long ago is
     removed.
     """
@@ -235,6 +237,6 @@ def _store(checkpoint: Source, task: str, overrides: Sequence[str], encoder: Mod
         "task": task,
         "options": asdict(options),
     }
-    store = Store(cache_root() / "evaluations" / digest(about))
+    store = FeatureStore(cache_root() / "evaluations" / digest(about))
     store.clear_old()
     return store

@@ -27,7 +27,7 @@ from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError
 from cosmos_ssl.files import storage_faults
-from cosmos_ssl.interop.partial import compare
+from cosmos_ssl.interop.matching import compare
 from cosmos_ssl.liveness import on_alive
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.registry import shown

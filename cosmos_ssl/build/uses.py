@@ -19,10 +19,12 @@ from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
 from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
-from cosmos_ssl.evaluation.embedding_io import What, open_samples
+from cosmos_ssl.evaluation.embedding_input import What, open_samples
 from cosmos_ssl.evaluation.samples import threads_of_this_process
 from cosmos_ssl.files import storage_faults
-from cosmos_ssl.interop import export as forms
+from cosmos_ssl.interop.export import export as write_form
+from cosmos_ssl.interop.forms import FORMS
+from cosmos_ssl.interop.model_card import Origin
 from cosmos_ssl.models.encoder import ModelEncoder
 
 
@@ -95,7 +97,7 @@ def embed(
         if usual == "text" and what not in (None, "text"):
             raise UserError(f"--what {what}: {names[0]} holds texts alone")
         encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
-        job = embedding.Job(
+        request = embedding.Request(
             samples=samples,
             what=what or usual,
             texts=texts,
@@ -105,7 +107,7 @@ def embed(
             overrides=overrides,
             about={"checkpoint": checkpoint, "which": which, "cosmos_ssl": __version__},
         )
-        return embedding.embed(encoder, job, Path(output), overwrite=overwrite, progress=progress)
+        return embedding.embed(encoder, request, Path(output), overwrite=overwrite, progress=progress)
 
 
 def attend(
@@ -170,24 +172,24 @@ def export(
     None is the student; of the official form, all roles that are there. ``licence`` is the hub's identifier for the
     card, such as ``mit``. Raises UserError for what the form has no place for.
     """
-    if form not in forms.FORMATS:
-        raise UserError(f"--format {form}: give one of {', '.join(forms.FORMATS)}")
+    if form not in FORMS:
+        raise UserError(f"--format {form}: give one of {', '.join(FORMS)}")
     if isinstance(model, ModelEncoder):
         role: Role = which or "student"
-        origin = forms.Origin(name="model", checkpoint="a loaded model", licence=licence)
-        return Exported((role,), forms.export({role: model}, form, Path(output), origin))
+        origin = Origin(name="model", checkpoint="a loaded model", licence=licence)
+        return Exported((role,), write_form({role: model}, form, Path(output), origin))
     source = find_source(model)
     roles: tuple[Role, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
     models = {role: load(source, role, overrides=overrides, trust_code=trust_code) for role in roles}
-    return Exported(roles, forms.export(models, form, Path(output), _origin(str(model), source, licence)))
+    return Exported(roles, write_form(models, form, Path(output), _origin(str(model), source, licence)))
 
 
-def _origin(given: str, source: Source, licence: str) -> forms.Origin:
+def _origin(given: str, source: Source, licence: str) -> Origin:
     """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
     if source.folder is None:
-        return forms.Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
+        return Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
     run = source.folder.parent.parent
     result = RunFolder(run).result()
     step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
     metrics = result["metrics"] if result is not None and result["step"] == step else {}
-    return forms.Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=licence)
+    return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=licence)

@@ -17,12 +17,12 @@ from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.source import read_file
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.attention_heads import assume_heads, told_heads
 from cosmos_ssl.interop.files import find_nonfinite
 from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
-from cosmos_ssl.interop.heads import assume_heads, told_heads
 from cosmos_ssl.interop.hub import checkpoint_path
+from cosmos_ssl.interop.matching import compare, load_matched
 from cosmos_ssl.interop.official import ROLES
-from cosmos_ssl.interop.partial import compare, load_matched
 from cosmos_ssl.models.model import Model
 
 

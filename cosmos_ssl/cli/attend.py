@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_checkpoint, reading
+from cosmos_ssl.cli.checkpoint import add_checkpoint, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
 
@@ -21,9 +21,12 @@ def add_parser(subparsers: Any) -> None:
         "zero-shot segmentation.",
     )
     add_checkpoint(parser)
-    parser.add_argument("--image", nargs="+", required=True, type=Path, metavar="I", help="picture files")
+    parser.add_argument(
+        "--image", dest="images", nargs="+", required=True, type=Path, metavar="I", help="picture files"
+    )
     parser.add_argument(
         "--text",
+        dest="texts",
         action="append",
         default=[],
         metavar="T",
@@ -46,17 +49,6 @@ def _attend(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.uses import attend
 
     with reading():
-        page = attend(
-            arguments.checkpoint,
-            arguments.image,
-            arguments.text,
-            output=arguments.output,
-            segment=names,
-            all_pairs=arguments.all_pairs,
-            which=arguments.which,
-            device=arguments.device,
-            overrides=arguments.overrides,
-            trust_code=arguments.trust_code,
-        )
+        page = attend(arguments.checkpoint, **{**options_of(arguments, attend), "segment": names})
     print(page)
     return EXIT_DONE

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add ``--checkpoint`` and ``--trust-code``, and let overrides stand anywhere on the command line."""
+    kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
+    parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
+    add_trust_code(parser)
+    parser.set_defaults(overrides=[])
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add these flags, and overrides anywhere on the command line."""
-    kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
-    parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
+    """Add these flags, and those of one role on a device."""
+    add_source(parser)
     parser.add_argument(
         "--which", choices=("student", "teacher"), default="student", help="whose weights (default: %(default)s)"
     )
     parser.add_argument(
         "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ... (default: %(default)s)"
     )
-    add_trust_code(parser)
     parser.epilog = (
         "key.sub=value arguments override the checkpoint's config, such as model.text.heads=4, and may stand anywhere."
     )
-    parser.set_defaults(overrides=[])
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how samples are gone through."""
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
+    )
+
+
+def options_of(arguments: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a function of ``cosmos_ssl`` takes by their names."""
+    return {name: value for name, value in vars(arguments).items() if name in signature(function).parameters}
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
+    return int(text)
 
 
 def add_trust_code(parser: argparse.ArgumentParser) -> None:

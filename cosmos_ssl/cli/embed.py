@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_checkpoint, reading
+from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, options_of, reading
 from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import EXIT_DONE
 
@@ -18,8 +18,7 @@ def add_parser(subparsers: Any) -> None:
         "embed",
         help="embeddings of pictures, shards or texts, as Parquet or NumPy",
         description="Unit vectors of a folder of pictures, picture files, webdataset shards, or a text file with "
-        "one text a line. "
-        "The same command again continues what was interrupted.",
+        "one text a line. The same command again continues what was interrupted.",
     )
     add_checkpoint(parser)
     data = "a folder of pictures, picture files, a .txt file, or shards (braces, *, ::)"
@@ -35,28 +34,16 @@ def add_parser(subparsers: Any) -> None:
     texts = "captions of shards: txt, or a field of the JSON (default: %(default)s)"
     parser.add_argument("--texts", default="txt", metavar="FIELD", help=texts)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
-    )
+    add_batches(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an output that holds other embeddings")
     parser.set_defaults(run=_embed)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
-    return int(text)
-
-
 def _embed(arguments: argparse.Namespace) -> int:
-    from inspect import signature
-
     from cosmos_ssl.build.uses import embed
 
-    options = {name: value for name, value in vars(arguments).items() if name in signature(embed).parameters}
     with reading(), progress("samples embedded") as told:
-        report = embed(arguments.checkpoint, **options, progress=told)
+        report = embed(arguments.checkpoint, **options_of(arguments, embed), progress=told)
     if report.kept:
         print(f"{report.kept:,} of {report.samples:,} samples had been embedded before", file=sys.stderr)
     for reason, (count, key) in report.bad.items():

@@ -7,27 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_trust_code, reading
+from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
-from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
+from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
 
-TASKS = {
-    "retrieval": "image-text retrieval: COCO (2017, or Karpathy's split of 2014), Flickr30k, shards, a folder "
-    "with texts",
-    "classification": "zero-shot: ImageNet (val/WNID/), the ten sets of torchvision's readers, a folder a class, "
-    "shards with labels",
-    "knn": "nearest neighbours on frozen features, of the same data and its training split",
-    "linear_probe": "logistic regression on frozen features, likewise",
-    "segmentation": "zero-shot, by SCLIP's protocol: VOC, Context, COCO, Cityscapes, ADE20K, shards with mask.png",
-    "mmvp": "MMVP-VLM: which of two pictures a text is of (Questions.csv)",
-    "sugarcrepe": "which of two texts a picture is of (add_att.json ..., COCO's val2017/)",
-    "winoground": "both (examples.jsonl, images/)",
-}
-ROLES = ("student", "teacher")
 _PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 _SHORT = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
-_ON_FEATURES = ("knn", "linear_probe")  # what is published of a set is zero-shot
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,18 +22,19 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="evaluate a trained or released checkpoint",
-        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is "
-        "given again; "
-        "under torchrun all ranks share the work. key=value overrides reach the model's config (model.text.heads=4).",
-        epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in TASKS.items()),
+        description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given "
+        "again; under torchrun all ranks share the work. key=value overrides reach the model's config "
+        "(model.text.heads=4).",
+        epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items()),
     )
-    kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
-    parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
-    parser.add_argument("--task", required=True, metavar="T", help=", ".join(TASKS))
+    add_source(parser)
+    parser.add_argument("--task", required=True, metavar="T", help=", ".join(PURPOSES))
     parser.add_argument(
         "--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)"
     )
-    parser.add_argument("--which", choices=(*ROLES, "both"), help="whose weights (default: all that are there)")
+    parser.add_argument(
+        "--which", choices=("student", "teacher", "both"), help="whose weights (default: all that are there)"
+    )
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="which known set, where the data holds several")
     parser.add_argument("--texts", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: txt)")
     parser.add_argument("--label", metavar="FIELD", help="member or key of the JSON with the class (default: cls)")
@@ -61,56 +49,38 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
     )
-    parser.add_argument("-k", type=_positive, metavar="N", help="knn: neighbours (default: 20)")
+    parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
     parser.add_argument(
         "--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training"
     )
-    parser.add_argument("--max-samples", type=_positive, metavar="N", help="only so many evenly spread samples")
+    parser.add_argument("--max-samples", type=positive, metavar="N", help="only so many evenly spread samples")
     parser.add_argument(
-        "--max-train-samples", type=_positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
+        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
     )
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read"
     )
-    parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
-    )
+    add_batches(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     precision = "of the model's arithmetic (default: auto, of a run its own where the device is fast in it, else fp32)"
     parser.add_argument(
         "--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision
     )
-    add_trust_code(parser)
     add_json(parser)
-    parser.set_defaults(run=_eval, overrides=[])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
-    return int(text)
+    parser.set_defaults(run=_eval)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    if arguments.task not in TASKS:
-        raise UserError(
-            f"--task: no task named '{arguments.task}'.{did_you_mean(arguments.task, list(TASKS))} Tasks: "
-            f"{', '.join(TASKS)}"
-        )
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
-    from inspect import signature
-
     from cosmos_ssl.build.evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
 
-    options = {name: value for name, value in vars(arguments).items() if name in signature(evaluate).parameters}
     with joined_world(arguments.device), as_run_errors():
         with reading(shown=World().first), stages(shown=World().first) as told:
             report = evaluate(
                 arguments.checkpoint,
-                **options,
+                **options_of(arguments, evaluate),
                 progress=lambda what, done, total: told(f"{what}, batches", done, total),
             )
         if World().first:
@@ -123,17 +93,11 @@ def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
 
     metrics, set_name = report["metrics"], report["set"]
     print(table(metric_rows(metrics)), end="")
-    print(
-        f"{report['samples']:,} samples{f' of {set_name}' if set_name else ''}, {report['precision']} on "
-        f"{report['device']}"
-    )
-    row = (
-        ""
-        if arguments.task in _ON_FEATURES
-        else markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
-    )
-    if row and arguments.max_samples is None:
-        print(f"\n{row}", end="")
+    of_set = f" of {set_name}" if set_name else ""
+    print(f"{report['samples']:,} samples{of_set}, {report['precision']} on {report['device']}")
+    if arguments.task not in ON_FEATURES and arguments.max_samples is None:
+        row = markdown(Path(arguments.checkpoint).name.removesuffix(".pt"), set_name, metrics)
+        print(row and f"\n{row}", end="")
     for note in notes(arguments.task, set_name):
         print(f"note: {note}")
     if arguments.json:

@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_trust_code, reading
+from cosmos_ssl.cli.checkpoint import add_source, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE
-
-# The names of cosmos_ssl.interop.export.FORMATS, which would import torch (a test compares them).
-_FORMATS = ("openclip", "huggingface", "timm", "official")
+from cosmos_ssl.interop.forms import FORMS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,14 +19,13 @@ def add_parser(subparsers: Any) -> None:
         help="write a trained model for OpenCLIP, Hugging Face, timm or the official program",
         epilog="key.sub=value arguments say what a checkpoint does not tell, such as model.text.heads=4.",
     )
+    add_source(parser)
     parser.add_argument(
-        "--checkpoint",
+        "--format",
+        dest="form",
         required=True,
-        metavar="C",
-        help="a run folder, one of its checkpoints, an official file, or an OpenCLIP model",
-    )
-    parser.add_argument(
-        "--format", required=True, choices=_FORMATS, help="openclip, huggingface: both towers; timm: the image tower"
+        choices=tuple(FORMS),
+        help="openclip, huggingface: both towers; timm: the image tower",
     )
     parser.add_argument(
         "--which",
@@ -39,10 +36,9 @@ def add_parser(subparsers: Any) -> None:
         "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 "
         "(default: %(default)s)"
     )
-    parser.add_argument("--license", type=_licence, default="other", metavar="ID", help=licence)
+    parser.add_argument("--license", dest="licence", type=_licence, default="other", metavar="ID", help=licence)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
-    add_trust_code(parser)
-    parser.set_defaults(run=_export, overrides=[])
+    parser.set_defaults(run=_export)
 
 
 def _licence(text: str) -> str:
@@ -56,15 +52,9 @@ def _licence(text: str) -> str:
 def _export(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.uses import export
 
-    options = {
-        "which": arguments.which,
-        "licence": arguments.license,
-        "overrides": arguments.overrides,
-        "trust_code": arguments.trust_code,
-    }
     with reading():
-        done = export(arguments.checkpoint, arguments.format, arguments.output, **options)
-    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.format}")
+        done = export(arguments.checkpoint, **options_of(arguments, export))
+    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}")
     for note in done.notes:
         print(note)
     return EXIT_DONE

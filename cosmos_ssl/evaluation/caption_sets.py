@@ -6,20 +6,19 @@ A layout is a table of captions, where the pictures may lie beside it, and how t
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from cosmos_ssl.api import BadSample, DataError, Sample, UserError
-from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.api import DataError, UserError
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.text_files import read_json, read_text
 
 Entries: TypeAlias = list[tuple[str, list[str]]]
@@ -28,58 +27,26 @@ _TEST_LISTS = ("test.txt", "flickr30k_test.txt")
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionSet:
-    """Pictures of a folder and their captions, in the order of the set."""
+@dataclass(frozen=True, kw_only=True)
+class CaptionSet(PictureFiles):
+    """Pictures of a folder and their captions, in the order of the set.
 
-    name: str
-    """``coco``, ``coco_karpathy`` or ``flickr30k``; ``flickr30k_all`` where its test split is not told."""
+    Its name is ``coco``, ``coco_karpathy`` or ``flickr30k``; ``flickr30k_all`` where its test split is not told.
+    """
+
     folder: Path
-    entries: Sequence[tuple[str, Sequence[str]]]
-    """Path from the folder and captions of each picture."""
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, index: int) -> Sample:
-        """Picture ``index`` with its captions under ``txt``.
-
-        Raises BadSample where the file is not there, OSError where storage fails.
-        """
-        file, captions = self.entries[index]
-        path = self.folder / file
-        if not path.is_file():
-            raise BadSample("no file", str(path))
-        return Sample(key=file, image=retrying(path.read_bytes, str(path)), captions={"txt": captions})
-
-    def sources(self, index: int) -> Sequence[str]:
-        """The file of picture ``index``."""
-        return [str(self.folder / self.entries[index][0])]
-
-    def identity(self) -> Mapping[str, Any]:
-        """Name, and a digest over files and captions."""
-        return {"name": self.name, "digest": hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()}
-
-    def complete(self, job: Job) -> CaptionSet:
+    def complete(self, job: Job, what: str = "pictures are not in") -> CaptionSet:
         """The set without pictures that have no file or no caption.
 
-        Raises DataError for these unless they may be missing.
+        Raises DataError for these unless they may be missing, and where none is left.
         """
-        folders = {Path(file).parent for file, _ in self.entries}
-        there = {
-            str(sub / path.name)
-            for sub in folders
-            if (self.folder / sub).is_dir()
-            for path in (self.folder / sub).iterdir()
-        }
-        job.leave_out(
-            [file for file, _ in self.entries if file not in there], len(self), f"pictures are not in {self.folder}"
-        )
-        job.leave_out([file for file, captions in self.entries if not captions], len(self), "pictures have no caption")
-        whole = [(file, captions) for file, captions in self.entries if file in there and captions]
+        there = super().complete(job, f"{what} {self.folder}")
+        job.leave_out([file.key for file in self.files if not file.captions], len(self), "pictures have no caption")
+        whole = [file for file in there.files if file.captions]
         if not whole:
             raise DataError(f"data: not one picture with a caption is in {self.folder}")
-        return CaptionSet(name=self.name, folder=self.folder, entries=whole)
+        return replace(self, files=whole)
 
 
 # ---------------------------------------------------------------------------- how tables of captions are read
@@ -135,9 +102,7 @@ _LINE = re.compile(
 
 
 def _lines(path: Path) -> Entries:
-    """A caption a line: ``NAME.jpg#0<tab>CAPTION``; below a line of heads ``NAME.jpg| 0| CAPTION`` or
-    ``NAME.jpg,CAPTION``.
-    """
+    """A caption a line: ``NAME.jpg#0<tab>CAPTION``, or below a head ``NAME.jpg| 0| CAPTION``, ``NAME.jpg,CAPTION``."""
     found: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         match = _LINE.match(line)
@@ -200,7 +165,8 @@ class _Layout:
         places = [folder / below for below in self.pictures]
         some = [file for file, _ in entries[:_LOOK]]
         place = next((place for place in places if any((place / file).is_file() for file in some)), places[0])
-        return CaptionSet(name=name, folder=place, entries=entries)
+        files = [PictureFile(file, place / file, captions) for file, captions in entries]
+        return CaptionSet(name=name, folder=place, files=files)
 
 
 _FLICKR = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "images")

@@ -7,6 +7,7 @@ where the readers have none fit to be read, its class names.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from cosmos_ssl.api import BadSample, DataError, Sample, UserError
+from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder, splits_of
-from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import load_class_names
 from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken, wordnet
+from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
-from cosmos_ssl.pictures import read_regular, to_rgb
 
 IMAGENET = "imagenet"
 
@@ -119,58 +115,40 @@ SUN397 and Caltech101 (with its background class) have no split in these readers
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture(Sample):
-    """A sample that a reader has decoded."""
-
-    picture: Any
-    """A PIL image."""
-
-    def decode(self) -> Tensor:
-        """uint8 [3, H, W] in RGB. Raises BadSample for a mode that cannot become that."""
-        return torch.from_numpy(np.array(to_rgb(self.picture, self.background))).permute(2, 0, 1)
-
-
-class Reader:
-    """A data set of torchvision's form, (picture, label) by index, as samples; files of a list without order are
-    sorted.
-
-    Where it names its files they are opened here, by the rules for all pictures.
-    """
+class HeldPictures:
+    """Pictures that a reader of torchvision's holds itself (CIFAR's), as samples."""
 
     def __init__(self, name: str, data: Any) -> None:
         self.name = name
         self.data = data
-        self._named = _named(data)
-        listed = self._named if self._named is not None and hasattr(data, "_image_files") else None
-        self._order = range(len(data)) if listed is None else sorted(range(len(data)), key=lambda n: str(listed[n][0]))
 
     def __len__(self) -> int:
         return len(self.data)
 
     def read(self, index: int) -> Sample:
-        """Picture ``index`` and its ``cls``. Raises BadSample where it is not there, OSError where storage fails."""
-        key, place = f"{self.name}/{index}", self._order[index]
-        if self._named is None:
-            picture, label = self.data[place]
-            return Picture(key=key, extras={"cls": int(label)}, picture=picture)
-        path, label = self._named[place]
-        if not path.is_file():
-            raise BadSample("no file", str(path))
-        return Sample(key=key, image=retrying(lambda: read_regular(path), str(path)), extras={"cls": int(label)})
-
-    def sources(self, index: int) -> Sequence[str]:
-        """The file of picture ``index``; none where the reader holds all pictures itself (CIFAR)."""
-        return [] if self._named is None else [str(self._named[self._order[index]][0])]
+        """Picture ``index`` and its ``cls``."""
+        picture, label = self.data[index]
+        picture.save(file := io.BytesIO(), "png")
+        return Sample(key=f"{self.name}/{index}", image=file.getvalue(), extras={"cls": int(label)})
 
     def identity(self) -> Mapping[str, Any]:
-        """Name, size, and a digest of the file names, or of the pictures where they are no files."""
-        held = (
-            self.data.data.tobytes()
-            if self._named is None
-            else "\0".join(path.name for path, _ in self._named).encode()
-        )
-        return {"name": self.name, "samples": len(self), "digest": hashlib.sha256(held).hexdigest()}
+        """Name, size, and a digest of the pictures."""
+        digest = hashlib.sha256(self.data.data.tobytes()).hexdigest()
+        return {"name": self.name, "samples": len(self), "digest": digest}
+
+
+def as_samples(name: str, data: Any) -> Samples:
+    """A data set of torchvision's form as samples.
+
+    Where it names its files they are opened here, by the rules for all pictures; those of a list without order are
+    sorted.
+    """
+    named = _named(data)
+    if named is None:
+        return HeldPictures(name, data)
+    named = sorted(named, key=lambda one: str(one[0])) if hasattr(data, "_image_files") else named
+    files = [PictureFile(f"{name}/{n}", path, label=int(label)) for n, (path, label) in enumerate(named)]
+    return PictureFiles(name=name, files=files)
 
 
 def _named(data: Any) -> list[tuple[Path, int]] | None:
@@ -241,24 +219,24 @@ def _known_below(folder: Path, wanted: str | None) -> tuple[str, Path] | None:
 
 
 def _read_known(name: str, root: Path) -> ClassData:
-    known = KNOWN[name]
-    folder = _clip_benchmark()
+    known, folder = KNOWN[name], _clip_benchmark()
+    train = known.train
     templates = json.loads((folder / "en_zeroshot_classification_templates.json").read_text(encoding="utf-8"))[name]
     names = json.loads((folder / "en_classnames.json").read_text(encoding="utf-8")).get(name)
-    samples = _open(name, root, known.test)
+    data = _open(name, root, known.test)
     if names is None:
-        names = [re.sub(r"[_/]", " ", each) for each in samples.data.classes]
+        names = [re.sub(r"[_/]", " ", each) for each in data.classes]
     return ClassData(
-        samples=samples,
+        samples=as_samples(name, data),
         set_name=name,
-        classes=len(samples.data.classes) if hasattr(samples.data, "classes") else len(names),
+        classes=len(getattr(data, "classes", names)),
         class_names=names,
         templates=[template.replace("{c}", "{}") for template in templates],
-        train=partial(_open, name, root, known.train) if known.train is not None else None,
+        train=None if train is None else lambda: as_samples(name, _open(name, root, train)),
     )
 
 
-def _open(name: str, root: Path, split: Mapping[str, Any]) -> Reader:
+def _open(name: str, root: Path, split: Mapping[str, Any]) -> Any:
     from importlib import import_module
 
     known = KNOWN[name]
@@ -267,7 +245,7 @@ def _open(name: str, root: Path, split: Mapping[str, Any]) -> Reader:
         data = reader(str(root), download=False, **split)
         if not len(data):
             raise DataError(f"data: {name} in {root} holds no picture")
-        return Reader(name, data)
+        return data
     except DataError:
         raise
     except (RuntimeError, OSError, ValueError, KeyError) as error:

@@ -1,45 +1,40 @@
-"""Features of all samples of a set, computed once: ranks share the batches, and what is computed is kept until all is
-done.
-
-A piece is one batch. Its file has a name that tells model, data and batch, so that an evaluation that was ended, in
-whatever way and on however many ranks, goes on where it was.
-"""
+"""Features of all samples of a set: ranks share the batches, and what is computed is kept until all is done."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import shutil
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample, UserError
+from cosmos_ssl.evaluation.feature_store import FeatureStore, Piece
 from cosmos_ssl.evaluation.samples import (
     Samples,
     Sources,
     check_positive,
+    evenly_spread,
     items_of_all,
     read_ahead,
     rows_of_all,
     share,
     threads_of_this_process,
 )
-from cosmos_ssl.files import written_whole
 from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.pictures import BACKGROUND
 
-EXAMPLES = 5
-KEPT_DAYS = 7
-"""So long an evaluation that was ended waits to be gone on with."""
+T = TypeVar("T")
+
+PIECES = 1024
+"""So many pieces at most are kept of a set: more files than this slow a shared file system down."""
+_EXAMPLES = 5
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
@@ -53,68 +48,22 @@ class Loaded(NamedTuple):
 
 
 Compute: TypeAlias = Callable[[Sequence[Loaded]], tuple[Tensor | None, Sequence[Any]]]
-"""Some samples -> rows [n, ...], and notes (strings, numbers, lists of these): of each sample, or of those that it
-takes.
-"""
+"""Some samples -> rows [n, ...] and notes (strings, numbers, lists of these), of all of them or of those it takes."""
 
 
-class Store:
-    """Pieces of one evaluation as files of a folder; None keeps nothing. A damaged file counts as none."""
+class Bad(NamedTuple):
+    """A sample that cannot be used."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._writable = folder is not None
-
-    def get(self, name: str) -> dict[str, Any] | None:
-        """The piece of this name, if it is there and whole."""
-        if self.folder is None:
-            return None
-        try:
-            found: dict[str, Any] = torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
-        except Exception:  # torch.load raises many kinds for a cut file; each means that the piece is computed again
-            return None
-        return found
-
-    def put(self, name: str, piece: Mapping[str, Any]) -> None:
-        """Keep a piece; where the folder cannot be written nothing is kept, and that is told once."""
-        if self.folder is None or not self._writable:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.folder / f"{name}.pt") as file:
-                torch.save(dict(piece), file)
-        except OSError as error:
-            _log.warning(
-                "%s cannot be written (%s): an interrupted evaluation will start again",
-                self.folder,
-                error.strerror or error,
-            )
-            self._writable = False
-
-    def clear(self) -> None:
-        """Remove the folder: the evaluation is finished."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def clear_old(self) -> None:
-        """Remove the folders beside this one that nothing was put into for a week: evaluations that were ended for
-        good.
-        """
-        for folder in self.folder.parent.glob("*") if self.folder is not None else ():
-            with suppress(OSError):  # another process may be removing it
-                if folder != self.folder and time.time() - folder.stat().st_mtime > KEPT_DAYS * 86_400:
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _no_progress(what: str, done: int, total: int) -> None:
-    pass
+    place: int
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """How an evaluation goes through its samples. Raises ValueError for numbers below one."""
 
-    store: Store = field(default_factory=lambda: Store(None))
+    store: FeatureStore = field(default_factory=lambda: FeatureStore(None))
     batch_size: int = 256
     workers: int | None = None
     """Threads that decode; None is one a core, at most 8."""
@@ -124,8 +73,8 @@ class Job:
     """Leave out what cannot be used instead of raising DataError."""
     data: str = "data"
     """What messages call the samples."""
-    progress: Callable[[str, int, int], None] = _no_progress
-    """Told what is done, how much of it, and of how much."""
+    progress: OnStage = lambda what, done, total: None
+    """Told of batches."""
 
     def __post_init__(self) -> None:
         check_positive(batch_size=self.batch_size, workers=self.workers, max_samples=self.max_samples)
@@ -134,12 +83,16 @@ class Job:
         """Warn of what is missing among ``count``, the first few by name; raise DataError unless it may be missing."""
         if not missing:
             return
-        some = ", ".join(missing[:EXAMPLES]) + (", ..." if len(missing) > EXAMPLES else "")
-        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({some})"
+        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({some(missing)})"
         if not self.allow_missing:
             raise DataError(f"{told}. Go on without them: --allow-missing")
         if rank() == 0:
             _log.warning("%s; left out", told)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
 
 
 def features_of(
@@ -157,46 +110,33 @@ def features_of(
     put on ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is
     left, or where files change while they are read and kept; UserError for rows that are not finite.
     """
-    count = len(data)
     sources = Sources(data)
-    wanted = count if job.max_samples is None else min(job.max_samples, count)
-    chosen = range(count) if wanted == count else np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+    chosen = evenly_spread(len(data), job.max_samples)
 
-    def load(index: int) -> Loaded | list[Any]:
-        sample = None
+    def load(index: int) -> Loaded | Bad:
+        key = f"sample {index}"
         try:
             sample = data.read(index)
+            key = sample.key
             return Loaded(index, sample, preprocess(sample.on(background).decode()))
         except BadSample as error:
-            return [index, f"sample {index}" if sample is None else sample.key, str(error)]
-
-    def work(loaded: Sequence[Loaded | list[Any]]) -> dict[str, Any]:
-        good = [item for item in loaded if isinstance(item, Loaded)]
-        bad = [item for item in loaded if not isinstance(item, Loaded)]
-        rows, notes = compute(good) if good else (None, [])
-        return {"rows": None if rows is None else rows.cpu(), "notes": list(notes), "bad": bad}
+            return Bad(index, key, str(error))
 
     stamp = sources.stamp if job.store.folder is not None else _no_stamp
     about = {"name": name, "background": background, "data": data.identity()}
-    pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, about, "pictures", stamp))
+    size = _batch_size(len(chosen), job.batch_size)
+    found = [piece for _, piece, _ in pieces(job, about, chosen, size, load, compute, what="pictures", stamp=stamp)]
     if changed := items_of_all(sources.changed()):
-        some = ", ".join(changed[:EXAMPLES]) + (", ..." if len(changed) > EXAMPLES else "")
-        raise DataError(
-            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some}). Run the "
-            "same command again"
-        )
-    bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
-    notes = items_of_all([note for piece in pieces for note in piece["notes"]])
-    job.leave_out(bad, wanted, "pictures cannot be used")
+        told = f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some(changed)})"
+        raise DataError(f"{told}. Run the same command again")
+    bad = items_of_all([f"{key}: {reason}" for piece in found for _, key, reason in piece.bad])
+    notes = items_of_all([note for piece in found for note in piece.notes])
+    job.leave_out(bad, len(chosen), "pictures cannot be used")
     if not notes:
         raise DataError(f"{job.data}: not one picture can be used. Run: cosmos-ssl data check")
-    rows = rows_of_all([piece["rows"] for piece in pieces if piece["rows"] is not None])
+    rows = rows_of_all([piece.rows for piece in found if piece.rows is not None])
     check_finite(rows, "pictures")
     return rows, notes
-
-
-def _no_stamp(item: Any) -> list[str]:
-    return []
 
 
 def check_finite(rows: Tensor, what: str) -> None:
@@ -204,11 +144,8 @@ def check_finite(rows: Tensor, what: str) -> None:
     finite = rows.isfinite()
     if not finite.all():
         wrong = len(rows) - int(finite.flatten(1).all(1).sum())
-        raise UserError(
-            f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers: its weights are "
-            "damaged, "
-            "or the precision is too low for them"
-        )
+        told = f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers"
+        raise UserError(f"{told}: its weights are damaged, or the precision is too low for them")
 
 
 def text_features(
@@ -221,60 +158,103 @@ def text_features(
     """
     encode = encoder.match_text if to_match else encoder.encode_text
 
-    def work(parts: Sequence[Sequence[str]]) -> dict[str, Any]:
-        said = [template.replace("{}", text) for part in parts for text in part for template in templates]
+    def compute(batches: Sequence[Sequence[str]]) -> tuple[Tensor, list[Any]]:
+        said = [template.replace("{}", text) for batch in batches for text in batch for template in templates]
         starts = range(0, len(said), job.batch_size)
         rows = torch.cat([encode(encoder.tokenize(said[start : start + job.batch_size])).cpu() for start in starts])
-        return {"rows": rows.unflatten(0, (-1, len(templates))).mean(1)}
+        return rows.unflatten(0, (-1, len(templates))).mean(1), []
 
-    parts = [[part] for part in _cut(texts, max(1, job.batch_size // len(templates)))]
+    size = _batch_size(len(texts), max(1, job.batch_size // len(templates)))
+    batches = _batches(texts, size)
     about = {"match": to_match, "templates": list(templates)}
-    rows = rows_of_all([piece["rows"] for piece in _pieces(parts, lambda part: part, work, job, about, "texts")])
+    found = pieces(job, about, batches, 1, lambda batch: batch, compute, what="texts")
+    rows = rows_of_all([piece.rows for _, piece, _ in found if piece.rows is not None])
     check_finite(rows, "texts")
     return rows
 
 
-def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Parts of ``size`` items, or smaller ones where some rank would have none."""
-    size = max(1, min(size, -(-len(items) // world_size())))
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _batch_size(count: int, size: int) -> int:
+    """The size of batches of ``count`` items: ``size``, or less where some rank would have none."""
+    return max(1, min(size, -(-count // world_size())))
 
 
-def _pieces(
-    parts: Sequence[Sequence[Any]],
-    load: Callable[[Any], Any],
-    work: Callable[[Sequence[Any]], dict[str, Any]],
+def _no_stamp(item: Any) -> list[str]:
+    return []
+
+
+def pieces(
     job: Job,
     about: Mapping[str, Any],
+    items: Sequence[Any],
+    size: int,
+    load: Callable[[Any], T | Bad],
+    compute: Callable[[Sequence[T]], tuple[Tensor | None, Sequence[Any]]],
+    *,
     what: str,
     stamp: Callable[[Any], list[str]] = _no_stamp,
-) -> Iterator[dict[str, Any]]:
-    """What ``work`` makes of this rank's share of ``parts``, or the store holds of it.
+) -> Iterator[tuple[str, Piece, bool]]:
+    """What ``compute`` makes of this rank's share of ``items``, ``size`` at a time, or the store holds of it: the name
+    of each piece, the piece, and whether it was held. ``load`` works in threads.
 
-    What it holds is good while the ``stamp`` of each item is what it was before the item was read, and no sample that
+    What is held is good while the ``stamp`` of each item is what it was before the item was read, and no sample that
     was bad can be used.
     """
-    own, all_about = share(parts), digest(about)
+    own = share(_batches(items, part_size(len(items), size)))
+    done, total, all_about = 0, sum(len(_batches(part, size)) for part in own), digest(about)
 
-    def to_load() -> Iterator[tuple[tuple[Sequence[Any], str, dict[str, Any] | None], Sequence[Any]]]:
+    def to_load() -> Iterator[tuple[tuple[Sequence[Any], str, Piece | None], Sequence[Any]]]:
         for part in own:
             name = digest([all_about, list(part)])
             kept = job.store.get(name)
-            if kept is not None and kept.get("stamps") != [stamp(item) for item in part]:
-                kept = None
-            yield (part, name, kept), part if kept is None else [index for index, *_ in kept.get("bad", ())]
+            if kept is not None and kept.stamps == [stamp(item) for item in part]:
+                yield (part, name, kept), [place for place, _, _ in kept.bad]
+            else:
+                yield from (((part, name, None), batch) for batch in _batches(part, size))
 
-    def stamped(item: Any) -> tuple[list[str], Any]:
+    def stamped(item: Any) -> tuple[list[str], T | Bad]:
         return stamp(item), load(item)
 
+    def computed(read: Sequence[tuple[list[str], T | Bad]]) -> Piece:
+        good = [item for _, item in read if not isinstance(item, Bad)]
+        rows, notes = compute(good) if good else (None, [])
+        bad = [(*item,) for _, item in read if isinstance(item, Bad)]
+        return Piece(None if rows is None else rows.cpu(), list(notes), bad, [stamps for stamps, _ in read])
+
+    made: list[Piece] = []
     with closing(read_ahead(to_load(), stamped, job.workers or threads_of_this_process())) as loaded:
-        for done, ((part, name, piece), items) in enumerate(loaded, 1):
-            if piece is None or any(isinstance(item, Loaded) for _, item in items):
-                stamps, read = zip(*(items if piece is None else map(stamped, part)), strict=True)
-                piece = {**work(read), "stamps": list(stamps)}
-                job.store.put(name, piece)
-            job.progress(what, done, len(own))
-            yield piece
+        for (part, name, kept), read in loaded:
+            if kept is None:
+                made.append(computed(read))
+                if sum(len(piece.stamps) for piece in made) < len(part):
+                    continue
+            elif not all(isinstance(item, Bad) for _, item in read):  # one was mended
+                made = [computed(list(map(stamped, batch))) for batch in _batches(part, size)]
+            if made or kept is None:
+                kept = _joined(made)
+                job.store.put(name, kept)
+            done += len(_batches(part, size))
+            job.progress(what, done, total)
+            yield name, kept, not made
+            made = []
+
+
+def part_size(count: int, size: int) -> int:
+    """Items of a piece: a batch of ``size``, or several where ``count`` items would make more than ``PIECES``."""
+    return size * max(1, -(-count // (size * PIECES)))
+
+
+def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _joined(made: Sequence[Piece]) -> Piece:
+    rows = [piece.rows for piece in made if piece.rows is not None]
+    return Piece(
+        torch.cat(rows) if rows else None,
+        [note for piece in made for note in piece.notes],
+        [one for piece in made for one in piece.bad],
+        [stamps for piece in made for stamps in piece.stamps],
+    )
 
 
 def digest(value: Any) -> str:

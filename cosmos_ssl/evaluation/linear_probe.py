@@ -19,6 +19,7 @@ from cosmos_ssl.functional import gather_objects, rank, world_size
 PENALTIES = tuple(10.0 ** (-n / 2) for n in range(13))
 """1 to 1e-6, two a decade."""
 _ROWS = 1 << 26  # logits held at once
+_HELD_OUT = 0.2
 
 
 class Probe(NamedTuple):
@@ -90,21 +91,18 @@ def linear_probe(
     *,
     classes: int,
     penalties: Sequence[float] = PENALTIES,
-    held_out: float = 0.2,
-    seed: int = 0,
 ) -> tuple[Probe, float]:
     """The probe of training features [N, W] with labels int64 [N], and the penalty it was fitted with.
 
     Features are shifted and scaled to mean 0 and variance 1 by the training samples. Every penalty is tried (loosely)
-    on all but a share ``held_out`` of them, drawn by ``seed``; the one with the best accuracy there (of equals the
+    on all but a fifth of them, drawn at random; the one with the best accuracy there (of equals the
     strongest) is used on all. Ranks share the penalties. Raises DataError where there are too few samples.
     """
-    if not 0 < int(len(features) * held_out) < len(features):
+    if not (split := int(len(features) * _HELD_OUT)):
         raise DataError(f"--train-data: {len(features)} training samples are too few for a linear probe")
     mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - mean) / scale
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    split = int(len(x) * held_out)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     held, rest = order[:split], order[split:]
     found: list[tuple[float, float]] = []
     probe: Probe | None = None

@@ -7,20 +7,19 @@ An example has I pictures and two texts, of which text i belongs to picture i.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import BadSample, DataError, Sample
-from cosmos_ssl.data.storage import retrying
+from cosmos_ssl.api import DataError
 from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.text_files import read_json, read_text
 
 MMVP_PICTURES = "MLLM_VLM Images"
@@ -48,21 +47,18 @@ class PairSet:
         """Each picture once, in order of appearance."""
         return list(dict.fromkeys(picture for example in self.examples for picture in example.pictures))
 
-    def samples(self) -> Pictures:
+    def samples(self) -> PictureFiles:
         """The pictures to be encoded."""
-        return Pictures(self.folder, self.pictures)
+        files = [PictureFile(picture, self.folder / picture) for picture in self.pictures]
+        return PictureFiles(name=self.name, files=files)
 
     def complete(self, job: Job) -> PairSet:
         """The set without examples whose pictures are not there.
 
         Raises DataError for these unless they may be missing.
         """
-        pictures = self.pictures
-        missing = {picture for picture in pictures if not (self.folder / picture).is_file()}
-        job.leave_out(
-            [picture for picture in pictures if picture in missing], len(pictures), f"pictures are not in {self.folder}"
-        )
-        return self.without(missing)
+        there = self.samples().complete(job, f"pictures are not in {self.folder}")
+        return self.without(set(self.pictures) - {file.key for file in there.files})
 
     def without(self, missing: set[str]) -> PairSet:
         """The examples that have none of these pictures. Raises DataError where none is left."""
@@ -72,39 +68,8 @@ class PairSet:
         return replace(self, examples=left)
 
 
-class Pictures:
-    """Pictures of a folder by path."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> Sample:
-        """Picture ``index``; its key is its path.
-
-        Raises BadSample where it is not there, OSError where storage fails.
-        """
-        path = self.folder / self.names[index]
-        if not path.is_file():
-            raise BadSample("no file", str(path))
-        return Sample(key=self.names[index], image=retrying(path.read_bytes, str(path)))
-
-    def sources(self, index: int) -> Sequence[str]:
-        """The file of picture ``index``."""
-        return [str(self.folder / self.names[index])]
-
-    def identity(self) -> Mapping[str, Any]:
-        """A digest of the names."""
-        return {"digest": hashlib.sha256("\n".join(self.names).encode()).hexdigest()}
-
-
 def read_mmvp(folder: Path) -> PairSet:
-    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two lines a pair) and ``MLLM_VLM
-    Images/CATEGORY/NUMBER.jpg``.
-    """
+    """MMVP-VLM: ``Questions.csv`` (number, category, statement; two a pair), ``MLLM_VLM Images/CATEGORY/N.jpg``."""
     path = folder / "Questions.csv"
     try:
         rows = list(csv.reader(io.StringIO(read_text(path), newline="")))[1:]

@@ -19,20 +19,11 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 SIDE, GAP, LINE = 112, 8, 22  # pixels: a picture's side, the space around it, a line of text
-WORD, WORD_GAP = (
-    18,
-    6,
-)  # pixels: letters of words on their ground, which is so much higher, and the space between lines of them
-_TEXT_WIDTH, _FONT, _SCORE, _SCALE = (
-    560,
-    14,
-    48,
-    10,
-)  # pixels: the most that a text takes, letters, the column of scores, a scale
+WORD, WORD_GAP = 18, 6  # pixels: letters of words on their ground, which is so much higher, as is the space of lines
+_TEXT_WIDTH, _FONT, _SCORE, _SCALE = 560, 14, 48, 10  # pixels: the most a text takes, letters, the scores, a scale
 _INK, _GREY, _GREEN, _RED = (30, 30, 30), (110, 110, 110), (0, 120, 60), (200, 50, 40)
-_HEAT = np.array(
-    [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32
-)  # five steps of 'inferno'
+_INFERNO = [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]
+_HEAT = np.array(_INFERNO, np.float32)
 
 Colours: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Weights in 0..1 -> red, green, blue in 0..255."""
@@ -48,17 +39,14 @@ class Match:
 
 
 def draw_matches(matches: Sequence[Match]) -> Tensor:
-    """One row a picture: its best texts with their scores, its own in green, and a note below them; as wide as the
-    texts are.
-    """
+    """One row a picture: its best texts with their scores, its own in green, a note below; as wide as the texts are."""
     rows = [
         [(f"{score:.2f}", _cut(text), _GREEN if own else _INK) for text, score, own in match.found]
         + [("", _cut(match.note), _GREY)]
         for match in matches
     ]
-    height = (
-        max([SIDE, *(len(row) * LINE for row in rows)]) + 2 * GAP
-    )  # twice the space, so that a text stands nearest to its own picture
+    # twice the space, so that a text stands nearest to its own picture
+    height = max([SIDE, *(len(row) * LINE for row in rows)]) + 2 * GAP
     left = GAP + SIDE + 2 * GAP
     canvas, draw = _canvas(
         left + _SCORE + max(_width(text) for row in rows for _, text, _ in row) + GAP, len(matches) * height
@@ -74,9 +62,7 @@ def draw_matches(matches: Sequence[Match]) -> Tensor:
 
 
 def draw_neighbours(rows: Sequence[tuple[Tensor, Sequence[tuple[Tensor, bool]]]]) -> Tensor:
-    """One row a picture: itself, then its nearest neighbours, framed green where the label is the same and red where
-    not.
-    """
+    """One row a picture: itself, then its nearest neighbours, framed green where the label is the same, else red."""
     widest = max(len(found) for _, found in rows)
     canvas, draw = _canvas(2 * GAP + SIDE + widest * (SIDE + GAP) + GAP, GAP + len(rows) * (SIDE + GAP))
     for row, (picture, found) in enumerate(rows):
@@ -117,9 +103,7 @@ def draw_attention(pictures: Sequence[Tensor], maps: Sequence[AttentionMap], *, 
 
 
 def draw_words(words: Sequence[tuple[str, float]]) -> Tensor:
-    """Words on ground as strong as their weights in 0..1 (darker is more), on as many lines as they take, and what the
-    ground means.
-    """
+    """Words on ground as strong as their weights in 0..1 (darker is more) in lines, and what the ground means."""
     text = _Words(words, WORD)
     canvas, draw = _canvas(2 * GAP + max(SIDE, text.width), 3 * GAP + text.height + LINE)
     text.draw(draw, GAP, GAP)

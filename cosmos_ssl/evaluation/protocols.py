@@ -15,13 +15,35 @@ from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors
-from cosmos_ssl.evaluation.features import EXAMPLES, Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, some, text_features
 from cosmos_ssl.evaluation.naming import spoken
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
 from cosmos_ssl.functional import rank
 
 _log = logging.getLogger("cosmos_ssl.evaluation")
+
+
+def encode_pictures(
+    encoder: Encoder,
+    data: Samples,
+    job: Job,
+    encode: Callable[[Tensor], Tensor],
+    note: Callable[[Sample], Any],
+    *,
+    name: str,
+) -> tuple[Tensor, list[int], list[Any]]:
+    """What ``encode`` makes of all pictures that can be used, [N, ...] on the host; the place of each in the data, and
+    its ``note``. ``name`` tells what is encoded and noted. Raises DataError as ``features_of`` does.
+    """
+
+    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
+        notes = [[one.place, note(one.sample)] for one in loaded]
+        return encode(torch.stack([one.pixels for one in loaded])), notes
+
+    background = encoder.spec.background
+    rows, notes = features_of(data, encoder.preprocess, compute, job, name=name, background=background)
+    return rows, [place for place, _ in notes], [noted for _, noted in notes]
 
 
 class Scores(Protocol):
@@ -103,21 +125,11 @@ def classify(
             )
         return found
 
-    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
-        notes = [[one.place, number(one.sample)] for one in loaded]
-        return encoder.encode_image(torch.stack([one.pixels for one in loaded])), notes
-
     distinct = list(dict.fromkeys(names))  # equal names have the very same score
     vectors = class_vectors(encoder, distinct, templates, job).cpu()
-    images, notes = features_of(
-        data,
-        encoder.preprocess,
-        compute,
-        job,
-        name=f"encode_image {label} {digest(list(names))}",
-        background=encoder.spec.background,
+    images, places, labels = encode_pictures(
+        encoder, data, job, encoder.encode_image, number, name=f"encode_image {label} {digest(list(names))}"
     )
-    places, labels = map(list, zip(*notes, strict=True))
     scores = images @ vectors.T
     if len(distinct) < len(names):
         place = {name: number for number, name in enumerate(distinct)}
@@ -141,15 +153,9 @@ def labelled_features(
 
     Raises DataError.
     """
-
-    def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
-        notes = [[one.place, label(one.sample)] for one in loaded]
-        return encoder.image_features(torch.stack([one.pixels for one in loaded])), notes
-
-    rows, notes = features_of(
-        data, encoder.preprocess, compute, job, name=f"image_features {name}", background=encoder.spec.background
+    rows, places, labels = encode_pictures(
+        encoder, data, job, encoder.image_features, label, name=f"image_features {name}"
     )
-    places, labels = map(list, zip(*notes, strict=True))
     return Labelled(rows.to(encoder.device), labels, places)
 
 
@@ -163,18 +169,12 @@ def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[st
     wanted = list(dict.fromkeys(test.labels))
     strange = [label for label in wanted if label not in numbers]
     if strange:
-        told = (
-            f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {_some(strange)} are none "
-            "of the training samples'"
-        )
+        none, count = some(list(map(repr, strange))), len(wanted) - len(strange)
+        told = f"{count:,} of {len(wanted):,} labels are known: {none} are none of the training samples'"
         if len(strange) == len(wanted):
-            raise DataError(f"{told}, which are {_some(list(numbers))}")
+            raise DataError(f"{told}, which are {some(list(map(repr, numbers)))}")
         if rank() == 0:
             _log.warning("%s, and their samples cannot be found", told)
     known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
     found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
     return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test.labels]))
-
-
-def _some(labels: Sequence[Hashable]) -> str:
-    return ", ".join(map(repr, labels[:EXAMPLES])) + (", ..." if len(labels) > EXAMPLES else "")

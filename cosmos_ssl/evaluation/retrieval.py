@@ -68,10 +68,7 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
         image_ranks[r0:r1] -= beaten[0]
         text_ranks[c0:c1] -= beaten[1]
     for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):
-        for start, stop, later in (
-            (0, c0, False),
-            (c1, len(texts), True),
-        ):  # texts of earlier images, and of later ones
+        for start, stop, later in ((0, c0, False), (c1, len(texts), True)):  # texts of earlier images, of later ones
             for k0 in range(start, stop, _COLUMNS):
                 k1 = min(k0 + _COLUMNS, stop)
                 scores = score(images[r0:r1], texts[k0:k1])
@@ -82,9 +79,7 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
 
 
 def best_first(scores: Tensor) -> list[int]:
-    """Candidates of one query in the order in which ``retrieval_ranks`` counts them, of scores [n]; texts in the order
-    of their images.
-    """
+    """Candidates of a query by scores [n] (texts in the order of their images), as ``retrieval_ranks`` orders them."""
     return cast(list[int], scores.argsort(descending=True, stable=True).tolist())
 
 

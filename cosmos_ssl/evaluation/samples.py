@@ -1,6 +1,4 @@
-"""What is evaluated on, by index: shards or a folder that a user names; read ahead by threads, shared among ranks,
-gathered.
-"""
+"""What is evaluated on, by index: shards or a folder; read ahead by threads, shared among ranks, gathered."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,9 +92,7 @@ class EvaluationData:
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Names of the classes of a folder, in the order of their numbers; none for shards and for a folder without
-        class folders.
-        """
+        """Names of the class folders, in the order of their numbers; none for shards and for pictures in one folder."""
         return self.samples.class_names if isinstance(self.samples, Folder) else ()
 
     def check(self, *, label: str | None = None, texts: str | None = None) -> None:
@@ -111,11 +108,10 @@ class EvaluationData:
         missing: list[str] = []
         seen: list[Sample] = []
         try:
-            local = (
-                [] if picture_folder(self.urls) is not None else [url for url in expand(self.urls) if "://" not in url]
-            )
+            folder = picture_folder(self.urls)
+            local = [url for url in expand(self.urls) if "://" not in url] if folder is None else []
             missing = [url for url in local if not Path(url).exists()]
-            if not missing and (local or picture_folder(self.urls) is not None):
+            if not missing and (local or folder is not None):
                 seen = self._few()
             for sample in seen if label is not None else ():
                 label_of(sample, label or "")
@@ -128,6 +124,10 @@ class EvaluationData:
             )
         if texts is not None and seen and not any(sample.captions.get(texts) for sample in seen):
             raise no_texts(seen[0].key, texts, seen[0].captions)
+
+    def picture(self, place: int, background: str) -> Tensor:
+        """The picture of sample ``place`` on ``background``, uint8 [3, H, W]."""
+        return self.samples.read(place).on(background).decode()
 
     def _few(self) -> list[Sample]:
         """Evenly spread samples; bad ones are left out, as when all are read."""
@@ -199,9 +199,7 @@ def _stamp(url: str) -> str:
 def read_ahead(
     batches: Iterable[tuple[K, Sequence[Any]]], load: Callable[[Any], T], workers: int
 ) -> Generator[tuple[K, list[T]]]:
-    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads load two batches
-    ahead.
-    """
+    """Each batch's key, and what ``load`` makes of its indices, in order; ``workers`` threads are two batches ahead."""
     threads = ThreadPoolExecutor(workers)
     started = ((key, [threads.submit(load, index) for index in indices]) for key, indices in batches)
     try:
@@ -217,6 +215,13 @@ def read_ahead(
 def threads_of_this_process() -> int:
     """Threads that decode where nothing else is asked for."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:
+    """The places of ``wanted`` among ``count`` samples; None, or more than there are, is all."""
+    if wanted is None or wanted >= count:
+        return range(count)
+    return list(map(int, np.linspace(0, count - 1, wanted).round()))
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

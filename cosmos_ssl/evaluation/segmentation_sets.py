@@ -6,7 +6,6 @@ words that stand for the background above all; another file in this form (such a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -21,16 +20,13 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
-from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import did_you_mean
-from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.picture_files import MASK, PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
 from cosmos_ssl.evaluation.segmentation import IGNORED, SegmentationProtocol
 from cosmos_ssl.evaluation.text_files import read_text
 from cosmos_ssl.pictures import open_picture
 
-MASK = "mask.png"
-Pairs = Sequence[tuple[Path, Path]]
 Table = NDArray[np.uint8]
 
 
@@ -86,43 +82,6 @@ class SegmentationData:
         return labels
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedFiles:
-    """Pictures and masks in two folders."""
-
-    name: str
-    pairs: Pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, index: int) -> Sample:
-        """Picture ``index`` with its mask. Raises BadSample where a file is not there, OSError where storage fails."""
-        picture, mask = self.pairs[index]
-        for path in (picture, mask):
-            if not path.is_file():
-                raise BadSample("no file", str(path))
-        content = retrying(mask.read_bytes, str(mask))
-        return Sample(key=picture.name, image=retrying(picture.read_bytes, str(picture)), extras={MASK: content})
-
-    def sources(self, index: int) -> Sequence[str]:
-        """Picture ``index`` and its mask."""
-        return list(map(str, self.pairs[index]))
-
-    def complete(self, job: Job) -> PairedFiles:
-        """The pairs of which both files are there. Raises DataError for others unless they may be missing."""
-        missing = {
-            pair: path for pair in self.pairs if (path := next((path for path in pair if not path.is_file()), None))
-        }
-        job.leave_out([path.name for path in missing.values()], len(self), "pictures or masks are not there")
-        return PairedFiles(name=self.name, pairs=[pair for pair in self.pairs if pair not in missing])
-
-    def identity(self) -> Mapping[str, Any]:
-        """Name, and a digest of the names of files."""
-        names = "\n".join(f"{picture.name} {mask.name}" for picture, mask in self.pairs)
-        return {"name": self.name, "digest": hashlib.sha256(names.encode()).hexdigest()}
-
-
 # ---------------------------------------------------------------------------- what the values of masks mean
 
 _NOT_COCO = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # numbers of COCO's 182 that no picture has
@@ -156,7 +115,7 @@ class _Layout:
     """A list of the pictures, without endings; None is all that are there."""
     table: Table
 
-    def find(self, root: Path) -> Pairs | None:
+    def find(self, root: Path) -> list[PictureFile] | None:
         """Pictures and masks in order, where the masks of this layout are below ``root``."""
         picture_end, mask_end = self.ends
         pictures, masks = root / self.pictures, root / self.masks
@@ -169,7 +128,8 @@ class _Layout:
             ]
         else:
             names = [line.split()[0] for line in read_text(root / self.split).splitlines() if line.strip()]
-        return [(pictures / f"{name}{picture_end}", masks / f"{name}{mask_end}") for name in sorted(names)]
+        paths = ((pictures / f"{name}{picture_end}", masks / f"{name}{mask_end}") for name in sorted(names))
+        return [PictureFile(picture.name, picture, mask=mask) for picture, mask in paths]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,27 +147,13 @@ class _Known:
     """Class 0: ``words`` are those of the file ``background``, else this one word."""
 
 
-def _voc(table: Table) -> Sequence[_Layout]:
-    return [
-        _Layout(pictures="JPEGImages", masks="SegmentationClass", split="ImageSets/Segmentation/val.txt", table=table)
-    ]
-
-
-def _context(table: Table) -> Sequence[_Layout]:
-    return [
-        _Layout(
-            pictures="JPEGImages",
-            masks="SegmentationClassContext",
-            split="ImageSets/SegmentationContext/val.txt",
-            table=table,
-        )
-    ]
+def _voc(table: Table, kind: str = "") -> Sequence[_Layout]:
+    split = f"ImageSets/Segmentation{kind}/val.txt"
+    return [_Layout(pictures="JPEGImages", masks=f"SegmentationClass{kind}", split=split, table=table)]
 
 
 def _coco(converted: str, raw: Table) -> Sequence[_Layout]:
-    """MMSegmentation's folders with masks as it converts them; else masks as they were released, there or beside COCO's
-    pictures.
-    """
+    """MMSegmentation's folders with masks as it converts them, or as they were released, there or beside pictures."""
     pictures, masks = "images/val2017", "annotations/val2017"
     return [
         _Layout(pictures=pictures, masks=masks, ends=(".jpg", converted), table=_PLAIN),
@@ -241,10 +187,12 @@ KNOWN: Mapping[str, _Known] = {
         names="voc",
         background="words",
     ),
-    "context59": _Known(below=_VOC2010, layouts=_context(_FROM_ONE), protocol=SegmentationProtocol(), names="context"),
+    "context59": _Known(
+        below=_VOC2010, layouts=_voc(_FROM_ONE, "Context"), protocol=SegmentationProtocol(), names="context"
+    ),
     "context60": _Known(
         below=_VOC2010,
-        layouts=_context(_PLAIN),
+        layouts=_voc(_PLAIN, "Context"),
         protocol=SegmentationProtocol(scale=50, prob_thd=0.1),
         names="context",
         background="background",
@@ -311,13 +259,13 @@ def find_segmentation_data(data: str, *, wanted: str | None = None, names: str |
             f"data: several sets are read from {data}. Say which, such as --set {min(found)}. They are: "
             f"{', '.join(found)}"
         )
-    name, (pairs, table) = next(iter(found.items()))
+    name, (files, table) = next(iter(found.items()))
     known = KNOWN[name]
     classes = _class_names(known)
     if names is not None and len(own := read_class_names(Path(names).expanduser())) != len(classes):
         raise DataError(f"--class-names: {names} holds {len(own)} classes, {name} has {len(classes)}")
     return SegmentationData(
-        samples=PairedFiles(name=name, pairs=pairs),
+        samples=PictureFiles(name=name, files=files),
         table=table,
         names=classes if names is None else own,
         protocol=known.protocol,
@@ -325,13 +273,12 @@ def find_segmentation_data(data: str, *, wanted: str | None = None, names: str |
     )
 
 
-def _place(folder: Path, known: _Known) -> tuple[Pairs, Table] | None:
+def _place(folder: Path, known: _Known) -> tuple[list[PictureFile], Table] | None:
     """Files, and the meaning of masks, of the first layout that is there."""
     for below in known.below:
         for layout in known.layouts:
-            pairs = layout.find(folder / below)
-            if pairs:
-                return pairs, layout.table
+            if files := layout.find(folder / below):
+                return files, layout.table
     return None
 
 

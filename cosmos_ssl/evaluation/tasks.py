@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import DataError, Encoder, Sample, UserError
+from cosmos_ssl.api import DataError, Encoder, Modality, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
@@ -21,13 +21,22 @@ from cosmos_ssl.evaluation.class_sets import find_class_data
 from cosmos_ssl.evaluation.classification import class_vectors, load_templates
 from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
-from cosmos_ssl.evaluation.linear_probe import linear_probe
+from cosmos_ssl.evaluation.linear_probe import linear_probe as fitted
 from cosmos_ssl.evaluation.naming import repeated
 from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
-from cosmos_ssl.evaluation.protocols import Scores, classify, labelled_features, retrieve, trained_accuracy
+from cosmos_ssl.evaluation.picture_files import PictureFiles
+from cosmos_ssl.evaluation.protocols import (
+    Scores,
+    classify,
+    encode_pictures,
+    labelled_features,
+    retrieve,
+    trained_accuracy,
+)
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
 from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, model_input, segment, segmentation_metrics
-from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data
+from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data
+from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -49,9 +58,7 @@ class Options:
     class_names: str | Sequence[str] | None = None
     """A text file with one a line, ``imagenet``, or the names; None is what comes with the data."""
     templates: str | Sequence[str] | None = None
-    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is what the set is used with, else
-    ``simple``.
-    """
+    """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is the set's own, else ``simple``."""
     train_data: str | None = None
     """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
     max_train_samples: int | None = None
@@ -146,19 +153,17 @@ def knn(options: Options, job: Job) -> Task:
     return _trained(options, scores, {"k": options.k, "temperature": options.temperature})
 
 
-def probe(options: Options, job: Job) -> Task:
+def linear_probe(options: Options, job: Job) -> Task:
     """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
 
     def scores(train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
-        return linear_probe(train, labels, classes=classes)[0].scores(test)
+        return fitted(train, labels, classes=classes)[0].scores(test)
 
     return _trained(options, scores, {})
 
 
 def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
-    """A task on the tower's features before the projection: ``scores`` of test features from labelled training
-    features.
-    """
+    """A task on the tower's features before the projection: ``scores`` of test features from training features."""
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
         given = find_class_data(options.train_data)
@@ -194,8 +199,8 @@ def segmentation(options: Options, job: Job) -> Task:
     if not isinstance(options.class_names, str | None):
         raise UserError("--class-names: segmentation takes a file")
     data = find_segmentation_data(options.data, wanted=options.set_name, names=options.class_names)
-    if isinstance(data.samples, PairedFiles):
-        data = replace(data, samples=data.samples.complete(job))
+    if isinstance(data.samples, PictureFiles):
+        data = replace(data, samples=data.samples.complete(job, "pictures or masks are not there"))
     names = [name for of_class in data.names for name in of_class]
     owners = torch.tensor([number for number, of_class in enumerate(data.names) for _ in of_class])
     with _flags():
@@ -250,13 +255,8 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
         data = read(folder, job).complete(job)
 
         def run(encoder: Encoder, job: Job) -> Found:
-            def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[str]]:
-                return encoder.match_image(torch.stack([one.pixels for one in loaded])), [
-                    one.sample.key for one in loaded
-                ]
-
-            images, keys = features_of(
-                data.samples(), encoder.preprocess, compute, job, name="match_image", background=encoder.spec.background
+            images, _, keys = encode_pictures(
+                encoder, data.samples(), job, encoder.match_image, lambda sample: sample.key, name="match_image"
             )
             usable = data.without(set(data.pictures) - set(keys))
             texts = list(dict.fromkeys(text for example in usable.examples for text in example.texts))
@@ -278,22 +278,16 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
     return task
 
 
+mmvp = _pairs(lambda folder, job: read_mmvp(folder))
+sugarcrepe = _pairs(read_sugarcrepe)
+winoground = _pairs(lambda folder, job: read_winoground(folder))
+
+TASKS: Mapping[str, Callable[[Options, Job], Task]] = {name: globals()[name] for name in PURPOSES}
+
+
 def check_model(task: str, encoder: Encoder) -> None:
     """Raise UserError where the model lacks a tower that the task needs."""
-    if encoder.spec.image is None or (task not in IMAGE_ONLY and encoder.spec.text is None):
-        raise UserError(
-            f"this model has no {'image' if encoder.spec.image is None else 'text'} tower, which {task} needs"
-        )
-
-
-IMAGE_ONLY = ("knn", "linear_probe")
-TASKS: Mapping[str, Callable[[Options, Job], Task]] = {
-    "retrieval": retrieval,
-    "classification": classification,
-    "knn": knn,
-    "linear_probe": probe,
-    "segmentation": segmentation,
-    "mmvp": _pairs(lambda folder, job: read_mmvp(folder)),
-    "sugarcrepe": _pairs(read_sugarcrepe),
-    "winoground": _pairs(lambda folder, job: read_winoground(folder)),
-}
+    needed: tuple[Modality, ...] = ("image",) if task in ON_FEATURES else ("image", "text")
+    for modality in needed:
+        if getattr(encoder.spec, modality) is None:
+            raise UserError(f"this model has no {modality} tower, which {task} needs")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Role, UserError
+from cosmos_ssl.api import Role, TowerSpec, UserError
 from cosmos_ssl.interop.official import CLIP_VOCABULARY, listed
 from cosmos_ssl.models.contract import is_built_in, is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -39,12 +39,10 @@ class ClipModel:
     role: Role
     embed_dim: int
     image: TowerSizes
-    patch_size: int
-    image_size: int
+    pictures: TowerSpec
+    """Sizes of pictures and patches, mean and deviation."""
     registers: int
     pre_norm: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     background: str
     """What transparent pictures were put on."""
     text: TowerSizes | None
@@ -73,12 +71,17 @@ class ClipModel:
     def sizes(self) -> dict[str, int]:
         """What no tensor tells, by config keys (``official.SIZES``)."""
         text = {} if self.text is None else {"model.text.heads": self.text.heads}
-        return {"model.image.heads": self.image.heads, "model.image.image_size": self.image_size, **text}
+        return {"model.image.heads": self.image.heads, "model.image.image_size": self.pictures.image_size, **text}
+
+    def oddities(self) -> list[str]:
+        """The config keys that make these towers other than CLIP's, each with its value."""
+        found = [f"model.image.registers ({self.registers})"] if self.registers else []
+        found += [] if self.pre_norm else ["model.image.pre_norm=false"]
+        towers = {"image": self.image, "text": self.text}
+        return found + [f"model.{name}.layer_scale" for name, of in towers.items() if of is not None and of.layer_scale]
 
     def left_out(self, *kept: str) -> list[str]:
-        """For people: the parts, and the mask token, that a form with these towers alone has no use for, where there
-        are any.
-        """
+        """For people: the parts, and the mask token, that a form with these towers alone has no use for."""
         known = {*kept, f"losses.{self.contrastive}"} if "text" in kept else set(kept)
         parts = {".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in self.state}
         masks = {"image.mask_token"} & self.state.keys()
@@ -111,12 +114,9 @@ def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True)
         role=role,
         embed_dim=spec.embed_dim,
         image=_sizes(image.blocks),
-        patch_size=image.spec.patch_size,
-        image_size=image.spec.image_size,
+        pictures=image.spec,
         registers=image.prefix - 1,
         pre_norm="norm_pre.weight" in image.state_dict(),
-        mean=image.spec.mean,
-        std=image.spec.std,
         background=spec.background,
         text=None if words is None else _sizes(words.blocks),
         context_length=0 if words is None else len(words.position_embedding),

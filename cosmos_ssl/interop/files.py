@@ -68,6 +68,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], entry: tuple[st
     path.chmod(mode)
 
 
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file. Raises OSError."""
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_torch_file(path: Path) -> Mapping[str, Any]:
     """The table in a file of ``torch.save``, in host memory; nothing in it is executed. Raises CheckpointError."""
     try:

@@ -1,6 +1,4 @@
-"""Any checkpoint of another program that can be read: official COSMOS files, the released ones by name, and OpenCLIP
-models.
-"""
+"""Checkpoints of other programs that can be read: official COSMOS files, released ones by name, OpenCLIP models."""
 
 from __future__ import annotations
 

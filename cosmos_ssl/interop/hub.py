@@ -1,6 +1,4 @@
-"""The released checkpoints by name: fetched from the Hugging Face hub once, and checked against the hash that the hub
-tells.
-"""
+"""The released checkpoints by name: fetched from the Hugging Face hub once, and checked against the hub's hash."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def _unreachable(name: str, url: str, error: Exception) -> str:
 
 
 def _verified(path: Path, told: str) -> bool:
-    """Whether the file's SHA-256 is ``told``; what was found before, of this size and time, is kept beside the stored
-    file.
-    """
+    """Whether the file's SHA-256 is ``told``; what was found of this size and time is kept beside the stored file."""
     real = path.resolve()
     mark = real.with_name(real.name + _VERIFIED)
     stamp = f"{real.stat().st_size} {real.stat().st_mtime_ns}"

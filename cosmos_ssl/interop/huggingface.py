@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.files import write_safetensors
+from cosmos_ssl.interop.files import write_json, write_safetensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _START_ID, _END_ID = 49_406, 49_407
@@ -25,9 +24,7 @@ _ENTITIES = (
     ("&apos;|&#0?39;|&#[xX]27;", "'"),
     ("&nbsp;", " "),
 )
-"""What stands for a character in captions from the web, in the order in which it is replaced; it may have been escaped
-three times.
-"""
+"""What stands for a character in captions from the web, in the order of replacing; it may be escaped three times."""
 _QUOTES = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
 """As ftfy has them."""
 
@@ -46,10 +43,10 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     Raises UserError for what CLIPModel has no place for.
     """
     assert model.text is not None
-    refuse("huggingface (CLIPModel)", _faults(model))
+    refuse("huggingface (CLIPModel)", model.oddities())
     write_safetensors(folder / "model.safetensors", tensors(model))
-    _dump(folder / "config.json", config(model))
-    _dump(folder / "preprocessor_config.json", preprocessing(model))
+    write_json(folder / "config.json", config(model))
+    write_json(folder / "preprocessor_config.json", preprocessing(model))
     notes = [*model.left_out("image", "text"), *model.about_logits()]
     if model.vocabulary:
         _write_tokenizer(model, folder)
@@ -73,9 +70,9 @@ def loading(model: ClipModel) -> str:
         f"{imports}from torchvision import transforms\nfrom transformers import {processor}, CLIPModel\n\n"
         f'model = CLIPModel.from_pretrained(".").eval()\nprocessor = {processor}.from_pretrained(".")\n'
         "preprocess = transforms.Compose(\n    [\n"
-        f"        transforms.Resize({model.image_size}, transforms.InterpolationMode.BICUBIC),\n"
-        f"        transforms.CenterCrop({model.image_size}),\n        transforms.ToTensor(),\n"
-        f"        transforms.Normalize({list(model.mean)}, {list(model.std)}),\n    ]\n)"
+        f"        transforms.Resize({model.pictures.image_size}, transforms.InterpolationMode.BICUBIC),\n"
+        f"        transforms.CenterCrop({model.pictures.image_size}),\n        transforms.ToTensor(),\n"
+        f"        transforms.Normalize({list(model.pictures.mean)}, {list(model.pictures.std)}),\n    ]\n)"
         f"{clean}"
     )
 
@@ -134,8 +131,8 @@ def config(model: ClipModel) -> dict[str, Any]:
         "logit_scale_init_value": model.logit_scale.item(),
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": model.image_size,
-            "patch_size": model.patch_size,
+            "image_size": model.pictures.image_size,
+            "patch_size": model.pictures.patch_size,
             "num_channels": 3,
             **_sizes(model.image),
             "projection_dim": model.embed_dim,
@@ -157,26 +154,16 @@ def preprocessing(model: ClipModel) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": model.image_size},
+        "size": {"shortest_edge": model.pictures.image_size},
         "resample": 3,  # PIL's number of bicubic
         "do_center_crop": True,
-        "crop_size": {"height": model.image_size, "width": model.image_size},
+        "crop_size": {"height": model.pictures.image_size, "width": model.pictures.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(model.mean),
-        "image_std": list(model.std),
+        "image_mean": list(model.pictures.mean),
+        "image_std": list(model.pictures.std),
     }
-
-
-def _faults(model: ClipModel) -> Iterator[str]:
-    if model.registers:
-        yield f"model.image.registers ({model.registers})"
-    if not model.pre_norm:
-        yield "model.image.pre_norm=false"
-    for modality, tower in (("image", model.image), ("text", model.text)):
-        if tower is not None and tower.layer_scale:
-            yield f"model.{modality}.layer_scale"
 
 
 def _sizes(tower: TowerSizes | None) -> dict[str, Any]:
@@ -217,13 +204,13 @@ def _write_tokenizer(model: ClipModel, folder: Path) -> None:
     pairs = SimpleTokenizer()
     words = list(pairs.encoder)[:_START_ID]
     vocabulary = {word: number for number, word in enumerate([*words, START, END])}
-    _dump(folder / "vocab.json", vocabulary, indent=None)
+    write_json(folder / "vocab.json", vocabulary, indent=None)
     merges = "\n".join(" ".join(pair) for pair in pairs.bpe_ranks)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(_tokenizer(vocabulary, list(pairs.bpe_ranks)) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    _dump(folder / "special_tokens_map.json", special)
-    _dump(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -250,7 +237,3 @@ def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
     made.add_special_tokens([START, END])
     return str(made.to_str())
-
-
-def _dump(path: Path, value: Any, indent: int | None = 2) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

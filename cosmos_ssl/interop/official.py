@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError
-from cosmos_ssl.interop.files import check_weights, read_torch_file
+from cosmos_ssl.interop.files import check_weights
 
 ROLES: tuple[Role, ...] = ("student", "teacher")
 _DDP = "module."
@@ -22,9 +22,7 @@ CROSS_HEADS = 8
 """Heads of its cross-attention: fixed in the official program, and not to be read from a tensor."""
 CLIP_VOCABULARY = 49_408
 SIZES = "cosmos_ssl.sizes"
-"""Where an export tells what stands in no tensor, by config keys: a key of an official file, or of a safetensors file's
-metadata.
-"""
+"""Where an export tells, by config keys, what stands in no tensor: a key of an official file, or of metadata."""
 MAX_SIZE = 1 << 16
 
 
@@ -72,7 +70,6 @@ NAMES: tuple[tuple[str, str], ...] = (
 )
 """Our name and theirs of every tensor; ``#`` is the number of a block."""
 
-_OURS = {theirs: ours for ours, theirs in NAMES}
 _THEIRS = dict(NAMES)
 _NUMBER = re.compile(r"(?<=blocks\.)[0-9]{1,4}(?=\.)")
 
@@ -98,32 +95,45 @@ class ForeignCheckpoint:
     """Names in the source that are not of that program (of a partial reading), or are no weights."""
 
 
-def read_official(path: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint:
-    """Read ``student`` or ``teacher`` of an official COSMOS file. Nothing in it is executed.
+def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial: bool = False) -> ForeignCheckpoint:
+    """Take ``student`` or ``teacher`` from an official COSMOS file, whose table is ``content``.
 
     The number of attention heads stands in no tensor: the config has it where the file is an export of ours, which
-    tells it. Raises CheckpointError where the file cannot be read, lacks the role, or is another program's; with
-    ``partial`` missing and unknown tensors are told instead.
+    tells it. Raises CheckpointError where the file lacks the role or is another program's; with ``partial`` missing and
+    unknown tensors are told instead.
     """
-    path = Path(path)
-    return from_official(read_torch_file(path), role, path, partial=partial)
-
-
-def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial: bool = False) -> ForeignCheckpoint:
-    """What ``read_official`` does, of a file that has been read. Raises CheckpointError."""
     tensors = _role(content, role, path)
-    pairs = {name: translate(name, _OURS) for name in tensors}
-    state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
-    unexpected = tuple(name for name, ours in pairs.items() if ours is None)
-    missing = tuple(name for name in expected_names(state) if name not in tensors)
-    if (missing or unexpected) and not (partial and state):
-        faults = [f"{name} is missing" for name in missing] + [
-            f"{name} is not one of its tensors" for name in unexpected
-        ]
-        raise CheckpointError(f"{path} is no official COSMOS checkpoint: {listed(faults, '; ')}")
+    kind, strange = "no official COSMOS checkpoint", "is not one of its tensors"
+    state, missing, unexpected = take(tensors, NAMES, f"{path} is {kind}", strange, partial=partial)
     check_weights(state, path)
     config = {"name": str(content.get("name") or path.stem), **_config(state, path, content.get(SIZES))}
     return ForeignCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
+
+
+def take(
+    tensors: Mapping[str, Tensor],
+    names: Iterable[tuple[str, str]],
+    what: str,
+    strange: str,
+    *,
+    idle: Sequence[str] = (),
+    partial: bool = False,
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Tensors by our names, of a table like ``NAMES``; which of their names are missing, and which have no place.
+
+    Raises CheckpointError, which begins with ``what``, where there are such (but ``idle`` ones); with ``partial`` only
+    where nothing can be taken.
+    """
+    table = {theirs: ours for ours, theirs in names}
+    pairs = {name: translate(name, table) for name in tensors}
+    state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
+    unexpected = tuple(name for name, ours in pairs.items() if ours is None)
+    missing = tuple(name for name in expected_names(state, names) if name not in tensors)
+    faults = [f"{name} is missing" for name in missing]
+    faults += [f"{name} {strange}" for name in unexpected if name not in idle]
+    if faults and not (partial and state):
+        raise CheckpointError(f"{what}: {listed(faults, '; ')}")
+    return state, missing, unexpected
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,16 +14,16 @@ from torch import Tensor
 from cosmos_ssl.api.part import TowerSpec
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_safetensors
+from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_json, write_safetensors
 from cosmos_ssl.interop.official import (
     MAX_SIZE,
     NAMES,
     SIZES,
     ForeignCheckpoint,
     clip_config,
-    expected_names,
     listed,
     mlp_ratio,
+    take,
     translate,
 )
 
@@ -66,8 +66,17 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     """
     refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
     write_safetensors(folder / WEIGHTS[0], tensors(model), (SIZES, json.dumps(model.sizes())))
-    (folder / CONFIG).write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config(model))
     return [*model.left_out("image", "text"), *model.about_logits()]
+
+
+def loading(model: ClipModel) -> str:
+    """Lines that load the folder that they are run in."""
+    return (
+        "import open_clip\n\n"
+        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:.")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:.")\n'
+    )
 
 
 def config(model: ClipModel) -> dict[str, Any]:
@@ -77,8 +86,8 @@ def config(model: ClipModel) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": model.embed_dim,
             "vision_cfg": {
-                "image_size": model.image_size,
-                "patch_size": model.patch_size,
+                "image_size": model.pictures.image_size,
+                "patch_size": model.pictures.patch_size,
                 "head_width": model.image.width // model.image.heads,
                 **_sizes(model.image),
                 **({} if model.pre_norm else {"no_ln_pre": True}),
@@ -92,10 +101,10 @@ def config(model: ClipModel) -> dict[str, Any]:
             **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
         "preprocess_cfg": {
-            "size": model.image_size,
+            "size": model.pictures.image_size,
             "mode": "RGB",
-            "mean": list(model.mean),
-            "std": list(model.std),
+            "mean": list(model.pictures.mean),
+            "std": list(model.pictures.std),
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
@@ -202,9 +211,7 @@ def _fetched(name: str, fetch: Any) -> str:
 
 
 def plain_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a file of OpenCLIP's: bare, or with a training state around; None where it is another
-    program's.
-    """
+    """The tensors of a file of OpenCLIP's, bare or in a training state; None where it is another program's."""
     table = content.get("state_dict", content)
     if not isinstance(table, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in table.items()
@@ -237,15 +244,8 @@ def read_tensors(
     names = [*(pair for pair in _TOWERS if pre_norm or pair not in _PRE_NORM), *scales]
     scaled = [modality for modality, pairs in _LAYER_SCALES.items() if pairs[0][1].replace("#", "0") in tensors]
     names += [pair for modality in scaled for pair in _LAYER_SCALES[modality]]
-    table = {theirs: ours for ours, theirs in names}
-    pairs = {name: translate(name, table) for name in tensors}
-    state = {ours: tensors[theirs] for theirs, ours in pairs.items() if ours is not None}
-    unexpected = tuple(name for name, ours in pairs.items() if ours is None)
-    missing = tuple(name for name in expected_names(state, names) if name not in tensors)
-    strange = [name for name in unexpected if name not in _BUFFERS]
-    if (missing or strange) and not (partial and state):
-        faults = [f"{name} is missing" for name in missing] + [f"{name} has no place" for name in strange]
-        raise CheckpointError(f"{source} is no model of CLIP's towers: {listed(faults, '; ')}")
+    what = f"{source} is no model of CLIP's towers"
+    state, missing, unexpected = take(tensors, names, what, "has no place", idle=_BUFFERS, partial=partial)
     check_weights(state, source)
     state |= {ours: state[ours].flatten()[0] for ours, _ in scales if ours in state and state[ours].numel() == 1}
     config = _config(state, source, (told or {}).get("model_cfg", {}), sizes)

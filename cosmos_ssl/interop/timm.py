@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.interop.clip import ClipModel
-from cosmos_ssl.interop.files import write_safetensors
+from cosmos_ssl.interop.files import write_json, write_safetensors
 from cosmos_ssl.interop.official import mlp_ratio
 
 _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position, LayerNorms of 1e-5
@@ -19,25 +18,32 @@ _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder in the hub's layout for ``timm.create_model("local-dir:...")``; returns what stays behind."""
     write_safetensors(folder / "model.safetensors", tensors(model))
-    (folder / "config.json").write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config(model))
     return model.left_out("image")
 
 
+def loading(model: ClipModel) -> str:
+    """Lines that load the folder that they are run in."""
+    return (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:.", pretrained=True).eval()  # num_classes=0: before the projection\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+    )
+
+
 def architecture(model: ClipModel) -> str:
-    """timm's name of this model, where its own sizes have one of the base family; else one that all sizes are
-    told to.
-    """
+    """timm's name of this model, where its sizes have one of the base family; else one that is told all sizes."""
     from timm import is_model
 
-    own = f"vit_base_patch{model.patch_size}_clip_{model.image_size}"
+    own = f"vit_base_patch{model.pictures.patch_size}_clip_{model.pictures.image_size}"
     return own if is_model(own) else _FAMILY
 
 
 def arguments(model: ClipModel) -> dict[str, Any]:
     """What makes ``timm.create_model(architecture)`` a model of these sizes."""
     return {
-        "img_size": model.image_size,
-        "patch_size": model.patch_size,
+        "img_size": model.pictures.image_size,
+        "patch_size": model.pictures.patch_size,
         "embed_dim": model.image.width,
         "depth": model.image.layers,
         "num_heads": model.image.heads,
@@ -59,13 +65,13 @@ def config(model: ClipModel) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": model.name,
             "custom_load": False,
-            "input_size": [3, model.image_size, model.image_size],
+            "input_size": [3, model.pictures.image_size, model.pictures.image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
-            "mean": list(model.mean),
-            "std": list(model.std),
+            "mean": list(model.pictures.mean),
+            "std": list(model.pictures.std),
             "num_classes": model.embed_dim,
             "pool_size": None,
             "first_conv": "patch_embed.proj",

@@ -15,7 +15,7 @@ from PIL import Image
 from cosmos_ssl.build import make_augmenters
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, sample_rng
-from cosmos_ssl.evaluation.views import SampleLook, contact_sheet, look
+from cosmos_ssl.evaluation.contact_sheet import SampleLook, contact_sheet, look
 
 SMALL = ["augmenters.image.global_crops_size=64", "augmenters.image.local_crops_size=32", "model.image.image_size=64"]
 SMALL += ["model.image.layers=1", "model.text.layers=1", "model.image.patch_size=16"]

@@ -126,11 +126,11 @@ def test_a_killed_job_goes_on(command: Command, run: Path, tmp_path: Path) -> No
     process = subprocess.Popen([str(SCRIPT), *words("e.parquet")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts = tmp_path / "e.parquet.parts"
     deadline = time.monotonic() + 60
-    while len(list(parts.glob("*.npz"))) < 3 and time.monotonic() < deadline:
+    while len(list(parts.glob("*.pt"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    there = len(list(parts.glob("*.npz")))
+    there = len(list(parts.glob("*.pt")))
     assert 3 <= there < 24 and not (tmp_path / "e.parquet").exists()
     assert f"{there} of 24 samples had been embedded before" in command(*words("e.parquet"))[2]
     assert command(*words("whole.parquet"))[0] == 0

@@ -20,10 +20,8 @@ from PIL import Image
 from torch.distributed import TCPStore
 
 import cosmos_ssl
-from cosmos_ssl.cli import eval as command_file
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
 from cosmos_ssl.errors import UserError
-from cosmos_ssl.evaluation.tasks import TASKS
 
 Command = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
@@ -82,10 +80,6 @@ def own(metrics: dict[str, float], evaluator: str) -> dict[str, float]:
     return {
         name.removeprefix(f"{evaluator}/"): value for name, value in metrics.items() if name.startswith(f"{evaluator}/")
     }
-
-
-def test_tasks_are_the_same_everywhere() -> None:
-    assert list(command_file.TASKS) == list(TASKS)
 
 
 def test_help_starts_without_torch() -> None:

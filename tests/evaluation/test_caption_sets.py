@@ -52,15 +52,15 @@ def flickr(tmp_path):
 
 def test_coco(coco):
     found = find_caption_set(coco).complete(Job())
-    assert found.name == "coco" and [file for file, _ in found.entries] == [f"{n:012d}.jpg" for n in (2, 5, 9)]
-    assert found.entries[0][1] == [*(f"caption {k} of 2" for k in range(5)), "one more"]
+    assert found.name == "coco" and [file.key for file in found.files] == [f"{n:012d}.jpg" for n in (2, 5, 9)]
+    assert found.files[0].captions == [*(f"caption {k} of 2" for k in range(5)), "one more"]
     sample = found.read(2)
     assert sample.captions["txt"][4] == "caption 4 of 9" and sample.decode().shape == (3, 6, 8)
 
 
 def test_flickr30k(flickr):
     found = find_caption_set(flickr).complete(Job())
-    assert found.name == "flickr30k" and [file for file, _ in found.entries] == ["1007129816.jpg", "1009434119.jpg"]
+    assert found.name == "flickr30k" and [file.key for file in found.files] == ["1007129816.jpg", "1009434119.jpg"]
     assert found.read(1).captions["txt"] == [f"Text {k} of 1009434119." for k in range(5)]
     (flickr / "flickr30k-images").rename(flickr / "flickr30k_images")
     assert len(find_caption_set(flickr).complete(Job())) == 2
@@ -71,7 +71,7 @@ def test_missing_pictures_are_named(coco):
     found = find_caption_set(coco)
     with pytest.raises(DataError, match=r"1 of 3 pictures are not in .*val2017 \(000000000005.jpg\).*--allow-missing"):
         found.complete(Job())
-    assert [file for file, _ in found.complete(Job(allow_missing=True)).entries] == [
+    assert [file.key for file in found.complete(Job(allow_missing=True)).files] == [
         "000000000002.jpg",
         "000000000009.jpg",
     ]
@@ -137,7 +137,7 @@ def test_coco_2014_by_karpathys_split(tmp_path):
     table.parent.mkdir()
     table.write_text(json.dumps({"images": images, "dataset": "coco"}))
     found = find_caption_set(tmp_path).complete(Job())
-    assert found.name == "coco_karpathy" and [file for file, _ in found.entries] == [
+    assert found.name == "coco_karpathy" and [file.key for file in found.files] == [
         f"val2014/COCO_val2014_{n:012d}.jpg" for n in (5, 3)
     ]
     assert found.read(1).captions["txt"] == [f"Text {k} of 3." for k in range(5)]
@@ -174,7 +174,7 @@ def test_flickr30k_in_other_tables(tmp_path, name, caplog):
         picture(tmp_path / "flickr30k_images" / f"{n}.jpg")
     (tmp_path / name).write_text(FLICKR[name])
     found = find_caption_set(tmp_path).complete(Job())
-    assert found.entries[0] == ("1.jpg", CAPTIONS)
+    assert (found.files[0].key, found.files[0].captions) == ("1.jpg", CAPTIONS)
     if name.startswith("results"):
         assert (
             found.name == "flickr30k_all"

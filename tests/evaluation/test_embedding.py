@@ -20,9 +20,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from cosmos_ssl.api import DataError, Spec, TowerSpec, UserError
-from cosmos_ssl.evaluation import embedding
-from cosmos_ssl.evaluation.embedding import Job, embed
-from cosmos_ssl.evaluation.embedding_io import open_samples
+from cosmos_ssl.evaluation import embedding, features
+from cosmos_ssl.evaluation.embedding import Request, embed
+from cosmos_ssl.evaluation.embedding_input import open_samples
+from cosmos_ssl.evaluation.feature_store import FeatureStore
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
 from cosmos_ssl_plugins.tokenizers.clip import ClipTokenizer
@@ -84,9 +85,9 @@ def shards(tmp_path: Path) -> str:
     return f"{tmp_path}/{{a,b}}.tar"
 
 
-def job(data: str, **options: Any) -> Job:
+def job(data: str, **options: Any) -> Request:
     samples, what = open_samples([data])
-    return Job(samples=samples, **{"what": what, "batch_size": 2, "workers": 2, **options})
+    return Request(samples=samples, **{"what": what, "batch_size": 2, "workers": 2, **options})
 
 
 def vectors(encoder: ModelEncoder, numbers: list[int]) -> np.ndarray[Any, Any]:
@@ -176,7 +177,7 @@ def test_folders_and_files(encoder: ModelEncoder, tmp_path: Path) -> None:
     ]
     paths = [str(tmp_path / "pictures" / name) for name in ("y/three.png", "x/one.png")]
     samples, what = open_samples(paths)
-    embed(encoder, Job(samples=samples, what=what), tmp_path / "f.npy")
+    embed(encoder, Request(samples=samples, what=what), tmp_path / "f.npy")
     np.testing.assert_allclose(np.load(tmp_path / "f.npy"), vectors(encoder, [2, 0]), atol=1e-6)
     assert (tmp_path / "f.keys.txt").read_text().splitlines() == paths
 
@@ -219,15 +220,15 @@ def test_a_stopped_job_goes_on(
 def test_a_job_stopped_while_it_is_put_together(
     encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    read, seen = embedding._read, []
+    get, seen = FeatureStore.get, []
 
-    def failing(path: Path) -> Any:
-        seen.append(path)
-        if len(seen) == 6:  # four parts are looked into, then the second is copied
+    def failing(store: FeatureStore, piece: str) -> Any:
+        seen.append(piece)
+        if len(seen) == 6:  # four pieces are looked for, then the second is copied
             raise Stopped
-        return read(path)
+        return get(store, piece)
 
-    monkeypatch.setattr(embedding, "_read", failing)
+    monkeypatch.setattr(FeatureStore, "get", failing)
     with pytest.raises(Stopped):
         embed(encoder, job(shards), tmp_path / name)
     assert not (tmp_path / name).exists()
@@ -271,27 +272,31 @@ def test_parts_of_another_job_are_not_mixed_in(encoder: ModelEncoder, shards: st
     np.testing.assert_allclose([row["embedding"] for row in rows(out)], vectors(make(1), [0, 2, 3, 4, 5, 6]), atol=1e-6)
 
 
-def test_a_damaged_part_is_found(encoder: ModelEncoder, shards: str, tmp_path: Path) -> None:
+def test_pieces_that_are_damaged_or_of_the_version_before_are_computed_again(
+    encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "e.parquet"
     with pytest.raises(Stopped):
         embed(encoder, job(shards), out, progress=stopping(4))
-    (part, *_) = sorted((tmp_path / "e.parquet.parts").glob("*.npz"))
-    data = bytearray(part.read_bytes())
-    data[100] ^= 255  # in the vectors: the archive's checksum tells
-    part.write_bytes(data)
-    with pytest.raises(OSError, match=r"000000\.npz was damaged and has been removed"):
-        embed(encoder, job(shards), out)
-    assert embed(encoder, job(shards), out).rows == 6
+    folder = tmp_path / "e.parquet.parts"
+    for number, piece in enumerate(sorted(folder.glob("*.pt"))):
+        data = bytearray(piece.read_bytes())
+        data[100] ^= 255
+        (piece if number else piece.rename(folder / "000000.npz")).write_bytes(data)
+    report = embed(encoder, job(shards), out)
+    assert (report.rows, report.kept) == (6, 0) and not folder.exists()
+    np.testing.assert_allclose([row["embedding"] for row in rows(out)], vectors(encoder, [0, 2, 3, 4, 5, 6]), atol=1e-6)
+    monkeypatch.setattr(FeatureStore, "get", lambda *_: None)  # damaged between computing and putting together
+    with pytest.raises(OSError, match=r"\.pt in .*e\.parquet\.parts was damaged\. Run the same command again"):
+        embed(encoder, job(shards), out, overwrite=True)
 
 
 def test_parts_stay_few(encoder: ModelEncoder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "_PARTS", 2)
-    work = job(shards)
-    assert work.parts == [range(4), range(4, 7)]
+    monkeypatch.setattr(features, "PIECES", 2)
     with pytest.raises(Stopped):
-        embed(encoder, work, tmp_path / "e.parquet", progress=stopping(6))
-    assert [path.name for path in (tmp_path / "e.parquet.parts").glob("*.npz")] == ["000000.npz"]
-    assert embed(encoder, work, tmp_path / "e.parquet").kept == 4
+        embed(encoder, job(shards), tmp_path / "e.parquet", progress=stopping(4))
+    assert len(list((tmp_path / "e.parquet.parts").glob("*.pt"))) == 1
+    assert embed(encoder, job(shards), tmp_path / "e.parquet").kept == 4
     assert len(rows(tmp_path / "e.parquet")) == 6
 
 
@@ -405,7 +410,7 @@ def test_pictures_that_change_under_their_names(
         change(9, 10**18 + 1)
         with pytest.raises(UserError, match=r"e.npy holds other embeddings \(.*data.files: "):
             embed(encoder, job(given), out)
-    monkeypatch.setattr(embedding, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(embedding, "write_embeddings", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     half = tmp_path / "half.npy"
     with pytest.raises(KeyboardInterrupt):
         embed(encoder, job(str(folder)), half)

@@ -5,7 +5,7 @@ used.
 import io
 import logging
 import os
-import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from PIL import Image
 from torch import multiprocessing
 
 from cosmos_ssl.api import BadSample, DataError, Sample, UserError
-from cosmos_ssl.evaluation.features import Job, Store, digest, features_of, text_features, weights_digest
+from cosmos_ssl.evaluation import features
+from cosmos_ssl.evaluation.feature_store import FeatureStore
+from cosmos_ssl.evaluation.features import Job, digest, features_of, text_features, weights_digest
 
 
 class Grey(Sample):
@@ -74,7 +76,7 @@ def test_evenly_spread_samples():
 
 
 def test_what_was_computed_is_kept_and_not_computed_again(tmp_path):
-    job = Job(store=Store(tmp_path / "store"), batch_size=4)
+    job = Job(store=FeatureStore(tmp_path / "store"), batch_size=4)
     batches = []
 
     def until_the_third(loaded):
@@ -87,7 +89,9 @@ def test_what_was_computed_is_kept_and_not_computed_again(tmp_path):
         run(Numbers(), job, until_the_third)
     kept = sorted((tmp_path / "store").glob("*.pt"))
     assert len(kept) == 2
-    kept[0].write_bytes(kept[0].read_bytes()[:50])  # a disk that lost the end of a file
+    content = bytearray(kept[0].read_bytes())
+    content[300] ^= 1  # a disk that changed a bit
+    kept[0].write_bytes(content)
     data = Numbers()
     rows, notes = run(data, job)
     assert sorted(data.reads) in ([*range(4), *range(8, 20)], list(range(4, 20)))
@@ -102,8 +106,27 @@ def test_what_was_computed_is_kept_and_not_computed_again(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_pieces_stay_few(tmp_path, monkeypatch):
+    """A large set has several batches in a piece; what is computed and what is read again is the same."""
+    expected = run(Numbers(bad=(5,)), job := Job(batch_size=3, allow_missing=True))
+    monkeypatch.setattr(features, "PIECES", 3)
+    told = []
+    job = replace(job, store=FeatureStore(tmp_path / "store"), progress=lambda *done: told.append(done))
+    sizes = []
+
+    def counted(loaded):
+        sizes.append(len(loaded))
+        return compute(loaded)
+
+    rows, notes = run(Numbers(bad=(5,)), job, counted)
+    assert torch.equal(rows, expected[0]) and notes == expected[1] and sizes == [3, 2, 3, 3, 3, 3, 2]
+    assert told == [("pictures", n, 7) for n in (3, 6, 7)] and len(list((tmp_path / "store").glob("*.pt"))) == 3
+    run(data := Numbers(), job)
+    assert sorted(data.reads) == [*range(5), 5, *range(5, 9)], "the whole piece, when a sample of it is mended"
+
+
 def test_a_sample_that_was_mended_is_read_again(tmp_path):
-    job = Job(store=Store(tmp_path / "store"), batch_size=4, allow_missing=True)
+    job = Job(store=FeatureStore(tmp_path / "store"), batch_size=4, allow_missing=True)
     assert len(run(Numbers(bad=(5, 6)), job)[1]) == 18
     assert len(run(data := Numbers(bad=(5, 6)), job)[1]) == 18 and sorted(data.reads) == [5, 6]
     assert run(data := Numbers(bad=(6,)), job)[1] == [str(n) for n in range(20) if n != 6]
@@ -128,7 +151,7 @@ class Files(Numbers):
 
 def test_what_is_kept_is_of_files_as_they_are(tmp_path):
     """A picture that was changed under its name, in content and time alone, is read again with its batch."""
-    data, job = Files(tmp_path / "data"), Job(store=Store(tmp_path / "store"), batch_size=4)
+    data, job = Files(tmp_path / "data"), Job(store=FeatureStore(tmp_path / "store"), batch_size=4)
     data.folder.mkdir()
     for n in range(20):
         (data.folder / str(n)).write_text(f"{n:03d}")
@@ -166,36 +189,10 @@ def test_features_that_are_not_finite_are_refused(value):
         run(Numbers(), Job(batch_size=4), wrong)
 
 
-def test_what_nobody_went_on_with_is_removed(tmp_path):
-    own, old, young = (Store(tmp_path / name) for name in ("own", "old", "young"))
-    for store in (own, old, young):
-        store.put("piece", {"rows": torch.zeros(1)})
-    week = 7 * 86_400
-    for store, age in ((own, 2 * week), (old, week + 3600), (young, week - 3600)):
-        os.utime(store.folder, (time.time() - age,) * 2)
-    own.clear_old()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "young"]
-    Store(None).clear_old()
-
-
-def test_what_was_written_before_the_disk_was_full_is_removed(tmp_path, monkeypatch):
-    store = Store(tmp_path / "store")
-    store.put("a", {"rows": torch.zeros(1)})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    store.put("b", {"rows": torch.zeros(1)})
-    assert store.get("a") is not None and store.get("b") is None
-    store.clear()
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_store_that_cannot_be_written_is_told_once(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        rows, _ = run(Numbers(), Job(store=Store(tmp_path / "file" / "store"), batch_size=4))
+        rows, _ = run(Numbers(), Job(store=FeatureStore(tmp_path / "file" / "store"), batch_size=4))
     assert len(rows) == 20 and caplog.text.count("cannot be written") == 1
 
 
@@ -231,7 +228,7 @@ class Lengths:
 
 def test_texts(tmp_path):
     texts = ["a" * n for n in range(1, 11)]
-    job = Job(store=Store(tmp_path), batch_size=4)
+    job = Job(store=FeatureStore(tmp_path), batch_size=4)
     encoder = Lengths()
     assert text_features(encoder, texts, job)[:, 0].tolist() == list(range(1, 11))
     assert text_features(encoder, texts, job, to_match=True)[:, 0].tolist() == list(range(-1, -11, -1))

@@ -7,7 +7,8 @@ from PIL import Image
 from cosmos_ssl.api import BadSample, DataError, UserError
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.evaluation.segmentation_sets import PairedFiles, find_segmentation_data, read_class_names
+from cosmos_ssl.evaluation.picture_files import PictureFiles
+from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data, read_class_names
 
 
 def picture(path):
@@ -54,7 +55,7 @@ def labels(found, index=0):
 def test_voc(tmp_path, inner):
     voc(tmp_path)
     found = find_segmentation_data(str(tmp_path / inner), wanted="voc21")
-    assert [pair[0].name for pair in found.samples.pairs] == ["2007_a.jpg", "2007_b.jpg"]
+    assert [file.key for file in found.samples.files] == ["2007_a.jpg", "2007_b.jpg"]
     assert (
         labels(found) == [0, 1, 20, 255] and len(found.names) == 21 and found.names[20] == ["television", "tv monitor"]
     )
@@ -157,8 +158,8 @@ def test_missing_files(tmp_path):
     with pytest.raises(
         DataError, match=r"1 of 2 pictures or masks are not there \(2007_a\.png\)\. Go on without them: --allow-missing"
     ):
-        found.samples.complete(Job())
-    assert [pair[0].name for pair in found.samples.complete(Job(allow_missing=True)).pairs] == ["2007_b.jpg"]
+        found.samples.complete(Job(), "pictures or masks are not there")
+    assert [file.key for file in found.samples.complete(Job(allow_missing=True), "").files] == ["2007_b.jpg"]
     with pytest.raises(BadSample, match=r"no file: .*2007_a\.png"):
         found.read(0)
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_a.png").write_bytes(b"no picture")
@@ -194,4 +195,4 @@ def test_what_is_not_there(tmp_path):
         find_segmentation_data(str(tmp_path), wanted="ade20k")
     with pytest.raises(UserError, match=r"no set named 'voc22'\. Did you mean 'voc21'"):
         find_segmentation_data(str(tmp_path), wanted="voc22")
-    assert not PairedFiles(name="x", pairs=[]).complete(Job()).pairs
+    assert not PictureFiles(name="x", files=[]).complete(Job(), "").files

@@ -11,8 +11,10 @@ from PIL import Image
 
 import cosmos_ssl
 from cosmos_ssl.errors import CheckpointError, UserError
-from cosmos_ssl.interop.export import FORMATS, Origin, export
+from cosmos_ssl.interop.export import export
 from cosmos_ssl.interop.foreign import foreign_roles, read_foreign
+from cosmos_ssl.interop.forms import FORMS
+from cosmos_ssl.interop.model_card import Origin
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
 HEADS = ["model.image.heads=3", "model.text.heads=2"]
@@ -72,7 +74,7 @@ def test_what_the_official_form_cannot_hold(make, folder, overrides, message):
     assert not list(folder.parent.iterdir())
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
     """No override is needed, and nothing of this machine stands there."""
     origin = Origin(
@@ -96,7 +98,7 @@ def test_the_lines_of_the_card_load_the_folder(make, form, folder, monkeypatch):
     assert header["license"] == origin.licence and ("license_name" in header) == (form != "timm")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 def test_files_are_for_whom_the_umask_says(make, form, folder):
     encoder, old = make(*COSMOS), os.umask(0o027)
     try:

@@ -9,7 +9,9 @@ import torch
 
 import cosmos_ssl
 from cosmos_ssl.errors import CheckpointError
-from cosmos_ssl.interop.official import NAMES, ROLES, read_official, to_official
+from cosmos_ssl.interop.files import read_torch_file
+from cosmos_ssl.interop.foreign import read_foreign
+from cosmos_ssl.interop.official import NAMES, ROLES, to_official
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
 HEADS = ["model.image.heads=3", "model.text.heads=2"]
@@ -35,13 +37,13 @@ def write(tmp_path, content):
 @pytest.mark.parametrize("role", ROLES)
 def test_round_trip(content, role):
     expected = {name.removeprefix("module."): value for name, value in content[role].items()}
-    found = to_official(read_official(GOLDEN, role).state)
+    found = to_official(read_foreign(GOLDEN, role).state)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_roles_differ():
-    student, teacher = (read_official(GOLDEN, role).state for role in ROLES)
+    student, teacher = (read_foreign(GOLDEN, role).state for role in ROLES)
     assert not torch.equal(student["image.projection"], teacher["image.projection"])
 
 
@@ -65,7 +67,7 @@ def test_names_are_those_of_openclip_and_21_more():
 
 
 def test_config_tells_the_sizes():
-    config = read_official(GOLDEN, "student").config
+    config = read_foreign(GOLDEN, "student").config
     assert config["name"] == "golden"
     assert config["tokenizer"] == {"type": "clip", "context_length": 16}
     model = config["model"]
@@ -105,23 +107,23 @@ def test_a_model_of_another_size_is_refused():
 
 
 def test_files_without_epoch_and_name(write):
-    found = read_official(write(epoch=None, name=None), "teacher")
+    found = read_foreign(write(epoch=None, name=None), "teacher")
     assert len(found.state) == 83
     assert found.config["name"] == "changed"
 
 
 def test_a_student_saved_without_data_parallelism(write, content):
     plain = {name.removeprefix("module."): value for name, value in content["student"].items()}
-    assert read_official(write(student=plain), "student").state.keys() == read_official(GOLDEN, "student").state.keys()
+    assert read_foreign(write(student=plain), "student").state.keys() == read_foreign(GOLDEN, "student").state.keys()
 
 
 def test_missing_role(write):
     with pytest.raises(CheckpointError, match="holds no teacher, only the student"):
-        read_official(write(teacher=None), "teacher")
+        read_foreign(write(teacher=None), "teacher")
     with pytest.raises(CheckpointError, match="neither student nor teacher, but epoch, name, model"):
-        read_official(write(student=None, teacher=None, model={}), "student")
+        read_foreign(write(student=None, teacher=None, model={}), "student")
     with pytest.raises(CheckpointError, match="its student is no table of tensors"):
-        read_official(write(student={"a": 1}), "student")
+        read_foreign(write(student={"a": 1}), "student")
 
 
 def test_missing_and_unknown_tensors(write, content):
@@ -132,8 +134,8 @@ def test_missing_and_unknown_tensors(write, content):
         "is not one of its tensors"
     )
     with pytest.raises(CheckpointError, match=message):
-        read_official(path, "student")
-    found = read_official(path, "student", partial=True)
+        read_foreign(path, "student")
+    found = read_foreign(path, "student", partial=True)
     assert found.missing == ("ln_final.weight", "ln_final.bias")
     assert found.unexpected == ("visual.extra",)
     assert len(found.state) == 81
@@ -144,12 +146,12 @@ def test_a_missing_block_is_noticed(write, content):
         name: value for name, value in content["student"].items() if "visual.transformer.resblocks.0" not in name
     }
     with pytest.raises(CheckpointError, match=r"visual.transformer.resblocks.0.ln_1.weight is missing.*and 8 more"):
-        read_official(write(student=student), "student")
+        read_foreign(write(student=student), "student")
 
 
 def test_nothing_to_tell_the_sizes_from(write):
     with pytest.raises(CheckpointError, match="the sizes of the model cannot be told"):
-        read_official(write(student={"logit_scale": torch.ones(())}), "student", partial=True)
+        read_foreign(write(student={"logit_scale": torch.ones(())}), "student", partial=True)
 
 
 class _Bomb:
@@ -160,7 +162,7 @@ class _Bomb:
 def test_pickles_are_not_executed(tmp_path, capsys):
     torch.save({"student": _Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(CheckpointError, match="holds more than tensors"):
-        read_official(tmp_path / "bomb.pt", "student")
+        read_foreign(tmp_path / "bomb.pt", "student")
     assert not capsys.readouterr().out
 
 
@@ -177,16 +179,16 @@ def _zip():
 def test_files_that_are_no_checkpoints(tmp_path, data):
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"x.pt") as found:
-        read_official(tmp_path / "x.pt", "student")
+        read_foreign(tmp_path / "x.pt", "student")
     assert "\n" not in str(found.value)
     with pytest.raises(CheckpointError, match="does not exist"):
-        read_official(tmp_path / "y.pt", "student")
+        read_torch_file(tmp_path / "y.pt")
 
 
 def test_a_bare_tensor(tmp_path):
     torch.save(torch.ones(2), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="holds a Tensor, not the table"):
-        read_official(tmp_path / "x.pt", "student")
+        read_foreign(tmp_path / "x.pt", "student")
 
 
 def test_what_the_official_form_cannot_hold():

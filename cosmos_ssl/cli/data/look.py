@@ -16,7 +16,7 @@ from cosmos_ssl.errors import EXIT_DONE, DataError, UserError
 if TYPE_CHECKING:
     from cosmos_ssl.api import Tokenizer
     from cosmos_ssl.data import Shards
-    from cosmos_ssl.evaluation.views import SampleLook
+    from cosmos_ssl.evaluation.contact_sheet import SampleLook
 
 _ROOM = 2048
 """Tokens that a text may have for its length to be told exactly."""
@@ -121,7 +121,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.api import BadSample  # after the config's first checks, which need no torch
     from cosmos_ssl.build import make_augmenters
     from cosmos_ssl.data.scan import spread
-    from cosmos_ssl.evaluation.views import look
+    from cosmos_ssl.evaluation.contact_sheet import look
 
     spec, augmenters = make_augmenters(loaded)
     seed = loaded.config.training.seed if arguments.seed is None else arguments.seed
@@ -167,8 +167,8 @@ def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, list
 def _write(folder: Path, looks: list[SampleLook], subtitle: str, notes: list[str]) -> Path:
     from torchvision.io import encode_png
 
+    from cosmos_ssl.evaluation.contact_sheet import contact_sheet
     from cosmos_ssl.evaluation.page import Page
-    from cosmos_ssl.evaluation.views import contact_sheet
     from cosmos_ssl.files import written_whole
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from cosmos_ssl.api import Count, DataError, Encoder, Evaluation, Evaluator, Few, Size, Spec
 from cosmos_ssl.evaluation.classification import load_class_names, load_templates
 from cosmos_ssl.evaluation.features import Job
@@ -13,7 +11,7 @@ from cosmos_ssl.evaluation.naming import in_order_of_folders, repeated, spoken, 
 from cosmos_ssl.evaluation.pictures import Match, draw_matches
 from cosmos_ssl.evaluation.protocols import classify
 from cosmos_ssl.evaluation.retrieval import best_first
-from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, evenly_spread
 from cosmos_ssl.functional import rank
 
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -67,10 +65,10 @@ class Classification(Evaluator):
         if not pictures:
             return Evaluation(metrics=found.metrics)
         matches = []
-        for n in torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist():
+        for n in evenly_spread(len(found.places), SHOWN):
             scores, own = found.scores[n], found.labels[n]
             lines = [(names[i], float(scores[i]), i == own) for i in best_first(scores)[:BEST]]
-            picture = self.data.samples.read(found.places[n]).on(encoder.spec.background).decode()
+            picture = self.data.picture(found.places[n], encoder.spec.background)
             matches.append(Match(picture=picture, found=lines, note=f"is: {names[own]}"))
         return Evaluation(metrics=found.metrics, pictures={"classes": draw_matches(matches)})
 
@@ -84,8 +82,5 @@ class Classification(Evaluator):
         if self.names is None and file is None:
             return list(map(spoken, folders))
         names = load_class_names(str(file)) if self.names is None else self.names
-        return (
-            in_order_of_folders(names, folders, "class_names" if self.names is not None else str(file))
-            if folders
-            else names
-        )
+        source = str(file) if self.names is None else "class_names"
+        return in_order_of_folders(names, folders, source) if folders else names

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Count, Encoder, Evaluation, Evaluator, Few, Modality, Size, Spec, Temperature, normalise
@@ -14,7 +13,7 @@ from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.pictures import draw_neighbours
 from cosmos_ssl.evaluation.protocols import Labelled, labelled_features, trained_accuracy
-from cosmos_ssl.evaluation.samples import EvaluationData, class_of
+from cosmos_ssl.evaluation.samples import EvaluationData, class_of, evenly_spread
 
 SHOWN, NEAREST = 6, 6
 
@@ -65,22 +64,19 @@ class KNearestNeighbours(Evaluator):
 
     def evaluate(self, encoder: Encoder, *, pictures: bool = False) -> Evaluation:
         """``top1``, ``top5``, ``mean_per_class_top1``; picture ``neighbours``. Raises DataError."""
-        train, test = (
-            self._features(encoder, self.train_data, self.train_job),
-            self._features(encoder, self.data, self.job),
-        )
+        train = self._features(encoder, self.train_data, self.train_job)
+        test = self._features(encoder, self.data, self.job)
         metrics = trained_accuracy(train, test, partial(knn_scores, k=self.k, temperature=self.temperature))
         if not pictures:
             return Evaluation(metrics=metrics)
 
         def picture(data: EvaluationData, of: Labelled, number: int) -> Tensor:
-            return data.samples.read(of.places[number]).on(encoder.spec.background).decode()
+            return data.picture(of.places[number], encoder.spec.background)
 
         rows = []
-        for n in torch.linspace(0, len(test.rows) - 1, min(SHOWN, len(test.rows))).round().long().tolist():
-            near = (
-                (normalise(train.rows) @ normalise(test.rows[n])).topk(min(NEAREST, len(train.rows))).indices.tolist()
-            )
+        for n in evenly_spread(len(test.rows), SHOWN):
+            cosines = normalise(train.rows) @ normalise(test.rows[n])
+            near = cosines.topk(min(NEAREST, len(cosines))).indices.tolist()
             found = [(picture(self.train_data, train, i), train.labels[i] == test.labels[n]) for i in near]
             rows.append((picture(self.data, test, n), found))
         return Evaluation(metrics=metrics, pictures={"neighbours": draw_neighbours(rows)})

@@ -11,7 +11,7 @@ from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
 from cosmos_ssl.evaluation.protocols import Retrieved, retrieve
 from cosmos_ssl.evaluation.retrieval import best_first
-from cosmos_ssl.evaluation.samples import EvaluationData
+from cosmos_ssl.evaluation.samples import EvaluationData, evenly_spread
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
 SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
@@ -60,17 +60,16 @@ class Retrieval(Evaluator):
     def _draw(self, encoder: Encoder, found: Retrieved) -> dict[str, Tensor]:
         """The best texts of a few pictures; and, where a head of the model can say, where it looks."""
         texts, owners = found.texts, found.owners
-        shown = torch.linspace(0, len(found.places) - 1, min(SHOWN, len(found.places))).round().long().tolist()
-        samples = [self.data.samples.read(found.places[n]).on(encoder.spec.background).decode() for n in shown]
+        shown = evenly_spread(len(found.places), SHOWN)
+        samples = [self.data.picture(found.places[n], encoder.spec.background) for n in shown]
         matches = []
         for picture, n in zip(samples, shown, strict=True):
             scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
             order = best_first(scores)
             rank = next(rank for rank, i in enumerate(order, 1) if owners[i] == n)
             lines = [(texts[i], float(scores[i]), owners[i] == n) for i in order[:BEST]]
-            matches.append(
-                Match(picture=picture, found=lines, note=f"own text at rank {rank}: {texts[order[rank - 1]]}")
-            )
+            note = f"own text at rank {rank}: {texts[order[rank - 1]]}"
+            matches.append(Match(picture=picture, found=lines, note=note))
         drawn = {"matches": draw_matches(matches)}
         if isinstance(encoder, ModelEncoder) and encoder.spec.image is not None:
             few = shown[:: max(1, len(shown) // SHOWN_ATTENTION)][:SHOWN_ATTENTION]

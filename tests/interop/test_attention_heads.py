@@ -11,8 +11,8 @@ import torch
 
 import cosmos_ssl
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.interop.attention_heads import HEAD_WIDTH, USUAL, assume_heads
 from cosmos_ssl.interop.export import Origin, export
-from cosmos_ssl.interop.heads import HEAD_WIDTH, USUAL, assume_heads
 from cosmos_ssl.interop.official import SIZES
 
 COSMOS = [

@@ -36,9 +36,7 @@ def assume_heads(model: Mapping[str, Any], source: object) -> str:
 
 
 def told_heads(model: Mapping[str, Any], *, ours: bool) -> dict[str, int]:
-    """The heads of CLIP's towers as a section ``model`` tells them; a config of ours (``ours``) tells them by the width
-    too.
-    """
+    """The heads of CLIP's towers as a section ``model`` tells them; a config of ``ours`` tells them by width too."""
     found = {
         tower: heads or (width // HEAD_WIDTH if ours and width else None) for tower, width, heads in _towers(model)
     }

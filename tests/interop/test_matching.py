@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cosmos_ssl.interop.partial import compare, load_matched
+from cosmos_ssl.interop.matching import compare, load_matched
 
 
 def test_report_and_values():
