@@ -33,7 +33,7 @@ from cosmos_ssl.data.storage import (
     shard_name,
     stat,
 )
-from cosmos_ssl.errors import DataError
+from cosmos_ssl.errors import DataError, listed
 from cosmos_ssl.files import check_seal, seal, written_whole
 from cosmos_ssl.functional.pulse import alive
 
@@ -298,9 +298,7 @@ def _full_hash(url: str, found: Stat) -> str:
 
 
 def _cut_words(cut: Sequence[tuple[str, str]], total: int) -> str:
-    shown = ", ".join(f"{shard_name(url)}: {fault}" for url, fault in cut[:EXAMPLES]) + (
-        ", ..." if len(cut) > EXAMPLES else ""
-    )
+    shown = listed((f"{shard_name(url)}: {fault}" for url, fault in cut), limit=EXAMPLES)
     return (
         f"data: {len(cut)} of {total} shards are cut short or damaged ({shown}). Fetch them again; "
         "'cosmos-ssl data check' lists all"
@@ -312,7 +310,7 @@ def _checked(manifest: Manifest) -> Manifest:
     empty = [shard for shard in manifest.shards if shard.samples == 0]
     if len(manifest) == 0:
         what = "hold no image" if any(shard.notes.keys for shard in empty) else "are empty"
-        names = ", ".join(shard.name for shard in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
+        names = listed((shard.name for shard in empty), limit=EXAMPLES)
         raise DataError(f"data: no samples: all {len(empty)} shards {what} ({names})")
     told = told_sizes([s.url for s in manifest.shards])
     wrong = [
@@ -359,7 +357,7 @@ def notices(manifest: Manifest) -> list[str]:
     lines = []
     empty = [s.name for s in manifest.shards if s.samples == 0]
     if empty:
-        lines.append(f"data: {len(empty)} of {len(manifest.shards)} shards are empty ({', '.join(empty[:EXAMPLES])})")
+        lines.append(f"data: {len(empty)} of {len(manifest.shards)} shards are empty ({listed(empty, limit=EXAMPLES)})")
     imageless = sum(s.notes.imageless for s in manifest.shards)
     bare = sum(s.notes.bare for s in manifest.shards)
     if imageless:
@@ -381,7 +379,7 @@ def notices(manifest: Manifest) -> list[str]:
         lines.append(
             f"data: {len(unmarked):,} of {len(manifest.shards):,} shards come without ETag and time of change, "
             "so that each run indexes and"
-            f" fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
+            f" fetches them anew ({listed(unmarked, limit=EXAMPLES)})"
         )
     if bare:
         shard = max(manifest.shards, key=lambda s: s.notes.bare)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
-from cosmos_ssl.errors import CheckpointError, TrainingError
+from cosmos_ssl.errors import CheckpointError, TrainingError, listed
 from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors, same_kind
 
 log = logging.getLogger(__name__)
@@ -285,8 +285,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) 
         elif name in tensors and not same_kind(tensors[name], value):
             faults.append(f"{name} is of {tensors[name].dtype}, the model's of {value.dtype}")
     if faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise CheckpointError(f"{source} does not fit the model: {shown}")
+        raise CheckpointError(f"{source} does not fit the model: {listed(faults, '; ')}")
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.files import read_object, set_aside
 from cosmos_ssl.config.source import dump_yaml
-from cosmos_ssl.errors import UserError, printable
+from cosmos_ssl.errors import UserError, listed, printable
 from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class RunFolder:
             self._accepted = moved
         elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config ({_listed(changed + moved)}). Give another "
+                f"run folder {self.path} belongs to another config ({listed(changed + moved)}). Give another "
                 "output_dir. "
                 f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
                 f"model.pretrained={self.path} the weights alone"
@@ -159,7 +159,7 @@ class RunFolder:
         elif moved:
             how = "loader.changed_data=accept to go on with the shards of now"
             raise UserError(
-                f"run folder {self.path} belongs to another data set ({_listed(moved)}). Give another "
+                f"run folder {self.path} belongs to another data set ({listed(moved)}). Give another "
                 f"output_dir, or {how}."
             )
 
@@ -181,7 +181,7 @@ class RunFolder:
         """
         if finished and self._accepted:
             raise UserError(
-                f"run folder {self.path} is finished, with other data ({_listed(self._accepted)}). Give another "
+                f"run folder {self.path} is finished, with other data ({listed(self._accepted)}). Give another "
                 "output_dir"
             )
         if self._mine is not None and self.identity() != self._mine:
@@ -200,14 +200,14 @@ class RunFolder:
         if self._accepted:
             log.warning(
                 "the shards have changed since this run began (%s); it goes on with those of now",
-                _listed(self._accepted),
+                listed(self._accepted),
             )
         self.identify()
         write_whole(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)
         if path.exists() and (changed := differences(_older_versions(path, now), now)):
-            log.warning("versions have changed since this run last started: %s", _listed(changed))
+            log.warning("versions have changed since this run last started: %s", listed(changed))
         write_whole(path, json.dumps(now, indent=1))
 
     # ------------------------------------------------------------------ its end
@@ -262,7 +262,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for k in dict.fromkeys((*old, *new))
         if old.get(k) != new.get(k)
     ]
-
-
-def _listed(faults: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(faults[:limit]) + (f", and {len(faults) - limit} more" if len(faults) > limit else "")

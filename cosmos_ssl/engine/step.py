@@ -28,6 +28,7 @@ from cosmos_ssl.api import (
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import GradientMean
+from cosmos_ssl.errors import listed
 from cosmos_ssl.functional import all_sum, gather_many, rank, world_size
 from cosmos_ssl.models.contract import blaming, checked_pixels, describe, untouched
 from cosmos_ssl.models.model import Model
@@ -200,11 +201,9 @@ class Step:
         if missed:
             parts = self.model.parts().items()
             owners = [described for prefix, described in parts if any(name.startswith(f"{prefix}.") for name in missed)]
-            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
             raise PluginError(
-                f"{', '.join(owners)}: no gradient reaches {missed[0]}{more}. Let a loss read what they compute, "
-                "or freeze them: "
-                f"optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
+                f"{', '.join(owners)}: no gradient reaches {listed(missed, limit=1)}. Let a loss read what they "
+                f"compute, or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
             )
         self._reached = True
 

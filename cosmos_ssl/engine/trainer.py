@@ -31,7 +31,7 @@ from cosmos_ssl.engine.step import Step, StepResult, spread
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, listed
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import resolve_backend
@@ -314,10 +314,10 @@ class Trainer:
         if counters.nonfinite_in_a_row >= limit:
             raise TrainingError(
                 f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
-                f"Samples of this step: {_listed(keys)}. Those of the others are in {self.folder.log}"
+                f"Samples of this step: {listed(keys, limit=8)}. Those of the others are in {self.folder.log}"
             )
         log.warning(
-            "step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, _listed(keys)
+            "step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, listed(keys, limit=8)
         )
         return False
 
@@ -487,7 +487,7 @@ class Trainer:
             log.info("resuming %s%s.", self._place(), moved)
         self._announce_precision(saved)
         if self.assembly.frozen:
-            log.info("frozen, since no loss reads them: %s", _listed(self.assembly.frozen))
+            log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen, limit=8))
 
     def _announce_precision(self, saved: Mapping[str, Any] | None) -> None:
         """Say what ``auto`` is, that it has changed, and where a precision has no fast path."""
@@ -503,7 +503,3 @@ class Trainer:
                 "Faster here: %s",
                 *(self.device.type, self.precision, f"training.precision={faster}"),
             )
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample, UserError
+from cosmos_ssl.errors import listed
 from cosmos_ssl.evaluation.samples import (
     Samples,
     Sources,
@@ -37,7 +38,6 @@ from cosmos_ssl.files import written_whole
 from cosmos_ssl.functional import rank, world_size
 from cosmos_ssl.pictures import BACKGROUND
 
-EXAMPLES = 5
 KEPT_DAYS = 7
 """So long an evaluation that was ended waits to be gone on with."""
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -134,8 +134,7 @@ class Job:
         """Warn of what is missing among ``count``, the first few by name; raise DataError unless it may be missing."""
         if not missing:
             return
-        some = ", ".join(missing[:EXAMPLES]) + (", ..." if len(missing) > EXAMPLES else "")
-        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({some})"
+        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({listed(missing)})"
         if not self.allow_missing:
             raise DataError(f"{told}. Go on without them: --allow-missing")
         if rank() == 0:
@@ -180,10 +179,9 @@ def features_of(
     about = {"name": name, "background": background, "data": data.identity()}
     pieces = list(_pieces(_cut(chosen, job.batch_size), load, work, job, about, "pictures", stamp))
     if changed := items_of_all(sources.changed()):
-        some = ", ".join(changed[:EXAMPLES]) + (", ..." if len(changed) > EXAMPLES else "")
         raise DataError(
-            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some}). Run the "
-            "same command again"
+            f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({listed(changed)}). "
+            "Run the same command again"
         )
     bad = items_of_all([f"{key}: {reason}" for piece in pieces for _, key, reason in piece["bad"]])
     notes = items_of_all([note for piece in pieces for note in piece["notes"]])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample
+from cosmos_ssl.errors import listed
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors
-from cosmos_ssl.evaluation.features import EXAMPLES, Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
 from cosmos_ssl.evaluation.naming import spoken
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
@@ -164,17 +165,13 @@ def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[st
     strange = [label for label in wanted if label not in numbers]
     if strange:
         told = (
-            f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {_some(strange)} are none "
-            "of the training samples'"
+            f"{len(wanted) - len(strange):,} of {len(wanted):,} labels are known: {listed(map(repr, strange))} are "
+            "none of the training samples'"
         )
         if len(strange) == len(wanted):
-            raise DataError(f"{told}, which are {_some(list(numbers))}")
+            raise DataError(f"{told}, which are {listed(map(repr, numbers))}")
         if rank() == 0:
             _log.warning("%s, and their samples cannot be found", told)
     known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
     found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
     return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test.labels]))
-
-
-def _some(labels: Sequence[Hashable]) -> str:
-    return ", ".join(map(repr, labels[:EXAMPLES])) + (", ..." if len(labels) > EXAMPLES else "")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cosmos_ssl import __version__
 from cosmos_ssl.api import Role
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import UserError, listed
 from cosmos_ssl.files import storage_error, storage_faults
 from cosmos_ssl.interop import huggingface, openclip, timm
 from cosmos_ssl.interop.clip import ClipModel, describe, refuse
@@ -137,9 +137,7 @@ def _official_tensors(model: ClipModel) -> dict[str, Tensor]:
     tensors = to_official(model.state)
     missing = [name for name in expected_names(model.state) if name not in tensors]
     if missing:
-        raise UserError(
-            f"the official form is that of a whole COSMOS model, and this one lacks {', '.join(missing[:4])}"
-        )
+        raise UserError(f"the official form is that of a whole COSMOS model, and this one lacks {listed(missing)}")
     return tensors
 
 
