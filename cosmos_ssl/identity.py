@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cosmos_ssl.config import Config
+from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.registry import shown
 
 _IGNORED = (
@@ -191,13 +192,8 @@ def _found(place: str) -> str:
         return _digest([("", path)])
     if not path.is_dir():
         return place
-    checkpoints = [
-        path,
-        *sorted(
-            (path / "checkpoints").glob("step_*"), key=lambda folder: (len(folder.name), folder.name), reverse=True
-        ),
-    ]
-    manifest = next((file for folder in checkpoints if (file := folder / "manifest.json").is_file()), None)
+    folders = [path, *reversed(checkpoint_folders(path))]
+    manifest = next((file for folder in folders if (file := folder / "manifest.json").is_file()), None)
     return _digest([("", manifest)] if manifest is not None else list(_files(path)))
 
 

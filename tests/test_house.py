@@ -34,12 +34,12 @@ ORDER += ["shards", "models", "evaluation", "interop", "engine", "cost", "build"
 NO_TORCH = (
     *(
         f"cosmos_ssl.{unit}"
-        for unit in ("errors", "streams", "pictures", "bounds", "marks", "registry", "config", "identity")
+        for unit in ("errors", "streams", "files", "pictures", "bounds", "marks", "registry", "config", "identity")
     ),
     "cosmos_ssl_launch",
 )
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")
-LAUNCH_MAY = ("errors", "streams", "registry", "config", "build", "cli")
+LAUNCH_MAY = ("errors", "streams", "files", "registry", "config", "build", "cli")
 HEAVY = (
     "torch",
     "torchvision",

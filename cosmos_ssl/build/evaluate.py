@@ -205,7 +205,7 @@ def _options(told: Mapping[str, Any], spec: Spec, name: str) -> Options:
 
 def _config_of_run(checkpoint: Source) -> LoadedConfig | None:
     """The config of the run that wrote a checkpoint; None for other models."""
-    config = None if checkpoint.folder is None else checkpoint.folder.parent.parent / "config.yaml"
+    config = None if checkpoint.run is None else checkpoint.run / "config.yaml"
     return load_config(config) if config is not None and config.is_file() else None
 
 

@@ -13,7 +13,6 @@ from cosmos_ssl.api import Role
 from cosmos_ssl.build import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
-from cosmos_ssl.engine.checkpoint import checkpoint_step
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
@@ -21,7 +20,7 @@ from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
 from cosmos_ssl.evaluation.embedding_io import What, open_samples
 from cosmos_ssl.evaluation.samples import threads_of_this_process
-from cosmos_ssl.files import storage_faults
+from cosmos_ssl.files import checkpoint_step, storage_faults
 from cosmos_ssl.interop import export as forms
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -184,9 +183,9 @@ def export(
 
 def _origin(given: str, source: Source, licence: str) -> forms.Origin:
     """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
-    if source.folder is None:
+    run = source.run
+    if source.folder is None or run is None:
         return forms.Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
-    run = source.folder.parent.parent
     result = RunFolder(run).result()
     step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
     metrics = result["metrics"] if result is not None and result["step"] == step else {}

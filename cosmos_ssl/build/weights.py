@@ -15,8 +15,9 @@ from torch import Tensor
 from cosmos_ssl.api import Role
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.source import read_file
-from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.interop.files import find_nonfinite
 from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.heads import assume_heads, told_heads
@@ -34,6 +35,11 @@ class Source:
     """The file, folder or published name."""
     folder: Path | None = None
     """Of a run: the folder of the checkpoint."""
+
+    @property
+    def run(self) -> Path | None:
+        """Of a run: its folder."""
+        return None if self.folder is None else self.folder.parent.parent
 
     def __str__(self) -> str:
         return self.name
@@ -105,10 +111,8 @@ def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weigh
 
     Their values stay in the file until they are used. Raises CheckpointError.
     """
-    if source.folder is not None:
-        return Weights(
-            source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which)
-        )
+    if source.folder is not None and source.run is not None:
+        return Weights(source=source, config=source.run / "config.yaml", state=load_tensors(source.folder, which))
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError, TrainingError, listed
+from cosmos_ssl.files import checkpoint_folder, checkpoint_folders, checkpoint_step
 from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors, same_kind
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ TENSORS = ".safetensors"
 MAX_STEP = 1 << 48
 _CHUNK = 1 << 24
 _FILE = re.compile(r"[\w-][\w.-]*")
-_FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -76,9 +76,9 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     finite.
     """
     _check_finite(snapshot)
-    parent = run_dir / "checkpoints"
+    final = checkpoint_folder(run_dir, snapshot.step)
+    parent = final.parent
     parent.mkdir(exist_ok=True)
-    final = parent / f"step_{snapshot.step:08d}"
     temporary = parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     _check_room(parent, snapshot)
@@ -164,18 +164,6 @@ def _sync_folder(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- finding
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The step that a checkpoint folder's name tells; None for other folders."""
-    match = _FOLDER.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, sound or not."""
-    folders = [path for path in (run_dir / "checkpoints").glob("step_*") if checkpoint_step(path) is not None]
-    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import make_order, total_steps
-from cosmos_ssl.engine.checkpoint import checkpoint_step, find_fault, latest_checkpoint, read_state
+from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint, read_state
 from cosmos_ssl.engine.run_folder import RunFolder, write_whole
 from cosmos_ssl.errors import CheckpointError, UserError
+from cosmos_ssl.files import checkpoint_step
 from cosmos_ssl.identity import Identity
 
 

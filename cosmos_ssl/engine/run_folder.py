@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import Config
-from cosmos_ssl.config.files import read_object, set_aside
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import UserError, listed, printable
+from cosmos_ssl.files import read_object, set_aside
 from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)

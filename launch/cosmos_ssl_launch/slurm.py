@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.config.files import read_object
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, UserError
+from cosmos_ssl.files import read_object
 from cosmos_ssl_launch.job import Job, log_file
 from cosmos_ssl_launch.profile import SlurmProfile
 from cosmos_ssl_launch.requeue import after_srun, before_srun
