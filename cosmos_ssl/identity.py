@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cosmos_ssl.config import Config
+from cosmos_ssl.config.sections import default_lanes
 from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.registry import shown
 
@@ -155,7 +156,7 @@ def _mathematics(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> d
             holder.pop(key, None)
     loader, training = kept.get("loader"), kept.get("training")
     if loader and training and loader.get("lanes") is None:
-        loader["lanes"] = max(n for n in range(1, 257) if training["batch_size"] % n == 0)
+        loader["lanes"] = default_lanes(training["batch_size"])
     pretrained = (kept.get("model") or {}).get("pretrained")
     if isinstance(pretrained, str) and "model.pretrained" not in places:
         kept["model"]["pretrained"] = PurePosixPath(pretrained).name

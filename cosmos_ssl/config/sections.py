@@ -201,5 +201,10 @@ class Config(Section):
 
     @property
     def lanes(self) -> int:
-        """``loader.lanes``, by default the largest divisor of the batch up to 256."""
-        return self.loader.lanes or max(n for n in range(1, 257) if self.training.batch_size % n == 0)
+        """The lanes of the order of samples."""
+        return self.loader.lanes or default_lanes(self.training.batch_size)
+
+
+def default_lanes(batch_size: int) -> int:
+    """``loader.lanes`` where it is not given: the largest divisor of the batch up to 256."""
+    return max(n for n in range(1, 257) if batch_size % n == 0)
