@@ -63,21 +63,8 @@ class LoadedConfig:
         return node.origin if node is not None else "default"
 
     def fault(self, path: str, message: str) -> str:
-        """A fault of the value under a key path, as ConfigError wants it."""
-        return fault(locate(self, path), path, message)
-
-
-def locate(loaded: LoadedConfig, path: str) -> str:
-    """Where a key path, or the nearest section above it that was written down, was written."""
-    return _locate(loaded.root, path.split(".") if path else [])
-
-
-def _locate(root: Node, keys: Sequence[str]) -> str:
-    for length in range(len(keys), 0, -1):
-        node = root.at(keys[:length])
-        if node is not None:
-            return node.origin
-    return root.origin
+        """A fault of the value under a key path, for ConfigError: where it, or what is above it, was written."""
+        return fault(self.root.nearest(path.split(".")).origin, path, message)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -114,7 +101,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def _located(root: Node, found: Found) -> list[str]:
-    return [fault(_locate(root, keys), ".".join(keys), message) for keys, message in found]
+    return [fault(root.nearest(keys).origin, ".".join(keys), message) for keys, message in found]
 
 
 Found = list[tuple[list[str], str]]

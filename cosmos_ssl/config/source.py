@@ -77,6 +77,10 @@ class Node:
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
+    def nearest(self, path: Sequence[str]) -> Node:
+        """The node under a key path, or the nearest one above it that was written down."""
+        return next(node for end in range(len(path), -1, -1) if (node := self.at(path[:end])) is not None)
+
 
 def fault(origin: str, path: str, message: str) -> str:
     """One fault, as it is shown: where, which key, what; further lines stand under the key."""

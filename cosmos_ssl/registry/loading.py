@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl import __version__
 from cosmos_ssl.errors import PluginError, first_line
+from cosmos_ssl.registry.options import options_of
+from cosmos_ssl.registry.parts import CODE, GROUPS, OWN, Record, canonical, discover
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
-from cosmos_ssl.registry.options import options_of
-from cosmos_ssl.registry.parts import CODE, GROUPS, OWN, Record, canonical, discover
 
 
 def forget() -> None:
@@ -65,9 +65,8 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(f"{record} is an incomplete {wanted}: it does not define {missing}")
-    reserved = {"type", *GROUPS[record.group].reserved}
     for option in options_of(found):
-        if option.name in reserved:
+        if option.name in GROUPS[record.group].reserved:
             raise PluginError(
                 f"{record} has an option named '{option.name}', which is reserved for the config. Rename it"
             )
