@@ -72,7 +72,7 @@ class Recording:
         self.views = self._views()
         student, teacher = (read_official(folder / "official_checkpoint.pt", role) for role in ("student", "teacher"))
         loaded = self._config(student.config)
-        self.assembly = Builder(loaded).assemble(prepare=False)
+        self.assembly = Builder(loaded).assemble("measure")
         self.state = RunState(self.assembly, loaded.config, torch.device("cpu"))
         load_exactly(self.assembly.model, student.state, "the recorded student")
         assert self.state.teacher_model is not None

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cosmos_ssl import __version__
-from cosmos_ssl.api import Role, Spec, UserError
-from cosmos_ssl.build import load
+from cosmos_ssl.api import Role, UserError
+from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.reading import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.data.storage import cache_root
@@ -93,7 +94,7 @@ def evaluate(
             role: partial(_load, source, role, device, precision, overrides, trust_code)
             for role in _roles(source, which)
         }
-        told = told if "data" in told else {**_evaluator_of_run(source, task), **told}
+        told = told if "data" in told else {**_evaluator_of_run(source, task, overrides, trust_code), **told}
         name = str(source) if source.folder is not None else str(model)
         return _run(roles, name, task, told, settings, partial(_store, source, task, overrides))
 
@@ -128,7 +129,7 @@ def _run(
     for role, make in roles.items():
         encoder = make()
         check_model(task, encoder)
-        options = _options(told, encoder.spec, name)
+        options = _options(told, name)
         job = Job(store=store(encoder, options), max_samples=told.get("max_samples"), **settings)
         made = made or TASKS[task](options, job)
         jobs.append(job)
@@ -194,29 +195,33 @@ def _precision_of(encoder: ModelEncoder) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == encoder.dtype), str(encoder.dtype))
 
 
-def _options(told: Mapping[str, Any], spec: Spec, name: str) -> Options:
+def _options(told: Mapping[str, Any], name: str) -> Options:
     """What is told of the task and its data."""
-    known = {field.name for field in fields(Options)}
-    data = told.get("data") or spec.validation_data
-    if data is None:
+    if told.get("data") is None:
         raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
-    return Options(**{**{option: value for option, value in told.items() if option in known}, "data": data})
+    known = {field.name for field in fields(Options)}
+    return Options(**{option: value for option, value in told.items() if option in known})
 
 
-def _config_of_run(checkpoint: Source) -> LoadedConfig | None:
+def _config_of_run(checkpoint: Source, overrides: Sequence[str] = ()) -> LoadedConfig | None:
     """The config of the run that wrote a checkpoint; None for other models."""
     config = None if checkpoint.run is None else checkpoint.run / "config.yaml"
-    return load_config(config) if config is not None and config.is_file() else None
+    return load_config(config, overrides) if config is not None and config.is_file() else None
 
 
-def _evaluator_of_run(checkpoint: Source, task: str) -> dict[str, Any]:
-    """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
-    config = _config_of_run(checkpoint)
-    evaluators = {} if config is None else config.tree["evaluators"]
+def _evaluator_of_run(checkpoint: Source, task: str, overrides: Sequence[str], trust_code: bool) -> dict[str, Any]:
+    """The options of the run's own evaluator of this task, if there is one, and by default what its data set holds out;
+    several shards are joined by ``::``.
+    """
+    config, builds = _config_of_run(checkpoint), _config_of_run(checkpoint, ("evaluators=null", *overrides))
+    if config is None or builds is None:
+        return {}
     found: Mapping[str, Any] = next(
-        (part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {}
+        (part for part in config.tree["evaluators"].values() if part["type"].rpartition(":")[2] == task), {}
     )
     given = {name: value for name, value in found.items() if value is not None}
+    if "data" not in given:
+        given["data"] = Builder(builds, trust_code=trust_code).held_out()
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 

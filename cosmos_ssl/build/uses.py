@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from cosmos_ssl import __version__
 from cosmos_ssl.api import Role
-from cosmos_ssl.build import load
+from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.run_folder import RunFolder
@@ -23,39 +21,6 @@ from cosmos_ssl.evaluation.samples import threads_of_this_process
 from cosmos_ssl.files import checkpoint_step, storage_faults
 from cosmos_ssl.interop import export as forms
 from cosmos_ssl.models.encoder import ModelEncoder
-
-
-def open_model(
-    model: str | Path | ModelEncoder,
-    which: Role = "student",
-    *,
-    device: str = "auto",
-    overrides: Sequence[str] = (),
-    trust_code: bool = False,
-) -> tuple[ModelEncoder, str]:
-    """A model, and the name of what was read: of a run folder its newest checkpoint.
-
-    A loaded model stays as it is. Raises UserError.
-    """
-    if isinstance(model, ModelEncoder):
-        return model, "model"
-    place = choose_device(device)
-    source = find_source(model)
-    return load(source, which, device=place, overrides=overrides, trust_code=trust_code), str(source)
-
-
-def choose_device(name: str) -> str:
-    """The device of this name, of ``auto`` the GPU, or the CPU where there is none.
-
-    Raises UserError for one that is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; no driver; a number that is not there
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _no_progress(done: int, total: int) -> None:

@@ -31,7 +31,7 @@ GRACE = 3.0
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmRank:
     """Trains a resolved config as one rank of a SLURM job; submitit pickles and calls it.
 
     ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends.

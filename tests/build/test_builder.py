@@ -193,11 +193,11 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     config = tmp_path / "next.yaml"
     config.write_text(json.dumps({**TINY, "evaluators": None}))
     start = [f"model.pretrained={run}", f"data.folder={run.parent}/scenes"]
-    model = Builder(load_config(config, start)).assemble().model
+    model = Builder(load_config(config, start)).assemble("train").model
     source = cosmos_ssl.load(run).model.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit the towers: .* of another shape"):
-        Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
+        Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble("train")
     part = [
         *start,
         "model.image.patch_size=8",
@@ -205,7 +205,7 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
         f"output_dir={tmp_path}/part",
         "schedule.max_steps=1",
     ]
-    assembly = Builder(load_config(config, part)).assemble()
+    assembly = Builder(load_config(config, part)).assemble("train")
     assert torch.equal(assembly.model.text.projection, source["text.projection"])
     capsys.readouterr()
     cosmos_ssl.train(config, part)

@@ -1,6 +1,4 @@
-"""All that a start would refuse, looked for before it: in a dry run, where a job is queued, and before ranks are
-started.
-"""
+"""All that a start would refuse, looked for ahead of it: in a dry run, before a job is queued or ranks are started."""
 
 from __future__ import annotations
 
@@ -9,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from cosmos_ssl.build import Builder, claim, watched
+from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.runs import claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.data import Folder, Shards
@@ -28,7 +27,7 @@ from cosmos_ssl.models.contract import blaming
 
 
 @storage_faults("storage fails")
-def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
+def make_ready(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
     """Claim the run folder, index the data, and look for all else that a run needs, before it is started elsewhere.
 
     ``fork``: the run that it goes on from, which is noted in the folder. Raises UserError where something is missing or
@@ -37,8 +36,8 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
     claim(loaded.config.folder)
     builder = Builder(loaded)
     if not scan:
-        _must_be_indexed(builder.assemble(meta=True, prepare=False))
-    _look(builder, builder.assemble(meta=True, watched=lambda: watched(loaded)), fork, prepared=True)
+        _must_be_indexed(builder.assemble("check"))
+    _look(builder, builder.assemble("prepare", watched=lambda: watched(loaded)), fork, prepared=True)
     if fork is not None:
         ask_fork(RunFolder(loaded.config.folder), fork)
 
@@ -54,7 +53,7 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
     RunFolder(config.folder).check_free()
     if here:
         resolve_backend(config.training.attention, pick_device(config.training.device))
-    assembly = builder.assemble(meta=True, prepare=False)
+    assembly = builder.assemble("check")
     dataset = assembly.dataset
     assert dataset is not None, "a config that was checked"
     with blaming(dataset, "data"):
@@ -63,7 +62,7 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
             _must_be_indexed(assembly)
         indexed = there and isinstance(dataset, Shards | Folder) and dataset.is_indexed
     if indexed:
-        assembly = builder.assemble(meta=True)
+        assembly = builder.assemble("prepare")
     else:
         _evaluators(builder, assembly, there)
     left = (
