@@ -76,7 +76,7 @@ class BadSample(CosmosError, ValueError):
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone (PyTorch has no one class for it)."""
+    """Return whether a collective failed because another rank is gone (PyTorch has no one class for it)."""
     return type(error).__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )

@@ -152,7 +152,7 @@ def set_aside(path: Path) -> Path:
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """The folder in which a run keeps the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 

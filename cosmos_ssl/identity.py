@@ -53,7 +53,7 @@ class Identity:
         )
 
     def plain(self) -> dict[str, Any]:
-        """As it is written."""
+        """The form in which it is written."""
         return asdict(self)
 
     def digest(self) -> str:
@@ -62,7 +62,7 @@ class Identity:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def config_changes(self, before: Identity) -> list[str]:
-        """What counts of the config and differs, as ``model.image.width: 768 -> 384``.
+        """List what counts of the config and differs, as ``model.image.width: 768 -> 384``.
 
         Keys that one of the two lacks, because another version wrote it, count with their defaults. Where a version
         before wrote down no contents of a place, names are compared.
@@ -85,7 +85,7 @@ class Identity:
         return changes
 
     def data_changes(self, before: Identity) -> list[str]:
-        """What differs in the data, as ``data, samples: 20 -> 24``.
+        """List what differs in the data, as ``data, samples: 20 -> 24``.
 
         What is known at one of the two times alone is no difference.
         """
@@ -169,7 +169,7 @@ _BLOCK, _BLOCKS = 1 << 16, 256
 
 
 def fingerprint(places: str | Sequence[str]) -> str:
-    """What lies at ``places``: sizes and blocks from all over the contents, or of a checkpoint its manifest.
+    """A hash of what lies at ``places``: sizes and blocks from all over the contents, or of a checkpoint its manifest.
 
     A name behind which there is no file here (a model on a hub) stands for itself. Up to 16 MiB are read whole. Raises
     OSError.

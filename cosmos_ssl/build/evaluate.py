@@ -196,7 +196,7 @@ def _precision_of(encoder: ModelEncoder) -> str:
 
 
 def _options(told: Mapping[str, Any], name: str) -> Options:
-    """What is told of the task and its data."""
+    """Options of the task, with the data that they must name."""
     if told.get("data") is None:
         raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
     known = {field.name for field in fields(Options)}

@@ -115,7 +115,7 @@ class Exported(NamedTuple):
 
     roles: tuple[Role, ...]
     notes: list[str]
-    """What people should know of it."""
+    """For people: what the other library does otherwise."""
 
 
 def export(

@@ -46,7 +46,7 @@ class Source:
 
 
 def find_source(checkpoint: str | Path | Source) -> Source:
-    """What ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
+    """Find what ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
 
     Raises CheckpointError for a checkpoint that is damaged, and for anything else.
     """
@@ -99,7 +99,7 @@ class Weights:
             raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
 
     def assumed(self, loaded: LoadedConfig) -> str:
-        """For people: what a config of theirs, with overrides, leaves to assume.
+        """Tell people what a config of theirs, with overrides, leaves to assume.
 
         Raises CheckpointError where that would be a guess.
         """
@@ -156,8 +156,8 @@ def _of_tower(name: str) -> bool:
 
 
 def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:
-    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and
-    what is assumed.
+    """Of the towers whose attention was taken, name those that were trained with other heads than the model's; and what
+    is assumed of the others.
     """
     config = weights.config
     ours = isinstance(config, Path)

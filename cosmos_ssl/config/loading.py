@@ -58,7 +58,7 @@ class LoadedConfig:
     path: Path | None = None
 
     def origin(self, path: str) -> str:
-        """Where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
+        """Tell where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
         node = self.root.at(path.split("."))
         return node.origin if node is not None else "default"
 

@@ -32,7 +32,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether the config must give it."""
+        """Return whether the config must give it."""
         return self.default is inspect.Parameter.empty
 
     @property

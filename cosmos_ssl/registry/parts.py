@@ -61,7 +61,7 @@ class Record:
 
     @property
     def own(self) -> bool:
-        """Whether cosmos-ssl itself offers it."""
+        """Return whether cosmos-ssl itself offers it."""
         return canonical(self.distribution) == OWN
 
     @property
@@ -145,7 +145,7 @@ def find(group: str, name: str) -> Record:
 
 
 def spelling(record: Record) -> str:
-    """How a config names this part: its bare name where that means it, else ``DIST:NAME``."""
+    """The name of this part in a config: its bare name where that means it, else ``DIST:NAME``."""
     rivals = [
         other for other in records() if (other.group, other.name) == (record.group, record.name) and other != record
     ]

@@ -50,7 +50,7 @@ class SlurmRank:
         requeue = _requeue_by_submitit(signal.getsignal(signal.SIGUSR2))
 
         def leaving(number: int) -> int:
-            """What is left to do once all is saved, or before there is anything to save: the process's exit code."""
+            """Do what is left once all is saved, or before there is anything to save; the process's exit code."""
             if not first:
                 return EXIT_DONE
             code = requeue() if number == signal.SIGUSR2 else EXIT_SAVED
@@ -94,7 +94,7 @@ class SlurmRank:
         return metrics
 
     def checkpoint(self) -> Any:
-        """What submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no
+        """The job that submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no
         progress.
         """
         from submitit.helpers import DelayedSubmission
@@ -126,7 +126,7 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
 
 
 def is_requeued_by_slurm(job_id: str) -> bool:
-    """Whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after
+    """Return whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after
     its end.
 
     In doubt (preemption by quality of service, whose mode is not shown) the answer is no.
@@ -184,5 +184,5 @@ def _wait_for_folder(claim: Callable[[], None]) -> None:
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
-    """What a rank prints, as submitit names it."""
+    """The file with what a rank prints, as submitit names it."""
     return folder / f"{job_id}_{rank}_log.out"

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """What trains."""
+    """The parser of the command that trains."""
     parser = argparse.ArgumentParser(
         prog="cosmos-launch",
         description="Train what a config says, here or on a cluster. The same command again resumes.",
@@ -90,7 +90,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    """Where a run takes place, and how it is watched."""
+    """Add the arguments that say where a run takes place, and how it is watched."""
     parser.add_argument(
         "--profile",
         metavar="P.yaml",
@@ -107,7 +107,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """``status``, ``resume`` and ``cancel``."""
+    """The parser of ``status``, ``resume`` and ``cancel``."""
     parser = argparse.ArgumentParser(prog="cosmos-launch", epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in _COMMANDS.items():

@@ -60,7 +60,7 @@ class LocalProfile(_Profile):
 
     @property
     def ranks(self) -> int:
-        """How many processes train."""
+        """The number of processes that train."""
         return self.nproc
 
 
@@ -98,7 +98,7 @@ class SlurmProfile(_Profile):
 
     @property
     def ranks(self) -> int:
-        """How many processes train."""
+        """The number of processes that train."""
         return self.nodes * self.tasks_per_node
 
 

@@ -43,7 +43,7 @@ def starts(run: Path) -> list[str]:
 
 
 def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:
-    """Whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new
+    """Return whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new
     checkpoint.
     """
     return noted[-(limit + 1) :].count(newest) <= limit

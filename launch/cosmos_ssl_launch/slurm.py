@@ -57,7 +57,7 @@ class Submission:
 
     @property
     def log(self) -> Path:
-        """What the first rank prints."""
+        """The file with what the first rank prints."""
         return log_file(self.folder, self.job_id)
 
     @classmethod
@@ -132,7 +132,7 @@ def check_not_queued(run: Path) -> None:
 
 
 def submission_folder(runs: Sequence[Path]) -> Path:
-    """Where submitit keeps the script, the pickled jobs and the logs: in the run folder, for an array beside the first
+    """The folder of the script, the pickled jobs and the logs: in the run folder, for an array beside the first
     one.
     """
     if len(runs) == 1:
@@ -232,7 +232,7 @@ def _set_up(profile: SlurmProfile, snapshot: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What SLURM knows of a job: its state, why it waits, its exit code where it has one, how often it started
+    """A job as SLURM knows it: its state, why it waits, its exit code where it has one, how often it started
     again.
     """
 
@@ -244,7 +244,7 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs."""
+        """Return whether it waits or runs."""
         return self.name in ACTIVE
 
     @property
