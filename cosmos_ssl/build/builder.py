@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -188,8 +189,12 @@ class Builder:
         def build() -> tuple[Model, Spec]:
             torch.manual_seed(start.seed)
             towers, spec = self._towers(start)
-            offers: dict[str, Any] = {f"{modality}_views": Offers(self, spec, modality) for modality in towers}
-            return self._model(towers, replace(spec, **offers))
+
+            def offered() -> Spec:
+                return Builder(self.loaded, ("augmenters",), trust_code=self.trust_code)._augmenters(spec)[1]
+
+            image_views, text_views = Offers(lambda: offered().image_views), Offers(lambda: offered().text_views)
+            return self._model(towers, replace(spec, image_views=image_views, text_views=text_views))
 
         with meta_device():
             check(build()[0])
@@ -394,25 +399,16 @@ class Builder:
             raise ConfigError(faults)
 
 
-class Offers(Mapping[str, ViewSpec]):
-    """What the augmenter of a modality offers; it is built when somebody asks."""
+class Offers(UserDict[str, ViewSpec]):
+    """The views that an augmenter offers; it is built when somebody asks for them."""
 
-    def __init__(self, builder: Builder, spec: Spec, modality: Modality) -> None:
-        self._builder, self._spec, self._modality = builder, spec, modality
+    def __init__(self, ask: Callable[[], Mapping[str, ViewSpec]]) -> None:
+        self._ask = ask
 
     @cached_property
-    def _offered(self) -> Mapping[str, ViewSpec]:
-        builder = Builder(self._builder.loaded, ("augmenters",), trust_code=self._builder.trust_code)
-        return builder._augmenters(self._spec)[1].views(self._modality)
-
-    def __getitem__(self, name: str) -> ViewSpec:
-        return self._offered[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._offered)
-
-    def __len__(self) -> int:
-        return len(self._offered)
+    def data(self) -> dict[str, ViewSpec]:  # type: ignore[override]
+        """What UserDict works on."""
+        return dict(self._ask())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return dict, (self.data,)

@@ -80,17 +80,11 @@ def evaluate(
     settings = {"batch_size": batch_size, "workers": workers, "allow_missing": allow_missing, "progress": progress}
     with joined_world(device), named_losses():
         if isinstance(model, ModelEncoder):
-            return _run(
-                {"model": lambda: _in_precision(model, precision)},
-                "model",
-                task,
-                told,
-                settings,
-                lambda encoder, options: Store(None),
-            )
-        source = _found(model)
-        roles: dict[str, Callable[[], ModelEncoder]] = {}
-        roles |= {
+            one = {"model": lambda: _in_precision(model, precision)}
+            return _run(one, "model", task, told, settings, lambda encoder, options: Store(None))
+        source = World().from_first(lambda: find_source(model))  # one rank fetches, and all read the same checkpoint
+        source = source if source.folder is not None else find_source(model)
+        roles: dict[str, Callable[[], ModelEncoder]] = {
             role: partial(_load, source, role, device, precision, overrides, trust_code)
             for role in _roles(source, which)
         }
@@ -123,13 +117,16 @@ def _run(
     store: Callable[[ModelEncoder, Options], Store],
 ) -> dict[str, Any]:
     """The report of all roles, evaluated one after another."""
+    if told.get("data") is None:
+        raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
+    known = {field.name for field in fields(Options)}
+    options = Options(**{option: value for option, value in told.items() if option in known})
     metrics: dict[str, float] = {}
     made: Task | None = None
     jobs: list[Job] = []
     for role, make in roles.items():
         encoder = make()
         check_model(task, encoder)
-        options = _options(told, name)
         job = Job(store=store(encoder, options), max_samples=told.get("max_samples"), **settings)
         made = made or TASKS[task](options, job)
         jobs.append(job)
@@ -150,12 +147,6 @@ def _run(
         "device": encoder.device.type,
         "metrics": metrics,
     }
-
-
-def _found(given: str | Path) -> Source:
-    """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
-    found = World().from_first(lambda: find_source(given))  # one rank fetches
-    return found if found.folder is not None else find_source(given)
 
 
 def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
@@ -193,14 +184,6 @@ def _in_precision(encoder: ModelEncoder, precision: str) -> ModelEncoder:
 
 def _precision_of(encoder: ModelEncoder) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == encoder.dtype), str(encoder.dtype))
-
-
-def _options(told: Mapping[str, Any], name: str) -> Options:
-    """Options of the task, with the data that they must name."""
-    if told.get("data") is None:
-        raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
-    known = {field.name for field in fields(Options)}
-    return Options(**{option: value for option, value in told.items() if option in known})
 
 
 def _config_of_run(checkpoint: Source, overrides: Sequence[str] = ()) -> LoadedConfig | None:

@@ -65,10 +65,9 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
         assembly = builder.assemble("prepare")
     else:
         _check_evaluators(builder, assembly, there)
-    unseen = (
-        "what the data hold, which are not indexed yet" if there else "the data, which are made or found at the start"
-    )
-    return "; ".join([*([] if indexed else [unseen]), *_check_rest(builder, assembly, fork, prepared=indexed)])
+    left = [] if indexed else ["what the data hold, which are not indexed yet"]
+    left = left if there else ["the data, which are made or found at the start"]
+    return "; ".join([*left, *_check_rest(builder, assembly, fork, prepared=indexed)])
 
 
 def _check_indexed(assembly: Assembly) -> None:

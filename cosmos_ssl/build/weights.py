@@ -4,8 +4,7 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,34 +51,23 @@ def find_source(checkpoint: str | Path | Source) -> Source:
     """
     if isinstance(checkpoint, Source):
         return checkpoint
-    with _readable(checkpoint):
-        return _found(checkpoint_path(checkpoint))
-
-
-@contextmanager
-def _readable(checkpoint: str | Path) -> Iterator[None]:
     try:
-        yield
-    except OSError as error:  # a name that no file can have, a folder that may not be looked into
-        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
-
-
-def _found(path: Path) -> Source:
-    if is_foreign(path):
-        return Source(str(path))
-    if is_checkpoint(path):
-        fault = find_fault(path)
-        if fault is not None:
-            raise CheckpointError(f"{path} is damaged: {fault}")
-        return Source(str(path), path)
-    newest = latest_checkpoint(path)
-    if newest is None:
+        path = checkpoint_path(checkpoint)
+        if is_foreign(path):
+            return Source(str(path))
+        if is_checkpoint(path):
+            if fault := find_fault(path):
+                raise CheckpointError(f"{path} is damaged: {fault}")
+            return Source(str(path), path)
+        if newest := latest_checkpoint(path):
+            return Source(str(newest), newest)
         if checkpoint_folders(path):
             raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
-        raise CheckpointError(
-            f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
-        )
-    return Source(str(newest), newest)
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
+    raise CheckpointError(
+        f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

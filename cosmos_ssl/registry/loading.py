@@ -59,9 +59,8 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     wanted = GROUPS[record.group].base
     base = getattr(import_module("cosmos_ssl.api"), wanted)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(
-            f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {_described(found)}"
-        )
+        given = f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise PluginError(f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {given}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(f"{record} is an incomplete {wanted}: it does not define {missing}")
@@ -71,10 +70,6 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
                 f"{record} has an option named '{option.name}', which is reserved for the config. Rename it"
             )
     return found
-
-
-def _described(found: object) -> str:
-    return f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
 def _check_bound(record: Record) -> None:

@@ -94,9 +94,7 @@ class SlurmRank:
         return metrics
 
     def checkpoint(self) -> Any:
-        """The job that submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no
-        progress.
-        """
+        """The job that submitit starts again after a time-out or preemption; none where that brings no progress."""
         from submitit.helpers import DelayedSubmission
 
         run = load_config(self.tree).config.folder
@@ -126,10 +124,10 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
 
 
 def is_requeued_by_slurm(job_id: str) -> bool:
-    """Return whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after
-    its end.
+    """Return whether SLURM preempts this job and will start it again by itself.
 
-    In doubt (preemption by quality of service, whose mode is not shown) the answer is no.
+    Asked for too, it would start once more after its end. In doubt (preemption by quality of service, whose mode is not
+    shown) the answer is no.
     """
 
     def shown(*what: str) -> dict[str, str]:
