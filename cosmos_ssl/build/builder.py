@@ -181,7 +181,7 @@ class Builder:
     def for_reading(self, check: Callable[[Model], None]) -> tuple[Model, Spec, Tokenizer | None]:
         """Build a model that only encodes, which ``check`` gets to see before it takes memory, and its tokenizer.
 
-        It has all its parameters, losses' too. No data set is built, and augmenters where a head or loss asks for what
+        It has all its parameters, losses' too. No data set is built, and augmenters only where a part asks for what
         they offer.
         """
         tokenizer, start = self._start()
