@@ -6,7 +6,7 @@ Users' mistakes are ``UserError``: one clear message, no traceback. ``assert`` i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 EXIT_DONE = 0
@@ -76,7 +76,7 @@ class BadSample(CosmosError, ValueError):
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone (PyTorch has no one class for it)."""
+    """Return whether a collective failed because another rank is gone (PyTorch has no one class for it)."""
     return type(error).__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -96,15 +96,18 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """The first ``limit`` of ``names``, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest candidate, or an empty string."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def listed(names: Iterable[str], separator: str = ", ", limit: int = 4, total: int | None = None) -> str:
+    """The first of some names, and how many there are beside; ``total`` where ``names`` are not all of them."""
+    found = list(names)
+    first = found[:limit]
+    more = (len(found) if total is None else total) - len(first)
+    return separator.join([*first, f"and {more:,} more"] if more else first)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,15 +1,20 @@
-"""Files that are there whole or not at all, and what it means where they cannot be read or written."""
+"""Files that are there whole or not at all, those of a run's folder among them, and what it means where they cannot be
+read or written.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cosmos_ssl.errors import CosmosError, StorageError, UserError
 
@@ -114,3 +119,50 @@ def part_name(folder: Path) -> Path:
     It is opened as any file, so that it is for whom the umask says (tempfile's are not).
     """
     return folder / f"tmp{secrets.token_hex(8)}.part"
+
+
+# ---------------------------------------------------------------------------- a run's folder
+
+
+def read_object(path: Path, keys: Mapping[str, type], advice: str) -> dict[str, Any]:
+    """The object in a JSON file, which has ``keys`` of these types.
+
+    Raises UserError, which ends with ``advice``, where a crash, a full disk or a hand has damaged the file; OSError
+    where storage fails.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}). {advice}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no table. {advice}")
+    for key, kind in keys.items():
+        if type(found.get(key)) is not kind:
+            raise UserError(f"{path} is damaged: it holds no '{key}'. {advice}")
+    return found
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to ``NAME.damaged``, in place of an older one of that name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """The folder in which a run keeps the checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step that a checkpoint folder's name tells; None for other folders."""
+    match = re.fullmatch(r"step_(\d{8,})", path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, sound or not."""
+    folders = [path for path in (run_dir / "checkpoints").glob("step_*") if checkpoint_step(path) is not None]
+    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)

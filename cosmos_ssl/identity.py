@@ -14,20 +14,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from cosmos_ssl.config import Config
+from cosmos_ssl.config.sections import default_lanes
+from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.registry import shown
 
-_IGNORED = (
-    *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
-    *("loader.workers", "loader.prefetch", "loader.error_budget", "loader.changed_data"),
-    *(
-        "training.micro_batch_size",
-        "training.attention",
-        "training.compile",
-        "training.deterministic",
-        "training.device",
-    ),
-    *("training.max_nonfinite_steps", "training.timeout_minutes", "training.trace_steps"),
+_LOADER = ("workers", "prefetch", "error_budget", "changed_data")
+_TRAINING = (
+    *("micro_batch_size", "attention", "compile", "deterministic", "device"),
+    *("max_nonfinite_steps", "timeout_minutes", "trace_steps"),
 )
+_ASIDE = (
+    *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
+    *(f"loader.{key}" for key in _LOADER),
+    *(f"training.{key}" for key in _TRAINING),
+)
+"""Sections and keys that change nothing of what is computed; of parts' options their types say so (``marks``)."""
 
 _ABSENT = object()
 
@@ -37,10 +38,7 @@ class Identity:
     """A run's identity, as its folder keeps it."""
 
     config: Mapping[str, Any]
-    """The whole tree.
-
-    What counts of it is all but ranks, workers, micro-batch, backends, evaluators, log and ``places``.
-    """
+    """The whole tree, of which counts what is not ``_ASIDE``, with what lies at ``places`` in their stead."""
     data: Mapping[str, Any]
     """What the data set says of itself (``Dataset.identity``)."""
     places: Mapping[str, str | None] = field(default_factory=dict)
@@ -55,41 +53,39 @@ class Identity:
         )
 
     def plain(self) -> dict[str, Any]:
-        """As it is written."""
+        """The form in which it is written."""
         return asdict(self)
 
     def digest(self) -> str:
         """Hash of what counts of the config."""
-        text = json.dumps(_mathematics(self.config, self.places), sort_keys=True)
+        text = json.dumps(_counted(self.config, self.places), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def config_changes(self, before: Identity) -> list[str]:
-        """What counts of the config and differs, as ``model.image.width: 768 -> 384``.
+        """List what counts of the config and differs, as ``model.image.width: 768 -> 384``.
 
         Keys that one of the two lacks, because another version wrote it, count with their defaults. Where a version
         before wrote down no contents of a place, names are compared.
         """
         new, old = dict(self.places), dict(before.places)
         for path in {*new, *old}:
-            if new.get(path, old.get(path)) is None:
+            if new.get(path, old.get(path)) is None:  # no part of a run, as one of the two knows
                 new[path] = old[path] = None
             elif path not in new or path not in old:
                 new.pop(path, None)
                 old.pop(path, None)
-        then, now = (
-            dict(_leaves(_mathematics(_complete(tree), places)))
-            for tree, places in ((before.config, old), (self.config, new))
-        )
-        differ = [path for path in dict.fromkeys((*then, *now)) if then.get(path, _ABSENT) != now.get(path, _ABSENT)]
-        return [
-            _change(path, _at(before.config, path), _at(self.config, path))
-            if path in new
-            else _change(path, then.get(path, _ABSENT), now.get(path, _ABSENT))
-            for path in differ
-        ]
+        then = dict(_leaves(_counted(_complete(before.config), old)))
+        now = dict(_leaves(_counted(_complete(self.config), new)))
+        changes = []
+        for path in dict.fromkeys((*then, *now)):
+            was, is_now = then.get(path, _ABSENT), now.get(path, _ABSENT)
+            if was != is_now:
+                names = (_at(before.config, path), _at(self.config, path)) if path in new else (was, is_now)
+                changes.append(_change(path, *names))
+        return changes
 
     def data_changes(self, before: Identity) -> list[str]:
-        """What differs in the data, as ``data, samples: 20 -> 24``.
+        """List what differs in the data, as ``data, samples: 20 -> 24``.
 
         What is known at one of the two times alone is no difference.
         """
@@ -110,12 +106,9 @@ class Identity:
         return replace(self, data=_merged(before.data, self.data))
 
 
-def _word(value: Any) -> str:
-    return "not given" if value is _ABSENT else shown(value)
-
-
 def _change(path: str, before: Any, now: Any) -> str:
-    return f"{path}: {_word(before)} " + ("holds something else now" if before == now else f"-> {_word(now)}")
+    old, new = ("not given" if value is _ABSENT else shown(value) for value in (before, now))
+    return f"{path}: {old} " + ("holds something else now" if before == now else f"-> {new}")
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,10 +133,10 @@ def _complete(tree: Mapping[str, Any]) -> dict[str, Any]:
         return dict(tree)
 
 
-def _mathematics(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[str, Any]:
+def _counted(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[str, Any]:
     """What counts of a config, with what lies at ``places`` in their stead."""
     kept: dict[str, Any] = json.loads(json.dumps(tree))
-    for path in (*_IGNORED, *places):
+    for path in (*_ASIDE, *places):
         *above, key = path.split(".")
         holder = kept
         for step in above:
@@ -154,7 +147,7 @@ def _mathematics(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> d
             holder.pop(key, None)
     loader, training = kept.get("loader"), kept.get("training")
     if loader and training and loader.get("lanes") is None:
-        loader["lanes"] = max(n for n in range(1, 257) if training["batch_size"] % n == 0)
+        loader["lanes"] = default_lanes(training["batch_size"])
     pretrained = (kept.get("model") or {}).get("pretrained")
     if isinstance(pretrained, str) and "model.pretrained" not in places:
         kept["model"]["pretrained"] = PurePosixPath(pretrained).name
@@ -176,7 +169,7 @@ _BLOCK, _BLOCKS = 1 << 16, 256
 
 
 def fingerprint(places: str | Sequence[str]) -> str:
-    """What lies at ``places``: sizes and blocks from all over the contents, or of a checkpoint its manifest.
+    """A hash of what lies at ``places``: sizes and blocks from all over the contents, or of a checkpoint its manifest.
 
     A name behind which there is no file here (a model on a hub) stands for itself. Up to 16 MiB are read whole. Raises
     OSError.
@@ -191,13 +184,8 @@ def _found(place: str) -> str:
         return _digest([("", path)])
     if not path.is_dir():
         return place
-    checkpoints = [
-        path,
-        *sorted(
-            (path / "checkpoints").glob("step_*"), key=lambda folder: (len(folder.name), folder.name), reverse=True
-        ),
-    ]
-    manifest = next((file for folder in checkpoints if (file := folder / "manifest.json").is_file()), None)
+    folders = [path, *reversed(checkpoint_folders(path))]
+    manifest = next((file for folder in folders if (file := folder / "manifest.json").is_file()), None)
     return _digest([("", manifest)] if manifest is not None else list(_files(path)))
 
 

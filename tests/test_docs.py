@@ -15,7 +15,7 @@ from cosmos_ssl.cli import COMMANDS
 from cosmos_ssl.cli.common import parse
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config.source import find_config
-from cosmos_ssl_launch import run_parser, train_parser
+from cosmos_ssl_launch.launch import run_parser, train_parser
 from cosmos_ssl_launch.profile import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]

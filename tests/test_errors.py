@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cosmos_ssl.errors import printable
+from cosmos_ssl.errors import listed, printable
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,10 @@ from cosmos_ssl.errors import printable
 def test_what_acts_on_a_terminal_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     shown.encode()
+
+
+def test_the_first_of_some_names_and_how_many_there_are_beside() -> None:
+    names = [*"abcdef"]
+    assert listed(names[:4]) == "a, b, c, d" and listed(names) == "a, b, c, d, and 2 more" and listed([]) == ""
+    assert listed(iter(names), "; ", limit=5) == "a; b; c; d; e; and 1 more"
+    assert listed("ab", total=1_002) == "a, b, and 1,000 more"

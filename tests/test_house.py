@@ -33,15 +33,10 @@ ORDER = [
 ]
 ORDER += ["models", "evaluation", "interop", "engine", "build"]  # training ends here
 ORDER += ["shards", "cost", "testing", "cli"]
-NO_TORCH = (
-    *(
-        f"cosmos_ssl.{unit}"
-        for unit in ("errors", "streams", "pictures", "bounds", "marks", "liveness", "registry", "config", "identity")
-    ),
-    "cosmos_ssl_launch",
-)
+QUICK = ("errors", "streams", "files", "pictures", "bounds", "marks", "liveness", "registry", "config", "identity")
+NO_TORCH = (*(f"cosmos_ssl.{unit}" for unit in QUICK), "cosmos_ssl_launch")
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")
-LAUNCH_MAY = ("errors", "streams", "registry", "config", "build", "cli")
+LAUNCH_MAY = ("errors", "streams", "files", "registry", "config", "build", "cli")
 HEAVY = (
     "torch",
     "torchvision",

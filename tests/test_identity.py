@@ -64,7 +64,7 @@ OTHER = [
 def identity(*overrides: str, base: dict = BASE) -> Identity:
     """The identity of a run that ``base`` and the overrides make."""
     loaded = load_config(base, overrides)
-    return Identity.of(loaded.config, {"samples": 4}, Builder(loaded)._places())
+    return Identity.of(loaded.config, {"samples": 4}, Builder(loaded).places())
 
 
 @pytest.mark.parametrize("override", SAME)

@@ -241,9 +241,7 @@ def main() -> int:
     threads = torch.get_num_threads()
     try:
         pattern = write_shards(folder, arguments.samples, 4)
-        assembly = Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble(
-            meta=True, prepare=False
-        )
+        assembly = Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble("check")
         shards = Shards(pattern, caption_schema="dreamlip")
         shards.prepare()
         torch.set_num_threads(1)

@@ -68,7 +68,7 @@ class Work:
         ]
         self.loaded = load_config(config, [*own, *settings, *overrides])
         self.device = device
-        self.assembly = Builder(self.loaded).assemble(prepare=False)
+        self.assembly = Builder(self.loaded).assemble("measure")
         self.views = self._batch(samples).to(device)
         self.step_number = 0
 

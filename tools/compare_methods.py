@@ -253,9 +253,7 @@ def methods(overrides: tuple[str, ...], *, equal_compute: bool) -> list[Method]:
         loaded = load_config(f"compare/{recipe}.yaml", overrides)
         assert loaded.config.data is not None
         epochs, size = loaded.config.schedule.epochs, loaded.config.data.options["train_samples"]
-        cost = measure_step(
-            Builder(loaded).assemble(prepare=False), loaded.config, caption_tokens=CAPTION_TOKENS[recipe]
-        )
+        cost = measure_step(Builder(loaded).assemble("measure"), loaded.config, caption_tokens=CAPTION_TOKENS[recipe])
         found[recipe] = Method(
             key=recipe,
             label=label,

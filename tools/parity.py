@@ -74,7 +74,7 @@ class Recording:
         path = folder / "official_checkpoint.pt"
         student, teacher = (from_official(read_torch_file(path), role, path) for role in ROLES)
         loaded = self._config(student.config)
-        self.assembly = Builder(loaded).assemble(prepare=False)
+        self.assembly = Builder(loaded).assemble("measure")
         self.state = RunState(self.assembly, loaded.config, torch.device("cpu"))
         load_exactly(self.assembly.model, student.state, "the recorded student")
         self.teacher = self.state.models["teacher"]

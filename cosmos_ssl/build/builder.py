@@ -1,20 +1,35 @@
-"""From a config to a running job: the named parts are imported, checked, built and wired together."""
+"""From a config to objects, in one pass: its parts are imported, their options checked, and all is built and wired."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cosmos_ssl import registry
-from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Head, Loss, Modality, Part, Spec, Teacher, Tokenizer, Tower
+from cosmos_ssl.api import (
+    Augmenter,
+    Dataset,
+    Evaluator,
+    Head,
+    Loss,
+    Modality,
+    Part,
+    Spec,
+    Teacher,
+    Tokenizer,
+    Tower,
+    ViewSpec,
+)
 from cosmos_ssl.build.weights import start_from
-from cosmos_ssl.config import Config, LoadedConfig, part_paths
+from cosmos_ssl.config import LoadedConfig, part_paths
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError, first_line
 from cosmos_ssl.identity import fingerprint
@@ -27,6 +42,13 @@ MAX_PARAMETERS = 10**11
 """Of one part."""
 MAX_PIXELS = 1 << 26
 """Of all views of one sample together."""
+
+Mode: TypeAlias = Literal["check", "prepare", "measure", "train"]
+"""What all parts of a run are built for. ``check`` and ``prepare`` build the model on the meta device, without memory;
+``prepare`` and ``train`` write or index the data and look for those of evaluators, the others do not look at them.
+"""
+READING = ("towers", "tokenizers", "heads", "losses", "teachers")
+"""The groups of the parts that ``Builder.for_reading`` knows: a model that only encodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,48 +104,114 @@ def meta_device() -> Iterator[None]:
 class Builder:
     """Builds the parts of one config, in the order of ``Spec``; faults of one stage are raised together."""
 
-    def __init__(self, loaded: LoadedConfig, *, trust_code: bool = True) -> None:
-        """``trust_code``: also import classes that no installed package offers (``python:MODULE.CLASS``)."""
+    def __init__(
+        self, loaded: LoadedConfig, groups: Collection[str] = tuple(registry.GROUPS), *, trust_code: bool = True
+    ) -> None:
+        """Import the parts of ``groups`` and check their options. Raises ConfigError with every fault.
+
+        ``trust_code``: also import classes that no installed package offers (``python:MODULE.CLASS``).
+        """
         self.loaded = loaded
-        self.config: Config = loaded.config
+        self.config = loaded.config
         self.trust_code = trust_code
-        self.chosen = self._choose()
-
-    # ------------------------------------------------------------------ choosing
-
-    def _choose(self) -> dict[str, Chosen]:
-        """Import the named parts and check their options. Raises ConfigError with every fault."""
-        chosen: dict[str, Chosen] = {}
+        self.chosen: dict[str, Chosen] = {}
         faults: list[str] = []
-        for path, group, keys in part_paths(self.loaded.tree):
-            reserved = {"type", *registry.GROUPS[group].reserved}
+        for path, group, keys in part_paths(loaded.tree):
+            if group not in groups:
+                continue
             try:
                 record = registry.find(group, keys["type"])
-                cls = registry.load(record, trust_code=self.trust_code)
-                given = {key: value for key, value in keys.items() if key not in reserved}
+                cls = registry.load(record, trust_code=trust_code)
+                given = {key: value for key, value in keys.items() if key not in registry.GROUPS[group].reserved}
                 options, wrong = registry.check_options(record, cls, given)
             except PluginError as error:
-                faults.append(self._fault(f"{path}.type", str(error)))
+                faults.append(loaded.fault(f"{path}.type", str(error)))
                 continue
-            faults += [self._fault(f"{path}.{key}" if key else path, message) for key, message in wrong]
-            chosen[path] = Chosen(path, record, cls, options)
+            faults += [loaded.fault(f"{path}.{key}" if key else path, message) for key, message in wrong]
+            self.chosen[path] = Chosen(path, record, cls, options)
         if faults:
             raise ConfigError(faults)
-        return chosen
 
-    def _fault(self, path: str, message: str) -> str:
-        return self.loaded.fault(path, message)
+    # ------------------------------------------------------------------ what a config is built for
 
-    def _option_fault(self, path: str, error: ValueError) -> str:
-        """A part's own error; one that begins with ``OPTION: `` is located at that option."""
-        key, _, rest = str(error).partition(": ")
-        known = {option.name for option in registry.options_of(self.chosen[path].cls)}
-        located = rest and key.partition(".")[0] in known  # a dotted key reaches into an option's value
-        chosen = self.chosen[path]
-        whose = "" if chosen.record.own else f" ({chosen.source})"
-        return self._fault(f"{path}.{key}", rest + whose) if located else self._fault(path, str(error) + whose)
+    def assemble(self, mode: Mode, *, watched: Callable[[], AbstractContextManager[object]] = nullcontext) -> Assembly:
+        """Build and wire all parts of a run. ``watched`` is entered while data are prepared.
 
-    # ------------------------------------------------------------------ building
+        Raises ConfigError with all faults of a layer.
+        """
+        config = self.config
+        place = meta_device if mode in ("check", "prepare") else nullcontext
+        prepare = mode in ("prepare", "train")
+        watch = watched if prepare else nullcontext
+        tokenizer, spec = self._start()
+        with place():
+            towers, spec = self._towers(spec)
+            augmenters, spec = self._augmenters(spec)
+        with watch():
+            dataset, spec = self._dataset(spec, prepare=prepare)
+        with place():
+            model, spec = self._model(towers, spec)
+        start = ""
+        if config.model.pretrained is not None and mode == "train":
+            start = start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
+        teacher: Teacher = self._make("teacher", spec)
+        heads = {name: model.head(name) for name in model.heads}
+        losses = {name: model.loss(name) for name in model.losses}
+        plan = make_plan(spec, towers, heads, losses)
+        with watch():
+            evaluators = self._evaluators(spec, towers, prepare=prepare)
+        return Assembly(
+            spec=spec,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            augmenters=augmenters,
+            model=model,
+            build_model=lambda: self._model(self._towers(spec)[0], spec)[0],
+            teacher=teacher,
+            update_when=config.teacher.update_when,
+            plan=plan,
+            loss_weights={name: part.loss_weight for name, part in config.losses.items()},
+            evaluators=evaluators,
+            frozen=model.freeze_unread(plan),
+            start=start,
+            parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
+            places=self.places,
+        )
+
+    def for_reading(self, check: Callable[[Model], None]) -> tuple[Model, Spec, Tokenizer | None]:
+        """Build a model that only encodes, which ``check`` gets to see before it takes memory, and its tokenizer.
+
+        It has all its parameters, losses' too. No data set is built, and augmenters only where a part asks for what
+        they offer.
+        """
+        tokenizer, start = self._start()
+
+        def build() -> tuple[Model, Spec]:
+            torch.manual_seed(start.seed)
+            towers, spec = self._towers(start)
+
+            def offered() -> Spec:
+                return Builder(self.loaded, ("augmenters",), trust_code=self.trust_code)._augmenters(spec)[1]
+
+            image_views, text_views = Offers(lambda: offered().image_views), Offers(lambda: offered().text_views)
+            return self._model(towers, replace(spec, image_views=image_views, text_views=text_views))
+
+        with meta_device():
+            check(build()[0])
+        return *build(), tokenizer
+
+    def for_views(self) -> tuple[Mapping[Modality, Augmenter], Spec]:
+        """Build what draws the views of samples, without the model's weights and the data."""
+        spec = self._start()[1]
+        with meta_device():
+            spec = self._towers(spec)[1]
+        return self._augmenters(spec)
+
+    def held_out(self) -> str | None:
+        """Ask the data set for its held-out data (``Dataset.validation_data``), without a look at either."""
+        return self._dataset(self.for_views()[1], prepare=False)[1].validation_data
+
+    # ------------------------------------------------------------------ one part
 
     def _make(self, path: str, spec: Spec, faults: list[str] | None = None) -> Any:
         """One part, or None where the config has none; with ``faults`` a user's mistake is noted there instead of
@@ -131,11 +219,12 @@ class Builder:
         """
         if path not in self.chosen:
             return None
-        chosen = self.chosen[path]
         try:
-            return chosen.make(spec, path.rpartition(".")[2])
+            return self.chosen[path].make(spec, path.rpartition(".")[2])
+        except ConfigError:
+            raise  # located: another part's
         except PluginError as error:
-            message = self._fault(f"{path}.type", str(error))
+            message = self.loaded.fault(f"{path}.type", str(error))
         except ValueError as error:
             message = self._option_fault(path, error)
         if faults is None:
@@ -143,19 +232,27 @@ class Builder:
         faults.append(message)
         return None
 
-    def assemble(
-        self,
-        *,
-        meta: bool = False,
-        prepare: bool = True,
-        watched: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> Assembly:
-        """Build and wire everything.
+    def _layer(self, paths: Mapping[str, str], spec: Spec) -> dict[str, Any]:
+        """Parts that do not see one another: all their faults at once."""
+        faults: list[str] = []
+        made = {name: self._make(path, spec, faults) for name, path in paths.items()}
+        if faults:
+            raise ConfigError(faults)
+        return {name: part for name, part in made.items() if part is not None}
 
-        ``meta`` builds towers, heads and losses without memory (a check). ``prepare`` writes or indexes the
-        data and reads its size, while ``watched`` is entered; a check, or a model without its data, does not.
-        Raises ConfigError with all faults of a layer.
-        """
+    def _option_fault(self, path: str, error: ValueError) -> str:
+        """A part's own error; one that begins with ``OPTION: `` is located at that option."""
+        chosen = self.chosen[path]
+        key, _, rest = str(error).partition(": ")
+        known = {option.name for option in registry.options_of(chosen.cls)}
+        located = rest and key.partition(".")[0] in known  # a dotted key reaches into an option's value
+        whose = "" if chosen.record.own else f" ({chosen.source})"
+        return self.loaded.fault(f"{path}.{key}" if located else path, (rest if located else str(error)) + whose)
+
+    # ------------------------------------------------------------------ the layers, each with what it tells the next
+
+    def _start(self) -> tuple[Tokenizer | None, Spec]:
+        """The tokenizer, and what is known without the towers; start values are drawn from here on."""
         config = self.config
         spec = Spec(
             embed_dim=config.model.embed_dim,
@@ -170,57 +267,87 @@ class Builder:
         if tokenizer is not None:
             spec = replace(spec, context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size)
         torch.manual_seed(spec.seed)
-        with meta_device() if meta else nullcontext():
-            towers = self._towers(spec)
-            spec = replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in towers.items()}))
-            augmenters, offers = self._augmenters(spec)
-            spec = replace(spec, **offers)
-        with watched() if prepare else nullcontext():
-            dataset, spec = self._dataset(spec, prepare)
-        with meta_device() if meta else nullcontext():
-            heads, spec = self._heads(spec)
-            losses = self._losses(spec)
-        model = Model(towers, heads, losses, spec.embed_dim)
-        start = ""
-        if config.model.pretrained is not None and prepare and not meta:
-            start = start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
-        teacher: Teacher = self._make("teacher", spec)
-        plan = make_plan(spec, towers, heads, losses)
-        with watched() if prepare else nullcontext():
-            evaluators = self._evaluators(spec, towers, prepare)
-        return Assembly(
-            spec=spec,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            augmenters=augmenters,
-            model=model,
-            build_model=lambda: Model(self._towers(spec), self._heads(spec)[0], self._losses(spec), spec.embed_dim),
-            teacher=teacher,
-            update_when=config.teacher.update_when,
-            plan=plan,
-            loss_weights={name: part.loss_weight for name, part in config.losses.items()},
-            evaluators=evaluators,
-            frozen=model.freeze_unread(plan),
-            start=start,
-            parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
-            places=self._places,
-        )
+        return tokenizer, spec
 
-    def _dataset(self, spec: Spec, prepare: bool) -> tuple[Dataset | None, Spec]:
-        """The data set, and what is known with it."""
+    def _towers(self, spec: Spec) -> tuple[dict[Modality, Tower], Spec]:
+        made = cast(dict[Modality, Tower], self._layer({"image": "model.image", "text": "model.text"}, spec))
+        for modality, tower in made.items():
+            with blaming(tower, f"model.{modality}"):
+                checked_tower(tower, modality)
+        return made, replace(spec, **cast(dict[str, Any], {modality: tower.spec for modality, tower in made.items()}))
+
+    def _augmenters(self, spec: Spec) -> tuple[dict[Modality, Augmenter], Spec]:
+        made = self._layer({"image": "augmenters.image", "text": "augmenters.text"}, spec)
+        wrong = [
+            self.loaded.fault(f"augmenters.{modality}.type", f"'{each.part_name}' makes {each.modality} views")
+            for modality, each in made.items()
+            if each.modality != modality
+        ]
+        if wrong:
+            raise ConfigError(wrong)
+        offers = {}
+        for modality, augmenter in made.items():
+            with blaming(augmenter, f"augmenters.{modality}"):
+                offers[f"{modality}_views"] = checked_offers(augmenter.offers())
+        return cast(dict[Modality, Augmenter], made), replace(spec, **cast(dict[str, Any], offers))
+
+    def _dataset(self, spec: Spec, *, prepare: bool) -> tuple[Dataset | None, Spec]:
         dataset: Dataset | None = self._make("data", spec)
         if dataset is None:
             return None, spec
         with blaming(dataset, "data"):
             if prepare:
                 dataset.prepare()
-                spec = replace(
-                    spec, steps_per_epoch=max(1, int(checked_sizes(dataset.shard_sizes).sum()) // spec.batch_size)
-                )
+                samples = int(checked_sizes(dataset.shard_sizes).sum())
+                spec = replace(spec, steps_per_epoch=max(1, samples // spec.batch_size))
             return dataset, replace(spec, validation_data=dataset.validation_data)
 
-    def _places(self) -> dict[str, str | None]:
-        """What lies at the places that options name, and None for options that are no part of a run
+    def _model(self, towers: Mapping[Modality, Tower], spec: Spec) -> tuple[Model, Spec]:
+        """The model: heads in the order listed, each of which sees the outputs of those above, then losses."""
+        heads: dict[str, Head] = {}
+        spec = replace(spec, heads={})
+        for name in self.config.heads:
+            heads[name] = self._make(f"heads.{name}", spec)
+            with blaming(heads[name], f"heads.{name}"):
+                spec = replace(spec, heads={**spec.heads, name: checked_widths(heads[name].outputs())})
+        losses: dict[str, Loss] = self._layer({name: f"losses.{name}" for name in self.config.losses}, spec)
+        return Model(towers, heads, losses, spec.embed_dim), spec
+
+    def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
+        """Build the evaluators, which have looked at no data yet. Raises ConfigError."""
+        return self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec)
+
+    def missing_data(self, evaluators: Mapping[str, Evaluator]) -> list[str]:
+        """Return what evaluators do not find of their data."""
+        missing = []
+        for name, evaluator in evaluators.items():
+            try:
+                with blaming(evaluator, f"evaluators.{name}"):
+                    evaluator.prepare()
+            except DataError as error:
+                missing.append(self._option_fault(f"evaluators.{name}", error))
+        return missing
+
+    def _evaluators(self, spec: Spec, towers: Collection[Modality], *, prepare: bool) -> dict[str, ScheduledEvaluator]:
+        made = self.make_evaluators(spec)
+        missing = [
+            self.loaded.fault(f"evaluators.{name}.type", f"needs model.{modality}, which the config does not have")
+            for name, evaluator in made.items()
+            for modality in evaluator.modalities
+            if modality not in towers
+        ]
+        missing += self.missing_data(made) if prepare else []
+        if missing:
+            raise ConfigError(missing)
+        return {
+            name: ScheduledEvaluator(evaluator=each, every_epochs=self.config.evaluators[name].every_epochs)
+            for name, each in made.items()
+        }
+
+    # ------------------------------------------------------------------ what is asked of what was built
+
+    def places(self) -> dict[str, str | None]:
+        """Read what lies at the places that options name; None for options that are no part of a run
         (``identity.Identity``).
         """
         found: dict[str, str | None] = {}
@@ -235,64 +362,34 @@ class Builder:
             found["model.pretrained"] = fingerprint(self.config.model.pretrained)
         return found
 
-    def _towers(self, spec: Spec) -> dict[Modality, Tower]:
-        made = cast(dict[Modality, Tower], self._layer({"image": "model.image", "text": "model.text"}, spec))
-        for modality, tower in made.items():
-            with blaming(tower, f"model.{modality}"):
-                checked_tower(tower, modality)
-        return made
-
-    def _augmenters(self, spec: Spec) -> tuple[dict[Modality, Augmenter], dict[str, Any]]:
-        """The augmenters, and what they offer as fields of ``Spec``."""
-        made = self._layer({"image": "augmenters.image", "text": "augmenters.text"}, spec)
-        wrong = [
-            self._fault(f"augmenters.{modality}.type", f"'{augmenter.part_name}' makes {augmenter.modality} views")
-            for modality, augmenter in made.items()
-            if augmenter.modality != modality
-        ]
-        if wrong:
-            raise ConfigError(wrong)
-        offers = {}
-        for modality, augmenter in made.items():
-            with blaming(augmenter, f"augmenters.{modality}"):
-                offers[f"{modality}_views"] = checked_offers(augmenter.offers())
-        return cast(dict[Modality, Augmenter], made), offers
-
     def check_sizes(self, assembly: Assembly) -> None:
         """Raise ConfigError for parts and views that no machine holds, views that a tower cannot encode, heads without
         samples to mix.
         """
         spec, model, faults = assembly.spec, assembly.model, []
         parts: dict[str, nn.Module] = {f"model.{modality}": tower for modality, tower in model.towers.items()}
-        parts |= {f"heads.{name}": model.head(name) for name in model.heads} | {
-            f"losses.{name}": model.loss(name) for name in model.losses
-        }
+        parts |= {f"heads.{name}": head for name, head in model.heads.items()}
+        parts |= {f"losses.{name}": loss for name, loss in model.losses.items()}
         for path, part in parts.items():
             count = sum(parameter.numel() for parameter in part.parameters())
             if count > MAX_PARAMETERS:
-                faults.append(self._fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
-        mixing = [
-            name for name in assembly.plan.student.heads if model.head(name).mixes_samples and spec.batch_size < 2
-        ]
+                faults.append(self.loaded.fault(path, f"{count:,} parameters, at most {MAX_PARAMETERS:,} can be"))
         faults += [
-            self._fault(f"heads.{name}", "mixes samples, and training.batch_size is 1. Take at least 2")
-            for name in mixing
+            self.loaded.fault(f"heads.{name}", "mixes samples, and training.batch_size is 1. Take at least 2")
+            for name in assembly.plan.student.heads
+            if model.head(name).mixes_samples and spec.batch_size < 2
         ]
         for modality, tower in model.towers.items():
             views = spec.views(modality)
             pixels = sum(view.views * (view.size or 0) ** 2 for view in views.values())
             if pixels > MAX_PIXELS:
                 faults.append(
-                    self._fault(
+                    self.loaded.fault(
                         f"augmenters.{modality}", f"{pixels:,} pixels of views a sample, at most {MAX_PIXELS:,} can be"
                     )
                 )
-            read = {
-                name
-                for role in (assembly.plan.student, assembly.plan.teacher)
-                if role is not None
-                for name in role.of(modality)
-            }
+            roles = filter(None, (assembly.plan.student, assembly.plan.teacher))
+            read = {name for role in roles for name in role.of(modality)}
             with blaming(tower, f"model.{modality}"):
                 try:
                     tower.check_inputs({name: view for name, view in views.items() if name in read})
@@ -301,56 +398,17 @@ class Builder:
         if faults:
             raise ConfigError(faults)
 
-    def _heads(self, spec: Spec) -> tuple[dict[str, Head], Spec]:
-        """The heads in the order listed; each sees the outputs of those above."""
-        heads: dict[str, Head] = {}
-        spec = replace(spec, heads={})
-        for name in self.config.heads:
-            heads[name] = self._make(f"heads.{name}", spec)
-            with blaming(heads[name], f"heads.{name}"):
-                spec = replace(spec, heads={**spec.heads, name: checked_widths(heads[name].outputs())})
-        return heads, spec
 
-    def _losses(self, spec: Spec) -> dict[str, Loss]:
-        return cast(dict[str, Loss], self._layer({name: f"losses.{name}" for name in self.config.losses}, spec))
+class Offers(UserDict[str, ViewSpec]):
+    """The views that an augmenter offers; it is built when somebody asks for them."""
 
-    def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
-        """The evaluators, which have looked at no data yet. Raises ConfigError."""
-        return cast(
-            dict[str, Evaluator], self._layer({name: f"evaluators.{name}" for name in self.config.evaluators}, spec)
-        )
+    def __init__(self, ask: Callable[[], Mapping[str, ViewSpec]]) -> None:
+        self._ask = ask
 
-    def _evaluators(self, spec: Spec, towers: Mapping[Modality, Tower], prepare: bool) -> dict[str, ScheduledEvaluator]:
-        made = self.make_evaluators(spec)
-        missing = [
-            self._fault(f"evaluators.{name}.type", f"needs model.{modality}, which the config does not have")
-            for name, evaluator in made.items()
-            for modality in evaluator.modalities
-            if modality not in towers
-        ]
-        missing += self.missing_data(made) if prepare else []
-        if missing:
-            raise ConfigError(missing)
-        return {
-            name: ScheduledEvaluator(evaluator=e, every_epochs=self.config.evaluators[name].every_epochs)
-            for name, e in made.items()
-        }
+    @cached_property
+    def data(self) -> dict[str, ViewSpec]:  # type: ignore[override]
+        """What UserDict works on."""
+        return dict(self._ask())
 
-    def missing_data(self, evaluators: Mapping[str, Evaluator]) -> list[str]:
-        """What evaluators do not find of their data."""
-        missing = []
-        for name, evaluator in evaluators.items():
-            try:
-                with blaming(evaluator, f"evaluators.{name}"):
-                    evaluator.prepare()
-            except DataError as error:
-                missing.append(self._option_fault(f"evaluators.{name}", error))
-        return missing
-
-    def _layer(self, paths: Mapping[str, str], spec: Spec) -> dict[str, Any]:
-        """Parts that do not see one another: all their faults at once."""
-        faults: list[str] = []
-        made = {name: self._make(path, spec, faults) for name, path in paths.items()}
-        if faults:
-            raise ConfigError(faults)
-        return {name: part for name, part in made.items() if part is not None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.data,)

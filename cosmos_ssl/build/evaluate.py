@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cosmos_ssl import __version__
-from cosmos_ssl.api import Role, Spec, UserError
-from cosmos_ssl.build import load
+from cosmos_ssl.api import Role, UserError
+from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.reading import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.data.cache import cache_root
@@ -79,21 +80,15 @@ def evaluate(
     settings = {"batch_size": batch_size, "workers": workers, "allow_missing": allow_missing, "progress": progress}
     with joined_world(device), as_run_errors():
         if isinstance(model, ModelEncoder):
-            return _run(
-                {"model": lambda: _in_precision(model, precision)},
-                "model",
-                task,
-                told,
-                settings,
-                lambda encoder, options: FeatureStore(None),
-            )
-        source = _found(model)
-        roles: dict[str, Callable[[], ModelEncoder]] = {}
-        roles |= {
+            one = {"model": lambda: _in_precision(model, precision)}
+            return _run(one, "model", task, told, settings, lambda encoder, options: FeatureStore(None))
+        source = World().run_on_first(lambda: find_source(model))  # one rank fetches; all read the same checkpoint
+        source = source if source.folder is not None else find_source(model)
+        roles: dict[str, Callable[[], ModelEncoder]] = {
             role: partial(_load, source, role, device, precision, overrides, trust_code)
             for role in _roles(source, which)
         }
-        told = told if "data" in told else {**_evaluator_of_run(source, task), **told}
+        told = told if "data" in told else {**_evaluator_of_run(source, task, overrides, trust_code), **told}
         name = str(source) if source.folder is not None else str(model)
         return _run(roles, name, task, told, settings, partial(_store, source, task, overrides))
 
@@ -122,13 +117,16 @@ def _run(
     store: Callable[[ModelEncoder, Options], FeatureStore],
 ) -> dict[str, Any]:
     """The report of all roles, evaluated one after another."""
+    if told.get("data") is None:
+        raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
+    known = {field.name for field in fields(Options)}
+    options = Options(**{option: value for option, value in told.items() if option in known})
     metrics: dict[str, float] = {}
     made: Task | None = None
     jobs: list[Job] = []
     for role, make in roles.items():
         encoder = make()
         check_model(task, encoder)
-        options = _options(told, encoder.spec, name)
         job = Job(store=store(encoder, options), max_samples=told.get("max_samples"), **settings)
         made = made or TASKS[task](options, job)
         jobs.append(job)
@@ -149,12 +147,6 @@ def _run(
         "device": encoder.device.type,
         "metrics": metrics,
     }
-
-
-def _found(given: str | Path) -> Source:
-    """The file or folder that is read: of a run folder its newest checkpoint, the same for all roles and ranks."""
-    found = World().run_on_first(lambda: find_source(given))  # one rank fetches
-    return found if found.folder is not None else find_source(given)
 
 
 def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
@@ -194,29 +186,25 @@ def _precision_of(encoder: ModelEncoder) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == encoder.dtype), str(encoder.dtype))
 
 
-def _options(told: Mapping[str, Any], spec: Spec, name: str) -> Options:
-    """What is told of the task and its data."""
-    known = {field.name for field in fields(Options)}
-    data = told.get("data") or spec.validation_data
-    if data is None:
-        raise UserError(f"--data: name what to evaluate on, since {name} does not tell it")
-    return Options(**{**{option: value for option, value in told.items() if option in known}, "data": data})
-
-
-def _config_of_run(checkpoint: Source) -> LoadedConfig | None:
+def _config_of_run(checkpoint: Source, overrides: Sequence[str] = ()) -> LoadedConfig | None:
     """The config of the run that wrote a checkpoint; None for other models."""
-    config = None if checkpoint.folder is None else checkpoint.folder.parent.parent / "config.yaml"
-    return load_config(config) if config is not None and config.is_file() else None
+    config = None if checkpoint.run is None else checkpoint.run / "config.yaml"
+    return load_config(config, overrides) if config is not None and config.is_file() else None
 
 
-def _evaluator_of_run(checkpoint: Source, task: str) -> dict[str, Any]:
-    """The options of the run's own evaluator of this task, if there is one; several shards are joined by ``::``."""
-    config = _config_of_run(checkpoint)
-    evaluators = {} if config is None else config.tree["evaluators"]
+def _evaluator_of_run(checkpoint: Source, task: str, overrides: Sequence[str], trust_code: bool) -> dict[str, Any]:
+    """The options of the run's own evaluator of this task, if there is one, and by default what its data set holds out;
+    several shards are joined by ``::``.
+    """
+    config, builds = _config_of_run(checkpoint), _config_of_run(checkpoint, ("evaluators=null", *overrides))
+    if config is None or builds is None:
+        return {}
     found: Mapping[str, Any] = next(
-        (part for part in evaluators.values() if part["type"].rpartition(":")[2] == task), {}
+        (part for part in config.tree["evaluators"].values() if part["type"].rpartition(":")[2] == task), {}
     )
     given = {name: value for name, value in found.items() if value is not None}
+    if "data" not in given:
+        given["data"] = Builder(builds, trust_code=trust_code).held_out()
     return {n: "::".join(v) if n in ("data", "train_data") and isinstance(v, list) else v for n, v in given.items()}
 
 

@@ -1,23 +1,17 @@
-"""What is done with a config in this process: check it, train it, load what it trained."""
+"""What is done with a config in this process: it is checked, and trained."""
 
 from __future__ import annotations
 
-import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cosmos_ssl.api import Augmenter, Modality, Role, Spec
 from cosmos_ssl.build.builder import Builder
-from cosmos_ssl.build.weights import Source, find_source, read_weights
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.engine.accumulate import refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.checkpoint import check_fit
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
@@ -27,108 +21,9 @@ from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import ConfigError
 from cosmos_ssl.files import storage_faults
-from cosmos_ssl.interop.matching import compare
 from cosmos_ssl.liveness import on_alive
-from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.registry import shown
 from cosmos_ssl.streams import steady_streams
-
-log = logging.getLogger(__name__)
-
-
-def check(loaded: LoadedConfig) -> Assembly:
-    """Stage two: import the named parts, check their options and what they require, on the meta device."""
-    check_names(loaded)
-    if loaded.config.data is None:
-        raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
-    builder = Builder(loaded)
-    assembly = builder.assemble(meta=True, prepare=False)
-    builder.check_sizes(assembly)
-    if loaded.config.training.micro_batch_size is not None:
-        refuse_accumulation(assembly)
-    return assembly
-
-
-def make_augmenters(loaded: LoadedConfig) -> tuple[Spec, dict[Modality, Augmenter]]:
-    """What draws the views of a config, without its data and weights, and the spec that it was made for.
-
-    Raises ConfigError.
-    """
-    builder = Builder(loaded)
-    spec = builder.assemble(meta=True, prepare=False).spec
-    return spec, builder._augmenters(spec)[0]
-
-
-@contextmanager
-def watched(loaded: LoadedConfig) -> Iterator[None]:
-    """End this process where nothing is heard of the data's preparation for as long as of a step."""
-    rank = World().rank
-    folder = RunFolder(loaded.config.folder, rank)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    minutes = loaded.config.training.timeout_minutes
-    watchdog = Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data")
-    with watchdog, on_alive(watchdog.alive):
-        yield
-
-
-def check_names(loaded: LoadedConfig) -> None:
-    """Raise ConfigError where ``name`` or ``output_dir`` would write more into a batch script, or elsewhere than it
-    says.
-    """
-    name, folder = loaded.config.name, loaded.config.output_dir
-    faults = [
-        loaded.fault(key, f"{shown(text)} holds control characters, such as line ends. Leave them out")
-        for key, text in (("name", name), ("output_dir", folder or ""))
-        if any(unicodedata.category(letter) == "Cc" for letter in text)
-    ]
-    if folder is None and (name in ("", ".", "..") or "/" in name):
-        faults.append(
-            loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir")
-        )
-    if faults:
-        raise ConfigError(faults)
-
-
-def claim(folder: Path) -> None:
-    """Raise UserError unless a run could write into ``folder`` now."""
-    with RunFolder(folder).locked():
-        pass
-
-
-def _claim(folder: Path, fork: str | Path | None) -> None:
-    claim(folder)
-    if fork is not None:
-        ask_fork(RunFolder(folder), fork)
-
-
-def run(
-    loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None
-) -> dict[str, float]:
-    """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
-
-    ``fork``: a run folder, or one of its checkpoints, that a new run goes on from.
-    ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
-    """
-    with (
-        steady_streams(),
-        Signals(at_once=True, leaving=leaving) as signals,
-        joined_world(loaded.config.training.device),
-    ):
-        try:
-            return _trainer(loaded, fork=fork, signals=signals).train()
-        except Interrupted as error:
-            if leaving is not None:
-                error.exit_code = leaving(error.number)
-            raise
-
-
-@storage_faults("storage fails")
-def _trainer(
-    loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
-) -> Trainer:
-    World().run_on_first(lambda: _claim(loaded.config.folder, fork))  # said now rather than after the data is ready
-    assembly = Builder(loaded).assemble(watched=lambda: watched(loaded))
-    return Trainer(assembly, loaded.config, loaded.config.folder, writers=writers, signals=signals)
 
 
 def train(
@@ -162,32 +57,86 @@ def make_trainer(
     return _trainer(loaded, fork=fork, writers=writers)
 
 
-def load(
-    checkpoint: str | Path | Source,
-    which: Role = "student",
-    *,
-    device: torch.device | str = "cpu",
-    overrides: Sequence[str] = (),
-    trust_code: bool = False,
-) -> ModelEncoder:
-    """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
+def check(loaded: LoadedConfig) -> Assembly:
+    """Stage two: import the named parts, check their options and what they require, on the meta device.
 
-    ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
-    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages;
-    ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is
-    logged in a line, at the level of information. Raises CheckpointError for anything else, for what is damaged, and
-    where weights do not fit or are not finite, ConfigError for a part that cannot be used.
+    Raises ConfigError.
     """
-    weights = read_weights(find_source(checkpoint), which)
-    loaded = load_config(weights.config, ["evaluators=null", *overrides])
-    assumed = weights.assumed(loaded)
-    builder = Builder(loaded, trust_code=trust_code)
-    check_fit(builder.assemble(meta=True, prepare=False).model, weights.state, weights.source)  # before memory is taken
-    assembly = builder.assemble(prepare=False)
-    weights.check_finite(assembly.model, weights.state)
-    assembly.model.load_state_dict(weights.state)
-    assembly.model.requires_grad_(False).eval()
-    report = compare(assembly.model, weights.state, weights.left_out)
-    log.info("%s", "; ".join(filter(None, (f"the {which} of {weights.source}: {report}", assumed))))
-    return ModelEncoder(assembly.model, assembly.spec, assembly.tokenizer, device=device)
+    _check_names(loaded)
+    if loaded.config.data is None:
+        raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
+    builder = Builder(loaded)
+    assembly = builder.assemble("check")
+    builder.check_sizes(assembly)
+    if loaded.config.training.micro_batch_size is not None:
+        refuse_accumulation(assembly)
+    return assembly
+
+
+def _check_names(loaded: LoadedConfig) -> None:
+    """Raise ConfigError where ``name`` or ``output_dir`` would write more into a batch script, or elsewhere than it
+    says.
+    """
+    name, folder = loaded.config.name, loaded.config.output_dir
+    faults = [
+        loaded.fault(key, f"{shown(text)} holds control characters, such as line ends. Leave them out")
+        for key, text in (("name", name), ("output_dir", folder or ""))
+        if any(unicodedata.category(letter) == "Cc" for letter in text)
+    ]
+    if folder is None and (name in ("", ".", "..") or "/" in name):
+        faults.append(
+            loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir")
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def run(
+    loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None
+) -> dict[str, float]:
+    """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
+
+    ``fork``: a run folder, or one of its checkpoints, that a new run goes on from.
+    ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
+    """
+    with (
+        steady_streams(),
+        Signals(at_once=True, leaving=leaving) as signals,
+        joined_world(loaded.config.training.device),
+    ):
+        try:
+            return _trainer(loaded, fork=fork, signals=signals).train()
+        except Interrupted as error:
+            if leaving is not None:
+                error.exit_code = leaving(error.number)
+            raise
+
+
+@storage_faults("storage fails")
+def _trainer(
+    loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
+) -> Trainer:
+    folder = loaded.config.folder
+    World().run_on_first(lambda: claim(folder, fork))  # said now rather than after the data is ready
+    assembly = Builder(loaded).assemble("train", watched=lambda: watched(loaded))
+    return Trainer(assembly, loaded.config, folder, writers=writers, signals=signals)
+
+
+def claim(folder: Path, fork: str | Path | None = None) -> None:
+    """Raise UserError unless a run could write into ``folder`` now; note there what it goes on from by ``fork``."""
+    with RunFolder(folder).locked():
+        pass
+    if fork is not None:
+        ask_fork(RunFolder(folder), fork)
+
+
+@contextmanager
+def watched(loaded: LoadedConfig) -> Iterator[None]:
+    """End this process where nothing is heard of the data's preparation for as long as of a step."""
+    rank = World().rank
+    folder = RunFolder(loaded.config.folder, rank)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    minutes = loaded.config.training.timeout_minutes
+    watchdog = Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data")
+    with watchdog, on_alive(watchdog.alive):
+        yield

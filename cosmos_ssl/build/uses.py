@@ -6,14 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from cosmos_ssl import __version__
 from cosmos_ssl.api import Role
-from cosmos_ssl.build import load
+from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
-from cosmos_ssl.engine.checkpoint import checkpoint_step
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
@@ -21,44 +18,11 @@ from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
 from cosmos_ssl.evaluation.embedding_input import What, open_samples
 from cosmos_ssl.evaluation.samples import threads_of_this_process
-from cosmos_ssl.files import storage_faults
+from cosmos_ssl.files import checkpoint_step, storage_faults
 from cosmos_ssl.interop.export import export as write_form
 from cosmos_ssl.interop.forms import FORMS
 from cosmos_ssl.interop.model_card import Origin
 from cosmos_ssl.models.encoder import ModelEncoder
-
-
-def open_model(
-    model: str | Path | ModelEncoder,
-    which: Role = "student",
-    *,
-    device: str = "auto",
-    overrides: Sequence[str] = (),
-    trust_code: bool = False,
-) -> tuple[ModelEncoder, str]:
-    """A model, and the name of what was read: of a run folder its newest checkpoint.
-
-    A loaded model stays as it is. Raises UserError.
-    """
-    if isinstance(model, ModelEncoder):
-        return model, "model"
-    place = choose_device(device)
-    source = find_source(model)
-    return load(source, which, device=place, overrides=overrides, trust_code=trust_code), str(source)
-
-
-def choose_device(name: str) -> str:
-    """The device of this name, of ``auto`` the GPU, or the CPU where there is none.
-
-    Raises UserError for one that is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; no driver; a number that is not there
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -153,7 +117,7 @@ class Exported(NamedTuple):
 
     roles: tuple[Role, ...]
     notes: list[str]
-    """What people should know of it."""
+    """For people: what the other library does otherwise."""
 
 
 def export(
@@ -186,9 +150,9 @@ def export(
 
 def _origin(given: str, source: Source, licence: str) -> Origin:
     """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
-    if source.folder is None:
+    run = source.run
+    if source.folder is None or run is None:
         return Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
-    run = source.folder.parent.parent
     result = RunFolder(run).result()
     step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
     metrics = result["metrics"] if result is not None and result["step"] == step else {}

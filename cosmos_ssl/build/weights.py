@@ -4,8 +4,7 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from torch import Tensor
 from cosmos_ssl.api import Role
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.source import read_file
-from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.interop.attention_heads import assume_heads, told_heads
 from cosmos_ssl.interop.files import find_nonfinite
 from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
@@ -35,45 +35,39 @@ class Source:
     folder: Path | None = None
     """Of a run: the folder of the checkpoint."""
 
+    @property
+    def run(self) -> Path | None:
+        """Of a run: its folder."""
+        return None if self.folder is None else self.folder.parent.parent
+
     def __str__(self) -> str:
         return self.name
 
 
 def find_source(checkpoint: str | Path | Source) -> Source:
-    """What ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
+    """Find what ``checkpoint`` names: of a run folder its newest sound checkpoint. A released model is fetched.
 
     Raises CheckpointError for a checkpoint that is damaged, and for anything else.
     """
     if isinstance(checkpoint, Source):
         return checkpoint
-    with _readable(checkpoint):
-        return _found(checkpoint_path(checkpoint))
-
-
-@contextmanager
-def _readable(checkpoint: str | Path) -> Iterator[None]:
     try:
-        yield
-    except OSError as error:  # a name that no file can have, a folder that may not be looked into
-        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
-
-
-def _found(path: Path) -> Source:
-    if is_foreign(path):
-        return Source(str(path))
-    if is_checkpoint(path):
-        fault = find_fault(path)
-        if fault is not None:
-            raise CheckpointError(f"{path} is damaged: {fault}")
-        return Source(str(path), path)
-    newest = latest_checkpoint(path)
-    if newest is None:
+        path = checkpoint_path(checkpoint)
+        if is_foreign(path):
+            return Source(str(path))
+        if is_checkpoint(path):
+            if fault := find_fault(path):
+                raise CheckpointError(f"{path} is damaged: {fault}")
+            return Source(str(path), path)
+        if newest := latest_checkpoint(path):
+            return Source(str(newest), newest)
         if checkpoint_folders(path):
             raise CheckpointError(f"{path} holds no sound checkpoint: all were passed over")
-        raise CheckpointError(
-            f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
-        )
-    return Source(str(newest), newest)
+    except OSError as error:  # a name that no file can have, a folder that may not be looked into
+        raise CheckpointError(f"{str(checkpoint)[:100]} cannot be read: {error.strerror}") from error
+    raise CheckpointError(
+        f"{path} is no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +87,7 @@ class Weights:
             raise CheckpointError(f"{self.source}: {sick} holds a NaN or an infinity")
 
     def assumed(self, loaded: LoadedConfig) -> str:
-        """For people: what a config of theirs, with overrides, leaves to assume.
+        """Tell people what a config of theirs, with overrides, leaves to assume.
 
         Raises CheckpointError where that would be a guess.
         """
@@ -105,10 +99,8 @@ def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weigh
 
     Their values stay in the file until they are used. Raises CheckpointError.
     """
-    if source.folder is not None:
-        return Weights(
-            source=source, config=source.folder.parent.parent / "config.yaml", state=load_tensors(source.folder, which)
-        )
+    if source.folder is not None and source.run is not None:
+        return Weights(source=source, config=source.run / "config.yaml", state=load_tensors(source.folder, which))
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
@@ -152,8 +144,8 @@ def _of_tower(name: str) -> bool:
 
 
 def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:
-    """For people, of towers whose attention was taken: those that were trained with other heads than the model's, and
-    what is assumed.
+    """Of the towers whose attention was taken, name those that were trained with other heads than the model's; and what
+    is assumed of the others.
     """
     config = weights.config
     ours = isinstance(config, Path)

@@ -85,7 +85,7 @@ def _flops(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     builders = [Builder(each) for each in loaded]  # a wrong option of the last is said before the first is run
     options = {"samples": arguments.samples, "caption_tokens": arguments.caption_tokens}
-    costs = [measure_step(each.assemble(prepare=False), each.config, **options, device=device) for each in builders]
+    costs = [measure_step(each.assemble("measure"), each.config, **options, device=device) for each in builders]
     names = [each.config.name for each in loaded]
     names = names if len(set(names)) == len(names) else list(arguments.configs)
     _print(names, costs, arguments)

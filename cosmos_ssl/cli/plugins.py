@@ -135,7 +135,7 @@ def _show(arguments: argparse.Namespace) -> int:
     record = _named(arguments.part)
     cls = registry.load(record)
     options = registry.options_of(cls)
-    reserved = registry.GROUPS[record.group].reserved
+    reserved = registry.GROUPS[record.group].reserved[1:]
     found = facts(record, cls, _given(record, cls, arguments.overrides))
     print(record)
     if cls.__doc__:

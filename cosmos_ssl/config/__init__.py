@@ -1,10 +1,10 @@
-"""The config: every section with its keys, types and defaults, and how a YAML file becomes one.
+"""From YAML (``source``) to a checked config (``loading``, ``sections``), the ranks that can share it, its JSON Schema.
 
-Options of parts are not here: they are the arguments of the part's constructor, checked in a second stage
-(``build``) that imports the parts. The first stage, ``load_config``, imports none.
+This is the first stage, which imports no part: their options are checked in the second, ``build``. Imports the
+registry, and never torch.
 """
 
-from cosmos_ssl.config.loading import NAMED_GROUPS, SINGLE_PARTS, LoadedConfig, load_config, locate, part_paths
+from cosmos_ssl.config.loading import NAMED_GROUPS, SINGLE_PARTS, LoadedConfig, load_config, part_paths
 from cosmos_ssl.config.sections import (
     CheckpointsConfig,
     Config,
@@ -25,6 +25,5 @@ __all__ = [
     "ScheduleConfig",
     "TrainingConfig",
     "load_config",
-    "locate",
     "part_paths",
 ]

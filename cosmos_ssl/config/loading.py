@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cosmos_ssl import registry
 from cosmos_ssl.config.sections import Config
@@ -58,26 +58,13 @@ class LoadedConfig:
     path: Path | None = None
 
     def origin(self, path: str) -> str:
-        """Where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
+        """Tell where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
         node = self.root.at(path.split("."))
         return node.origin if node is not None else "default"
 
     def fault(self, path: str, message: str) -> str:
-        """A fault of the value under a key path, as ConfigError wants it."""
-        return fault(locate(self, path), path, message)
-
-
-def locate(loaded: LoadedConfig, path: str) -> str:
-    """Where a key path, or the nearest section above it that was written down, was written."""
-    return _locate(loaded.root, path.split(".") if path else [])
-
-
-def _locate(root: Node, keys: Sequence[str]) -> str:
-    for length in range(len(keys), 0, -1):
-        node = root.at(keys[:length])
-        if node is not None:
-            return node.origin
-    return root.origin
+        """A fault of the value under a key path, for ConfigError: where it, or what is above it, was written."""
+        return fault(self.root.nearest(path.split(".")).origin, path, message)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -114,7 +101,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def _located(root: Node, found: Found) -> list[str]:
-    return [fault(_locate(root, keys), ".".join(keys), message) for keys, message in found]
+    return [fault(root.nearest(keys).origin, ".".join(keys), message) for keys, message in found]
 
 
 Found = list[tuple[list[str], str]]
@@ -163,14 +150,12 @@ def _needless_nulls(root: Node) -> Found:
         named = root.at([group])
         nodes = named.value if named is not None and isinstance(named.value, dict) else {}
         there = [name for name, node in nodes.items() if node.value is not None or node.removes]
-        for name, node in nodes.items():
-            if node.value is None and not node.removes:
-                found.append(
-                    (
-                        [group, name],
-                        f"there is no {registry.GROUPS[group].noun} of this name to remove.{did_you_mean(name, there)}",
-                    )
-                )
+        noun = registry.GROUPS[group].noun
+        found += [
+            ([group, name], f"there is no {noun} of this name to remove.{did_you_mean(name, there)}")
+            for name in nodes
+            if name not in there
+        ]
     return found
 
 
@@ -181,22 +166,16 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
             return Config.model_validate_json(json.dumps(tree)), []
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        nulls = [
-            found["loc"] for found in errors if found["type"] != "extra_forbidden" and _is_null(tree, found["loc"])
-        ]
-        if not nulls:
-            return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
-        for loc in nulls:
+        removed = False
+        for *above, key in (found["loc"] for found in errors if found["type"] != "extra_forbidden"):
             holder: Any = tree
-            for step in loc[:-1]:
+            for step in above:
                 holder = holder[step]
-            del holder[loc[-1]]
-
-
-def _is_null(tree: Any, loc: tuple[int | str, ...]) -> bool:
-    for step in loc[:-1]:
-        tree = tree[step]
-    return isinstance(tree, dict) and loc[-1] in tree and tree[loc[-1]] is None
+            if isinstance(holder, dict) and holder.get(key, "") is None:
+                del holder[key]
+                removed = True
+        if not removed:
+            return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
 
 
 def _message(error: Mapping[str, Any]) -> str:
@@ -213,14 +192,11 @@ def _keys(path: Sequence[str]) -> list[str]:
     """The keys of the section under ``path``."""
     section: Any = Config
     for key in path:
-        section = section.model_fields[key].annotation if _is_section(section) else typing.get_args(section)[-1]
+        of_section = hasattr(section, "model_fields")  # else a dictionary of sections
+        section = section.model_fields[key].annotation if of_section else typing.get_args(section)[-1]
         if type(None) in typing.get_args(section):
             section = typing.get_args(section)[0]
     return [*([] if path else ["extends"]), *section.model_fields]
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _part_faults(tree: Mapping[str, Any]) -> Found:
@@ -257,12 +233,8 @@ def _agreement_faults(config: Config) -> Found:
         if tower is not None and augmenter is None:
             found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
         if augmenter is not None and tower is None:
-            found.append(
-                (
-                    ["augmenters", modality],
-                    f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null",
-                )
-            )
+            message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
+            found.append((["augmenters", modality], message))
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found

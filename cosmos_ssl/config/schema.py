@@ -64,7 +64,7 @@ def _part_schema(record: registry.Record, definitions: dict[str, Any]) -> dict[s
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    properties: dict[str, Any] = {key: {} for key in ("type", *registry.GROUPS[record.group].reserved)}
+    properties: dict[str, Any] = {key: {} for key in registry.GROUPS[record.group].reserved}
     cls = registry.load(record)
     for option in registry.options_of(cls):
         try:

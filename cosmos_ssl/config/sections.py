@@ -1,7 +1,5 @@
-"""The config: every section with its keys, types and defaults, and how a YAML file becomes one.
-
-Options of parts are not here: they are the arguments of the part's constructor, checked in a second stage
-(``build``) that imports the parts. The first stage, ``load_config``, imports none.
+"""The sections of a config: every key with its type and default. Options of parts are not here: they are the
+arguments of the part's constructor.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from cosmos_ssl.pictures import BACKGROUND, is_colour
 
 def _colour(name: str) -> str:
     if not is_colour(name):
-        raise PydanticCustomError("colour", "Input should be a colour, such as white or '#ffa500'")
+        raise PydanticCustomError("wanted", "{wanted}", {"wanted": "a colour, such as white or '#ffa500'"})
     return name
 
 
@@ -201,5 +199,10 @@ class Config(Section):
 
     @property
     def lanes(self) -> int:
-        """``loader.lanes``, by default the largest divisor of the batch up to 256."""
-        return self.loader.lanes or max(n for n in range(1, 257) if self.training.batch_size % n == 0)
+        """The lanes of the order of samples."""
+        return self.loader.lanes or default_lanes(self.training.batch_size)
+
+
+def default_lanes(batch_size: int) -> int:
+    """``loader.lanes`` where it is not given: the largest divisor of the batch up to 256."""
+    return max(n for n in range(1, 257) if batch_size % n == 0)

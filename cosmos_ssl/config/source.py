@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -76,6 +77,10 @@ class Node:
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
+    def nearest(self, path: Sequence[str]) -> Node:
+        """The node under a key path, or the nearest one above it that was written down."""
+        return next(node for end in range(len(path), -1, -1) if (node := self.at(path[:end])) is not None)
 
 
 def fault(origin: str, path: str, message: str) -> str:
@@ -274,29 +279,18 @@ def find_config(name: str | Path, beside: Path = Path()) -> Path:
     """
     for folder in (beside, *config_folders()):
         for path in (folder / name, folder / f"{name}.yaml"):
-            if _is_file(path):
-                return path if folder == beside else _short(path)
-    if _is_there(beside / name):
-        raise UserError(f"no config '{name}': it is {'a folder' if (beside / name).is_dir() else 'no regular file'}")
+            with suppress(OSError):  # a name that is too long, a folder that may not be entered
+                if path.is_file():
+                    return path if folder == beside else _short(path)
+    with suppress(OSError):
+        if (beside / name).exists():
+            kind = "a folder" if (beside / name).is_dir() else "no regular file"
+            raise UserError(f"no config '{name}': it is {kind}")
     hint = did_you_mean(str(name).removesuffix(".yaml"), list(packaged_configs()))
     raise UserError(
         f"no config '{name}': there is no such file, and none of this name comes with cosmos-ssl.{hint} See: "
         "cosmos-ssl config list"
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 def _short(path: Path) -> Path:

@@ -24,9 +24,9 @@ from cosmos_ssl.data.folder_index import (
     shown,
     similar,
 )
-from cosmos_ssl.data.scan import EXAMPLES, folder_shards
+from cosmos_ssl.data.scan import folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
-from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.errors import did_you_mean, listed
 from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.pictures import MAX_PIXELS, read_regular
 
@@ -215,24 +215,20 @@ def splits_of(root: Path) -> tuple[Path, Path] | None:
 def folder_notices(index: FolderIndex) -> list[str]:
     """What a person should know of these folders, one line each."""
     notes, lines = index.notes, []
-
-    def some(examples: Sequence[str], count: int) -> str:
-        return ", ".join(examples) + (", ..." if count > EXAMPLES else "")
-
     if notes.loose:
-        which = some(notes.loose_examples, notes.loose)
+        which = listed(notes.loose_examples, total=notes.loose)
         lines.append(
             f"data: {notes.loose:,} pictures beside the {len(index.classes):,} class folders are left out ({which})"
         )
     if notes.empty:
         lines.append(
             f"data: {notes.empty:,} of {len(index.classes):,} class folders hold no picture "
-            f"({some(notes.empty_examples, notes.empty)})"
+            f"({listed(notes.empty_examples, total=notes.empty)})"
         )
     if notes.others:
         lines.append(
             f"data: {notes.others:,} files that are no pictures are left out "
-            f"({some(notes.other_examples, notes.others)})"
+            f"({listed(notes.other_examples, total=notes.others)})"
         )
     return lines
 

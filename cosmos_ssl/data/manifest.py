@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.cache import cache_root, digest, kept, open_head, save_columns
-from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan, some
+from cosmos_ssl.data.scan import EXAMPLES, Notes, Scan, expand, pool, scan
 from cosmos_ssl.data.storage import (
     BLOCK_BYTES,
     UNMARKED,
@@ -31,7 +31,7 @@ from cosmos_ssl.data.storage import (
     shard_name,
     stat,
 )
-from cosmos_ssl.errors import DataError
+from cosmos_ssl.errors import DataError, listed
 from cosmos_ssl.liveness import OnProgress, alive
 
 _MAGIC = b"cosmos-manifest-2\n"
@@ -253,8 +253,8 @@ def _scan_all(
     cut = [f"{shard_name(urls[i])}: {found[i].fault}" for i in order if found[i].fault]
     if cut:
         raise DataError(
-            f"data: {len(cut)} of {len(urls)} shards are cut short or damaged ({some(cut)}). Fetch them again; "
-            "'cosmos-ssl data check' lists all"
+            f"data: {len(cut)} of {len(urls)} shards are cut short or damaged ({listed(cut, limit=EXAMPLES)}). Fetch "
+            "them again; 'cosmos-ssl data check' lists all"
         )
     with pool(len(unhashed), processes=False) as executor:  # threads: hashing and reading leave the interpreter
         digests = executor.map(_full_hash, [urls[i] for i in unhashed], [stats[i] for i in unhashed])
@@ -281,7 +281,7 @@ def _checked(manifest: Manifest) -> Manifest:
     empty = [shard for shard in manifest.shards if shard.samples == 0]
     if len(manifest) == 0:
         what = "hold no image" if any(shard.notes.keys for shard in empty) else "are empty"
-        names = some([shard.name for shard in empty])
+        names = listed((shard.name for shard in empty), limit=EXAMPLES)
         raise DataError(f"data: no samples: all {len(empty)} shards {what} ({names})")
     told = told_sizes([s.url for s in manifest.shards])
     wrong = [
@@ -334,7 +334,7 @@ def notices(manifest: Manifest) -> list[str]:
 
     empty = [shard.name for shard in shards if shard.samples == 0]
     if empty:
-        lines.append(f"data: {len(empty)} of {len(shards)} shards are empty ({', '.join(empty[:EXAMPLES])})")
+        lines.append(f"data: {len(empty)} of {len(shards)} shards are empty ({listed(empty, limit=EXAMPLES)})")
     by_key = ". Members of a sample stand side by side and share their name up to the first dot"
     odd("imageless", "keys have no image and are left out", by_key)
     odd("repeated", "members have the name of an earlier one")
@@ -342,7 +342,7 @@ def notices(manifest: Manifest) -> list[str]:
     if unmarked:
         lines.append(
             f"data: {len(unmarked):,} of {len(shards):,} shards come without ETag and time of change, so that each run "
-            f"indexes and fetches them anew ({', '.join(unmarked[:EXAMPLES])})"
+            f"indexes and fetches them anew ({listed(unmarked, limit=EXAMPLES)})"
         )
     odd("bare", "images have no captions")
     return lines

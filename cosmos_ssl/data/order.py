@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.errors import DataError, UserError
 
-MAX_LANES = 256
 _SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE, _STEP = range(6)  # one stream of random numbers for each use
 
 
@@ -53,9 +52,9 @@ def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 class Order:
     """Which samples each step takes. Steps count from 0 over the whole run.
 
-    ``lanes`` defaults to the largest divisor of the batch up to 256; windows hold ``shuffle_samples`` / lanes samples
-    each, and a set of no more than ``shuffle_samples`` is permuted whole. Raises UserError where the lanes do not
-    divide the batch, DataError where the samples do not fill one batch.
+    ``lanes`` divide the batch, and ranks divide the lanes (``config.ranks``); windows hold ``shuffle_samples`` / lanes
+    samples each, and a set of no more than ``shuffle_samples`` is permuted whole. Raises DataError where the samples do
+    not fill one batch.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Order:
         shard_sizes: Sequence[int] | NDArray[np.int64],
         batch_size: int,
         *,
-        lanes: int | None = None,
+        lanes: int,
         shuffle_samples: int = 262_144,
         seed: int,
     ) -> None:
@@ -77,13 +76,8 @@ class Order:
                 f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). "
                 "Give more or a smaller batch"
             )
-        divisors = [n for n in range(1, min(batch_size, MAX_LANES) + 1) if batch_size % n == 0]
-        self.lanes = lanes or divisors[-1]
-        if batch_size % self.lanes:
-            raise UserError(
-                f"loader.lanes: {lanes} does not divide training.batch_size: {batch_size}. Possible: "
-                f"{', '.join(map(str, divisors))}"
-            )
+        assert batch_size % lanes == 0, (batch_size, lanes)
+        self.lanes = lanes
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         self._per_batch = batch_size // self.lanes
         self._lane_length = self.steps_per_epoch * self._per_batch
@@ -165,18 +159,6 @@ class Order:
         """The sample indices at ``rank_positions``."""
         share = self.batch_size // world
         return self.batch(step)[rank * share : (rank + 1) * share]
-
-    def possible_ranks(self) -> list[int]:
-        """Numbers of ranks that share the lanes evenly."""
-        return [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
-
-    def check_ranks(self, world: int) -> None:
-        """Raise UserError unless ``world`` ranks can share a batch."""
-        if self.lanes % world:
-            what = (
-                f"training.batch_size: {self.batch_size} cannot be shared by {world} ranks (loader.lanes: {self.lanes})"
-            )
-            raise UserError(f"{what}. Possible: {', '.join(map(str, self.possible_ranks()))}.")
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's order of shards, and where each of them ends in the sequence."""

@@ -270,11 +270,6 @@ def header_reader(url: str, size: int) -> Callable[[int, int], bytes]:
     return read
 
 
-def some(examples: Sequence[str]) -> str:
-    """The first of them, and dots for more."""
-    return ", ".join(examples[:EXAMPLES]) + (", ..." if len(examples) > EXAMPLES else "")
-
-
 def spread(count: int, most: int) -> Sequence[int]:
     """Evenly spread places, ``most`` of them or all."""
     return range(count) if most >= count else [i * count // most for i in range(most)]

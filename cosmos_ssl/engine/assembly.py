@@ -26,9 +26,10 @@ class ScheduledEvaluator:
 
 def make_order(config: Config, shard_sizes: NDArray[np.int64]) -> Order:
     """The order in which a run of this config takes the samples of shards of these sizes. Raises UserError."""
-    loader, training = config.loader, config.training
+    training = config.training
+    shuffle_samples = config.loader.shuffle_samples
     return Order(
-        shard_sizes, training.batch_size, lanes=loader.lanes, shuffle_samples=loader.shuffle_samples, seed=training.seed
+        shard_sizes, training.batch_size, lanes=config.lanes, shuffle_samples=shuffle_samples, seed=training.seed
     )
 
 

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
-from cosmos_ssl.config.files import set_aside
-from cosmos_ssl.engine.checkpoint import Snapshot, checkpoint_folders, checkpoint_step, save_checkpoint
+from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
+from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
-from cosmos_ssl.errors import CheckpointError, TrainingError
+from cosmos_ssl.errors import CheckpointError, TrainingError, listed
+from cosmos_ssl.files import checkpoint_folder, checkpoint_folders, checkpoint_step
 from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors, same_kind
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ TENSORS = ".safetensors"
 MAX_STEP = 1 << 48
 _CHUNK = 1 << 24
 _FILE = re.compile(r"[\w-][\w.-]*")
-_FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -76,9 +76,9 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
     finite.
     """
     _check_finite(snapshot)
-    parent = run_dir / "checkpoints"
+    final = checkpoint_folder(run_dir, snapshot.step)
+    parent = final.parent
     parent.mkdir(exist_ok=True)
-    final = parent / f"step_{snapshot.step:08d}"
     temporary = parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     _check_room(parent, snapshot)
@@ -164,18 +164,6 @@ def _sync_folder(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- finding
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The step that a checkpoint folder's name tells; None for other folders."""
-    match = _FOLDER.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, sound or not."""
-    folders = [path for path in (run_dir / "checkpoints").glob("step_*") if checkpoint_step(path) is not None]
-    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -285,8 +273,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) 
         elif name in tensors and not same_kind(tensors[name], value):
             faults.append(f"{name} is of {tensors[name].dtype}, the model's of {value.dtype}")
     if faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise CheckpointError(f"{source} does not fit the model: {shown}")
+        raise CheckpointError(f"{source} does not fit the model: {listed(faults, '; ')}")
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import make_order, total_steps
-from cosmos_ssl.engine.checkpoint import checkpoint_step, find_fault, latest_checkpoint, read_state
+from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint, read_state
 from cosmos_ssl.engine.run_folder import RunFolder, write_text
 from cosmos_ssl.errors import CheckpointError, UserError
+from cosmos_ssl.files import checkpoint_step
 from cosmos_ssl.identity import Identity
 
 
@@ -58,7 +59,7 @@ def told_fork(folder: RunFolder) -> Path | None:
         ) from error
 
 
-def find_source(folder: RunFolder, source: str | Path) -> Path | None:
+def fork_source(folder: RunFolder, source: str | Path) -> Path | None:
     """The checkpoint that a run in ``folder`` is to go on from; None where it has begun, as a fork of it.
 
     ``source`` is a run folder (its newest sound checkpoint) or one of its checkpoints. Raises UserError where the
@@ -86,8 +87,8 @@ def find_source(folder: RunFolder, source: str | Path) -> Path | None:
 
 
 def ask_fork(folder: RunFolder, source: str | Path) -> None:
-    """Note in a claimed ``folder`` what its run goes on from when it starts. Raises as ``find_source``."""
-    checkpoint = find_source(folder, source)
+    """Note in a claimed ``folder`` what its run goes on from when it starts. Raises as ``fork_source``."""
+    checkpoint = fork_source(folder, source)
     if checkpoint is not None:
         write_text(folder.fork, json.dumps({"checkpoint": str(checkpoint)}, indent=1))
 

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cosmos_ssl.config.files import set_aside
-from cosmos_ssl.files import written_whole
+from cosmos_ssl.files import set_aside, written_whole
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Tower
 from cosmos_ssl.config import OptimizerConfig, ScheduleConfig
-from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean
+from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
 from cosmos_ssl.models.model import Model
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -171,7 +171,7 @@ class Optimizer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a state that ``tensors`` gave. Raises CheckpointError where it is not this model's."""
-        strangers = _first(set(tensors) - {f"{name}.{key}" for name in self.names for key in _STATE})
+        strangers = listed(sorted(set(tensors) - {f"{name}.{key}" for name in self.names for key in _STATE}))
         if strangers:
             raise CheckpointError(f"the optimiser's state holds parameters that are not trained here: {strangers}")
         for name, parameter in self.names.items():
@@ -183,8 +183,3 @@ class Optimizer:
             step = own["step"].to(parameter.device if self.fused else "cpu", torch.float32, copy=True)
             moments = {key: torch.empty_like(parameter, requires_grad=False).copy_(own[key]) for key in _STATE[1:]}
             self.torch.state[parameter] = {"step": step, **moments}
-
-
-def _first(names: Iterable[str], limit: int = 4) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import Config
-from cosmos_ssl.config.files import read_object, set_aside
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import UserError, listed, printable
-from cosmos_ssl.files import written_whole
+from cosmos_ssl.files import read_object, set_aside, written_whole
 from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ class RunFolder:
             self._accepted = moved
         elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config ({listed(changed + moved, 4)}). Give another "
+                f"run folder {self.path} belongs to another config ({listed(changed + moved)}). Give another "
                 "output_dir. "
                 f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
                 f"model.pretrained={self.path} the weights alone"
@@ -160,7 +159,7 @@ class RunFolder:
         elif moved:
             how = "loader.changed_data=accept to go on with the shards of now"
             raise UserError(
-                f"run folder {self.path} belongs to another data set ({listed(moved, 4)}). Give another "
+                f"run folder {self.path} belongs to another data set ({listed(moved)}). Give another "
                 f"output_dir, or {how}."
             )
 
@@ -182,7 +181,7 @@ class RunFolder:
         """
         if finished and self._accepted:
             raise UserError(
-                f"run folder {self.path} is finished, with other data ({listed(self._accepted, 4)}). Give another "
+                f"run folder {self.path} is finished, with other data ({listed(self._accepted)}). Give another "
                 "output_dir"
             )
         if self._mine is not None and self.identity() != self._mine:
@@ -201,14 +200,14 @@ class RunFolder:
         if self._accepted:
             log.warning(
                 "the shards have changed since this run began (%s); it goes on with those of now",
-                listed(self._accepted, 4),
+                listed(self._accepted),
             )
         self.identify()
         write_text(self.config, dump_yaml(config.model_dump()))
         path = self.path / "versions.json"
         now = versions(parts)
         if path.exists() and (changed := differences(_older_versions(path, now), now)):
-            log.warning("versions have changed since this run last started: %s", listed(changed, 4))
+            log.warning("versions have changed since this run last started: %s", listed(changed))
         write_text(path, json.dumps(now, indent=1))
 
     # ------------------------------------------------------------------ its end

@@ -155,9 +155,11 @@ class Step:
         if counters.nonfinite_in_a_row >= limit:
             raise TrainingError(
                 f"step {step:,}: {what} is not finite, {limit} steps in a row (training.max_nonfinite_steps). "
-                f"Samples of this step: {listed(keys)}. Those of the others are in the run's log.txt"
+                f"Samples of this step: {listed(keys, limit=8)}. Those of the others are in the run's log.txt"
             )
-        log.warning("step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, listed(keys))
+        log.warning(
+            "step %s: %s is not finite, so the update is skipped (samples %s)", f"{step:,}", what, listed(keys, limit=8)
+        )
         return {}
 
 
@@ -232,7 +234,7 @@ class Gradients:
             parts = self.model.parts().items()
             owners = [told for prefix, told in parts if any(name.startswith(f"{prefix}.") for name in missed)]
             raise PluginError(
-                f"{', '.join(owners)}: no gradient reaches {listed(missed, 1)}. Let a loss read what they compute, "
-                f"or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
+                f"{', '.join(owners)}: no gradient reaches {listed(missed, limit=1)}. Let a loss read what they "
+                f"compute, or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
             )
         self.forward.proven = True

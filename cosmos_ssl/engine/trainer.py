@@ -413,7 +413,7 @@ class Run:
             log.info("resuming %s%s.", self._place(), moved)
         self._announce_precision(saved)
         if self.assembly.frozen:
-            log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen))
+            log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen, limit=8))
 
     def _announce_precision(self, saved: Mapping[str, Any] | None) -> None:
         """Say what ``auto`` is, that it has changed, and where a precision has no fast path."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import BadSample, DataError, Encoder, Sample, UserError
+from cosmos_ssl.errors import listed
 from cosmos_ssl.evaluation.feature_store import FeatureStore, Piece
 from cosmos_ssl.evaluation.samples import (
     Samples,
@@ -34,7 +35,6 @@ T = TypeVar("T")
 
 PIECES = 1024
 """So many pieces at most are kept of a set: more files than this slow a shared file system down."""
-_EXAMPLES = 5
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
@@ -83,16 +83,11 @@ class Job:
         """Warn of what is missing among ``count``, the first few by name; raise DataError unless it may be missing."""
         if not missing:
             return
-        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({some(missing)})"
+        told = f"{self.data}: {len(missing):,} of {count:,} {what} ({listed(missing)})"
         if not self.allow_missing:
             raise DataError(f"{told}. Go on without them: --allow-missing")
         if rank() == 0:
             _log.warning("%s; left out", told)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
 
 
 def features_of(
@@ -127,7 +122,7 @@ def features_of(
     size = _batch_size(len(chosen), job.batch_size)
     found = [piece for _, piece, _ in pieces(job, about, chosen, size, load, compute, what="pictures", stamp=stamp)]
     if changed := items_of_all(sources.changed()):
-        told = f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({some(changed)})"
+        told = f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({listed(changed)})"
         raise DataError(f"{told}. Run the same command again")
     bad = items_of_all([f"{key}: {reason}" for piece in found for _, key, reason in piece.bad])
     notes = items_of_all([note for piece in found for note in piece.notes])

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from cosmos_ssl.api import DataError
+from cosmos_ssl.errors import listed
 
-_EXAMPLES = 3
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -31,8 +31,7 @@ def repeated(names: Sequence[str]) -> str:
     ]
     if not found:
         return ""
-    more = f", and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-    return f"{', '.join(found[:_EXAMPLES])}{more}: their scores are equal, and the first of them counts"
+    return f"{listed(found, limit=3)}: their scores are equal, and the first of them counts"
 
 
 def in_order_of_folders(names: Sequence[str], folders: Sequence[str], source: str) -> list[str]:

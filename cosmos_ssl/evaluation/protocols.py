@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample
+from cosmos_ssl.errors import listed
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors
-from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, some, text_features
+from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
 from cosmos_ssl.evaluation.naming import spoken
 from cosmos_ssl.evaluation.retrieval import retrieval_metrics
 from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
@@ -169,10 +170,10 @@ def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[st
     wanted = list(dict.fromkeys(test.labels))
     strange = [label for label in wanted if label not in numbers]
     if strange:
-        none, count = some(list(map(repr, strange))), len(wanted) - len(strange)
+        none, count = listed(map(repr, strange)), len(wanted) - len(strange)
         told = f"{count:,} of {len(wanted):,} labels are known: {none} are none of the training samples'"
         if len(strange) == len(wanted):
-            raise DataError(f"{told}, which are {some(list(map(repr, numbers)))}")
+            raise DataError(f"{told}, which are {listed(map(repr, numbers))}")
         if rank() == 0:
             _log.warning("%s, and their samples cannot be found", told)
     known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Role, TowerSpec, UserError
-from cosmos_ssl.interop.official import CLIP_VOCABULARY, listed
+from cosmos_ssl.errors import listed
+from cosmos_ssl.interop.official import CLIP_VOCABULARY
 from cosmos_ssl.models.contract import is_built_in, is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.transformer import Blocks

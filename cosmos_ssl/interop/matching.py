@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from cosmos_ssl.errors import listed
 from cosmos_ssl.interop.files import same_kind
 
 
@@ -33,7 +34,7 @@ class LoadReport:
 
 
 def _some(names: Sequence[str], what: str) -> str:
-    return f"{len(names):,}{what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names):,}{what} ({listed(names, limit=3)})"
 
 
 def compare(module: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ()) -> LoadReport:

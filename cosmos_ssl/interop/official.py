@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.api import Role
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, listed
 from cosmos_ssl.interop.files import check_weights
 
 ROLES: tuple[Role, ...] = ("student", "teacher")
@@ -251,9 +251,3 @@ def mlp_ratio(hidden: int, width: int) -> float:
     """The ratio that a library makes ``hidden`` of again, by int(width * ratio)."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def listed(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
-    """The first of some names, and how many there are beside."""
-    found = list(names)
-    return separator.join(found[:limit]) + (f"{separator}and {len(found) - limit} more" if len(found) > limit else "")

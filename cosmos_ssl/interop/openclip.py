@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.api.part import TowerSpec
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, listed
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
 from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_json, write_safetensors
 from cosmos_ssl.interop.official import (
@@ -21,7 +21,6 @@ from cosmos_ssl.interop.official import (
     SIZES,
     ForeignCheckpoint,
     clip_config,
-    listed,
     mlp_ratio,
     take,
     translate,

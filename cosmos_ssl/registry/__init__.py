@@ -1,7 +1,7 @@
 """Finds parts by the metadata of installed distributions, loads the named ones, and checks their options.
 
-Listing reads metadata alone; a part is imported by ``load``. Nothing here imports torch: the base class of
-a group is looked up in ``cosmos_ssl.api`` when a part of it is loaded.
+Listing reads metadata alone (``parts``), ``load`` imports (``loading``), a constructor's signature tells the options
+(``options``, ``docs``). Imports errors and marks alone, and never torch: base classes are looked up when a part loads.
 """
 
 from cosmos_ssl.registry.loading import class_name, forget, load

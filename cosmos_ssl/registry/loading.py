@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl import __version__
 from cosmos_ssl.errors import PluginError, first_line
+from cosmos_ssl.registry.options import options_of
+from cosmos_ssl.registry.parts import CODE, GROUPS, OWN, Record, canonical, discover
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
-from cosmos_ssl.registry.options import options_of
-from cosmos_ssl.registry.parts import CODE, GROUPS, OWN, Record, canonical, discover
 
 
 def forget() -> None:
@@ -59,23 +59,17 @@ def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     wanted = GROUPS[record.group].base
     base = getattr(import_module("cosmos_ssl.api"), wanted)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(
-            f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {_described(found)}"
-        )
+        given = f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise PluginError(f"{record} is no {wanted}: expected a subclass of cosmos_ssl.api.{wanted}, found {given}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(f"{record} is an incomplete {wanted}: it does not define {missing}")
-    reserved = {"type", *GROUPS[record.group].reserved}
     for option in options_of(found):
-        if option.name in reserved:
+        if option.name in GROUPS[record.group].reserved:
             raise PluginError(
                 f"{record} has an option named '{option.name}', which is reserved for the config. Rename it"
             )
     return found
-
-
-def _described(found: object) -> str:
-    return f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
 def _check_bound(record: Record) -> None:

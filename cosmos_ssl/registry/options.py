@@ -10,14 +10,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace, UnionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cosmos_ssl.errors import PluginError, did_you_mean, first_line
 from cosmos_ssl.marks import Mark, mark_of
 from cosmos_ssl.registry.docs import option_docs
-
-if TYPE_CHECKING:
-    pass
 from cosmos_ssl.registry.parts import GROUPS, Record
 
 
@@ -35,7 +32,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether the config must give it."""
+        """Return whether the config must give it."""
         return self.default is inspect.Parameter.empty
 
     @property
@@ -156,7 +153,7 @@ def check_options(
 
 
 def _unknown(record: Record, cls: type[Any], key: str, known: Sequence[str]) -> str:
-    reserved = GROUPS[record.group].reserved
+    reserved = GROUPS[record.group].reserved[1:]  # that ``type`` is one is plain
     accepted = "; and ".join(text for text in (", ".join(known), ", ".join(reserved)) if text)
     hint = did_you_mean(key, [*known, *reserved])
     return f"unknown option of {cls.__name__} ({record.source}).{hint} Accepts: {accepted or 'none'}"
@@ -193,6 +190,32 @@ def _odd_numbers(path: str, value: Any) -> list[tuple[str, str]]:
 
 
 _UNKNOWN = "unknown key"
+_WANTED = {
+    "bool_type": "a boolean",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "greater than or equal to {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "less than or equal to {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "string_type": "a string",
+    "string_too_short": "at least {min_length} character{s}",
+    "string_too_long": "at most {max_length} character{s}",
+    "string_pattern_mismatch": "a string that matches {pattern}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+    "none_required": "null",
+    **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "a list"),
+    "too_short": "at least {min_length} item{s}",
+    "too_long": "at most {max_length} item{s}",
+    **dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "a mapping"),
+    "unexpected_keyword_argument": _UNKNOWN,
+    "extra_forbidden": _UNKNOWN,
+    "wanted": "{wanted}",  # our own: PydanticCustomError("wanted", "{wanted}", {"wanted": "a colour"})
+}
+"""What pydantic expected, in a config's words, by the type of its error; the places are keys of the error's context."""
 
 
 def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tuple[tuple[str, ...], str]]:
@@ -206,7 +229,7 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
             if inside or (isinstance(inner, list) and isinstance(step, int) and step < len(inner)):
                 path.append(str(step))
                 inner = inner[step]
-        wanted.setdefault(tuple(path), []).append(_plain_words(error))
+        wanted.setdefault(tuple(path), []).append(_wanted(error))
         found[tuple(path)] = inner
     return [
         (
@@ -219,20 +242,17 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
     ]
 
 
-def _plain_words(error: Mapping[str, Any]) -> str:
+def _wanted(error: Mapping[str, Any]) -> str:
     """What pydantic expected, in a config's words."""
     if error["type"] == "missing":
         step = error["loc"][-1]
         return f"at least {step + 1} values" if isinstance(step, int) else f"a value for '{step}'"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _UNKNOWN
-    words = (
-        re.sub(r"^[\w ]+ should (?:be|have) ", "", error["msg"])
-        .partition(", got ")[0]
-        .partition(" after validation")[0]
-    )
-    words = re.sub(r"\ba valid (?=[aeiou])", "an ", words).replace("a valid ", "a ")
-    return re.sub(r"\ban object|\ba dictionary", "a mapping", words).replace("an array", "a list")
+    if error["type"] not in _WANTED:
+        return f"another value ({error['msg']})"
+    context: dict[str, Any] = error.get("ctx", {})
+    plain = {key: f"{value:.15g}" if isinstance(value, float) else value for key, value in context.items()}
+    count = context.get("min_length", context.get("max_length"))
+    return _WANTED[error["type"]].format(**plain, s="" if count == 1 else "s")
 
 
 def shown(value: Any) -> str:

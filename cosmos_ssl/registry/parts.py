@@ -1,8 +1,4 @@
-"""Finds parts by the metadata of installed distributions, loads the named ones, and checks their options.
-
-Listing reads metadata alone; a part is imported by ``load``. Nothing here imports torch: the base class of
-a group is looked up in ``cosmos_ssl.api`` when a part of it is loaded.
-"""
+"""Finds parts by name in the metadata of installed distributions; imports none of them."""
 
 from __future__ import annotations
 
@@ -13,12 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 from cosmos_ssl.errors import PluginError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
 
 OWN = "cosmos-ssl"
 
@@ -32,24 +24,23 @@ NOT_INSTALLED = "This clone is not installed, so no parts are registered. Run: p
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One kind of part: what people call it, its base class in ``cosmos_ssl.api``, the keys that are not its
-    options.
-    """
+    """One kind of part: what people call it, and its base class in ``cosmos_ssl.api``."""
 
     noun: str
     base: str
-    reserved: tuple[str, ...] = ()
+    reserved: tuple[str, ...] = ("type",)
+    """Keys of its section of a config that are the engine's, and no options: the fields of ``config.sections``."""
 
 
 GROUPS: Mapping[str, Group] = {
     "augmenters": Group("augmenter", "Augmenter"),
     "heads": Group("head", "Head"),
-    "losses": Group("loss", "Loss", ("loss_weight",)),
-    "teachers": Group("teacher", "Teacher", ("update_when",)),
+    "losses": Group("loss", "Loss", ("type", "loss_weight")),
+    "teachers": Group("teacher", "Teacher", ("type", "update_when")),
     "towers": Group("tower", "Tower"),
     "tokenizers": Group("tokenizer", "Tokenizer"),
     "datasets": Group("data set", "Dataset"),
-    "evaluators": Group("evaluator", "Evaluator", ("every_epochs",)),
+    "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
 }
 
 
@@ -70,7 +61,7 @@ class Record:
 
     @property
     def own(self) -> bool:
-        """Whether cosmos-ssl itself offers it."""
+        """Return whether cosmos-ssl itself offers it."""
         return canonical(self.distribution) == OWN
 
     @property
@@ -154,7 +145,7 @@ def find(group: str, name: str) -> Record:
 
 
 def spelling(record: Record) -> str:
-    """How a config names this part: its bare name where that means it, else ``DIST:NAME``."""
+    """The name of this part in a config: its bare name where that means it, else ``DIST:NAME``."""
     rivals = [
         other for other in records() if (other.group, other.name) == (record.group, record.name) and other != record
     ]

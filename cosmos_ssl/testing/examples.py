@@ -319,7 +319,7 @@ def example_config(*changes: Mapping[str, Any] | None) -> LoadedConfig:
 
 def example_assembly(loaded: LoadedConfig, *, meta: bool = False) -> Assembly:
     """The parts of a config, wired; no data set."""
-    return Builder(loaded).assemble(meta=meta, prepare=False)
+    return Builder(loaded).assemble("check" if meta else "measure")
 
 
 def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from cosmos_ssl.api import Features, Head, ParameterRule, Progress, Views
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.forward import Result
 from cosmos_ssl.engine.step import Gradients
+from cosmos_ssl.errors import listed
 from cosmos_ssl.models.contract import blaming, checked_moves, is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -169,7 +170,7 @@ class ModelCheck:
             expect(not teacher.update(student, PROGRESS), "it is not present, and its update returns something")
             return
         trained = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
-        expect(not trained, f"{', '.join(trained[:3])} takes gradients: a teacher must not")
+        expect(not trained, f"{listed(trained, limit=3)} takes gradients: a teacher must not")
         shared = {x.data_ptr() for x in student.parameters()} & {x.data_ptr() for x in teacher.parameters()}
         expect(not shared, "it shares parameters with the student: build its model anew")
         second.teacher.start(second.build_model, second.model)
@@ -200,7 +201,7 @@ class ModelCheck:
         graph = [
             name for name, parameter in teacher.named_parameters() if not parameter.is_leaf or parameter.requires_grad
         ]
-        expect(not graph, f"update leaves a graph on {', '.join(graph[:3])}: work under torch.no_grad()")
+        expect(not graph, f"update leaves a graph on {listed(graph, limit=3)}: work under torch.no_grad()")
 
 
 # ---------------------------------------------------------------------------- small things
@@ -217,7 +218,7 @@ def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor], message: s
         for name in {**first, **second}
         if name not in first or name not in second or not torch.equal(first[name], second[name])
     ]
-    expect(not other, message.format(f"{', '.join(other[:3])}{f' and {len(other) - 3} more' * (len(other) > 3)}"))
+    expect(not other, message.format(f"{listed(other, limit=3)}"))
 
 
 def _finite(values: Mapping[str, Tensor | None], where: str = "") -> None:
@@ -226,7 +227,7 @@ def _finite(values: Mapping[str, Tensor | None], where: str = "") -> None:
         for name, value in values.items()
         if value is not None and value.is_floating_point() and not value.isfinite().all()
     ]
-    expect(not wrong, f"{', '.join(wrong[:3])}{where} is not finite")
+    expect(not wrong, f"{listed(wrong, limit=3)}{where} is not finite")
 
 
 @torch.no_grad()

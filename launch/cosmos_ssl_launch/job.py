@@ -31,7 +31,7 @@ GRACE = 3.0
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmRank:
     """Trains a resolved config as one rank of a SLURM job; submitit pickles and calls it.
 
     ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends.
@@ -50,7 +50,7 @@ class Job:
         requeue = _requeue_by_submitit(signal.getsignal(signal.SIGUSR2))
 
         def leaving(number: int) -> int:
-            """What is left to do once all is saved, or before there is anything to save: the process's exit code."""
+            """Do what is left once all is saved, or before there is anything to save; the process's exit code."""
             if not first:
                 return EXIT_DONE
             code = requeue() if number == signal.SIGUSR2 else EXIT_SAVED
@@ -94,9 +94,7 @@ class Job:
         return metrics
 
     def checkpoint(self) -> Any:
-        """What submitit starts again after a time-out or preemption: the same, or nothing where restarts bring no
-        progress.
-        """
+        """The job that submitit starts again after a time-out or preemption; none where that brings no progress."""
         from submitit.helpers import DelayedSubmission
 
         run = load_config(self.tree).config.folder
@@ -126,10 +124,10 @@ def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
 
 
 def is_requeued_by_slurm(job_id: str) -> bool:
-    """Whether SLURM preempts this job and will start it again by itself. Asked for too, it would start once more after
-    its end.
+    """Return whether SLURM preempts this job and will start it again by itself.
 
-    In doubt (preemption by quality of service, whose mode is not shown) the answer is no.
+    Asked for too, it would start once more after its end. In doubt (preemption by quality of service, whose mode is not
+    shown) the answer is no.
     """
 
     def shown(*what: str) -> dict[str, str]:
@@ -184,5 +182,5 @@ def _wait_for_folder(claim: Callable[[], None]) -> None:
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
-    """What a rank prints, as submitit names it."""
+    """The file with what a rank prints, as submitit names it."""
     return folder / f"{job_id}_{rank}_log.out"

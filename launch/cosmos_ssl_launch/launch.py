@@ -1,22 +1,135 @@
-"""Checks configs, decides where they run, and runs or queues them there."""
+"""``cosmos-launch``: reads its arguments, checks configs, decides where they run, and runs or queues them there."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cosmos_ssl.config import LoadedConfig, load_config
-from cosmos_ssl.config.ranks import check_ranks, started_ranks
-from cosmos_ssl.config.source import dump_yaml
-from cosmos_ssl.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from cosmos_ssl.cli.common import DEBUG, execute, parse
+from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.streams import steady_streams
 from cosmos_ssl_launch.local import run_ranks
-from cosmos_ssl_launch.profile import LocalProfile, Profile, SlurmProfile, read_profile
+
+if TYPE_CHECKING:  # what the command needs beyond --help is imported when it runs
+    from cosmos_ssl.config import LoadedConfig
+    from cosmos_ssl_launch.profile import Profile
 
 PROFILE_VARIABLE = "COSMOS_PROFILE"
 
 _PREFIX = "profile."
+_EPILOG = (
+    "key.sub=value arguments override single values of the config, profile.KEY=value those of the profile; "
+    "they may stand anywhere. Exit codes: 0 done, 1 failed and would again, 2 the input, 74 a rank, node or "
+    "storage lost, "
+    "75 saved on a signal, 130 Ctrl-C, saved."
+)
+_DRY_RUN = "--dry-run"
+_COMMANDS = {
+    "status": "say where a run stands",
+    "resume": "go on with a run that stands still",
+    "cancel": "end the job of a run",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or run a command on a run folder; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    run = _on_run if arguments[:1] and arguments[0] in _COMMANDS else _train
+    with (
+        nullcontext() if _DRY_RUN in arguments else steady_streams()
+    ):  # a run goes on when its reader has gone (``| head``)
+        return execute(lambda: run(arguments), debug=DEBUG in arguments)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of the command that trains."""
+    parser = argparse.ArgumentParser(
+        prog="cosmos-launch",
+        description="Train what a config says, here or on a cluster. The same command again resumes.",
+        epilog=f"Commands on a run folder: cosmos-launch {'|'.join(_COMMANDS)} RUN_FOLDER. {_EPILOG}",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="X.yaml",
+        help="a file, or the name of a config that comes with cosmos-ssl; several are queued as a job array",
+    )
+    parser.add_argument(
+        "--fork",
+        metavar="OLD",
+        help="go on from this run folder, or one of its checkpoints, in another output_dir: weights, optimiser "
+        "and step are taken over",
+    )
+    parser.add_argument(
+        _DRY_RUN,
+        action="store_true",
+        help="check all that a start would, print config and batch script, and train and write nothing",
+    )
+    _add_place(parser)
+    return parser
+
+
+def _train(argv: Sequence[str]) -> int:
+    arguments = parse(train_parser(), argv)
+    return launch(
+        arguments.config,
+        arguments.overrides,
+        profile=arguments.profile,
+        fork=arguments.fork,
+        dry_run=arguments.dry_run,
+        follow=arguments.follow,
+        snapshot=not arguments.no_snapshot,
+    )
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a run takes place, and how it is watched."""
+    parser.add_argument(
+        "--profile",
+        metavar="P.yaml",
+        help="where to run: a file, or a profile that comes with cosmos-ssl (default: `profile` of the config, "
+        "COSMOS_PROFILE, or here)",
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="on a cluster: show the first rank's output until the job ends"
+    )
+    parser.add_argument(
+        "--no-snapshot", action="store_true", help="on a cluster: run the code as it is then, not a copy made now"
+    )
+    parser.set_defaults(overrides=[])
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of ``status``, ``resume`` and ``cancel``."""
+    parser = argparse.ArgumentParser(prog="cosmos-launch", epilog=_EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("run", type=Path, metavar="RUN_FOLDER")
+        if name == "resume":
+            _add_place(command)
+    return parser
+
+
+def _on_run(argv: Sequence[str]) -> int:
+    arguments = parse(run_parser(), argv)
+
+    from cosmos_ssl_launch import commands
+
+    if arguments.command != "resume":
+        return commands.status(arguments.run) if arguments.command == "status" else commands.cancel(arguments.run)
+    place = {"profile": arguments.profile, "follow": arguments.follow, "snapshot": not arguments.no_snapshot}
+    return commands.resume(arguments.run, arguments.overrides, **place)
+
+
+# ---------------------------------------------------------------------------- training
 
 
 def launch(
@@ -30,6 +143,10 @@ def launch(
     snapshot: bool = True,
 ) -> int:
     """Train ``configs``, or say what would be done. Returns the exit code; raises UserError for what the user gave."""
+    from cosmos_ssl.config import load_config
+    from cosmos_ssl.config.ranks import check_ranks, started_ranks
+    from cosmos_ssl_launch.profile import LocalProfile, SlurmProfile, read_profile
+
     values = [text.removeprefix(_PREFIX) for text in overrides if text.startswith(_PREFIX)]
     loaded = [load_config(config, [text for text in overrides if not text.startswith(_PREFIX)]) for config in configs]
     joined = started_ranks()
@@ -47,51 +164,32 @@ def launch(
     # a run many times over wherever anything else uses the processors
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from cosmos_ssl import build  # after stage one, which needs no torch
+    from cosmos_ssl.build import readiness
 
     for one in loaded:
         build.check(one)
-    if isinstance(place, SlurmProfile):
-        return _on_slurm(loaded, place, fork=fork, dry_run=dry_run, follow=follow, snapshot=snapshot)
-    return _here(configs[0], overrides, loaded[0], place.ranks, joined, fork=fork, dry_run=dry_run)
-
-
-def _here(
-    config: str,
-    overrides: Sequence[str],
-    loaded: LoadedConfig,
-    ranks: int,
-    joined: int,
-    *,
-    fork: str | None,
-    dry_run: bool,
-) -> int:
-    """Train in this process or in several of this machine."""
-    from cosmos_ssl import build
-    from cosmos_ssl.build import start as build_start
-
+    ranks = place.ranks
     where = "in one process" if ranks == 1 else f"as one of {ranks} ranks" if joined > 1 else f"in {ranks} processes"
     if dry_run:
-        left = build_start.dry_run(loaded, here=True, fork=fork)
-        print(dump_yaml(loaded.tree), end="")
-        print(f"{_passed(left)} this trains here, {where}, into {loaded.config.folder}")
-        return EXIT_DONE
-    if joined == 1 and ranks > 1:
-        build_start.prepare(loaded, fork=fork)
+        return _dry_run(loaded, place, where, fork=fork, snapshot=snapshot)
+    if isinstance(place, SlurmProfile):
+        from cosmos_ssl_launch.slurm import queue
+
+        return queue(loaded, place, fork=fork, follow=follow, snapshot=snapshot)
+    starts = joined == 1 and ranks > 1
+    if starts:
+        readiness.make_ready(loaded[0], fork=fork)
     if joined == 1 or os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
-        print(f"training here, {where}, into {loaded.config.folder}", flush=True)
-    if joined == 1 and ranks > 1:
-        return run_ranks(["--config", config, *overrides], ranks)
-    build.run(loaded, fork=fork)
+        print(f"training here, {where}, into {loaded[0].config.folder}", flush=True)
+    if starts:
+        return run_ranks(["--config", configs[0], *overrides], ranks)
+    build.run(loaded[0], fork=fork)
     return EXIT_DONE
-
-
-def _passed(left: str) -> str:
-    return f"# all checks passed{f' (not looked into: {left})' if left else ''}. Without --dry-run"
 
 
 def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
     """Several configs at once: only as an array, each with a run folder of its own."""
-    if not isinstance(place, SlurmProfile):
+    if place.kind != "slurm":
         raise UserError(
             "several configs are queued as a job array, which needs a profile for SLURM. Here they train one "
             "after the other"
@@ -104,72 +202,19 @@ def _check_array(loaded: Sequence[LoadedConfig], place: Profile) -> None:
         )
 
 
-def _on_slurm(
-    loaded: Sequence[LoadedConfig],
-    place: SlurmProfile,
-    *,
-    fork: str | None,
-    dry_run: bool,
-    follow: bool,
-    snapshot: bool,
-) -> int:
-    """Queue one run, or several as an array, once all that can be checked here has been."""
-    from cosmos_ssl.build import start as build_start
-    from cosmos_ssl_launch import slurm
-    from cosmos_ssl_launch.snapshot import drop_snapshot, take_snapshot
+def _dry_run(loaded: Sequence[LoadedConfig], place: Profile, where: str, *, fork: str | None, snapshot: bool) -> int:
+    """Check all that a start would, and print the configs and what would be done with them."""
+    from cosmos_ssl.build import readiness
+    from cosmos_ssl.config.source import dump_yaml
+    from cosmos_ssl_launch.slurm import batch_script
 
-    if dry_run:
-        left = {build_start.dry_run(one, here=False, fork=fork) for one in loaded} - {""}
-        for one in loaded:
-            print(f"# the config of {one.config.folder}\n{dump_yaml(one.tree)}")
-        script = slurm.batch_script(loaded, place, snapshot=snapshot)
-        print(f"{_passed('; '.join(sorted(left)))} this is given to sbatch:\n{script}", end="")
-        return EXIT_DONE
-    if follow and len(loaded) > 1:
-        raise UserError(
-            "--follow shows one run; these are several. Leave it out, and see: cosmos-launch status RUN_FOLDER"
-        )
+    left = {readiness.dry_run(one, here=place.kind == "local", fork=fork) for one in loaded} - {""}
     for one in loaded:
-        check_not_queued(one.config.folder)
-        build_start.prepare(one, scan=False, fork=fork)
-    for one in loaded:
-        if snapshot:
-            take_snapshot(one.config.folder, one.tree)
-        else:
-            drop_snapshot(one.config.folder)
-    submissions = slurm.submit(loaded, place, snapshot=snapshot)
-    for one, submission in zip(loaded, submissions, strict=True):
-        print(
-            f"queued as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks, into "
-            f"{one.config.folder}"
-        )
-        print(f"  log     {submission.log} (the other ranks: {submission.job_id}_RANK_log.out)")
-        print(f"  follow  tail -F {submission.log}")
-        print(f"  or      cosmos-launch status|cancel|resume {one.config.folder}", flush=True)
-    if not follow:
-        return EXIT_DONE
-    try:
-        return slurm.follow(submissions[0], _show)
-    except KeyboardInterrupt:
-        print(
-            f"job {submissions[0].job_id} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def check_not_queued(run: Path) -> None:
-    """Raise UserError where a job of this run folder waits or runs."""
-    from cosmos_ssl_launch.slurm import Submission, job_state
-
-    submission = Submission.of(run)
-    state = None if submission is None else job_state(submission.job_id)
-    if submission is not None and state is not None and state.is_active:
-        raise UserError(
-            f"run folder {run} has job {submission.job_id} ({state.name}). End it first: cosmos-launch cancel {run}"
-        )
+        print(f"# the config of {one.config.folder}\n{dump_yaml(one.tree)}")
+    unseen = f" (not looked into: {'; '.join(sorted(left))})" if left else ""
+    print(f"# all checks passed{unseen}. Without --dry-run ", end="")
+    if place.kind == "local":
+        print(f"this trains here, {where}, into {loaded[0].config.folder}")
+    else:
+        print(f"this is given to sbatch:\n{batch_script(loaded, place, snapshot=snapshot)}", end="")
+    return EXIT_DONE

@@ -78,7 +78,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[
 
 
 def rank_main() -> int:
-    """What each rank runs: ``cosmos-launch``, bound to the life of the process that started it."""
+    """Run ``cosmos-launch`` as one rank, bound to the life of the process that started it."""
     from cosmos_ssl_launch import main
 
     if sys.platform == "linux":

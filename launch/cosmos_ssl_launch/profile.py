@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 def _one_line(text: str) -> str:
     """Refuse what would write more lines into a batch script than one."""
     if any(unicodedata.category(letter) == "Cc" and letter != "\t" for letter in text):
-        raise PydanticCustomError("one_line", "one line without control characters")
+        raise PydanticCustomError("wanted", "{wanted}", {"wanted": "one line without control characters"})
     return text
 
 
@@ -60,7 +60,7 @@ class LocalProfile(_Profile):
 
     @property
     def ranks(self) -> int:
-        """How many processes train."""
+        """The number of processes that train."""
         return self.nproc
 
 
@@ -98,7 +98,7 @@ class SlurmProfile(_Profile):
 
     @property
     def ranks(self) -> int:
-        """How many processes train."""
+        """The number of processes that train."""
         return self.nodes * self.tasks_per_node
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_ssl.errors import EXIT_LOST
+from cosmos_ssl.files import checkpoint_folders
 
 STARTS = "slurm/starts"
 """In the run folder: the newest checkpoint at each start, a line a start."""
@@ -23,7 +24,7 @@ NONE = "none"
 
 def newest_checkpoint(run: Path) -> str:
     """The name of the newest checkpoint of a run folder, or ``none``."""
-    return max((path.name for path in (run / "checkpoints").glob("step_*")), default=NONE)
+    return next((path.name for path in reversed(checkpoint_folders(run))), NONE)
 
 
 def note_start(run: Path) -> list[str]:
@@ -42,7 +43,7 @@ def starts(run: Path) -> list[str]:
 
 
 def may_restart(noted: Sequence[str], newest: str, limit: int) -> bool:
-    """Whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new
+    """Return whether a run that now has ``newest`` may start again, after at most ``limit`` restarts without a new
     checkpoint.
     """
     return noted[-(limit + 1) :].count(newest) <= limit
@@ -78,7 +79,7 @@ def after_srun(limit: int) -> list[str]:
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "id=${id:-$SLURM_JOB_ID}",
         f'if [ "$code" -eq {EXIT_LOST} ] || {{ [ "$code" -gt 128 ] && [ "$code" -le 192 ]; }}; then',
-        '  newest=$(cd "$run/checkpoints" 2> /dev/null && printf "%s\\n" step_* | grep -v "[*]" | sort | tail -n 1)',
+        '  newest=$(ls "$run/checkpoints" 2> /dev/null | grep -xE "step_[0-9]{8,}" | sort -V | tail -n 1)',
         f'  if [ "$(tail -n {limit + 1} "$run/{STARTS}" 2> /dev/null | grep -cFx -- "${{newest:-{NONE}}}")" -gt '
         f"{limit} ]; then",
         f'    echo "exit code $code; {limit} restarts have brought no new checkpoint, so job $id ends here"',

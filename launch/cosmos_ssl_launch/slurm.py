@@ -1,4 +1,4 @@
-"""SLURM: the batch script, submission through submitit, and what the cluster says of a job."""
+"""SLURM: how runs are queued, the batch script, submission through submitit, what the cluster says of a job."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.config.files import read_object
 from cosmos_ssl.config.source import dump_yaml
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, UserError
-from cosmos_ssl_launch.job import Job, log_file
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, UserError
+from cosmos_ssl.files import read_object
+from cosmos_ssl_launch.job import SlurmRank, log_file
 from cosmos_ssl_launch.profile import SlurmProfile
 from cosmos_ssl_launch.requeue import after_srun, before_srun
-from cosmos_ssl_launch.snapshot import CODE
+from cosmos_ssl_launch.snapshot import CODE, drop_snapshot, take_snapshot
 
 SUBMISSION = "slurm/submission.json"
 """In the run folder: the job, the folder of its logs, the profile."""
@@ -56,7 +57,7 @@ class Submission:
 
     @property
     def log(self) -> Path:
-        """What the first rank prints."""
+        """The file with what the first rank prints."""
         return log_file(self.folder, self.job_id)
 
     @classmethod
@@ -78,11 +79,60 @@ class Submission:
         )
 
 
+# ---------------------------------------------------------------------------- queueing
+
+
+def queue(
+    loaded: Sequence[LoadedConfig], place: SlurmProfile, *, fork: str | None, follow: bool, snapshot: bool
+) -> int:
+    """Queue one run, or several as an array, once all that can be checked here has been; the exit code."""
+    from cosmos_ssl.build.readiness import make_ready
+
+    if follow and len(loaded) > 1:
+        raise UserError(
+            "--follow shows one run; these are several. Leave it out, and see: cosmos-launch status RUN_FOLDER"
+        )
+    for one in loaded:
+        check_not_queued(one.config.folder)
+        make_ready(one, scan=False, fork=fork)
+    for one in loaded:
+        take_snapshot(one.config.folder, one.tree) if snapshot else drop_snapshot(one.config.folder)
+    submissions = submit(loaded, place, snapshot=snapshot)
+    for one, submission in zip(loaded, submissions, strict=True):
+        print(
+            f"queued as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks, into "
+            f"{one.config.folder}"
+        )
+        print(f"  log     {submission.log} (the other ranks: {submission.job_id}_RANK_log.out)")
+        print(f"  follow  tail -F {submission.log}")
+        print(f"  or      cosmos-launch status|cancel|resume {one.config.folder}", flush=True)
+    if not follow:
+        return EXIT_DONE
+    try:
+        return show_log(submissions[0])
+    except KeyboardInterrupt:
+        print(
+            f"job {submissions[0].job_id} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def check_not_queued(run: Path) -> None:
+    """Raise UserError where a job of this run folder waits or runs."""
+    submission = Submission.of(run)
+    state = None if submission is None else job_state(submission.job_id)
+    if submission is not None and state is not None and state.is_active:
+        raise UserError(
+            f"run folder {run} has job {submission.job_id} ({state.name}). End it first: cosmos-launch cancel {run}"
+        )
+
+
 # ---------------------------------------------------------------------------- submission
 
 
 def submission_folder(runs: Sequence[Path]) -> Path:
-    """Where submitit keeps the script, the pickled jobs and the logs: in the run folder, for an array beside the first
+    """The folder of the script, the pickled jobs and the logs: in the run folder, for an array beside the first
     one.
     """
     if len(runs) == 1:
@@ -116,7 +166,7 @@ def submit(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: b
         environment_variables(**configuration),
     ):  # a job that is queued from within another inherits nothing of it
         try:
-            jobs = executor.submit_array([Job(one.tree, profile.restarts_without_progress) for one in loaded])
+            jobs = executor.submit_array([SlurmRank(one.tree, profile.restarts_without_progress) for one in loaded])
         except Exception as error:
             if "sbatch" not in str(error):
                 raise
@@ -182,7 +232,7 @@ def _set_up(profile: SlurmProfile, snapshot: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What SLURM knows of a job: its state, why it waits, its exit code where it has one, how often it started
+    """A job as SLURM knows it: its state, why it waits, its exit code where it has one, how often it started
     again.
     """
 
@@ -194,7 +244,7 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs."""
+        """Return whether it waits or runs."""
         return self.name in ACTIVE
 
     @property
@@ -245,7 +295,7 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
         raise UserError(f"{command[0]} is not found here. Use a login node of the cluster") from error
 
 
-def follow(submission: Submission, show: Callable[[str], None], *, every: float = 2.0) -> int:
+def show_log(submission: Submission) -> int:
     """Show what the first rank prints, through restarts, until the job ends; its exit code."""
     position = 0
     while True:
@@ -255,11 +305,11 @@ def follow(submission: Submission, show: Callable[[str], None], *, every: float 
                 file.seek(position)
                 text = file.read()
             position += len(text)
-            show(text.decode(errors="replace"))
+            print(text.decode(errors="replace"), end="", flush=True)
         if state is None:
             raise UserError(
                 f"SLURM has forgotten job {submission.job_id}. See: cosmos-launch status, and {submission.log}"
             )
         if not state.is_active:
             return state.code
-        time.sleep(every)
+        time.sleep(2.0)

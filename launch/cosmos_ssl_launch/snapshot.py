@@ -24,7 +24,7 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def sources(tree: Mapping[str, Any]) -> dict[str, Path]:
-    """What a run of this config imports from places that may change: name -> package folder or module file.
+    """Find what a run of this config imports from places that may change: name -> package folder or module file.
 
     The project itself, and of the parts that the config names the top-level packages that are not in site-packages:
     those of editable installs and of PYTHONPATH. Libraries stay as installed; their versions are recorded.

@@ -1,6 +1,7 @@
 """From a config to a run: training by the Python API, loading what it left and official files, faults of stage two."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -12,9 +13,14 @@ from PIL import Image
 
 import cosmos_ssl
 from cosmos_ssl.build import Builder, check
+from cosmos_ssl.build.builder import READING
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.checkpoint import load_tensors
 from cosmos_ssl.errors import CheckpointError, ConfigError, DataError, UserError
+from cosmos_ssl.testing.examples import example_config
+from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
+from cosmos_ssl_plugins.augmenters.text_crop import TextCrop
+from cosmos_ssl_plugins.datasets.scenes import Scenes
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TINY = {
@@ -66,6 +72,22 @@ def test_load_a_run_or_its_checkpoint(trained, which):
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2))
     again = cosmos_ssl.load(checkpoint, which=which)
     torch.testing.assert_close(again.encode_text(again.tokenize("a red circle"))[0], texts[0])
+
+
+def test_what_only_encodes_is_built_without_data_and_augmenters(trained, monkeypatch):
+    """Those, where a head asks what they offer, give it the same widths as in training."""
+    for cls in (Scenes, MultiCrop, TextCrop):
+        monkeypatch.setattr(cls, "__init__", lambda *given, **options: pytest.fail("was built"))
+    assert not cosmos_ssl.load(trained[0]).spec.validation_data
+    monkeypatch.undo()
+    loaded = example_config({"heads": {"project": {"type": "projection", "hidden_dim": 16, "output_dim": 8}}})
+    whole, seen = Builder(loaded).assemble("measure"), []
+    model, spec, _ = Builder(loaded, READING).for_reading(check=seen.append)
+    assert seen[0].state_dict().keys() == model.state_dict().keys() == whole.model.state_dict().keys()
+    assert all(value.is_meta for value in seen[0].state_dict().values())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+    assert spec.heads == whole.spec.heads and dict(spec.image_views) == whole.spec.image_views
+    assert pickle.loads(pickle.dumps(spec)) == whole.spec
 
 
 def test_student_and_teacher_differ(trained):
@@ -193,11 +215,11 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     config = tmp_path / "next.yaml"
     config.write_text(json.dumps({**TINY, "evaluators": None}))
     start = [f"model.pretrained={run}", f"data.folder={run.parent}/scenes"]
-    model = Builder(load_config(config, start)).assemble().model
+    model = Builder(load_config(config, start)).assemble("train").model
     source = cosmos_ssl.load(run).model.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit the towers: .* of another shape"):
-        Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble()
+        Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble("train")
     part = [
         *start,
         "model.image.patch_size=8",
@@ -205,7 +227,7 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
         f"output_dir={tmp_path}/part",
         "schedule.max_steps=1",
     ]
-    assembly = Builder(load_config(config, part)).assemble()
+    assembly = Builder(load_config(config, part)).assemble("train")
     assert torch.equal(assembly.model.text.projection, source["text.projection"])
     capsys.readouterr()
     cosmos_ssl.train(config, part)

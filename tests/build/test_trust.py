@@ -81,12 +81,12 @@ def test_loading_and_frozen_teachers_and_start_weights() -> None:
     with pytest.raises(ConfigError, match="trust_code=True"):
         cosmos_ssl.load("run")
     data = "data.folder=scenes"
-    model = Builder(load_config(TINY, [data, "model.pretrained=run"])).assemble().model
+    model = Builder(load_config(TINY, [data, "model.pretrained=run"])).assemble("train").model
     teacher = "teacher={type: frozen, checkpoint: run, which: student%s}"
     with pytest.raises(ConfigError, match="is code that no installed package offers"):
-        Builder(load_config(TINY, [data, teacher % ""])).assemble().teacher.prepare()
+        Builder(load_config(TINY, [data, teacher % ""])).assemble("train").teacher.prepare()
     assert "stranger_code" not in sys.modules and model is not None
-    Builder(load_config(TINY, [data, teacher % ", trust_code: true"])).assemble().teacher.prepare()
+    Builder(load_config(TINY, [data, teacher % ", trust_code: true"])).assemble("train").teacher.prepare()
     assert cosmos_ssl.load("run", trust_code=True).model is not None and "stranger_code" in sys.modules
 
 

@@ -40,7 +40,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def state(loaded):
-    return to_host(Builder(loaded).assemble(prepare=False).model.state_dict())
+    return to_host(Builder(loaded).assemble("measure").model.state_dict())
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_model_of_another_size_is_refused_before_it_is_built(run):
 
 
 def started(*overrides):
-    return Builder(load_config("quickstart", [*SMALL, *overrides])).assemble().start
+    return Builder(load_config("quickstart", [*SMALL, *overrides])).assemble("train").start
 
 
 def test_a_start_tells_what_it_took(run, state):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_ssl.build import make_augmenters
+from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, sample_rng
 from cosmos_ssl.evaluation.contact_sheet import SampleLook, contact_sheet, look
@@ -96,7 +96,7 @@ def test_captions_by_another_schema_are_told(shard: str, tmp_path: Path, command
 
 def test_views_are_those_of_the_augmenters(shard: str) -> None:
     loaded = load_config(CONFIG, SMALL)
-    spec, augmenters = make_augmenters(loaded)
+    augmenters, spec = Builder(loaded).for_views()
     sample = Shards(shard, caption_schema="json:a").read(1)
     found = look(sample, augmenters, spec.image, seed=3, position=1)
     assert {name: tuple(views.shape) for name, views in found.images.items()} == {

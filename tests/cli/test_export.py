@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     loaded = load_config(
         "quickstart", ["name=mine", "model.image.layers=1", "model.text.layers=1", "data=null", "evaluators=null"]
     )
-    model = Builder(loaded).assemble(prepare=False).model
+    model = Builder(loaded).assemble("measure").model
     (folder / "config.yaml").write_text(dump_yaml(loaded.config.model_dump()))
     for step in (1, 2):
         student = to_host(model.state_dict())

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cosmos_ssl.config import Config, LoadedConfig, load_config, locate
+from cosmos_ssl import registry
+from cosmos_ssl.config import Config, LoadedConfig, load_config
 from cosmos_ssl.config.ranks import check_ranks, possible_ranks
+from cosmos_ssl.config.sections import EvaluatorPart, LossPart, Part, TeacherPart
 from cosmos_ssl.config.source import MAX_BYTES, dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
 
@@ -593,10 +595,9 @@ def test_origins(load: Load) -> None:
     )
     assert loaded.origin("augmenters.image.global_crops_scale.1") == "parent.yaml:8"
     assert loaded.origin("schedule.epochs") == "default"
-    assert (
-        locate(loaded, "losses.distill.temperature") == "parent.yaml:14"
-        and locate(loaded, "schedule.epochs") == "x.yaml:1"
-    )
+    assert loaded.fault("losses.distill.temperature", "").startswith("parent.yaml:14 ") and loaded.fault(
+        "schedule.epochs", ""
+    ).startswith("x.yaml:1 ")
     assert loaded.fault("losses.clip.x", "no\nyes") == "parent.yaml:13  losses.clip.x: no\n                yes"
 
 
@@ -639,3 +640,9 @@ def test_impossible_ranks_are_refused_with_the_possible_ones() -> None:
     )
     assert str(caught.value) == wanted
     check_ranks(config_of(), 8)
+
+
+def test_reserved_keys_are_the_fields_of_a_part() -> None:
+    sections = {"heads": Part, "losses": LossPart, "teachers": TeacherPart, "evaluators": EvaluatorPart}
+    for group, section in sections.items():
+        assert tuple(section.model_fields) == registry.GROUPS[group].reserved

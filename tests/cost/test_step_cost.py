@@ -55,7 +55,7 @@ def small(source: Any, *overrides: str) -> LoadedConfig:
 
 
 def measure(loaded: LoadedConfig, **options: Any) -> StepCost:
-    return measure_step(Builder(loaded).assemble(prepare=False), loaded.config, **options)
+    return measure_step(Builder(loaded).assemble("measure"), loaded.config, **options)
 
 
 def flops_of_a_step(loaded: LoadedConfig, samples: int) -> int:
@@ -68,7 +68,7 @@ def flops_of_a_step(loaded: LoadedConfig, samples: int) -> int:
         cpu[0]: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         cpu[1]: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    assembly = Builder(loaded).assemble(prepare=False)
+    assembly = Builder(loaded).assemble("measure")
     RunState(assembly, loaded.config, torch.device("cpu"))
     step, views = Gradients(assembly), make_views(assembly, samples)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -187,7 +187,7 @@ def test_a_device_counts_alike(attention: str) -> None:
 
 @pytest.mark.parametrize("mean", [3, 9.5, 19.5, 70, 77])
 def test_captions_have_the_mean_length(mean: float) -> None:
-    assembly = Builder(small(COSMOS)).assemble(prepare=False)
+    assembly = Builder(small(COSMOS)).assemble("measure")
     views = make_views(assembly, 2, mean)
     lengths = torch.cat([group.lengths for group in views.text.values()])  # [views, samples]
     assert (
@@ -208,11 +208,11 @@ def test_captions_have_the_mean_length(mean: float) -> None:
 @pytest.mark.parametrize("mean", [2.9, 77.5])
 def test_captions_that_cannot_be(mean: float) -> None:
     with pytest.raises(UserError, match=r"--caption-tokens: .* is not between 3 and the context length of 77"):
-        make_views(Builder(small(COSMOS)).assemble(prepare=False), 2, mean)
+        make_views(Builder(small(COSMOS)).assemble("measure"), 2, mean)
 
 
 def test_masks_are_the_augmenters() -> None:
-    views = make_views(Builder(small(CONFIGS / "methods" / "ibot.yaml")).assemble(prepare=False), 8)
+    views = make_views(Builder(small(CONFIGS / "methods" / "ibot.yaml")).assemble("measure"), 8)
     masks = views.image["global"].masks
     assert (
         masks is not None

@@ -54,9 +54,8 @@ def test_what_a_loader_asks_for(shards: Any, views: dict[str, Any], monkeypatch:
 
     def start(workers: int, free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
-        batches = Loader(dataset, Order(dataset.shard_sizes, 8, seed=5), **views, workers=workers, prefetch=3).batches(
-            0, 2
-        )
+        order = Order(dataset.shard_sizes, 8, lanes=8, seed=5)
+        batches = Loader(dataset, order, **views, workers=workers, prefetch=3).batches(0, 2)
         assert next(batches).step == 0
         batches.close()
 

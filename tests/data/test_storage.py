@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cosmos_ssl import build
-from cosmos_ssl.build import start as build_start
+from cosmos_ssl.build import readiness
 from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, load_manifest, scan, storage
@@ -110,7 +110,7 @@ def test_a_run_that_finds_its_storage_lost(server: Server, tmp_path: Path) -> No
         f"output_dir={tmp_path / 'run'}",
     ]
     loaded = load_config("quickstart", overrides)
-    for start in (build_start.prepare, build.run):
+    for start in (readiness.make_ready, build.run):
         with pytest.raises(StorageError, match=r"storage fails: http://.*/500/x\.tar: 500.*\(3 attempts\)"):
             start(loaded)
 

@@ -233,7 +233,7 @@ def test_a_read_that_never_returns_ends_all(tiny, ranks, finished, none_left, tm
     order = Order(
         manifest.sizes,
         4,
-        lanes=config.loader.lanes,
+        lanes=config.lanes,
         shuffle_samples=config.loader.shuffle_samples,
         seed=config.training.seed,
     )

@@ -199,7 +199,8 @@ def test_a_store_that_cannot_be_written_is_told_once(tmp_path, caplog):
 def test_unusable_samples(caplog):
     data = Numbers(bad=(0, 1, 2, 7, 8, 9, 10))
     with pytest.raises(
-        DataError, match=r"7 of 20 pictures cannot be used \(sample 0: no file: 0.jpg, .*, \.\.\.\).*--allow-missing"
+        DataError,
+        match=r"7 of 20 pictures cannot be used \(sample 0: no file: 0.jpg, .*, and 3 more\).*--allow-missing",
     ):
         run(data, Job(batch_size=3))
     with caplog.at_level(logging.WARNING):

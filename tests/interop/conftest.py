@@ -35,7 +35,7 @@ def make() -> Make:
     """``make("model.image.heads=6", ...)``: a model in evaluation mode, with the overrides given."""
 
     def make(*overrides: str) -> ModelEncoder:
-        assembly = Builder(load_config(CONFIG, overrides)).assemble(prepare=False)
+        assembly = Builder(load_config(CONFIG, overrides)).assemble("measure")
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in assembly.model.parameters():

@@ -253,7 +253,7 @@ def test_sizes_of_published_models(name, monkeypatch):
     with torch.device("meta"):
         theirs = open_clip.CLIP(**model_cfg)
     found = read_tensors(theirs.state_dict(), name, {"model_cfg": model_cfg})
-    ours = Builder(load_config(found.config)).assemble(meta=True, prepare=False)
+    ours = Builder(load_config(found.config)).assemble("check")
     shapes = {key: value.shape for key, value in ours.model.state_dict().items()}
     assert shapes == {key: value.shape for key, value in found.state.items()}
     assert ours.model.image.blocks[0].attn.heads == theirs.visual.transformer.resblocks[0].attn.num_heads
@@ -311,7 +311,7 @@ START = {
 
 
 def started(*overrides):
-    assembly = Builder(load_config(START, overrides)).assemble()
+    assembly = Builder(load_config(START, overrides)).assemble("train")
     return assembly.model.state_dict(), assembly.start
 
 

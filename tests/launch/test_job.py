@@ -16,7 +16,7 @@ from cosmos_ssl import build
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl_launch import job as job_module
-from cosmos_ssl_launch.job import Job, is_requeued_by_slurm
+from cosmos_ssl_launch.job import SlurmRank, is_requeued_by_slurm
 from cosmos_ssl_launch.requeue import ENDED, STARTS
 
 submitit = pytest.importorskip("submitit")
@@ -72,7 +72,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         signal.signal(signal.SIGUSR2, handler)
         monkeypatch.setattr(build, "run", lambda loaded, leaving: train(leaving))
         try:
-            return Job(load_config("quickstart", ["output_dir=run"]).tree, 1)()
+            return SlurmRank(load_config("quickstart", ["output_dir=run"]).tree, 1)()
         except SystemExit as left:
             return left.code
 
@@ -165,7 +165,7 @@ def test_an_unforeseen_error_is_submitits_to_show(start: Any) -> None:
 
 def test_what_submitit_starts_again(tmp_path: Path) -> None:
     loaded: LoadedConfig = load_config("quickstart", [f"output_dir={tmp_path}"])
-    job = Job(loaded.tree, 1)
+    job = SlurmRank(loaded.tree, 1)
     assert job.checkpoint().function == job
     (tmp_path / "slurm").mkdir()
     (tmp_path / STARTS).write_text("none\nnone\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_ssl import build
-from cosmos_ssl.build import start as build_start
+from cosmos_ssl.build import readiness
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.errors import StorageError
 from cosmos_ssl_launch import launch as launch_module
@@ -25,7 +25,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[LoadedConfig]:
     runs: list[LoadedConfig] = []
     monkeypatch.setattr(build, "check", lambda loaded: None)
     monkeypatch.setattr(build, "run", lambda loaded, fork: runs.append(loaded))
-    monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: "the data")
+    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, fork: "the data")
     return runs
 
 
@@ -111,8 +111,8 @@ def test_what_a_run_goes_on_from_is_handed_on(launch: Launch, monkeypatch: pytes
     """To the check, to the one process, and before several are started or a job is queued to the folder."""
     told: list[tuple[str, str | None]] = []
     monkeypatch.setattr(build, "run", lambda loaded, fork: told.append(("run", fork)))
-    monkeypatch.setattr(build_start, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
-    monkeypatch.setattr(build_start, "prepare", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
+    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
+    monkeypatch.setattr(readiness, "make_ready", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
     monkeypatch.setattr(
         launch_module, "run_ranks", lambda arguments, ranks: told.append(("ranks", " ".join(arguments[:2]))) or 0
     )

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from cosmos_ssl.errors import UserError
-from cosmos_ssl_launch import runs, slurm
-from cosmos_ssl_launch.launch import check_not_queued
-from cosmos_ssl_launch.slurm import JobState, Submission, follow, job_state, parse_state
+from cosmos_ssl_launch import commands, slurm
+from cosmos_ssl_launch.slurm import JobState, Submission, check_not_queued, job_state, parse_state, show_log
 
 SHOWN = (  # a line of SLURM 24.11, shortened
     "JobId=12 JobName=a UserId=root(0) Priority=1 JobState={state} Reason={reason} Dependency=(null) Requeue=1 "
@@ -49,34 +48,36 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[JobState | None]:
     """What SLURM answers, one after the other; the last one again and again."""
     answers: list[JobState | None] = []
     monkeypatch.setattr(slurm, "job_state", lambda job_id: answers.pop(0) if len(answers) > 1 else answers[0])
-    monkeypatch.setattr(runs, "job_state", lambda job_id: answers[0])
+    monkeypatch.setattr(commands, "job_state", lambda job_id: answers[0])
     return answers
 
 
-def test_followed_through_a_restart(states: list[JobState | None], tmp_path: Path) -> None:
+def test_followed_through_a_restart(
+    states: list[JobState | None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     submission = Submission("12", tmp_path, {})
-    states += [
-        JobState("PENDING"),
-        JobState("RUNNING"),
-        JobState("PENDING"),
-        JobState("RUNNING"),
-        JobState("FAILED", exit_code=75),
-    ]
-    shown: list[str] = []
+    waits: list[float] = []
 
-    def show(text: str) -> None:
-        shown.append(text)
-        with submission.log.open("a") as file:
-            file.write(f"line {len(shown)}\n")
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if submission.log.exists():
+            with submission.log.open("a") as file:
+                file.write(f"line {len(waits)}\n")
 
-    assert follow(submission, show, every=0) == 75 and not shown  # nothing was printed at all
+    monkeypatch.setattr(slurm.time, "sleep", sleep)
+    states += [*map(JobState, ("PENDING", "RUNNING", "PENDING", "RUNNING")), JobState("FAILED", exit_code=75)]
+    assert show_log(submission) == 75 and capsys.readouterr().out == ""  # nothing was printed at all
+    waits.clear()
     states[:] = [JobState("RUNNING"), JobState("PENDING"), JobState("COMPLETED")]
     submission.log.write_text("line 0\n")
-    assert follow(submission, show, every=0) == 0
-    assert shown == ["line 0\n", "line 1\n", "line 2\n"]
+    assert show_log(submission) == 0
+    assert capsys.readouterr().out == "line 0\nline 1\nline 2\n"
     states[:] = [None]
     with pytest.raises(UserError, match="SLURM has forgotten job 12"):
-        follow(submission, show, every=0)
+        show_log(submission)
 
 
 def test_a_folder_with_a_job_is_not_given_another(states: list[JobState | None], tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_status_of_a_job(states: list[JobState | None], tmp_path: Path, capsys: 
     }
     for words, state in (lines | {"ended (SLURM has forgotten it)": None}).items():
         states[:] = [state]
-        runs.status(tmp_path)
+        commands.status(tmp_path)
         shown = capsys.readouterr().out
         assert f"job         12: {words}\n" in shown and "finished    yes, at step 1,234\n" in shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import resource
@@ -9,9 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from cosmos_ssl import registry
 from cosmos_ssl.build import check
@@ -281,3 +283,24 @@ def test_options_of_every_recipe(name: str) -> None:
     for path, record, option in options_of(tree):
         for value in accepted(record, option, QUICK):
             attempt(changed(tree, path, value), f"{name}: {path}={value!r}")
+
+
+def _refuse(value: int) -> int:
+    raise ValueError("must be odd")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (Annotated[str, Field(min_length=1)], "", "expected at least 1 character, got ''"),
+        (Annotated[str, Field(pattern="^a+$")], "b", "expected a string that matches ^a+$, got 'b'"),
+        (Annotated[float, Field(ge=1e-30)], 0, "expected greater than or equal to 1e-30, got 0"),
+        (Annotated[int, Field(multiple_of=4)], 3, "expected a multiple of 4, got 3"),
+        (frozenset[int] | dict[str, int] | None, "x", "expected a list or a mapping, got 'x'"),
+        (Annotated[int, AfterValidator(_refuse)], 2, "expected another value (Value error, must be odd), got 2"),
+    ],
+)
+def test_what_pydantic_expected_in_plain_words(kind: Any, value: Any, words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    assert registry.describe_errors(caught.value.errors(), value) == [((), words)]

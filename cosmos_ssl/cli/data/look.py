@@ -119,11 +119,11 @@ def _show(arguments: argparse.Namespace) -> int:
         raise UserError(f"--samples: {arguments.samples} is not positive")
     loaded = load_config(arguments.config, arguments.overrides)
     from cosmos_ssl.api import BadSample  # after the config's first checks, which need no torch
-    from cosmos_ssl.build import make_augmenters
+    from cosmos_ssl.build import Builder
     from cosmos_ssl.data.scan import spread
     from cosmos_ssl.evaluation.contact_sheet import look
 
-    spec, augmenters = make_augmenters(loaded)
+    augmenters, spec = Builder(loaded).for_views()
     seed = loaded.config.training.seed if arguments.seed is None else arguments.seed
     wanted = loaded.config.data.options.get("caption_schema", "dreamlip") if loaded.config.data else None
     with storage():

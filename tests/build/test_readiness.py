@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import cosmos_ssl
-from cosmos_ssl.build.start import dry_run, prepare
+from cosmos_ssl.build.readiness import dry_run, make_ready
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.fork import told_fork
 from cosmos_ssl.engine.run_folder import RunFolder
@@ -117,7 +117,7 @@ def test_shards_that_are_not_indexed(tmp_path: Path) -> None:
 
 def test_before_ranks_are_started_the_folder_is_told_what_to_go_on_from(tmp_path: Path) -> None:
     words = [f"output_dir={tmp_path}/new", "data.folder=scenes", "evaluators=null", "schedule.epochs=2"]
-    prepare(load_config(TINY, words), fork="old")
+    make_ready(load_config(TINY, words), fork="old")
     told = told_fork(RunFolder(tmp_path / "new"))
     assert told is not None and told.parts[-3:] == ("old", "checkpoints", "step_00000002")
     metrics = cosmos_ssl.train(TINY, words)  # as a rank does, which is not told of the source
@@ -125,4 +125,4 @@ def test_before_ranks_are_started_the_folder_is_told_what_to_go_on_from(tmp_path
     assert cosmos_ssl.train(TINY, words, fork="old") == metrics  # finished
     shutil.rmtree(tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"model\.pretrained: old does not fit"):
-        prepare(load_config(TINY, [*words, "model.pretrained=old", "model.text.layers=2"]))
+        make_ready(load_config(TINY, [*words, "model.pretrained=old", "model.text.layers=2"]))

@@ -1,6 +1,4 @@
-"""All that a start would refuse, looked for before it: in a dry run, where a job is queued, and before ranks are
-started.
-"""
+"""All that a start would refuse, looked for ahead of it: in a dry run, before a job is queued or ranks are started."""
 
 from __future__ import annotations
 
@@ -10,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from cosmos_ssl.api import IndexedDataset
-from cosmos_ssl.build import Builder, claim, watched
+from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.runs import claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.data.cache import only_looking
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import pick_device
-from cosmos_ssl.engine.fork import ask_fork, find_source, plan_fork
+from cosmos_ssl.engine.fork import ask_fork, fork_source, plan_fork
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.files import storage_faults
@@ -28,7 +27,7 @@ from cosmos_ssl.models.contract import blaming
 
 
 @storage_faults("storage fails")
-def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
+def make_ready(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None) -> None:
     """Claim the run folder, index the data, and look for all else that a run needs, before it is started elsewhere.
 
     ``fork``: the run that it goes on from, which is noted in the folder. Raises UserError where something is missing or
@@ -37,8 +36,8 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
     claim(loaded.config.folder)
     builder = Builder(loaded)
     if not scan:
-        _must_be_indexed(builder.assemble(meta=True, prepare=False))
-    _look(builder, builder.assemble(meta=True, watched=lambda: watched(loaded)), fork, prepared=True)
+        _check_indexed(builder.assemble("check"))
+    _check_rest(builder, builder.assemble("prepare", watched=lambda: watched(loaded)), fork, prepared=True)
     if fork is not None:
         ask_fork(RunFolder(loaded.config.folder), fork)
 
@@ -46,7 +45,7 @@ def prepare(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = None)
 @storage_faults("storage fails")
 @only_looking()
 def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str:
-    """Look for all that a start would refuse, but write and index nothing; what was not looked into.
+    """Look for all that a start would refuse, but write and index nothing; return what was not looked into.
 
     ``here``: training would take place on this machine, else in a job. Raises UserError, StorageError.
     """
@@ -54,37 +53,30 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
     RunFolder(config.folder).check_free()
     if here:
         resolve_backend(config.training.attention, pick_device(config.training.device))
-    assembly = builder.assemble(meta=True, prepare=False)
+    assembly = builder.assemble("check")
     dataset = assembly.dataset
     assert dataset is not None, "a config that was checked"
     with blaming(dataset, "data"):
         there = dataset.check_exists()
         if there and not here:
-            _must_be_indexed(assembly)
+            _check_indexed(assembly)
         indexed = there and isinstance(dataset, IndexedDataset) and dataset.is_indexed
     if indexed:
-        assembly = builder.assemble(meta=True)
+        assembly = builder.assemble("prepare")
     else:
-        _evaluators(builder, assembly, there)
-    left = (
-        []
-        if indexed
-        else [
-            "what the data hold, which are not indexed yet"
-            if there
-            else "the data, which are made or found at the start"
-        ]
-    )
-    return "; ".join([*left, *_look(builder, assembly, fork, prepared=indexed)])
+        _check_evaluators(builder, assembly, there)
+    left = [] if indexed else ["what the data hold, which are not indexed yet"]
+    left = left if there else ["the data, which are made or found at the start"]
+    return "; ".join([*left, *_check_rest(builder, assembly, fork, prepared=indexed)])
 
 
-def _must_be_indexed(assembly: Assembly) -> None:
+def _check_indexed(assembly: Assembly) -> None:
     dataset = assembly.dataset
     if isinstance(dataset, IndexedDataset) and dataset.index_command is not None and not dataset.is_indexed:
         raise DataError(f"data: these shards are not indexed yet. Run: {dataset.index_command}")
 
 
-def _evaluators(builder: Builder, assembly: Assembly, there: bool) -> None:
+def _check_evaluators(builder: Builder, assembly: Assembly, there: bool) -> None:
     """Raise ConfigError for data of evaluators that are missing, except those that the data set has yet to make."""
     missing = builder.missing_data({name: each.evaluator for name, each in assembly.evaluators.items()})
     if missing and not there:
@@ -95,16 +87,14 @@ def _evaluators(builder: Builder, assembly: Assembly, there: bool) -> None:
         raise ConfigError(missing)
 
 
-def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: bool) -> list[str]:
-    """Weights, teacher, and whose the run folder is; ``prepared``: the data are known.
+def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: bool) -> list[str]:
+    """Look at weights, teacher, and whose the run folder is; ``prepared``: the data are known.
 
-    What is left to the start, since it is fetched.
+    Returns what is left to the start, since it is fetched.
     """
     config, dataset, places = builder.config, assembly.dataset, assembly.places()
     assert dataset is not None, "a config that was checked"
-    fetched = {
-        path: what for path, what in places.items() if what is not None and is_remote(what)
-    }  # no file here: the name itself
+    fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}
     with _no_copies():
         if config.model.pretrained is not None and "model.pretrained" not in fetched:
             start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)
@@ -112,7 +102,7 @@ def _look(builder: Builder, assembly: Assembly, fork: str | None, *, prepared: b
         if not any(path.startswith("teacher.") for path in fetched):
             assembly.teacher.prepare()
     folder = RunFolder(config.folder)
-    source = find_source(folder, fork) if fork is not None else None
+    source = fork_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, places)
     folder.check_identity(mine, accept_data=config.loader.changed_data == "accept")
     if source is not None:

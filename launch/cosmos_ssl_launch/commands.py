@@ -8,12 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cosmos_ssl.config.files import read_object
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
-from cosmos_ssl_launch.launch import check_not_queued, launch
+from cosmos_ssl.files import read_object
+from cosmos_ssl_launch.launch import launch
 from cosmos_ssl_launch.requeue import NONE, newest_checkpoint, starts
-from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, job_state
+from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, check_not_queued, job_state
 from cosmos_ssl_launch.slurm import cancel as cancel_job
 
 
