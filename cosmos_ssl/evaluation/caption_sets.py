@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from cosmos_ssl.api import DataError, UserError
-from cosmos_ssl.errors import did_you_mean
+from cosmos_ssl.api import DataError
 from cosmos_ssl.evaluation.features import Job
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
+from cosmos_ssl.evaluation.samples import check_set, only_set
 from cosmos_ssl.evaluation.text_files import read_json, read_text
 
 Entries: TypeAlias = list[tuple[str, list[str]]]
@@ -203,19 +203,14 @@ def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | No
 
     Raises DataError for unusable ones, UserError.
     """
-    if wanted is not None and wanted not in SETS:
-        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, SETS)} Sets: {', '.join(SETS)}")
+    check_set(wanted, SETS)
     found: dict[str, tuple[_Layout, Path]] = {}
     for layout in _LAYOUTS:
         path = layout.find(folder)
         if path is not None and wanted in (None, layout.name):
             found.setdefault(layout.name, (layout, path))
-    if len(found) > 1:
-        raise DataError(
-            f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: {', '.join(found)}"
-        )
-    if found:
-        layout, path = found.popitem()[1]
+    if one := only_set(found, f"{folder} holds several sets"):
+        layout, path = one[1]
         return layout.open(folder, path)
     looked = ", ".join(layout.table for layout in _LAYOUTS if wanted in (None, layout.name))
     if wanted is not None:

@@ -20,11 +20,10 @@ from typing import Any
 from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder, splits_of
-from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.classification import load_class_names
 from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken, wordnet
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
-from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples, check_set, only_set
 
 IMAGENET = "imagenet"
 
@@ -57,15 +56,10 @@ class ClassData:
         source = "--class-names" if given is not None else str(self.class_file)
         given = given if given is not None or self.class_file is None else str(self.class_file)
         if given is None and self.class_names is None:
-            called = (
-                "class folders are called by WordNet numbers that are not all ImageNet's, and "
-                if wordnet(self.folders or ())
-                else ""
-            )
-            raise DataError(
-                f"--class-names: give a file with one a line, since {called}none of {', '.join(CLASS_FILES)} "
-                "comes with the data"
-            )
+            why = f"none of {', '.join(CLASS_FILES)} comes with the data"
+            if wordnet(self.folders or ()):
+                why = f"class folders are called by WordNet numbers that are not all ImageNet's, and {why}"
+            raise DataError(f"--class-names: give a file with one a line, since {why}")
         if given is None:
             return list(self.class_names or ())
         names = load_class_names(given)
@@ -169,11 +163,7 @@ def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
 
     Raises DataError, UserError.
     """
-    if wanted is not None and wanted not in (*KNOWN, IMAGENET):
-        raise UserError(
-            f"--set: no set named '{wanted}'.{did_you_mean(wanted, [*KNOWN, IMAGENET])} Sets: "
-            f"{', '.join((*KNOWN, IMAGENET))}"
-        )
+    check_set(wanted, (*KNOWN, IMAGENET))
     folder = picture_folder(data)
     if folder is not None:
         found = _known_below(folder, wanted)
@@ -210,12 +200,7 @@ def _known_below(folder: Path, wanted: str | None) -> tuple[str, Path] | None:
         root = next((root for root in roots if (root / known.marker).exists()), None)
         if root is not None and wanted in (None, name):
             found[name] = root
-    if len(found) > 1:
-        raise DataError(
-            f"data: {folder} holds several sets. Say which, such as --set {min(found)}. They are: "
-            f"{', '.join(sorted(found))}"
-        )
-    return next(iter(found.items()), None)
+    return only_set(found, f"{folder} holds several sets")
 
 
 def _read_known(name: str, root: Path) -> ClassData:

@@ -49,11 +49,9 @@ def in_order_of_folders(names: Sequence[str], folders: Sequence[str], source: st
         raise DataError(f"{source}: {len(names)} class names are given for {len(folders)} classes")
     for place, (name, own) in enumerate(zip(said, wanted, strict=True)):
         if name != own and name in wanted:
-            raise DataError(
-                f"{source}: name {place + 1}, '{names[place]}', stands in the place of the class folder "
-                f"'{folders[place]}'. "
-                "Give every folder's name, in any order, or other names in the order of the folders"
-            )
+            told = f"name {place + 1}, '{names[place]}', stands in the place of the class folder '{folders[place]}'"
+            way = "Give every folder's name, in any order, or other names in the order of the folders"
+            raise DataError(f"{source}: {told}. {way}")
     return list(names)
 
 

@@ -43,9 +43,8 @@ _NOTES = {
     "coco_object": _BACKGROUND,
     "sun397": "all pictures are evaluated on, since the reader has no split",
     "caltech101": "all pictures are evaluated on, those of the background class too, since the reader has no split",
-    "linear_probe": "logistic regression (L-BFGS) on standardised features before the projection; the penalty, "
-    "one of 13 from 1 to 1e-6, "
-    "was chosen on a fifth of the training samples",
+    "linear_probe": "logistic regression (L-BFGS) on standardised features before the projection; the penalty, one of "
+    "13 from 1 to 1e-6, was chosen on a fifth of the training samples",
 }
 
 
@@ -55,13 +54,9 @@ def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys(name.partition("/")[2] for name in metrics))
     rows: list[tuple[str, ...]] = [("METRIC", *(role.upper() for role in roles))]
     for name in names:
-        label = name if is_rank(name) else f"{name} (%)"
-        rows.append(
-            (
-                label,
-                *(_shown(name, metrics[f"{role}/{name}"]) if f"{role}/{name}" in metrics else "-" for role in roles),
-            )
-        )
+        values = (metrics.get(f"{role}/{name}") for role in roles)
+        shown = ("-" if value is None else _shown(name, value) for value in values)
+        rows.append((name if is_rank(name) else f"{name} (%)", *shown))
     return rows
 
 

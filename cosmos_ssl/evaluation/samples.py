@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample
+from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
 from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
 from cosmos_ssl.data.storage import stat
+from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.functional import gather_objects, rank, world_size
 
 K = TypeVar("K")
@@ -101,10 +102,8 @@ class EvaluationData:
         Of what lies here also where a few samples have no ``label``, or none of them ``texts``.
         """
         if not self.urls:
-            raise DataError(
-                f"{self.option}: name the shards or the folder to evaluate on, since the training data has no "
-                "validation data"
-            )
+            told = "name the shards or the folder to evaluate on, since the training data has no validation data"
+            raise DataError(f"{self.option}: {told}")
         missing: list[str] = []
         seen: list[Sample] = []
         try:
@@ -119,9 +118,8 @@ class EvaluationData:
             raise DataError(f"{self.option}: {str(error).removeprefix('data: ')}") from error
         if missing:
             more = f" and {len(missing) - 1} more do" if len(missing) > 1 else " does"
-            raise DataError(
-                f"{self.option}: {missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix(".")
-            )
+            told = f"{missing[0]}{more} not exist.{similar(Path(missing[0]))}".removesuffix(".")
+            raise DataError(f"{self.option}: {told}")
         if texts is not None and seen and not any(sample.captions.get(texts) for sample in seen):
             raise no_texts(seen[0].key, texts, seen[0].captions)
 
@@ -238,6 +236,19 @@ def rows_of_all(parts: Sequence[Tensor]) -> Tensor:
     """The rows [n, ...] on the host that all ranks have computed, in order; some ranks may have none."""
     found = [rows for rows in gather_objects(torch.cat(list(parts)) if parts else None) if rows is not None]
     return torch.cat(found) if found else torch.empty(0)
+
+
+def check_set(wanted: str | None, sets: Sequence[str]) -> None:
+    """Raise UserError for a set that is none of ``sets``."""
+    if wanted is not None and wanted not in sets:
+        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, sets)} Sets: {', '.join(sets)}")
+
+
+def only_set(found: Mapping[str, T], several: str) -> tuple[str, T] | None:
+    """The one set that was found, if any. Raises DataError, which says ``several``, where there are more."""
+    if len(found) > 1:
+        raise DataError(f"data: {several}. Say which, such as --set {min(found)}. They are: {', '.join(sorted(found))}")
+    return next(iter(found.items()), None)
 
 
 def no_texts(key: str, texts: str, there: Iterable[str]) -> DataError:

@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
+from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.folder import picture_folder
-from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.evaluation.picture_files import MASK, PictureFile, PictureFiles
-from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples
+from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples, check_set, only_set
 from cosmos_ssl.evaluation.segmentation import IGNORED, SegmentationProtocol
 from cosmos_ssl.evaluation.text_files import read_text
 from cosmos_ssl.pictures import open_picture
@@ -234,32 +233,20 @@ def find_segmentation_data(data: str, *, wanted: str | None = None, names: str |
     ``names`` is a file to take the names of classes from. In shards a mask holds class + 1, and 0 where there is none.
     Raises DataError, UserError.
     """
-    if wanted is not None and wanted not in KNOWN:
-        raise UserError(f"--set: no set named '{wanted}'.{did_you_mean(wanted, list(KNOWN))} Sets: {', '.join(KNOWN)}")
+    check_set(wanted, tuple(KNOWN))
     folder = picture_folder(data)
     if folder is None and wanted is None:
         return _shards(data, names)
-    found = (
-        {}
-        if folder is None
-        else {name: place for name in KNOWN if wanted in (None, name) and (place := _place(folder, KNOWN[name]))}
-    )
-    if not found:
-        where = ", ".join(
-            f"{layout.pictures} and {layout.masks}"
-            for name in KNOWN
-            if name == wanted
-            for layout in KNOWN[name].layouts
-        )
+    names_asked = KNOWN if wanted is None else (wanted,)
+    places = {name: folder and _place(folder, KNOWN[name]) for name in names_asked}
+    one = only_set({name: place for name, place in places.items() if place}, f"several sets are read from {data}")
+    if one is None:
+        layouts = [] if wanted is None else KNOWN[wanted].layouts
+        where = ", ".join(f"{layout.pictures} and {layout.masks}" for layout in layouts)
         raise DataError(
             f"data: {data} holds no set that is known{f' as {wanted} (looked for {where})' if where else ''}"
         )
-    if len(found) > 1:
-        raise DataError(
-            f"data: several sets are read from {data}. Say which, such as --set {min(found)}. They are: "
-            f"{', '.join(found)}"
-        )
-    name, (files, table) = next(iter(found.items()))
+    name, (files, table) = one
     known = KNOWN[name]
     classes = _class_names(known)
     if names is not None and len(own := read_class_names(Path(names).expanduser())) != len(classes):

@@ -29,24 +29,21 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
     ``open_clip_config.json`` is read with it. Such models are students. Raises CheckpointError where it cannot be read,
     or, without ``partial``, not whole.
     """
-    text = str(checkpoint)
-    path = checkpoint_path(_local(checkpoint))
+    text, path = str(checkpoint), checkpoint_path(_local(checkpoint))
+    if not is_foreign(path if path.exists() else checkpoint):
+        return None
+    content, metadata = read_tensor_file(path) if path.is_file() else ({}, {})
+    official = any(name in content for name in ROLES) or openclip.plain_tensors(content) is None
+    if path.is_file() and path.suffix != ".safetensors" and official:
+        return from_official(content, role, path, partial=partial)
+    if role != "student":
+        raise CheckpointError(f"{text} is an OpenCLIP model, which has no {role}: take it as the student")
     if path.is_file():
-        content, metadata = read_tensor_file(path)
-        if path.suffix != ".safetensors" and (
-            any(name in content for name in ROLES) or openclip.plain_tensors(content) is None
-        ):
-            return from_official(content, role, path, partial=partial)
-        _is_student(text, role)
         told = read_json(path.parent / openclip.CONFIG) if openclip.is_folder(path.parent) else None
         return openclip.read_tensors(content, path, told, sizes=metadata.get(SIZES), partial=partial)
     if openclip.is_folder(path):
-        _is_student(text, role)
         return openclip.read_folder(path, partial=partial)
-    if not path.exists() and openclip.is_published(text):
-        _is_student(text, role)
-        return openclip.fetch(text, partial=partial)
-    return None
+    return openclip.fetch(text, partial=partial)
 
 
 def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
@@ -76,8 +73,3 @@ def is_remote(checkpoint: str, *, partial: bool = False) -> bool:
 
 def _local(checkpoint: str | Path) -> Path:
     return Path(str(checkpoint).removeprefix(openclip.LOCAL)).expanduser()
-
-
-def _is_student(source: str, role: Role) -> None:
-    if role != "student":
-        raise CheckpointError(f"{source} is an OpenCLIP model, which has no {role}: take it as the student")

@@ -61,11 +61,7 @@ def loading(model: ClipModel) -> str:
     """Lines that load the folder that they are run in, and prepare pictures and texts exactly as ours do."""
     processor = "CLIPProcessor" if model.vocabulary else "CLIPImageProcessor"
     imports = "import html\n\nimport ftfy\n" if model.vocabulary else ""
-    clean = (
-        "\n\n\ndef clean(text):\n    return html.unescape(html.unescape(ftfy.fix_text(text)))\n"
-        if model.vocabulary
-        else "\n"
-    )
+    clean = "\n\n\ndef clean(text):\n    return html.unescape(html.unescape(ftfy.fix_text(text)))"
     return (
         f"{imports}from torchvision import transforms\nfrom transformers import {processor}, CLIPModel\n\n"
         f'model = CLIPModel.from_pretrained(".").eval()\nprocessor = {processor}.from_pretrained(".")\n'
@@ -73,25 +69,22 @@ def loading(model: ClipModel) -> str:
         f"        transforms.Resize({model.pictures.image_size}, transforms.InterpolationMode.BICUBIC),\n"
         f"        transforms.CenterCrop({model.pictures.image_size}),\n        transforms.ToTensor(),\n"
         f"        transforms.Normalize({list(model.pictures.mean)}, {list(model.pictures.std)}),\n    ]\n)"
-        f"{clean}"
+        f"{clean if model.vocabulary else ''}\n"
     )
 
 
 def differences(model: ClipModel) -> list[str]:
     """For the card: how what the processor makes of pictures and texts differs from what the model was trained on."""
     pictures = (
-        "pictures: CLIPProcessor cuts the middle out one pixel beside the place where this model has it, where "
-        "the longer side, once"
-        " resized, has 3, 7, 11, ... pixels to spare (a quarter of all shapes); else its pixels differ by "
-        "rounding, 1 of 255. 0.06 were"
-        " seen in a unit feature. `preprocess`, for RGB pictures of PIL, makes the very pixels of this model"
+        "pictures: CLIPProcessor cuts the middle out one pixel beside the place where this model has it, where the "
+        "longer side, once resized, has 3, 7, 11, ... pixels to spare (a quarter of all shapes); else its pixels "
+        "differ by rounding, 1 of 255. 0.06 were seen in a unit feature. `preprocess`, for RGB pictures of PIL, makes "
+        "the very pixels of this model"
     )
     texts = (
-        "texts: CLIPProcessor makes straight quotes of curly ones, and characters of the common HTML entities. "
-        "Of others, and of"
-        " characters that were once decoded wrongly, it makes other tokens than this model was trained on, and "
-        "0.24 were seen in a unit"
-        " feature: `clean` texts first"
+        "texts: CLIPProcessor makes straight quotes of curly ones, and characters of the common HTML entities. Of "
+        "others, and of characters that were once decoded wrongly, it makes other tokens than this model was trained "
+        "on, and 0.24 were seen in a unit feature: `clean` texts first"
     )
     return [pictures, texts] if model.vocabulary else [pictures.replace("CLIPProcessor", "CLIPImageProcessor")]
 

@@ -36,8 +36,7 @@ def card(models: Sequence[ClipModel], form: str, origin: Origin, notes: Sequence
         _header(form, origin.licence),
         f"# {origin.name}",
         f"{_kind(model, form)}, written for {FORMS[form].title} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) "
-        f"{__version__}"
-        f" from the {roles} of `{_place(origin.checkpoint)}`.",
+        f"{__version__} from the {roles} of `{_place(origin.checkpoint)}`.",
         "\n".join(_sizes(model, form)),
         "## Loading",
         "In this folder; from elsewhere, its path stands in place of the dot:",
@@ -66,15 +65,16 @@ def _header(form: str, licence: str) -> str:
 
 
 def _licence(licence: str) -> str:
-    weights = (
-        "No licence was named for the weights when they were exported: they are under the terms of those who "
-        "trained them and of the data"
-        " that they were trained on."
-        if licence == "other"
-        else f"The weights are under `{licence}`, as those who exported them say; the terms of the data that "
-        "they were trained on remain."
+    told = (
+        f"The weights are under `{licence}`, as those who exported them say; the terms of the data that they were "
+        "trained on remain."
     )
-    return f"{weights} The program that wrote this export is under Apache-2.0."
+    if licence == "other":
+        told = (
+            "No licence was named for the weights when they were exported: they are under the terms of those who "
+            "trained them and of the data that they were trained on."
+        )
+    return f"{told} The program that wrote this export is under Apache-2.0."
 
 
 def _kind(model: ClipModel, form: str) -> str:
@@ -87,18 +87,17 @@ def _kind(model: ClipModel, form: str) -> str:
 
 
 def _sizes(model: ClipModel, form: str) -> list[str]:
-    image = model.image
+    towers = {"image": model.image, "text": model.text}
+    inputs = {
+        "image": f"{model.pictures.image_size} px, patches of {model.pictures.patch_size} px",
+        "text": f"{model.context_length} of {model.vocab_size:,} tokens",
+    }
     rows = ["| tower | width | layers | heads | input |", "|---|---|---|---|---|"]
-    rows.append(
-        f"| image | {image.width} | {image.layers} | {image.heads} | {model.pictures.image_size} px, patches of "
-        f"{model.pictures.patch_size} px |"
-    )
-    if model.text is not None:
-        text = model.text
-        rows.append(
-            f"| text | {text.width} | {text.layers} | {text.heads} | {model.context_length} of "
-            f"{model.vocab_size:,} tokens |"
-        )
+    rows += [
+        f"| {name} | {tower.width} | {tower.layers} | {tower.heads} | {inputs[name]} |"
+        for name, tower in towers.items()
+        if tower is not None
+    ]
     package = FORMS[form].package
     return [*rows, "", f"Features have {model.embed_dim} numbers. The form is that of {package} {version(package)}."]
 
