@@ -144,15 +144,12 @@ def load_manifest(
     """
     names = expand(urls)
     stats = stat_all(names)
-
-    def make(path: Path | None) -> Manifest:
-        made = _scan_all(names, stats, path, full_hash, progress or alive)
-        if path is None:
-            return made
-        made.save(path)
-        return Manifest.open(path, names)
-
-    return _checked(kept(_places(names, cache_dir), lambda path: _fresh(path, names, stats, full_hash), make))
+    found = kept(
+        _places(names, cache_dir),
+        lambda path: _fresh(path, names, stats, full_hash),
+        lambda path: _scan_all(names, stats, path, full_hash, progress or alive),
+    )
+    return _checked(found)
 
 
 def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.cache import cache_root, digest, kept, open_head, save_columns
-from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
+from cosmos_ssl.data.folder.content import THREADS, YOUNG, is_unchanged, look_into, mark_of
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import DataError, did_you_mean
@@ -185,16 +185,11 @@ def load_folder(
     """
     began = time.time_ns()
     check_is_folder(root)
-
-    def make(path: Path | None) -> FolderIndex:
-        whole = full_hash or (path is not None and _hashed_whole(_opened(path)))
-        index = scan_folder(root, extensions, whole, progress or alive)
-        if path is None:
-            return index
-        index.save(path)
-        return FolderIndex.open(path)
-
-    return kept(_places(root, extensions, cache_dir), lambda path: _fresh(path, root, began, full_hash), make)
+    return kept(
+        _places(root, extensions, cache_dir),
+        lambda path: _fresh(path, root, began, full_hash),
+        lambda path: scan_folder(root, extensions, full_hash or _hashed_whole(_opened(path)), progress or alive),
+    )
 
 
 def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None) -> bool:
@@ -206,9 +201,8 @@ def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir:
 def check_is_folder(root: Path) -> None:
     """Raise DataError unless ``root`` is a folder."""
     if not root.is_dir():
-        raise DataError(
-            f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}"
-        )
+        what = "is no folder" if root.exists() else f"does not exist.{similar(root)}"
+        raise DataError(f"data: {root} {what}")
 
 
 def similar(path: Path) -> str:
@@ -235,9 +229,9 @@ def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None)
     return [root.parent / ".cosmos_ssl" / by_name, cache_root() / "manifests" / by_path]
 
 
-def _opened(path: Path) -> FolderIndex | None:
+def _opened(path: Path | None) -> FolderIndex | None:
     try:
-        return FolderIndex.open(path)
+        return None if path is None else FolderIndex.open(path)
     except (OSError, ValueError, KeyError):
         return None
 

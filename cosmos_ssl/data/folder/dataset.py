@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, DataError, Dataset, Sample
 from cosmos_ssl.data.captions import caption_schema
-from cosmos_ssl.data.folder_index import (
+from cosmos_ssl.data.folder.index import (
     EXTENSIONS,
     TEXT_EXTENSION,
     FolderIndex,
@@ -22,7 +22,6 @@ from cosmos_ssl.data.folder_index import (
     is_indexed,
     load_folder,
     shown,
-    similar,
 )
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
@@ -254,6 +253,3 @@ def _has_picture(folder: Path) -> bool:
     """Whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
     endings = tuple(f".{extension}" for extension in EXTENSIONS)
     return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
-
-
-__all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar", "splits_of"]
