@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +82,7 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return _reopened, (self.path, [s.url for s in self.shards])
+            return partial(Manifest.open, verify=False), (self.path, [s.url for s in self.shards])
         return Manifest, (self.shards, self._offsets, self._lengths)
 
     def shard_of(self, index: int) -> int:
@@ -122,10 +123,6 @@ class Manifest:
         end = int(self._ends[number])
         span = slice(end - int(self.sizes[number]), end)
         return self._offsets[span], self._lengths[span]
-
-
-def _reopened(path: Path, urls: Sequence[str]) -> Manifest:
-    return Manifest.open(path, urls, verify=False)
 
 
 def load_manifest(

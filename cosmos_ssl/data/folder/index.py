@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -90,7 +91,7 @@ class FolderIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return _reopened, (self.path, self.digest)
+            return partial(FolderIndex.open, verify=False), (self.path, self.digest)
         return FolderIndex, (self._head, self.columns)
 
     def looked_into(self, hashes: Mapping[str, str], marks: NDArray[np.int64]) -> FolderIndex:
@@ -154,10 +155,6 @@ class FolderIndex:
         """Write the index under a temporary name, then rename it."""
         lengths = {name: len(column) for name, column in self.columns.items()}
         save_columns(path, _MAGIC, {**self._head, "lengths": lengths}, self.columns.values())
-
-
-def _reopened(path: Path, digest: str) -> FolderIndex:
-    return FolderIndex.open(path, digest, verify=False)
 
 
 def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> bytes:
