@@ -94,10 +94,8 @@ class Order:
 
     def __reduce__(self) -> tuple[object, ...]:
         shuffled = self.samples if self._small else self._window * self.lanes
-        return partial(Order, lanes=self.lanes, shuffle_samples=shuffled, seed=self.seed), (
-            self._sizes,
-            self.batch_size,
-        )
+        again = partial(Order, lanes=self.lanes, shuffle_samples=shuffled, seed=self.seed)
+        return again, (self._sizes, self.batch_size)
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """Epoch of a step, and the number of the step within it."""
@@ -113,10 +111,10 @@ class Order:
         seen = inside * before.batch_size
         if self._sequence() != before._sequence() and inside:
             raise UserError(
-                f"step {step:,} lies within an epoch, where the order of samples goes on only with training.seed="
-                f"{before.seed}, loader.lanes={before.lanes}, the same loader.shuffle_samples and a training.batch_size "
-                f"that leaves as many samples an epoch ({before.steps_per_epoch * before.batch_size:,}). Keep to these, "
-                "or take a checkpoint of an epoch's end"
+                f"step {step:,} lies within an epoch, where the order of samples goes on only with "
+                f"training.seed={before.seed}, loader.lanes={before.lanes}, the same loader.shuffle_samples and a "
+                f"training.batch_size that leaves as many samples an epoch "
+                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an epoch's end"
             )
         if seen % self.batch_size:
             raise UserError(
