@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_ssl.data.storage import BlockCache
 from cosmos_ssl.errors import EXIT_LOST, EXIT_USER
 from cosmos_ssl.files import storage_error, written_whole
 
@@ -42,6 +43,19 @@ def test_no_device_or_pipe_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="is no regular file"), written_whole(path):
             pass
     assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_are_for_whom_the_umask_says(tmp_path: Path, mask: int) -> None:
+    old = os.umask(mask)
+    try:
+        with written_whole(tmp_path / "a") as file:
+            file.write(b"whole")
+        BlockCache(tmp_path, 1 << 20)._store("b", b"block")
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("a", "b.block"), 0o666 & ~mask)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Data: manifest, order, reading of samples, loader, captions, and the procedural default set."""
+"""The way of a sample to a batch, and nothing else: shards (``tar``, ``scan``, ``manifest``, ``dataset``) and folders
+of pictures by index, their order, the loader and its workers; bytes by ``storage``, what is kept by ``cache``.
+
+Imports the contract (``api``) and what stands before it; work on shards beside training is in ``cosmos_ssl.shards``.
+"""
 
 from cosmos_ssl.data.budget import BadSampleBudget, Replacement
 from cosmos_ssl.data.captions import caption_schema, check_captions, join_sentences, split_sentences

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from cosmos_ssl.files import check_seal, seal, written_whole
 from cosmos_ssl.liveness import alive
 
-_T = TypeVar("_T")
+
+class _Index(Protocol):
+    def save(self, path: Path) -> None: ...
+
+
+_T = TypeVar("_T", bound=_Index)
 
 
 def cache_root() -> Path:
@@ -56,9 +61,9 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def kept(places: Sequence[Path], fresh: Callable[[Path], _T | None], make: Callable[[Path | None], _T]) -> _T:
-    """The index that is ``fresh`` at one of these places, else the one that ``make`` writes there, under a lock.
+    """The index that is ``fresh`` at one of these places, else a new one, saved at the first that can be written.
 
-    It is written to the first place that may be, and made in memory alone (for None) where there is none.
+    ``make`` is called under a lock with that place, or with None where nothing can be written.
     """
     for path in places:
         if (found := fresh(path)) is not None:
@@ -68,7 +73,11 @@ def kept(places: Sequence[Path], fresh: Callable[[Path], _T | None], make: Calla
         return make(None)
     with lock(place.with_suffix(".lock")):
         found = fresh(place)
-        return make(place) if found is None else found
+        if found is None:
+            made = make(place)
+            made.save(place)
+            found = fresh(place)
+        return made if found is None else found
 
 
 _only_looking: ContextVar[bool] = ContextVar("only_looking", default=False)

@@ -191,19 +191,11 @@ def check_captions(name: str, looked_at: Iterable[tuple[str, Mapping[str, Any], 
             if isinstance(table.get(field), str):
                 pieces[field].append(len(split_sentences(table[field])))
     if count and not filled:
-        raise DataError(_no_captions(name, count, len(shards), sorted(keys)))
-    for field, counts in pieces.items():
-        average = sum(counts) / len(counts)
-        _log.warning(
-            "captions: '%s' holds strings, not lists; split at sentence ends (%.3g sentences on average).",
-            field,
-            average,
+        found = f"found: {', '.join(sorted(keys)[:12])}" if keys else "no JSON and no text member found"
+        raise DataError(
+            f"data: no captions by the schema '{name}' in any of {count} samples of {len(shards)} shards ({found}). "
+            "Choose another caption_schema"
         )
-
-
-def _no_captions(name: str, count: int, shards: int, keys: Sequence[str]) -> str:
-    found = f"found: {', '.join(keys[:12])}" if keys else "no JSON and no text member found"
-    return (
-        f"data: no captions by the schema '{name}' in any of {count} samples of {shards} shards ({found}). "
-        "Choose another caption_schema"
-    )
+    for field, counts in pieces.items():
+        words = "captions: '%s' holds strings, not lists; split at sentence ends (%.3g sentences on average)."
+        _log.warning(words, field, sum(counts) / len(counts))

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +82,7 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return _reopened, (self.path, [s.url for s in self.shards])
+            return partial(Manifest.open, verify=False), (self.path, [s.url for s in self.shards])
         return Manifest, (self.shards, self._offsets, self._lengths)
 
     def shard_of(self, index: int) -> int:
@@ -124,10 +125,6 @@ class Manifest:
         return self._offsets[span], self._lengths[span]
 
 
-def _reopened(path: Path, urls: Sequence[str]) -> Manifest:
-    return Manifest.open(path, urls, verify=False)
-
-
 def load_manifest(
     urls: str | Sequence[str],
     *,
@@ -144,15 +141,12 @@ def load_manifest(
     """
     names = expand(urls)
     stats = stat_all(names)
-
-    def make(path: Path | None) -> Manifest:
-        made = _scan_all(names, stats, path, full_hash, progress or alive)
-        if path is None:
-            return made
-        made.save(path)
-        return Manifest.open(path, names)
-
-    return _checked(kept(_places(names, cache_dir), lambda path: _fresh(path, names, stats, full_hash), make))
+    found = kept(
+        _places(names, cache_dir),
+        lambda path: _fresh(path, names, stats, full_hash),
+        lambda path: _scan_all(names, stats, path, full_hash, progress or alive),
+    )
+    return _checked(found)
 
 
 def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None) -> bool:

@@ -9,7 +9,7 @@ raw Philox numbers, whose stream NumPy guarantees, so that an order never change
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,13 +92,9 @@ class Order:
         self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (
-            self._sizes,
-            self.batch_size,
-            self.lanes,
-            self._window * self.lanes if not self._small else self.samples,
-            self.seed,
-        )
+        shuffled = self.samples if self._small else self._window * self.lanes
+        again = partial(Order, lanes=self.lanes, shuffle_samples=shuffled, seed=self.seed)
+        return again, (self._sizes, self.batch_size)
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """Epoch of a step, and the number of the step within it."""
@@ -115,17 +111,14 @@ class Order:
         if self._sequence() != before._sequence() and inside:
             raise UserError(
                 f"step {step:,} lies within an epoch, where the order of samples goes on only with "
-                f"training.seed={before.seed}, "
-                f"loader.lanes={before.lanes}, the same loader.shuffle_samples and a training.batch_size that "
-                "leaves as many samples an "
-                f"epoch ({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of "
-                "an epoch's end"
+                f"training.seed={before.seed}, loader.lanes={before.lanes}, the same loader.shuffle_samples and a "
+                f"training.batch_size that leaves as many samples an epoch "
+                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an epoch's end"
             )
         if seen % self.batch_size:
             raise UserError(
-                f"after step {step:,}, {seen:,} samples of an epoch are behind, which "
-                f"training.batch_size={self.batch_size} "
-                "does not divide. Give one that does, or take a checkpoint of an epoch's end"
+                f"after step {step:,}, {seen:,} samples of an epoch are behind, which training.batch_size="
+                f"{self.batch_size} does not divide. Give one that does, or take a checkpoint of an epoch's end"
             )
         return epoch * self.steps_per_epoch + seen // self.batch_size
 
@@ -177,7 +170,3 @@ class Order:
         shard = order[at]
         found: NDArray[np.int64] = self._starts[shard] + places - (ends[at] - self._sizes[shard])
         return found
-
-
-def _rebuild(sizes: NDArray[np.int64], batch_size: int, lanes: int, shuffle_samples: int, seed: int) -> Order:
-    return Order(sizes, batch_size, lanes=lanes, shuffle_samples=shuffle_samples, seed=seed)

@@ -90,9 +90,8 @@ def stat(url: str) -> Stat:
             raise DataError(f"data: {url!r} is no path") from error
         if not S_ISREG(found.st_mode):  # a pipe would be waited for without end
             raise DataError(f"data: {url} is no regular file")
-        return Stat(
-            found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}"
-        )  # unpacking puts the first back, not the second
+        times = f"{found.st_mtime_ns} {found.st_ctime_ns}"  # unpacking puts the first back, not the second
+        return Stat(found.st_size, times)
     info = request(url, _info)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", url)
@@ -289,9 +288,8 @@ class BlockCache:
         data = self._stored(name, start, stop)
         if data is not None:
             return data
-        with lock(
-            self._folder / f"{int(name[:2], 16) % 64}.lock"
-        ):  # several workers want the same block at once: one fetches it
+        # several workers want the same block at once: one fetches it
+        with lock(self._folder / f"{int(name[:2], 16) % 64}.lock"):
             data = self._stored(name, start, stop)
             if data is None:
                 block = fetch(url, first, last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
 from cosmos_ssl.data import Shards, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
+from cosmos_ssl.data.scan import cores
 from cosmos_ssl.data.storage import stat
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.functional import gather_objects, rank, world_size
@@ -212,7 +212,7 @@ def read_ahead(
 
 def threads_of_this_process() -> int:
     """Threads that decode where nothing else is asked for."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, cores())
 
 
 def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:

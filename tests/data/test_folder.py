@@ -19,9 +19,10 @@ from torchvision.datasets import ImageFolder as Torchvision
 
 from cosmos_ssl.api import BadSample
 from cosmos_ssl.cli import main
-from cosmos_ssl.data import folder_content, folder_index
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, folder_notices, picture_folder
-from cosmos_ssl.data.folder_index import FolderIndex, load_folder, scan_folder
+from cosmos_ssl.data.folder import content as folder_content
+from cosmos_ssl.data.folder import index as folder_index
+from cosmos_ssl.data.folder.index import FolderIndex, load_folder, scan_folder
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError, UserError
 from cosmos_ssl.shards import check as check_module
 from cosmos_ssl.shards.check import check_folder

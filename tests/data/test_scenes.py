@@ -16,8 +16,8 @@ from PIL import Image
 
 from cosmos_ssl.data import open_shards
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
-from cosmos_ssl.data.scene_pictures import COLOURS, SHAPES, caption, draw, make_scene, sentences
 from cosmos_ssl.data.scenes import CLASS_NAMES, SceneOptions, default_folder, write_scenes
+from cosmos_ssl.data.scenes.pictures import COLOURS, SHAPES, caption, draw, make_scene, sentences
 from cosmos_ssl.errors import DataError, StorageError, UserError
 
 SMALL = SceneOptions(train_samples=60, validation_samples=30, image_size=32, shard_samples=25)
@@ -131,7 +131,7 @@ def test_a_failed_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cosmos_ssl.data.scenes._write_all", full)
+    monkeypatch.setattr("cosmos_ssl.data.scenes.writing._write_all", full)
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         write_scenes(tmp_path / "scenes", SMALL)
     assert not (tmp_path / "scenes").exists() and not list(tmp_path.glob(".*.part"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from cosmos_ssl.files import storage_faults
 
+T = TypeVar("T")
 URLS = "shards: paths or fsspec URLs with braces or *, lists joined by ::, list files (.list), a folder of .tar files"
 
 
@@ -37,6 +40,15 @@ def add_max_pixels(parser: argparse.ArgumentParser, what: str) -> None:
 def add_continue(parser: argparse.ArgumentParser, what: str) -> None:
     """The flag of commands whose work can be gone on with."""
     parser.add_argument("--continue", dest="resume", action="store_true", help=f"go on with {what}")
+
+
+def options_of(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
+    """An options class of the arguments that bear its fields' names, with a process a core where none are given."""
+    from cosmos_ssl.data.scan import cores
+
+    if getattr(arguments, "workers", 0) is None:
+        arguments.workers = cores()
+    return kind(**{name: getattr(arguments, name) for name in inspect.signature(kind).parameters})
 
 
 def own_schema(urls: list[str]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.cli.data.common import add_continue, add_max_pixels, add_workers, storage
+from cosmos_ssl.cli.data.common import add_continue, add_max_pixels, add_workers, options_of, storage
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
@@ -34,20 +34,21 @@ def add_parser(commands: Any) -> None:
 def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
     add, own = parser.add_argument, schema == "captions"
     tables = "CSV or parquet files, also with braces or *; or a folder of parquet files"
-    add("--table", nargs="+", required=True, metavar="FILE", help=tables)
+    add("--table", dest="tables", nargs="+", required=True, metavar="FILE", help=tables)
     images = "a folder of images, named by paths below it; or shards (or a folder of them) with a 'url' in each "
-    add("--images", nargs="+", metavar="IMAGES", help=f"{images}JSON, named by URLs")
+    add("--images", nargs="+", default=(), metavar="IMAGES", help=f"{images}JSON, named by URLs")
     add("--output", type=Path, required=True, metavar="DIR", help="where the shards go")
     add("--image-column", metavar="NAME", help="the column of image paths (default: found by its name)")
     add("--url-column", metavar="NAME", help="the column of URLs (default: found by its name)")
     published = " (default: the published ones)" * (not own)
-    add("--caption-columns", metavar="A,B", help=f"the columns of captions{published}")
+    add("--caption-columns", type=_names, default=(), metavar="A,B", help=f"the columns of captions{published}")
     rules = "published: cut at newlines, </s> and every full stop; careful: not at those of numbers, abbreviations"
-    add("--sentences", metavar="RULE", help=f"{rules} and initials (default: {'careful' if own else 'published'})")
+    rules += f" and initials (default: {'careful' if own else 'published'})"
+    add("--sentences", dest="rule", metavar="RULE", help=rules)
     add("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: %(default)s)")
     name = "shards are NAME-0000.tar and so on (default: %(default)s)"
-    add("--name", dest="prefix", default="train", metavar="NAME", help=name)
-    add("--no-decode", action="store_true", help="do not check that pictures can be decoded")
+    add("--name", default="train", metavar="NAME", help=name)
+    add("--no-decode", dest="decode", action="store_false", help="do not check that pictures can be decoded")
     add_max_pixels(parser, "left out")
     add_workers(parser)
     add("--dry-run", action="store_true", help="count what matches, write nothing")
@@ -57,6 +58,10 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
     _add_fetching(parser.add_argument_group("fetching images from their URLs, through img2dataset").add_argument)
     add_json(parser)
     parser.set_defaults(run=_run, schema=schema)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _add_fetching(add: Callable[..., Any]) -> None:
@@ -72,26 +77,11 @@ def _add_fetching(add: Callable[..., Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.scan import cores
     from cosmos_ssl.shards.prepare import FetchOptions, Preparation, PrepareOptions, fetch
 
-    if (arguments.images is None) == (arguments.fetch is None):
+    if (not arguments.images) == (arguments.fetch is None):
         raise UserError("give --images DIR or SHARDS, or --fetch DIR to download them; one of the two")
-    options = PrepareOptions(
-        schema=arguments.schema,
-        tables=arguments.table,
-        images=arguments.images or (),
-        output=arguments.output,
-        caption_columns=[name.strip() for name in (arguments.caption_columns or "").split(",") if name.strip()],
-        url_column=arguments.url_column,
-        image_column=arguments.image_column,
-        samples_per_shard=arguments.samples_per_shard,
-        name=arguments.prefix,
-        rule=arguments.sentences,
-        decode=not arguments.no_decode,
-        max_pixels=arguments.max_pixels,
-        workers=cores() if arguments.workers is None else arguments.workers,
-    )
+    options = options_of(PrepareOptions, arguments)
     with storage(), stages() as progress:
         if arguments.fetch is not None:
             fetching = FetchOptions(

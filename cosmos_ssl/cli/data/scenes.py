@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cosmos_ssl.cli.data.common import options_of
 from cosmos_ssl.errors import EXIT_DONE
 
 _NUMBERS = {
@@ -32,7 +33,7 @@ def add_parser(commands: Any) -> None:
 def _scenes(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.scenes import SceneOptions, default_folder, write_scenes
 
-    options = SceneOptions(**{name: getattr(arguments, name) for name in _NUMBERS})
+    options = options_of(SceneOptions, arguments)
     folder = write_scenes((arguments.output or default_folder(options)).absolute(), options)
     print(f"train: {options.pattern(folder, 'train')}  ({options.train_samples:,} samples)")
     print(f"val:   {options.pattern(folder, 'val')}  ({options.validation_samples:,} samples)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.common import add_json, write_json
-from cosmos_ssl.cli.data.common import URLS, add_command, add_continue, add_workers, storage
+from cosmos_ssl.cli.data.common import URLS, add_command, add_continue, add_workers, options_of, storage
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE
 
@@ -63,17 +63,9 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _split(arguments: argparse.Namespace) -> int:
-    from cosmos_ssl.data.scan import cores
     from cosmos_ssl.shards.split import SplitOptions, split_shards
 
-    options = SplitOptions(
-        urls=arguments.urls,
-        output=arguments.output,
-        share=arguments.share,
-        by=arguments.by,
-        samples_per_shard=arguments.samples_per_shard,
-        workers=cores() if arguments.workers is None else arguments.workers,
-    )
+    options = options_of(SplitOptions, arguments)
     with storage(), stages() as progress:
         counts = split_shards(options, progress, resume=arguments.resume)
     for side, name in (("train", "train"), ("val", "validation")):

@@ -201,9 +201,8 @@ def read_stats(folder: Path) -> Fetched:
         found.shards.append(str(shard))
         found.urls += int(stats["count"])
         found.images += int(stats["successes"])
-        for reason, count in stats.get("status_dict", {}).items():
-            if reason != "success":
-                found.failures[reason] += int(count)
+        found.failures.update({reason: int(count) for reason, count in stats.get("status_dict", {}).items()})
+    del found.failures["success"]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The default data set: procedural scenes written once as real shards, the same on every run."""
+"""Scenes as real shards, written once: how many, where they lie, how they are drawn."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.data.cache import cache_root, lock
 from cosmos_ssl.data.scan import pool
-from cosmos_ssl.data.scene_pictures import CLASS_NAMES, COLOURS, SHAPES, caption, draw, make_scene, sentences
+from cosmos_ssl.data.scenes.pictures import CLASS_NAMES, COLOURS, SHAPES, caption, draw, make_scene, sentences
 from cosmos_ssl.errors import DataError, UserError
 from cosmos_ssl.files import storage_error
 from cosmos_ssl.liveness import alive
-
-__all__ = ["CLASS_NAMES", "SceneOptions", "default_folder", "is_written", "write_scenes"]
 
 _VERSION = 2
 """Raised when the same options would give other shards than before."""
@@ -60,17 +58,10 @@ class SceneOptions:
         """Names of the classes that scenes have."""
         return CLASS_NAMES[: self.colours * len(SHAPES)]
 
-    def samples(self, split: Split) -> int:
-        """Samples of one split."""
-        return self.train_samples if split == "train" else self.validation_samples
-
-    def shards(self, split: Split) -> int:
-        """Shards of one split."""
-        return -(-self.samples(split) // self.shard_samples)
-
     def pattern(self, folder: Path, split: Split) -> str:
         """The URL pattern of one split's shards."""
-        return str(folder / f"{split}-{{0000..{self.shards(split) - 1:04d}}}.tar")
+        samples = self.train_samples if split == "train" else self.validation_samples
+        return str(folder / f"{split}-{{0000..{(samples - 1) // self.shard_samples:04d}}}.tar")
 
 
 def default_folder(options: SceneOptions) -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, DataError, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema
-from cosmos_ssl.data.folder_index import (
+from cosmos_ssl.data.folder.index import (
     EXTENSIONS,
     TEXT_EXTENSION,
     FolderIndex,
@@ -22,7 +22,6 @@ from cosmos_ssl.data.folder_index import (
     is_indexed,
     load_folder,
     shown,
-    similar,
 )
 from cosmos_ssl.data.scan import folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
@@ -94,11 +93,8 @@ class Folder(IndexedDataset):
         unknown = [name for name, size in zip(own, sizes, strict=True) if size and name not in known]
         if unknown:
             more = f" and {len(unknown) - 1} more are" if len(unknown) > 1 else " is"
-            hint = did_you_mean(unknown[0], self._classes)
-            raise DataError(
-                f"data: {self.root}: the class folder '{unknown[0]}'{more} none of the {len(known)} known "
-                f"classes.{hint}"
-            )
+            what = f"the class folder '{unknown[0]}'{more} none of the {len(known)} known classes"
+            raise DataError(f"data: {self.root}: {what}.{did_you_mean(unknown[0], self._classes)}")
         return [known.get(name, -1) for name in own]
 
     @property
@@ -114,10 +110,8 @@ class Folder(IndexedDataset):
     def prepare(self, progress: OnProgress | None = None) -> None:
         """Index the folder and look for captions; what is odd is logged. Raises DataError, OSError."""
         if (splits := splits_of(self.root)) is not None and self._classes is None:
-            raise DataError(
-                f"data: {self.root} holds {splits[0].name}/ and {splits[1].name}/: splits, no classes. Name one: "
-                f"{splits[0]}"
-            )
+            both = f"{splits[0].name}/ and {splits[1].name}/"
+            raise DataError(f"data: {self.root} holds {both}: splits, no classes. Name one: {splits[0]}")
         if self._index is None:
             self._index = load_folder(
                 self.root, extensions=self._extensions, cache_dir=self._cache_dir, progress=progress
@@ -214,23 +208,13 @@ def splits_of(root: Path) -> tuple[Path, Path] | None:
 
 def folder_notices(index: FolderIndex) -> list[str]:
     """What a person should know of these folders, one line each."""
-    notes, lines = index.notes, []
-    if notes.loose:
-        which = listed(notes.loose_examples, total=notes.loose)
-        lines.append(
-            f"data: {notes.loose:,} pictures beside the {len(index.classes):,} class folders are left out ({which})"
-        )
-    if notes.empty:
-        lines.append(
-            f"data: {notes.empty:,} of {len(index.classes):,} class folders hold no picture "
-            f"({listed(notes.empty_examples, total=notes.empty)})"
-        )
-    if notes.others:
-        lines.append(
-            f"data: {notes.others:,} files that are no pictures are left out "
-            f"({listed(notes.other_examples, total=notes.others)})"
-        )
-    return lines
+    notes, classes = index.notes, f"{len(index.classes):,} class folders"
+    odd = (
+        (notes.loose, f"pictures beside the {classes} are left out", notes.loose_examples),
+        (notes.empty, f"of {classes} hold no picture", notes.empty_examples),
+        (notes.others, "files that are no pictures are left out", notes.other_examples),
+    )
+    return [f"data: {count:,} {what} ({listed(examples, total=count)})" for count, what, examples in odd if count]
 
 
 def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
@@ -250,6 +234,3 @@ def _has_picture(folder: Path) -> bool:
     """Whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
     endings = tuple(f".{extension}" for extension in EXTENSIONS)
     return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
-
-
-__all__ = ["EXTENSIONS", "Folder", "folder_notices", "load_folder", "picture_folder", "similar", "splits_of"]

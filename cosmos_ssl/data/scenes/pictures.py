@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -86,9 +86,8 @@ class Thing:
     @property
     def full_name(self) -> str:
         """Such as ``large striped red circle``."""
-        return " ".join(
-            ["large" if self.large else "small", *([self.texture] if self.texture != "plain" else []), self.name]
-        )
+        texture = f"{self.texture} " * (self.texture != "plain")
+        return f"{'large' if self.large else 'small'} {texture}{self.name}"
 
     @property
     def label(self) -> int:
@@ -193,13 +192,11 @@ def sentences(scene: Scene, rng: np.random.Generator) -> dict[str, list[str]]:
         "shortSV_captions": [f"a {main.full_name} {_relation(main, other)} a {other.name}"],
         "longSV_captions": [f"The {a.name} is {_relation(a, b)} the {b.name}" for a, b in chosen],
         "shortLLA_captions": [f"{number} shapes on a {scene.background} background"],
-        "longLLA_captions": _details(scene.things, number),
+        "longLLA_captions": [
+            f"There are {number} shapes and the largest one is a {main.name}",
+            *(f"The {t.shape} at the {PLACES[t.place]} is {t.colour} and {t.texture}" for t in scene.things),
+        ],
     }
-
-
-def _details(things: Sequence[Thing], number: str) -> list[str]:
-    found = [f"There are {number} shapes and the largest one is a {things[0].name}"]
-    return found + [f"The {t.shape} at the {PLACES[t.place]} is {t.colour} and {t.texture}" for t in things]
 
 
 def _relation(a: Thing, b: Thing) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.data.cache import cache_root, digest, kept, open_head, save_columns
-from cosmos_ssl.data.folder_content import THREADS, YOUNG, is_unchanged, look_into, mark_of
+from cosmos_ssl.data.folder.content import THREADS, YOUNG, is_unchanged, look_into, mark_of
 from cosmos_ssl.data.scan import EXAMPLES, folder_shards
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.errors import DataError, did_you_mean
@@ -90,7 +91,7 @@ class FolderIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return _reopened, (self.path, self.digest)
+            return partial(FolderIndex.open, verify=False), (self.path, self.digest)
         return FolderIndex, (self._head, self.columns)
 
     def looked_into(self, hashes: Mapping[str, str], marks: NDArray[np.int64]) -> FolderIndex:
@@ -156,10 +157,6 @@ class FolderIndex:
         save_columns(path, _MAGIC, {**self._head, "lengths": lengths}, self.columns.values())
 
 
-def _reopened(path: Path, digest: str) -> FolderIndex:
-    return FolderIndex.open(path, digest, verify=False)
-
-
 def _piece(texts: NDArray[np.uint8], ends: NDArray[np.int64], number: int) -> bytes:
     start = int(ends[number - 1]) + 1 if number else 0
     return texts[start : int(ends[number])].tobytes()
@@ -185,16 +182,11 @@ def load_folder(
     """
     began = time.time_ns()
     check_is_folder(root)
-
-    def make(path: Path | None) -> FolderIndex:
-        whole = full_hash or (path is not None and _hashed_whole(_opened(path)))
-        index = scan_folder(root, extensions, whole, progress or alive)
-        if path is None:
-            return index
-        index.save(path)
-        return FolderIndex.open(path)
-
-    return kept(_places(root, extensions, cache_dir), lambda path: _fresh(path, root, began, full_hash), make)
+    return kept(
+        _places(root, extensions, cache_dir),
+        lambda path: _fresh(path, root, began, full_hash),
+        lambda path: scan_folder(root, extensions, full_hash or _hashed_whole(_opened(path)), progress or alive),
+    )
 
 
 def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None) -> bool:
@@ -206,9 +198,8 @@ def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir:
 def check_is_folder(root: Path) -> None:
     """Raise DataError unless ``root`` is a folder."""
     if not root.is_dir():
-        raise DataError(
-            f"data: {root} is no folder" if root.exists() else f"data: {root} does not exist.{similar(root)}"
-        )
+        what = "is no folder" if root.exists() else f"does not exist.{similar(root)}"
+        raise DataError(f"data: {root} {what}")
 
 
 def similar(path: Path) -> str:
@@ -235,9 +226,9 @@ def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None)
     return [root.parent / ".cosmos_ssl" / by_name, cache_root() / "manifests" / by_path]
 
 
-def _opened(path: Path) -> FolderIndex | None:
+def _opened(path: Path | None) -> FolderIndex | None:
     try:
-        return FolderIndex.open(path)
+        return None if path is None else FolderIndex.open(path)
     except (OSError, ValueError, KeyError):
         return None
 

@@ -23,7 +23,7 @@ from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.liveness import OnProgress
 
 if TYPE_CHECKING:
-    from cosmos_ssl.data.folder_index import FolderIndex
+    from cosmos_ssl.data.folder.index import FolderIndex
 
 THREADS = 16
 YOUNG = 2_000_000_000
