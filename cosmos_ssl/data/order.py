@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.config.sections import default_lanes
 from cosmos_ssl.errors import DataError, UserError
 
 _SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE, _STEP = range(6)  # one stream of random numbers for each use
@@ -62,7 +63,7 @@ class Order:
         shard_sizes: Sequence[int] | NDArray[np.int64],
         batch_size: int,
         *,
-        lanes: int,
+        lanes: int | None = None,
         shuffle_samples: int = 262_144,
         seed: int,
     ) -> None:
@@ -76,8 +77,8 @@ class Order:
                 f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). "
                 "Give more or a smaller batch"
             )
-        assert batch_size % lanes == 0, (batch_size, lanes)
-        self.lanes = lanes
+        self.lanes = lanes or default_lanes(batch_size)
+        assert batch_size % self.lanes == 0, (batch_size, lanes)
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         self._per_batch = batch_size // self.lanes
         self._lane_length = self.steps_per_epoch * self._per_batch
@@ -113,7 +114,7 @@ class Order:
                 f"step {step:,} lies within an epoch, where the order of samples goes on only with "
                 f"training.seed={before.seed}, loader.lanes={before.lanes}, the same loader.shuffle_samples and a "
                 f"training.batch_size that leaves as many samples an epoch "
-                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an epoch's end"
+                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take one of an epoch's end"
             )
         if seen % self.batch_size:
             raise UserError(

@@ -181,6 +181,10 @@ def _wait_for_folder(claim: Callable[[], None]) -> None:
         time.sleep(1.0)
 
 
+Job = SlurmRank
+"""The name in jobs that an earlier version has queued."""
+
+
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
     """The file with what a rank prints, as submitit names it."""
     return folder / f"{job_id}_{rank}_log.out"
