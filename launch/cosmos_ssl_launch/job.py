@@ -101,6 +101,10 @@ class SlurmRank:
         return DelayedSubmission(self) if may_restart(starts(run), newest_checkpoint(run), self.limit) else None
 
 
+Job = SlurmRank
+"""The name in jobs that an earlier version has queued."""
+
+
 def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
     """Requeue the job by submitit's handler of SIGUSR2, which was in place when the job was called; the exit code."""
 
@@ -179,10 +183,6 @@ def _wait_for_folder(claim: Callable[[], None]) -> None:
             if time.monotonic() > end:
                 raise
         time.sleep(1.0)
-
-
-Job = SlurmRank
-"""The name in jobs that an earlier version has queued."""
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
