@@ -1,25 +1,21 @@
-"""``cosmos-launch status|resume|cancel RUN_FOLDER``."""
+"""``cosmos-launch status|cancel RUN_FOLDER``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 from cosmos_ssl.files import read_object
-from cosmos_ssl_launch.launch import launch
 from cosmos_ssl_launch.requeue import NONE, newest_checkpoint, starts
-from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, check_not_queued, job_state
+from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, job_state
 from cosmos_ssl_launch.slurm import cancel as cancel_job
 
 
 def status(run: Path) -> int:
     """Say where a run stands."""
-    _check_run(run)
+    check_run(run)
     submission = Submission.of(run)
     lines = [f"{'run':<12}{run}"]
     if submission is not None:
@@ -42,7 +38,7 @@ def status(run: Path) -> int:
 
 def cancel(run: Path) -> int:
     """End the job of a run. It saves first, and is not started again."""
-    _check_run(run)
+    check_run(run)
     submission = Submission.of(run)
     state = None if submission is None else job_state(submission.job_id)
     if submission is None or state is None or not state.is_active:
@@ -52,26 +48,8 @@ def cancel(run: Path) -> int:
     return EXIT_DONE
 
 
-def resume(
-    run: Path, overrides: Sequence[str], *, profile: str | None = None, follow: bool = False, snapshot: bool = True
-) -> int:
-    """Go on where a run stands: with its config, and where it ran before unless ``profile`` says otherwise."""
-    _check_run(run)
-    check_not_queued(run)
-    config = next((path for name in (QUEUED_CONFIG, "config.yaml") if (path := run / name).exists()), None)
-    if config is None:
-        raise UserError(f"run folder {run} holds no config. Start the run by cosmos-launch --config")
-    submission = Submission.of(run)
-    values = [f"output_dir={run}", *overrides]
-    with TemporaryDirectory() as folder:
-        if profile is None and submission is not None:
-            path = Path(folder) / "profile.yaml"
-            path.write_text(dump_yaml({key: value for key, value in submission.profile.items() if value is not None}))
-            profile = str(path)
-        return launch([str(config)], values, profile=profile, follow=follow, snapshot=snapshot)
-
-
-def _check_run(run: Path) -> None:
+def check_run(run: Path) -> None:
+    """Raise UserError unless ``run`` is the folder of a run."""
     if not any((run / name).exists() for name in ("config.yaml", QUEUED_CONFIG)):
         raise UserError(f"{run} is no run folder: it holds no config.yaml")
 

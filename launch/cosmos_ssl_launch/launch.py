@@ -126,7 +126,7 @@ def _on_run(argv: Sequence[str]) -> int:
     if arguments.command != "resume":
         return commands.status(arguments.run) if arguments.command == "status" else commands.cancel(arguments.run)
     place = {"profile": arguments.profile, "follow": arguments.follow, "snapshot": not arguments.no_snapshot}
-    return commands.resume(arguments.run, arguments.overrides, **place)
+    return resume(arguments.run, arguments.overrides, **place)
 
 
 # ---------------------------------------------------------------------------- training
@@ -218,3 +218,28 @@ def _dry_run(loaded: Sequence[LoadedConfig], place: Profile, where: str, *, fork
     else:
         print(f"this is given to sbatch:\n{batch_script(loaded, place, snapshot=snapshot)}", end="")
     return EXIT_DONE
+
+
+def resume(
+    run: Path, overrides: Sequence[str], *, profile: str | None = None, follow: bool = False, snapshot: bool = True
+) -> int:
+    """Go on where a run stands: with its config, and where it ran before unless ``profile`` says otherwise."""
+    from tempfile import TemporaryDirectory
+
+    from cosmos_ssl.config.source import dump_yaml
+    from cosmos_ssl_launch.commands import check_run
+    from cosmos_ssl_launch.slurm import QUEUED_CONFIG, Submission, check_not_queued
+
+    check_run(run)
+    check_not_queued(run)
+    config = next((path for name in (QUEUED_CONFIG, "config.yaml") if (path := run / name).exists()), None)
+    if config is None:
+        raise UserError(f"run folder {run} holds no config. Start the run by cosmos-launch --config")
+    submission = Submission.of(run)
+    values = [f"output_dir={run}", *overrides]
+    with TemporaryDirectory() as folder:
+        if profile is None and submission is not None:
+            path = Path(folder) / "profile.yaml"
+            path.write_text(dump_yaml({key: value for key, value in submission.profile.items() if value is not None}))
+            profile = str(path)
+        return launch([str(config)], values, profile=profile, follow=follow, snapshot=snapshot)
