@@ -114,7 +114,8 @@ class Order:
                 f"step {step:,} lies within an epoch, where the order of samples goes on only with "
                 f"training.seed={before.seed}, loader.lanes={before.lanes}, the same loader.shuffle_samples and a "
                 f"training.batch_size that leaves as many samples an epoch "
-                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take one of an epoch's end"
+                f"({before.steps_per_epoch * before.batch_size:,}). Keep to these, or take a checkpoint of an "
+                "epoch's end"
             )
         if seen % self.batch_size:
             raise UserError(

@@ -42,13 +42,14 @@ def add_continue(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--continue", dest="resume", action="store_true", help=f"go on with {what}")
 
 
-def options_of(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
-    """An options class of the arguments that bear its fields' names, with a process a core where none are given."""
+def options_of(kind: Callable[..., T], arguments: argparse.Namespace, **others: Any) -> T:
+    """An options class of the arguments that bear its fields' names, and ``others``; a process a core by default."""
     from cosmos_ssl.data.scan import cores
 
     if getattr(arguments, "workers", 0) is None:
         arguments.workers = cores()
-    return kind(**{name: getattr(arguments, name) for name in inspect.signature(kind).parameters})
+    names = [name for name in inspect.signature(kind).parameters if name not in others]
+    return kind(**{name: getattr(arguments, name) for name in names}, **others)
 
 
 def own_schema(urls: list[str]) -> str | None:

@@ -47,7 +47,7 @@ def _add_schema(parser: argparse.ArgumentParser, schema: str) -> None:
     add("--sentences", dest="rule", metavar="RULE", help=rules)
     add("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: %(default)s)")
     name = "shards are NAME-0000.tar and so on (default: %(default)s)"
-    add("--name", default="train", metavar="NAME", help=name)
+    add("--name", dest="prefix", default="train", metavar="NAME", help=name)
     add("--no-decode", dest="decode", action="store_false", help="do not check that pictures can be decoded")
     add_max_pixels(parser, "left out")
     add_workers(parser)
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if (not arguments.images) == (arguments.fetch is None):
         raise UserError("give --images DIR or SHARDS, or --fetch DIR to download them; one of the two")
-    options = options_of(PrepareOptions, arguments)
+    options = options_of(PrepareOptions, arguments, name=arguments.prefix)
     with storage(), stages() as progress:
         if arguments.fetch is not None:
             fetching = FetchOptions(
