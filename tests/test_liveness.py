@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from cosmos_ssl.data import load_manifest
 from cosmos_ssl.data.cache import lock
-from cosmos_ssl.data.folder.index import load_folder
+from cosmos_ssl.data.folder.scan import load_folder
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
 from cosmos_ssl.liveness import alive, on_alive
 from cosmos_ssl.testing import example_samples

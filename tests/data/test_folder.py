@@ -21,8 +21,9 @@ from cosmos_ssl.api import BadSample
 from cosmos_ssl.cli import main
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, folder_notices, picture_folder
 from cosmos_ssl.data.folder import content as folder_content
-from cosmos_ssl.data.folder import index as folder_index
-from cosmos_ssl.data.folder.index import FolderIndex, load_folder, scan_folder
+from cosmos_ssl.data.folder import scan as folder_scan
+from cosmos_ssl.data.folder.index import FolderIndex
+from cosmos_ssl.data.folder.scan import load_folder, scan_folder
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, EXIT_USER, DataError, UserError
 from cosmos_ssl.shards import check as check_module
 from cosmos_ssl.shards.check import check_folder
@@ -31,7 +32,7 @@ from cosmos_ssl.shards.check import check_folder
 @pytest.fixture(autouse=True)
 def _soon_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are taken for settled after hundredths of a second, not two."""
-    for module in (folder_index, folder_content):
+    for module in (folder_scan, folder_content):
         monkeypatch.setattr(module, "YOUNG", 20_000_000)
 
 
@@ -181,7 +182,7 @@ def test_large_folders_are_sorted_part_by_part(tmp_path: Path, monkeypatch: pyte
     root.mkdir()
     for name in names:
         (root / name).touch()
-    monkeypatch.setattr(folder_index, "_AT_ONCE", 5)
+    monkeypatch.setattr(folder_scan, "_AT_ONCE", 5)
     index = scan_folder(root)
     assert [index.locate(i)[1] for i in range(23)] == sorted(name.encode() for name in names)
 
@@ -193,13 +194,13 @@ def test_large_folders_are_sorted_part_by_part(tmp_path: Path, monkeypatch: pyte
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that were scanned."""
     seen: list[Path] = []
-    scan = folder_index.scan_folder
+    scan = folder_scan.scan_folder
 
     def counted(root: Path, *args: Any) -> FolderIndex:
         seen.append(root)
         return scan(root, *args)
 
-    monkeypatch.setattr(folder_index, "scan_folder", counted)
+    monkeypatch.setattr(folder_scan, "scan_folder", counted)
     return seen
 
 
@@ -229,8 +230,8 @@ def test_the_index_is_kept_until_something_changes(odd: Path, scans: list[Path])
 def test_a_folder_changed_just_before_it_was_listed_is_listed_again(
     tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_index, "mark_of", lambda found: 1)  # a clock too coarse to tell two changes apart
-    monkeypatch.setattr(folder_index, "YOUNG", 60_000_000_000)
+    monkeypatch.setattr(folder_scan, "mark_of", lambda found: 1)  # a clock too coarse to tell two changes apart
+    monkeypatch.setattr(folder_scan, "YOUNG", 60_000_000_000)
     root = write(tmp_path / "new", "a/1.png")
     load_folder(root)
     (root / "a" / "2.png").write_bytes(picture(2))
@@ -240,9 +241,9 @@ def test_a_folder_changed_just_before_it_was_listed_is_listed_again(
 def test_processes_that_wait_for_a_scan_take_its_result(
     tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_index, "YOUNG", 60_000_000_000)  # a later start would scan again
+    monkeypatch.setattr(folder_scan, "YOUNG", 60_000_000_000)  # a later start would scan again
     root = write(tmp_path / "new", "a/1.png")
-    begun, scan = threading.Barrier(4), folder_index._fresh
+    begun, scan = threading.Barrier(4), folder_scan._fresh
 
     def fresh(path: Path, root: Path, began: int, full_hash: bool) -> FolderIndex | None:
         found = scan(path, root, began, full_hash)
@@ -252,7 +253,7 @@ def test_processes_that_wait_for_a_scan_take_its_result(
         return found
 
     met: set[threading.Thread] = set()
-    monkeypatch.setattr(folder_index, "_fresh", fresh)
+    monkeypatch.setattr(folder_scan, "_fresh", fresh)
     threads = [threading.Thread(target=load_folder, args=(root,)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -398,7 +399,7 @@ def test_unreadable_folders_and_failing_storage(odd: Path, monkeypatch: pytest.M
             raise failures.pop()
         return scandir(path)
 
-    monkeypatch.setattr(folder_index.os, "scandir", failing)
+    monkeypatch.setattr(folder_scan.os, "scandir", failing)
     failures[:] = [PermissionError(13, "Permission denied")]
     with pytest.raises(DataError, match=r"the folder .*/b/deep cannot be read: Permission denied"):
         load_folder(odd)

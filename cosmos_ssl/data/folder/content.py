@@ -13,17 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.folder.index import FolderIndex
 from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.liveness import OnProgress
-
-if TYPE_CHECKING:
-    from cosmos_ssl.data.folder.index import FolderIndex
 
 THREADS = 16
 YOUNG = 2_000_000_000

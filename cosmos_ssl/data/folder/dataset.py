@@ -14,15 +14,8 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import BadSample, DataError, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema
-from cosmos_ssl.data.folder.index import (
-    EXTENSIONS,
-    TEXT_EXTENSION,
-    FolderIndex,
-    check_is_folder,
-    is_indexed,
-    load_folder,
-    shown,
-)
+from cosmos_ssl.data.folder.index import FolderIndex, shown
+from cosmos_ssl.data.folder.scan import EXTENSIONS, TEXT_EXTENSION, check_is_folder, is_indexed, load_folder
 from cosmos_ssl.data.scan import folder_shards
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean, listed
