@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
+from cosmos_ssl.engine import distributed
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
 from cosmos_ssl.engine.distributed import joined_world
 from cosmos_ssl.engine.exchange import GradientMean
@@ -131,7 +132,7 @@ def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_pat
 
 def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     """A broadcast fails on the rank that gives where the one that receives has already gone: the wait is by way of the
-    store.
+    store. Without the others a rank breaks off what is under way, and goes also where that never ends.
     """
     store, left = HashStore(), []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -140,6 +141,8 @@ def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     monkeypatch.setattr("cosmos_ssl.engine.distributed.rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(store.check(["left/1"])))
+    monkeypatch.setattr(distributed, "_abort_process_group", lambda: left.append(False) or threading.Event().wait())
+    monkeypatch.setattr(distributed, "ABORTING", 0.05)
     for ended, together in (
         (None, True),
         (Interrupted(signal.SIGTERM), True),
