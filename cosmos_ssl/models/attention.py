@@ -136,8 +136,9 @@ def resolve_backend(
 def explain_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_width: int) -> str:
     """What ``name`` is on a device, and why, for people. Raises as ``resolve_backend`` does."""
     chosen = resolve_backend(name, device, dtype, head_width)
-    if name != "auto":
-        return chosen
+    kind = torch.device(device).type
+    if name != "auto" or kind != "cuda":
+        return f"{chosen} (auto on {kind})" if name == "auto" else chosen
     faults = dict(_faults(device, dtype, head_width))
     passed = [faults[kernel] for kernel in list(_KERNELS)[: [*_KERNELS, "sdpa"].index(chosen)]]
     return f"{chosen} (auto{''.join(f'; {fault}' for fault in dict.fromkeys(passed))})"
