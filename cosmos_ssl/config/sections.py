@@ -137,6 +137,9 @@ class TrainingConfig(Section):
     """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``.
 
     ``precision: auto`` is amp_fp16 on CUDA, fp32 elsewhere, and in a run that was begun in another one, that.
+    ``attention: auto`` is xformers where it runs, else varlen where that does, else sdpa. ``deterministic``: the same
+    bits again from the same machine and number of ranks, on CUDA with any attention but xformers, whose backward pass
+    adds up as it comes.
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024

@@ -56,8 +56,8 @@ WIDTH = 6
 faults: dict[str, dict[int, str]] = {}
 """What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
 
-``die``, ``hang``, ``raise``, ``slow``; ``drift``: the teacher, or at its ``start`` the model, becomes another; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100
-kB from now on.
+``die``, ``hang``, ``raise``, ``slow``; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100
+kB from now on; ``drift``: the teacher, or at its ``start`` the model, becomes another.
 """
 
 
