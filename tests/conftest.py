@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from cosmos_ssl import registry
 from cosmos_ssl.data import storage
@@ -63,6 +65,39 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     for module, loaded in list(sys.modules.items()):
         if str(getattr(loaded, "__file__", None) or "").startswith(str(site)):
             del sys.modules[module]
+
+
+@pytest.fixture(scope="session")
+def varlen_on_cpu() -> None:
+    """The operators of PyTorch's ``varlen_attn``, which run on CUDA alone, by their formula on the CPU."""
+    from torch.nn.attention import varlen
+
+    def pieces(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, causal: bool) -> Iterator[list[Tensor]]:
+        """Of each sequence q, k, v and the weights."""
+        assert q_ends.dtype == k_ends.dtype == torch.int32
+        cut = [x.tensor_split(ends[1:-1].long()) for x, ends in ((q, q_ends), (k, k_ends), (v, k_ends))]
+        for a, b, c in zip(*cut, strict=True):
+            logits = torch.einsum("qhd,khd->hqk", a, b) / a.shape[-1] ** 0.5
+            hidden = torch.ones(len(a), len(b), dtype=torch.bool).triu(1 + len(b) - len(a))  # the last sees all
+            yield [a, b, c, (logits.masked_fill(hidden, -torch.inf) if causal else logits).softmax(-1)]
+
+    def forward(q, k, v, q_ends, k_ends, max_q, max_k, causal, *_):  # type: ignore[no-untyped-def]
+        assert (max_q, max_k) == (q_ends.diff().max(), k_ends.diff().max())
+        out = [torch.einsum("hqk,khd->qhd", w, c) for _, _, c, w in pieces(q, k, v, q_ends, k_ends, causal)]
+        return torch.cat(out), q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(grad, q, k, v, out, lse, q_ends, k_ends, max_q, max_k, causal, *_):  # type: ignore[no-untyped-def]
+        found = []
+        grads = grad.tensor_split(q_ends[1:-1].long())
+        for g, (a, b, c, w) in zip(grads, pieces(q, k, v, q_ends, k_ends, causal), strict=True):
+            dw = torch.einsum("qhd,khd->hqk", g, c)
+            dlogits = w * (dw - (dw * w).sum(-1, keepdim=True)) / a.shape[-1] ** 0.5
+            to_keys = [torch.einsum("hqk,qhd->khd", x, y) for x, y in ((dlogits, a), (w, g))]
+            found.append([torch.einsum("hqk,khd->qhd", dlogits, b), *to_keys])
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    varlen._varlen_attn.register_kernel("cpu", forward)
+    varlen._varlen_attn_backward.register_kernel("cpu", backward)
 
 
 # shards made on the spot

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+
 from cosmos_ssl.api import IndexedDataset
 from cosmos_ssl.build.builder import Builder
 from cosmos_ssl.build.runs import claim, watched
@@ -24,6 +26,8 @@ from cosmos_ssl.identity import Identity
 from cosmos_ssl.interop.foreign import is_remote
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
+from cosmos_ssl.models.precision import DTYPES, resolve_precision
+from cosmos_ssl.models.transformer import head_widths
 
 
 @storage_faults("storage fails")
@@ -51,9 +55,12 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
     """
     config, builder = loaded.config, Builder(loaded)
     RunFolder(config.folder).check_free()
-    if here:
-        resolve_backend(config.training.attention, pick_device(config.training.device))
     assembly = builder.assemble("check")
+    if here:
+        device = pick_device(config.training.device)
+        dtype = DTYPES[resolve_precision(config.training.precision, device)] or torch.float32
+        for width in head_widths(assembly.model):
+            resolve_backend(config.training.attention, device, dtype, width)
     dataset = assembly.dataset
     assert dataset is not None, "a config that was checked"
     with blaming(dataset, "data"):

@@ -65,6 +65,11 @@ def check(loaded: LoadedConfig) -> Assembly:
     _check_names(loaded)
     if loaded.config.data is None:
         raise ConfigError([loaded.fault("data", "a run needs a data set, such as data: {type: scenes}")])
+    if loaded.config.training.deterministic and loaded.config.training.attention == "xformers":
+        told = (
+            "xformers adds up gradients in an order that differs from run to run, which training.deterministic refuses"
+        )
+        raise ConfigError([loaded.fault("training.attention", f"{told}. Set it to auto, varlen or sdpa")])
     builder = Builder(loaded)
     assembly = builder.assemble("check")
     builder.check_sizes(assembly)
@@ -102,7 +107,7 @@ def run(
     with (
         steady_streams(),
         Signals(at_once=True, leaving=leaving) as signals,
-        joined_world(loaded.config.training.device),
+        joined_world(loaded.config.training.device, loaded.config.folder),
     ):
         try:
             return _trainer(loaded, fork=fork, signals=signals).train()

@@ -135,12 +135,15 @@ class TrainingConfig(Section):
     """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``.
 
     ``precision: auto`` is amp_fp16 on CUDA, fp32 elsewhere, and in a run that was begun in another one, that.
+    ``attention: auto`` is xformers where it runs, else varlen where that does, else sdpa. ``deterministic``: the same
+    bits again from the same machine and number of ranks, on CUDA with any attention but xformers, whose backward pass
+    adds up as it comes.
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
     micro_batch_size: Count | None = None
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     compile: bool = False
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

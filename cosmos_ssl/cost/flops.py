@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -184,6 +185,7 @@ _HANDLES: dict[str, Handle] = {
     # what xformers' memory_efficient_attention runs
     "xformers_flash::flash_fwd": _sequences(3),
     "xformers_flash3::flash_fwd": _sequences(3),
+    "torch_attn::_varlen_attn": _sequences(3),
     "aten::_flash_attention_forward": _sequences(3),
     "aten::_efficient_attention_forward": _sequences(4),
 }
@@ -345,4 +347,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     for space in (torch.ops.xformers_flash, torch.ops.xformers_flash3):
         if hasattr(space, "flash_fwd"):
             found |= {space.flash_fwd: packed(0, 3, 2), space.flash_bwd: packed(2, 7, 5)}
+    with suppress(ImportError):  # an older PyTorch has no such operators
+        import_module("torch.nn.attention.varlen")
+        varlen = torch.ops.torch_attn
+        found |= {varlen._varlen_attn: packed(0, 3, 2), varlen._varlen_attn_backward: packed(1, 6, 5)}
     return found

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from cosmos_ssl.config.ranks import started_ranks
@@ -23,18 +27,29 @@ from cosmos_ssl.functional.collective_time import collective_time
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: longer than a save or a look-up on slow storage takes."""
+STARTING = timedelta(minutes=30)
+"""How long a rank waits for the others until the first step has ended: caches are cold, kernels are compiled."""
+
+RUNNING = timedelta(minutes=15)
+"""How long it does from then on: longer than a save, or all attempts at a read of storage that stalls, take."""
 
 LEAVING = timedelta(seconds=2)
 """How long a rank that has ended waits for the others to end."""
 
+ABORTING = 5.0
+"""Seconds that breaking off what is under way on the device may take."""
+
+_NEW_NAMES = hasattr(torch._C, "_accelerator_setAllocatorSettings")  # of PyTorch's variables, since 2.9
+_FLIGHTS = "TORCH_FR_DUMP_TEMP_FILE" if _NEW_NAMES else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+
 
 @contextmanager
-def joined_world(device: str) -> Iterator[None]:
+def joined_world(device: str, folder: Path | None = None) -> Iterator[None]:
     """Be a member of the started world while entered: gloo for host tensors, NCCL for those on CUDA devices.
 
-    Raises UserError where the variables that tell of it make no sense, StorageError where the others cannot be reached.
+    What NCCL's flight recorder holds when ranks wait too long goes into ``folder``. One that fails leaves at once, all
+    others together. Raises UserError where the variables that tell of the world make no sense, or the ranks cannot have
+    a device each, StorageError where the others cannot be reached.
     """
     if started_ranks() == 1 or dist.is_initialized():
         yield
@@ -46,33 +61,116 @@ def joined_world(device: str) -> Iterator[None]:
         given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.update(given)
-    cuda = pick_device(device).type == "cuda"
     try:
-        store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT)
+        store, own, size = next(rendezvous("env://", timeout=STARTING))
+        backend = "gloo"
+        if agree_on_device(device, store, own, size).type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            _record_flights(folder)
+        group = PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=own, world_size=size, timeout=STARTING)
+    except UserError:  # on all ranks; one of them keeps the store
+        _leave_together(store, own, size)
+        raise
     except (dist.DistError, RuntimeError) as error:
         raise StorageError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from error
+    together = False
     try:
         yield
-        _leave_together(store, own, size)
+        together = _leave_together(store, own, size)
     except CosmosError as error:
-        if error.exit_code != EXIT_LOST:
-            _leave_together(store, own, size)
+        together = error.exit_code != EXIT_LOST and _leave_together(store, own, size)
         raise
     finally:
-        dist.destroy_process_group()
+        (dist.destroy_process_group if together else _leave_alone)()
 
 
-def _leave_together(store: Store, own: int, size: int) -> None:
-    """Wait until every rank is about to leave: a broadcast fails on the rank that gives where the one that receives is
-    already gone.
+def agree_on_device(wanted: str, store: Store, own: int, size: int) -> torch.device:
+    """The device of this rank for ``training.device``, once all have told theirs through the store.
+
+    Raises UserError on all ranks alike where one finds none, some find none, or two would share one.
+    """
+    place = {"node": socket.gethostname(), "type": "cpu", "id": "", "fault": ""}
+    device = torch.device("cpu")
+    if wanted == "cpu":
+        return device
+    try:
+        device = pick_device(wanted)
+        place["type"] = device.type
+        if device.type == "cuda":
+            place["id"] = str(torch.cuda.get_device_properties(device).uuid)
+    except UserError as error:
+        place["fault"] = str(error)
+    store.set(f"device/{own}", json.dumps(place))
+    keys = [f"device/{other}" for other in range(size)]
+    store.wait(keys, STARTING)
+    places = [json.loads(text) for text in store.multi_get(keys)]
+    names = [f"rank {other} ({each['node']})" for other, each in enumerate(places)]
+    for name, each in zip(names, places, strict=True):
+        if each["fault"]:
+            raise UserError(f"{name}: {each['fault']}")
+    kinds = [each["type"] for each in places]
+    if len(set(kinds)) > 1:
+        none, one = names[kinds.index("cpu")], names[kinds.index("cuda")]
+        raise UserError(
+            f"training.device: {none} finds no CUDA device, and {one} has one. Leave that node out, or set it to cpu"
+        )
+    taken: dict[tuple[str, str], str] = {}
+    for name, each in zip(names, places, strict=True):
+        other = taken.setdefault((each["node"], each["id"]), name)
+        if each["id"] and other != name:
+            raise UserError(f"{other} and {name} would share one CUDA device. Start one rank a device")
+    return device
+
+
+def _record_flights(folder: Path | None) -> None:
+    """Have NCCL's flight recorder write down the last collectives of every rank where one waits too long."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if _NEW_NAMES else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if folder is not None:
+        os.environ.setdefault(_FLIGHTS, str(folder.absolute() / "nccl_rank"))
+
+
+def dump_flights() -> str:
+    """Write what NCCL's flight recorder of this rank holds to its file; where that lies, for people, else nothing."""
+    if _FLIGHTS not in os.environ:
+        return ""
+    path = Path(f"{os.environ[_FLIGHTS]}{rank()}")
+    if hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):  # with NCCL
+        with suppress(OSError, RuntimeError):
+            path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+    return f"; the last collectives of this rank are in {path} (read by torch.distributed.flight_recorder)"
+
+
+def be_impatient() -> None:
+    """Wait for other ranks as long as a run's steps need: the first one has ended."""
+    if world_size() > 1:
+        _set_pg_timeout(RUNNING)
+
+
+def _leave_alone() -> None:
+    """Break off what is under way: others may never come, and NCCL would wait for them."""
+
+    def abort() -> None:
+        with suppress(RuntimeError):
+            _abort_process_group()
+
+    leaving = threading.Thread(target=abort, daemon=True)
+    leaving.start()
+    leaving.join(ABORTING)
+
+
+def _leave_together(store: Store, own: int, size: int) -> bool:
+    """Wait until every rank is about to leave, and whether all are: a broadcast fails on the rank that gives where the
+    one that receives is already gone.
 
     By way of the store, since every collective ends like that broadcast. Ranks that do not come are not waited for.
     """
     with suppress(dist.DistError, RuntimeError):  # the rank that keeps the store may be the first to go
         store.set(f"left/{own}", "")
         store.wait([f"left/{other}" for other in range(size)], LEAVING)
+        return True
+    return False
 
 
 @contextmanager
@@ -93,7 +191,7 @@ def as_run_errors() -> Iterator[None]:
     except Exception as error:
         if not is_lost_rank(error):
             raise
-        raise StorageError(f"another rank was lost: {str(error).splitlines()[0]}") from error
+        raise StorageError(f"another rank was lost: {str(error).splitlines()[0]}{dump_flights()}") from error
 
 
 class World:
@@ -153,14 +251,24 @@ class World:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of this process for ``training.device``. Raises UserError where it is not there."""
+    """The device of this process for ``training.device``. Raises UserError where it is not there.
+
+    On CUDA memory is had in segments that grow, unless the user's variables say otherwise.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "training.device: cuda was asked for, and this machine has no CUDA device. Set it to auto or cpu"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    own, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= count > 1:
+        raise UserError(
+            f"LOCAL_RANK is {own}, and this machine has {count} CUDA devices, one a rank. Start fewer ranks on it"
+        )
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF" if _NEW_NAMES else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    device = torch.device("cuda", min(own, count - 1))  # a rank that is bound to its device may see that one alone
     torch.cuda.set_device(device)
     return device
 

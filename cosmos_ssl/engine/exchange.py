@@ -11,12 +11,20 @@ from torch import Tensor
 
 from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
 from cosmos_ssl.api.views import map_tensors, tensors_in
-from cosmos_ssl.functional import all_sum, gather_many, world_size
+from cosmos_ssl.errors import TrainingError, listed
+from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, world_size
 from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.models.plan import Plan
 
 BUCKET = 25 << 20
 """Bytes of gradients that are averaged in one collective."""
+
+ALIGNMENT = {"cuda": 16}
+"""Bytes of a kernel's widest read: means of gradients begin at multiples of it. Not on the host, where gloo adds in an
+order that goes by the place.
+"""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def gather_features(plan: Plan, student: Features, teacher: Features | None) -> dict[Role, Features]:
@@ -90,7 +98,7 @@ class GradientMean:
         while self._next < len(self.buckets) and (whole or self._left[self._next] == 0):
             bucket = self.buckets[self._next]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(world_size())
+            flat = torch.cat(_aligned(grads)).div_(world_size())
             self._running.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
             self._next += 1
 
@@ -100,11 +108,56 @@ class GradientMean:
         for bucket, flat, work in self._running:
             with collective_time.during(flat):
                 work.wait()
-            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = mean.view_as(parameter)
+            place = 0
+            for parameter in bucket:
+                parameter.grad = flat[place : place + parameter.numel()].view_as(parameter)
+                place += parameter.numel() + _gap(parameter)
         self._left = [len(bucket) for bucket in self.buckets]
         self._next = 0
         self._running.clear()
+
+
+def _gap(x: Tensor) -> int:
+    """Elements that are left free after ``x`` in a bucket."""
+    return -x.numel() % (ALIGNMENT.get(x.device.type, 1) // x.element_size() or 1)
+
+
+def _aligned(grads: Sequence[Tensor]) -> list[Tensor]:
+    """What a bucket is made of: the gradients, flat, and zeros for the gaps."""
+    gaps = [_gap(grad) for grad in grads]
+    zeros = grads[0].new_zeros(max(gaps))
+    parts = zip((grad.reshape(-1) for grad in grads), (zeros[:gap] for gap in gaps), strict=True)
+    return [part for pair in parts for part in pair if part.numel()]
+
+
+@torch.no_grad()
+def share_start(replicas: Mapping[str, Tensor]) -> None:
+    """Take the first rank's values: what is drawn follows from the instructions that a CPU has, too."""
+    for tensor in replicas.values() if world_size() > 1 else ():
+        given = tensor.contiguous()
+        dist.broadcast(given, 0)
+        tensor.copy_(given)
+
+
+def check_replicas(replicas: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError with the first of these tensors that is not the same on all ranks, to the bit, and on which.
+
+    A collective: all ranks call it.
+    """
+    if world_size() == 1 or not replicas:
+        return
+    # the sum of a tensor's bits, read as whole numbers; the largest of ~x is that of the least x
+    own = torch.stack([x.reshape(-1).view(_BITS[x.element_size()]).sum(dtype=torch.int64) for x in replicas.values()])
+    most, least = all_max(torch.stack([own, ~own]))
+    differing = (most != ~least).nonzero().flatten().tolist()
+    if differing:
+        told = gather_objects(own[differing[0]].item())
+        others = [str(rank) for rank, value in enumerate(told) if value != told[0]]
+        raise TrainingError(
+            f"ranks have come apart: {list(replicas)[differing[0]]} of rank {listed(others)} is not the first rank's "
+            f"(tensors that differ: {len(differing)}). A part that does not do the same on all ranks does this, or a "
+            "faulty device. No checkpoint is written; the same command goes on from the last one"
+        )
 
 
 @torch.no_grad()

@@ -65,6 +65,12 @@ class RunState:
         teacher = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
         return {"student": self.model, **teacher}
 
+    @property
+    def replicas(self) -> dict[str, Tensor]:
+        """What is the same on every rank, by role and name: parameters and buffers of student and teacher."""
+        found = {f"{role}.{n}": x for role, model in self.models.items() for n, x in model.state_dict().items()}
+        return found | {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
+
     @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""

@@ -40,6 +40,8 @@ class News:
     """Samples of this batch that were replaced."""
     unsaved: bool = False
     """Whether a checkpoint could not be written."""
+    save: bool = False
+    """Whether one is due after this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +112,9 @@ class Step:
         """Tell all ranks whether loss and gradient are finite, and the news: the one rendezvous of a step."""
         faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device
         own = news()
-        loss, gradient, signal, bad, unsaved = World().most([*faults, own.signal, own.bad_samples, own.unsaved])
-        told = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved))
+        given = [*faults, own.signal, own.bad_samples, own.unsaved, own.save]
+        loss, gradient, signal, bad, unsaved, save = World().most(given)
+        told = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved), save=bool(save))
         return Agreement(finite_loss=not loss, finite_gradient=not gradient, news=told)
 
     def move(self, progress: Progress) -> Mapping[str, float]:

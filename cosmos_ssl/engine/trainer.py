@@ -21,9 +21,17 @@ from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.engine.distributed import World, as_run_errors, be_deterministic, keep_freed_memory, pick_device
+from cosmos_ssl.engine.distributed import (
+    World,
+    as_run_errors,
+    be_deterministic,
+    be_impatient,
+    dump_flights,
+    keep_freed_memory,
+    pick_device,
+)
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
-from cosmos_ssl.engine.exchange import spread
+from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
@@ -36,8 +44,9 @@ from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, listed
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
-from cosmos_ssl.models.attention import resolve_backend
+from cosmos_ssl.models.attention import explain_backend
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
+from cosmos_ssl.models.transformer import head_widths
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +74,10 @@ class Trainer:
         self.world = World()
         self.folder = RunFolder(Path(run_dir), self.world.rank)
         self.device = device or pick_device(config.training.device)
+        if config.training.deterministic:
+            be_deterministic()
         if self.device.type == "cpu":
             keep_freed_memory()
-        resolve_backend(config.training.attention, self.device)  # refused now rather than at the first step
         self.console = console or Console(quiet=not self.world.first)
         self.writers = writers
         self.signals = signals or Signals(at_once=True)
@@ -93,8 +103,6 @@ class Trainer:
         self.total_steps = total_steps(config, self.order)
         self.run: Run | None = None
         """The run under way."""
-        if config.training.deterministic:
-            be_deterministic()
 
     @cached_property
     def identity(self) -> Identity:
@@ -148,6 +156,9 @@ class Run:
         self.steps_per_epoch, self.total_steps = trainer.steps_per_epoch, trainer.total_steps
         newest = self.world.run_on_first(lambda: latest_checkpoint(self.folder.path))
         precision = resolve_precision(self.world.run_on_first(self.folder.begun_in), trainer.device)
+        dtype, widths = DTYPES[precision] or torch.float32, head_widths(self.assembly.model)
+        told = [explain_backend(self.config.training.attention, trainer.device, dtype, width) for width in widths]
+        self.attention = "; ".join(dict.fromkeys(told))  # refused now rather than within the first step
         self.state = RunState(self.assembly, self.config, trainer.device, precision)
         self.state.model.train()
         self.step = Step(self.assembly, self.state, self.config.training)
@@ -155,6 +166,8 @@ class Run:
             fork = self.world.run_on_first(self._fork) if newest is None else None
             source = newest if fork is None else fork.checkpoint
             saved = self.state.restore(source) if source is not None else None
+        if source is None:
+            share_start(self.state.replicas)
         if fork is not None:
             self.state.step = fork.step
         if self.world.first:
@@ -195,7 +208,7 @@ class Run:
             if self.between_steps:
                 self.save_now()
             raise
-        self.world.run_on_first(self.save_now)
+        self.save_together()
         return self.finish()
 
     # ------------------------------------------------------------------ the loop
@@ -203,7 +216,7 @@ class Run:
     def loop(self) -> None:
         """Make the updates that are left; after each log, save and evaluate where it is due."""
         left = self.total_steps - self.state.step
-        path, paused = self.folder.trace, self.clock.paused
+        path, paused, first = self.folder.trace, self.clock.paused, self.state.step + 1
         batches = traced(self._batches(), self.config.training.trace_steps, left, self.state.device, path, paused)
         with closing(batches):  # whatever ends the loop, workers do not outlive it
             began = time.monotonic()
@@ -215,6 +228,8 @@ class Run:
                 )
                 update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
+                if self.state.step == first:
+                    be_impatient()
                 self._count(update.told.news, batch)
                 self.between_steps = True
                 self.signals.ahead = f"{AHEAD} (a step takes about {time.monotonic() - began:.0f} s)"
@@ -236,7 +251,8 @@ class Run:
     def _news(self, batch: LoadedBatch) -> News:
         """What the other ranks must learn of this one."""
         signal = self.signals.received or 0
-        return News(signal=signal, bad_samples=len(batch.replaced), unsaved=self.checkpoints.fault)
+        due = self.checkpoints.due(self.state.step + 1)
+        return News(signal=signal, bad_samples=len(batch.replaced), unsaved=self.checkpoints.fault, save=due)
 
     def _count(self, news: News, batch: LoadedBatch) -> None:
         """Count what all ranks have consumed. Raises TrainingError past the budget of bad samples."""
@@ -246,7 +262,7 @@ class Run:
     def _leave(self, signal: int, *, together: bool) -> NoReturn:
         """Save, and raise Interrupted; ``together`` where all ranks leave at this step."""
         # what started the ranks ends all when one leaves: not before the first has saved
-        self.world.run_on_first(self.save_now) if together else self.save_now()
+        self.save_together() if together else self.save_now()
         cause = Interrupted(signal).cause
         raise Interrupted(signal, f"{cause}: saved {self._place()}. The same command goes on from there.") from None
 
@@ -278,8 +294,8 @@ class Run:
     def save_if_due(self, news: News) -> None:
         """Start writing a checkpoint where one is due; all ranks hear of one that failed.
 
-        Raises TrainingError for one that was not finite, StorageError where one could not be written and that ends
-        the run.
+        Raises TrainingError for one that was not finite, or not the same on all ranks, StorageError where one could not
+        be written and that ends the run.
         """
         if news.unsaved:
             fault = self.world.run_on_first(self.checkpoints.take_fault)
@@ -288,8 +304,10 @@ class Run:
             if self.config.checkpoints.on_failure == "stop":
                 raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
-        if self.checkpoints.due(self.state.step):
-            self._save()
+        if news.save:
+            check_replicas(self.state.replicas)
+            if self.world.first:
+                self._save()
 
     def _save(self) -> None:
         """Hand a snapshot to the writer."""
@@ -304,6 +322,11 @@ class Run:
             "versions": versions(self.assembly.parts),
         }
         self.checkpoints.write(self.state.snapshot(about))
+
+    def save_together(self) -> None:
+        """Save where all ranks stand. Raises StorageError, TrainingError where they do not stand at the same."""
+        check_replicas(self.state.replicas)
+        self.world.run_on_first(self.save_now)
 
     def save_now(self) -> None:
         """Save where the run stands and wait for it, on the first rank. Raises StorageError."""
@@ -381,7 +404,8 @@ class Run:
     def _where(self) -> str:
         """Where this rank stands, for the watchdog."""
         workers = self.trainer.loader.where()
-        return f"rank {self.world.rank}, step {self.state.step + 1:,}" + (f"; {workers}" if workers else "")
+        where = f"rank {self.world.rank}, step {self.state.step + 1:,}" + (f"; {workers}" if workers else "")
+        return where + dump_flights()
 
     def _place(self) -> str:
         """Where the run stands, for people."""
@@ -412,6 +436,8 @@ class Run:
             moved = f" on {self.world.size} ranks; it was saved on {before}" if before != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)
         self._announce_precision(saved)
+        if self.attention:
+            log.info("attention: %s", self.attention)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen, limit=8))
 

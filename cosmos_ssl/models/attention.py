@@ -1,7 +1,8 @@
 """Attention over sequences of equal length, and over sequences of any lengths laid end to end.
 
-One family of functions serves all of our own towers and heads, on three backends: ``xformers`` (CUDA),
-``sdpa`` (PyTorch, any device) and ``reference`` (a plain loop that the tests compare with).
+One family of functions serves all of our own towers and heads, on four backends: ``xformers`` and ``varlen`` (CUDA),
+``sdpa`` (PyTorch, any device) and ``reference`` (a plain loop that the tests compare with). ``varlen`` is PyTorch's own
+for sequences laid end to end; those of equal length are ``sdpa``'s there.
 
 Shape letters: B sequences, H heads, d width of a head, Lq queries and Lk keys of one sequence;
 T rows of a packed tensor, the sum of its sequences' lengths.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from cosmos_ssl.errors import UserError, did_you_mean
 
-BACKENDS = ("auto", "xformers", "sdpa", "reference")
+BACKENDS = ("auto", "xformers", "varlen", "sdpa", "reference")
 
 # Short runs of sequences are padded to their neighbours as long as the padded bucket stays below this many
 # rows: about where copying that many rows begins to cost more than one more call of the kernel.
@@ -60,34 +62,61 @@ def _xformers() -> tuple[ModuleType, ModuleType]:
         return ops, attn_bias
 
 
+def _by_xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    ops, _ = _xformers()
+    return cast(Tensor, ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=packing.bias)[0])
+
+
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q_ends, k_ends = packing.ends
+    longest = int(packing.query_lengths.max()), int(packing.lengths.max())
+    return cast(Tensor, varlen_attn(q, k, v, q_ends, k_ends, *longest, window_size=(-1, 0 if packing.causal else -1)))
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
+    "xformers": _by_xformers,
+    "varlen": _by_varlen,
+}
+"""Attention in memory that grows with the rows alone, in the order in which ``auto`` takes it."""
+
+
 @functools.cache
-def _xformers_fault(device_type: str, dtype: torch.dtype, head_width: int, deterministic: bool) -> str | None:
-    """Why xformers' attention cannot run so, found by trying it forward and back; None where it can."""
+def _fault(name: str, device_type: str, dtype: torch.dtype, head_width: int, deterministic: bool) -> str | None:
+    """Why a kernel cannot run so, found by trying it forward and back; None where it can."""
     if device_type != "cuda":
-        return f"xformers has no operator for the device '{device_type}'"
+        return f"{name} has no operator for the device '{device_type}'"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     try:
-        ops, masks = _xformers()
         device = torch.device("cuda", torch.cuda.current_device())
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False), _quiet_xformers():
-            x = torch.zeros(1, 3, 1, head_width, device=device, dtype=dtype, requires_grad=True)
-            mask = masks.BlockDiagonalMask.from_seqlens([1, 2], [1, 2], device=device).make_causal_from_bottomright()
-            ops.memory_efficient_attention(x, x, x, attn_bias=mask).sum().backward()
+        packing = Packing(np.array([1, 2]), causal=True, device=device, backend=name)
+        own = saved_tensors_hooks(lambda x: x, lambda x: x)  # not those of a checkpointed block around this
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False), own:
+            x = torch.zeros(3, 1, head_width, device=device, dtype=dtype, requires_grad=True)
+            with _quiet_xformers():
+                _KERNELS[name](x, x, x, packing).sum().backward()
     except Exception as error:  # a wheel of another torch, CUDA or GPU fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide{', deterministic' * deterministic}"
-        return f"xformers does not run with torch {torch.__version__} ({mode}): {reason}"
+        return f"{name} does not run with torch {torch.__version__} ({mode}): {reason}"
     return None
+
+
+def _faults(device: torch.device | str, dtype: torch.dtype, head_width: int) -> Iterator[tuple[str, str | None]]:
+    """Each kernel and its fault, in the order of ``auto``."""
+    mode = torch.device(device).type, dtype, head_width, torch.are_deterministic_algorithms_enabled()
+    return ((name, _fault(name, *mode)) for name in _KERNELS)
 
 
 def resolve_backend(
     name: str, device: torch.device | str, dtype: torch.dtype = torch.float16, head_width: int = 64
 ) -> str:
-    """Which backend serves ``name`` on a device: ``xformers``, ``sdpa`` or ``reference``.
+    """Which backend serves ``name`` on a device: ``xformers``, ``varlen``, ``sdpa`` or ``reference``.
 
-    ``auto`` is xformers where it runs (in this precision, for heads of this width), else sdpa. Raises UserError
-    for a name that is no backend, and for ``xformers`` where it cannot run, with the reason.
+    ``auto`` is xformers where it runs (in this precision, for heads of this width), else varlen where that does, else
+    sdpa. Raises UserError for a name that is no backend, and for one that cannot run, with the reason.
     """
     if name not in BACKENDS:
         raise UserError(
@@ -96,20 +125,32 @@ def resolve_backend(
         )
     if name in ("sdpa", "reference"):
         return name
-    fault = _xformers_fault(torch.device(device).type, dtype, head_width, torch.are_deterministic_algorithms_enabled())
-    if fault is None:
-        return "xformers"
-    if name == "xformers":
-        raise UserError(f"training.attention: xformers was asked for, but {fault}. Use 'auto' or 'sdpa'")
+    for kernel, fault in _faults(device, dtype, head_width):
+        if name in ("auto", kernel) and fault is None:
+            return kernel
+        if name == kernel:
+            raise UserError(f"training.attention: {name} was asked for, but {fault}. Use 'auto' or 'sdpa'")
     return "sdpa"
+
+
+def explain_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_width: int) -> str:
+    """What ``name`` is on a device, and why, for people. Raises as ``resolve_backend`` does."""
+    chosen = resolve_backend(name, device, dtype, head_width)
+    kind = torch.device(device).type
+    if name != "auto" or kind != "cuda":
+        return f"{chosen} (auto on {kind})" if name == "auto" else chosen
+    faults = dict(_faults(device, dtype, head_width))
+    passed = [faults[kernel] for kernel in list(_KERNELS)[: [*_KERNELS, "sdpa"].index(chosen)]]
+    return f"{chosen} (auto{''.join(f'; {fault}' for fault in dict.fromkeys(passed))})"
 
 
 def backend_report() -> dict[str, str]:
     """The backends, each with ``available`` or why it does not run on this machine, for bug reports."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    faults = _faults(device, torch.float16, 64)
     return {
         "auto": resolve_backend("auto", device),
-        "xformers": _xformers_fault(device, torch.float16, 64, False) or "available",
+        **{name: fault or "available" for name, fault in faults},
         "sdpa": "available",
     }
 
@@ -255,6 +296,13 @@ class Packing:
         return bias.make_causal_from_bottomright() if self.causal else bias
 
     @functools.cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """varlen's description of the same: 0 and where each sequence ends, of queries and of keys, int32 [N + 1]."""
+        ends = torch.from_numpy(np.pad(np.cumsum([self.query_lengths, self.lengths], 1, np.int32), ((0, 0), (1, 0))))
+        q_ends, k_ends = ends.to(self.device, non_blocking=True)
+        return q_ends, k_ends
+
+    @functools.cached_property
     def sequence_of_query(self) -> Tensor:
         """The number of the sequence that each query row belongs to, int64 [Tq]."""
         return torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.query_lengths)).to(self.device)
@@ -300,9 +348,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     Exact on every backend. Raises UserError where the packing's backend cannot run.
     """
     chosen = resolve_backend(packing.backend, q.device, q.dtype, q.shape[-1])
-    if chosen == "xformers":
-        ops, _ = _xformers()
-        return cast(Tensor, ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=packing.bias)[0])
+    if chosen in _KERNELS:
+        return _KERNELS[chosen](q, k, v, packing)
     if chosen == "reference":
         return _packed_reference(q, k, v, packing)
     buckets = packing.buckets

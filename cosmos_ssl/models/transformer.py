@@ -232,6 +232,12 @@ class Blocks(nn.ModuleList):
         return x
 
 
+def head_widths(model: nn.Module) -> list[int]:
+    """The widths of the heads of its transformers, each once."""
+    layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    return sorted({layer.proj.in_features // layer.heads for layer in layers})
+
+
 def check_sizes(**sizes: float) -> None:
     """Raise ValueError for an option that is not above zero."""
     for name, size in sizes.items():

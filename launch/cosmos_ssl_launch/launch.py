@@ -148,13 +148,17 @@ def launch(
     from cosmos_ssl_launch.profile import LocalProfile, SlurmProfile, read_profile
 
     values = [text.removeprefix(_PREFIX) for text in overrides if text.startswith(_PREFIX)]
-    loaded = [load_config(config, [text for text in overrides if not text.startswith(_PREFIX)]) for config in configs]
+    own = [text for text in overrides if not text.startswith(_PREFIX)]
+    loaded = [load_config(config, own) for config in configs]
     joined = started_ranks()
     started = joined > 1 or "WORLD_SIZE" in os.environ
     names = {profile or one.config.profile or os.environ.get(PROFILE_VARIABLE) or "local" for one in loaded}
     if len(names) > 1:
         raise UserError(f"the configs name several profiles ({', '.join(sorted(names))}). Give one by --profile")
     place: Profile = LocalProfile(kind="local", nproc=joined) if started else read_profile(names.pop(), values)
+    if isinstance(place, SlurmProfile) and place.gpus:  # so that a node whose GPUs are not to be seen is found out
+        added = [["training.device=cuda"] if one.config.training.device == "auto" else [] for one in loaded]
+        loaded = [load_config(config, [*own, *more]) for config, more in zip(configs, added, strict=True)]
     for one in loaded:
         check_ranks(one.config, place.ranks)
     if len(loaded) > 1:

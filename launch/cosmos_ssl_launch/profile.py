@@ -101,6 +101,12 @@ class SlurmProfile(_Profile):
         """The number of processes that train."""
         return self.nodes * self.tasks_per_node
 
+    @property
+    def gpus(self) -> bool:
+        """Whether the job is given GPUs."""
+        others = [f"{name}={value}" for name, value in self.slurm.items() if name.startswith(("gpus", "gres"))]
+        return bool(self.gpus_per_node) or any("gpu" in text for text in others)
+
 
 Profile = LocalProfile | SlurmProfile
 

@@ -263,3 +263,10 @@ def test_data_whose_preparation_hangs_end_the_run(tmp_path):
         in done.stderr
     )
     assert "in prepare" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_backend_that_cannot_repeat_is_refused_in_the_check():
+    repeats = ["training.deterministic=true", "training.attention=varlen"]
+    check(load_config("quickstart", repeats))
+    with pytest.raises(ConfigError, match=r"training\.attention: xformers adds up gradients in an order that differs"):
+        check(load_config("quickstart", [repeats[0], "training.attention=xformers"]))

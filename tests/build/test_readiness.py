@@ -85,6 +85,7 @@ SHARDS = 'data={type: webdataset, train_data: "scenes/train-{0000..%s}.tar", cac
         ),
         (["output_dir=scenes/scenes.json/new"], r"output_dir: .* cannot be written: .*scenes\.json is no folder"),
         (["training.attention=xformers"], "xformers was asked for"),
+        (["training.attention=varlen"], "varlen was asked for, but varlen has no operator for the device 'cpu'"),
     ],
 )
 def test_what_a_start_would_refuse(overrides: list[str], message: str) -> None:

@@ -193,3 +193,17 @@ def test_attention_of_xformers(xformers_operators: Callable[..., Tensor]) -> Non
         forward(q, k, v, *ends, None, 3, 5)
         backward(True, q, q, k, v, q, q, *ends, 3)
     assert found.flops == 2 * one + 5 * one and not found.uncounted
+
+
+@pytest.mark.usefixtures("varlen_on_cpu")
+def test_attention_of_varlen() -> None:
+    """As above; PyTorch's own counter takes every sequence for as long as the longest."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = noise(4, 2, 8), noise(9, 2, 8), noise(9, 2, 8)
+    ends = [torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)]
+    one = 2 * 2 * 8 * (4 + 15)
+    assert traced(lambda: varlen_attn(q, k, v, *ends, 3, 5)) == 2 * one
+    with counted() as found:
+        varlen_attn(q.requires_grad_(), k, v, *ends, 3, 5).sum().backward()
+    assert found.flops == 2 * one + 5 * one and not found.uncounted

@@ -171,6 +171,16 @@ def test_a_rank_that_is_stopped_is_killed_by_the_launcher(launch, wait_for_step,
 # ---------------------------------------------------------------------------- a part that fails on one rank
 
 
+def test_a_rank_that_has_come_apart_ends_all(ranks, finished, none_left, tmp_path):
+    """What is to be saved is compared first: the checkpoint of step 3 stays the newest."""
+    codes, said = finished(ranks(tmp_path, 2, befalls={1: {"teacher": {4: "drift"}}}))
+    assert codes == [1, 1], said
+    told = "ranks have come apart: teacher.image.stem.weight of rank 1 is not the first rank's"
+    assert all(f"{told} (tensors that differ: 1)" in words for words in said), said
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000003"]
+    none_left()
+
+
 @pytest.mark.parametrize(("rank", "place"), [(1, "losses.match"), (0, "teacher")])
 def test_a_part_that_raises_on_one_rank_ends_all(ranks, finished, none_left, tmp_path, rank, place):
     kind = place.partition(".")[0].replace("losses", "loss")

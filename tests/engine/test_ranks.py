@@ -6,18 +6,20 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
+from cosmos_ssl.engine import distributed
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
 from cosmos_ssl.engine.distributed import joined_world
 from cosmos_ssl.engine.exchange import GradientMean
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.engine.signals import Interrupted
-from cosmos_ssl.errors import StorageError
+from cosmos_ssl.errors import StorageError, UserError
 
 LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"every_steps": None, "every_minutes": 30}}
 
@@ -31,10 +33,13 @@ def weights(run_dir):
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path, world):
-    """To the last bit: rows and weights; the bad sample of one rank is counted on all."""
+    """To the last bit: rows and weights; the bad sample of one rank is counted on all.
+
+    One rank draws other weights at its start: all take the first one's.
+    """
     codes, said = finished(ranks(tmp_path / "whole", world, bad=[3]))
     assert codes == [0] * world, said
-    fatal = {str(world - 1): {"loss": {7: "die"}}}
+    fatal = {str(world - 1): {"loss": {7: "die"}, "start": {0: "drift"}}}
     codes, said = finished(ranks(tmp_path / "cut", world, bad=[3], befalls=fatal))
     assert codes[-1] == -signal.SIGKILL
     assert set(codes[:-1]) == {74}, said
@@ -92,6 +97,29 @@ def test_buckets_hold_every_parameter_once_and_one_type_each(monkeypatch):
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3], [2, 30]]
 
 
+@pytest.fixture
+def alone():
+    """A process group of one rank."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.usefixtures("alone")
+def test_means_begin_where_kernels_read_wide(monkeypatch, aligned):
+    """On the host, which stands for a device here, they lie close: the order of gloo's sums goes by the place."""
+    monkeypatch.setattr("cosmos_ssl.engine.exchange.ALIGNMENT", {"cpu" if aligned else "cuda": 16})
+    sizes = [(3, 3), (), (5,), (4, 2), ()]
+    parameters = [torch.randn(size, requires_grad=True) for size in sizes]
+    mean = GradientMean(parameters)
+    sum((x * x).sum() for x in parameters).backward()
+    mean.finish()
+    assert all(torch.equal(x.grad, 2 * x) for x in parameters)
+    places = [4 * x.grad.storage_offset() for x in reversed(parameters)]
+    assert places == ([0, 16, 48, 80, 96] if aligned else [0, 4, 36, 56, 60])
+
+
 def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_path):
     """The quickstart's parts, shortened: losses to float32's last digits, the same ranks in retrieval; and a number
     that cannot be.
@@ -131,7 +159,7 @@ def test_cosmos_launch_on_two_ranks_trains_and_evaluates_as_on_one(rows, tmp_pat
 
 def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     """A broadcast fails on the rank that gives where the one that receives has already gone: the wait is by way of the
-    store.
+    store. Without the others a rank breaks off what is under way, and goes also where that never ends.
     """
     store, left = HashStore(), []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -140,13 +168,18 @@ def test_no_rank_leaves_while_another_may_still_hear_from_it(monkeypatch):
     monkeypatch.setattr("cosmos_ssl.engine.distributed.rendezvous", lambda *args, **options: iter([(store, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(store.check(["left/1"])))
-    for ended, together in (
-        (None, True),
-        (Interrupted(signal.SIGTERM), True),
-        (StorageError("another rank was lost"), False),
+    monkeypatch.setattr(distributed, "_abort_process_group", lambda: left.append("abort") or threading.Event().wait())
+    monkeypatch.setattr(distributed, "ABORTING", 0.05)
+    monkeypatch.setattr(distributed, "LEAVING", timedelta(seconds=1))
+    for ended, together, comes in (
+        (None, True, 0.2),
+        (Interrupted(signal.SIGTERM), True, 0.2),
+        (StorageError("another rank was lost"), "abort", 0.2),
+        (UserError("a part failed"), "abort", 1.2),
+        (KeyError("unforeseen"), "abort", 0.2),
     ):
         store.delete_key("left/1")
-        other = threading.Timer(0.2, store.set, ["left/1", ""])
+        other = threading.Timer(comes, store.set, ["left/1", ""])
         other.start()
         with nullcontext() if ended is None else pytest.raises(type(ended)), joined_world("cpu"):
             if ended is not None:

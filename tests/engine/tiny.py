@@ -57,7 +57,7 @@ faults: dict[str, dict[int, str]] = {}
 """What befalls this process, in ``loss`` or ``teacher`` at a step and in ``crop`` at a call, both from 0.
 
 ``die``, ``hang``, ``raise``, ``slow``; ``stick``: hang with the interpreter's lock; ``limit``: no file may exceed 100
-kB from now on.
+kB from now on; ``drift``: the teacher, or at its ``start`` the model, becomes another.
 """
 
 
@@ -75,6 +75,12 @@ def befall(place, number):
         raise RuntimeError(f"no {place} any more")
     while what == "hang":
         time.sleep(0.01)
+    return what
+
+
+@torch.no_grad()
+def drift(model):
+    next(iter(model.parameters())).add_(0.1)
 
 
 class Numbers(Dataset):
@@ -182,7 +188,8 @@ class Average(Ema):
     """The moving average, for faults."""
 
     def update(self, student, progress):
-        befall("teacher", progress.step)
+        if befall("teacher", progress.step) == "drift":
+            drift(self.model)
         return super().update(student, progress)
 
 
@@ -279,7 +286,10 @@ if __name__ == "__main__":
     try:
         with joined_world("cpu"):
             console = Console(quiet="RANK" in os.environ and os.environ["RANK"] != "0")
-            make_trainer(Path(sys.argv[1]), make_config(**options), console, **parts).train()
+            trainer = make_trainer(Path(sys.argv[1]), make_config(**options), console, **parts)
+            if befall("start", 0) == "drift":
+                drift(trainer.assembly.model)
+            trainer.train()
     except CosmosError as error:
         print(error)
         sys.exit(error.exit_code)

@@ -154,7 +154,11 @@ def test_what_slurm_would_be_given(launch: Launch, trained: list[LoadedConfig], 
     config, _, script = out.partition(
         "# all checks passed (not looked into: the data). Without --dry-run this is given to sbatch:\n"
     )
-    assert "name: a b\n" in config
+    assert "name: a b\n" in config and "device: cuda\n" in config
+    assert "device: cpu\n" in launch("--dry-run", "--profile", "mine.yaml", "training.device=cpu")[1]
+    gres = launch("--dry-run", "--profile", "mine.yaml", "profile.gpus_per_node=0", "profile.slurm={gres: 'gpu:4'}")[1]
+    none = launch("--dry-run", "--profile", "mine.yaml", "profile.gpus_per_node=0")[1]
+    assert "device: cuda\n" in gres and "device: auto\n" in none
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")}
     assert options >= {

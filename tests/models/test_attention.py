@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cosmos_ssl.api import UserError
 from cosmos_ssl.models import attention as module
@@ -18,6 +19,7 @@ from cosmos_ssl.models.attention import (
     Packing,
     attention,
     backend_report,
+    explain_backend,
     packed_attention,
     put_rows,
     ranges,
@@ -68,6 +70,90 @@ def test_packed_is_a_loop(monkeypatch: pytest.MonkeyPatch, name: str, causal: bo
         results.append(outcome(lambda packing=packing: packed_attention(*qkv, packing), qkv))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, *runs: str) -> list[tuple[str, torch.dtype, int, bool]]:
+    """Kernels that are said to run, on any device; what was asked, in order."""
+    asked = []
+
+    def fault(name: str, device_type: str, dtype: torch.dtype, head_width: int, deterministic: bool) -> str | None:
+        asked.append((name, dtype, head_width, deterministic))
+        return None if name in runs else f"{name} is of no use here"
+
+    monkeypatch.setattr(module, "_fault", fault)
+    return asked
+
+
+@pytest.mark.usefixtures("varlen_on_cpu")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_varlen_is_a_loop(monkeypatch: pytest.MonkeyPatch, name: str, causal: bool) -> None:
+    """Ends, longest sequences and direction of the mask as PyTorch's operator takes them."""
+    allow(monkeypatch, "varlen")
+    keys, queries = (None if n is None else np.array(n) for n in LENGTHS[name])
+    qkv = inputs([int(n.sum()) for n in (keys if queries is None else queries, keys, keys)], torch.float64)
+    results = []
+    for backend in ("varlen", "auto", "reference"):
+        packing = Packing(keys, queries, causal=causal, backend=backend)
+        results.append(outcome(lambda packing=packing: packed_attention(*qkv, packing), qkv))
+        assert ("buckets" in vars(packing), "ends" in vars(packing)) == (False, backend != "reference")
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=1e-11, rtol=0)
+    q, k, v = (x.detach()[None] for x in inputs([5, 5, 5], torch.float64))
+    assert torch.equal(attention(q, k, v, backend="varlen"), attention(q, k, v, backend="sdpa"))
+
+
+def test_which_backend_serves_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers, varlen, sdpa, in this order; the reasons are those of what was passed over."""
+    for runs, chosen, said in (
+        (("xformers", "varlen"), "xformers", "xformers (auto)"),
+        (("varlen",), "varlen", "varlen (auto; xformers is of no use here)"),
+        ((), "sdpa", "sdpa (auto; xformers is of no use here; varlen is of no use here)"),
+    ):
+        asked = allow(monkeypatch, *runs)
+        assert resolve_backend("auto", "cuda", torch.bfloat16, 48) == chosen
+        assert {query[1:] for query in asked} == {(torch.bfloat16, 48, False)}
+        assert explain_backend("auto", "cuda", torch.bfloat16, 48) == said
+        assert explain_backend("sdpa", "cuda", torch.bfloat16, 48) == "sdpa"
+        assert backend_report()["auto"] == chosen
+    with pytest.raises(UserError, match="varlen was asked for, but varlen is of no use here"):
+        resolve_backend("varlen", "cuda")
+
+
+@pytest.mark.parametrize("name", ["xformers", "varlen"])
+def test_a_kernel_is_tried_where_hooks_of_a_checkpoint_hold(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Inside of a checkpointed block and without gradients the verdict is that of any other place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device, **options: zeros(*sizes, **options))
+    seen = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        seen.append((q.dtype, q.shape, packing.causal))
+        return q.exp() * k.exp() * v  # which save what they gave
+
+    monkeypatch.setitem(module._KERNELS, name, kernel)
+
+    def block(x: Tensor) -> Tensor:
+        module._fault.cache_clear()
+        with torch.no_grad():
+            found.append(module._fault(name, "cuda", torch.float64, 24, False))
+        return x.exp()
+
+    found: list[str | None] = []
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert found == [None, None] and seen == [(torch.float64, (3, 1, 24), True)] * 2
+    monkeypatch.setitem(module._KERNELS, name, lambda *_: 1 / 0)
+    module._fault.cache_clear()
+    reason = module._fault(name, "cuda", torch.bfloat16, 24, True)
+    assert reason is not None
+    assert reason.startswith(
+        f"{name} does not run with torch {torch.__version__} (bfloat16, heads 24 wide, deterministic)"
+    )
+    module._fault.cache_clear()
 
 
 def test_reference_is_the_formula() -> None:
@@ -137,8 +223,8 @@ def test_backends_that_cannot_run_say_why() -> None:
     with pytest.raises(UserError, match="xformers"):
         packed_attention(q[0], q[0], q[0], Packing(np.array([2]), backend="xformers"))
     report = backend_report()
-    assert set(report) == {"auto", "xformers", "sdpa"}
-    assert report["auto"] in ("sdpa", "xformers")
+    assert set(report) == {"auto", "xformers", "varlen", "sdpa"}
+    assert report["auto"] in ("sdpa", "varlen", "xformers")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
@@ -154,13 +240,16 @@ def test_xformers_is_quiet() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_xformers_is_sdpa(name: str, causal: bool, dtype: torch.dtype) -> None:
+def test_all_backends_are_sdpa(name: str, causal: bool, dtype: torch.dtype) -> None:
+    """varlen has no float32; a wheel of xformers for another CUDA does not run."""
     keys, queries = (None if n is None else np.array(n) for n in LENGTHS[name])
     rows = [int((keys if queries is None else queries).sum()), int(keys.sum()), int(keys.sum())]
     qkv = inputs(rows, dtype, "cuda")
     results = []
-    for backend in ("xformers", "sdpa"):
+    kernels = [kernel for kernel in ("xformers", "varlen") if not module._fault(kernel, "cuda", dtype, 8, False)]
+    assert "varlen" in kernels or dtype == torch.float32
+    for backend in ("sdpa", *kernels):
         packing = Packing(keys, queries, causal=causal, device="cuda", backend=backend)
         results.append(outcome(lambda packing=packing: packed_attention(*qkv, packing), qkv))
-    for a, b in zip(*results, strict=True):
+    for a, b in ((a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True)):
         torch.testing.assert_close(a, b, atol=1e-4 if dtype == torch.float32 else 3e-2, rtol=1e-2)

@@ -7,10 +7,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_ssl.models.attention import Packing
-from cosmos_ssl.models.transformer import Blocks, LayerScale, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, LayerScale, head_widths, lay_out, layer_of, pick_views
 
 LENGTHS = np.array([3, 3, 5, 7])
 WIDTH = 16
@@ -174,3 +174,8 @@ def test_layers_and_views() -> None:
     assert pick_views(x, (1, 2, 3)).tolist() == [1, 2, 3]
     assert pick_views(x, (3, 1)).tolist() == [3, 1]
     assert pick_views(x, (0, 1, 2, 3, 4)).data_ptr() == x.data_ptr()
+
+
+def test_widths_of_heads() -> None:
+    """Each once, wherever a transformer lies in a model."""
+    assert head_widths(nn.ModuleList([Blocks(2, 64, 4), nn.Sequential(Blocks(1, 96, 3)), Blocks(1, 32, 2)])) == [16, 32]
