@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
 from cosmos_ssl.api.views import map_tensors, tensors_in
@@ -15,6 +16,8 @@ from cosmos_ssl.errors import TrainingError, listed
 from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, world_size
 from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.models.plan import Plan
+
+log = logging.getLogger(__name__)
 
 BUCKET = 25 << 20
 """Bytes of gradients that are averaged in one collective."""
@@ -140,24 +143,31 @@ def share_start(replicas: Mapping[str, Tensor]) -> None:
 
 
 def check_replicas(replicas: Mapping[str, Tensor]) -> None:
-    """Raise TrainingError with the first of these tensors that is not the same on all ranks, to the bit, and on which.
+    """Compare these tensors over ranks, to the bit: warn of the first buffer that differs, and on which rank.
 
-    A collective: all ranks call it.
+    A collective: all ranks call it. Raises TrainingError where a parameter does.
     """
     if world_size() == 1 or not replicas:
         return
     # the sum of a tensor's bits, read as whole numbers; the largest of ~x is that of the least x
-    own = torch.stack([x.reshape(-1).view(_BITS[x.element_size()]).sum(dtype=torch.int64) for x in replicas.values()])
+    bits = [x.detach().reshape(-1).view(_BITS[x.element_size()]) for x in replicas.values()]
+    own = torch.stack([x.sum(dtype=torch.int64) for x in bits])
     most, least = all_max(torch.stack([own, ~own]))
-    differing = (most != ~least).nonzero().flatten().tolist()
-    if differing:
-        told = gather_objects(own[differing[0]].item())
-        others = [str(rank) for rank, value in enumerate(told) if value != told[0]]
-        raise TrainingError(
-            f"ranks have come apart: {list(replicas)[differing[0]]} of rank {listed(others)} is not the first rank's "
-            f"(tensors that differ: {len(differing)}). A part that does not do the same on all ranks does this, or a "
-            "faulty device. No checkpoint is written; the same command goes on from the last one"
-        )
+    names = list(replicas)
+    differing = [names[place] for place in (most != ~least).nonzero().flatten().tolist()]
+    if not differing:
+        return
+    found = next((name for name in differing if isinstance(replicas[name], nn.Parameter)), None)
+    name = found or differing[0]
+    told = gather_objects(own[names.index(name)].item())
+    others = [str(rank) for rank, value in enumerate(told) if value != told[0]]
+    what = (
+        f"ranks have come apart: {name} of rank {listed(others)} is not the first rank's (tensors that differ: "
+        f"{len(differing)}). A part that does not do the same on all ranks does this, or a faulty device"
+    )
+    if found is not None:
+        raise TrainingError(f"{what}. No checkpoint is written; the same command goes on from the last one")
+    log.warning("%s. A checkpoint holds the first rank's", what)
 
 
 @torch.no_grad()

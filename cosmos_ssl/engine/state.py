@@ -68,7 +68,9 @@ class RunState:
     @property
     def replicas(self) -> dict[str, Tensor]:
         """What is the same on every rank, by role and name: parameters and buffers of student and teacher."""
-        found = {f"{role}.{n}": x for role, model in self.models.items() for n, x in model.state_dict().items()}
+        found: dict[str, Tensor] = {}
+        for role, model in self.models.items():
+            found |= {f"{role}.{name}": x for name, x in (*model.named_parameters(), *model.named_buffers())}
         return found | {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
 
     @record_function("checkpoint")

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import HashStore
 
-from cosmos_ssl.engine import distributed
+from cosmos_ssl.engine import distributed, exchange
 from cosmos_ssl.engine.distributed import agree_on_device, be_impatient, dump_flights, joined_world, pick_device
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import TrainingError, UserError
 
 
 @pytest.fixture
@@ -133,3 +136,16 @@ def test_patience_ends_with_the_first_step(monkeypatch):
         assert timeout() == distributed.RUNNING == timedelta(minutes=15)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_tensors_that_differ_between_ranks_are_told_apart(monkeypatch, caplog, parameter):
+    """A parameter ends the run, a buffer is warned of: the other rank holds one more in the first number."""
+    tensors = {"same": torch.ones(3), "student.x": nn.Parameter(torch.ones(2)) if parameter else torch.ones(2)}
+    monkeypatch.setattr(exchange, "world_size", lambda: 2)
+    monkeypatch.setattr(exchange, "all_max", lambda x: torch.maximum(x, x + torch.tensor([[0, 1], [0, -1]])))
+    monkeypatch.setattr(exchange, "gather_objects", lambda value: [value, value + 1])
+    told = r"ranks have come apart: student.x of rank 1 is not the first rank's \(tensors that differ: 1\)"
+    with pytest.raises(TrainingError, match=told) if parameter else nullcontext():
+        exchange.check_replicas(tensors)
+    assert parameter or re.search(told, caplog.text)
