@@ -127,7 +127,7 @@ def test_a_signal_is_seen_during_evaluation(start_tiny, wait_for_step, tmp_path)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
 def test_a_signal_during_start_up_leaves_at_once(start_tiny, tmp_path, number, code):
     process = start_tiny(tmp_path, stuck_start=True)
-    assert "starting" in process.stdout.readline()
+    process.wait_for("starting")
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == code, said
