@@ -110,7 +110,7 @@ def _outputs_of_heads(distribution: str) -> list[Mapping[str, int]]:
 
 
 def _of_class(record: registry.Record, cls: type[Any]) -> Facts:
-    """As much as can be said of a part that is not built."""
+    """The little that can be told of a part that is not built."""
     if record.group in ("towers", "augmenters"):
         return Facts(_inputs(record, cls), sorted(getattr(cls, "capabilities", ())))
     return Facts()
