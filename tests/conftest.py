@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import multiprocessing
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +22,22 @@ from cosmos_ssl import registry
 from cosmos_ssl.data import storage
 
 Install = Callable[..., Path]
+
+multiprocessing.set_forkserver_preload(["pytest", "torch", "cosmos_ssl.testing"])  # what ranks would take seconds for
+
+
+@pytest.fixture(scope="session")
+def in_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[Any, Any]]:
+    """Run ``function(rank, world, path of a store, *arguments, results)`` as so many processes; ``results``."""
+
+    def run(function: Callable[..., None], world: int, *arguments: Any) -> dict[Any, Any]:
+        with torch.multiprocessing.Manager() as manager:
+            results = manager.dict()
+            given = (world, str(tmp_path_factory.mktemp("ranks") / "store"), *arguments, results)
+            torch.multiprocessing.start_processes(function, given, world, start_method="forkserver")
+            return dict(results)
+
+    return run
 
 
 @pytest.fixture

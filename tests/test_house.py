@@ -85,32 +85,24 @@ def imports(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[int, str]
 
 def forbidden(path: Path, target: str) -> str:
     """Why ``path`` may not import ``target``; empty where it may."""
-    module, package = module_name(path), module_name(path).split(".")[0]
-    target_package = target.split(".")[0]
-    if target_package not in SOURCES or target_package == package != "cosmos_ssl":
+    module = module_name(path)
+    package, other = module.partition(".")[0], target.partition(".")[0]
+    here, there = unit_of(module), unit_of(target)
+    if other not in SOURCES or other == package != "cosmos_ssl":
         return ""
-    if package == "cosmos_ssl":
-        if target_package != "cosmos_ssl":
-            return "the core finds parts through entry points alone"
-        here, there = unit_of(module), unit_of(target)
-        if module == "cosmos_ssl" or there not in ORDER:
-            return (
-                ""
-                if module == "cosmos_ssl" or there in ("__version__", "API_VERSION", "")
-                else f"'{there}' has no place in ORDER"
-            )
-        if here not in ORDER:
-            return f"'{here}' has no place in ORDER"
-        return "" if ORDER.index(there) <= ORDER.index(here) else f"'{here}' comes before '{there}'"
-    allowed = PUBLIC if package == "cosmos_ssl_plugins" else LAUNCH_MAY
-    if target_package != "cosmos_ssl":
-        return "parts and launch do not know of each other"
-    there = unit_of(target)
-    return (
-        ""
-        if there in allowed or there in ("", "__version__", "API_VERSION")
-        else f"only {', '.join(allowed)} may be imported here"
-    )
+    if other != "cosmos_ssl":
+        core = package == "cosmos_ssl"
+        return (
+            "the core finds parts through entry points alone" if core else "parts and launch do not know of each other"
+        )
+    if module == "cosmos_ssl" or there in ("", "__version__", "API_VERSION"):
+        return ""
+    if package != "cosmos_ssl":
+        allowed = PUBLIC if package == "cosmos_ssl_plugins" else LAUNCH_MAY
+        return "" if there in allowed else f"only {', '.join(allowed)} may be imported here"
+    if homeless := {here, there} - set(ORDER):
+        return f"'{homeless.pop()}' has no place in ORDER"
+    return "" if ORDER.index(there) <= ORDER.index(here) else f"'{here}' comes before '{there}'"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -110,7 +110,7 @@ class TextTower(nn.Module):
         return x[torch.arange(len(x)), lengths - 1] @ self.projection, x
 
 
-class Ask(nn.Module):
+class CrossAttention(nn.Module):
     """One view's feature [B, D] asks tokens [B, N, D]."""
 
     def __init__(self, state: Mapping[str, Tensor], name: str, heads: int) -> None:
@@ -144,8 +144,8 @@ class PlainCosmos(nn.Module):
             for modality in ("image", "text"):
                 own = {leaf: state[f"heads.cross.{modality}_tokens.{leaf}"] for leaf in ("weight", "bias")}
                 getattr(self, f"{modality}_tokens").load_state_dict(own)
-            self.image_asks_text = Ask(state, "heads.cross.image_asks_text", heads[2])
-            self.text_asks_image = Ask(state, "heads.cross.text_asks_image", heads[2])
+            self.image_asks_text = CrossAttention(state, "heads.cross.image_asks_text", heads[2])
+            self.text_asks_image = CrossAttention(state, "heads.cross.text_asks_image", heads[2])
 
     def encode(
         self, views: Views, groups: Sequence[str]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows with their goals, a table, JSON, and the peak of a process's memory."""
+"""The common parts of the benchmarks: rows with their goals, a table, JSON, and the peak of a process's memory."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def plain(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
 
 
 def timed(function: Any, *inputs: Tensor) -> tuple[Mapping[str, float], float]:
-    """What a function returns, and the seconds it took."""
+    """Call a function; its result, and the seconds it took."""
     start = time.perf_counter()
     return function(*inputs), time.perf_counter() - start
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the losses of COSMOS cost in a world of many ranks: python tools/bench_loss.py [--json FILE].
+"""The cost of the losses of COSMOS in a world of many ranks: python tools/bench_loss.py [--json FILE].
 
 8 + 8 views. Costs of one rank in worlds of 1 to 8 are those of its rows against everybody's columns, which one
 process can compute; collectives and bytes are counted in a step of two real gloo ranks; the value is compared

@@ -85,7 +85,7 @@ def picture(seed: int, side: int) -> bytes:
 
 
 def plain_loop(table: Path, images: Path, output: Path) -> int:
-    """What a script of fifty lines does: all captions in a dictionary, tarfile in and out, every picture decoded."""
+    """Do as a script of fifty lines would: captions in a dictionary, tarfile in and out, every picture decoded."""
     with table.open(newline="") as file:
         reader = csv.DictReader(file)
         found = {row["Image Path"]: row for row in reader}

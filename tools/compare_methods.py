@@ -129,11 +129,11 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What its process prints."""
+        """The file into which its process prints."""
         return self.folder.with_name(f"{self.folder.name}.txt")
 
     def flops(self) -> float:
-        """What has been done, as far as it has told."""
+        """FLOPs done so far, as far as it has told."""
         path = self.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         epochs = next((row["epoch"] for row in reversed(rows) if "epoch" in row), 0)
@@ -185,7 +185,7 @@ def evaluate(folder: Path, role: Role) -> dict[str, float]:
 
 
 def peaks(encoder: Any, data: str) -> dict[str, float]:
-    """Where similarity and attention peak, over all objects of all scenes of the shards ``data``."""
+    """Find where similarity and attention peak, over all objects of all scenes of the shards ``data``."""
     import torch
 
     from cosmos_ssl.data.scenes import CLASS_NAMES

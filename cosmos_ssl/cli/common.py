@@ -1,4 +1,4 @@
-"""What all commands share: how errors end a process, overrides anywhere on the command line, tables and reports."""
+"""The base of all commands: how errors end a process, overrides anywhere on the command line, tables and reports."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
     except CosmosError as error:
         if debug:
             raise
-        return _said(str(error), error.exit_code)
+        return _say(error, error.exit_code)
     except KeyboardInterrupt:
-        return _said("interrupted", EXIT_INTERRUPTED)
+        return _say("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
@@ -40,14 +40,13 @@ def execute(function: Callable[[], int], *, debug: bool = False) -> int:
         if debug:
             raise
         told = storage_error(error, "storage fails")
-        print(told, file=sys.stderr)
-        return told.exit_code
+        return _say(told, told.exit_code)
 
 
-def _said(text: str, code: int) -> int:
-    """The exit code, which stands whether or not anyone is left to read why."""
+def _say(what: object, code: int) -> int:
+    """Print why it ends; the exit code, which stands whether or not anyone is left to read that."""
     with steady_streams():
-        print(printable(text), file=sys.stderr)
+        print(printable(str(what)), file=sys.stderr)
     return code
 
 
@@ -62,9 +61,7 @@ def _stdout_is_closed() -> bool:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse arguments; ``key.sub=value`` may stand anywhere for commands that set ``overrides``, ``--debug`` for
-    all.
-    """
+    """Parse arguments; ``key.sub=value`` may stand anywhere for commands that set ``overrides``, and ``--debug``."""
     parser.add_argument(DEBUG, action="store_true", help="show tracebacks of errors")
     words = [text for text in argv if text != DEBUG]
     chain = _called(parser, words)
@@ -94,18 +91,17 @@ def _called(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[argpar
     return chain
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Rows of equal length as aligned columns."""
+def table(rows: Sequence[Sequence[str]], indent: str = "", align: str = "<") -> str:
+    """Rows of equal length as columns; ``align``: of all but the first, ``>`` for numbers."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join(
-        (indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() + "\n"
-        for row in rows
-    )
+    columns = list(zip(*rows, strict=True))
+    formats = [f"{align if number else '<'}{max(map(len, column))}" for number, column in enumerate(columns)]
+    lines = ("  ".join(map(format, row, formats)) for row in rows)
+    return "".join(f"{indent}{line}".rstrip() + "\n" for line in lines)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The flag of all commands that report something."""
+    """Add the flag of all commands that report something."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
 
 

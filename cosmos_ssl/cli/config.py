@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.common import table
-from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError, did_you_mean
 from cosmos_ssl.files import storage_faults, written_whole
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its actions."""
-    parser = subparsers.add_parser("config", help="check, show, list or copy configs; JSON Schema for editors")
+    parser = subparsers.add_parser("config")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("check", help="both stages of checks: keys and names, then options and requirements")
@@ -91,18 +91,14 @@ _LABEL = re.compile(r"\w+: ")
 
 def _purpose(path: Path) -> str:
     """The first sentence of the comment that a config begins with."""
-    lines = (
-        line.lstrip("# ").rstrip()
-        for line in takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    )
-    first = next(lines, "")
-    text = " ".join([first, *takewhile(lambda line: line and not _LABEL.match(line), lines)])
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    lines = (line.lstrip("# ").rstrip() for line in comment)
+    text = " ".join([next(lines, ""), *takewhile(lambda line: line and not _LABEL.match(line), lines)])
     return re.split(r"(?<=[.!?]) (?=[A-Z(])", text)[0]
 
 
 def _copy(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.config.source import copy_text, packaged_configs
-    from cosmos_ssl.errors import did_you_mean
 
     configs = packaged_configs()
     name = arguments.name.removesuffix(".yaml")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.common import add_json, write_json
+from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -17,14 +17,11 @@ if TYPE_CHECKING:
 CONVENTION = (
     "2 FLOPs for each multiply-add of matrix products, masked and causal attention in full; nothing else is counted"
 )
-NOTES = (
-    "Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run "
-    "by PyTorch's counter.",
-    "Captions have the same lengths in every sample: what towers and heads cost a sample hardly depends on "
-    "--samples (short texts are",
-    "padded to share calls of attention). It does in losses that compare all samples of a batch, and where "
-    "masked patches are drawn.",
-)
+NOTES = """\
+Forward passes are traced by fvcore (whose multiply-adds are doubled), backward passes counted as they run by PyTorch's
+counter. Captions have the same lengths in every sample: what towers and heads cost a sample hardly depends on --samples
+(short texts are padded to share calls of attention). It does in losses that compare all samples of a batch, and where
+masked patches are drawn."""
 STAGES = {
     "student": "student, forward: towers",
     "heads": "student, forward: heads",
@@ -40,10 +37,8 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "flops",
-        help="FLOPs, parameters and activation memory of a training step, side by side for several configs",
-        description="Runs one step of each config on made-up samples of its views' numbers and sizes, and "
-        "counts; no data is read. "
-        f"The rule: {CONVENTION}.",
+        description="Runs one step of each config on made-up samples of its views' numbers and sizes, and counts; no "
+        f"data is read. The rule: {CONVENTION}.",
         epilog="key.sub=value arguments override single values of all configs and may stand anywhere.",
     )
     parser.add_argument(
@@ -118,7 +113,7 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
         f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens:g} tokens on "
         f"average, on {arguments.device}."
     )
-    print(f"Rule: {CONVENTION}.", *NOTES, sep="\n")
+    print(f"Rule: {CONVENTION}.", NOTES, sep="\n")
     _side_by_side("GFLOP", names, {text: [cost.flops[stage] / 1e9 for cost in costs] for stage, text in STAGES.items()})
     parameters = {kind: [cost.parameters[kind] / 1e6 for cost in costs] for kind in costs[0].parameters}
     _side_by_side("PARAMETERS (MILLIONS)", names, parameters)
@@ -160,17 +155,13 @@ def _merged(shown: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
-    """A column for each config, and beside all but the first their ratio to it."""
+    """Print a column for each config, and beside all but the first their ratio to it."""
     heads = [names[0]] + [head for name in names[1:] for head in (name, "ratio")]
     beside = {
-        text: [values[0], *(x for each in values[1:] for x in (each, _ratio(each, values[0])))]
-        for text, values in rows.items()
+        text: [first, *(x for each in others for x in (each, each / first if first else None))]
+        for text, (first, *others) in rows.items()
     }
     _table(title, heads, beside)
-
-
-def _ratio(value: float, first: float) -> float | None:
-    return value / first if first else None
 
 
 def _number(value: float | None) -> str:
@@ -183,11 +174,4 @@ def _number(value: float | None) -> str:
 
 def _table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
     cells = [[text, *map(_number, values)] for text, values in rows.items()]
-    widths = [max(map(len, column)) for column in zip([title, *heads], *cells, strict=True)]
-    print()
-    for first, *others in ([title, *heads], *cells):
-        print(
-            "  ".join(
-                [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]
-            )
-        )
+    print("\n" + table([[title, *heads], *cells], align=">"), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from collections import defaultdict
 from importlib import metadata
 from typing import Any
 
@@ -28,16 +29,18 @@ _LIBRARIES = (
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("info", help="versions, devices and attention backends, for bug reports")
+    parser = subparsers.add_parser("info")
     add_json(parser)
     parser.set_defaults(run=_info)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    facts = {"versions": _versions(), "devices": _devices(), "attention": _attention(), "plugins": _plugins()}
+    from cosmos_ssl.models.attention import backend_report
+
+    facts = {"versions": _versions(), "devices": _devices(), "attention": backend_report(), "plugins": _plugins()}
     for title, rows in facts.items():
         print(title)
-        print(table([(name, text) for name, text in rows.items()] or [("none", "")], indent="  "), end="")
+        print(table(list(rows.items()) or [("none", "")], indent="  "), end="")
     if arguments.json:
         write_json(arguments.json, facts)
     return EXIT_DONE
@@ -45,7 +48,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _versions() -> dict[str, str]:
     found = {"cosmos-ssl": f"{__version__} (plugin API {API_VERSION})", "python": platform.python_version()}
-    found["system"] = platform.platform()
+    found |= {"system": platform.platform()}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)
@@ -59,27 +62,18 @@ def _devices() -> dict[str, str]:
 
     found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     if not torch.cuda.is_available():
-        found["cuda"] = (
-            f"none (PyTorch was built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"
-        )
+        built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+        found["cuda"] = f"none (PyTorch was built for {built_for})"
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = (
-            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
-        )
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{device.name}, {memory}, capability {device.major}.{device.minor}"
     return found
-
-
-def _attention() -> dict[str, str]:
-    from cosmos_ssl.models.attention import backend_report
-
-    return backend_report()
 
 
 def _plugins() -> dict[str, str]:
-    found: dict[str, str] = {}
+    found = defaultdict(list)
     for record in registry.records():
         if not record.own:
-            found.setdefault(record.source, "")
-            found[record.source] += f"{', ' if found[record.source] else ''}{record.group}/{record.name}"
-    return found
+            found[record.source].append(f"{record.group}/{record.name}")
+    return {source: ", ".join(parts) for source, parts in found.items()}

@@ -18,9 +18,7 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAULTS, ConfigError, PluginError, 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its actions."""
-    parser = subparsers.add_parser(
-        "plugins", help="list the parts that are installed, show one, check all, begin a new one"
-    )
+    parser = subparsers.add_parser("plugins")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("list", help="all parts, from metadata alone")
@@ -55,12 +53,8 @@ def _installed() -> tuple[registry.Record, ...]:
 
 
 def _as_json(record: registry.Record) -> dict[str, str]:
-    return {
-        "group": record.group,
-        "name": record.name,
-        "distribution": record.distribution,
-        "version": record.version,
-        "object": record.object_path,
+    return {name: getattr(record, name) for name in ("group", "name", "distribution", "version")} | {
+        "object": record.object_path
     }
 
 
@@ -107,9 +101,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for record in records:
         try:
             cls = registry.load(record)
-            registry.check_options(
-                record, cls, {option.name: None for option in registry.options_of(cls)}
-            )  # types that a config can hold
+            every = {option.name: None for option in registry.options_of(cls)}
+            registry.check_options(record, cls, every)  # each has a type that a config can hold
         except PluginError as error:
             broken[record] = str(error)
             print(error)
@@ -141,20 +134,13 @@ def _show(arguments: argparse.Namespace) -> int:
     if cls.__doc__:
         print("\n".join(f"  {line}".rstrip() for line in inspect.cleandoc(cls.__doc__).splitlines()))
     rows = [(option.name, option.type_name, _default(option), option.doc) for option in options]
-    print(
-        "\nOptions"
-        + ("" if rows else ": none")
-        + (f" (and {', '.join(reserved)}, handled by the engine)" if reserved else "")
-    )
+    engines = f" (and {', '.join(reserved)}, handled by the engine)" if reserved else ""
+    print(f"\nOptions{'' if rows else ': none'}{engines}")
     if rows:
-        print(
-            table([("NAME", "TYPE", "DEFAULT", "MEANING" if any(row[3] for row in rows) else ""), *rows], indent="  "),
-            end="",
-        )
+        heads = ("NAME", "TYPE", "DEFAULT", "MEANING" if any(row[3] for row in rows) else "")
+        print(table([heads, *rows], indent="  "), end="")
     for title, lines in (("Requires", found.requires), ("Offers", found.offers)):
-        print(
-            f"\n{title}\n" + "".join(f"  {line}\n" for line in lines or ([] if found.unknown else ["nothing"])), end=""
-        )
+        print(f"\n{title}", *(lines or ([] if found.unknown else ["nothing"])), sep="\n  ")
     if found.unknown:
         print(f"  {found.unknown}")
     if arguments.json:
@@ -190,22 +176,16 @@ def _named(text: str) -> registry.Record:
     """The part that NAME or GROUP/NAME means. Raises UserError where it means none or several."""
     group, slash, name = text.rpartition("/")
     if slash and group not in registry.GROUPS:
-        raise UserError(
-            f"no group named '{group}'.{did_you_mean(group, list(registry.GROUPS))} Groups: "
-            f"{', '.join(registry.GROUPS)}"
-        )
+        hint = did_you_mean(group, list(registry.GROUPS))
+        raise UserError(f"no group named '{group}'.{hint} Groups: {', '.join(registry.GROUPS)}")
     if slash:
         return registry.find(group, name)
     records = _installed()
     bare = name.rpartition(":")[2]
-    groups = [
-        group for group in registry.GROUPS if any((record.group, record.name) == (group, bare) for record in records)
-    ]
+    groups = sorted({record.group for record in records if record.name == bare}, key=list(registry.GROUPS).index)
     if not groups:
-        raise UserError(
-            f"no part named '{name}'.{did_you_mean(name, [record.name for record in records])} See: cosmos-ssl "
-            "plugins list"
-        )
+        hint = did_you_mean(name, [record.name for record in records])
+        raise UserError(f"no part named '{name}'.{hint} See: cosmos-ssl plugins list")
     if len(groups) > 1:
         raise UserError(
             f"'{name}' is the name of several parts. Write {' or '.join(f'{group}/{name}' for group in groups)}"

@@ -1,4 +1,4 @@
-"""What a part requires and offers, told by one that is built for the shapes of COSMOS."""
+"""The needs and offers of a part, told by one that is built for the shapes of COSMOS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Facts:
 
 
 def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> Facts:
-    """What the part requires and offers with these options; the others are at their defaults.
+    """Tell what the part requires and offers with these options; the others are at their defaults.
 
     An option ``head`` that is not given stands for any head with outputs that fit.
     """
@@ -63,18 +63,13 @@ def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> 
 def _variants(cls: type[Any], given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of each way to build the part: where it can do without a head, so and with one."""
     options = {option.name: option for option in registry.options_of(cls)}
-    choices = {
-        name: typing.get_args(o.type)
-        for name, o in options.items()
-        if o.required and typing.get_origin(o.type) is typing.Literal
-    }
-    given = {**{name: values[0] for name, values in choices.items()}, **given}
-    if "head" not in options or "head" in given:
+    literals = [o for o in options.values() if o.required and typing.get_origin(o.type) is typing.Literal]
+    given = {**{o.name: typing.get_args(o.type)[0] for o in literals}, **given}
+    wanted = "head" in options and "head" not in given
+    if not (wanted and options["head"].required):
         yield dict(given)
-        return
-    if not options["head"].required:
-        yield dict(given)
-    yield {**given, "head": HEAD}
+    if wanted:
+        yield {**given, "head": HEAD}
 
 
 def _built(record: registry.Record, cls: type[Any], options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -116,7 +111,7 @@ def _outputs_of_heads(distribution: str) -> list[Mapping[str, int]]:
 
 
 def _of_class(record: registry.Record, cls: type[Any]) -> Facts:
-    """What can be said of a part that is not built."""
+    """The little that can be told of a part that is not built."""
     if record.group in ("towers", "augmenters"):
         return Facts(_inputs(record, cls), sorted(getattr(cls, "capabilities", ())))
     return Facts()
@@ -139,12 +134,13 @@ def _of_part(record: registry.Record, part: Any) -> Facts:
 
 
 def _inputs(record: registry.Record, part: Any) -> list[str]:
-    kind = "views" if record.group == "towers" else {"image": "pictures", "text": "captions"}[part.modality]
-    return [f"{part.modality} {kind}" if record.group == "towers" else kind]
+    if record.group == "towers":
+        return [f"{part.modality} views"]
+    return [{"image": "pictures", "text": "captions"}[part.modality]]
 
 
 def _of_outputs(head: Any) -> Iterator[str]:
-    """What a head requires: once where it is the same for all outputs."""
+    """The needs of a head: told once where they are the same for all outputs."""
     needs = {output: tuple(_need(need) for need in head.requires([output])) for output in head.outputs()}
     if len(set(needs.values())) == 1:
         yield from next(iter(needs.values()))

@@ -19,9 +19,7 @@ from cosmos_ssl.files import storage_faults
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of plugin: its group, what the templates' part does, and how a config uses it (``$part``,
-    ``$distribution``).
-    """
+    """One kind of plugin: its group, what the templates' part does, and how a config uses it (``$part``)."""
 
     group: str
     summary: str
@@ -90,7 +88,7 @@ def new_plugin(name: str, kind: str, output: Path) -> Path:
 
 
 def _words(name: str, kind: Kind) -> dict[str, str]:
-    """What the templates' places are filled with. Raises UserError for a name that cannot be used."""
+    """The words that fill the templates' places. Raises UserError for a name that cannot be used."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
         raise UserError(
             f"'{name}' is no name for a plugin: use letters, digits and single hyphens, beginning with a letter"
@@ -99,15 +97,8 @@ def _words(name: str, kind: Kind) -> dict[str, str]:
     group = registry.GROUPS[kind.group]
     cls = "".join(word.capitalize() for word in module.split("_"))
     _check_free(name, module, cls, kind)
-    words = {
-        "distribution": name,
-        "module": module,
-        "part": module,
-        "cls": cls,
-        "group": kind.group,
-        "noun": group.noun,
-    }
-    words |= {"title": group.noun.capitalize(), "summary": kind.summary, "bound": _bound()}
+    words = {"distribution": name, "module": module, "part": module, "cls": cls, "group": kind.group}
+    words |= {"noun": group.noun, "title": group.noun.capitalize(), "summary": kind.summary, "bound": _bound()}
     return words | {"usage": Template(kind.usage).substitute(words)}
 
 

@@ -66,5 +66,5 @@ class Bytes(Tokenizer):
 
 @pytest.fixture
 def views() -> dict[str, Any]:
-    """What a Loader needs beside data set and order."""
+    """The parts that a Loader needs beside data set and order."""
     return {"image": Crops(), "text": Texts(), "tokenizer": Bytes()}

@@ -84,11 +84,11 @@ RECORDED_WHOLE = [16, 95, 79, 66, 93, 9, 77, 53]
 
 
 def test_27_million_samples_cost_little() -> None:
-    start = time.perf_counter()
-    order = Order(np.full(6000, 4483), 4096, lanes=256, seed=0)
-    assert order.steps_per_epoch == 6566
+    start = time.process_time()
+    order = Order(np.full(6000, 4483), 4096, seed=0)
+    assert order.lanes == 256 and order.steps_per_epoch == 6566
     order.batch(4000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_samples_fill_a_batch() -> None:

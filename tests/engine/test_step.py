@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cosmos_ssl.api import (
     Head,
@@ -179,14 +178,12 @@ def _rank_step(rank, world, path, micro_batch_size, results):
 
 
 @pytest.mark.parametrize(("world", "micro_batch_size"), [(2, None), (3, None), (2, 1)])
-def test_ranks_compute_what_one_computes(world, micro_batch_size, tmp_path):
+def test_ranks_compute_what_one_computes(world, micro_batch_size, in_ranks):
     """On the same global batch, in float64: the mean of the losses, and on every rank the gradient of the whole
     batch.
     """
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank_step, args=(world, str(tmp_path / "store"), micro_batch_size, results), nprocs=world)
-        ranks = [results[rank] for rank in range(world)]
+    results = in_ranks(_rank_step, world, micro_batch_size)
+    ranks = [results[rank] for rank in range(world)]
     assembly = assemble()
     expected = Gradients(assembly)(batch(), PROGRESS)
     for name in ("loss", "loss/clip", "loss/distill"):

@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -444,11 +446,12 @@ def test_compiled_towers_train_and_resume(tiny, rows, tmp_path):
     assert set(weights(tmp_path / "cut")) == set(weights(tmp_path / "whole"))
 
 
-def test_compiling_without_a_compiler_is_refused_at_the_start(start_tiny, tmp_path, monkeypatch):
+def test_compiling_without_a_compiler_is_refused_at_the_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    process = start_tiny(tmp_path / "run", training={"compile": True})
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, said
+    command = [sys.executable, tiny.__file__, str(tmp_path / "run"), '{"training": {"compile": true}}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
     assert "training.compile: torch cannot compile here" in said
     assert "Install them, or leave training.compile out" in said and "Traceback" not in said

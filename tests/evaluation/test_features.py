@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch import multiprocessing
 
 from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.evaluation import features
@@ -259,11 +258,8 @@ def _rank(rank, world, path, results):
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_share_what_fits_one_batch_and_all_get_all(tmp_path):
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_rank, args=(3, str(tmp_path / "ranks"), results), nprocs=3)
-        results = dict(results)
+def test_ranks_share_what_fits_one_batch_and_all_get_all(in_ranks):
+    results = in_ranks(_rank, 3)
     for count in (2, 20):
         ranks = [results[rank, count] for rank in range(3)]
         good = [n for n in range(count) if n not in (3, 4)]

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, sigmoid_loss
@@ -84,12 +83,10 @@ def _rank(rank, world, path, results):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_global_batch_exactly(world, tmp_path):
+def test_ranks_share_the_global_batch_exactly(world, in_ranks):
     """Averaged over ranks, losses and gradients are those of the whole batch on one rank."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(world, str(tmp_path / "store"), results), nprocs=world)
-        ranks = [results[r] for r in range(world)]
+    results = in_ranks(_rank, world)
+    ranks = [results[r] for r in range(world)]
     a, b = unit(3, 8, 5).requires_grad_(), unit(2, 8, 5, seed=1).requires_grad_()
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
     loss = dense(a, b, scale)
@@ -173,13 +170,11 @@ def _sigmoid_rank(rank, world, path, results):
     dist.destroy_process_group()
 
 
-def test_ranks_share_the_sigmoid_loss_exactly(tmp_path):
+def test_ranks_share_the_sigmoid_loss_exactly(in_ranks):
     """Averaged over two ranks, losses and gradients are those of the whole batch on one; so are sums and maxima."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_sigmoid_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
-        ranks = [results[r] for r in range(2)]
-        reduced = [results[f"most {r}"] for r in range(2)]
+    results = in_ranks(_sigmoid_rank, 2)
+    ranks = [results[r] for r in range(2)]
+    reduced = [results[f"most {r}"] for r in range(2)]
     loss, grad_a, grad_b, grad_scale, grad_bias = with_gradients(dense_sigmoid, unit(3, 8, 5), unit(2, 8, 5, seed=1))
     exact = {"rtol": 1e-10, "atol": 1e-12}
     for number, expected in ((0, loss), (3, grad_scale), (4, grad_bias)):

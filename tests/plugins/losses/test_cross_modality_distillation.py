@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, GroupFeatures, Need, Progress, Spec, StepContext, Views
@@ -131,11 +130,9 @@ def _rank(rank, world, path, results):
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
-        first, second = (results[rank] for rank in range(2))
+def test_two_ranks_are_one(in_ranks):
+    results = in_ranks(_rank, 2)
+    first, second = results[0], results[1]
     drawn, teacher = draw(0), draw(1)
     leaf = drawn["image"]["local"].requires_grad_()
     image, text = (torch.cat(list(groups.values())) for groups in drawn.values())

@@ -4,12 +4,12 @@ and closer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from cosmos_ssl.api import (
@@ -131,20 +131,17 @@ def everything(share: slice) -> dict[str, Found]:
     return found
 
 
-def work(rank: int, path: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+def work(rank: int, world: int, path: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.set_num_threads(1)
     results[rank] = everything(slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Found], list[dict[str, Found]]]:
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(work, args=(str(tmp_path_factory.mktemp("ranks") / "store"), results), nprocs=WORLD)
-        ranks = [results[rank] for rank in range(WORLD)]
-    return everything(slice(0, BATCH)), ranks
+def runs(in_ranks: Callable[..., dict[Any, Any]]) -> tuple[dict[str, Found], list[dict[str, Found]]]:
+    results = in_ranks(work, WORLD)
+    return everything(slice(0, BATCH)), [results[rank] for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("case", [f"{name} {step}" for name in losses() for step in range(2)])

@@ -7,7 +7,6 @@ import lightly.loss
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightly.loss.hypersphere_loss import HypersphereLoss
 from torch.nn import functional as F
 
@@ -116,14 +115,11 @@ def _rank(rank, world, path, results):
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one(tmp_path):
+def test_two_ranks_are_one(in_ranks):
     """Averaged over ranks, as the engine does it: loss and gradients of the whole batch, statistics over samples
     included.
     """
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
-        results = dict(results)
+    results = in_ranks(_rank, 2)
     for name, options in LOSSES.items():
         loss, gradient = direct(name, options, draw(2, 8, 0))
         ranks = [results[name, rank] for rank in range(2)]
