@@ -30,7 +30,7 @@ from cosmos_ssl.api import (
     Whole,
 )
 from cosmos_ssl.models.attention import Ints, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, lay_out, layer_of, pick_views
 
 
 class ClipViT(Tower):
@@ -86,7 +86,7 @@ class ClipViT(Tower):
         self.position_embedding = start(1 + self.grid**2, width)
         self.register_tokens = start(registers, width) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
-        self.norm_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.norm_pre = LayerNorm(width) if pre_norm else nn.Identity()
         self.blocks = Blocks(
             layers,
             width,
@@ -177,9 +177,10 @@ class ClipViT(Tower):
             assert self.mask_token is not None
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         positions = self._positions(rows, columns)
-        first = [(self.class_token + positions[0]).expand(n, 1, -1)]
+        first = [(self.class_token + positions[0]).to(x.dtype).expand(n, 1, -1)]
         if self.register_tokens is not None:
-            first.append(self.register_tokens.expand(n, -1, -1))
+            first.append(self.register_tokens.to(x.dtype).expand(n, -1, -1))
+        positions = positions.to(x.dtype)  # float32 would widen all that follows
         return torch.cat([*first, x + positions[1:]], 1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
