@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 
@@ -32,7 +33,7 @@ class Layout:
 
     def rows(self, packed_rows: Ints) -> Tensor:
         """Where these packed rows, all of them read, lie in the last block's output, on the device."""
-        return torch.from_numpy(self._rank[packed_rows]).to(self.packing.device, non_blocking=True)
+        return upload(self.packing.device, self._rank[packed_rows])[0]
 
 
 def lay_out(
@@ -52,7 +53,7 @@ def lay_out(
     if keep.all():
         return Layout(packing, None, packing, rank)
     query_lengths = np.add.reduceat(keep, np.cumsum(lengths) - lengths, dtype=np.int64)
-    read = torch.from_numpy(np.flatnonzero(keep)).to(device, non_blocking=True)
+    (read,) = upload(device, np.flatnonzero(keep))
     return Layout(packing, read, Packing(lengths, query_lengths, causal=causal, device=device, backend=backend), rank)
 
 

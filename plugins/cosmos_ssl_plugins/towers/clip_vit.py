@@ -29,6 +29,7 @@ from cosmos_ssl.api import (
     ViewSpec,
     Whole,
 )
+from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, take_rows
 from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, lay_out, layer_of, pick_views
 
@@ -111,12 +112,8 @@ class ClipViT(Tower):
             pixels = pick_views(groups[name].pixels, wanted.views)
             masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
             masks = None if masks is None else pick_views(masks, wanted.views)
-            hidden = (
-                masks.flatten(0, 1).to(pixels.device, non_blocking=True)
-                if masks is not None and wanted.hide_masked
-                else None
-            )
-            x = self._embed(pixels.flatten(0, 1), hidden)
+            hidden = upload(pixels.device, masks.flatten(0, 1)) if masks is not None and wanted.hide_masked else [None]
+            x = self._embed(pixels.flatten(0, 1), *hidden)
             reads.append(
                 _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None)
             )
