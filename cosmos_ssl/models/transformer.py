@@ -6,7 +6,7 @@ Shape letters: T rows of all sequences laid end to end, R rows that the last blo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -129,6 +129,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.held = weights[0].dtype
         cast = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
         torch._foreach_copy_(cast, weights)
         ctx.mark_non_differentiable(
@@ -139,15 +140,18 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [grad for grad in grads if grad is not None]
-        wide = [torch.empty_like(grad, dtype=torch.float32) for grad in given]
+        wide = [torch.empty_like(grad, dtype=ctx.held) for grad in given]
         torch._foreach_copy_(wide, given)
         found = iter(wide)
         return None, *(None if grad is None else next(found) for grad in grads)
 
 
 @contextmanager
-def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While entered, the float32 weights of ``module`` are ``dtype``; what they gather as gradients is float32."""
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While entered, the weights of ``module`` are ``dtype``, if any; their gradients stay as wide as they were."""
+    if dtype is None:
+        yield
+        return
     held = [
         (own, name) for part in module.modules() if (own := part._parameters) for name in own if own[name] is not None
     ]
@@ -219,8 +223,10 @@ class Block(nn.Module):
 
 
 def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Tensor:
-    """A block's output, its weights cast to ``dtype``."""
-    with nullcontext() if dtype is None else _cast(block, dtype):
+    """A block's output; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come one
+    block after the other, and are averaged over ranks meanwhile.
+    """
+    with _cast(block, dtype if torch.is_grad_enabled() else None):
         return cast(Tensor, block(*arguments))
 
 
@@ -280,7 +286,7 @@ class Blocks(nn.ModuleList):
         """
         device, last = x.device.type, len(self) - 1
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), _cast(self, None if torch.is_grad_enabled() else dtype):
             x = x if dtype is None else x.to(dtype)
             for i, block in enumerate(self):
                 ends = i == last

@@ -119,6 +119,9 @@ def test_under_autocast_the_stream_stays_narrow_and_weights_are_cast_a_block_at_
     with torch.autocast("cpu", torch.bfloat16), Casts():
         rough = model(x, lay_out(LENGTHS, keep))
     assert (casts["_to_copy"], casts["_foreach_copy_"]) == (1, 3)  # of the input; of each block's weights
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+        assert torch.equal(model(x, lay_out(LENGTHS, keep)), rough)
+    assert casts["_foreach_copy_"] == 4  # all blocks at once
     assert rough.dtype == torch.bfloat16
     found = torch.autograd.grad((rough.float() * scale).sum(), trained)
     for a, b in zip([rough.float(), *found], [exact, *wanted], strict=True):

@@ -220,7 +220,7 @@ def _tone(x: Tensor, kept: Tensor, own: Tensor, mean: Tensor, tie: Tensor, *, gr
     if greys or level:
         grey = luma(x)
         if level:
-            total = grey.sum(-1, keepdim=True).double().sum(-2, keepdim=True)  # exact, so in any order
+            total = grey.sum((-2, -1), keepdim=True, dtype=torch.float64)  # exact, so in any order
             tie = (total / x.shape[-2:].numel()).float().mul_(mean).add_(tie)
         tie = grey.mul_(own).add_(tie) if greys else tie
         return x.mul_(kept).add_(tie).clamp_(0, 255).floor_()
