@@ -185,6 +185,7 @@ class Gradients:
         self.model = assembly.model
         self.micro_batch_size = micro_batch_size
         self.scaler = scaler
+        self._parameters = list(self.model.parameters())
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
         if micro_batch_size is not None:
@@ -205,7 +206,8 @@ class Gradients:
 
     def begin(self, progress: Progress) -> None:
         """Drop old gradients, remember the buffers, seed the device; watch the parts closely in the first step."""
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         self.forward.watch()
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.forward.seed(progress)

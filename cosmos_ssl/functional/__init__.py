@@ -9,6 +9,7 @@ Shape letters: V, U views; B samples on this rank; N samples of all ranks; D wid
 
 from cosmos_ssl.functional.collectives import all_max, all_sum, gather, gather_many, gather_objects, rank, world_size
 from cosmos_ssl.functional.losses import info_nce, sigmoid_loss
+from cosmos_ssl.functional.upload import upload
 from cosmos_ssl.liveness import alive
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "info_nce",
     "rank",
     "sigmoid_loss",
+    "upload",
     "world_size",
 ]

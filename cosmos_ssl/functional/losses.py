@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.functional.collectives import rank, world_size
+from cosmos_ssl.functional.upload import upload
 
 CHUNK = 1 << 24
 """Logits held at once, in elements."""
@@ -152,10 +153,8 @@ def info_nce(
         A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
         are gradients that are averaged over ranks.
     """
-    wa = _shares(a.shape[0], a_weights)
-    wb = _shares(b.shape[0], b_weights)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    weights = torch.outer(wa, wb).to(a.device, dtype)
+    weights = _weights(a, b, a_weights, b_weights, dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
 
@@ -187,9 +186,17 @@ def sigmoid_loss(
         are gradients that are averaged over ranks.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    weights = torch.outer(_shares(a.shape[0], a_weights), _shares(b.shape[0], b_weights)).to(a.device, dtype)
+    weights = _weights(a, b, a_weights, b_weights, dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     return cast(Tensor, _Sigmoid.apply(a, b, scale.to(dtype), bias.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+
+
+def _weights(
+    a: Tensor, b: Tensor, a_weights: Sequence[float] | None, b_weights: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
+    """Of each pair of views, [V, U], on the device."""
+    pairs = torch.outer(_shares(a.shape[0], a_weights), _shares(b.shape[0], b_weights))
+    return upload(a.device, pairs.to(dtype))[0]
 
 
 def _shares(views: int, weights: Sequence[float] | None) -> Tensor:

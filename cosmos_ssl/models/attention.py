@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from cosmos_ssl.errors import UserError, did_you_mean
+from cosmos_ssl.functional import upload
 
 BACKENDS = ("auto", "xformers", "varlen", "sdpa", "reference")
 
@@ -277,15 +278,11 @@ class Packing:
             seen = np.arange(keys) < k[:, None, None]
             if self.causal:
                 seen = seen & (np.arange(keys) <= np.arange(queries)[:, None] + (k - q)[:, None, None])
-            mask = torch.from_numpy(seen[:, None]).to(self.device)
+            (mask,) = upload(self.device, seen[:, None])
         if not ragged:
             return bucket(mask)
         steps = np.arange(count, dtype=np.int64)
-        return bucket(
-            mask,
-            torch.from_numpy(ranges(steps * queries, q)).to(self.device),
-            torch.from_numpy(ranges(steps * keys, k)).to(self.device),
-        )
+        return bucket(mask, *upload(self.device, ranges(steps * queries, q), ranges(steps * keys, k)))
 
     @functools.cached_property
     def bias(self) -> Any:
@@ -305,7 +302,7 @@ class Packing:
     @functools.cached_property
     def sequence_of_query(self) -> Tensor:
         """The number of the sequence that each query row belongs to, int64 [Tq]."""
-        return torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.query_lengths)).to(self.device)
+        return upload(self.device, np.repeat(np.arange(len(self.lengths)), self.query_lengths))[0]
 
 
 # ---------------------------------------------------------------------------- attention

@@ -6,6 +6,7 @@ Shape letters: T rows of all sequences laid end to end, R rows that the last blo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 
@@ -31,7 +33,7 @@ class Layout:
 
     def rows(self, packed_rows: Ints) -> Tensor:
         """Where these packed rows, all of them read, lie in the last block's output, on the device."""
-        return torch.from_numpy(self._rank[packed_rows]).to(self.packing.device, non_blocking=True)
+        return upload(self.packing.device, self._rank[packed_rows])[0]
 
 
 def lay_out(
@@ -51,7 +53,7 @@ def lay_out(
     if keep.all():
         return Layout(packing, None, packing, rank)
     query_lengths = np.add.reduceat(keep, np.cumsum(lengths) - lengths, dtype=np.int64)
-    read = torch.from_numpy(np.flatnonzero(keep)).to(device, non_blocking=True)
+    (read,) = upload(device, np.flatnonzero(keep))
     return Layout(packing, read, Packing(lengths, query_lengths, causal=causal, device=device, backend=backend), rank)
 
 
@@ -121,6 +123,57 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class _Cast(torch.autograd.Function):
+    """Weights in another precision, all by one launch, and their gradients back by one."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.held = weights[0].dtype
+        cast = tuple(torch.empty_like(weight, dtype=dtype) for weight in weights)
+        torch._foreach_copy_(cast, weights)
+        ctx.mark_non_differentiable(
+            *(x for x, needed in zip(cast, ctx.needs_input_grad[1:], strict=True) if not needed)
+        )
+        return cast
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        wide = [torch.empty_like(grad, dtype=ctx.held) for grad in given]
+        torch._foreach_copy_(wide, given)
+        found = iter(wide)
+        return None, *(None if grad is None else next(found) for grad in grads)
+
+
+@contextmanager
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While entered, the weights of ``module`` are ``dtype``, if any; their gradients stay as wide as they were."""
+    if dtype is None:
+        yield
+        return
+    held = [
+        (own, name) for part in module.modules() if (own := part._parameters) for name in own if own[name] is not None
+    ]
+    weights = [cast(nn.Parameter, own[name]) for own, name in held]
+    try:
+        for (own, name), weight in zip(held, _Cast.apply(dtype, *weights), strict=True):  # type: ignore[no-untyped-call]
+            own[name] = weight
+        yield
+    finally:
+        for (own, name), weight in zip(held, weights, strict=True):
+            own[name] = weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Of the input's own precision, with sums in float32: autocast's is float32, and so would be all that follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -167,6 +220,14 @@ class Block(nn.Module):
         x = x + (branch if factors is None else branch * factors[:, 0])
         branch = self.ls2(self.mlp(self.norm2(x)))
         return cast(Tensor, x + (branch if factors is None else branch * factors[:, 1]))
+
+
+def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Tensor:
+    """A block's output; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come one
+    block after the other, and are averaged over ranks meanwhile.
+    """
+    with _cast(block, dtype if torch.is_grad_enabled() else None):
+        return cast(Tensor, block(*arguments))
 
 
 class Blocks(nn.ModuleList):
@@ -219,16 +280,22 @@ class Blocks(nn.ModuleList):
         return cast(Iterator[Block], super().__iter__())
 
     def forward(self, x: Tensor, layout: Layout, *, csa: bool = False) -> Tensor:
-        """[T, W] -> [R, W], or [T, W] where every row is read; ``csa`` changes the last block's attention."""
-        last = len(self) - 1
-        for i, block in enumerate(self):
-            ends = i == last
-            packing, rows = (layout.read_packing, layout.read) if ends else (layout.packing, None)
-            arguments = (x, packing, rows, csa and ends)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+        """[T, W] -> [R, W], or [T, W] where every row is read; ``csa`` changes the last block's attention.
+
+        Under autocast all of it, the residual stream too, has autocast's precision, and so has the output.
+        """
+        device, last = x.device.type, len(self) - 1
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False), _cast(self, None if torch.is_grad_enabled() else dtype):
+            x = x if dtype is None else x.to(dtype)
+            for i, block in enumerate(self):
+                ends = i == last
+                packing, rows = (layout.read_packing, layout.read) if ends else (layout.packing, None)
+                arguments = (block, dtype, x, packing, rows, csa and ends)
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(_run, *arguments, use_reentrant=False)
+                else:
+                    x = _run(*arguments)
         return x
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_ssl.models.attention import Packing
 from cosmos_ssl.models.transformer import Blocks, LayerScale, head_widths, lay_out, layer_of, pick_views
@@ -93,6 +96,39 @@ def test_backward_makes_the_output_of_gelu_anew_to_the_same_bits(dtype: torch.dt
     (plain, all_alive), (found, none_alive) = trained(False), trained(True)
     assert all(all_alive) and not any(none_alive) and len(all_alive) == len(none_alive) == 3
     assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_the_stream_stays_narrow_and_weights_are_cast_a_block_at_a_time(checkpointing: bool) -> None:
+    """2 % of features and gradients, where a float32 stream and LayerNorm kept 1 %; master gradients are float32."""
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            casts[func.overloadpacket.__name__] += 1
+            return func(*args, **kwargs or {})
+
+    casts: Counter[str] = Counter()
+    model = Blocks(3, 128, 2, layer_scale=0.5, grad_checkpointing=checkpointing)
+    weights = dict(model.named_parameters())
+    weights["1.mlp.fc1.bias"].requires_grad_(False)
+    trained = [weight for weight in weights.values() if weight.requires_grad]
+    x, keep = torch.randn(int(LENGTHS.sum()), 128), np.arange(LENGTHS.sum()) % 2 == 0
+    scale = torch.randn(int(keep.sum()), 128)
+    exact = model(x, lay_out(LENGTHS, keep))
+    wanted = torch.autograd.grad((exact * scale).sum(), trained)
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        rough = model(x, lay_out(LENGTHS, keep))
+    assert (casts["_to_copy"], casts["_foreach_copy_"]) == (1, 3)  # of the input; of each block's weights
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+        assert torch.equal(model(x, lay_out(LENGTHS, keep)), rough)
+    assert casts["_foreach_copy_"] == 4  # all blocks at once
+    assert rough.dtype == torch.bfloat16
+    found = torch.autograd.grad((rough.float() * scale).sum(), trained)
+    for a, b in zip([rough.float(), *found], [exact, *wanted], strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+    with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
+        model(x[:, 1:], lay_out(LENGTHS, keep))
+    assert all(weight is weights[name] for name, weight in model.named_parameters())
 
 
 def test_drop_path_drops_branches_of_whole_sequences_and_keeps_the_mean() -> None:

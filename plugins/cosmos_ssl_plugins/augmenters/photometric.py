@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosmos_ssl.functional import upload
+
 FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11, 12, 13
 """Columns of a parameter row: flip and jitter (0 or 1), the order of the four jitter operations, their factors
 (brightness, contrast, saturation, hue), grey (0 or 1), blur radius (0: none), solarise threshold (256: none)."""
 
-CPU_BYTES, DEVICE_BYTES = 1 << 20, 1 << 28
+CPU_BYTES, DEVICE_BYTES = 1 << 20, 1 << 29
 """Float pixels worked on at once: a part of a core's cache, or a bound on the device memory taken."""
 
 MAX_BLUR = 100.0
@@ -36,7 +39,8 @@ _TIE = 2.0**-12
 _BYTE = 255.999 / 255
 """From [0, 255] to what is cut to 8 bits, as torchvision converts a float picture."""
 
-_Operation = Callable[[Tensor, Tensor], Tensor]
+_PURE = np.array([0, 1 / 3, 2 / 3], dtype=np.float32)
+"""Hues of red, green and blue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +95,12 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
     """
     rows = params.cpu().numpy()
     out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    # Views of one order lie side by side, so that most operations take a whole piece in place.
-    order = np.lexsort(tuple((rows[:, ORDER:FACTORS].T + 1) * rows[:, JITTER]))
+    # Views whose colours turn at the same place, and of one order, lie side by side: operations take them in place.
+    order = np.lexsort((*(rows[:, ORDER:FACTORS].T + 1) * rows[:, JITTER], _hue_place(rows)))
     size = max(1, (CPU_BYTES if pixels.device.type == "cpu" else DEVICE_BYTES) // (4 * pixels.shape[1:].numel()))
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        index = torch.from_numpy(part).to(pixels.device, non_blocking=True)
+        (index,) = upload(pixels.device, part)
         views = photometric(pixels.index_select(0, index), rows[part])
         out.index_copy_(0, index, standardise(views, mean, std))
     return out
@@ -104,51 +108,94 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
 
 def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bring 0..255, uint8 or float32, to ([0, 1] - mean) / std: [N, 3, H, W], in place for float32."""
-    scale = torch.tensor([1 / (255 * s) for s in std]).to(x.device, non_blocking=True).view(3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).to(x.device, non_blocking=True).view(3, 1, 1)
+    table = torch.tensor([[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]])
+    scale, shift = upload(x.device, table.view(2, 3, 1, 1))[0]
     return x.float().mul_(scale).add_(shift)
 
 
 def photometric(pixels: Tensor, rows: NDArray[np.float32]) -> Tensor:
     """The operations of ``rows`` [N, COLUMNS] on uint8 views [N, 3, H, W]: whole numbers 0..255 in float32."""
-    x = change(pixels.float(), rows[:, FLIP] > 0, _flip)
-    jittered = rows[:, JITTER] > 0
-    for turn in range(4):
-        for number, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
-            x = change(x, jittered & (rows[:, ORDER + turn] == number), operation, rows[:, FACTORS + number])
-    x = change(x, rows[:, GREY] > 0, _grey)
+    return change(pixels.float(), _plan(rows))
+
+
+def _plan(rows: NDArray[np.float32]) -> list[_Change]:
+    """What happens to the views, one after the other: one turn of the hue, and what comes before it and after it."""
+    place, turns = _hue_place(rows), np.arange(4)
+    drawn = np.where(rows[:, JITTER, None] > 0, rows[:, ORDER:FACTORS], -1)
+    before = np.where(turns < place[:, None], drawn, -1)
+    after = np.take_along_axis(np.pad(drawn, ((0, 0), (0, 5)), constant_values=-1), place[:, None] + 1 + turns, 1)
     radius = box_radius(rows[:, BLUR])
     inner = np.where(rows[:, BLUR] > 0, np.floor(radius), -1)
-    for whole in np.unique(inner[inner >= 0]):
-        x = change(x, inner == whole, partial(_blur, inner=int(whole)), radius)
-    return change(x, rows[:, SOLARIZE] < 256, _solarize, rows[:, SOLARIZE])
+    return [
+        _Change(_flip, rows[:, FLIP] > 0),
+        *(_tones(rows, operations) for operations in before.T),
+        _Change(_hue, place < 4, rows[:, FACTORS + 3, None] - _PURE),
+        *(_tones(rows, operations) for operations in after.T),
+        _Change(_grey, rows[:, GREY] > 0),
+        *(_Change(partial(_blur, inner=int(n)), inner == n, radius) for n in np.unique(inner[inner >= 0])),
+        _Change(_solarize, rows[:, SOLARIZE] < 256, rows[:, SOLARIZE]),
+    ]
 
 
-def change(
-    x: Tensor, chosen: NDArray[np.bool_], operation: _Operation, values: NDArray[np.float32] | None = None
-) -> Tensor:
-    """Apply ``operation(views, values [n, 1, 1, 1])`` to the chosen views of ``x``; works in place on ``x``."""
-    which = np.flatnonzero(chosen)
-    if not len(which):
-        return x
-    chosen_values = np.ones(len(which), dtype=np.float32) if values is None else values[which]
-    value = torch.from_numpy(chosen_values).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-    if len(which) == len(x):
-        return operation(x, value)
-    index = torch.from_numpy(which).to(x.device, non_blocking=True)
-    return x.index_copy_(0, index, operation(x.index_select(0, index), value))
+def _hue_place(rows: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The turn at which each view's hue is changed; 4 where it stays."""
+    hue = np.pad(rows[:, ORDER:FACTORS] == 3, ((0, 0), (0, 1)), constant_values=True)
+    return np.where(rows[:, JITTER] > 0, hue.argmax(1), 4)
+
+
+def _tones(rows: NDArray[np.float32], operations: NDArray[np.float32]) -> _Change:
+    """One of brightness, contrast and saturation for each view, or none: factor x + own grey + mean grey + tie."""
+    brightness, contrast, saturation = (operations == number for number in range(3))
+    chosen = brightness | contrast | saturation
+    kept = np.ones(len(rows), dtype=np.float32)
+    for number in range(3):
+        kept = np.where(operations == number, rows[:, FACTORS + number], kept)
+    lost = 1 - kept
+    values = [kept, lost * saturation, lost * contrast, _TIE * (contrast | saturation)]
+    members = np.flatnonzero(chosen)
+    if len(members):
+        chosen[members[0] : members[-1] + 1] = True  # a whole piece; the others' numbers change nothing
+    return _Change(partial(_tone, greys=bool(saturation.any()), level=bool(contrast.any())), chosen, *values)
+
+
+class _Change:
+    """An operation ``(views, values [n, 1 or 3, 1, 1]...)`` on the chosen views; it may work in place."""
+
+    def __init__(self, operation: Callable[..., Tensor], chosen: NDArray[np.bool_], *values: NDArray[Any]) -> None:
+        self.operation = operation
+        self.which: NDArray[Any] = np.flatnonzero(chosen)
+        self.values: list[NDArray[Any]] = [value[self.which].astype(np.float32) for value in values]
+
+
+def change(x: Tensor, changes: Sequence[_Change]) -> Tensor:
+    """Make the changes in their order, to ``x`` [N, 3, H, W] in place; all their numbers go to the device at once."""
+    changes = [each for each in changes if len(each.which)]
+    sent = iter(upload(x.device, *(array for each in changes for array in (each.which, *each.values))))
+    for each in changes:
+        index, *values = (next(sent) for _ in range(1 + len(each.values)))
+        first, count = int(each.which[0]), len(each.which)
+        side_by_side = int(each.which[-1]) - first + 1 == count
+        views = x.narrow(0, first, count) if side_by_side else x.index_select(0, index)
+        made = each.operation(views, *(value.view(count, -1, 1, 1) for value in values))
+        if not side_by_side:
+            x.index_copy_(0, index, made)
+        elif count == len(x):
+            x = made
+        elif made is not views:
+            views.copy_(made)
+    return x
 
 
 def mirror(x: Tensor, flipped: Tensor) -> Tensor:
     """Mirror the views of ``x`` [N, 3, H, W] marked in ``flipped`` [N], in place."""
-    return change(x, flipped.cpu().numpy() > 0, _flip)
+    return change(x, [_Change(_flip, flipped.cpu().numpy() > 0)])
 
 
 def luma(x: Tensor) -> Tensor:
     """0.2989 R + 0.587 G + 0.114 B (ITU-R BT.601), cut to whole numbers: [N, 1, H, W]. The sum is exact."""
     r, g, b = x.split(1, dim=1)
     weighted: Tensor = r.mul(2989).add_(g, alpha=5870).add_(b, alpha=1140)
-    return weighted.mul_(1e-4).floor_()
+    return weighted.div_(10_000, rounding_mode="trunc")
 
 
 def box_radius(radius: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -164,31 +211,24 @@ def box_radius(radius: NDArray[np.float32]) -> NDArray[np.float32]:
     return boxes
 
 
-def _flip(x: Tensor, _: Tensor) -> Tensor:
+def _flip(x: Tensor) -> Tensor:
     return x.flip(-1)
 
 
-def _cut(x: Tensor) -> Tensor:
-    return x.clamp_(0, 255).floor_()
+def _tone(x: Tensor, kept: Tensor, own: Tensor, mean: Tensor, tie: Tensor, *, greys: bool, level: bool) -> Tensor:
+    """kept x + own grey + mean grey + tie, cut; ``greys`` and ``level`` say whether any view needs the two."""
+    if greys or level:
+        grey = luma(x)
+        if level:
+            total = grey.sum((-2, -1), keepdim=True, dtype=torch.float64)  # exact, so in any order
+            tie = (total / x.shape[-2:].numel()).float().mul_(mean).add_(tie)
+        tie = grey.mul_(own).add_(tie) if greys else tie
+        return x.mul_(kept).add_(tie).clamp_(0, 255).floor_()
+    return x.mul_(kept).clamp_(0, 255).floor_()
 
 
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return _cut(x.mul_(factor))
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    total = luma(x).sum(-1, keepdim=True).double().sum(-2, keepdim=True)  # exact, so in any order
-    level = (total / x.shape[-2:].numel()).float()
-    return _cut(x.mul_(factor).add_((1 - factor) * level + _TIE))
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    grey = luma(x).mul_(1 - factor).add_(_TIE)
-    return _cut(x.mul_(factor).add_(grey))
-
-
-def _hue(x: Tensor, factor: Tensor) -> Tensor:
-    """Turn the hue by ``factor`` of a full circle; value and saturation (of HSV) stay.
+def _hue(x: Tensor, turned: Tensor) -> Tensor:
+    """Turn the hue by a part of a full circle, less each channel's own [n, 3, 1, 1]; value and saturation stay.
 
     A channel is lowest + span w, where w falls from 1 to 0 between a sixth and a third of a turn away from the
     hue of the pure channel (red 0, green 1/3, blue 2/3).
@@ -200,12 +240,12 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
     turn.lerp_((b - r).add_(span, alpha=2), torch.eq(g, high, out=torch.empty_like(g)))
     turn.lerp_(g - b, torch.eq(r, high, out=torch.empty_like(r)))
     turn.div_(span.clamp(min=1).mul_(6))
-    away = turn + (factor - torch.tensor([0, 1 / 3, 2 / 3]).to(x.device, non_blocking=True).view(3, 1, 1))
+    away = turn + turned
     away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
     return away.mul_(span * (-6 * _BYTE)).add_(high.add_(span).mul_(_BYTE).add_(_TIE)).floor_()
 
 
-def _grey(x: Tensor, _: Tensor) -> Tensor:
+def _grey(x: Tensor) -> Tensor:
     return x.copy_(luma(x))
 
 
@@ -220,11 +260,7 @@ def _blur(x: Tensor, radius: Tensor, inner: int) -> Tensor:
     edge, share = (radius - inner).view(-1, 1), (1 / (2 * radius + 1)).view(-1, 1)
     for axis, stride in ((3, 1), (2, frame.shape[3])):
         for _ in range(3):
-            size = frame.shape[axis]
-            frame.narrow(axis, 0, margin).copy_(frame.narrow(axis, margin, 1).expand_as(frame.narrow(axis, 0, margin)))
-            frame.narrow(axis, size - margin, margin).copy_(
-                frame.narrow(axis, size - margin - 1, 1).expand_as(frame.narrow(axis, 0, margin))
-            )
+            _repeat_edges(frame, axis, margin)
             flat, reach = frame.view(len(x), -1), margin * stride
             length = flat.shape[1] - 2 * reach
             line = torch.add(flat[:, :length], flat[:, 2 * reach :], out=other.view(len(x), -1)[:, reach:-reach]).mul_(
@@ -235,6 +271,16 @@ def _blur(x: Tensor, radius: Tensor, inner: int) -> Tensor:
             line.mul_(share).round_()
             frame, other = other, frame
     return frame[:, :, margin:-margin, margin:-margin]
+
+
+def _repeat_edges(frame: Tensor, axis: int, margin: int) -> None:
+    """Fill both margins of an axis with the pixels beside them, by one copy."""
+    size, step = frame.shape[axis], frame.stride(axis)
+    shape, strides = list(frame.shape), list(frame.stride())
+    del shape[axis], strides[axis]
+    margins = frame.as_strided([*shape, 2, margin], [*strides, (size - margin) * step, step])
+    edges = frame.as_strided([*shape, 2, 1], [*strides, (size - 2 * margin - 1) * step, 0], margin * step)
+    margins.copy_(edges)
 
 
 def _solarize(x: Tensor, threshold: Tensor) -> Tensor:

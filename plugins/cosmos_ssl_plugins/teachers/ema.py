@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cosmos_ssl.api import Progress, Share, Spec, Teacher
 
@@ -22,6 +22,7 @@ class Ema(Teacher):
         self, spec: Spec, *, momentum_teacher: Share = 0.999, final_momentum_teacher: Share | None = None
     ) -> None:
         super().__init__()
+        self._walked: tuple[nn.Module, nn.Module, list[Tensor], list[Tensor]] | None = None
         self.start_momentum = momentum_teacher
         self.final_momentum = momentum_teacher if final_momentum_teacher is None else final_momentum_teacher
 
@@ -36,7 +37,9 @@ class Ema(Teacher):
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
         """Move all parameters in one fused pass; buffers are copied."""
         momentum = self.momentum(progress)
-        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
+        if self._walked is None or self._walked[0] is not self.model or self._walked[1] is not student:
+            self._walked = self.model, student, list(self.model.parameters()), list(student.parameters())
+        torch._foreach_lerp_(*self._walked[2:], 1 - momentum)
         for own, other in zip(self.model.buffers(), student.buffers(), strict=True):
             own.copy_(other)
         return {"momentum": momentum}

@@ -28,6 +28,7 @@ from cosmos_ssl.api import (
     TowerSpec,
     ViewSpec,
 )
+from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
 from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
 
@@ -103,9 +104,7 @@ class ClipText(Tower):
             return {}
         captions = _Captions(groups, plan)
         ids = torch.cat([pick_views(groups[name].tokens, wanted.views).flatten() for name, wanted in plan.items()])
-        index, positions = (
-            torch.from_numpy(x).to(ids.device, non_blocking=True) for x in (captions.index, captions.positions)
-        )
+        index, positions = upload(ids.device, captions.index, captions.positions)
         x = self.token_embedding(ids[index]) + F.embedding(positions, self.position_embedding)
         layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
@@ -139,7 +138,7 @@ class ClipText(Tower):
             total = len(wanted.tokens) * batch * context
             tokens = take_rows(out, layout.rows(rows))
             if len(rows) < total:
-                tokens = put_rows(tokens, torch.from_numpy(places).to(out.device, non_blocking=True), total)
+                tokens = put_rows(tokens, upload(out.device, places)[0], total)
             tokens = tokens.view(len(wanted.tokens), batch, context, -1)
         return GroupFeatures(
             views=wanted.views,

@@ -29,8 +29,9 @@ from cosmos_ssl.api import (
     ViewSpec,
     Whole,
 )
+from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, lay_out, layer_of, pick_views
 
 
 class ClipViT(Tower):
@@ -86,7 +87,7 @@ class ClipViT(Tower):
         self.position_embedding = start(1 + self.grid**2, width)
         self.register_tokens = start(registers, width) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
-        self.norm_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.norm_pre = LayerNorm(width) if pre_norm else nn.Identity()
         self.blocks = Blocks(
             layers,
             width,
@@ -111,12 +112,8 @@ class ClipViT(Tower):
             pixels = pick_views(groups[name].pixels, wanted.views)
             masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
             masks = None if masks is None else pick_views(masks, wanted.views)
-            hidden = (
-                masks.flatten(0, 1).to(pixels.device, non_blocking=True)
-                if masks is not None and wanted.hide_masked
-                else None
-            )
-            x = self._embed(pixels.flatten(0, 1), hidden)
+            hidden = upload(pixels.device, masks.flatten(0, 1)) if masks is not None and wanted.hide_masked else [None]
+            x = self._embed(pixels.flatten(0, 1), *hidden)
             reads.append(
                 _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None)
             )
@@ -177,9 +174,10 @@ class ClipViT(Tower):
             assert self.mask_token is not None
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         positions = self._positions(rows, columns)
-        first = [(self.class_token + positions[0]).expand(n, 1, -1)]
+        first = [(self.class_token + positions[0]).to(x.dtype).expand(n, 1, -1)]
         if self.register_tokens is not None:
-            first.append(self.register_tokens.expand(n, -1, -1))
+            first.append(self.register_tokens.to(x.dtype).expand(n, -1, -1))
+        positions = positions.to(x.dtype)  # float32 would widen all that follows
         return torch.cat([*first, x + positions[1:]], 1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
