@@ -255,7 +255,7 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     if spec.text_views:
         assert assembly.tokenizer is not None
         lengths = iter(
-            _lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist()
+            caption_lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist()
         )
         pad = assembly.tokenizer.pad_id
         for name, view in spec.text_views.items():
@@ -271,7 +271,7 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 
-def _lengths(captions: int, mean: float, most: int) -> Tensor:
+def caption_lengths(captions: int, mean: float, most: int) -> Tensor:
     """Random lengths of one sample's captions, int64 [captions]; their mean is ``mean`` as nearly as whole
     numbers can.
     """

@@ -1,0 +1,148 @@
+"""One whole step, counted on a CUDA device that is not there (``count``): what each of its stages costs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from cosmos_ssl.api import Augmenter, ImageGroup, Progress, Sample, TextGroup, Views, ViewSpec
+from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.config import Config
+from cosmos_ssl.cost.count import DEVICE, OTHER, Count, Found
+from cosmos_ssl.cost.step_cost import CAPTION_TOKENS, caption_lengths
+from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.engine.state import RunState
+from cosmos_ssl.engine.step import Step
+from cosmos_ssl.models.contract import blaming
+
+COPY = "copy to the device"
+STAGES = (
+    COPY,
+    "augment",
+    "teacher forward",
+    "student forward",
+    "losses",
+    "backward",
+    "gradient mean",
+    "clip",
+    "agree",
+    "teacher update",
+    "optimizer",
+    OTHER,
+)
+"""In the order of a step; as the step itself marks them for a trace."""
+RANK = 3
+"""The rank that is counted, where there are as many."""
+_PICTURE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardStep:
+    """What one rank's step costs, once the first steps are over."""
+
+    samples: int
+    ranks: int
+    found: Found
+    state: int
+    """Bytes that lie on the device between steps: weights, moments, a teacher."""
+    fixed: int
+    """Bytes in use at the peak that do not grow with the samples, beside ``state``."""
+    per_sample: float
+    """Bytes in use at the peak, for each sample."""
+    parameters: int
+
+
+def count_step(
+    assembly: Assembly,
+    config: Config,
+    precision: str,
+    *,
+    samples: int,
+    caption_tokens: float = CAPTION_TOKENS,
+    ranks: int = 1,
+) -> CardStep:
+    """Count an update of ``assembly`` on made-up samples, in a process of ``fake_device``; nothing is compiled.
+
+    Peak memory at half as many samples tells which part of it grows with them. Raises UserError where
+    ``caption_tokens`` cannot be.
+    """
+    training = config.training.model_copy(update={"compile": False})
+    with fake_ranks(ranks), Count(STAGES) as count:
+        state = RunState(assembly, config.model_copy(update={"training": training}), DEVICE, precision)
+        state.model.train()
+        step = Step(assembly, state, training)
+        most = []
+        found = Found()
+        for number, size in enumerate((max(1, samples // 2), samples, samples)):  # the first one makes moments, and tries
+            views = map_tensors(make_batch(assembly, size, caption_tokens), count.pin)
+            count.restart()
+            with count.during(COPY):
+                moved = views.to(DEVICE)
+            step(moved, Progress(step=500 + number, total_steps=1000))
+            del moved, views
+            found = count.restart()
+            most.append(max(found.peaks.values()))
+        state.model.zero_grad(set_to_none=True)
+        idle = count.live
+    return CardStep(samples=samples, ranks=ranks, found=found, state=idle, fixed=0, per_sample=0.0, parameters=0)
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[None]:
+    """A world of ``ranks`` in which this process is one and nobody answers: collectives return at once."""
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=min(RANK, ranks - 1), world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_batch(assembly: Assembly, samples: int, caption_tokens: float = CAPTION_TOKENS) -> Views:
+    """A batch as the loader gives it, on the host: crops of noise, random tokens, captions of different lengths.
+
+    Raises UserError for a mean length that captions cannot have.
+    """
+    spec = assembly.spec
+    image: dict[str, ImageGroup] = {}
+    if spec.image_views:
+        image = _crops(assembly.augmenters["image"], spec.image_views, samples)
+    text: dict[str, TextGroup] = {}
+    views = {name: view.views for name, view in (spec.text_views or {}).items()}
+    if views:
+        lengths = caption_lengths(sum(views.values()) * samples, caption_tokens, spec.context_length)
+        for (name, count), own in zip(views.items(), lengths.split([n * samples for n in views.values()]), strict=True):
+            tokens = torch.randint(1, spec.vocab_size, (count, samples, spec.context_length))
+            text[name] = TextGroup(tokens=tokens, lengths=own.view(count, samples))
+    return Views(keys=[str(number) for number in range(samples)], image=image, text=text)
+
+
+def _crops(augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int) -> dict[str, ImageGroup]:
+    picture = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (_PICTURE, _PICTURE, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture, "BMP")
+    with blaming(augmenter, "augmenters.image"):
+        crops = [
+            augmenter.crop(Sample(key=str(n), image=picture.getvalue()), np.random.default_rng(n))
+            for n in range(samples)
+        ]
+    return {
+        name: ImageGroup(
+            **{
+                field: None if getattr(crops[0][name], field) is None else torch.stack([getattr(each[name], field) for each in crops], 1)
+                for field in ("pixels", "params", "masks")
+            }
+        )
+        for name in offers
+    }
