@@ -20,7 +20,9 @@ from cosmos_ssl.cost.step_cost import CAPTION_TOKENS, caption_lengths
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
+from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
+from cosmos_ssl.models.precision import DTYPES
 
 COPY = "copy to the device"
 STAGES = (
@@ -40,6 +42,10 @@ STAGES = (
 """In the order of a step; as the step itself marks them for a trace."""
 RANK = 3
 """The rank that is counted, where there are as many."""
+_GROWING = ("augment", "teacher forward", "student forward", "losses", "backward")
+"""Stages whose memory grows with the samples, before the first step makes moments."""
+_MIDDLE = 500
+"""Steps, of an epoch each: what rests or warms up in the first epochs has done so."""
 _PICTURE = 256
 
 
@@ -48,21 +54,26 @@ class CardStep:
     """What one rank's step costs, once the first steps are over."""
 
     samples: int
+    rank: int
     ranks: int
+    precision: str
+    attention: str
+    """The backend."""
     found: Found
     state: int
     """Bytes that lie on the device between steps: weights, moments, a teacher."""
-    fixed: int
-    """Bytes in use at the peak that do not grow with the samples, beside ``state``."""
     per_sample: float
-    """Bytes in use at the peak, for each sample."""
-    parameters: int
+    """Bytes by which the peak grows with each sample."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are in use at once."""
+        return max(self.found.peaks.values())
 
 
 def count_step(
     assembly: Assembly,
     config: Config,
-    precision: str,
     *,
     samples: int,
     caption_tokens: float = CAPTION_TOKENS,
@@ -70,28 +81,42 @@ def count_step(
 ) -> CardStep:
     """Count an update of ``assembly`` on made-up samples, in a process of ``fake_device``; nothing is compiled.
 
+    ``training.precision: auto`` is bfloat16 here.
     Peak memory at half as many samples tells which part of it grows with them. Raises UserError where
     ``caption_tokens`` cannot be.
     """
     training = config.training.model_copy(update={"compile": False})
+    precision = "amp_bf16" if training.precision == "auto" else training.precision
+    config = config.model_copy(update={"training": training})
+    sizes = (max(1, samples // 2), samples)
+    peaks, found = [], Found()
     with fake_ranks(ranks), Count(STAGES) as count:
-        state = RunState(assembly, config.model_copy(update={"training": training}), DEVICE, precision)
+        state = RunState(assembly, config, DEVICE, precision)
         state.model.train()
         step = Step(assembly, state, training)
-        most = []
-        found = Found()
-        for number, size in enumerate((max(1, samples // 2), samples, samples)):  # the first one makes moments, and tries
+        for number, size in enumerate(sizes):  # the first one also makes moments, and looks closely
             views = map_tensors(make_batch(assembly, size, caption_tokens), count.pin)
             count.restart()
             with count.during(COPY):
                 moved = views.to(DEVICE)
-            step(moved, Progress(step=500 + number, total_steps=1000))
-            del moved, views
+            step(moved, Progress(step=_MIDDLE + number, total_steps=2 * _MIDDLE))
+            del moved
             found = count.restart()
-            most.append(max(found.peaks.values()))
+            peaks.append(max(found.peaks[stage] for stage in _GROWING))
         state.model.zero_grad(set_to_none=True)
         idle = count.live
-    return CardStep(samples=samples, ranks=ranks, found=found, state=idle, fixed=0, per_sample=0.0, parameters=0)
+        peaks[0] += sum(moment.nbytes for moment in state.optimizer.tensors().values())
+    per_sample = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else (peaks[1] - idle) / samples
+    return CardStep(
+        samples=samples,
+        rank=min(RANK, ranks - 1),
+        ranks=ranks,
+        precision=precision,
+        attention=resolve_backend(training.attention, DEVICE, DTYPES[precision] or torch.float32),
+        found=found,
+        state=idle,
+        per_sample=per_sample,
+    )
 
 
 @contextmanager
@@ -140,7 +165,9 @@ def _crops(augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int) -
     return {
         name: ImageGroup(
             **{
-                field: None if getattr(crops[0][name], field) is None else torch.stack([getattr(each[name], field) for each in crops], 1)
+                field: None
+                if getattr(crops[0][name], field) is None
+                else torch.stack([getattr(each[name], field) for each in crops], 1)
                 for field in ("pixels", "params", "masks")
             }
         )

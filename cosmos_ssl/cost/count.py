@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,6 +141,8 @@ class Count(TorchDispatchMode):
         for name, answer in own.items():
             self._stack.callback(setattr, FakeTensor, name, getattr(FakeTensor, name))
             setattr(FakeTensor, name, answer)
+        self._stack.callback(_foreach_utils._foreach_supported_types.remove, FakeTensor)
+        _foreach_utils._foreach_supported_types.append(FakeTensor)  # as real tensors of the device are
         self._stack.enter_context(_Calls())
         Count._active.append(self)
         super().__enter__()
@@ -337,9 +340,7 @@ class Count(TorchDispatchMode):
         assert known is not None
         known.copy_(value)
 
-    def _follow(
-        self, func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any
-    ) -> None:
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
         """Keep numbers up with an operation: copies, and whatever is computed of whole numbers alone."""
         changed = [tensor for tensor in tree_leaves(out) if isinstance(tensor, FakeTensor)]
         if name in ("_to_copy", "copy_"):
@@ -422,9 +423,7 @@ def _attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
         attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    found = aten._scaled_dot_product_efficient_attention(
-        q, k, v, attn_mask, trained, dropout_p, is_causal, scale=scale
-    )
+    found = aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, trained, dropout_p, is_causal, scale=scale)
     return cast(Tensor, found[0])
 
 

@@ -135,8 +135,9 @@ def _given(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[t
 @functools.cache
 def _arguments(func: Any) -> list[tuple[str, bool, bool]]:
     """Of each argument: name, whether it is written, and whether it is for the result alone (``out=``)."""
+    kept = {"grads"} if "_fused_adam" in func._schema.name else set()  # written where a scaler is given, alone
     return [
-        (each.name, each.alias_info is not None and each.alias_info.is_write, each.is_out)
+        (each.name, each.alias_info is not None and each.alias_info.is_write and each.name not in kept, each.is_out)
         for each in func._schema.arguments
     ]
 
@@ -163,4 +164,3 @@ def sent(func: Any, args: Sequence[Any]) -> int:
 def is_collective(func: Any) -> bool:
     """Whether an operation talks to other ranks."""
     return func._schema.name.startswith(("c10d::", "_c10d_functional::"))
-

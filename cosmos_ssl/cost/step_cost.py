@@ -255,7 +255,9 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     if spec.text_views:
         assert assembly.tokenizer is not None
         lengths = iter(
-            caption_lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist()
+            caption_lengths(
+                sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length
+            ).tolist()
         )
         pad = assembly.tokenizer.pad_id
         for name, view in spec.text_views.items():
