@@ -102,7 +102,8 @@ def _print(config: Config, step: CardStep, found: Estimate, card: Card, length: 
     lines = [
         (
             "speed",
-            f"{found.samples_per_s:,.0f} samples/s a card, MFU {found.mfu:.0%}; the host takes {found.host_ms:.0f} ms to launch it",
+            f"{found.samples_per_s:,.0f} samples/s a card, MFU {found.mfu:.0%}; "
+            f"the host takes {found.host_ms:.0f} ms to launch it",
         ),
         (
             "memory",
@@ -122,7 +123,7 @@ def _print(config: Config, step: CardStep, found: Estimate, card: Card, length: 
     if step.found.uncounted:
         lines.append(("not counted", ", ".join(step.found.uncounted)))
     print(table(lines), end="")
-    print(cards.ASSUMPTIONS)
+    print(*cards.ASSUMPTIONS, sep="\n")
 
 
 def _run(found: Estimate, ranks: int, length: int | None) -> str:

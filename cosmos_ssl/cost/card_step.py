@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ def count_step(
     sizes = (max(1, samples // 2), samples)
     peaks, found = [], Found()
     with fake_ranks(ranks), Count(STAGES) as count:
+        attention = resolve_backend(training.attention, DEVICE, DTYPES[precision] or torch.float32)
         state = RunState(assembly, config, DEVICE, precision)
         state.model.train()
         step = Step(assembly, state, training)
@@ -112,7 +114,7 @@ def count_step(
         rank=min(RANK, ranks - 1),
         ranks=ranks,
         precision=precision,
-        attention=resolve_backend(training.attention, DEVICE, DTYPES[precision] or torch.float32),
+        attention=attention,
         found=found,
         state=idle,
         per_sample=per_sample,
@@ -158,18 +160,16 @@ def _crops(augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int) -
     noise = np.random.default_rng(0).integers(0, 256, (_PICTURE, _PICTURE, 3), dtype=np.uint8)
     Image.fromarray(noise).save(picture, "BMP")
     with blaming(augmenter, "augmenters.image"):
-        crops = [
+        crops: list[Mapping[str, Any]] = [
             augmenter.crop(Sample(key=str(n), image=picture.getvalue()), np.random.default_rng(n))
             for n in range(samples)
         ]
-    return {
-        name: ImageGroup(
-            **{
-                field: None
-                if getattr(crops[0][name], field) is None
-                else torch.stack([getattr(each[name], field) for each in crops], 1)
-                for field in ("pixels", "params", "masks")
-            }
+    groups = {}
+    for name in offers:
+        masks = [each[name].masks for each in crops]
+        groups[name] = ImageGroup(
+            pixels=torch.stack([each[name].pixels for each in crops], 1),
+            params=torch.stack([each[name].params for each in crops], 1),
+            masks=None if masks[0] is None else torch.stack(masks, 1),
         )
-        for name in offers
-    }
+    return groups

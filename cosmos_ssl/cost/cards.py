@@ -1,4 +1,4 @@
-"""What a counted step would take on a named card: an estimate, from its peak rates and the share of them that is reached.
+"""What a counted step would take on a named card: an estimate, by its peak rates and the share of them that is reached.
 
 Each operation takes as long as its products, its bytes, or its launches, whichever is longest; operations run one after
 the other, and collectives beside the backward pass. The host launches one kernel after the other, too.
@@ -29,11 +29,14 @@ NODE = 8
 """Cards of a node; with more ranks, collectives run at the network's rate."""
 LOADER_SECONDS = 3.9e-3
 """Of one core for a sample's eight views and captions of COSMOS (tools/bench_data.py)."""
-ASSUMPTIONS = f"""\
-Assumed: products reach {PRODUCTS:.0%} of the card's peak and memory {MEMORY:.0%}; each operation takes the longer of the two, and
-{1e6 * KERNEL_SECONDS:g} us a launch at least, one after the other; on the host a launch takes {1e6 * LAUNCH_SECONDS:g} us; collectives reach {LINKS:.0%} of NVLink
-up to {NODE} ranks, of the network beyond, beside the backward pass; tensors fill {USABLE:.0%} of the memory. MFU is of the products that
-run. A core of the loader makes COSMOS' eight views and their tokens of one sample."""
+ASSUMPTIONS = (
+    f"Assumed: products reach {PRODUCTS:.0%} of the card's peak, memory {MEMORY:.0%}; an operation takes the longer of both,",
+    f"and at least {1e6 * KERNEL_SECONDS:g} us a kernel, one after the other; a launch takes {1e6 * LAUNCH_SECONDS:g} us of "
+    "the host; collectives",
+    f"reach {LINKS:.0%} of NVLink up to {NODE} ranks, of the network beyond, beside the backward pass; tensors fill "
+    f"{USABLE:.0%} of the",
+    "memory. MFU is of the products that run. A core of the loader makes COSMOS' eight views of a sample, and its tokens.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class Card:
     half: float
     """TFLOP/s of bfloat16 and float16."""
     tf32: float
-    float: float
+    single: float
+    """Of float32."""
     memory: float
     """TB/s."""
     gib: float
@@ -148,6 +152,6 @@ def estimate(step: CardStep, card: Card) -> Estimate:
 
 def _seconds(kernel: Kernel, card: Card) -> float:
     """What an operation takes on the device."""
-    peak = {"half": card.half, "tf32": card.tf32, "float": card.float}[kernel.precision] * 1e12
+    peak = {"half": card.half, "tf32": card.tf32, "float": card.single}[kernel.precision] * 1e12
     moving = kernel.bytes / (card.memory * MEMORY * 1e12)
     return max(kernel.flops / (peak * PRODUCTS), moving, kernel.launches * KERNEL_SECONDS)

@@ -7,15 +7,16 @@ their numbers beside them, so that lengths, indices and masks are what they are.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-import sysconfig
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -42,9 +43,9 @@ HALF = (torch.bfloat16, torch.float16)
 OTHER = "other"
 _INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"))
 """Operations that take indices on the host, and copy them."""
-_SHAPED_BY_NUMBERS = frozenset("nonzero masked_select _unique2 unique_dim unique_consecutive bincount".split())
+_SHAPED_BY_NUMBERS = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"})
 """Operations whose result is as long as numbers on the device say: the host waits for them."""
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), sysconfig.get_path("stdlib"))
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
 
 
 class Kernel(NamedTuple):
@@ -113,7 +114,7 @@ class Count(TorchDispatchMode):
     _active: ClassVar[list[Count]] = []
 
     def __init__(self, stages: Collection[str] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = Found()
         self.stage = OTHER
         self.stages = frozenset(stages)
@@ -145,11 +146,11 @@ class Count(TorchDispatchMode):
         _foreach_utils._foreach_supported_types.append(FakeTensor)  # as real tensors of the device are
         self._stack.enter_context(_Calls())
         Count._active.append(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         Count._active.remove(self)
         self._stack.close()
 
@@ -317,7 +318,7 @@ class Count(TorchDispatchMode):
     def address(self, tensor: Tensor) -> int:
         """A number for where a tensor lies, like that of ``data_ptr``."""
         number = self._storages[tensor.untyped_storage()._cdata].number
-        return (number << 40) + tensor.storage_offset() * tensor.element_size()
+        return (number << 40) + int(tensor.storage_offset()) * tensor.element_size()
 
     def _known(self, tensor: Tensor) -> Tensor | None:
         """The numbers of a tensor, on the host and in the same memory for all views of it; None where unknown."""
@@ -351,7 +352,8 @@ class Count(TorchDispatchMode):
         small = sum(tensor.numel() * tensor.element_size() for tensor in changed) <= _KNOWN_BYTES
         numbers = [self._known(tensor) for tensor in tensors]
         whole = not any(tensor.is_floating_point() or tensor.is_complex() for tensor in (*tensors, *changed))
-        if small and whole and None not in numbers and torch.Tag.nondeterministic_seeded not in func.tags:
+        certain = torch.Tag.nondeterministic_seeded not in func.tags and not is_collective(func)
+        if small and whole and certain and all(known is not None for known in numbers):
             given, options = tree_map_only(FakeTensor, self._known, (args, kwargs))
             if "device" in options:
                 options["device"] = "cpu"
@@ -359,9 +361,9 @@ class Count(TorchDispatchMode):
             for tensor, value in zip(changed, found, strict=True):
                 self._learn(tensor, value)
             return
-        for tensor in written(func, args, kwargs):
-            if isinstance(tensor, FakeTensor):
-                self._storages[tensor.untyped_storage()._cdata].known = None
+        for target in written(func, args, kwargs):
+            if isinstance(target, FakeTensor):
+                self._storages[target.untyped_storage()._cdata].known = None
 
     # ------------------------------------------------------------------ what it cost
 
@@ -397,9 +399,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], FakeTensor):
-            if func is F.scaled_dot_product_attention:
-                return _attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -438,12 +439,10 @@ def _precision(tensors: Sequence[Tensor]) -> str:
 
 
 def _where() -> str:
-    """File and line of the innermost code that is neither Python's, PyTorch's nor of this package."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if "site-packages" in path.removeprefix(_LIBRARIES[0]) or not path.startswith(_LIBRARIES):
-            if not path.startswith(_LIBRARIES[:2]):
-                return f"{frame.f_globals['__name__'].replace('.', '/')}.py:{frame.f_lineno}"
+    """File and line of the innermost code that is neither Python's, nor PyTorch's, nor of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
-    return "PyTorch's backward pass"
+    if frame is None:
+        return "PyTorch, in the backward pass"
+    return f"{frame.f_globals['__name__'].replace('.', '/')}.py:{frame.f_lineno}"

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,30 +20,28 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import which
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from cosmos_ssl.errors import UserError, first_line
+from cosmos_ssl.errors import CosmosError, UserError, first_line
 from cosmos_ssl.files import part_name, storage_faults
 
 KNOWN = ("2.13",)
 """Versions of PyTorch whose guard and hooks ``fake_device.cpp`` fits."""
 _SOURCE = Path(__file__).with_name("fake_device.cpp")
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 
 @contextmanager
 def fake_device() -> Iterator[Callable[..., Any]]:
     """A process with the device while entered: ``run(function, *arguments)`` calls a function of a module there.
 
-    What it raises is raised here. Raises UserError where no such device can be made.
+    What it raises is raised here, as RuntimeError unless it is the user's fault. Raises UserError where no such device
+    can be made.
     """
     library = build()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
 
-        def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-            return process.submit(function, *args, **kwargs).result()
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return process.submit(_called, function, *args, **kwargs).result()
 
         try:
             run(_load, library)
@@ -86,6 +85,16 @@ def _compile(library: Path) -> None:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         raise UserError(f"g++ cannot compile {_SOURCE.name} for a CUDA device that is not there: {reason}")
     made.replace(library)
+
+
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function``; PyTorch's own errors may hold what cannot be sent to another process."""
+    try:
+        return function(*args, **kwargs)
+    except CosmosError:
+        raise
+    except Exception as error:
+        raise RuntimeError("".join(traceback.format_exception(error))) from None
 
 
 def _none(version: str) -> str:

@@ -16,18 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from cosmos_ssl.functional import world_size
 
-_FREE = frozenset(
-    "alias detach lift_fresh empty empty_like empty_strided new_empty new_empty_strided _reshape_alias _unsafe_view "
-    "set_ resize_ record_stream is_pinned _pin_memory is_same_size sym_size sym_stride sym_numel".split()
-)
+_FREE = {"alias", "detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FREE |= {"_reshape_alias", "_unsafe_view", "set_", "resize_"}
 """Without a kernel, and not marked as views by PyTorch."""
-_OVERWRITES = frozenset("copy_ fill_ zero_ normal_ uniform_ bernoulli_ random_ exponential_ _foreach_copy_".split())
+_OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+_OVERWRITES |= {"normal_", "uniform_", "bernoulli_", "random_", "exponential_"}
 """Write what they change without reading it."""
-_GATHERS = frozenset("index index_select gather take embedding _unsafe_index".split())
+_GATHERS = {"index", "index_select", "gather", "take", "embedding", "_unsafe_index"}
 """Read of their first tensor only what they return."""
-_SCATTERS = frozenset(
-    "index_put_ _index_put_impl_ index_copy_ index_add_ index_fill_ scatter_ scatter_add_ masked_scatter_".split()
-)
+_SCATTERS = {"index_put_", "_index_put_impl_", "index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_"}
 """Write of what they change only as much as they are given."""
 _KERNELS = {
     "_flash_attention_backward": 3,  # rows' sums; keys, values and queries; queries' gradients to their dtype
@@ -163,4 +160,4 @@ def sent(func: Any, args: Sequence[Any]) -> int:
 
 def is_collective(func: Any) -> bool:
     """Whether an operation talks to other ranks."""
-    return func._schema.name.startswith(("c10d::", "_c10d_functional::"))
+    return str(func._schema.name).startswith(("c10d::", "_c10d_functional::"))
