@@ -30,12 +30,12 @@ NODE = 8
 LOADER_SECONDS = 3.9e-3
 """Of one core for a sample's eight views and captions of COSMOS (tools/bench_data.py)."""
 ASSUMPTIONS = (
-    f"Assumed: products reach {PRODUCTS:.0%} of the card's peak, memory {MEMORY:.0%}; an operation takes the longer of both,",
-    f"and at least {1e6 * KERNEL_SECONDS:g} us a kernel, one after the other; a launch takes {1e6 * LAUNCH_SECONDS:g} us of "
-    "the host; collectives",
-    f"reach {LINKS:.0%} of NVLink up to {NODE} ranks, of the network beyond, beside the backward pass; tensors fill "
-    f"{USABLE:.0%} of the",
-    "memory. MFU is of the products that run. A core of the loader makes COSMOS' eight views of a sample, and its tokens.",
+    f"Assumed: products reach {PRODUCTS:.0%} of the card's peak, memory {MEMORY:.0%}; an operation takes the longer of",
+    f"both, and at least {1e6 * KERNEL_SECONDS:g} us a kernel, one after the other; a launch takes the host "
+    f"{1e6 * LAUNCH_SECONDS:g} us;",
+    f"collectives reach {LINKS:.0%} of NVLink up to {NODE} ranks, of the network beyond, beside the backward pass;",
+    f"tensors fill {USABLE:.0%} of the memory. MFU is of the products that run. A core of the loader makes the",
+    "eight views of a sample of COSMOS, and its tokens.",
 )
 
 

@@ -165,8 +165,7 @@ def step(config: str, overrides: Sequence[str], samples: int, ranks: int = 1, br
     if broken:
         tower = assembly.model.image
         assert tower is not None
-        for name in broken:
-            tower.register_forward_pre_hook(lambda *_, fault=FAULTS.get(name, wrong_device): [fault(), None][1])
+        tower.register_forward_pre_hook(lambda *_: [FAULTS.get(name, wrong_device)() for name in broken] and None)
     return count_step(assembly, loaded.config, samples=samples, ranks=ranks)
 
 

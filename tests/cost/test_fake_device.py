@@ -22,6 +22,10 @@ RECIPES = sorted(path for folder in ("methods", "cosmos/ablations") for path in 
 COSMOS = str(CONFIGS / "methods" / "cosmos.yaml")
 MEANT = "cosmos_ssl/engine/step.py"
 """Where the host waits for the device, once a step."""
+LEFT = {"cosmos_ssl/models/attention.py", "cosmos_ssl/functional/losses.py", "cosmos_ssl_plugins/losses/ibot.py"}
+"""Where it still waits for copies of indices."""
+THEIRS = {"lightly/loss/ntx_ent_loss.py", "PyTorch, in the backward pass"}
+"""Where a loss of another library waits for masks."""
 
 
 # ---------------------------------------------------------------------------- counted by hand
@@ -129,7 +133,7 @@ def test_where_there_can_be_no_such_device(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def places(step: CardStep) -> set[str]:
-    """Files where the host waits or copies from memory that is not pinned."""
+    """Files where the host waits."""
     return {event.where.partition(":")[0] for event in step.found.waits}
 
 
@@ -157,5 +161,23 @@ def test_encoders_and_checkpoints(run: Run, on_device: ModuleType, small: Small)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path: Path, ranks: int, run: Run, on_device: ModuleType, small: Small) -> None:
     step = run(on_device.step, str(path), small(load_config(path).config), 4, ranks)
-    assert not step.found.uncounted and MEANT in places(step)
-    assert ("gradient mean" in {kernel.stage for kernel in step.found.kernels}) == (ranks > 1)
+    assert not step.found.uncounted and MEANT in places(step) <= {
+        MEANT,
+        *LEFT,
+        *(THEIRS if path.stem == "slip" else ()),
+    }
+    assert any(kernel.sent for kernel in step.found.kernels) == (ranks > 1)
+
+
+@pytest.mark.slow
+def test_the_budget_of_the_published_step(run: Run, on_device: ModuleType) -> None:
+    """ViT-B/16, 64 samples with captions of 19.5 tokens: what it came to when it was last made cheaper.
+
+    Its products are what tools/bench_step.py counts as it runs: 428 GFLOP a sample.
+    """
+    step = run(on_device.step, COSMOS, [], 64)
+    kernels = step.found.kernels.items()
+    assert sum(count * kernel.launches for kernel, count in kernels) <= 3900
+    assert sum(count * kernel.bytes for kernel, count in kernels) <= 208e9
+    assert sum(count * kernel.flops for kernel, count in kernels) == pytest.approx(64 * 428e9, rel=0.01)
+    assert step.found.waits.total() <= 13 and step.found.pageable.total() <= 124 and step.peak <= 16 * 2**30
