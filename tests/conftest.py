@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos_ssl import registry
+from cosmos_ssl.config import Config
 from cosmos_ssl.data import storage
 
 Install = Callable[..., Path]
@@ -195,3 +196,41 @@ def shards(tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / folder / f"a-{{000..{len(sizes) - 1:03d}}}.tar")
 
     return make
+
+
+# recipes made small
+
+
+# What makes parts small, by type: sizes alone, so that what is tested is the recipe.
+SHRUNK: dict[str, dict[str, Any]] = {
+    "clip_vit": {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
+    "clip_text": {"width": 64, "layers": 1, "heads": 1},
+    "clip": {"context_length": 24},
+    "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
+    "resize_crop": {"size": 32},
+    "cross_attention": {"num_heads": 2},
+    "projection": {"hidden_dim": 24, "output_dim": 16},
+    "dino_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
+    "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
+}
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[[Config], list[str]]:
+    """Overrides that make the model, views and heads of a config small."""
+
+    def overrides(config: Config) -> list[str]:
+        parts = {"model.image": config.model.image, "model.text": config.model.text, "tokenizer": config.tokenizer}
+        parts |= {"augmenters.image": config.augmenters.image, "augmenters.text": config.augmenters.text}
+        parts |= {f"heads.{name}": head for name, head in config.heads.items()}
+        sizes = [
+            f"{path}.{option}={value}"
+            for path, part in parts.items()
+            if part is not None
+            for option, value in SHRUNK.get(part.type, {}).items()
+        ]
+        image = config.augmenters.image
+        groups = image.options.get("groups", {}) if image is not None else {}
+        return ["model.embed_dim=32", *sizes, *(f"augmenters.image.groups.{name}.size=32" for name in groups)]
+
+    return overrides

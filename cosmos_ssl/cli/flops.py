@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.common import add_json, table, write_json
-from cosmos_ssl.errors import EXIT_DONE
+from cosmos_ssl.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
     from cosmos_ssl.cost.step_cost import StepCost
@@ -38,7 +38,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "flops",
         description="Runs one step of each config on made-up samples of its views' numbers and sizes, and counts; no "
-        f"data is read. The rule: {CONVENTION}.",
+        f"data is read. The rule: {CONVENTION}. With --card it counts launches, bytes, FLOPs, peak memory and host "
+        "waits of a whole update, stage by stage, and estimates time, memory and hours on that card.",
         epilog="key.sub=value arguments override single values of all configs and may stand anywhere.",
     )
     parser.add_argument(
@@ -48,13 +49,18 @@ def add_parser(subparsers: Any) -> None:
         "--depth", type=_whole(0), default=2, metavar="N", help="levels of modules shown (default: %(default)s)"
     )
     parser.add_argument(
-        "--samples", type=_whole(1), default=2, metavar="N", help="samples of the step (default: %(default)s)"
+        "--samples", type=_whole(1), metavar="N", help="samples of the step (default: 2; 64 a card with --card)"
     )
     parser.add_argument(
         "--caption-tokens", type=float, default=19.5, metavar="N", help="mean length of captions (default: %(default)s)"
     )
     device = "where to run: cpu, in float32 (default), or cuda, in the config's precision and attention"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=device)
+    card = "count a whole update instead, on a CUDA device that is not there, and estimate what it takes on this card"
+    parser.add_argument("--card", choices=("a100", "h100", "h200", "b200"), help=card)
+    parser.add_argument(
+        "--ranks", type=_whole(1), metavar="W", help="with --card: as one of so many ranks, a card each (default: 1)"
+    )
     add_json(parser)
     parser.set_defaults(run=_flops, overrides=[])
 
@@ -69,8 +75,17 @@ def _whole(least: int) -> Callable[[str], int]:
 
 
 def _flops(arguments: argparse.Namespace) -> int:
+    if arguments.card:
+        if arguments.device:
+            raise UserError("--card counts on a device that is not there: leave --device out")
+        from cosmos_ssl.cli.flops_card import report
+
+        return report(arguments)
+    if arguments.ranks:
+        raise UserError("--ranks needs --card")
     from cosmos_ssl.config import load_config
 
+    arguments.device, arguments.samples = arguments.device or "cpu", arguments.samples or 2
     fixed = ["evaluators=null", *(["training.attention=auto"] if arguments.device == "cpu" else [])]
     loaded = [load_config(config, [*fixed, *arguments.overrides]) for config in arguments.configs]
     from cosmos_ssl.build import Builder  # after stage one, which needs no torch
@@ -126,7 +141,7 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
         rows = {
             name: [each.flops / 1e9, each.parameters / 1e6, each.activations / 2**20] for name, each in shown[0].items()
         }
-        _table("MODULE", ["FORWARD GFLOP", "PARAMETERS (M)", "KEPT (MIB)"], rows)
+        number_table("MODULE", ["FORWARD GFLOP", "PARAMETERS (M)", "KEPT (MIB)"], rows)
     else:
         modules = {name: [each[name].flops / 1e9 if name in each else 0.0 for each in shown] for name in _merged(shown)}
         _side_by_side("MODULE, FORWARD GFLOP", names, {name: values for name, values in modules.items() if any(values)})
@@ -161,17 +176,20 @@ def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[
         text: [first, *(x for each in others for x in (each, each / first if first else None))]
         for text, (first, *others) in rows.items()
     }
-    _table(title, heads, beside)
+    number_table(title, heads, beside)
 
 
 def _number(value: float | None) -> str:
-    """Four digits that mean something; ``-`` for a ratio to nothing."""
+    """Four digits that mean something, all of a whole number; ``-`` for a ratio to nothing."""
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     places = 3 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:,.{max(0, places)}f}" if places < 9 else "0"
 
 
-def _table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
+def number_table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
+    """Print rows of numbers under their heads."""
     cells = [[text, *map(_number, values)] for text, values in rows.items()]
     print("\n" + table([[title, *heads], *cells], align=">"), end="")

@@ -63,6 +63,8 @@ def is_free(operation: str) -> bool:
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
     if space != "aten":
         return space in ("prims", "c10d", "_c10d_functional", "profiler")
+    if name.startswith(("_foreach", "_fused_adam", "_amp_")):
+        return True
     base = (
         name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
     )
@@ -298,7 +300,7 @@ class Counted:
 def counted() -> Iterator[Counted]:
     """Count the FLOPs of what runs inside, backward passes included, with PyTorch's ``FlopCounterMode``."""
     result = Counted()
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=formulas())
     with counter, _Seen() as seen:
         yield result
     result.flops = int(counter.get_total_flops())
@@ -307,7 +309,7 @@ def counted() -> Iterator[Counted]:
             result.uncounted[name] += count
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def formulas() -> dict[Any, Callable[..., int]]:
     """FLOPs of attention operators that PyTorch's counter does not know, or takes for padded."""
 
     def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -344,6 +346,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         torch.ops.aten._efficient_attention_forward: packed(0, 4, 2),
         torch.ops.aten._efficient_attention_backward: packed(1, 6, 5),
     }
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        space = torch.ops.torch_attn
+        found |= {space._varlen_attn: packed(0, 3, 2), space._varlen_attn_backward: packed(1, 6, 5)}
     for space in (torch.ops.xformers_flash, torch.ops.xformers_flash3):
         if hasattr(space, "flash_fwd"):
             found |= {space.flash_fwd: packed(0, 3, 2), space.flash_bwd: packed(2, 7, 5)}

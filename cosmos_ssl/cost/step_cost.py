@@ -266,7 +266,9 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     if spec.text_views:
         assert assembly.tokenizer is not None
         lengths = iter(
-            _lengths(sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length).tolist()
+            caption_lengths(
+                sum(view.views for view in spec.text_views.values()), caption_tokens, spec.context_length
+            ).tolist()
         )
         pad = assembly.tokenizer.pad_id
         for name, view in spec.text_views.items():
@@ -282,7 +284,7 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 
-def _lengths(captions: int, mean: float, most: int) -> Tensor:
+def caption_lengths(captions: int, mean: float, most: int) -> Tensor:
     """Random lengths of one sample's captions, int64 [captions]; their mean is ``mean`` as nearly as whole
     numbers can.
     """
@@ -302,7 +304,7 @@ def _image_views(
 ) -> dict[str, ImageGroup]:
     """Noise; masks, and sizes that are not on offer, are those of crops."""
     known = all(view.size and not view.masks for view in offers.values())
-    crops = {} if known else _crops(augmenter, offers, samples, generator)
+    crops = {} if known else noise_crops(augmenter, offers, samples, generator)
     groups = {}
     for name, view in offers.items():
         shape = crops[name].pixels.shape if crops else (view.views, samples, 3, view.size or 0, view.size or 0)
@@ -314,10 +316,10 @@ def _image_views(
     return groups
 
 
-def _crops(
+def noise_crops(
     augmenter: Augmenter, offers: Mapping[str, ViewSpec], samples: int, generator: torch.Generator
 ) -> Mapping[str, CropGroup]:
-    """What the augmenter cuts of a picture of noise."""
+    """Cut crops of a picture of noise, as a worker does."""
     picture = io.BytesIO()
     noise = torch.randint(0, 256, (_PICTURE, _PICTURE, 3), dtype=torch.uint8, generator=generator)
     Image.fromarray(noise.numpy()).save(picture, "PNG")

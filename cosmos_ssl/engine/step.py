@@ -100,6 +100,7 @@ class Step:
             self.state.scaler.update()
         return Update(result=result, norm=norm, told=told, moved=moved)
 
+    @record_function("clip")
     def prepare_gradients(self, progress: Progress) -> Tensor:
         """Unscale the gradients, drop those of frozen parameters, and clip; the norm that they had."""
         optimizer, scaler = self.state.optimizer, self.state.scaler
@@ -108,6 +109,7 @@ class Step:
         optimizer.drop_frozen(progress)
         return optimizer.clip(self.training.clip_grad_norm)
 
+    @record_function("agree")
     def agree(self, result: Result, norm: Tensor, news: Callable[[], News]) -> Agreement:
         """Tell all ranks whether loss and gradient are finite, and the news: the one rendezvous of a step."""
         faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device

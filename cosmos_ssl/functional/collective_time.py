@@ -33,7 +33,7 @@ class CollectiveTime:
         yield
         end.record()
         self._running.append((start, end))
-        while self._running[0][1].query():
+        while self._running and self._running[0][1].query():
             self._add()
 
     def total(self) -> float:

@@ -110,6 +110,27 @@ def test_overrides_reach_all_and_one_name_twice_is_told_apart(command: Command, 
     assert next(line for line in lines if line.startswith("total")).split()[3] == "1.000"
 
 
+def test_on_a_card(command: Command, configs: list[str], tmp_path: Path) -> None:
+    """Told by stage, as one of 64 ranks; what a run takes is known where its length is."""
+    argv = ["--card", "h100", "--samples", "8", "--ranks", "64", "--json", str(tmp_path / "x.json")]
+    code, out, err = command("flops", configs[2], *argv, "schedule.max_steps=2000", "training.batch_size=1024")
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert (found["name"], found["precision"], found["ranks"]) == ("cosmos", "amp_bf16", 64)
+    for key in ("launches", "gigabytes", "teraflops"):
+        assert found[key] == pytest.approx(sum(stage[key] for stage in found["stages"].values()))
+    assert found["launches"] > 1000 and found["step_ms"] >= found["host_ms"] > 0
+    assert found["samples_per_s"] == pytest.approx(8e3 / found["step_ms"])
+    assert found["mfu"] == pytest.approx(found["teraflops"] / 989 / found["step_ms"] * 1e3)
+    assert found["hours"] == pytest.approx(2000 * 1024 / (64 * found["samples_per_s"]) / 3600)
+    assert found["gpu_hours"] == pytest.approx(64 * found["hours"])
+    assert found["host_waits"] == sum(place["count"] for place in found["waits"])
+    assert found["pageable_copies"] == sum(place["count"] for place in found["copies"])
+    total = next(line for line in out.splitlines() if line.startswith("total")).split()[1:]
+    assert total[0] == f"{found['launches']:,}" and float(total[4]) == pytest.approx(found["step_ms"], rel=1e-3)
+    assert "rank 3 of 64" in out and "all 2,048,000 samples" in out and "Times are estimates" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -119,6 +140,10 @@ def test_overrides_reach_all_and_one_name_twice_is_told_apart(command: Command, 
         (["methods/dino", "model.image.width=-1"], "model.image.width"),
         (["methods/clip", "--samples", "0"], "0 is no whole number from 1"),
         (["methods/clip", "--depth", "x"], "x is no whole number from 0"),
+        (["methods/clip", "--card", "h1"], "'h1' (choose from"),
+        (["methods/clip", "--card", "h100", "--ranks", "0"], "0 is no whole number from 1"),
+        (["methods/clip", "--card", "h100", "--device", "cpu"], "leave --device out"),
+        (["methods/clip", "--ranks", "2"], "--ranks needs --card"),
     ],
 )
 def test_what_is_refused(command: Command, argv: list[str], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ABLATIONS = sorted((CONFIGS / "cosmos" / "ablations").glob("*.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 STEPS = 3
-# What makes parts small, by type: sizes alone, so that what is tested is the recipe.
-SHRUNK: dict[str, dict[str, Any]] = {
-    "clip_vit": {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
-    "clip_text": {"width": 64, "layers": 1, "heads": 1},
-    "clip": {"context_length": 24},
-    "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
-    "resize_crop": {"size": 32},
-    "cross_attention": {"num_heads": 2},
-    "projection": {"hidden_dim": 24, "output_dim": 16},
-    "dino_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
-    "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
-}
-RUN = ["loader.workers=0", "evaluators=null", "logging={every_steps: 1, tensorboard: false}", "model.embed_dim=32"]
+Shrink = Callable[[Config], list[str]]
+RUN = ["loader.workers=0", "evaluators=null", "logging={every_steps: 1, tensorboard: false}"]
 RUN += [
     "training.batch_size=8",
     "training.precision=fp32",
@@ -40,27 +30,16 @@ RUN += [
 ]
 
 
-def shrink(config: Config, scenes: Path) -> list[str]:
-    """Overrides that make a run of ``config`` small; pictures without captions where it reads no text."""
-    schema = "null" if config.model.text is None else "dreamlip"
-    sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
-    data = f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}"
-    parts: dict[str, Any] = {
-        "model.image": config.model.image,
-        "model.text": config.model.text,
-        "tokenizer": config.tokenizer,
-    }
-    parts |= {"augmenters.image": config.augmenters.image, "augmenters.text": config.augmenters.text}
-    parts |= {f"heads.{name}": head for name, head in config.heads.items()}
-    sizes = [
-        f"{path}.{option}={value}"
-        for path, part in parts.items()
-        if part is not None
-        for option, value in SHRUNK.get(part.type, {}).items()
-    ]
-    image = config.augmenters.image
-    groups = image.options.get("groups", {}) if image is not None else {}
-    return [*RUN, data, *sizes, *(f"augmenters.image.groups.{name}.size=32" for name in groups)]
+@pytest.fixture
+def shrink(small: Shrink, scenes: Path) -> Shrink:
+    """Overrides that make a run of a config small; pictures without captions where it reads no text."""
+
+    def overrides(config: Config) -> list[str]:
+        schema = "null" if config.model.text is None else "dreamlip"
+        sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
+        return [*RUN, f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}", *small(config)]
+
+    return overrides
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -79,9 +58,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "path", [*METHODS, *ABLATIONS], ids=lambda path: str(path.relative_to(CONFIGS).with_suffix(""))
 )
-def test_trains(path: Path, scenes: Path, tmp_path: Path) -> None:
+def test_trains(path: Path, shrink: Shrink, tmp_path: Path) -> None:
     config = load_config(path).config
-    metrics = cosmos_ssl.train(path, [*shrink(config, scenes), f"output_dir={tmp_path}/run"])
+    metrics = cosmos_ssl.train(path, [*shrink(config), f"output_dir={tmp_path}/run"])
     logged = rows(tmp_path / "run")
     assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
     terms = {"loss", *(f"loss/{name}" for name in config.losses)}
@@ -94,10 +73,10 @@ def test_trains(path: Path, scenes: Path, tmp_path: Path) -> None:
     assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
 
 
-def test_resumes_to_the_same_numbers(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumes_to_the_same_numbers(shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SILC: contrast, self-distillation with a running centre, and a moving teacher; cut off after its second step."""
     path, run = CONFIGS / "methods" / "silc.yaml", tmp_path / "run"
-    overrides = [*shrink(load_config(path).config, scenes), f"output_dir={run}", "checkpoints.every_steps=2"]
+    overrides = [*shrink(load_config(path).config), f"output_dir={run}", "checkpoints.every_steps=2"]
     cosmos_ssl.train(path, overrides)
     before = rows(run)
     last = run / "checkpoints" / f"step_{STEPS:08d}"
@@ -214,7 +193,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_view_pair_methods_of_lightly_train(name: str, scenes: Path, tmp_path: Path) -> None:
+def test_view_pair_methods_of_lightly_train(name: str, shrink: Shrink, tmp_path: Path) -> None:
     """Methods without a recipe of their own, from the parts that there are: heads on heads, targets without
     gradient.
     """
@@ -225,7 +204,7 @@ def test_view_pair_methods_of_lightly_train(name: str, scenes: Path, tmp_path: P
         **PAIRS[name],
     }
     config = load_config({**tree, "data": {"type": "scenes"}}).config
-    cosmos_ssl.train(tree, [*shrink(config, scenes), f"output_dir={tmp_path}/run"])
+    cosmos_ssl.train(tree, [*shrink(config), f"output_dir={tmp_path}/run"])
     losses = [row["loss/pairs"] for row in rows(tmp_path / "run")]
     assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses) and len(set(losses)) == STEPS
     if name != "barlow_twins":
