@@ -134,7 +134,7 @@ def _complete(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _counted(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[str, Any]:
-    """What counts of a config, with what lies at ``places`` in their stead."""
+    """Return what counts of a config, with what lies at ``places`` in their stead."""
     kept: dict[str, Any] = json.loads(json.dumps(tree))
     for path in (*_ASIDE, *places):
         *above, key = path.split(".")

@@ -151,12 +151,12 @@ def _eight_bits(picture: Any) -> Image.Image:
 
 
 def has_alpha(picture: Any) -> bool:
-    """Whether a PIL picture can be transparent: an alpha channel, or a transparent colour of its palette."""
+    """Return whether a PIL picture can be transparent: an alpha channel, or a transparent colour of its palette."""
     return "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa")
 
 
 def is_colour(name: str) -> bool:
-    """Whether PIL knows this opaque colour, such as ``white`` or ``#ffa500``."""
+    """Return whether PIL knows this opaque colour, such as ``white`` or ``#ffa500``."""
     from PIL import ImageColor
 
     try:

@@ -197,7 +197,7 @@ def peaks(encoder: Any, data: str) -> dict[str, float]:
     for pixels, pictures, classes, on in scene_objects(encoder, data):
 
         def hits(scores: Tensor, on: Tensor = on) -> Tensor:
-            """Whether the best patch of each row [M, N] lies on the row's object."""
+            """Return whether the best patch of each row [M, N] lies on the row's object."""
             return on.gather(1, scores.argmax(1, keepdim=True))[:, 0].float()
 
         found["any_patch"].append(on.float().mean(1))

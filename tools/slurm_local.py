@@ -108,7 +108,7 @@ class Daemon:
         return next(iter(processes(self.is_process)), None)
 
     def is_process(self, process: Path) -> bool:
-        """Whether a folder of /proc is that of this daemon, alive: same program, same arguments, so of the same
+        """Return whether a folder of /proc is that of this daemon, alive: same program, same arguments, so of the same
         cluster.
         """
         program, *words = (process / "cmdline").read_bytes().split(b"\0")
@@ -286,14 +286,14 @@ class Cluster:
                 time.sleep(0.1)
 
     def _is_task(self, process: Path) -> bool:
-        """Whether a folder of /proc is that of a process that a slurmd of this cluster started for a job."""
+        """Return whether a folder of /proc is that of a process that a slurmd of this cluster started for a job."""
         words = (process / "environ").read_bytes().split(b"\0")
         return os.fsencode(f"SLURM_CONF={self.config}") in words and any(
             word.startswith(b"SLURMD_NODENAME=") for word in words
         )
 
     def _is_step(self, process: Path) -> bool:
-        """Whether a folder of /proc is that of a slurmstepd of this cluster."""
+        """Return whether a folder of /proc is that of a slurmstepd of this cluster."""
         return (process / "exe").readlink().name.startswith("slurmstepd") and (
             process / "cwd"
         ).readlink() == self.folder / "log"
@@ -335,7 +335,7 @@ def processes(kind: Callable[[Path], bool]) -> list[int]:
 
 
 def is_free(port: int) -> bool:
-    """Whether a daemon can listen on a port."""
+    """Return whether a daemon can listen on a port."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -102,8 +102,8 @@ class Dataset(Part, ABC):
         """
 
     def check_exists(self) -> bool:
-        """Whether the data are there as far as a glance tells, before ``prepare``; False where that cannot be told, or
-        it makes them.
+        """Return whether the data are there as far as a glance tells, before ``prepare``; False where that cannot be
+        told, or it makes them.
 
         For a dry run, which indexes nothing. Raises DataError where something is plainly missing.
         """
@@ -119,12 +119,12 @@ class Dataset(Part, ABC):
         """Sample ``index``. Raises BadSample for a faulty one, OSError where storage fails."""
 
     def describe(self, index: int) -> str:
-        """Where sample ``index`` lies (the shard's name), for counts and messages."""
+        """Return where sample ``index`` lies (the shard's name), for counts and messages."""
         return f"sample {index}"
 
     def identity(self) -> Mapping[str, Any]:
-        """What makes this set this set (names, sizes, counts and contents of shards), for the run's identity; mappings
-        may be nested.
+        """Return what makes this set this set (names, sizes, counts and contents of shards), for the run's identity;
+        mappings may be nested.
 
         What is not known, at the start of a run or when it goes on, is left out: it is no difference then.
         """

@@ -83,7 +83,7 @@ class Encoder(Protocol):
         ...
 
     def match(self, images: Tensor, texts: Tensor) -> Tensor:
-        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: a head's ``match``, by default the dot
+        """Return how well pictures [B, ...] and texts [T, ...] match, [B, T]: a head's ``match``, by default the dot
         product.
         """
         ...

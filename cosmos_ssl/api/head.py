@@ -79,7 +79,7 @@ class Head(Part, nn.Module, ABC):
 
     @abstractmethod
     def requires(self, outputs: Collection[str]) -> Sequence[Need]:
-        """What ``forward`` reads for these outputs, of whichever role it runs on."""
+        """Return what ``forward`` reads for these outputs, of whichever role it runs on."""
 
     @abstractmethod
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
@@ -90,7 +90,7 @@ class Head(Part, nn.Module, ABC):
         return ()
 
     def respond(self, *args: Any, **kwargs: Any) -> HeadOutput:
-        """What a loss calls through ``StepContext.head`` for heads conditioned on other samples."""
+        """Answer a loss that calls this head by ``StepContext.head`` (heads conditioned on other samples)."""
         raise NotImplementedError(f"{type(self).__name__} cannot be called by a loss")
 
     def after_step(self) -> None:
@@ -123,11 +123,11 @@ class MatchingHead(Protocol):
     """True where it does."""
 
     def match_needs(self, modality: Modality) -> Sequence[Need]:
-        """What ``match_input`` reads of one modality: its group ``global``, with a single view."""
+        """Return what ``match_input`` reads of one modality: its group ``global``, with a single view."""
         ...
 
     def match_input(self, features: Features, modality: Modality) -> Tensor:
-        """What ``match`` wants to know of each picture or text, [B, ...]."""
+        """Return what ``match`` wants to know of each picture or text, [B, ...]."""
         ...
 
     def match(self, images: Tensor, texts: Tensor) -> Tensor:

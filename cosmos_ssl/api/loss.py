@@ -200,7 +200,7 @@ class Loss(Part, nn.Module, ABC):
 
     @abstractmethod
     def requires(self) -> Sequence[Need]:
-        """What ``forward`` reads."""
+        """Return what ``forward`` reads."""
 
     @abstractmethod
     def forward(self, ctx: StepContext) -> LossOutput:

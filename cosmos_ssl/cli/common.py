@@ -51,7 +51,7 @@ def _say(what: object, code: int) -> int:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the reader of our output has gone (``| head``); if so, nothing more is written to it."""
+    """Return whether the reader of our output has gone (``| head``); if so, nothing more is written to it."""
     try:
         print(flush=True)
     except BrokenPipeError:

@@ -151,7 +151,7 @@ def estimate(step: CardStep, card: Card) -> Estimate:
 
 
 def _seconds(kernel: Kernel, card: Card) -> float:
-    """What an operation takes on the device."""
+    """Return what an operation takes on the device."""
     peak = {"half": card.half, "tf32": card.tf32, "float": card.single}[kernel.precision] * 1e12
     moving = kernel.bytes / (card.memory * MEMORY * 1e12)
     return max(kernel.flops / (peak * PRODUCTS), moving, kernel.launches * KERNEL_SECONDS)

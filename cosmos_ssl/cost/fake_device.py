@@ -170,7 +170,7 @@ def _synchronize(device: object = None) -> None:
 
 
 def _answers() -> dict[str, Any]:
-    """What ``torch.cuda`` answers, by name."""
+    """Return what ``torch.cuda`` answers, by name."""
     import torch
 
     state = torch.zeros(16, dtype=torch.uint8)

@@ -57,7 +57,9 @@ _FREE = frozenset(_NAMES.split())
 
 
 def is_free(operation: str) -> bool:
-    """Whether an operation, by its full name (``aten::add_``), is left out by convention: it has no matrix product."""
+    """Return whether an operation, by its full name (``aten::add_``), is left out by convention: it has no matrix
+    product.
+    """
     space, _, name = operation.partition("::")
     if space == "prim":
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
@@ -217,7 +219,7 @@ def trace(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> tuple[dict[s
     uncounted: Counter[str] = Counter()
 
     def inside(inputs: list[Any], outputs: list[Any]) -> int:
-        """What an ``autograd.Function`` does in its forward pass."""
+        """Return what an ``autograd.Function`` does in its forward pass."""
         node = outputs[0].node()
         assert node.hasAttribute("Subgraph"), f"{node.pyname()} was not traced"
         return sum(one(each) for each in node.g("Subgraph").nodes())

@@ -50,7 +50,7 @@ _TENSORS = (110, 64, 48, 36, 30)
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operation moves nothing: a view, or memory alone."""
+    """Return whether an operation moves nothing: a view, or memory alone."""
     name = func._schema.name.partition("::")
     return bool(func.is_view) or name[0] in ("prim", "profiler") or name[2] in _FREE
 
@@ -140,7 +140,7 @@ def _arguments(func: Any) -> list[tuple[str, bool, bool]]:
 
 
 def _region(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies."""
+    """Return where a tensor lies."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
@@ -159,5 +159,5 @@ def sent(func: Any, args: Sequence[Any]) -> int:
 
 
 def is_collective(func: Any) -> bool:
-    """Whether an operation talks to other ranks."""
+    """Return whether an operation talks to other ranks."""
     return str(func._schema.name).startswith(("c10d::", "_c10d_functional::"))

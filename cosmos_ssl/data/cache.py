@@ -106,7 +106,7 @@ def _first_writable(places: Sequence[Path]) -> Path | None:
 
 
 def _is_writable(folder: Path, there: Path) -> bool:
-    """Whether files can be made in a folder, or below what is ``there`` of it.
+    """Return whether files can be made in a folder, or below what is ``there`` of it.
 
     What is marked read-only is left alone, even by root.
     """

@@ -121,15 +121,15 @@ def _everything(table: Mapping[str, Any], text: str | None) -> Captions:
 
 @lru_cache(1024)
 def is_bookkeeping(key: str) -> bool:
-    """Whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes, sizes,
-    states.
+    """Return whether a key of a sample's JSON is one under which programs keep what is no caption: addresses, hashes,
+    sizes, states.
     """
     words = [word.lower() for word in _WORD.findall(key)]
     return any(_BOOKKEEPING.fullmatch("_".join(words[-count:])) for count in (1, 2))
 
 
 def _is_address(text: str) -> bool:
-    """Whether a text is nothing but a URL, a path of a file or a hash."""
+    """Return whether a text is nothing but a URL, a path of a file or a hash."""
     one_word = not re.search(r"\s", text)
     named = one_word or "/" in text or "\\" in text
     return (one_word and _ADDRESS.fullmatch(text) is not None) or (named and _FILE.search(text) is not None)

@@ -95,7 +95,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def checked_crops(given: Any, offers: Mapping[str, ViewSpec], modality: Modality, whose: str) -> Mapping[str, Any]:
-    """What ``Augmenter.crop`` made of a sample. Raises PluginError where it is not what the augmenter offers."""
+    """Return what ``Augmenter.crop`` made of a sample. Raises PluginError where it is not what the augmenter offers."""
     if not isinstance(given, Mapping) or given.keys() != offers.keys():
         shown = list(given) if isinstance(given, Mapping) else type(given).__name__
         raise PluginError(f"{whose} gave the groups {shown}, expected those that it offers, {list(offers)}")
@@ -107,13 +107,13 @@ def checked_crops(given: Any, offers: Mapping[str, ViewSpec], modality: Modality
 
 
 def _text_fault(name: str, found: Any, spec: ViewSpec) -> str:
-    """What is wrong with the texts of a group; empty where nothing is."""
+    """Return what is wrong with the texts of a group; empty where nothing is."""
     good = isinstance(found, Sequence) and len(found) == spec.views and all(isinstance(text, str) for text in found)
     return "" if good else f"'{name}' as {repr(found)[:60]}, expected {spec.views} strings"
 
 
 def _picture_fault(name: str, found: Any, spec: ViewSpec) -> str:
-    """What is wrong with the crops of a group; empty where nothing is."""
+    """Return what is wrong with the crops of a group; empty where nothing is."""
     side = "H, W" if spec.size is None else f"{spec.size}, {spec.size}"
     wanted = f"ImageCrops of uint8 [{spec.views}, 3, {side}] {'with' if spec.masks else 'without'} masks"
     if not isinstance(found, ImageCrops):

@@ -134,7 +134,7 @@ class Loader:
         check_open_files(batches * 4 * len(offers))  # of a group at most: pixels, parameters, masks; tokens, lengths
 
     def where(self) -> str:
-        """What the workers are at, for the message of a run that hangs."""
+        """Return what the workers are at, for the message of a run that hangs."""
         return "; ".join(
             f"loader worker {number}: {line}" for number, line in enumerate(self._batches.status.read()) if line
         )
@@ -252,7 +252,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
     def _crops(
         self, sample: Sample, shard: str, epoch: int, position: int, attempt: int
     ) -> dict[Modality, Mapping[str, Any]]:
-        """What each augmenter makes of a sample."""
+        """Return what each augmenter makes of a sample."""
         views = {}
         for modality, augmenter in self.augmenters.items():
             whose = describe(augmenter, f"augmenters.{modality}")

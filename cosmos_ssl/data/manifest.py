@@ -150,7 +150,7 @@ def load_manifest(
 
 
 def is_indexed(urls: str | Sequence[str], *, cache_dir: str | Path | None = None) -> bool:
-    """Whether ``load_manifest`` would find a cached manifest, or fail at once because shards are missing."""
+    """Return whether ``load_manifest`` would find a cached manifest, or fail at once because shards are missing."""
     names = expand(urls)
     try:
         stats = stat_all(names)
@@ -194,7 +194,7 @@ def _stat_or_none(url: str) -> Stat | None:
 
 
 def _places(urls: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
-    """Where a manifest may lie, best first. Beside the shards its name survives a move of the folder."""
+    """Return where a manifest may lie, best first. Beside the shards its name survives a move of the folder."""
     by_url = f"manifest-{digest(urls)}.bin"
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / by_url]
@@ -291,7 +291,7 @@ def _checked(manifest: Manifest) -> Manifest:
 
 
 def told_sizes(urls: Sequence[str]) -> dict[str, int]:
-    """What ``sizes.json`` beside the shards says of them, by URL."""
+    """Return what ``sizes.json`` beside the shards says of them, by URL."""
     told: dict[str, Mapping[str, int]] = {}
     found = {}
     for url in urls:
@@ -317,7 +317,7 @@ def _sizes_json(url: str) -> Mapping[str, int]:
 
 
 def notices(manifest: Manifest) -> list[str]:
-    """What a person should know of these shards, one line each."""
+    """Return what a person should know of these shards, one line each."""
     shards, lines = manifest.shards, list[str]()
 
     def odd(kind: str, words: str, hint: str = "") -> None:

@@ -79,8 +79,8 @@ def _check_count(count: int, where: str) -> None:
 
 
 def _strings(pattern: str) -> int:
-    """How many strings a pattern with braces stands for; ``braceexpand`` would hold all of them in memory before it
-    gave the first.
+    """Return how many strings a pattern with braces stands for; ``braceexpand`` would hold all of them in memory before
+    it gave the first.
     """
     outer: list[tuple[int, int, int]] = []
     before, product, start, at = 0, 1, 0, 0

@@ -52,7 +52,7 @@ class Stat(NamedTuple):
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL names a file of this machine."""
+    """Return whether a URL names a file of this machine."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -101,7 +101,7 @@ def stat(url: str) -> Stat:
 
 
 def _info(system: Any, path: str) -> Any:
-    """What a file system knows of a file, None where it says that there is none.
+    """Return what a file system knows of a file, None where it says that there is none.
 
     Raises its error where it cannot say.
     """
@@ -118,7 +118,7 @@ def _info(system: Any, path: str) -> Any:
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether a server did not answer, or answered something else than that a file is not there."""
+    """Return whether a server did not answer, or answered something else than that a file is not there."""
     status = getattr(error, "status", None)
     if status is not None:
         return status not in (404, 410)

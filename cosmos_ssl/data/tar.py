@@ -144,7 +144,7 @@ def _name(header: bytes, told: dict[bytes, bytes]) -> str:
 
 
 def _extension(read: Read, kind: bytes, body: int, count: int) -> dict[bytes, bytes]:
-    """What an extended header tells of ``path`` and ``size`` of the file after it."""
+    """Return what an extended header tells of ``path`` and ``size`` of the file after it."""
     position = body - BLOCK
     if count > HEADER_BYTES:
         raise TarFault(f"the extended header at byte {position:,} would hold {count:,} bytes")

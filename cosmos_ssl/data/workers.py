@@ -99,7 +99,9 @@ class Failure(NamedTuple):
 
 
 def _survives(error: Exception) -> bool:
-    """Whether an error can be pickled and made again; one that cannot would be lost and leave the trainer waiting."""
+    """Return whether an error can be pickled and made again; one that cannot would be lost and leave the trainer
+    waiting.
+    """
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a plugin's error class does

@@ -47,7 +47,9 @@ class CheckpointWriter:
             _set_aside(run_dir, newer_than=-1 if sound is None else sound)
 
     def due(self, step: int) -> bool:
-        """Whether to write after ``step``; what would have to wait for a write under way is owed to a later step."""
+        """Return whether to write after ``step``; what would have to wait for a write under way is owed to a
+        later step.
+        """
         if not self.writes:
             return False
         settings = self.settings
@@ -63,13 +65,13 @@ class CheckpointWriter:
         return self._fault is not None
 
     def take_fault(self) -> CosmosError:
-        """What to tell of it: StorageError, or TrainingError where what was to be written is not finite."""
+        """Hand over the fault, and forget it: StorageError, or TrainingError where a tensor is not finite."""
         assert self._fault is not None
         fault, self._fault = self._fault, None
         return fault
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is written or being written."""
+        """Return whether the checkpoint of ``step`` is written or being written."""
         return self.sound == step or (self._writing is not None and self._step == step)
 
     def write(self, snapshot: Snapshot) -> None:
@@ -108,12 +110,12 @@ class CheckpointWriter:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _stays(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is kept for good."""
+        """Return whether the checkpoint of ``step`` is kept for good."""
         every = self.settings.keep_every_epochs
         return every is not None and step % (every * self.steps_per_epoch) == 0
 
     def _busy(self) -> bool:
-        """Whether a checkpoint is being written; notes the outcome of one that is done."""
+        """Return whether a checkpoint is being written; notes the outcome of one that is done."""
         if self._writing is not None and self._writing.done():
             self._collect()
         return self._writing is not None

@@ -167,15 +167,15 @@ def _sync_folder(path: Path) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is, or was, a checkpoint: by its name, or by what it holds."""
+    """Return whether a folder is, or was, a checkpoint: by its name, or by what it holds."""
     return path.is_dir() and (
         checkpoint_step(path) is not None or (path / "manifest.json").exists() or (path / "state.json").exists()
     )
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its numbers
-    finite.
+    """Return what is wrong with a checkpoint folder; None for a sound one: manifest and state are true to it, and its
+    numbers finite.
     """
     try:
         files = _manifest(path)

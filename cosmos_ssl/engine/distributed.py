@@ -234,7 +234,9 @@ class World:
         return {"slowest_rank": all_seconds.index(most), "slowest_rank_lag": most / mean - 1}
 
     def run_on_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on the first rank, on all; an error of ours that it raises there is raised on all."""
+        """Return what ``make`` returns on the first rank, on all; an error of ours that it raises there is raised
+        on all.
+        """
         if self.size == 1:
             return make()
         told: list[Any] = [None, None]

@@ -126,7 +126,7 @@ def _gap(x: Tensor) -> int:
 
 
 def _aligned(grads: Sequence[Tensor]) -> list[Tensor]:
-    """What a bucket is made of: the gradients, flat, and zeros for the gaps."""
+    """Return what a bucket is made of: the gradients, flat, and zeros for the gaps."""
     gaps = [_gap(grad) for grad in grads]
     zeros = grads[0].new_zeros(max(gaps))
     parts = zip((grad.reshape(-1) for grad in grads), (zeros[:gap] for gap in gaps), strict=True)

@@ -119,7 +119,7 @@ def refusing(folder: RunFolder) -> Iterator[None]:
 
 
 def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDArray[np.int64]) -> Fork:
-    """Where a run of this identity, config and data starts that goes on from ``checkpoint``.
+    """Return where a run of this identity, config and data starts that goes on from ``checkpoint``.
 
     Raises UserError where it cannot.
     """

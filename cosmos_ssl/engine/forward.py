@@ -74,7 +74,7 @@ class Forward:
     @torch.no_grad()
     @record_function("teacher forward")
     def teacher(self, views: Views) -> Features | None:
-        """What the plan wants of the teacher, if it wants anything."""
+        """Return what the plan wants of the teacher, if it wants anything."""
         if self.assembly.plan.teacher is None:
             return None
         model = cast(Model, self.assembly.teacher.model)

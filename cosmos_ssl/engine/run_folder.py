@@ -236,7 +236,7 @@ def versions(parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def _older_versions(path: Path, now: Mapping[str, str]) -> Mapping[str, Any]:
-    """What ``path`` tells; a damaged file is kept aside, since nothing but a notice depends on it."""
+    """Return what ``path`` tells; a damaged file is kept aside, since nothing but a notice depends on it."""
     try:
         return read_object(path, {}, "")
     except UserError as error:

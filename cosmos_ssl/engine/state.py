@@ -117,7 +117,7 @@ class RunState:
         return state
 
     def _teacher_extras(self) -> dict[str, Tensor]:
-        """What a teacher part holds beside its model."""
+        """Return what a teacher part holds beside its model."""
         return {
             name: value.detach() for name, value in self.teacher.state_dict().items() if not name.startswith(_MODEL)
         }

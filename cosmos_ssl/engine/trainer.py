@@ -249,7 +249,7 @@ class Run:
             start = time.perf_counter()
 
     def _news(self, batch: LoadedBatch) -> News:
-        """What the other ranks must learn of this one."""
+        """Return what the other ranks must learn of this one."""
         signal = self.signals.received or 0
         due = self.checkpoints.due(self.state.step + 1)
         return News(signal=signal, bad_samples=len(batch.replaced), unsaved=self.checkpoints.fault, save=due)
@@ -402,13 +402,13 @@ class Run:
         return {own for own in self.assembly.evaluators if any(name.startswith(f"{own}/student/") for name in names)}
 
     def _where(self) -> str:
-        """Where this rank stands, for the watchdog."""
+        """Return where this rank stands, for the watchdog."""
         workers = self.trainer.loader.where()
         where = f"rank {self.world.rank}, step {self.state.step + 1:,}" + (f"; {workers}" if workers else "")
         return where + dump_flights()
 
     def _place(self) -> str:
-        """Where the run stands, for people."""
+        """Return where the run stands, for people."""
         step, batch = self.state.step, self.config.training.batch_size
         return f"{self.folder.path} at step {step:,} (sample {step * batch:,}, epoch {step // self.steps_per_epoch})"
 

@@ -51,7 +51,7 @@ class Watchdog:
             self._file.close()
 
     def alive(self) -> None:
-        """Something was done."""
+        """Note that the run goes on."""
         self._last = time.monotonic()
         if self._file is not None and self.seconds is not None:
             faulthandler.dump_traceback_later(1.5 * self.seconds, exit=True, file=self._file)

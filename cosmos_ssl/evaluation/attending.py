@@ -48,7 +48,7 @@ class _Picture:
 
 
 def pair(images: int, texts: int, *, all_pairs: bool = False) -> list[tuple[int, int]]:
-    """Which picture goes with which text: one for each, one for all, or all with all.
+    """Return which picture goes with which text: one for each, one for all, or all with all.
 
     Raises UserError for other numbers.
     """

@@ -32,7 +32,7 @@ class AttentionMap:
 
 
 def has_attention(encoder: ModelEncoder) -> bool:
-    """Whether a head of the model can say where it looks."""
+    """Return whether a head of the model can say where it looks."""
     return encoder.attending is not None
 
 

@@ -159,7 +159,7 @@ def _named(data: Any) -> list[tuple[Path, int]] | None:
 
 
 def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
-    """What ``data`` holds; ``wanted`` names one of the known sets where several lie there.
+    """Return what ``data`` holds; ``wanted`` names one of the known sets where several lie there.
 
     Raises DataError, UserError.
     """

@@ -148,7 +148,7 @@ def _compute(
     identity: Mapping[str, Any],
     progress: OnProgress,
 ) -> tuple[Report, list[str]]:
-    """What becomes of the request, and the names of the pieces that the store then holds."""
+    """Return what becomes of the request, and the names of the pieces that the store then holds."""
 
     def load(index: int) -> _Loaded | Bad:
         source = request.samples.describe(index)

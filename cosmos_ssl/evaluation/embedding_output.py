@@ -53,7 +53,7 @@ def check_output(output: Path, what: What) -> None:
 
 
 def read_meta(output: Path) -> dict[str, Any] | None:
-    """What was written as ``meta`` with a whole output; None where there is none.
+    """Return what was written as ``meta`` with a whole output; None where there is none.
 
     Raises UserError for a file of somebody else's.
     """

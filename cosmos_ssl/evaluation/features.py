@@ -99,7 +99,7 @@ def features_of(
     name: str,
     background: str = BACKGROUND,
 ) -> tuple[Tensor, list[Any]]:
-    """What ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
+    """Return what ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
 
     ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are
     put on ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is

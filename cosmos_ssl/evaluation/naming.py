@@ -17,12 +17,12 @@ def spoken(name: str) -> str:
 
 
 def wordnet(folders: Sequence[str]) -> bool:
-    """Whether class folders are called by WordNet numbers, which are no words for a prompt."""
+    """Return whether class folders are called by WordNet numbers, which are no words for a prompt."""
     return any(map(_WNID.fullmatch, folders))
 
 
 def repeated(names: Sequence[str]) -> str:
-    """What is to be said of names that stand for several classes, or an empty string."""
+    """Return what is to be said of names that stand for several classes, or an empty string."""
     places: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         places.setdefault(name, []).append(number)

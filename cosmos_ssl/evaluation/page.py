@@ -71,7 +71,7 @@ class Page:
         return self._add(f'<figure class="words"><div>{marked}</div><figcaption>{_text(caption)}</figcaption></figure>')
 
     def legend(self, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Page:
-        """What colours (red, green, blue in 0..255) stand for."""
+        """Return what colours (red, green, blue in 0..255) stand for."""
         items = "".join(
             f'<li><i style="background:rgb({r} {g} {b})"></i>{_text(name)}</li>' for (r, g, b), name in entries
         )

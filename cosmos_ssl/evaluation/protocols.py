@@ -34,8 +34,8 @@ def encode_pictures(
     *,
     name: str,
 ) -> tuple[Tensor, list[int], list[Any]]:
-    """What ``encode`` makes of all pictures that can be used, [N, ...] on the host; the place of each in the data, and
-    its ``note``. ``name`` tells what is encoded and noted. Raises DataError as ``features_of`` does.
+    """Return what ``encode`` makes of all pictures that can be used, [N, ...] on the host; the place of each in the
+    data, and its ``note``. ``name`` tells what is encoded and noted. Raises DataError as ``features_of`` does.
     """
 
     def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:

@@ -61,7 +61,7 @@ def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
 
 
 def is_rank(name: str) -> bool:
-    """Whether a metric is a rank; the others are shares."""
+    """Return whether a metric is a rank; the others are shares."""
     return name.endswith("_rank")
 
 
@@ -90,7 +90,7 @@ def markdown(checkpoint: str, set_name: str, metrics: Mapping[str, float]) -> st
 
 
 def notes(task: str, set_name: str) -> list[str]:
-    """What must be said beside the figures of a task on a set."""
+    """Return what must be said beside the figures of a task on a set."""
     return [_NOTES[key] for key in (task, set_name) if key in _NOTES]
 
 

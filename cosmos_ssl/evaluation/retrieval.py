@@ -43,7 +43,8 @@ def retrieval_metrics(
 
 @torch.no_grad()
 def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Score = dot) -> tuple[Tensor, Tensor]:
-    """How many candidates stand before the right one: of each image's best text int64 [N], of each text's image [M].
+    """Return how many candidates stand before the right one: of each image's best text int64 [N], of each text's image
+    [M].
 
     The result is that of a stable sort by falling score: of equal scores the
     earlier candidate comes first (texts in the order of their images); one that is not a number beats all.
@@ -97,7 +98,7 @@ def _own_tile(scores: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _counts(scores: Tensor, limit: Tensor, *, equal: bool, dim: int) -> Tensor:
-    """How many scores [R, C] lie below the limit (or equal it), along a dimension.
+    """Return how many scores [R, C] lie below the limit (or equal it), along a dimension.
 
     Eight truth values are added at once as the bytes of one integer, which costs a tenth of summing them.
     """

@@ -44,7 +44,7 @@ class Samples(Protocol):
         ...
 
     def identity(self) -> Mapping[str, Any]:
-        """What makes this set this set."""
+        """Return what makes this set this set."""
         ...
 
 
@@ -228,7 +228,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def items_of_all(items: Sequence[T]) -> list[T]:
-    """What all ranks have found in their shares, in order."""
+    """Return what all ranks have found in their shares, in order."""
     return [item for theirs in gather_objects(list(items)) for item in theirs]
 
 
@@ -252,7 +252,7 @@ def only_set(found: Mapping[str, T], several: str) -> tuple[str, T] | None:
 
 
 def no_texts(key: str, texts: str, there: Iterable[str]) -> DataError:
-    """What is raised where no sample has the texts that were asked for."""
+    """Return what is raised where no sample has the texts that were asked for."""
     return DataError(f"texts: samples such as {key} have no texts '{texts}'. They have: {', '.join(there) or 'none'}")
 
 

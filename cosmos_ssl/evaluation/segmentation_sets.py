@@ -227,7 +227,7 @@ KNOWN: Mapping[str, _Known] = {
 
 
 def find_segmentation_data(data: str, *, wanted: str | None = None, names: str | None = None) -> SegmentationData:
-    """What ``data`` holds: the known set ``wanted`` (asked for where several are read from it), or shards with
+    """Return what ``data`` holds: the known set ``wanted`` (asked for where several are read from it), or shards with
     ``mask.png``.
 
     ``names`` is a file to take the names of classes from. In shards a mask holds class + 1, and 0 where there is none.

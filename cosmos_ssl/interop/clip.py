@@ -70,7 +70,7 @@ class ClipModel:
         }
 
     def sizes(self) -> dict[str, int]:
-        """What no tensor tells, by config keys (``official.SIZES``)."""
+        """Return what no tensor tells, by config keys (``official.SIZES``)."""
         text = {} if self.text is None else {"model.text.heads": self.text.heads}
         return {"model.image.heads": self.image.heads, "model.image.image_size": self.pictures.image_size, **text}
 

@@ -62,7 +62,9 @@ def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """What the system refused, if that went wrong: safetensors says it in words, ``torch.save`` fails once more."""
+    """Return what the system refused, if that went wrong: safetensors says it in words, ``torch.save`` fails once
+    more.
+    """
     if isinstance(error, OSError):
         return error
     told = re.search(r"\(os error (\d+)\)", str(error))

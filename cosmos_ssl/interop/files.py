@@ -102,7 +102,7 @@ def read_torch_file(path: Path) -> Mapping[str, Any]:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a torch file is an archive (since torch 1.6), which can stay on the disk.
+    """Return whether a torch file is an archive (since torch 1.6), which can stay on the disk.
 
     Refuses one that would grow when read.
     """
@@ -159,7 +159,7 @@ def _oddity(tensor: Tensor) -> str | None:
 
 
 def same_kind(tensor: Tensor, value: Tensor) -> bool:
-    """Whether ``tensor`` may be copied into ``value`` as a number of its kind."""
+    """Return whether ``tensor`` may be copied into ``value`` as a number of its kind."""
     return tensor.dtype == value.dtype or (tensor.dtype in WEIGHTS and value.dtype in WEIGHTS)
 
 

@@ -13,7 +13,7 @@ from cosmos_ssl.interop.official import ROLES, SIZES, ForeignCheckpoint, from_of
 
 
 def is_foreign(checkpoint: str | Path) -> bool:
-    """Whether ``checkpoint`` names another program's model: a file, an OpenCLIP folder, or a published name.
+    """Return whether ``checkpoint`` names another program's model: a file, an OpenCLIP folder, or a published name.
 
     Nothing is fetched.
     """
@@ -59,7 +59,7 @@ def foreign_roles(checkpoint: str | Path) -> tuple[Role, ...] | None:
 
 
 def is_remote(checkpoint: str, *, partial: bool = False) -> bool:
-    """Whether a model would be sought on the hub.
+    """Return whether a model would be sought on the hub.
 
     Nothing is fetched; raises CheckpointError for a name that is known to be of no use.
     """

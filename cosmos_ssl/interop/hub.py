@@ -105,7 +105,9 @@ def _unreachable(name: str, url: str, error: Exception) -> str:
 
 
 def _verified(path: Path, told: str) -> bool:
-    """Whether the file's SHA-256 is ``told``; what was found of this size and time is kept beside the stored file."""
+    """Return whether the file's SHA-256 is ``told``; what was found of this size and time is kept beside the
+    stored file.
+    """
     real = path.resolve()
     mark = real.with_name(real.name + _VERIFIED)
     stamp = f"{real.stat().st_size} {real.stat().st_mtime_ns}"

@@ -38,7 +38,8 @@ def _some(names: Sequence[str], what: str) -> str:
 
 
 def compare(module: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ()) -> LoadReport:
-    """What of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have none.
+    """Return what of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have
+    none.
 
     Reads no value.
     """

@@ -128,7 +128,7 @@ def _transparency(model: ClipModel) -> Sequence[str]:
 
 
 def _metrics(models: Sequence[ClipModel], origin: Origin) -> str:
-    """What evaluators measured of the exported roles, as a table."""
+    """Return what evaluators measured of the exported roles, as a table."""
     roles = {model.role for model in models}
     kept = {name: value for name, value in origin.metrics.items() if roles & set(name.split("/")[1:2])}
     if not kept:

@@ -128,12 +128,15 @@ def _sizes(tower: TowerSizes) -> dict[str, Any]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder holds an OpenCLIP model."""
+    """Return whether a folder holds an OpenCLIP model."""
     return (path / CONFIG).is_file()
 
 
 def is_published(name: str) -> bool:
-    """Whether this is ``hf-hub:ORG/REPOSITORY``, or ``MODEL/TAG`` of a model that OpenCLIP knows. Imports nothing."""
+    """Return whether this is ``hf-hub:ORG/REPOSITORY``, or ``MODEL/TAG`` of a model that OpenCLIP knows.
+
+    Imports nothing.
+    """
     model, _, tag = name.partition("/")
     return name.startswith(HUB) or (bool(tag) and "/" not in tag and _known_model(model) is not None)
 
@@ -177,7 +180,7 @@ def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
 
 
 def published(name: str, *, partial: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What OpenCLIP knows of the weights ``MODEL/TAG``, and their ``open_clip_config.json``.
+    """Return what OpenCLIP knows of the weights ``MODEL/TAG``, and their ``open_clip_config.json``.
 
     Raises CheckpointError, fetches nothing.
     """

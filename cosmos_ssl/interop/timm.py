@@ -40,7 +40,7 @@ def architecture(model: ClipModel) -> str:
 
 
 def arguments(model: ClipModel) -> dict[str, Any]:
-    """What makes ``timm.create_model(architecture)`` a model of these sizes."""
+    """Return what makes ``timm.create_model(architecture)`` a model of these sizes."""
     return {
         "img_size": model.pictures.image_size,
         "patch_size": model.pictures.patch_size,

@@ -114,7 +114,7 @@ def _faults(device: torch.device | str, dtype: torch.dtype, head_width: int) -> 
 def resolve_backend(
     name: str, device: torch.device | str, dtype: torch.dtype = torch.float16, head_width: int = 64
 ) -> str:
-    """Which backend serves ``name`` on a device: ``xformers``, ``varlen``, ``sdpa`` or ``reference``.
+    """Return which backend serves ``name`` on a device: ``xformers``, ``varlen``, ``sdpa`` or ``reference``.
 
     ``auto`` is xformers where it runs (in this precision, for heads of this width), else varlen where that does, else
     sdpa. Raises UserError for a name that is no backend, and for one that cannot run, with the reason.
@@ -135,7 +135,7 @@ def resolve_backend(
 
 
 def explain_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_width: int) -> str:
-    """What ``name`` is on a device, and why, for people. Raises as ``resolve_backend`` does."""
+    """Return what ``name`` is on a device, and why, for people. Raises as ``resolve_backend`` does."""
     chosen = resolve_backend(name, device, dtype, head_width)
     kind = torch.device(device).type
     if name != "auto" or kind != "cuda":

@@ -37,12 +37,12 @@ from cosmos_ssl.errors import CosmosError, is_lost_rank
 
 
 def is_built_in(part: object, group: str, name: str) -> bool:
-    """Whether a part is the built-in one of this name, and no other package's or derived one."""
+    """Return whether a part is the built-in one of this name, and no other package's or derived one."""
     return type(part) is registry.load(registry.find(group, f"{registry.OWN}:{name}"))
 
 
 def is_matching(head: object) -> TypeGuard[MatchingHead]:
-    """Whether pictures and texts match by this head."""
+    """Return whether pictures and texts match by this head."""
     return isinstance(head, MatchingHead) and head.matches
 
 
@@ -119,7 +119,7 @@ def checked_sizes(sizes: object) -> NDArray[np.int64]:
 
 
 def checked_needs(needs: object) -> Sequence[Need]:
-    """What a part requires. Raises Fault."""
+    """Return what a part requires. Raises Fault."""
     if not isinstance(needs, Collection) or not all(isinstance(need, Need) for need in needs):
         raise Fault(f"requires {needs!r}, expected a list of Need")
     return list(needs)
@@ -129,7 +129,7 @@ def checked_needs(needs: object) -> Sequence[Need]:
 
 
 def checked_pixels(crops: CropGroup, given: Any) -> ImageGroup:
-    """What ``Augmenter.finish`` made of a group of crops. Raises Fault."""
+    """Return what ``Augmenter.finish`` made of a group of crops. Raises Fault."""
     if not isinstance(given, ImageGroup | CropGroup):  # the latter by ``dataclasses.replace``
         raise Fault(f"finish returned {type(given).__name__}, expected ImageGroup")
     if not given.pixels.is_floating_point() or given.shape != crops.shape:
@@ -150,7 +150,7 @@ def checked_features(
     device: torch.device,
     given: object,
 ) -> dict[str, GroupFeatures]:
-    """What a tower computed, as the plan wants it: floats on ``device``. Raises Fault."""
+    """Return what a tower computed, as the plan wants it: floats on ``device``. Raises Fault."""
     if not isinstance(given, Mapping):
         raise Fault(f"returned {type(given).__name__}, expected a mapping of view groups to GroupFeatures")
     for name, wanted in plan.items():
@@ -179,7 +179,7 @@ def checked_features(
 
 
 def checked_outputs(head: Head, wanted: Sequence[str], samples: int, device: torch.device, given: object) -> HeadOutput:
-    """What a head computed: floats on ``device``. Raises Fault."""
+    """Return what a head computed: floats on ``device``. Raises Fault."""
     if not isinstance(given, Mapping):
         raise Fault(f"returned {type(given).__name__}, expected a mapping of outputs")
     widths = head.outputs()
@@ -198,7 +198,7 @@ def checked_outputs(head: Head, wanted: Sequence[str], samples: int, device: tor
 
 
 def checked_loss(output: object, device: torch.device) -> LossOutput:
-    """What a loss computed: terms are floats on ``device``, metrics real numbers anywhere. Raises Fault."""
+    """Return what a loss computed: terms are floats on ``device``, metrics real numbers anywhere. Raises Fault."""
     if not isinstance(output, LossOutput):
         raise Fault(f"returned {type(output).__name__}, expected LossOutput(terms={{name: scalar tensor}})")
     for term, value in (*output.terms.items(), *output.metrics.items()):
@@ -216,14 +216,14 @@ def checked_loss(output: object, device: torch.device) -> LossOutput:
 
 
 def checked_moves(moved: object) -> dict[str, float]:
-    """What a teacher's update says. Raises Fault."""
+    """Return what a teacher's update says. Raises Fault."""
     if not isinstance(moved, Mapping) or not all(isinstance(n, str) and _is_number(v) for n, v in moved.items()):
         raise Fault(f"returned {moved!r} from update, expected a mapping of names to numbers")
     return dict(moved)
 
 
 def checked_evaluation(found: object) -> Evaluation:
-    """What an evaluator found. Raises Fault."""
+    """Return what an evaluator found. Raises Fault."""
     if not isinstance(found, Evaluation):
         raise Fault(f"returned {type(found).__name__}, expected Evaluation(metrics={{name: number}})")
     for name, value in found.metrics.items():

@@ -137,7 +137,9 @@ class ModelEncoder:
         return self._match_input("text", Views(keys=[""] * texts.shape[1], text={_GROUP: texts}))
 
     def match(self, images: Tensor, texts: Tensor) -> Tensor:
-        """How well pictures [B, ...] and texts [T, ...] match, [B, T]: the head's rule, by default the dot product."""
+        """Return how well pictures [B, ...] and texts [T, ...] match, [B, T]: the head's rule, by default the dot
+        product.
+        """
         head = self._matching
         if head is None:
             return images @ texts.T
@@ -181,7 +183,8 @@ class ModelEncoder:
         return next((head for head in self.model.heads.values() if isinstance(head, AttendingHead)), None)
 
     def cross_attention(self, pixels: Tensor, tokens: Tensor | str | Sequence[str]) -> dict[str, Tensor] | None:
-        """Where picture b looks in text b and the reverse, averaged over heads; None without a head that can say.
+        """Return where picture b looks in text b and the reverse, averaged over heads; None without a head that can
+        say.
 
         Pictures [B, 3, H, W] and token ids [B, S] -> ``image``, over words [B, S], and ``text``, over
         patches [B, N]. Both are the head's own softmax, so a row sums to one.
@@ -292,8 +295,8 @@ def _projected(features: GroupFeatures, normalize: bool) -> Tensor:
 
 
 def resize_crop(image: Any, size: int, *, background: str = BACKGROUND) -> Tensor:
-    """What ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3, size,
-    size].
+    """Return what ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3,
+    size, size].
 
     The arithmetic of sizes and the resampling are those of OpenCLIP's test transform (torchvision's on PIL
     images), so that its features are ours; only the change to RGB comes first. Of a very long picture only what
@@ -335,5 +338,5 @@ def _picture(image: Any, background: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """What something is, for messages."""
+    """Return what something is, for messages."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

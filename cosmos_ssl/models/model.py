@@ -120,7 +120,7 @@ class Model(nn.Module):
     def _encode_groups(
         self, modality: Modality, views: Views, plan: Mapping[str, GroupPlan]
     ) -> dict[str, GroupFeatures]:
-        """What the tower of this modality makes of the planned groups."""
+        """Return what the tower of this modality makes of the planned groups."""
         if not plan:
             return {}
         tower, groups = self.towers[modality], views.of(modality)

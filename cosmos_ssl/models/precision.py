@@ -27,7 +27,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def has_fast_path(precision: str, device: torch.device) -> bool:
-    """Whether the device has instructions for this precision; found on the CPU by trying (some milliseconds)."""
+    """Return whether the device has instructions for this precision; found on the CPU by trying (some milliseconds)."""
     dtype = DTYPES[precision]
     if dtype is None:
         return True

@@ -32,7 +32,7 @@ class Layout:
     _rank: Ints
 
     def rows(self, packed_rows: Ints) -> Tensor:
-        """Where these packed rows, all of them read, lie in the last block's output, on the device."""
+        """Return where these packed rows, all of them read, lie in the last block's output, on the device."""
         return upload(self.packing.device, self._rank[packed_rows])[0]
 
 

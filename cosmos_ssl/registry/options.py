@@ -243,7 +243,7 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
 
 
 def _wanted(error: Mapping[str, Any]) -> str:
-    """What pydantic expected, in a config's words."""
+    """Return what pydantic expected, in a config's words."""
     if error["type"] == "missing":
         step = error["loc"][-1]
         return f"at least {step + 1} values" if isinstance(step, int) else f"a value for '{step}'"

@@ -77,7 +77,9 @@ class Output:
             raise type(told)(f"{told}{hint}") from error
 
     def _is_own_work(self, path: Path) -> bool:
-        """Whether this is of a process that was killed before it noted what it does: it is removed in the end."""
+        """Return whether this is of a process that was killed before it noted what it does: it is removed in the
+        end.
+        """
         if path != self.work or path.is_symlink() or not path.is_dir():
             return False
         return all(inner.name == "lock" or inner.suffix == ".part" for inner in path.iterdir())

@@ -26,7 +26,7 @@ _SAMPLE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("held_out", "?")])
 
 
 def is_held_out(what: bytes, share: float) -> bool:
-    """Whether a sample of this picture (or key) belongs to the held-out ``share``.
+    """Return whether a sample of this picture (or key) belongs to the held-out ``share``.
 
     A pure function, so that equal pictures stay together, and that no repetition of a split differs.
     """

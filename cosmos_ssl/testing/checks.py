@@ -224,7 +224,7 @@ def _check_options(record: registry.Record, cls: type[Any]) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a config could hold the value as it is."""
+    """Return whether a config could hold the value as it is."""
     try:
         json.dumps(value)
     except TypeError:

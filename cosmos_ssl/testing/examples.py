@@ -179,7 +179,7 @@ def example_features(
 
 
 def example_context(loss: Loss, spec: Spec | None = None, *, views: Views | None = None, seed: int = 0) -> StepContext:
-    """What ``loss`` reads in one step of one process, random: for tests that compare its values with a plain
+    """Return what ``loss`` reads in one step of one process, random: for tests that compare its values with a plain
     formula.
     """
     needs = loss.requires()

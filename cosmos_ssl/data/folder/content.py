@@ -77,7 +77,7 @@ def look_into(
 
 
 def is_unchanged(root: bytes, index: FolderIndex) -> bool:
-    """Whether the marked pictures and their captions have the sizes and times that they had."""
+    """Return whether the marked pictures and their captions have the sizes and times that they had."""
     texts, marks = index.notes.texts > 0, index.columns["marks"]
     places = spread(len(index), len(marks))
 

@@ -200,7 +200,7 @@ def splits_of(root: Path) -> tuple[Path, Path] | None:
 
 
 def folder_notices(index: FolderIndex) -> list[str]:
-    """What a person should know of these folders, one line each."""
+    """Return what a person should know of these folders, one line each."""
     notes, classes = index.notes, f"{len(index.classes):,} class folders"
     odd = (
         (notes.loose, f"pictures beside the {classes} are left out", notes.loose_examples),
@@ -224,6 +224,6 @@ def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
 
 
 def _has_picture(folder: Path) -> bool:
-    """Whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
+    """Return whether there is a picture anywhere below, as beside the archives that a data set was unpacked from."""
     endings = tuple(f".{extension}" for extension in EXTENSIONS)
     return any(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)

@@ -57,7 +57,7 @@ def load_folder(
 
 
 def is_indexed(root: Path, *, extensions: Sequence[str] = EXTENSIONS, cache_dir: str | Path | None = None) -> bool:
-    """Whether ``load_folder`` would find a cached index."""
+    """Return whether ``load_folder`` would find a cached index."""
     began = time.time_ns()
     return any(_fresh(path, root, began) is not None for path in _places(root, extensions, cache_dir))
 
@@ -82,7 +82,7 @@ def similar(path: Path) -> str:
 
 
 def _places(root: Path, extensions: Sequence[str], cache_dir: str | Path | None) -> list[Path]:
-    """Where an index may lie, best first.
+    """Return where an index may lie, best first.
 
     Never in the folder itself, where other programs would take it for a class.
     """
@@ -101,7 +101,7 @@ def _opened(path: Path | None) -> FolderIndex | None:
 
 
 def _hashed_whole(index: FolderIndex | None) -> bool:
-    """Whether there is an index with hashes of every byte, of the folder as it once was."""
+    """Return whether there is an index with hashes of every byte, of the folder as it once was."""
     return index is not None and bool(index.hashes["full_pictures"])
 
 

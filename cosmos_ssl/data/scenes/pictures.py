@@ -156,7 +156,7 @@ def _draw_thing(thing: Thing, picture: Array, mask: NDArray[np.uint8]) -> None:
 
 
 def _texture(name: str, u: Array, v: Array) -> Where:
-    """Where the colour is faded."""
+    """Return where the colour is faded."""
     if name == "striped":
         return np.sin(7 * (u + v)) > 0.2
     if name == "dotted":
@@ -200,7 +200,7 @@ def sentences(scene: Scene, rng: np.random.Generator) -> dict[str, list[str]]:
 
 
 def _relation(a: Thing, b: Thing) -> str:
-    """Where a is, as seen from b."""
+    """Return where a is, as seen from b."""
     over = {-1: ["above"], 0: [], 1: ["below"]}[a.place // 2 - b.place // 2]
     beside = {-1: ["left of"], 0: [], 1: ["right of"]}[a.place % 2 - b.place % 2]
     return " and ".join(over + beside)

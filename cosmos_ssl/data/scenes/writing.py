@@ -65,7 +65,7 @@ class SceneOptions:
 
 
 def default_folder(options: SceneOptions) -> Path:
-    """Where scenes of these options lie in the cache folder."""
+    """Return where scenes of these options lie in the cache folder."""
     digest = hashlib.sha256(json.dumps([_VERSION, asdict(options)]).encode()).hexdigest()[:12]
     return cache_root() / "scenes" / digest
 
@@ -97,7 +97,7 @@ def write_scenes(folder: Path, options: SceneOptions) -> Path:
 
 
 def is_written(folder: Path, options: SceneOptions) -> bool:
-    """Whether the shards of these options lie in ``folder``. Raises DataError where something else does."""
+    """Return whether the shards of these options lie in ``folder``. Raises DataError where something else does."""
     note = {"version": _VERSION, **asdict(options)}
     if (folder / _NOTE).exists():
         with suppress(ValueError):  # damaged
@@ -131,7 +131,7 @@ def _rng(options: SceneOptions, split: str, index: int, attempt: int) -> np.rand
 
 
 def _distinct(options: SceneOptions) -> list[int]:
-    """Which draw of each validation scene to use, so that no two scenes have one caption."""
+    """Return which draw of each validation scene to use, so that no two scenes have one caption."""
     seen: set[str] = set()
     tries, classes = [], len(options.class_names)
     for index in range(options.validation_samples):

@@ -45,7 +45,7 @@ class Images(ABC):
 
     @abstractmethod
     def identity(self) -> Any:
-        """What makes these images these, in plain values."""
+        """Return what makes these images these, in plain values."""
 
     @abstractmethod
     def index(self, output: Output, workers: int, progress: OnStage) -> list[dict[str, int]]:

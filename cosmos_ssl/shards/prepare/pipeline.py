@@ -169,7 +169,7 @@ class Preparation:
         return counts
 
     def identity(self) -> dict[str, Any]:
-        """What the shards depend on, in plain values."""
+        """Return what the shards depend on, in plain values."""
         options = self.options
         kept = ("samples_per_shard", "name", "decode", "max_pixels", "url_column", "image_column")
         return {
@@ -217,7 +217,7 @@ class Preparation:
             told(0)
 
     def _plan(self, output: Output, notes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        """Where each shard begins, and what was matched."""
+        """Return where each shard begins, and what was matched."""
         row_of = open_mapped(output.work / "row_of", np.dtype(np.int64))
         counts, part_sizes, starts, begin = Counts(), list[int](), list[int](), 0
         for part in range(len(notes)):

@@ -47,7 +47,7 @@ def find_tables(patterns: Sequence[str]) -> list[Path]:
 
 
 def stamps(tables: Sequence[Path]) -> list[list[Any]]:
-    """What tells these files from others, in plain values: path, size and time of each."""
+    """Return what tells these files from others, in plain values: path, size and time of each."""
     return [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in tables]
 
 

@@ -119,7 +119,9 @@ def photometric(pixels: Tensor, rows: NDArray[np.float32]) -> Tensor:
 
 
 def _plan(rows: NDArray[np.float32]) -> list[_Change]:
-    """What happens to the views, one after the other: one turn of the hue, and what comes before it and after it."""
+    """Return what happens to the views, one after the other: one turn of the hue, and what comes before it and
+    after it.
+    """
     place, turns = _hue_place(rows), np.arange(4)
     drawn = np.where(rows[:, JITTER, None] > 0, rows[:, ORDER:FACTORS], -1)
     before = np.where(turns < place[:, None], drawn, -1)

@@ -62,8 +62,8 @@ class ImageFolder(Folder):
         return -(-len(self) // DEALT)
 
     def place(self, index: int) -> int:
-        """Where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt round by
-        round.
+        """Return where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt
+        round by round.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")

@@ -52,7 +52,7 @@ class Scenes(Shards):
         return super().manifest
 
     def check_exists(self) -> bool:
-        """Whether they are written; if not, ``prepare`` writes them."""
+        """Return whether they are written; if not, ``prepare`` writes them."""
         return is_written(self._folder, self._options)
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:

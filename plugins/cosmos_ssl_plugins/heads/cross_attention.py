@@ -123,7 +123,7 @@ class CrossAttention(Head):
         return found
 
     def attention_weights(self, features: Features, views: Views, *, mask_padding: bool = True) -> dict[str, Tensor]:
-        """Where each view looks, averaged over heads: ``image`` over words [V, B, S], ``text`` over patches [T,
+        """Return where each view looks, averaged over heads: ``image`` over words [V, B, S], ``text`` over patches [T,
         B, N].
         """
         return {

@@ -66,7 +66,7 @@ def group_needs(spec: Spec, modality: Modality = "image", *, projected: bool = F
 
 
 def _found(features: Features, need: Need) -> Tensor:
-    """What a need of one group or one output of a head asked for: [V, B, W] or [M, W]."""
+    """Return what a need of one group or one output of a head asked for: [V, B, W] or [M, W]."""
     if need.head is not None:
         assert need.outputs is not None
         return features.heads[need.head][need.outputs[0]]
