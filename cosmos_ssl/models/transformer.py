@@ -147,6 +147,14 @@ class _Cast(torch.autograd.Function):
 
 
 @contextmanager
+def narrowed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """While entered under autocast, all of ``module`` computes in its precision, weights cast at once, norms too."""
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    with torch.autocast(device.type, enabled=False), _cast(module, dtype):
+        yield
+
+
+@contextmanager
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """While entered, the weights of ``module`` are ``dtype``, if any; their gradients stay as wide as they were."""
     if dtype is None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from cosmos_ssl.api import ALL, Features, Head, HeadOutput, Need, Size, Spec, Views, normalise
 from cosmos_ssl.models.attention import attention
+from cosmos_ssl.models.transformer import narrowed
 
 
 class CrossAttentionLayer(nn.Module):
@@ -30,6 +31,7 @@ class CrossAttentionLayer(nn.Module):
     def project(self, query: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[V, B, D], [B, N, D] -> q [B, V, H, d], k and v [B, N, H, d]."""
         width = query.shape[-1]
+        query, tokens = (x.to(self.qkv.weight.dtype) for x in (query, tokens))
         q = F.linear(self.norm_q(query).transpose(0, 1), self.qkv.weight[:width], self.qkv.bias[:width])
         k, v = F.linear(self.norm_kv(tokens), self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
@@ -104,22 +106,23 @@ class CrossAttention(Head):
 
     def _image_asks(self, features: Features, views: Views, *, mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image queries [V, B, D], the text's tokens [B, S, D], and its lengths where pads are hidden."""
-        tokens = self.text_tokens(features.text["global"].tokens_of((0,))[0])
+        tokens = _mapped(self.text_tokens, features.text["global"].tokens_of((0,))[0])
         return features.stack("image"), tokens, views.text["global"].lengths[0] if mask else None
 
     def _text_asks(self, features: Features) -> tuple[Tensor, Tensor, Tensor | None]:
         """Text queries [T, B, D] and the image's tokens [B, N, D]."""
-        return features.stack("text"), self.image_tokens(features.image["global"].tokens_of((0,))[0]), None
+        return features.stack("text"), _mapped(self.image_tokens, features.image["global"].tokens_of((0,))[0]), None
 
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
         """Unit cross features of every view."""
         found = {}
-        if "image" in outputs:
-            image, tokens, lengths = self._image_asks(features, views, mask=self.mask_padding)
-            found["image"] = normalise(image + self.image_asks_text(image, tokens, lengths))
-        if "text" in outputs:
-            text, tokens, lengths = self._text_asks(features)
-            found["text"] = normalise(text + self.text_asks_image(text, tokens, lengths))
+        with narrowed(self, views.device):
+            if "image" in outputs:
+                image, tokens, lengths = self._image_asks(features, views, mask=self.mask_padding)
+                found["image"] = normalise(image + self.image_asks_text(image, tokens, lengths))
+            if "text" in outputs:
+                text, tokens, lengths = self._text_asks(features)
+                found["text"] = normalise(text + self.text_asks_image(text, tokens, lengths))
         return found
 
     def attention_weights(self, features: Features, views: Views, *, mask_padding: bool = True) -> dict[str, Tensor]:
@@ -130,3 +133,8 @@ class CrossAttention(Head):
             "image": self.image_asks_text.weights(*self._image_asks(features, views, mask=mask_padding)),
             "text": self.text_asks_image.weights(*self._text_asks(features)),
         }
+
+
+def _mapped(linear: nn.Linear, tokens: Tensor) -> Tensor:
+    """Tokens [..., W] to [..., D], in the precision of the weights."""
+    return linear(tokens.to(linear.weight.dtype))  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, GroupFeatures, Spec, TextGroup, TowerSpec, Views, ViewSpec
+from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
 
 SPEC = Spec(
@@ -72,6 +73,25 @@ def test_equals_the_usual_module_called_view_by_view(batch, mask):
     weights = head.attention_weights(features, views, mask_padding=mask)
     torch.testing.assert_close(weights["image"], image_weights, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights["text"], text_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_features_of_any_precision_give_nearly_the_same(batch):
+    """0.5 % of unit features, bfloat16's rounding; 2 % of gradients, which are float32."""
+    features, views = batch
+    head = CrossAttention(SPEC, num_heads=8)
+
+    def found(features):
+        out = head(features, views, ("image", "text"))
+        assert all(x.dtype == torch.float32 for x in out.values())
+        loss = sum((x[..., 0] * x[..., 1]).sum() for x in out.values())
+        return *out.values(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(head.parameters()))])
+
+    exact = found(features)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = found(map_tensors(features, lambda x, dtype=dtype: x.to(dtype)))
+        for x, wanted, part in zip(rough, exact, (0.005, 0.005, 0.02), strict=True):
+            assert x.dtype == torch.float32 and (x - wanted).norm() < part * wanted.norm()
 
 
 def test_pads_are_asked_for_unless_masked():
