@@ -37,6 +37,9 @@ class ConfigError(UserError):
         self.faults = tuple(faults)
         super().__init__("\n".join(self.faults))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[str]]]:
+        return type(self), (self.faults,)
+
 
 class PluginError(UserError):
     """A part cannot be found, imported, built, or broke its contract; the message names its distribution."""

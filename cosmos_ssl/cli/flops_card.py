@@ -89,9 +89,9 @@ def _places(events: Counter[Any]) -> list[dict[str, Any]]:
 def _print(config: Config, step: CardStep, found: Estimate, card: Card, length: int | None) -> None:
     from cosmos_ssl.cost import cards
 
-    where = f"rank {step.rank} of {step.ranks}, each " if step.ranks > 1 else ""
-    print(f"{config.name}: a step of {step.samples} samples in {step.precision} on {where}an {card.name}")
-    print("Counted on a device that is not there, eagerly, attention by " + f"{step.attention}. Times are estimates.")
+    where = f"rank {step.rank} of {step.ranks}, each on " if step.ranks > 1 else ""
+    print(f"{config.name}: a step of {step.samples} samples in {step.precision} on {where}one {card.name}")
+    print(f"Counted on a device that is not there; attention by {step.attention}, not compiled. Times are estimates.")
     heads = ["LAUNCHES", "GB MOVED", "TFLOP", "PEAK GIB", "MS"]
     rows = {s.name: [s.launches, s.gigabytes, s.teraflops, s.peak_gib, s.ms] for s in found.stages}
     total = [found.launches, found.gigabytes, found.teraflops, found.peak_gib, found.step_ms]

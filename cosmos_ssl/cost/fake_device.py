@@ -27,6 +27,7 @@ from cosmos_ssl.files import part_name, storage_faults
 
 KNOWN = ("2.13",)
 """Versions of PyTorch whose guard and hooks ``fake_device.cpp`` fits."""
+_ANOTHER = f"Use PyTorch {KNOWN[-1]} as built for the CPU, in an environment of its own"
 _SOURCE = Path(__file__).with_name("fake_device.cpp")
 
 
@@ -46,7 +47,9 @@ def fake_device() -> Iterator[Callable[..., Any]]:
         try:
             run(_load, library)
         except BrokenProcessPool as error:
-            raise UserError(f"{_none(importlib.metadata.version('torch'))}, whose own device is in the way") from error
+            raise UserError(
+                f"{_none(importlib.metadata.version('torch'))}: its process has died. {_ANOTHER}"
+            ) from error
         yield run
 
 
@@ -56,8 +59,8 @@ def build() -> Path:
     Raises UserError where it cannot be, or is not known to fit.
     """
     version = importlib.metadata.version("torch")
-    if version.rpartition(".")[0] not in KNOWN:
-        raise UserError(f"{_none(version)}: it is known for {', '.join(KNOWN)} alone")
+    if ".".join(version.split(".")[:2]) not in KNOWN:
+        raise UserError(f"{_none(version)}: it is known for {', '.join(KNOWN)} alone. {_ANOTHER}")
     from cosmos_ssl.data.cache import cache_root, lock
 
     key = hashlib.sha256(f"{version} {sys.platform}".encode() + _SOURCE.read_bytes()).hexdigest()[:16]
@@ -74,10 +77,7 @@ def _compile(library: Path) -> None:
     compiler = which("g++")
     if compiler is None:
         raise UserError("a CUDA device that is not there needs a C++ compiler, and there is no g++. Install it (g++)")
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    torch = Path(spec.origin).parent
-    made = part_name(library.parent)
+    torch, made = _torch(), part_name(library.parent)
     command = [compiler, "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
     command += [f"-I{torch}/include", f"-L{torch}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch}/lib"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,6 +97,13 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("".join(traceback.format_exception(error))) from None
 
 
+def _torch() -> Path:
+    """Where PyTorch lies, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def _none(version: str) -> str:
     return f"a CUDA device that is not there cannot be had with PyTorch {version}"
 
@@ -104,10 +111,8 @@ def _none(version: str) -> str:
 def _load(library: Path) -> None:
     """In the process of its own: make the device, and try it. Raises UserError."""
     assert "torch" not in sys.modules
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
     for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(Path(spec.origin).with_name("lib") / name), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_torch() / "lib" / name), ctypes.RTLD_GLOBAL)
     loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,7 +125,7 @@ def _load(library: Path) -> None:
             layer = torch.nn.Linear(2, 2, device="cuda")
             layer(torch.ones(1, 2, device="cuda")).sum().backward()
     except Exception as error:
-        raise UserError(f"{_none(torch.__version__)}: {first_line(error)}") from error
+        raise UserError(f"{_none(torch.__version__)}: {first_line(error)}. {_ANOTHER}") from error
 
 
 # ---------------------------------------------------------------------------- what torch.cuda says
@@ -176,9 +181,8 @@ def _answers() -> dict[str, Any]:
     state = torch.zeros(16, dtype=torch.uint8)
     return {
         "is_available": lambda: True,
-        "is_initialized": lambda: True,
         "_lazy_init": lambda: None,
-        "_lazy_call": lambda *_, **__: None,
+        "manual_seed_all": lambda seed: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,

@@ -295,8 +295,8 @@ class Packing:
     @functools.cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
         """varlen's description of the same: 0 and where each sequence ends, of queries and of keys, int32 [N + 1]."""
-        ends = torch.from_numpy(np.pad(np.cumsum([self.query_lengths, self.lengths], 1, np.int32), ((0, 0), (1, 0))))
-        q_ends, k_ends = ends.to(self.device, non_blocking=True)
+        ends = np.pad(np.cumsum([self.query_lengths, self.lengths], 1, np.int32), ((0, 0), (1, 0)))
+        q_ends, k_ends = upload(self.device, ends)[0]
         return q_ends, k_ends
 
     @functools.cached_property

@@ -131,6 +131,11 @@ def test_on_a_card(command: Command, configs: list[str], tmp_path: Path) -> None
     assert "rank 3 of 64" in out and "all 2,048,000 samples" in out and "Times are estimates" in out
 
 
+def test_a_fault_in_the_other_process_is_told_as_ever(command: Command) -> None:
+    code, out, err = command("flops", "methods/clip", "--card", "h100", "losses.clip.temprature=1")
+    assert (code, out) == (2, "") and "losses.clip.temprature: unknown option of Clip" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
