@@ -18,7 +18,7 @@ PRODUCTS = 0.58
 MEMORY = 0.78
 """Share of the bandwidth that kernels reach: 2.6 of 3.35 TB/s on an H100."""
 LINKS = 0.75
-"""Share of the links' rate that collectives reach."""
+"""Share of the links' rate that collectives and copies reach."""
 KERNEL_SECONDS = 2e-6
 """What a kernel takes that does nothing."""
 LAUNCH_SECONDS = 6e-6
@@ -52,6 +52,8 @@ class Card:
     memory: float
     """TB/s."""
     gib: float
+    host: float
+    """GB/s from and to the host, one way."""
     link: float
     """GB/s to the other cards of the node, one way."""
     network: float
@@ -59,10 +61,10 @@ class Card:
 
 
 CARDS: Mapping[str, Card] = {
-    "a100": Card("A100 SXM 80 GB", 312, 156, 19.5, 2.04, 79.2, 300, 25),
-    "h100": Card("H100 SXM 80 GB", 989, 494, 67, 3.35, 79.1, 450, 50),
-    "h200": Card("H200 SXM 141 GB", 989, 494, 67, 4.8, 139.8, 450, 50),
-    "b200": Card("B200 SXM 180 GB", 2250, 1125, 75, 8.0, 178.4, 900, 50),
+    "a100": Card("A100 SXM 80 GB", 312, 156, 19.5, 2.04, 79.2, 32, 300, 25),
+    "h100": Card("H100 SXM 80 GB", 989, 494, 67, 3.35, 79.1, 64, 450, 50),
+    "h200": Card("H200 SXM 141 GB", 989, 494, 67, 4.8, 139.8, 64, 450, 50),
+    "b200": Card("B200 SXM 180 GB", 2250, 1125, 75, 8.0, 178.4, 64, 900, 50),
 }
 """By NVIDIA's data sheets; a network of 400 Gb/s a card (200 for the A100)."""
 
@@ -153,5 +155,5 @@ def estimate(step: CardStep, card: Card) -> Estimate:
 def _seconds(kernel: Kernel, card: Card) -> float:
     """Return what an operation takes on the device."""
     peak = {"half": card.half, "tf32": card.tf32, "float": card.single}[kernel.precision] * 1e12
-    moving = kernel.bytes / (card.memory * MEMORY * 1e12)
+    moving = max(kernel.bytes / (card.memory * MEMORY * 1e12), kernel.carried / (card.host * LINKS * 1e9))
     return max(kernel.flops / (peak * PRODUCTS), moving, kernel.launches * KERNEL_SECONDS)

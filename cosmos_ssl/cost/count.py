@@ -24,7 +24,6 @@ import torch.nn.attention.varlen  # registers its operations
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -41,7 +40,8 @@ _BLOCK = 512
 """Bytes; PyTorch's allocator gives out whole blocks of them."""
 HALF = (torch.bfloat16, torch.float16)
 OTHER = "other"
-_INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"))
+_COPIES = frozenset({"_to_copy", "copy_"})
+_INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 """Operations that take indices on the host, and copy them."""
 _SHAPED_BY_NUMBERS = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"})
 """Operations whose result is as long as numbers on the device say: the host waits for them."""
@@ -62,6 +62,8 @@ class Kernel(NamedTuple):
     """Of its products: ``half``, ``tf32`` or ``float``."""
     sent: int
     """Bytes to other ranks."""
+    carried: int
+    """Bytes from or to the host."""
 
 
 class Event(NamedTuple):
@@ -138,13 +140,15 @@ class Count(TorchDispatchMode):
         ):
             self._stack.callback(change, value)
             change(True)
-        own = {"data_ptr": lambda tensor: self.address(tensor), "tolist": lambda tensor: tensor.cpu().tolist()}
-        for name, answer in own.items():
-            self._stack.callback(setattr, FakeTensor, name, getattr(FakeTensor, name))
-            setattr(FakeTensor, name, answer)
+        for owner, name, answer in (
+            (FakeTensor, "data_ptr", lambda tensor: self.address(tensor)),
+            (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
+            (F, "scaled_dot_product_attention", _attention),
+        ):
+            self._stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, answer)
         self._stack.callback(_foreach_utils._foreach_supported_types.remove, FakeTensor)
         _foreach_utils._foreach_supported_types.append(FakeTensor)  # as real tensors of the device are
-        self._stack.enter_context(_Calls())
         Count._active.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -268,7 +272,7 @@ class Count(TorchDispatchMode):
 
     def _check_copies(self, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
         """Note copies to the device that block, or come from memory that is not pinned."""
-        if name in ("_to_copy", "copy_"):
+        if name in _COPIES:
             source = args[0] if name == "_to_copy" else args[1]
             asynchronous = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             sources = [(source, asynchronous)]
@@ -344,7 +348,7 @@ class Count(TorchDispatchMode):
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
         """Keep numbers up with an operation: copies, and whatever is computed of whole numbers alone."""
         changed = [tensor for tensor in tree_leaves(out) if isinstance(tensor, FakeTensor)]
-        if name in ("_to_copy", "copy_"):
+        if name in _COPIES:
             source = self._known(args[0] if name == "_to_copy" else args[1])
             if source is not None:
                 self._learn(changed[0], source)
@@ -385,6 +389,7 @@ class Count(TorchDispatchMode):
             flops=flops,
             precision=_precision(tensors),
             sent=sent(func, args) if collective else 0,
+            carried=size if _name(func) in _COPIES and len({x.device.type for x in (*tensors, out)}) > 1 else 0,
         )
         self.found.kernels[kernel] += 1
 
@@ -392,16 +397,6 @@ class Count(TorchDispatchMode):
         """Whole numbers as they are, where a count of products depends on them: the ends of packed sequences."""
         known = None if tensor.is_floating_point() else self._known(tensor)
         return tensor if known is None else known
-
-
-class _Calls(TorchFunctionMode):
-    """What PyTorch decides by the device before an operation is dispatched."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 def _attention(
@@ -417,6 +412,8 @@ def _attention(
     """``scaled_dot_product_attention`` as CUDA has it: FlashAttention for 16 bits without a mask, else the
     memory-efficient kernel, which takes a mask as what is added.
     """
+    if not isinstance(q, FakeTensor):
+        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if q.dtype in HALF and attn_mask is None:
         return cast(Tensor, aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0])
     if attn_mask is not None:
@@ -426,6 +423,9 @@ def _attention(
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     found = aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, trained, dropout_p, is_causal, scale=scale)
     return cast(Tensor, found[0])
+
+
+_sdpa = F.scaled_dot_product_attention
 
 
 def _name(func: Any) -> str:

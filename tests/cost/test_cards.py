@@ -16,7 +16,7 @@ GIB = 2**30
 
 def kernel(stage: str, **given: int | str) -> Kernel:
     """One operation; ``given`` is what it does."""
-    plain = {"name": "x", "launches": 1, "bytes": 0, "flops": 0, "precision": "half", "sent": 0}
+    plain = {"name": "x", "launches": 1, "bytes": 0, "flops": 0, "precision": "half", "sent": 0, "carried": 0}
     return Kernel(stage=stage, **plain | given)  # type: ignore[arg-type]
 
 
@@ -36,14 +36,15 @@ def test_an_operation_takes_the_longest_of_products_bytes_and_launches() -> None
                 kernel("losses", flops=int(product * 67 / 989), precision="float"): 1,
                 kernel("backward", flops=int(product / 4), bytes=int(rows)): 2,
                 kernel("clip", launches=3, bytes=8): 10,
+                kernel("augment", bytes=1, carried=int(64e9 * LINKS)): 1,
             }
         ),
         H100,
     )
     assert {stage.name: stage.ms for stage in found.stages} == pytest.approx(
-        {"losses": 2000, "backward": 2000, "clip": 30 * KERNEL_SECONDS * 1e3}
+        {"augment": 1000, "losses": 2000, "backward": 2000, "clip": 30 * KERNEL_SECONDS * 1e3}
     )
-    assert found.launches == 34 and found.step_ms == pytest.approx(4000 + 30 * KERNEL_SECONDS * 1e3)
+    assert found.launches == 35 and found.step_ms == pytest.approx(5000 + 30 * KERNEL_SECONDS * 1e3)
     assert found.samples_per_s == pytest.approx(64e3 / found.step_ms)
     assert found.mfu == pytest.approx((1.5 + 67 / 989) * PRODUCTS * 1e3 / found.step_ms)
     assert found.micro_batch == int(USABLE * 79.1) - 1  # a GiB each beside the one that is kept

@@ -170,6 +170,17 @@ def test_recipes(path: Path, ranks: int, run: Run, on_device: ModuleType, small:
 
 
 @pytest.mark.slow
+def test_a_step_in_its_other_forms(run: Run, on_device: ModuleType, small: Small) -> None:
+    """float16 with a scaler, micro-batches, blocks computed again, branches dropped, clipped."""
+    forms = ["training.precision=amp_fp16", "training.micro_batch_size=3", "training.clip_grad_norm=1"]
+    forms += [f"model.{tower}.grad_checkpointing=true" for tower in ("image", "text")]
+    forms += ["training.attention=sdpa", "model.image.drop_path=0.1", "model.image.layers=2"]
+    step = run(on_device.step, COSMOS, [*small(load_config(COSMOS).config), *forms], 6)
+    assert step.precision == "amp_fp16" and not step.found.uncounted
+    assert sum(count for event, count in step.found.waits.items() if event.where.startswith(MEANT)) == 1
+
+
+@pytest.mark.slow
 def test_the_budget_of_the_published_step(run: Run, on_device: ModuleType) -> None:
     """ViT-B/16, 64 samples with captions of 19.5 tokens: what it came to when it was last made cheaper.
 
