@@ -170,11 +170,13 @@ def train_and_evaluate(recipe: str, folder: Path, overrides: Sequence[str]) -> N
 def evaluate(folder: Path, role: Role) -> dict[str, float]:
     """The figures of one role, as shares."""
     import cosmos_ssl
+    from cosmos_ssl.build import Builder
+    from cosmos_ssl.config import load_config
     from cosmos_ssl.evaluation.features import Job
     from cosmos_ssl.evaluation.tasks import TASKS, Options
 
     encoder = cosmos_ssl.load(folder, which=role)
-    data = encoder.spec.validation_data
+    data = Builder(load_config(folder / "config.yaml")).held_out()
     assert data is not None
     templates = {"retrieval": None, "classification": ["a large {}"], "segmentation": ["a {}"]}
     found: dict[str, float] = {}

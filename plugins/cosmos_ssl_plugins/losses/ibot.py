@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
+from cosmos_ssl.functional import upload
 from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, entropy, exact
 
 OUTPUT = "global_masked"
@@ -79,13 +80,12 @@ class Ibot(Loss):
         targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
         log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
         counts = masks.sum(-1).flatten()  # [V B], on the host
-        weights = (
-            (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts).to(log_p.device, non_blocking=True)
-        )
+        shares = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts)
+        weights, masked = upload(log_p.device, shares, masks.to(log_p.dtype).mean())
         loss = -(weights * torch.linalg.vecdot(targets, log_p)).sum() / len(counts)
         metrics = {
             "teacher_entropy": entropy(targets),
             "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
-            "masked": masks.to(log_p.dtype).mean().to(log_p.device),
+            "masked": masked,
         }
         return LossOutput(terms={"patches": loss}, metrics=metrics)
