@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", align: str = "<") -> 
     formats = [f"{align if number else '<'}{max(map(len, column))}" for number, column in enumerate(columns)]
     lines = ("  ".join(map(format, row, formats)) for row in rows)
     return "".join(f"{indent}{line}".rstrip() + "\n" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Four digits that mean something, all of a whole number; ``-`` for a ratio to nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    places = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(0, places)}f}" if places < 9 else "0"
+
+
+def number_table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
+    """Print rows of numbers under their heads."""
+    cells = [[text, *map(number, values)] for text, values in rows.items()]
+    print("\n" + table([[title, *heads], *cells], align=">"), end="")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.common import add_json, number, number_table, write_json
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.
         listed = [f"{operation} ({count} times)" for operation, count in cost.uncounted.items()]
         if cost.difference:
             listed.append(
-                f"{_number(abs(cost.difference) / 1e9)} GFLOP by which PyTorch's counter differs in the forward pass"
+                f"{number(abs(cost.difference) / 1e9)} GFLOP by which PyTorch's counter differs in the forward pass"
             )
         print(f"\nNot counted in {name}: {', '.join(listed) or 'nothing'}", end="")
     print()
@@ -177,19 +176,3 @@ def _side_by_side(title: str, names: Sequence[str], rows: Mapping[str, Sequence[
         for text, (first, *others) in rows.items()
     }
     number_table(title, heads, beside)
-
-
-def _number(value: float | None) -> str:
-    """Four digits that mean something, all of a whole number; ``-`` for a ratio to nothing."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    places = 3 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:,.{max(0, places)}f}" if places < 9 else "0"
-
-
-def number_table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> None:
-    """Print rows of numbers under their heads."""
-    cells = [[text, *map(_number, values)] for text, values in rows.items()]
-    print("\n" + table([[title, *heads], *cells], align=">"), end="")

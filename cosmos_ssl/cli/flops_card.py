@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.common import table, write_json
-from cosmos_ssl.cli.flops import number_table
+from cosmos_ssl.cli.common import number_table, table, write_json
 from cosmos_ssl.config import Config, load_config
 from cosmos_ssl.errors import EXIT_DONE, DataError
 
