@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.functional import upload
+from cosmos_ssl_plugins.augmenters.fused import fused, fusible
 
 FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11, 12, 13
 """Columns of a parameter row: flip and jitter (0 or 1), the order of the four jitter operations, their factors
@@ -94,6 +95,8 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
     The parameters are read on the host: where they lie on another device, this waits for it once.
     """
     rows = params.cpu().numpy()
+    if pixels.is_cuda and fusible():
+        return fused(pixels, *upload(pixels.device, table(rows), _scales(mean, std)))
     out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     # Views whose colours turn at the same place, and of one order, lie side by side: operations take them in place.
     order = np.lexsort((*(rows[:, ORDER:FACTORS].T + 1) * rows[:, JITTER], _hue_place(rows)))
@@ -108,9 +111,13 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
 
 def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bring 0..255, uint8 or float32, to ([0, 1] - mean) / std: [N, 3, H, W], in place for float32."""
-    table = torch.tensor([[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]])
-    scale, shift = upload(x.device, table.view(2, 3, 1, 1))[0]
+    scale, shift = upload(x.device, _scales(mean, std).view(2, 3, 1, 1))[0]
     return x.float().mul_(scale).add_(shift)
+
+
+def _scales(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Factors and summands of the channels: [2, 3]."""
+    return torch.tensor([[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]])
 
 
 def photometric(pixels: Tensor, rows: NDArray[np.float32]) -> Tensor:
@@ -122,8 +129,7 @@ def _plan(rows: NDArray[np.float32]) -> list[_Change]:
     """Return what happens to the views, one after the other: one turn of the hue, and what comes before it and
     after it.
     """
-    place, turns = _hue_place(rows), np.arange(4)
-    drawn = np.where(rows[:, JITTER, None] > 0, rows[:, ORDER:FACTORS], -1)
+    place, turns, drawn = _hue_place(rows), np.arange(4), _drawn(rows)
     before = np.where(turns < place[:, None], drawn, -1)
     after = np.take_along_axis(np.pad(drawn, ((0, 0), (0, 5)), constant_values=-1), place[:, None] + 1 + turns, 1)
     radius = box_radius(rows[:, BLUR])
@@ -139,6 +145,35 @@ def _plan(rows: NDArray[np.float32]) -> list[_Change]:
     ]
 
 
+def table(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same for the kernels, float32 [N, kernels.COLUMNS].
+
+    Flip, turns, the hue's turn (4: none), contrast's (-1: none), hue less that of each pure channel, grey, blur as
+    inner pixels (-1: none), share of the edge and of the box, solarise threshold, and what ``_tone`` takes by turn.
+    """
+    drawn, radius = _drawn(rows), box_radius(rows[:, BLUR])
+    inner, contrast = np.floor(radius), drawn == 1
+    columns = [
+        rows[:, FLIP],
+        4 * rows[:, JITTER],
+        _hue_place(rows),
+        np.where(contrast.any(1), contrast.argmax(1), -1),
+        *(rows[:, FACTORS + 3, None] - _PURE).T,
+        rows[:, GREY],
+        np.where(rows[:, BLUR] > 0, inner, -1),
+        radius - inner,
+        1 / (2 * radius + 1),
+        rows[:, SOLARIZE],
+        *(value for operations in drawn.T for value in _tone_values(rows, operations)),
+    ]
+    return np.stack(columns, axis=1, dtype=np.float32, casting="same_kind")
+
+
+def _drawn(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The jitter's operations, turn by turn [N, 4]; -1: none."""
+    return np.where(rows[:, JITTER, None] > 0, rows[:, ORDER:FACTORS], np.float32(-1))
+
+
 def _hue_place(rows: NDArray[np.float32]) -> NDArray[np.int64]:
     """The turn at which each view's hue is changed; 4 where it stays."""
     hue = np.pad(rows[:, ORDER:FACTORS] == 3, ((0, 0), (0, 1)), constant_values=True)
@@ -147,17 +182,23 @@ def _hue_place(rows: NDArray[np.float32]) -> NDArray[np.int64]:
 
 def _tones(rows: NDArray[np.float32], operations: NDArray[np.float32]) -> _Change:
     """One of brightness, contrast and saturation for each view, or none: factor x + own grey + mean grey + tie."""
-    brightness, contrast, saturation = (operations == number for number in range(3))
-    chosen = brightness | contrast | saturation
-    kept = np.ones(len(rows), dtype=np.float32)
-    for number in range(3):
-        kept = np.where(operations == number, rows[:, FACTORS + number], kept)
-    lost = 1 - kept
-    values = [kept, lost * saturation, lost * contrast, _TIE * (contrast | saturation)]
+    contrast, saturation = operations == 1, operations == 2
+    chosen = (operations == 0) | contrast | saturation
+    values = _tone_values(rows, operations)
     members = np.flatnonzero(chosen)
     if len(members):
         chosen[members[0] : members[-1] + 1] = True  # a whole piece; the others' numbers change nothing
     return _Change(partial(_tone, greys=bool(saturation.any()), level=bool(contrast.any())), chosen, *values)
+
+
+def _tone_values(rows: NDArray[np.float32], operations: NDArray[np.float32]) -> list[NDArray[Any]]:
+    """Factor, own grey, mean grey and tie of each view; they change nothing where there is no such operation."""
+    contrast, saturation = operations == 1, operations == 2
+    kept = np.ones(len(rows), dtype=np.float32)
+    for number in range(3):
+        kept = np.where(operations == number, rows[:, FACTORS + number], kept)
+    lost = 1 - kept
+    return [kept, lost * saturation, lost * contrast, _TIE * (contrast | saturation)]
 
 
 class _Change:
