@@ -6,20 +6,49 @@ N views, 3 channels, H x W pixels; ``table`` float32 [N, kernels.COLUMNS] says w
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+_log = logging.getLogger("cosmos_ssl.augmenters")
 _CHUNK, _BLOCK = 1 << 13, 1 << 10
 """Pixels whose grey one program sums up; pixels at once."""
 _COLUMNS = 32
 """Pixels of a row that one program blurs along the columns: a sector of the cache."""
+_TRIAL = (((1, 3, 8, 8), torch.uint8), ((1, 28), torch.float32), ((2, 3), torch.float32))
+"""Shapes and dtypes of what ``fused`` takes."""
 
 
 def fused(pixels: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] -> float32 of the same shape, changed and normalised."""
     pixels = pixels.contiguous()
-    return _columns(_rows(pixels, table, _levels(pixels, table)), table, scales)
+    return normalised(_rows(pixels, table, _levels(pixels, table)), table, scales)
+
+
+def normalised(pixels: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+    """The last of the three launches alone: no flip, jitter or grey."""
+    out: Tensor = _columns(pixels.contiguous(), table, scales)
+    return out
+
+
+@functools.cache
+def fusible() -> bool:
+    """Return whether the kernels run on this machine's CUDA device; where they do not, the log says why.
+
+    Where PyTorch is built without CUDA, its CUDA tensors are fakes that stand for those of a build that has Triton.
+    """
+    if not torch.backends.cuda.is_built():
+        return True
+    try:
+        fused(*(torch.zeros(size, device="cuda", dtype=dtype) for size, dtype in _TRIAL))
+    except Exception as error:  # no Triton, no C compiler for it, a card that it does not know
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        _log.warning("photometric work takes 60 times the launches: its kernels cannot be had (%s)", reason)
+        return False
+    return True
 
 
 def _power(size: int) -> int:
@@ -31,7 +60,7 @@ def _levels(pixels: Tensor, table: Tensor) -> Tensor:
     """Sums of grey by chunks of a view, int32 [N, chunks], unset where contrast stays."""
     from cosmos_ssl_plugins.augmenters.kernels import levels_kernel
 
-    sums = _levels_like(pixels, table)
+    sums: Tensor = _levels_like(pixels, table)
     plane = pixels.shape[2] * pixels.shape[3]
     levels_kernel[tuple(sums.shape)](pixels, table, sums, plane, CHUNK=_CHUNK, BLOCK=_BLOCK, enable_fp_fusion=False)
     return sums
@@ -70,7 +99,8 @@ def _columns(made: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     from cosmos_ssl_plugins.augmenters.kernels import columns_kernel
 
     height, width = made.shape[2:]
-    out, spare, other = _columns_like(made, table, scales), torch.empty_like(made), torch.empty_like(made)
+    out: Tensor = _columns_like(made, table, scales)
+    spare, other = torch.empty_like(made), torch.empty_like(made)
     columns_kernel[len(made), 3, -(-width // _COLUMNS)](
         made, table, scales, spare, other, out, height, width,
         ROWS=_BLOCK // _COLUMNS, COLS=_COLUMNS, enable_fp_fusion=False,
@@ -85,7 +115,3 @@ def _columns_like(made: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 for _operation in ("levels", "rows", "columns"):  # no products of matrices
     register_flop_formula(getattr(torch.ops.cosmos_ssl, f"photometric_{_operation}"))(lambda *_, **__: 0)
-
-
-def fusible() -> bool:
-    return True

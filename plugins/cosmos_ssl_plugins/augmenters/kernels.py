@@ -1,12 +1,13 @@
 """Triton kernels of ``fused``: what ``photometric`` does to views, to the same bits in three launches.
 
 Views are uint8 [N, 3, H, W] in memory, floats inside, every product and sum rounded by itself: launched with
-``enable_fp_fusion=False``. A program has one view, and branches on what happens to it alone. What programs write between
-the passes of a blur they read themselves: barriers keep it in order, caches keep it near.
+``enable_fp_fusion=False``. A program has one view, and branches on what happens to it alone. What programs write
+between the passes of a blur they read themselves: barriers keep it in order, caches keep it near.
 """
 
 # mypy: ignore-errors
-# Triton's language has no types that a checker knows.
+# ruff: noqa: N803
+# Triton's language has no types that a checker knows; names of constants are in capitals.
 
 from __future__ import annotations
 
@@ -83,15 +84,15 @@ def _colours(source, at, inside, plane):
 
 
 @triton.jit
-def levels_kernel(pixels, table, sums, plane, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def levels_kernel(pixels, table, sums, plane, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of grey where a view's contrast is changed, int32 [N, chunks]."""
     view, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = table + view * COLUMNS
     stop = tl.load(row + LEVEL).to(tl.int32)
     if stop >= 0:
         total = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, CHUNK, BLOCK):
-            at = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, plane), BLOCK):
+            at = start + tl.arange(0, BLOCK)
             inside = at < plane
             r, g, b = _colours(pixels + view * 3 * plane, at, inside, plane)
             r, g, b = _jittered(r, g, b, row, stop, 0.0)
@@ -113,7 +114,7 @@ def _box(source, lines, place, step, inside, last, row):
 
 
 @triton.jit
-def _blur_rows(source, target, top, height, width, row, ROWS: tl.constexpr, COLS: tl.constexpr):  # noqa: N803
+def _blur_rows(source, target, top, height, width, row, ROWS: tl.constexpr, COLS: tl.constexpr):
     tl.debug_barrier()
     y = top + tl.arange(0, ROWS)[:, None]
     for channel in range(3):
@@ -129,14 +130,14 @@ def _blur_rows(source, target, top, height, width, row, ROWS: tl.constexpr, COLS
 def rows_kernel(
     pixels, table, sums, spare, made, height, width, chunks,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     """Flip, jitter, grey, and the blur along the rows: uint8 [N, 3, H, W] in ``made``."""
     view, top = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
     row, plane, start = table + view * COLUMNS, height * width, view * 3 * height * width
     parts = tl.arange(0, CHUNKS)
     summed = tl.where(tl.load(row + LEVEL) >= 0, chunks, 0)
     total = tl.sum(tl.load(sums + view * chunks + parts, mask=parts < summed, other=0).to(tl.int64))
-    level = (total.to(tl.float64) / plane.to(tl.float64)).to(tl.float32)
+    level = (total.to(tl.float64) / plane).to(tl.float32)
     stop = tl.load(row + STOP).to(tl.int32)
     flip, grey, blurred = tl.load(row + FLIP) > 0, tl.load(row + GREY) > 0, tl.load(row + INNER) >= 0
     target = made + start
@@ -163,7 +164,7 @@ def rows_kernel(
 
 
 @triton.jit
-def _blur_columns(source, target, x, height, width, row, ROWS: tl.constexpr):  # noqa: N803
+def _blur_columns(source, target, x, height, width, row, ROWS: tl.constexpr):
     for top in range(0, height, ROWS):
         y = top + tl.arange(0, ROWS)[:, None]
         inside = (y < height) & (x < width)
@@ -173,9 +174,7 @@ def _blur_columns(source, target, x, height, width, row, ROWS: tl.constexpr):  #
 
 
 @triton.jit
-def columns_kernel(
-    made, table, scales, spare, other, out, height, width, ROWS: tl.constexpr, COLS: tl.constexpr
-):  # noqa: N803
+def columns_kernel(made, table, scales, spare, other, out, height, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The blur along the columns, solarise, normalise: float32 [N, 3, H, W] in ``out``."""
     view, channel, left = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * COLS
     row, start = table + view * COLUMNS, (view * 3 + channel) * height * width

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.functional import upload
-from cosmos_ssl_plugins.augmenters.fused import fused, fusible
+from cosmos_ssl_plugins.augmenters.fused import fused, fusible, normalised
 
 FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11, 12, 13
 """Columns of a parameter row: flip and jitter (0 or 1), the order of the four jitter operations, their factors
@@ -110,7 +110,11 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
 
 
 def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring 0..255, uint8 or float32, to ([0, 1] - mean) / std: [N, 3, H, W], in place for float32."""
+    """Bring 0..255, uint8 or float32, to ([0, 1] - mean) / std: [..., 3, H, W], in place for float32."""
+    if x.is_cuda and x.dtype == torch.uint8 and fusible():
+        views, rows = x.flatten(0, -4), np.zeros((x.shape[:-3].numel(), COLUMNS), np.float32)
+        rows[:, SOLARIZE] = 256
+        return normalised(views, *upload(x.device, table(rows), _scales(mean, std))).view(x.shape)
     scale, shift = upload(x.device, _scales(mean, std).view(2, 3, 1, 1))[0]
     return x.float().mul_(scale).add_(shift)
 
