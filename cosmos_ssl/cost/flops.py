@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from cosmos_ssl.models import fused as _  # registers its operations
+
 Handle: TypeAlias = Callable[[list[Any], list[Any]], int]
 """Inputs and outputs of a node of a traced graph -> multiply-adds."""
 
@@ -64,7 +66,7 @@ def is_free(operation: str) -> bool:
     if space == "prim":
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
     if space != "aten":
-        return space in ("prims", "c10d", "_c10d_functional", "profiler")
+        return space in ("prims", "c10d", "_c10d_functional", "profiler", "cosmos_ssl")
     if name.startswith(("_foreach", "_fused_adam", "_amp_")):
         return True
     base = (
@@ -339,6 +341,8 @@ def formulas() -> dict[Any, Callable[..., int]]:
     found: dict[Any, Callable[..., int]] = {
         torch.ops.aten.mv: vector,
         torch.ops.aten.dot: vector,
+        torch.ops.cosmos_ssl.linear_gelu: lambda x, weight, *_, **__: int(2 * math.prod(x) * weight[0]),
+        torch.ops.cosmos_ssl.gelu_grad: lambda grad, weight, *_, **__: int(2 * math.prod(grad) * weight[1]),
         torch.ops.aten.vdot: vector,
         torch.ops.aten.addmv: lambda _, matrix, *__, **___: int(2 * math.prod(matrix)),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
