@@ -11,6 +11,7 @@ T rows of a packed tensor, the sum of its sequences' lengths.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -88,8 +89,7 @@ class _Varlen(torch.autograd.Function):
 
 
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    import torch.nn.attention.varlen  # registers its operations
-
+    importlib.import_module("torch.nn.attention.varlen")  # registers its operations
     return cast(Tensor, _Varlen.apply(q, k, v, packing))  # type: ignore[no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""The transformer's operations that are one kernel on CUDA in 16 bits, with their gradients; ``kernels`` has the kernels.
+"""The transformer's operations that are one kernel each on CUDA in 16 bits, and their gradients.
 
 Shape letters: T rows, W width, N width inside the MLP, P blocks of rows that are summed.
 """
@@ -10,7 +10,7 @@ import logging
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import custom_op
 
@@ -37,12 +37,13 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         own = saved_tensors_hooks(lambda x: x, lambda x: x)  # not those of a checkpointed block around this
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), own:
-            x, weight = (torch.zeros(n, 16, device=device, dtype=dtype, requires_grad=True) for n in (3, 48))
-            bias = torch.zeros(48, device=device, dtype=dtype, requires_grad=True)
-            total, normed = add_norm(x, x, bias[:16], bias[:16], bias[:16], 1e-5)
-            q, k, v = project(normed, weight, bias, 1)
-            out = mlp((q + k + v).flatten(1), weight, bias, weight.t().contiguous())
-            (out + total).sum().backward()
+            x = torch.zeros(3, 16, device=device, dtype=dtype, requires_grad=True)
+            norm = nn.LayerNorm(16, device=device, dtype=dtype)
+            wide, narrow = (nn.Linear(*size, device=device, dtype=dtype) for size in ((16, 48), (48, 16)))
+            total, normed = add_norm(x, x, norm.bias, norm)
+            total, q, k, v = norm_project(total, normed, norm.bias, norm, wide, 1)
+            total, branch = norm_mlp(total, (q + k + v).flatten(1), norm.bias, norm, wide, narrow)
+            (total + branch).sum().backward()
     except Exception as error:  # a wheel of another GPU or compiler fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _log.warning("fused kernels do not run on %s (%s): the transformer's operations are PyTorch's", device, reason)
@@ -93,17 +94,17 @@ def _gelu_grad(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Te
 
 
 def _like_add_norm(
-    x: Tensor, branch: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     moments = [x.new_empty(len(x), dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(x), torch.empty_like(x), moments[0], moments[1]
+    return x.new_empty(0) if branch is None else torch.empty_like(x), torch.empty_like(x), moments[0], moments[1]
 
 
 @custom_op("cosmos_ssl::add_norm", mutates_args=())
 def _add_norm(
-    x: Tensor, branch: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + branch + bias [T, W], its LayerNorm, and its rows' means and scales [T]."""
+    """x + branch + bias [T, W], empty without a branch; its LayerNorm, and its rows' means and scales [T]."""
     out = _like_add_norm(x, branch, bias, weight, shift, eps)
     _kernels().add_norm(x, branch, bias, weight, shift, eps, *out)
     return out
@@ -138,15 +139,15 @@ def _stack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out
 
 
-def _like_column_sums(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    return sums.new_empty(sums.shape[1], dtype=dtype)
+def _like_column_sums(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    return first.new_empty(first.shape[1] + second.shape[1], dtype=dtype)
 
 
 @custom_op("cosmos_ssl::column_sums", mutates_args=())
-def _column_sums(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """[P, N] -> [N]."""
-    out = _like_column_sums(sums, dtype)
-    _kernels().column_sums(sums, out)
+def _column_sums(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of [P, N] and [Q, M], end to end: [N + M]."""
+    out = _like_column_sums(first, second, dtype)
+    _kernels().column_sums(first, second, out)
     return out
 
 
@@ -164,34 +165,10 @@ for _op, _like in (
 # ---------------------------------------------------------------------------- with gradients
 
 
-class _Mlp(torch.autograd.Function):
-    """Two linear maps with GELU between, whose output backward makes anew."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, keep: bool) -> Tensor:
-        hidden, active = _linear_gelu(x, weight, bias, keep)
-        ctx.save_for_backward(x, weight, out, hidden)
-        return active @ out.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, out, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        inner, active, sums = _gelu_grad(grad, out, hidden)
-        needed = ctx.needs_input_grad
-        return (
-            inner @ weight if needed[0] else None,
-            inner.t() @ x if needed[1] else None,
-            _column_sums(sums, grad.dtype) if needed[2] else None,
-            grad.t() @ active if needed[3] else None,
-            None,
-        )
-
-
-def mlp(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """GELU(x weight^T + bias) out^T: x [T, W], weight [N, W], bias [N], out [W, N] -> [T, W]."""
-    keep = torch.is_grad_enabled() and any(given.requires_grad for given in (x, weight, bias, out))
-    return cast(Tensor, _Mlp.apply(x, weight, bias, out, keep))  # type: ignore[no-untyped-call]
+def _normed(x: Tensor, branch: Tensor | None, bias: Tensor | None, *norm: Any) -> tuple[Tensor, ...]:
+    """The sum, its norm, and the rows' means and scales."""
+    total, *found = _add_norm(x.contiguous(), None if branch is None else branch.contiguous(), bias, *norm)
+    return x if branch is None else total, *found
 
 
 class _AddNorm(torch.autograd.Function):
@@ -202,50 +179,93 @@ class _AddNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, branch: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        total, normed, means, scales = _add_norm(x, branch, bias, weight, shift, eps)
+        total, normed, means, scales = _normed(x, branch, bias, weight, shift, eps)
         ctx.save_for_backward(total, means, scales, weight)
         return total, normed
 
     @staticmethod
-    def backward(ctx: Any, through: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, means, scales, weight = ctx.saved_tensors
-        grad = torch.zeros_like(total) if grad is None else grad.contiguous()
-        through = None if through is None else through.contiguous()
-        found, sums = _add_norm_grad(grad, through, total, means, scales, weight)
-        gains, shifts, biases = _column_sums(sums, weight.dtype).chunk(3)
+    def backward(ctx: Any, through: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found, sums = _add_norm_grad(grad.contiguous(), through, *ctx.saved_tensors)
+        gains, shifts, biases = _column_sums(sums, sums[:, :0], found.dtype).chunk(3)
         return found, found, biases if ctx.needs_input_grad[2] else None, gains, shifts, None
 
 
-def add_norm(
-    x: Tensor, branch: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """x + branch + bias [T, W], and its LayerNorm with ``weight`` and ``shift`` [W]."""
-    return cast(tuple[Tensor, Tensor], _AddNorm.apply(x, branch, bias, weight, shift, eps))  # type: ignore[no-untyped-call]
+def add_norm(x: Tensor, branch: Tensor, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + branch + bias [T, W], and its norm."""
+    found = _AddNorm.apply(x, branch, bias, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], found)
 
 
-class _Project(torch.autograd.Function):
-    """Queries, keys and values by one product, and one product of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        q, k, v = torch.addmm(bias, x, weight.t()).view(len(x), 3, heads, -1).unbind(1)
-        return q, k, v
+class _NormProject(torch.autograd.Function):
+    """A residual sum, and queries, keys and values of its LayerNorm by one product."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = (grad if grad[0].is_contiguous() else grad.contiguous() for grad in grads)
-        stacked, sums = _stack(*rows)
-        needed = ctx.needs_input_grad
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, bias: Tensor | None, gain: Tensor, shift: Tensor, eps: float,
+        weight: Tensor, offset: Tensor, heads: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        total, normed, means, scales = _normed(x, branch, bias, gain, shift, eps)
+        ctx.save_for_backward(total, means, scales, gain, normed, weight)
+        return total, *torch.addmm(offset, normed, weight.t()).view(len(x), 3, heads, -1).unbind(1)
+
+    @staticmethod
+    def backward(ctx: Any, through: Tensor | None, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, normed, weight = ctx.saved_tensors
+        stacked, sums = _stack(*(grad if grad[0].is_contiguous() else grad.contiguous() for grad in grads))
+        found, moments = _add_norm_grad(stacked @ weight, through, *kept)
+        needed, width = ctx.needs_input_grad, found.shape[1]
+        offsets, gains, shifts, biases = _column_sums(sums, moments, found.dtype).split([3 * width, *[width] * 3])
+        of_weight = stacked.t() @ normed if needed[6] else None
         return (
-            stacked @ weight if needed[0] else None,
-            stacked.t() @ x if needed[1] else None,
-            _column_sums(sums, x.dtype) if needed[2] else None,
-            None,
-        )
+            found, found if needed[1] else None, biases if needed[2] else None, gains, shifts, None,
+            of_weight, offsets, None,
+        )  # fmt: skip
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x weight^T + bias as queries, keys and values [T, H, d]: x [T, W], weight [3 W, W]."""
-    return cast(tuple[Tensor, Tensor, Tensor], _Project.apply(x, weight, bias, heads))  # type: ignore[no-untyped-call]
+def norm_project(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + branch + bias [T, W], and queries, keys and values of its norm, [T, H, d]; x alone without a branch."""
+    given = x, branch, bias, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, heads
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], _NormProject.apply(*given))  # type: ignore[no-untyped-call]
+
+
+class _NormMlp(torch.autograd.Function):
+    """A residual sum, and two linear maps of its LayerNorm with GELU between, whose output backward makes anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor, eps: float,
+        weight: Tensor, offset: Tensor, out: Tensor, keep: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        total, normed, means, scales = _normed(x, branch, bias, gain, shift, eps)
+        hidden, active = _linear_gelu(normed, weight, offset, keep)
+        ctx.save_for_backward(total, means, scales, gain, normed, weight, out, hidden)
+        return total, active @ out.t()
+
+    @staticmethod
+    def backward(ctx: Any, through: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, normed, weight, out, hidden = ctx.saved_tensors
+        grad, needed = grad.contiguous(), ctx.needs_input_grad
+        inner, active, sums = _gelu_grad(grad, out, hidden)
+        of_weights = inner.t() @ normed if needed[6] else None, grad.t() @ active if needed[8] else None
+        del active
+        found, moments = _add_norm_grad(inner @ weight, through, *kept)
+        sizes = [len(weight), *[found.shape[1]] * 3]
+        offsets, gains, shifts, biases = _column_sums(sums, moments, found.dtype).split(sizes)
+        return (
+            found, found, biases if needed[2] else None, gains, shifts, None,
+            of_weights[0], offsets, of_weights[1], None,
+        )  # fmt: skip
+
+
+def norm_mlp(
+    x: Tensor, branch: Tensor, bias: Tensor | None, norm: nn.LayerNorm, inner: nn.Linear, outer: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """x + branch + bias [T, W], and outer(GELU(inner(its norm))) without the last bias, [T, W]."""
+    weights = norm.weight, norm.bias, inner.weight, inner.bias, outer.weight
+    keep = torch.is_grad_enabled() and any(given.requires_grad for given in (x, branch, *weights))
+    given = x, branch, bias, *weights[:2], norm.eps, *weights[2:], keep
+    return cast(tuple[Tensor, Tensor], _NormMlp.apply(*given))  # type: ignore[no-untyped-call]

@@ -69,8 +69,6 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, W] -> queries, keys and values [T, H, d]."""
-        if fused.usable(x):
-            return fused.project(x, self.qkv.weight, self.qkv.bias, self.heads)
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         return q, k, v
 
@@ -95,15 +93,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.recompute = True
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., W] -> [..., W], and what is still to be added to it [W], if anything: see ``_linear``."""
-        if fused.usable(x):
-            return fused.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
         hidden = self.fc1(x)
         active = self.act(hidden)
         # a compiler chooses what to keep
         if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.fc2(active), None
+            return cast(Tensor, self.fc2(active))
         kept, place, act = hidden.detach(), active.data_ptr(), self.act
 
         def pack(saved: Tensor) -> Tensor | torch.Size:
@@ -113,12 +109,7 @@ class Mlp(nn.Module):
             return packed if isinstance(packed, Tensor) else act(kept).view(packed)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.fc2(active), None
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A linear map [T, W], and its bias [W] where the next kernel adds it, and sums its gradient."""
-    return (x @ linear.weight.t(), linear.bias) if fused.usable(x) else (linear(x), None)
+            return cast(Tensor, self.fc2(active))
 
 
 class LayerScale(nn.Module):
@@ -234,23 +225,23 @@ class Block(nn.Module):
         """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
         H, d].
         """
+        if rows is None and fused.usable(x):
+            return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
         x, normed = _added(x, branch, bias, self.norm1)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
-        branch, bias = self._scaled(self.ls1, factors, 0, *_linear(self.attn.proj, attended))
-        x, normed = _added(x, branch, bias, self.norm2)
-        return x, *self._scaled(self.ls2, factors, 1, *self.mlp(normed))
-
-    def _scaled(
-        self, scale: nn.Module, factors: Tensor | None, number: int, branch: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """A branch times its scales, with what is still to be added to it."""
-        if isinstance(scale, nn.Identity) and factors is None:
-            return branch, bias
-        branch = scale(branch if bias is None else branch + bias)
-        return branch if factors is None else branch * factors[:, number], None
+        fusing, proj, fc2 = fused.usable(x), self.attn.proj, self.mlp.fc2
+        made = (attended @ proj.weight.t(), proj.bias) if fusing else (proj(attended), None)
+        branch, bias = _scaled(self.ls1, None if factors is None else factors[:, 0], *made)
+        if fusing:
+            x, branch = fused.norm_mlp(x, branch, bias, self.norm2, self.mlp.fc1, fc2)
+        else:
+            x = joined(x, branch, bias)
+            branch = self.mlp(self.norm2(x))
+        made = branch, fc2.bias if fusing else None
+        return x, *_scaled(self.ls2, None if factors is None else factors[:, 1], *made)
 
 
 Stream: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -264,10 +255,20 @@ def joined(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:
     return x + (branch if bias is None else branch + bias)
 
 
+def _scaled(
+    scale: nn.Module, factors: Tensor | None, branch: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A branch times its scales, with the bias that is still to be added to it."""
+    if isinstance(scale, nn.Identity) and factors is None:
+        return branch, bias
+    branch = scale(branch if bias is None else branch + bias)
+    return branch if factors is None else branch * factors, None
+
+
 def _added(x: Tensor, branch: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """The sum of a stream, and its norm [T, W]."""
     if branch is not None and fused.usable(x):
-        return fused.add_norm(x, branch, bias, norm.weight, norm.bias, norm.eps)
+        return fused.add_norm(x, branch, bias, norm)
     x = joined(x, branch, bias)
     return x, norm(x)
 

@@ -165,7 +165,7 @@ def test_csa_is_its_formula_in_the_last_block_alone() -> None:
     scale = q.shape[-1] ** -0.5
     attended = ((q @ q.mT * scale).softmax(-1) + (k @ k.mT * scale).softmax(-1)) @ v
     after = before + block.attn.proj(attended.transpose(0, 1).flatten(1))
-    after = after + block.mlp(block.norm2(after))[0]
+    after = after + block.mlp(block.norm2(after))
     torch.testing.assert_close(model(x, layout, csa=True), after, atol=1e-12, rtol=0)
 
 
