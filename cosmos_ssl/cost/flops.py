@@ -23,8 +23,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cosmos_ssl.models import fused as _  # registers its operations
-
 Handle: TypeAlias = Callable[[list[Any], list[Any]], int]
 """Inputs and outputs of a node of a traced graph -> multiply-adds."""
 
@@ -192,6 +190,7 @@ _HANDLES: dict[str, Handle] = {
     "xformers_flash::flash_fwd": _sequences(3),
     "xformers_flash3::flash_fwd": _sequences(3),
     "torch_attn::_varlen_attn": _sequences(3),
+    "cosmos_ssl::linear_gelu": lambda inputs, outputs: math.prod(_shape(outputs[1])) * _shape(inputs[1])[-1],
     "aten::_flash_attention_forward": _sequences(3),
     "aten::_efficient_attention_forward": _sequences(4),
 }
@@ -341,8 +340,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
     found: dict[Any, Callable[..., int]] = {
         torch.ops.aten.mv: vector,
         torch.ops.aten.dot: vector,
-        torch.ops.cosmos_ssl.linear_gelu: lambda x, weight, *_, **__: int(2 * math.prod(x) * weight[0]),
-        torch.ops.cosmos_ssl.gelu_grad: lambda grad, weight, *_, **__: int(2 * math.prod(grad) * weight[1]),
         torch.ops.aten.vdot: vector,
         torch.ops.aten.addmv: lambda _, matrix, *__, **___: int(2 * math.prod(matrix)),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 _log = logging.getLogger("cosmos_ssl.models")
 _TILE, _BLOCKS, _ROWS = 128, 256, 4
@@ -160,6 +162,16 @@ for _op, _like in (
     (_column_sums, _like_column_sums),
 ):
     _op.register_fake(_like)
+
+
+@register_flop_formula(torch.ops.cosmos_ssl.linear_gelu)
+def _linear_gelu_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.cosmos_ssl.gelu_grad)
+def _gelu_grad_flops(grad: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * grad[0] * grad[1] * weight[1]
 
 
 # ---------------------------------------------------------------------------- with gradients

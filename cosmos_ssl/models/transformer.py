@@ -227,21 +227,23 @@ class Block(nn.Module):
         """
         if rows is None and fused.usable(x):
             return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
-        x, normed = _added(x, branch, bias, self.norm1)
+        if branch is not None and fused.usable(x):
+            x, normed = fused.add_norm(x, branch, bias, self.norm1)
+        else:
+            x = joined(x, branch, bias)
+            normed = self.norm1(x)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
-        fusing, proj, fc2 = fused.usable(x), self.attn.proj, self.mlp.fc2
-        made = (attended @ proj.weight.t(), proj.bias) if fusing else (proj(attended), None)
-        branch, bias = _scaled(self.ls1, None if factors is None else factors[:, 0], *made)
-        if fusing:
-            x, branch = fused.norm_mlp(x, branch, bias, self.norm2, self.mlp.fc1, fc2)
-        else:
-            x = joined(x, branch, bias)
-            branch = self.mlp(self.norm2(x))
-        made = branch, fc2.bias if fusing else None
-        return x, *_scaled(self.ls2, None if factors is None else factors[:, 1], *made)
+        proj, fc2 = self.attn.proj, self.mlp.fc2
+        first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
+        if not fused.usable(x):
+            x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
+            return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
+        branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
+        x, branch = fused.norm_mlp(x, branch, bias, self.norm2, self.mlp.fc1, fc2)
+        return x, *_scaled(self.ls2, second, branch, fc2.bias)
 
 
 Stream: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -263,14 +265,6 @@ def _scaled(
         return branch, bias
     branch = scale(branch if bias is None else branch + bias)
     return branch if factors is None else branch * factors, None
-
-
-def _added(x: Tensor, branch: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """The sum of a stream, and its norm [T, W]."""
-    if branch is not None and fused.usable(x):
-        return fused.add_norm(x, branch, bias, norm)
-    x = joined(x, branch, bias)
-    return x, norm(x)
 
 
 def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Stream:
