@@ -127,7 +127,11 @@ def test_kernels_compile_for_a_card(
         for arg in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3})
+    made = compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True},
+    )
     assert ("wgmma.mma_async" in made.asm["ptx"]) == ("DEPTH" in constants)
     assert made.metadata.shared <= 99 << 10
 
