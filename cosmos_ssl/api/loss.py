@@ -50,7 +50,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,30 @@ class Features:
 
 def normalise(x: Tensor) -> Tensor:
     """Unit vectors: scale the last dimension to length one, in float32 at least (half precision loses small angles)."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    x = x if x.dtype == torch.float64 else x.float()
+    return cast(Tensor, _Unit.apply(x)[0]) if x.is_cuda else F.normalize(x, dim=-1)  # type: ignore[no-untyped-call]
+
+
+class _Unit(torch.autograd.Function):
+    """``F.normalize`` of the last dimension, and the lengths; the gradient by four kernels in place of fourteen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
+        unit = x / length
+        ctx.save_for_backward(unit, length)
+        return unit, length
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, of_length: Tensor | None) -> Tensor | None:
+        unit, length = ctx.saved_tensors
+        found: Tensor | None = None
+        if grad is not None:
+            found = torch.addcmul(grad, unit, (unit * grad).sum(-1, keepdim=True), value=-1) / length
+        if of_length is not None:  # where a gradient is differentiated
+            found = unit * of_length if found is None else found + unit * of_length
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

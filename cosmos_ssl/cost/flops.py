@@ -64,7 +64,7 @@ def is_free(operation: str) -> bool:
     if space == "prim":
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
     if space != "aten":
-        return space in ("prims", "c10d", "_c10d_functional", "profiler")
+        return space in ("prims", "c10d", "_c10d_functional", "profiler", "cosmos_ssl")
     if name.startswith(("_foreach", "_fused_adam", "_amp_")):
         return True
     base = (
@@ -190,6 +190,7 @@ _HANDLES: dict[str, Handle] = {
     "xformers_flash::flash_fwd": _sequences(3),
     "xformers_flash3::flash_fwd": _sequences(3),
     "torch_attn::_varlen_attn": _sequences(3),
+    "cosmos_ssl::linear_gelu": lambda inputs, outputs: math.prod(_shape(outputs[1])) * _shape(inputs[1])[-1],
     "aten::_flash_attention_forward": _sequences(3),
     "aten::_efficient_attention_forward": _sequences(4),
 }

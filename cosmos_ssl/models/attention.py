@@ -11,6 +11,7 @@ T rows of a packed tensor, the sum of its sequences' lengths.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -68,12 +69,28 @@ def _by_xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return cast(Tensor, ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=packing.bias)[0])
 
 
-def _by_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+class _Varlen(torch.autograd.Function):
+    """PyTorch's ``varlen_attn``, whose own backward pass makes two tensors of zeros besides."""
 
-    q_ends, k_ends = packing.ends
-    longest = int(packing.query_lengths.max()), int(packing.lengths.max())
-    return cast(Tensor, varlen_attn(q, k, v, q_ends, k_ends, *longest, window_size=(-1, 0 if packing.causal else -1)))
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        ends, window = packing.ends, [-1, 0 if packing.causal else -1]
+        ctx.fixed = *ends, int(packing.query_lengths.max()), int(packing.lengths.max()), packing.causal
+        ctx.window = window
+        out, sums, state = torch.ops.torch_attn._varlen_attn(q, k, v, *ctx.fixed, None, window)
+        ctx.save_for_backward(q, k, v, out, sums, state)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, state = ctx.saved_tensors
+        grads = torch.ops.torch_attn._varlen_attn_backward(grad, *kept, *ctx.fixed, state, None, ctx.window)
+        return *grads, None
+
+
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    importlib.import_module("torch.nn.attention.varlen")  # registers its operations
+    return cast(Tensor, _Varlen.apply(q, k, v, packing))  # type: ignore[no-untyped-call]
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cosmos_ssl.functional import upload
+from cosmos_ssl.models import fused
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 
@@ -201,12 +202,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, packing: Packing, rows: Tensor | None = None, csa: bool = False) -> Tensor:
+    def forward(self, stream: Stream, packing: Packing, rows: Tensor | None = None, csa: bool = False) -> Stream:
         """[T, W] -> [T, W]; with ``rows`` only these are computed, [R, W], and ``packing`` has them as queries.
 
-        ``csa``: softmax(q q^T / sqrt d) v + softmax(k k^T / sqrt d) v (SCLIP, Wang et al. 2024, section 3.2).
+        The last branch is left for what comes next to add: ``joined`` does. ``csa``: softmax(q q^T / sqrt d) v +
+        softmax(k k^T / sqrt d) v (SCLIP, Wang et al. 2024, section 3.2).
         """
-        q, k, v = self.before_attention(x, rows)
+        x, q, k, v = self.before_attention(*stream, rows)
         if csa:
             attended = packed_attention(q, q, v, packing) + packed_attention(k, k, v, packing)
         else:
@@ -217,25 +219,60 @@ class Block(nn.Module):
             factors = drawn.bernoulli_(share).div_(share)[packing.sequence_of_query]
         return self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
 
-    def before_attention(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R, H, d]."""
-        normed = self.norm1(x)
-        return self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows)
+    def before_attention(
+        self, x: Tensor, branch: Tensor | None, bias: Tensor | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
+        H, d].
+        """
+        if rows is None and fused.usable(x):
+            return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
+        if branch is not None and fused.usable(x):
+            x, normed = fused.add_norm(x, branch, bias, self.norm1)
+        else:
+            x = joined(x, branch, bias)
+            normed = self.norm1(x)
+        return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
-    def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Tensor:
-        """The block's output [R, W] from what was attended; ``factors`` [R, 2, 1] of both branches, from drop path."""
-        branch = self.ls1(self.attn.proj(attended))
-        x = x + (branch if factors is None else branch * factors[:, 0])
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return cast(Tensor, x + (branch if factors is None else branch * factors[:, 1]))
+    def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
+        """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
+        proj, fc2 = self.attn.proj, self.mlp.fc2
+        first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
+        if not fused.usable(x):
+            x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
+            return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
+        branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
+        x, branch = fused.norm_mlp(x, branch, bias, self.norm2, self.mlp.fc1, fc2)
+        return x, *_scaled(self.ls2, second, branch, fc2.bias)
 
 
-def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Tensor:
-    """A block's output; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come one
-    block after the other, and are averaged over ranks meanwhile.
+Stream: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows [T, W]; a branch [T, W] and its bias [W] that are still to be added to them."""
+
+
+def joined(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The sum of a stream [T, W]."""
+    if branch is None:
+        return x
+    return x + (branch if bias is None else branch + bias)
+
+
+def _scaled(
+    scale: nn.Module, factors: Tensor | None, branch: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A branch times its scales, with the bias that is still to be added to it."""
+    if isinstance(scale, nn.Identity) and factors is None:
+        return branch, bias
+    branch = scale(branch if bias is None else branch + bias)
+    return branch if factors is None else branch * factors, None
+
+
+def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Stream:
+    """What a block leaves; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come
+    one block after the other, and are averaged over ranks meanwhile.
     """
     with _cast(block, dtype if torch.is_grad_enabled() else None):
-        return cast(Tensor, block(*arguments))
+        return cast(Stream, block(*arguments))
 
 
 class Blocks(nn.ModuleList):
@@ -295,16 +332,16 @@ class Blocks(nn.ModuleList):
         device, last = x.device.type, len(self) - 1
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False), _cast(self, None if torch.is_grad_enabled() else dtype):
-            x = x if dtype is None else x.to(dtype)
+            stream: Stream = (x if dtype is None else x.to(dtype), None, None)
             for i, block in enumerate(self):
                 ends = i == last
                 packing, rows = (layout.read_packing, layout.read) if ends else (layout.packing, None)
-                arguments = (block, dtype, x, packing, rows, csa and ends)
+                arguments = (block, dtype, stream, packing, rows, csa and ends)
                 if self.grad_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(_run, *arguments, use_reentrant=False)
+                    stream = checkpoint(_run, *arguments, use_reentrant=False)
                 else:
-                    x = _run(*arguments)
-        return x
+                    stream = _run(*arguments)
+            return joined(*stream)
 
 
 def head_widths(model: nn.Module) -> list[int]:

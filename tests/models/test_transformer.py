@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_ssl.models.attention import Packing
-from cosmos_ssl.models.transformer import Blocks, LayerScale, head_widths, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Block, Blocks, LayerScale, head_widths, joined, lay_out, layer_of, pick_views
 
 LENGTHS = np.array([3, 3, 5, 7])
 WIDTH = 16
@@ -22,6 +22,10 @@ WIDTH = 16
 def blocks(width: int = WIDTH, **options: object) -> Blocks:
     torch.manual_seed(0)
     return Blocks(3, width, 2, **options).double()  # type: ignore[arg-type]
+
+
+def through(block: Block, x: Tensor, packing: Packing) -> Tensor:
+    return joined(*block((x, None, None), packing))
 
 
 def rows(seed: int = 1) -> Tensor:
@@ -138,8 +142,8 @@ def test_drop_path_drops_branches_of_whole_sequences_and_keeps_the_mean() -> Non
     torch.nn.init.zeros_(block.norm2.weight)  # so that the second branch does not depend on the first
     count, x = 4000, torch.randn(3, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        still = block(x, Packing(np.array([3]))) - x
-        moving = block.train()(x.repeat(count, 1), Packing(np.full(count, 3))).view(count, 3, WIDTH) - x
+        still = through(block, x, Packing(np.array([3]))) - x
+        moving = through(block.train(), x.repeat(count, 1), Packing(np.full(count, 3))).view(count, 3, WIDTH) - x
     assert len(torch.unique(moving.flatten(1).round(decimals=9), dim=0)) == 4  # each branch kept or left out
     torch.testing.assert_close(moving.mean(0), still, atol=0.03, rtol=0)
 
@@ -155,7 +159,7 @@ def test_csa_is_its_formula_in_the_last_block_alone() -> None:
     model = blocks()
     x = rows().detach()[:5]
     layout = lay_out(np.array([5]), np.ones(5, bool))
-    before = model[1](model[0](x, layout.packing), layout.packing)
+    before = through(model[1], through(model[0], x, layout.packing), layout.packing)
     block = model[2]
     q, k, v = block.attn.qkv(block.norm1(before)).view(5, 3, 2, -1).permute(1, 2, 0, 3)
     scale = q.shape[-1] ** -0.5

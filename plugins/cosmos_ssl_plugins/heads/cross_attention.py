@@ -32,8 +32,10 @@ class CrossAttentionLayer(nn.Module):
         """[V, B, D], [B, N, D] -> q [B, V, H, d], k and v [B, N, H, d]."""
         width = query.shape[-1]
         query, tokens = (x.to(self.qkv.weight.dtype) for x in (query, tokens))
-        q = F.linear(self.norm_q(query).transpose(0, 1), self.qkv.weight[:width], self.qkv.bias[:width])
-        k, v = F.linear(self.norm_kv(tokens), self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+        q_weight, kv_weight = self.qkv.weight.split_with_sizes([width, 2 * width])
+        q_bias, kv_bias = self.qkv.bias.split_with_sizes([width, 2 * width])
+        q = F.linear(self.norm_q(query).transpose(0, 1), q_weight, q_bias)
+        k, v = F.linear(self.norm_kv(tokens), kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         return q, k, v
 
