@@ -18,6 +18,7 @@ from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
+from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
@@ -217,7 +218,8 @@ class Run:
         """Make the updates that are left; after each log, save and evaluate where it is due."""
         left = self.total_steps - self.state.step
         path, paused, first = self.folder.trace, self.clock.paused, self.state.step + 1
-        batches = traced(self._batches(), self.config.training.trace_steps, left, self.state.device, path, paused)
+        batches = on_device(self._batches(), self.state.device)
+        batches = traced(batches, self.config.training.trace_steps, left, self.state.device, path, paused)
         with closing(batches):  # whatever ends the loop, workers do not outlive it
             began = time.monotonic()
             for batch in batches:
@@ -226,7 +228,7 @@ class Run:
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
+                update = self.step(batch.views, progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
                 if self.state.step == first:
                     be_impatient()
