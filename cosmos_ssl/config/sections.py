@@ -143,6 +143,7 @@ class TrainingConfig(Section):
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
     micro_batch_size: Count | None = None
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
+    average_in: Literal["fp32", "bf16"] = "fp32"
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     compile: bool = False
     deterministic: bool = False

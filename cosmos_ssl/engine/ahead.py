@@ -25,22 +25,21 @@ def on_device(batches: Generator[LoadedBatch], device: torch.device) -> Generato
             return
         stream, computing, copied = torch.cuda.Stream(device), torch.cuda.current_stream(device), None
         while True:
-            following, end = None, None
+            following, fault = None, None
             try:
-                batch = next(batches)
-                # memory of a batch that was used lies there again as soon as nobody holds it
-                stream.wait_stream(computing)
-                with torch.cuda.stream(stream):
-                    following = _moved(batch, device), stream.record_event()
+                if (batch := next(batches, None)) is not None:
+                    stream.wait_stream(computing)  # it may still read memory that is free again
+                    with torch.cuda.stream(stream):
+                        following = _moved(batch, device), stream.record_event()
             except Exception as error:
-                end = error
+                fault = error
             if copied is not None:
                 computing.wait_event(copied[1])
                 yield copied[0]
-            if isinstance(end, StopIteration):
+            if fault is not None:
+                raise fault
+            if following is None:
                 return
-            if end is not None:
-                raise end
             copied = following
 
 

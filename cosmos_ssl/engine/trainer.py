@@ -34,6 +34,7 @@ from cosmos_ssl.engine.distributed import (
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
+from cosmos_ssl.engine.garbage import collected_on_schedule
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -220,7 +221,8 @@ class Run:
         path, paused, first = self.folder.trace, self.clock.paused, self.state.step + 1
         batches = on_device(self._batches(), self.state.device)
         batches = traced(batches, self.config.training.trace_steps, left, self.state.device, path, paused)
-        with closing(batches):  # whatever ends the loop, workers do not outlive it
+        # whatever ends the loop, workers do not outlive it
+        with closing(batches), collected_on_schedule() as stepped:
             began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
@@ -240,6 +242,7 @@ class Run:
                 if update.told.news.signal:
                     self._leave(update.told.news.signal, together=True)
                 self.evaluate()
+                stepped(self.state.step)
                 began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:

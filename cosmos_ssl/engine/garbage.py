@@ -1,0 +1,38 @@
+"""Python's garbage collector on a schedule: its pauses fall on the same steps on all ranks, which wait for each other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 50
+"""Steps."""
+
+
+@contextmanager
+def collected_on_schedule() -> Iterator[Callable[[int], None]]:
+    """While entered nothing is collected but by what is yielded, to be called after each step with the steps of the run
+    so far.
+
+    It collects after the first call and every ``EVERY`` steps. What is there after the first stays out of it: the
+    model, and all modules.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    frozen = False
+
+    def stepped(step: int) -> None:
+        nonlocal frozen
+        if not frozen or step % EVERY == 0:
+            gc.collect()
+        if not frozen:
+            gc.freeze()
+            frozen = True
+
+    try:
+        yield stepped
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
