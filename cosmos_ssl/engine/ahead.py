@@ -27,10 +27,10 @@ def on_device(batches: Generator[LoadedBatch], device: torch.device) -> Generato
         while True:
             following, fault = None, None
             try:
-                if (batch := next(batches, None)) is not None:
+                if (loaded := next(batches, None)) is not None:
                     stream.wait_stream(computing)  # it may still read memory that is free again
                     with torch.cuda.stream(stream):
-                        following = _moved(batch, device), stream.record_event()
+                        following = _moved(loaded, device), stream.record_event()
             except Exception as error:
                 fault = error
             if copied is not None:

@@ -1,4 +1,4 @@
-"""Python's garbage collector on a schedule: its pauses fall on the same steps on all ranks, which wait for each other."""
+"""Python's garbage collector on a schedule: all ranks pause after the same steps, and not each whenever it likes."""
 
 from __future__ import annotations
 

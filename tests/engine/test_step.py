@@ -252,7 +252,8 @@ def test_buffers_are_restored_when_a_step_is_skipped():
 def test_a_step_leaves_no_tensor_to_the_garbage_collector(size):
     """Which runs every so many steps only."""
     assembly = assemble(drop_path=0.2)
-    assembly.model.image.blocks.grad_checkpointing = True
+    for block in assembly.model.image.blocks:
+        block.recompute = True
     step = Gradients(assembly, micro_batch_size=size)
     step(batch(), PROGRESS)
     gc.collect()

@@ -70,12 +70,16 @@ def test_gradient_checkpointing_gives_equal_gradients(drop_path: float) -> None:
     keep = np.zeros(int(LENGTHS.sum()), bool)
     keep[np.cumsum(LENGTHS) - 1] = True
     found = []
-    for on in (False, True):
-        model = blocks(drop_path=drop_path, layer_scale=0.5, grad_checkpointing=on)
+    for which, again in ((False, []), (True, [0, 1, 2]), ("alternate", [0, 2])):
+        model = blocks(drop_path=drop_path, layer_scale=0.5, grad_checkpointing=which)
+        calls: Counter[int] = Counter()
+        for number, block in enumerate(model):
+            block.norm1.register_forward_pre_hook(lambda *_, calls=calls, number=number: calls.update([number]))
         torch.manual_seed(3)
         found.append(gradients(model, model(rows(), lay_out(LENGTHS, keep))))
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+        assert [number for number in range(3) if calls[number] == 2] == again
+    for same in zip(*found, strict=True):
+        assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
