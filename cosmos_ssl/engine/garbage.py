@@ -36,3 +36,15 @@ def collected_on_schedule() -> Iterator[Callable[[int], None]]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def collected_at_will() -> Iterator[None]:
+    """While entered it is collected whenever Python likes, as outside of a run: an evaluation may take minutes."""
+    was_enabled = gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            gc.disable()

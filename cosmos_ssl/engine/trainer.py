@@ -34,7 +34,7 @@ from cosmos_ssl.engine.distributed import (
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
-from cosmos_ssl.engine.garbage import collected_on_schedule
+from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -348,7 +348,7 @@ class Run:
                 continue
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
-            with self.clock.paused():
+            with self.clock.paused(), collected_at_will():
                 dtype = DTYPES[self.state.precision]
                 try:
                     found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)

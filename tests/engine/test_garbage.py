@@ -27,8 +27,10 @@ def test_it_is_collected_at_steps_that_all_ranks_make(monkeypatch: pytest.Monkey
 def test_a_run_leaves_it_as_it_was(tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "EVERY", 4)
     inside: list[bool] = []
-    collect = gc.collect
+    evaluator, collect = tiny.Mean(), gc.collect
+    evaluate = evaluator.evaluate
+    monkeypatch.setattr(evaluator, "evaluate", lambda *a, **k: (gc.isenabled() or 1 / 0) and evaluate(*a, **k))
     monkeypatch.setattr(gc, "collect", lambda *of: inside.append(gc.isenabled()) or collect(*of))
-    tiny.make_trainer(tmp_path, evaluators={}).train()
+    tiny.make_trainer(tmp_path, evaluators={"mean": evaluator}).train()
     assert inside[:3] == [False] * 3  # after steps 1, 4, 8
     assert gc.isenabled() and not gc.get_freeze_count()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_ssl.models.attention import Packing
@@ -204,6 +205,25 @@ def test_blocks_stay_compiled_for_all_that_a_run_asks_of_them() -> None:
             for model, grad in ((student.train(), True), (student.eval(), False), (teacher, False)):
                 with torch.set_grad_enabled(grad):
                     torch.testing.assert_close(model(x, lay_out(LENGTHS, keep)), expected[torch.from_numpy(keep)])
+
+
+def test_steps_of_other_lengths_compile_nothing_anew() -> None:
+    """Under autocast, with the last rows read: a student's forward and backward passes, a teacher's forward passes."""
+    torch.compiler.reset()
+    counters.clear()
+    student, teacher = blocks().float(), blocks().float().requires_grad_(False).eval()
+    for model in (student, teacher):
+        model.compile(backend="eager")
+    graphs = []
+    for lengths in (LENGTHS, LENGTHS[::-1].copy(), np.array([4, 19]), np.array([2, 2, 2, 31, 7, 5, 3])):
+        keep = np.isin(np.arange(lengths.sum()), np.cumsum(lengths) - 1)
+        x = torch.randn(int(lengths.sum()), WIDTH)
+        with torch.autocast("cpu", torch.bfloat16):
+            student(x, lay_out(lengths, keep, causal=True)).float().sum().backward()
+            with torch.no_grad():
+                teacher(x, lay_out(lengths, keep, causal=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and set(graphs) == {graphs[0]} and not counters["graph_break"]
 
 
 def test_layers_and_views() -> None:
