@@ -378,7 +378,7 @@ def test_a_signal_cannot_take_a_worker_that_has_not_started_yet(
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(os.getpid(), name)
         start(self, worker)
-        assert gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count()
 
     monkeypatch.setattr(WorkerStart, "__call__", signalled_first)
     gc.disable()
