@@ -14,6 +14,8 @@ from cosmos_ssl.api.views import CroppedViews, map_tensors
 from cosmos_ssl.config import Config
 from cosmos_ssl.cost.count import DEVICE, OTHER, Count, Found
 from cosmos_ssl.cost.step_cost import CAPTION_TOKENS, caption_lengths, noise_crops
+from cosmos_ssl.data.loader import LoadedBatch
+from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
@@ -93,10 +95,9 @@ def count_step(
         for number, size in enumerate(sizes):  # the first one also makes moments, and looks closely
             views = map_tensors(make_batch(assembly, size, caption_tokens), count.pin)
             count.restart()
-            with count.during(COPY):
-                moved = views.to(DEVICE)
-            step(moved, Progress(step=_MIDDLE + number, total_steps=2 * _MIDDLE))
-            del moved
+            for batch in on_device((LoadedBatch(step=0, views=views) for _ in "1"), DEVICE):
+                step(batch.views, Progress(step=_MIDDLE + number, total_steps=2 * _MIDDLE))
+            del batch
             found = count.restart()
             peaks.append(max(found.peaks[stage] for stage in _GROWING))
         state.model.zero_grad(set_to_none=True)

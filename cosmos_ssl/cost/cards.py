@@ -1,7 +1,8 @@
 """What a counted step would take on a named card: an estimate, by its peak rates and the share of them that is reached.
 
 Each operation takes as long as its products, its bytes, or its launches, whichever is longest; operations run one after
-the other, and collectives beside the backward pass. The host launches one kernel after the other, too.
+the other, collectives beside the backward pass, and the copy of a batch beside the step before. The host launches one
+kernel after the other, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cosmos_ssl.cost.card_step import STAGES, CardStep
+from cosmos_ssl.cost.card_step import COPY, STAGES, CardStep
 from cosmos_ssl.cost.count import Kernel
 
 PRODUCTS = 0.58
@@ -34,6 +35,7 @@ ASSUMPTIONS = (
     f"both, and at least {1e6 * KERNEL_SECONDS:g} us a kernel, one after the other; a launch takes the host "
     f"{1e6 * LAUNCH_SECONDS:g} us;",
     f"collectives reach {LINKS:.0%} of NVLink up to {NODE} ranks, of the network beyond, beside the backward pass;",
+    "a batch is copied beside the step before;",
     f"tensors fill {USABLE:.0%} of the memory. MFU is of the products that run. A core of the loader makes the",
     "eight views of a sample of COSMOS, and its tokens.",
 )
@@ -131,7 +133,8 @@ def estimate(step: CardStep, card: Card) -> Estimate:
         )
     launches, teraflops = sum(stage.launches for stage in stages), sum(stage.teraflops for stage in stages)
     host_ms = launches * LAUNCH_SECONDS * 1e3
-    step_ms = max(host_ms, sum(stage.ms for stage in stages))
+    in_turn = sum(stage.ms for stage in stages if stage.name != COPY)
+    step_ms = max(host_ms, in_turn, *(stage.ms for stage in stages))
     rate = step.samples / step_ms * 1e3
     room = USABLE * card.gib * 2**30 - step.peak
     return Estimate(

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import which
+from types import SimpleNamespace
 from typing import Any
 
 from cosmos_ssl.errors import CosmosError, UserError, first_line
@@ -188,6 +189,7 @@ def _answers() -> dict[str, Any]:
         "set_device": lambda device: None,
         "is_bf16_supported": lambda including_emulation=True: True,
         "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 << 30),
         "get_device_name": lambda device=None: "a CUDA device that is not there",
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda device=None: state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -49,6 +50,8 @@ class WorkerStart:
         for number in _POLITE:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _POLITE)
+        gc.freeze()  # what it inherits is not its to finalise: threads, connections
+        gc.enable()  # the trainer's has a schedule
         if sys.platform == "linux" and self.from_main_thread:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self.parent:  # it died before the call above

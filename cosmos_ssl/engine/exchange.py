@@ -71,9 +71,13 @@ class GradientMean:
     than one that was never stopped. Here the order of the parameters alone decides, and the same sums come out.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        """``parameters``: all that are trained, in an order that is the same on every rank."""
+    def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+        """``parameters``: all that are trained, in an order that is the same on every rank.
+
+        ``dtype``: what gradients are sent and added up in (default: their own).
+        """
         self.on = True
+        self.dtype = dtype
         self.buckets: list[list[Tensor]] = [[]]
         for parameter in reversed(list(parameters)):  # backward reaches the last ones first
             full = sum(p.numel() * p.element_size() for p in self.buckets[-1]) >= BUCKET
@@ -101,7 +105,7 @@ class GradientMean:
         while self._next < len(self.buckets) and (whole or self._left[self._next] == 0):
             bucket = self.buckets[self._next]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat(_aligned(grads)).div_(world_size())
+            flat = torch.cat(_aligned(grads)).div_(world_size()).to(self.dtype or grads[0].dtype)
             self._running.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
             self._next += 1
 
@@ -111,6 +115,7 @@ class GradientMean:
         for bucket, flat, work in self._running:
             with collective_time.during(flat):
                 work.wait()
+            flat = flat.to(bucket[0].dtype)
             place = 0
             for parameter in bucket:
                 parameter.grad = flat[place : place + parameter.numel()].view_as(parameter)

@@ -24,8 +24,10 @@ from cosmos_ssl.engine.exchange import GradientMean
 from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import TrainingError, listed
-from cosmos_ssl.functional import world_size
+from cosmos_ssl.functional import all_max, world_size
 from cosmos_ssl.models.contract import blaming, checked_moves
+from cosmos_ssl.models.model import buffers_of
+from cosmos_ssl.models.precision import coarse_products
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,11 @@ class News:
     """Whether a checkpoint could not be written."""
     save: bool = False
     """Whether one is due after this step."""
+
+    @property
+    def told(self) -> list[float]:
+        """As numbers, in this order."""
+        return [self.signal, self.bad_samples, self.unsaved, self.save]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +91,14 @@ class Step:
             micro_batch_size=training.micro_batch_size,
             device=state.device,
             scaler=state.scaler,
+            average_in=torch.bfloat16 if training.average_in == "bf16" else None,
         )
 
     def __call__(self, batch: Batch, progress: Progress, news: Callable[[], News] = News) -> Update:
         """Make one update of this rank's share of a batch, on the device; leave it out where it would not be finite.
 
-        ``news`` is asked as late as possible. Raises TrainingError after too many steps in a row that were left out.
+        ``news`` is asked once the device has all that does not hang on it. Raises TrainingError after too many steps in
+        a row that were left out.
         """
         self.state.optimizer.set(progress)
         result = self.gradients(batch, progress)
@@ -111,13 +120,26 @@ class Step:
 
     @record_function("agree")
     def agree(self, result: Result, norm: Tensor, news: Callable[[], News]) -> Agreement:
-        """Tell all ranks whether loss and gradient are finite, and the news: the one rendezvous of a step."""
-        faults = torch.stack([~result.loss.isfinite(), ~norm.isfinite()]).tolist()  # the one wait for the device
-        own = news()
-        given = [*faults, own.signal, own.bad_samples, own.unsaved, own.save]
-        loss, gradient, signal, bad, unsaved, save = World().most(given)
-        told = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved), save=bool(save))
-        return Agreement(finite_loss=not loss, finite_gradient=not gradient, news=told)
+        """Tell all ranks whether loss and gradient are finite, and the news: the one rendezvous of a step.
+
+        On CUDA it is also the one wait for the device: what follows, a teacher's move and the hooks of parts, is code
+        of the host, which a device cannot leave out. While it computes, ranks talk about the news; they agree on what
+        is finite there, and the answer is sent to the host as soon as it is known.
+        """
+        values = torch.stack([result.loss, norm])
+        faults = values - values != 0  # of what is not finite the difference is NaN
+        if not faults.is_cuda:
+            own = news()
+            loss, gradient, *told = World().most([*faults.tolist(), *own.told])
+        else:
+            answer = all_max(faults).to("cpu", non_blocking=True)
+            known = torch.cuda.current_stream().record_event()
+            told = World().most(news().told)
+            known.synchronize()
+            loss, gradient = answer.tolist()
+        signal, bad, unsaved, save = told
+        agreed = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved), save=bool(save))
+        return Agreement(finite_loss=not loss, finite_gradient=not gradient, news=agreed)
 
     def move(self, progress: Progress) -> Mapping[str, float]:
         """Move teacher and weights in the order asked for, then run the hooks of the parts."""
@@ -171,7 +193,8 @@ class Step:
 class Gradients:
     """Forward and backward over this rank's share of a batch; the means over ranks stay in ``.grad``.
 
-    ``micro_batch_size`` bounds the samples that towers and heads encode at once (``accumulate``).
+    ``micro_batch_size`` bounds the samples that towers and heads encode at once (``accumulate``); ``average_in``:
+    what gradients are averaged over ranks in (default: their own precision).
     """
 
     def __init__(
@@ -182,14 +205,17 @@ class Gradients:
         micro_batch_size: int | None = None,
         device: torch.device | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        average_in: torch.dtype | None = None,
     ) -> None:
         self.forward = Forward(assembly, precision=precision, device=device)
         self.model = assembly.model
         self.micro_batch_size = micro_batch_size
         self.scaler = scaler
         self._parameters = list(self.model.parameters())
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
+        self._buffers = buffers_of(self.model)
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers()]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._mean = GradientMean(trained, average_in) if world_size() > 1 else None
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
@@ -197,8 +223,9 @@ class Gradients:
         """Run one step's forward and backward on ``batch``, as loaded or finished, on the device."""
         self.begin(progress)
         views = self.forward.augment(batch)
-        teacher = self.forward.teacher(views)
-        result = self.backward(views, teacher, progress)
+        with coarse_products(self.forward.device, self.forward.dtype):
+            teacher = self.forward.teacher(views)
+            result = self.backward(views, teacher, progress)
         if not self.forward.proven:
             self._check_reached()
         if self._mean is not None:
@@ -211,7 +238,8 @@ class Gradients:
         for parameter in self._parameters:
             parameter.grad = None
         self.forward.watch()
-        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        if self._before:
+            torch._foreach_copy_(self._before, self._buffers())
         self.forward.seed(progress)
 
     def backward(self, views: Views, teacher: Features | None, progress: Progress) -> Result:
@@ -231,8 +259,8 @@ class Gradients:
 
     def restore_buffers(self) -> None:
         """Undo what the last step moved in buffers."""
-        for buffer, before in self._buffers:
-            buffer.copy_(before)
+        if self._before:
+            torch._foreach_copy_(self._buffers(), self._before)
 
     def _check_reached(self) -> None:
         """Raise PluginError, at the first step, for trained parameters without a gradient: ranks would wait for it."""

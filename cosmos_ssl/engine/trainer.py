@@ -18,6 +18,7 @@ from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch, Loader
+from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
@@ -33,6 +34,7 @@ from cosmos_ssl.engine.distributed import (
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
+from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -217,8 +219,10 @@ class Run:
         """Make the updates that are left; after each log, save and evaluate where it is due."""
         left = self.total_steps - self.state.step
         path, paused, first = self.folder.trace, self.clock.paused, self.state.step + 1
-        batches = traced(self._batches(), self.config.training.trace_steps, left, self.state.device, path, paused)
-        with closing(batches):  # whatever ends the loop, workers do not outlive it
+        batches = on_device(self._batches(), self.state.device)
+        batches = traced(batches, self.config.training.trace_steps, left, self.state.device, path, paused)
+        # whatever ends the loop, workers do not outlive it
+        with closing(batches), collected_on_schedule() as stepped:
             began = time.monotonic()
             for batch in batches:
                 self.between_steps = False
@@ -226,7 +230,7 @@ class Run:
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
+                update = self.step(batch.views, progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
                 if self.state.step == first:
                     be_impatient()
@@ -238,6 +242,7 @@ class Run:
                 if update.told.news.signal:
                     self._leave(update.told.news.signal, together=True)
                 self.evaluate()
+                stepped(self.state.step)
                 began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:
@@ -343,7 +348,7 @@ class Run:
                 continue
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
-            with self.clock.paused():
+            with self.clock.paused(), collected_at_will():
                 dtype = DTYPES[self.state.precision]
                 try:
                     found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)

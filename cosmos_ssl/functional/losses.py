@@ -15,7 +15,9 @@ from cosmos_ssl.functional.collectives import rank, world_size
 from cosmos_ssl.functional.upload import upload
 
 CHUNK = 1 << 24
-"""Logits held at once, in elements."""
+"""Logits held at once, in elements; on CUDA as many as fill ``_SHARE`` of the memory, if these are more."""
+
+_SHARE = 1 / 256
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -134,7 +136,7 @@ def info_nce(
     *,
     a_weights: Sequence[float] | None = None,
     b_weights: Sequence[float] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE over the global batch, averaged over all pairs of views.
 
@@ -147,7 +149,7 @@ def info_nce(
         b: unit vectors of all ranks, gathered with gradients, [U, N, D].
         scale: the inverse temperature, a scalar of at most 300.
         a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
-        chunk: logits held at once, in elements.
+        chunk: logits held at once, in elements (default: by the device).
 
     Returns:
         A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
@@ -156,6 +158,7 @@ def info_nce(
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = _weights(a, b, a_weights, b_weights, dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    chunk = chunk or _chunk(a)
     return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
 
 
@@ -167,7 +170,7 @@ def sigmoid_loss(
     *,
     a_weights: Sequence[float] | None = None,
     b_weights: Sequence[float] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """The pairwise sigmoid loss over the global batch, averaged over all pairs of views.
 
@@ -179,7 +182,7 @@ def sigmoid_loss(
         b: unit vectors of all ranks, gathered with gradients, [U, N, D].
         scale, bias: scalars.
         a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
-        chunk: logits held at once, in elements.
+        chunk: logits held at once, in elements (default: by the device).
 
     Returns:
         A scalar, the mean over this rank's samples; averaged over ranks it is the dense loss, and so
@@ -188,7 +191,16 @@ def sigmoid_loss(
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = _weights(a, b, a_weights, b_weights, dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    chunk = chunk or _chunk(a)
     return cast(Tensor, _Sigmoid.apply(a, b, scale.to(dtype), bias.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+
+
+def _chunk(a: Tensor) -> int:
+    """Logits held at once on the device of ``a``."""
+    if not a.is_cuda:
+        return CHUNK
+    room = torch.cuda.get_device_properties(a.device).total_memory * _SHARE
+    return max(CHUNK, int(room) // a.element_size())
 
 
 def _weights(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from cosmos_ssl.api import (
     Features,
@@ -33,6 +33,14 @@ from cosmos_ssl.models.contract import (
     untouched,
 )
 from cosmos_ssl.models.plan import Plan, RolePlan
+
+
+def buffers_of(model: nn.Module) -> Callable[[], list[Tensor]]:
+    """Return what lists the buffers of ``model`` without walking its modules again; a part may have put another tensor
+    into the place of one.
+    """
+    held = [module._buffers for module in model.modules() if module._buffers]
+    return lambda: [buffer for buffers in held for buffer in buffers.values() if buffer is not None]
 
 
 class Named(nn.ModuleDict):

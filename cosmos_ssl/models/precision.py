@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,22 @@ def has_fast_path(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "cpu" or _seconds(dtype) < _SLOW * _seconds(torch.float32)
+
+
+@contextmanager
+def coarse_products(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """While entered, under autocast to ``dtype`` on CUDA, products of float32 tensors round their factors to 10 bits of
+    mantissa and add up in float32 (TF32): what losses compute of features that are no finer themselves.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    if device.type == "cuda" and dtype is not None:
+        matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if matmul.allow_tf32 != before:
+            matmul.allow_tf32 = before
 
 
 def _seconds(dtype: torch.dtype) -> float:

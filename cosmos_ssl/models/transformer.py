@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models import fused
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
+
+Recomputed: TypeAlias = bool | Literal["alternate"]
+"""Which blocks the backward pass computes again: none, all, or every other one, the first among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.recompute = False
+        """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
         self.norm1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
@@ -287,7 +292,7 @@ class Blocks(nn.ModuleList):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: Recomputed = False,
     ) -> None:
         """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
 
@@ -307,9 +312,9 @@ class Blocks(nn.ModuleList):
         if hidden < 1:
             raise ValueError(f"mlp_ratio: {mlp_ratio:g} leaves the MLP no width")
         super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
-        self.grad_checkpointing = grad_checkpointing
-        for block in self:
-            block.mlp.recompute = not grad_checkpointing  # it computes all anew, and would keep what this needs
+        for number, block in enumerate(self):
+            block.recompute = grad_checkpointing is True or (grad_checkpointing == "alternate" and number % 2 == 0)
+            block.mlp.recompute = not block.recompute  # it computes all anew, and would keep what this needs
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have torch compile the blocks in place, except for the attention, whose lengths differ at each step."""
@@ -337,7 +342,7 @@ class Blocks(nn.ModuleList):
                 ends = i == last
                 packing, rows = (layout.read_packing, layout.read) if ends else (layout.packing, None)
                 arguments = (block, dtype, stream, packing, rows, csa and ends)
-                if self.grad_checkpointing and torch.is_grad_enabled():
+                if block.recompute and torch.is_grad_enabled():
                     stream = checkpoint(_run, *arguments, use_reentrant=False)
                 else:
                     stream = _run(*arguments)

@@ -50,6 +50,13 @@ def test_an_operation_takes_the_longest_of_products_bytes_and_launches() -> None
     assert found.micro_batch == int(USABLE * 79.1) - 1  # a GiB each beside the one that is kept
 
 
+def test_a_batch_is_copied_beside_the_step() -> None:
+    copy = kernel("copy to the device", bytes=1, carried=int(64e9 * LINKS))
+    product = kernel("losses", flops=int(989e12 * PRODUCTS))
+    assert estimate(step({copy: 1, product: 2}), H100).step_ms == pytest.approx(2000)
+    assert estimate(step({copy: 3, product: 2}), H100).step_ms == pytest.approx(3000)
+
+
 def test_the_host_launches_one_kernel_after_the_other() -> None:
     found = estimate(step({kernel("clip"): 1000}), H100)
     assert found.step_ms == found.host_ms == pytest.approx(1000 * LAUNCH_SECONDS * 1e3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -370,15 +371,21 @@ def test_workers_ignore_polite_signals_and_end_with_the_iterator(shards: Make, v
 def test_a_signal_cannot_take_a_worker_that_has_not_started_yet(
     shards: Make, views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does it inherit that the trainer collects garbage on a schedule."""
     start = WorkerStart.__call__
 
     def signalled_first(self: WorkerStart, worker: int) -> None:
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(os.getpid(), name)
         start(self, worker)
+        assert gc.isenabled() and gc.get_freeze_count()
 
     monkeypatch.setattr(WorkerStart, "__call__", signalled_first)
-    assert len(list(loader(shards(40), views, workers=2).batches(0, 6))) == 6
+    gc.disable()
+    try:
+        assert len(list(loader(shards(40), views, workers=2).batches(0, 6))) == 6
+    finally:
+        gc.enable()
 
 
 ORPHANS = """

@@ -1,5 +1,6 @@
 """The step: exact accumulation, gathered features, restored buffers, the losses' contract."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.exchange import spread
+from cosmos_ssl.engine.exchange import GradientMean, spread
 from cosmos_ssl.engine.forward import Forward
 from cosmos_ssl.engine.step import Gradients
 from cosmos_ssl.models.model import Model
@@ -197,6 +198,26 @@ def test_ranks_compute_what_one_computes(world, micro_batch_size, in_ranks):
             )
 
 
+def _bf16_mean(rank, world, path, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    generator = torch.Generator().manual_seed(rank)
+    parameters = [torch.nn.Parameter(torch.zeros(5, 3)), torch.nn.Parameter(torch.zeros(()))]
+    own = [torch.randn(p.shape, generator=generator) for p in parameters]
+    mean = GradientMean(parameters, torch.bfloat16)
+    torch.autograd.backward(parameters, own)
+    mean.finish()
+    results[rank] = own, [p.grad for p in parameters]
+    dist.destroy_process_group()
+
+
+def test_gradients_averaged_in_bf16(in_ranks):
+    """Each share is rounded, then their sum; what comes out is as wide as before, and the same on every rank."""
+    results = in_ranks(_bf16_mean, 2)
+    for first, second, *found in zip(results[0][0], results[1][0], results[0][1], results[1][1], strict=True):
+        expected = ((first / 2).bfloat16() + (second / 2).bfloat16()).float()
+        assert all(mean.dtype == torch.float32 and torch.equal(mean, expected) for mean in found)
+
+
 class Counting(Loss):
     """A loss with a running centre."""
 
@@ -221,6 +242,29 @@ def test_buffers_are_restored_when_a_step_is_skipped():
     assert moved.abs().sum() > 0
     step.restore_buffers()
     assert assembly.model.loss("counting").center.abs().sum() == 0
+    assembly.model.loss("counting").center = torch.full((16,), 3.0, dtype=torch.float64)  # another tensor in its place
+    step(batch(), PROGRESS)
+    step.restore_buffers()
+    assert assembly.model.loss("counting").center.tolist() == [3.0] * 16
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(size):
+    """Which runs every so many steps only."""
+    assembly = assemble(drop_path=0.2)
+    for block in assembly.model.image.blocks:
+        block.recompute = True
+    step = Gradients(assembly, micro_batch_size=size)
+    step(batch(), PROGRESS)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        step(batch(), PROGRESS)
+        gc.collect()
+        assert not [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 class Mixing(Head):

@@ -1,13 +1,16 @@
 """Sharded, chunked InfoNCE against the dense formula, on one rank and on several."""
 
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, sigmoid_loss
+from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, losses, sigmoid_loss
 
 
 def dense(a, b, scale):
@@ -189,3 +192,39 @@ def test_ranks_share_the_sigmoid_loss_exactly(in_ranks):
 def test_largest_value_alone_is_the_value():
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     assert torch.equal(all_max(x), x.detach()) and not all_max(x).requires_grad
+
+
+# ---------------------------------------------------------------------------- coarse products
+
+
+class Tf32(TorchDispatchMode):
+    """Products as CUDA's tensor cores have them in TF32: factors of float32 rounded to 10 bits, sums in float32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = [((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("function", [info_nce, lambda a, b, scale: sigmoid_loss(a, b, scale, torch.tensor(-10.0))])
+def test_products_in_tf32_are_near_those_in_float64(function):
+    """At the largest scale that is learned, 100, with positives that are alike: 2^-11 of each factor."""
+    b = unit(2, 96, 64, seed=1)
+    a = F.normalize(b + 0.3 * unit(2, 96, 64), dim=-1)
+    found = []
+    for dtype, mode in ((torch.float64, nullcontext()), (torch.float32, Tf32())):
+        leaves = [x.to(dtype).requires_grad_() for x in (a, b, torch.tensor(100.0))]
+        with mode:
+            loss = function(*leaves)
+            found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for exact, coarse in zip(*found, strict=True):
+        assert 0 < (coarse - exact).norm() / exact.norm() < 1e-3
+
+
+@pytest.mark.parametrize(("gigabytes", "logits"), [(80, 80 << 20), (8, losses.CHUNK)])
+def test_a_card_holds_more_logits_at_once(monkeypatch, gigabytes, logits):
+    """A 256th of its memory, of 4 bytes each."""
+    card = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert losses._chunk(SimpleNamespace(is_cuda=True, device="cuda", element_size=lambda: 4)) == logits
+    assert losses._chunk(torch.zeros(1)) == losses.CHUNK

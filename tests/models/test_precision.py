@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cosmos_ssl.models import precision
-from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
+from cosmos_ssl.models.precision import DTYPES, coarse_products, has_fast_path, resolve_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -23,6 +23,14 @@ def test_auto_is_what_the_device_computes_well_in(name: str, device: torch.devic
 def test_a_cpu_is_tried(monkeypatch: pytest.MonkeyPatch, times: float, fast: bool) -> None:
     monkeypatch.setattr(precision, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else times)
     assert [has_fast_path(name, CPU) for name in DTYPES] == [True, fast, fast]
+
+
+def test_products_are_coarse_where_all_else_is() -> None:
+    matmul = torch.backends.cuda.matmul
+    for device, dtype, coarse in ((CPU, torch.bfloat16, False), (CUDA, torch.float16, True), (CUDA, None, False)):
+        with coarse_products(device, dtype):
+            assert matmul.allow_tf32 == coarse
+        assert not matmul.allow_tf32
 
 
 def test_a_trial_takes_milliseconds() -> None:

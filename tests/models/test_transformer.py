@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_ssl.models.attention import Packing
@@ -74,12 +75,16 @@ def test_gradient_checkpointing_gives_equal_gradients(drop_path: float) -> None:
     keep = np.zeros(int(LENGTHS.sum()), bool)
     keep[np.cumsum(LENGTHS) - 1] = True
     found = []
-    for on in (False, True):
-        model = blocks(drop_path=drop_path, layer_scale=0.5, grad_checkpointing=on)
+    for which, again in ((False, []), (True, [0, 1, 2]), ("alternate", [0, 2])):
+        model = blocks(drop_path=drop_path, layer_scale=0.5, grad_checkpointing=which)
+        calls: Counter[int] = Counter()
+        for number, block in enumerate(model):
+            block.norm1.register_forward_pre_hook(lambda *_, calls=calls, number=number: calls.update([number]))
         torch.manual_seed(3)
         found.append(gradients(model, model(rows(), lay_out(LENGTHS, keep))))
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+        assert [number for number in range(3) if calls[number] == 2] == again
+    for same in zip(*found, strict=True):
+        assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -204,6 +209,25 @@ def test_blocks_stay_compiled_for_all_that_a_run_asks_of_them() -> None:
             for model, grad in ((student.train(), True), (student.eval(), False), (teacher, False)):
                 with torch.set_grad_enabled(grad):
                     torch.testing.assert_close(model(x, lay_out(LENGTHS, keep)), expected[torch.from_numpy(keep)])
+
+
+def test_steps_of_other_lengths_compile_nothing_anew() -> None:
+    """Under autocast, with the last rows read: a student's forward and backward passes, a teacher's forward passes."""
+    torch.compiler.reset()
+    counters.clear()
+    student, teacher = blocks().float(), blocks().float().requires_grad_(False).eval()
+    for model in (student, teacher):
+        model.compile(backend="eager")
+    graphs = []
+    for lengths in (LENGTHS, LENGTHS[::-1].copy(), np.array([4, 19]), np.array([2, 2, 2, 31, 7, 5, 3])):
+        keep = np.isin(np.arange(lengths.sum()), np.cumsum(lengths) - 1)
+        x = torch.randn(int(lengths.sum()), WIDTH)
+        with torch.autocast("cpu", torch.bfloat16):
+            student(x, lay_out(lengths, keep, causal=True)).float().sum().backward()
+            with torch.no_grad():
+                teacher(x, lay_out(lengths, keep, causal=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and set(graphs) == {graphs[0]} and not counters["graph_break"]
 
 
 def test_layers_and_views() -> None:

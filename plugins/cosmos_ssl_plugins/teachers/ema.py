@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Progress, Share, Spec, Teacher
+from cosmos_ssl.models.model import buffers_of
 
 
 class Ema(Teacher):
@@ -22,7 +23,7 @@ class Ema(Teacher):
         self, spec: Spec, *, momentum_teacher: Share = 0.999, final_momentum_teacher: Share | None = None
     ) -> None:
         super().__init__()
-        self._walked: tuple[nn.Module, nn.Module, list[Tensor], list[Tensor]] | None = None
+        self._walked: list[tuple[nn.Module, list[Tensor], Callable[[], list[Tensor]]]] = []
         self.start_momentum = momentum_teacher
         self.final_momentum = momentum_teacher if final_momentum_teacher is None else final_momentum_teacher
 
@@ -35,11 +36,12 @@ class Ema(Teacher):
 
     @torch.no_grad()
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
-        """Move all parameters in one fused pass; buffers are copied."""
+        """Move all parameters in one fused pass; buffers are copied in another."""
         momentum = self.momentum(progress)
-        if self._walked is None or self._walked[0] is not self.model or self._walked[1] is not student:
-            self._walked = self.model, student, list(self.model.parameters()), list(student.parameters())
-        torch._foreach_lerp_(*self._walked[2:], 1 - momentum)
-        for own, other in zip(self.model.buffers(), student.buffers(), strict=True):
-            own.copy_(other)
+        if [model for model, *_ in self._walked] != [self.model, student]:
+            self._walked = [(model, list(model.parameters()), buffers_of(model)) for model in (self.model, student)]
+        (_, own, own_buffers), (_, other, other_buffers) = self._walked
+        torch._foreach_lerp_(own, other, 1 - momentum)
+        if buffers := own_buffers():
+            torch._foreach_copy_(buffers, other_buffers())
         return {"momentum": momentum}

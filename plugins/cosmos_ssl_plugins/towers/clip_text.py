@@ -30,7 +30,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, Layout, Recomputed, lay_out, layer_of, pick_views
 
 
 class ClipText(Tower):
@@ -44,7 +44,8 @@ class ClipText(Tower):
     ``mlp_ratio``: width inside a block's MLP over the tower's.
     ``layer_scale``: start value of a scale on each branch; None is no scale.
     ``drop_path``: rate of the last block, growing linearly from 0 at the first.
-    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need; ``alternate``:
+    every other one, for half of the memory and half of the work.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -63,7 +64,7 @@ class ClipText(Tower):
         mlp_ratio: Strength = 4.0,
         layer_scale: Strength | None = None,
         drop_path: Share = 0.0,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: Recomputed = False,
     ) -> None:
         super().__init__()
         self.tokenizer_ids = spec.vocab_size

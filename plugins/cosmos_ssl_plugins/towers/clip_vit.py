@@ -26,12 +26,13 @@ from cosmos_ssl.api import (
     Strength,
     Tower,
     TowerSpec,
+    UserError,
     ViewSpec,
     Whole,
 )
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, take_rows
-from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, Recomputed, lay_out, layer_of, pick_views
 
 
 class ClipViT(Tower):
@@ -45,7 +46,10 @@ class ClipViT(Tower):
     ``mask_token``: a learned token for hidden patches (masked image modelling).
     ``layer_scale``: start value of a scale on each branch; None is no scale.
     ``drop_path``: rate of the last block, growing linearly from 0 at the first.
-    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+    ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need; ``alternate``:
+    every other one, for half of the memory and half of the work.
+    ``patch_dropout``: this share of the patches of each picture is left out of the student in training, drawn anew at
+    each step (FLIP, arXiv 2212.00794); where no part reads patches.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -67,9 +71,13 @@ class ClipViT(Tower):
         drop_path: Share = 0.0,
         mask_token: bool = False,
         pre_norm: bool = True,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: Recomputed = False,
+        patch_dropout: Share = 0.0,
     ) -> None:
         super().__init__()
+        if patch_dropout >= 1:
+            raise ValueError(f"patch_dropout: {patch_dropout:g} is no share below 1")
+        self.patch_dropout = patch_dropout
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
         self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
@@ -114,6 +122,8 @@ class ClipViT(Tower):
             masks = None if masks is None else pick_views(masks, wanted.views)
             hidden = upload(pixels.device, masks.flatten(0, 1)) if masks is not None and wanted.hide_masked else [None]
             x = self._embed(pixels.flatten(0, 1), *hidden)
+            if self.training and self.patch_dropout:
+                x = self._drop_patches(x)
             reads.append(
                 _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None)
             )
@@ -147,7 +157,15 @@ class ClipViT(Tower):
         return out[:, self.prefix :], out[:, 0]
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
-        """The projection and the mask token, where no group reads them."""
+        """The projection and the mask token, where no group reads them. Raises UserError for patches that are read, and
+        may have been left out.
+        """
+        patches = [name for name, wanted in plan.items() if wanted.tokens or wanted.masked_tokens]
+        if self.patch_dropout and patches:
+            raise UserError(
+                f"model.image.patch_dropout: patches of the views '{patches[0]}' are read, by a loss or by a head, and "
+                "cannot be left out. Set it to 0"
+            )
         used = {
             "projection": any(wanted.projected for wanted in plan.values()),
             "mask_token": any(wanted.hide_masked for wanted in plan.values()),
@@ -179,6 +197,15 @@ class ClipViT(Tower):
             first.append(self.register_tokens.to(x.dtype).expand(n, -1, -1))
         positions = positions.to(x.dtype)  # float32 would widen all that follows
         return torch.cat([*first, x + positions[1:]], 1)
+
+    def _drop_patches(self, x: Tensor) -> Tensor:
+        """Images [n, P + N, W] -> [n, P + K, W]: of each K random patches, in any order, and all that lies before."""
+        n, length, width = x.shape
+        patches, first = length - self.prefix, torch.arange(self.prefix, device=x.device)
+        kept = max(1, round((1 - self.patch_dropout) * patches))
+        drawn = torch.rand(n, patches, device=x.device).topk(kept).indices + self.prefix
+        rows = torch.cat([first.expand(n, -1), drawn], 1) + length * torch.arange(n, device=x.device)[:, None]
+        return take_rows(x.flatten(0, 1), rows.flatten()).view(n, -1, width)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Positions of a rows x columns grid, [1 + N, W], bicubic.

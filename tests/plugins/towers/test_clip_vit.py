@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupPlan, ImageGroup, Spec
+from cosmos_ssl.api import GroupPlan, ImageGroup, Spec, UserError
+from cosmos_ssl.models.transformer import lay_out
 from cosmos_ssl_plugins.towers.clip_text import ClipText
 from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
@@ -141,6 +143,30 @@ def test_packed_and_pruned_is_a_plain_transformer_of_each_size(options: dict[str
     gradients = [torch.autograd.grad(total, list(parameters.values())) for total in sums]
     for name, a, b in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_patches_left_out_in_training() -> None:
+    """What is pooled is a transformer over the class token, registers and the patches that were drawn."""
+    vit, groups = small(registers=2, patch_dropout=0.7), random_groups()
+    plan = {"global": GroupPlan(views=(1,)), "local": GroupPlan(views=(0, 2))}
+    torch.manual_seed(5)
+    found = vit(groups, plan)
+    torch.manual_seed(5)
+    for name, wanted in plan.items():
+        rows = vit._embed(groups[name].pixels[list(wanted.views)].flatten(0, 1), None)
+        patches = rows.shape[1] - 3
+        drawn = torch.rand(len(rows), patches).argsort(1, descending=True)[:, : round(0.3 * patches)]
+        for image, kept, pooled in zip(rows, drawn, found[name].pooled.flatten(0, 1), strict=True):
+            x = vit.norm_pre(torch.cat([image[:3], image[3:][kept.sort().values]]))
+            alone = vit.blocks(x, lay_out(np.array([len(x)]), np.ones(len(x), bool)))
+            torch.testing.assert_close(pooled, vit.norm(alone)[0], atol=1e-10, rtol=0)
+    whole = vit.eval()(groups, plan)
+    torch.testing.assert_close(whole["local"].pooled, small(registers=2)(groups, plan)["local"].pooled, atol=0, rtol=0)
+    assert vit.unread(plan) == ()
+    with pytest.raises(UserError, match=r"patch_dropout: patches of the views 'global' are read"):
+        vit.unread({"global": GroupPlan(views=(0, 1), tokens=(1,))})
+    with pytest.raises(ValueError, match="patch_dropout: 1 is no share below 1"):
+        small(patch_dropout=1)
 
 
 @pytest.mark.parametrize("tokens", [(), (0,)])
