@@ -186,7 +186,7 @@ def launch(
     if joined == 1 or os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         print(f"training here, {where}, into {loaded[0].config.folder}", flush=True)
     if starts:
-        return run_ranks(["--config", configs[0], *overrides], ranks)
+        return run_ranks(["--config", configs[0], *overrides], ranks, loaded[0].config.folder)
     build.run(loaded[0], fork=fork)
     return EXIT_DONE
 

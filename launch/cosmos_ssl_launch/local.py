@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -25,10 +26,13 @@ _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
 
 
-def run_ranks(arguments: Sequence[str], count: int) -> int:
-    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world; the run's exit code."""
+def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
+    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world, which train into ``folder``; the
+    run's exit code.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    began = time.time()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # held here: no rank has to be first
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -52,7 +56,7 @@ def run_ranks(arguments: Sequence[str], count: int) -> int:
                     process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return _outcome(codes, said)
+        return _outcome(codes, said, folder, began)
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None) -> subprocess.Popen[bytes]:
@@ -111,16 +115,20 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     return [process.returncode for process in ranks]
 
 
-def _outcome(codes: Sequence[int], said: Sequence[IO[str]]) -> int:
+def _outcome(codes: Sequence[int], said: Sequence[IO[str]], folder: Path, began: float) -> int:
     """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints
-    itself.
+    itself; and where the last collectives are of one that NCCL has ended.
     """
     found = [EXIT_LOST if code < 0 else code for code in codes]
     worst = next((code for code in _TELLING if code in found), max(found))
-    rank = found.index(worst)
-    if worst != EXIT_DONE and rank > 0:
+    aborted = [code == -signal.SIGABRT for code in codes]  # as NCCL's watchdog does; what the others see is a lost rank
+    rank = max((rank for rank, code in enumerate(found) if code == worst), key=aborted.__getitem__)
+    if worst != EXIT_DONE and (rank > 0 or aborted[0]):
         said[rank].seek(0)
         lines = said[rank].read().strip().splitlines()
         ended = f"by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"with exit code {codes[rank]}"
-        print(f"rank {rank} ended {ended}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
+        flights = folder / f"nccl_rank{rank}"  # by NCCL's flight recorder (distributed.py)
+        fresh = aborted[rank] and flights.exists() and flights.stat().st_mtime >= began
+        told = f"; its last collectives are in {flights} (read by torch.distributed.flight_recorder)" if fresh else ""
+        print(f"rank {rank} ended {ended}{told}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
     return worst
