@@ -193,7 +193,7 @@ class Run:
         )
         self.watch = Watch(trainer.console, self.total_steps, self.steps_per_epoch, lambda: self.checkpoints.seconds)
         stack.enter_context(self.watch.showing(self.state.step))
-        self.clock = Clock()
+        self.clock = Clock(self.state.device, self.state.precision)
         self.between_steps = True
         """Whether what an error leaves behind can be saved."""
 
@@ -226,7 +226,8 @@ class Run:
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
+                with self.clock.step():
+                    update = self.step(batch.views.to(self.state.device), progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
                 if self.state.step == first:
                     be_impatient()
@@ -285,6 +286,8 @@ class Run:
         row = {"epoch": step / self.steps_per_epoch}
         row |= self.world.mean({n: x.item() if isinstance(x, Tensor) else x for n, x in numbers.items()})
         row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
+        if not row.get("mfu", 1):  # not known
+            del row["mfu"]
         row |= {"skipped_steps": self.state.counters.skipped, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
