@@ -37,7 +37,7 @@ def _versions() -> dict[str, str]:
 
     found = {"cosmos-ssl": f"{__version__} (plugin API {API_VERSION})", "python": platform.python_version()}
     found |= {"system": platform.platform()}
-    return found | dict.fromkeys(LIBRARIES, "not installed") | library_versions() | found
+    return found | {name: library_versions().get(name, "not installed") for name in LIBRARIES if name not in found}
 
 
 def _devices() -> dict[str, str]:
