@@ -33,6 +33,7 @@ from cosmos_ssl.engine.distributed import (
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
+from cosmos_ssl.engine.memory import dump_memory, enough_memory, explain_shortage, record_allocations
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -78,6 +79,8 @@ class Trainer:
             be_deterministic()
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            record_allocations()
         self.console = console or Console(quiet=not self.world.first)
         self.writers = writers
         self.signals = signals or Signals(at_once=True)
@@ -127,7 +130,7 @@ class Trainer:
                 return metrics
             with self.folder.logged():
                 try:
-                    with ExitStack() as inner:
+                    with ExitStack() as inner, enough_memory(self._out_of_memory):
                         self.run = Run(self, inner)
                         return self.run.to_end()
                 except BaseException as error:
@@ -135,6 +138,14 @@ class Trainer:
                     told = error or type(error).__name__
                     log.info("the run ended: %s", told, exc_info=bool(unforeseen), extra={"file_only": True})
                     raise
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        """Return what to say of it; a snapshot of a CUDA device lies in the run folder then."""
+        run, place = self.run, self.folder.path / "memory" / f"rank{self.world.rank}.pickle"
+        state, evaluating = (run.state, run.evaluating) if run else (None, "")
+        given = (self.assembly, self.config, state, self.device)
+        told = explain_shortage(error, *given, ranks=self.world.size, evaluating=evaluating)
+        return told + dump_memory(self.device, place)
 
     def _finished(self) -> dict[str, float] | None:
         """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
@@ -196,6 +207,8 @@ class Run:
         self.clock = Clock(self.state.device, self.state.precision)
         self.between_steps = True
         """Whether what an error leaves behind can be saved."""
+        self.evaluating = ""
+        """The evaluator under way."""
 
     def to_end(self) -> dict[str, float]:
         """Loop and finish; the final metrics. What ends the run between two steps finds it saved."""
@@ -347,11 +360,12 @@ class Run:
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused():
-                dtype = DTYPES[self.state.precision]
+                dtype, self.evaluating = DTYPES[self.state.precision], name
                 try:
                     found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)
                 except Interrupted as error:
                     self._leave(error.number, together=False)
+                self.evaluating = ""
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
