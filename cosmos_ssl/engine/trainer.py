@@ -65,10 +65,12 @@ class Trainer:
         console: Console | None = None,
         writers: Sequence[Writer] = (),
         signals: Signals | None = None,
+        keep: bool = True,
     ) -> None:
         """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError.
 
-        ``signals`` are watched already; by default they are from the start of ``train`` on.
+        ``signals`` are watched already; by default they are from the start of ``train`` on. Unless the run is one to
+        ``keep``, no checkpoint is written.
         """
         self.assembly = assembly
         self.config = config
@@ -83,6 +85,7 @@ class Trainer:
             record_allocations()
         self.console = console or Console(quiet=not self.world.first)
         self.writers = writers
+        self.keep = keep
         self.signals = signals or Signals(at_once=True)
         self._watching = signals is not None
         check_ranks(config, self.world.size)
@@ -145,7 +148,7 @@ class Trainer:
         state, evaluating = (run.state, run.evaluating) if run else (None, "")
         given = (self.assembly, self.config, state, self.device)
         told = explain_shortage(error, *given, ranks=self.world.size, evaluating=evaluating)
-        return told + dump_memory(self.device, place)
+        return told + dump_memory(self.device, place) if self.keep else told
 
     def _finished(self) -> dict[str, float] | None:
         """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
@@ -193,12 +196,12 @@ class Run:
             self.steps_per_epoch,
             self.total_steps,
             sound=None if newest is None else self.state.step,
-            writes=self.world.first,
+            writes=self.world.first and trainer.keep,
         )
         stack.callback(self.checkpoints.close)
         self.world.run_on_first(lambda: self._settle(fork))
         trainer.loader.check_limits()
-        self.signals.at_once = False
+        self.signals.at_once = not trainer.keep
         self.watchdog = stack.enter_context(
             Watchdog(self.config.training.timeout_minutes, self.folder.log, self._where)
         )
@@ -346,7 +349,7 @@ class Run:
 
     def save_now(self) -> None:
         """Save where the run stands and wait for it, on the first rank. Raises StorageError."""
-        if self.world.first:
+        if self.checkpoints.writes:
             if not self.checkpoints.has(self.state.step):
                 self._save()
             self.checkpoints.wait(self.state.step)

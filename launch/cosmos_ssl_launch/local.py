@@ -20,7 +20,8 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOS
 GRACE = 20.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 
-_PARENT = "COSMOS_LAUNCH_PARENT"
+PARENT = "COSMOS_LAUNCH_PARENT"
+"""Names the process that has started a rank."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
@@ -54,6 +55,7 @@ def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
+                    process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return _outcome(codes, said, folder, began)
@@ -70,7 +72,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
         "MASTER_PORT": port,
-        _PARENT: os.getpid(),
+        PARENT: os.getpid(),
     }
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -87,7 +89,7 @@ def rank_main() -> int:
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[_PARENT]):  # it died before the call above
+        if os.getppid() != int(os.environ[PARENT]):  # it died before the call above
             return EXIT_LOST
     return main()
 

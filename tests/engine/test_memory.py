@@ -62,6 +62,7 @@ def test_one_message_names_the_owners_and_the_setting(
     owner = getattr(tiny, owner) if isinstance(owner, str) else owner
     when = refuse if where[:7] != "in step" else late(getattr(owner, place), refuse)
     monkeypatch.setattr(owner, place, when)
+    monkeypatch.setattr(tiny.Flat, "part_source", "another package")  # which is not to blame
     config = tiny.make_config(training={"batch_size": 4})
     with pytest.raises(TrainingError) as caught:
         tiny.make_trainer(tmp_path, config, evaluators={"mean": tiny.Mean()}).train()
