@@ -119,7 +119,8 @@ def probe(loaded: LoadedConfig, steps: int, *, leaving: Callable[[int], int] | N
     probed = load_config(loaded.tree, [*wanted, f"logging.every_steps={every}"])
     rows = Rows()
     with _at_work(probed, leaving) as signals:
-        trainer = _trainer(probed, fork=None, signals=signals, writers=[rows], keep=False)
+        trainer = _trainer(probed, fork=None, signals=signals, writers=[rows])
+        trainer.keep = False
         trainer.train()
         return measured(loaded.config, trainer, rows.rows)
 
@@ -142,17 +143,12 @@ def _at_work(loaded: LoadedConfig, leaving: Callable[[int], int] | None) -> Iter
 
 @storage_faults("storage fails")
 def _trainer(
-    loaded: LoadedConfig,
-    *,
-    fork: str | Path | None,
-    writers: Sequence[Writer] = (),
-    signals: Signals | None = None,
-    keep: bool = True,
+    loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
 ) -> Trainer:
     folder = loaded.config.folder
     World().run_on_first(lambda: claim(folder, fork))  # said now rather than after the data is ready
     assembly = Builder(loaded).assemble("train", watched=lambda: watched(loaded))
-    return Trainer(assembly, loaded.config, folder, writers=writers, signals=signals, keep=keep)
+    return Trainer(assembly, loaded.config, folder, writers=writers, signals=signals)
 
 
 def claim(folder: Path, fork: str | Path | None = None) -> None:

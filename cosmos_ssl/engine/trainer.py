@@ -65,12 +65,10 @@ class Trainer:
         console: Console | None = None,
         writers: Sequence[Writer] = (),
         signals: Signals | None = None,
-        keep: bool = True,
     ) -> None:
         """``device``: default by ``training.device``. ``writers`` receive the metrics too. Raises UserError.
 
-        ``signals`` are watched already; by default they are from the start of ``train`` on. Unless the run is one to
-        ``keep``, no checkpoint is written.
+        ``signals`` are watched already; by default they are from the start of ``train`` on.
         """
         self.assembly = assembly
         self.config = config
@@ -81,11 +79,12 @@ class Trainer:
             be_deterministic()
         if self.device.type == "cpu":
             keep_freed_memory()
-        else:
+        elif self.device.type == "cuda":
             record_allocations()
         self.console = console or Console(quiet=not self.world.first)
         self.writers = writers
-        self.keep = keep
+        self.keep = True
+        """Whether checkpoints are written, and signals wait for one; and a snapshot of memory where it is used up."""
         self.signals = signals or Signals(at_once=True)
         self._watching = signals is not None
         check_ranks(config, self.world.size)
