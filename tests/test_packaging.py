@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from cosmos_ssl.models.attention import backend_report, resolve_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -74,6 +82,29 @@ def test_installed_version_is_the_package_s() -> None:
     import cosmos_ssl
 
     assert cosmos_ssl.__version__ == PYPROJECT["project"]["version"] == distribution("cosmos-ssl").version
+
+
+def pair(extra: str) -> dict[str, SpecifierSet]:
+    """The versions that an extra asks for."""
+    wanted = map(Requirement, PYPROJECT["project"]["optional-dependencies"][extra])
+    return {requirement.name: requirement.specifier for requirement in wanted}
+
+
+def test_the_extra_for_cuda_12_pairs_xformers_with_the_torch_it_was_built_against() -> None:
+    spec = importlib.util.find_spec("xformers")
+    if spec is None or spec.origin is None or version("xformers") not in pair("cuda12")["xformers"]:
+        pytest.skip("another xformers, or none")
+    built = json.loads(Path(spec.origin).with_name("cpp_lib.json").read_text())["version"]
+    assert Version(built["torch"]).base_version in pair("cuda12")["torch"] and built["cuda"] // 100 == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_either_extra_has_attention_in_little_memory() -> None:
+    ours = version("torch").partition("+")[0]
+    for extra, backend in (("cuda12", "xformers"), ("cuda13", "varlen")):
+        if ours in pair(extra)["torch"]:
+            assert resolve_backend("auto", "cuda") == backend, backend_report()
 
 
 def test_groups_are_sorted() -> None:

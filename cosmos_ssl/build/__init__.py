@@ -5,7 +5,7 @@ cli.
 
 from cosmos_ssl.build.builder import Builder, meta_device
 from cosmos_ssl.build.reading import load
-from cosmos_ssl.build.runs import check, claim, make_trainer, run, train
+from cosmos_ssl.build.runs import check, claim, make_trainer, probe, run, train
 
 __all__ = [
     "Builder",
@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "make_trainer",
     "meta_device",
+    "probe",
     "run",
     "train",
 ]

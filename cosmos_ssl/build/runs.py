@@ -15,6 +15,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
+from cosmos_ssl.engine.probe import Rows, measured
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
@@ -104,13 +105,36 @@ def run(
     ``fork``: a run folder, or one of its checkpoints, that a new run goes on from.
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
+    with _at_work(loaded, leaving) as signals:
+        return _trainer(loaded, fork=fork, signals=signals).train()
+
+
+def probe(loaded: LoadedConfig, steps: int, *, leaving: Callable[[int], int] | None = None) -> list[tuple[str, str]]:
+    """Run the first ``steps`` of a checked config in this process, without checkpoints; lines to show of them.
+
+    The config's ``output_dir`` is the caller's to remove. ``leaving``: as of ``run``.
+    """
+    every = max(1, min(10, steps // 4))
+    wanted = [f"schedule.max_steps={min(steps, loaded.config.schedule.max_steps or steps)}"]
+    probed = load_config(loaded.tree, [*wanted, f"logging.every_steps={every}"])
+    rows = Rows()
+    with _at_work(probed, leaving) as signals:
+        trainer = _trainer(probed, fork=None, signals=signals, writers=[rows])
+        trainer.keep = False
+        trainer.train()
+        return measured(loaded.config, trainer, rows.rows)
+
+
+@contextmanager
+def _at_work(loaded: LoadedConfig, leaving: Callable[[int], int] | None) -> Iterator[Signals]:
+    """A process that trains, as a member of its world; signals are watched while entered."""
     with (
         steady_streams(),
         Signals(at_once=True, leaving=leaving) as signals,
         joined_world(loaded.config.training.device, loaded.config.folder),
     ):
         try:
-            return _trainer(loaded, fork=fork, signals=signals).train()
+            yield signals
         except Interrupted as error:
             if leaving is not None:
                 error.exit_code = leaving(error.number)

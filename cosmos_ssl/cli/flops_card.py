@@ -14,8 +14,9 @@ from cosmos_ssl.errors import EXIT_DONE, DataError
 
 if TYPE_CHECKING:
     from cosmos_ssl.cost.card_step import CardStep
-    from cosmos_ssl.cost.cards import Card, Estimate
+    from cosmos_ssl.cost.cards import Estimate
     from cosmos_ssl.engine.assembly import Assembly
+    from cosmos_ssl.engine.cards import Card
 
 SAMPLES = 64
 _SHOWN = 12
@@ -26,8 +27,9 @@ def report(arguments: argparse.Namespace) -> int:
     """Count a step of each config and print what it takes on ``arguments.card``. Raises UserError."""
     ranks, samples = arguments.ranks or 1, arguments.samples or SAMPLES
     configs = [load_config(config, arguments.overrides).config for config in arguments.configs]
-    from cosmos_ssl.cost.cards import CARDS, estimate
+    from cosmos_ssl.cost.cards import estimate
     from cosmos_ssl.cost.fake_device import fake_device
+    from cosmos_ssl.engine.cards import CARDS
 
     card, rows = CARDS[arguments.card], []
     with fake_device() as run:
@@ -87,6 +89,7 @@ def _places(events: Counter[Any]) -> list[dict[str, Any]]:
 
 def _print(config: Config, step: CardStep, found: Estimate, card: Card, length: int | None) -> None:
     from cosmos_ssl.cost import cards
+    from cosmos_ssl.engine.cards import USABLE
 
     where = f"rank {step.rank} of {step.ranks}, each on " if step.ranks > 1 else ""
     print(f"{config.name}: a step of {step.samples} samples in {step.precision} on {where}one {card.name}")
@@ -97,7 +100,7 @@ def _print(config: Config, step: CardStep, found: Estimate, card: Card, length: 
     number_table("STAGE", heads, rows | {"total": total})
     print()
     gib = 2**30
-    fits = f"{found.micro_batch:,} samples fit into {cards.USABLE * card.gib:.0f} of its {card.gib:.0f} GiB"
+    fits = f"{found.micro_batch:,} samples fit into {USABLE * card.gib:.0f} of its {card.gib:.0f} GiB"
     lines = [
         (
             "speed",

@@ -6,25 +6,11 @@ import argparse
 import os
 import platform
 from collections import defaultdict
-from importlib import metadata
 from typing import Any
 
 from cosmos_ssl import API_VERSION, __version__, registry
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.errors import EXIT_DONE
-
-_LIBRARIES = (
-    "torch",
-    "torchvision",
-    "xformers",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "lightly",
-    "webdataset",
-    "pydantic",
-    "numpy",
-)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,14 +33,11 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _versions() -> dict[str, str]:
+    from cosmos_ssl.engine.run_folder import LIBRARIES, library_versions
+
     found = {"cosmos-ssl": f"{__version__} (plugin API {API_VERSION})", "python": platform.python_version()}
     found |= {"system": platform.platform()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: library_versions().get(name, "not installed") for name in LIBRARIES if name not in found}
 
 
 def _devices() -> dict[str, str]:

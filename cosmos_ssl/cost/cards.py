@@ -8,11 +8,11 @@ kernel after the other, too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cosmos_ssl.cost.card_step import COPY, STAGES, CardStep
 from cosmos_ssl.cost.count import Kernel
+from cosmos_ssl.engine.cards import USABLE, Card
 
 PRODUCTS = 0.58
 """Share of the peak that large products in 16 bits reach: 575 of 989 TFLOP/s on an H100."""
@@ -24,8 +24,6 @@ KERNEL_SECONDS = 2e-6
 """What a kernel takes that does nothing."""
 LAUNCH_SECONDS = 6e-6
 """What PyTorch takes on the host for a launch."""
-USABLE = 0.9
-"""Share of a card's memory that tensors can fill, beside contexts, workspaces and gaps."""
 NODE = 8
 """Cards of a node; with more ranks, collectives run at the network's rate."""
 LOADER_SECONDS = 3.9e-3
@@ -39,36 +37,6 @@ ASSUMPTIONS = (
     f"tensors fill {USABLE:.0%} of the memory. MFU is of the products that run. A core of the loader makes the",
     "eight views of a sample of COSMOS, and its tokens.",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Peak rates of a card, dense."""
-
-    name: str
-    half: float
-    """TFLOP/s of bfloat16 and float16."""
-    tf32: float
-    single: float
-    """Of float32."""
-    memory: float
-    """TB/s."""
-    gib: float
-    host: float
-    """GB/s from and to the host, one way."""
-    link: float
-    """GB/s to the other cards of the node, one way."""
-    network: float
-    """GB/s to other nodes, one way."""
-
-
-CARDS: Mapping[str, Card] = {
-    "a100": Card("A100 SXM 80 GB", 312, 156, 19.5, 2.04, 79.2, 32, 300, 25),
-    "h100": Card("H100 SXM 80 GB", 989, 494, 67, 3.35, 79.1, 64, 450, 50),
-    "h200": Card("H200 SXM 141 GB", 989, 494, 67, 4.8, 139.8, 64, 450, 50),
-    "b200": Card("B200 SXM 180 GB", 2250, 1125, 75, 8.0, 178.4, 64, 900, 50),
-}
-"""By NVIDIA's data sheets; a network of 400 Gb/s a card (200 for the A100)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

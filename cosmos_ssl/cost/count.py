@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos_ssl.cost.flops import formulas, is_free
+from cosmos_ssl.cost.flops import is_free
 from cosmos_ssl.cost.kernels import is_collective, is_view, launches, moved, sent, written
+from cosmos_ssl.functional.products import formulas
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)

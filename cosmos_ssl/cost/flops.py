@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosmos_ssl.functional.products import formulas, packed_products
 
 Handle: TypeAlias = Callable[[list[Any], list[Any]], int]
 """Inputs and outputs of a node of a traced graph -> multiply-adds."""
@@ -156,20 +157,6 @@ def _sequences(keys: int) -> Handle:
         return packed_products(q, k, v, ends[0], ends[1])
 
     return handle
-
-
-def packed_products(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], q_ends: Tensor | None, k_ends: Tensor | None
-) -> int:
-    """Multiply-adds of attention over [B, L, H, d], or over sequences laid end to end with ends 0, e1, e2, ...: [T, H,
-    d].
-    """
-    pairs = (
-        math.prod(q[:-3]) * q[-3] * k[-3]
-        if q_ends is None or k_ends is None
-        else int((q_ends.diff() * k_ends.diff()).sum())
-    )
-    return pairs * q[-2] * (q[-1] + v[-1])
 
 
 _HANDLES: dict[str, Handle] = {
@@ -310,53 +297,3 @@ def counted() -> Iterator[Counted]:
     for (name, packet), count in seen.operations.items():
         if packet not in counter.flop_registry and not is_free(name):
             result.uncounted[name] += count
-
-
-def formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of attention operators that PyTorch's counter does not know, or takes for padded."""
-
-    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))
-
-    def packed(first: int, ends: int, products: int) -> Callable[..., int]:
-        """``first``: the argument that holds q.
-
-        The forward pass has two products of this size, the backward pass five.
-        """
-
-        def formula(*args: Any, **_: Any) -> int:
-            q, k, v = args[first : first + 3]
-            return products * packed_products(q.shape, k.shape, v.shape, *args[ends : ends + 2])
-
-        formula._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
-        return formula
-
-    def vector(matrix: Any, _: Any, *__: Any, **___: Any) -> int:
-        return int(2 * math.prod(matrix))
-
-    found: dict[Any, Callable[..., int]] = {
-        torch.ops.aten.mv: vector,
-        torch.ops.aten.dot: vector,
-        torch.ops.aten.vdot: vector,
-        torch.ops.aten.addmv: lambda _, matrix, *__, **___: int(2 * math.prod(matrix)),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        torch.ops.aten._flash_attention_forward: packed(0, 3, 2),
-        torch.ops.aten._flash_attention_backward: packed(1, 6, 5),
-        torch.ops.aten._efficient_attention_forward: packed(0, 4, 2),
-        torch.ops.aten._efficient_attention_backward: packed(1, 6, 5),
-    }
-    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        space = torch.ops.torch_attn
-        found |= {space._varlen_attn: packed(0, 3, 2), space._varlen_attn_backward: packed(1, 6, 5)}
-    for space in (torch.ops.xformers_flash, torch.ops.xformers_flash3):
-        if hasattr(space, "flash_fwd"):
-            found |= {space.flash_fwd: packed(0, 3, 2), space.flash_bwd: packed(2, 7, 5)}
-    with suppress(ImportError):  # an older PyTorch has no such operators
-        import_module("torch.nn.attention.varlen")
-        varlen = torch.ops.torch_attn
-        found |= {varlen._varlen_attn: packed(0, 3, 2), varlen._varlen_attn_backward: packed(1, 6, 5)}
-    return found

@@ -9,7 +9,8 @@ import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
 
-_WATCHED = (
+LIBRARIES = (
     "cosmos-ssl",
     "torch",
     "torchvision",
@@ -31,9 +32,12 @@ _WATCHED = (
     "transformers",
     "open_clip_torch",
     "lightly",
+    "webdataset",
+    "pydantic",
     "numpy",
     "pillow",
 )
+"""Libraries that shape results, by the names of their distributions."""
 _held: set[Path] = set()
 
 
@@ -226,13 +230,19 @@ class RunFolder:
 
 def versions(parts: Mapping[str, str]) -> dict[str, str]:
     """Versions of Python, of the libraries that shape results, and of every part of the run."""
-    found = {"python": platform.python_version()}
-    for name in _WATCHED:
-        try:
+    return {"python": platform.python_version(), **library_versions(), **parts}
+
+
+@cache
+def library_versions() -> Mapping[str, str]:
+    """The versions of ``LIBRARIES`` that are installed, as they were when first asked for: those that this process
+    has imported.
+    """
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found | dict(parts)
+    return found
 
 
 def _older_versions(path: Path, now: Mapping[str, str]) -> Mapping[str, Any]:

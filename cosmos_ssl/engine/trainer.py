@@ -35,6 +35,7 @@ from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
+from cosmos_ssl.engine.memory import dump_memory, enough_memory, explain_shortage, record_allocations
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -80,8 +81,12 @@ class Trainer:
             be_deterministic()
         if self.device.type == "cpu":
             keep_freed_memory()
+        elif self.device.type == "cuda":
+            record_allocations()
         self.console = console or Console(quiet=not self.world.first)
         self.writers = writers
+        self.keep = True
+        """Whether checkpoints are written, and signals wait for one; and a snapshot of memory where it is used up."""
         self.signals = signals or Signals(at_once=True)
         self._watching = signals is not None
         check_ranks(config, self.world.size)
@@ -129,7 +134,7 @@ class Trainer:
                 return metrics
             with self.folder.logged():
                 try:
-                    with ExitStack() as inner:
+                    with ExitStack() as inner, enough_memory(self._out_of_memory):
                         self.run = Run(self, inner)
                         return self.run.to_end()
                 except BaseException as error:
@@ -137,6 +142,14 @@ class Trainer:
                     told = error or type(error).__name__
                     log.info("the run ended: %s", told, exc_info=bool(unforeseen), extra={"file_only": True})
                     raise
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        """Return what to say of it; a snapshot of a CUDA device lies in the run folder then."""
+        run, place = self.run, self.folder.path / "memory" / f"rank{self.world.rank}.pickle"
+        state, evaluating = (run.state, run.evaluating) if run else (None, "")
+        given = (self.assembly, self.config, state, self.device)
+        told = explain_shortage(error, *given, ranks=self.world.size, evaluating=evaluating)
+        return told + dump_memory(self.device, place) if self.keep else told
 
     def _finished(self) -> dict[str, float] | None:
         """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
@@ -184,20 +197,22 @@ class Run:
             self.steps_per_epoch,
             self.total_steps,
             sound=None if newest is None else self.state.step,
-            writes=self.world.first,
+            writes=self.world.first and trainer.keep,
         )
         stack.callback(self.checkpoints.close)
         self.world.run_on_first(lambda: self._settle(fork))
         trainer.loader.check_limits()
-        self.signals.at_once = False
+        self.signals.at_once = not trainer.keep
         self.watchdog = stack.enter_context(
             Watchdog(self.config.training.timeout_minutes, self.folder.log, self._where)
         )
         self.watch = Watch(trainer.console, self.total_steps, self.steps_per_epoch, lambda: self.checkpoints.seconds)
         stack.enter_context(self.watch.showing(self.state.step))
-        self.clock = Clock()
+        self.clock = Clock(self.state.device, self.state.precision)
         self.between_steps = True
         """Whether what an error leaves behind can be saved."""
+        self.evaluating = ""
+        """The evaluator under way."""
 
     def to_end(self) -> dict[str, float]:
         """Loop and finish; the final metrics. What ends the run between two steps finds it saved."""
@@ -230,7 +245,8 @@ class Run:
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                update = self.step(batch.views, progress, lambda b=batch: self._news(b))  # type: ignore[misc]
+                with self.clock.step():
+                    update = self.step(batch.views, progress, lambda b=batch: self._news(b))  # type: ignore[misc]
                 self.state.step += 1
                 if self.state.step == first:
                     be_impatient()
@@ -290,6 +306,8 @@ class Run:
         row = {"epoch": step / self.steps_per_epoch}
         row |= self.world.mean({n: x.item() if isinstance(x, Tensor) else x for n, x in numbers.items()})
         row |= dict(zip(rates, self.world.most(list(rates.values())), strict=True)) | self.world.slowest(own_seconds)
+        if not row.get("mfu", 1):  # not known
+            del row["mfu"]
         row |= {"skipped_steps": self.state.counters.skipped, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
@@ -335,7 +353,7 @@ class Run:
 
     def save_now(self) -> None:
         """Save where the run stands and wait for it, on the first rank. Raises StorageError."""
-        if self.world.first:
+        if self.checkpoints.writes:
             if not self.checkpoints.has(self.state.step):
                 self._save()
             self.checkpoints.wait(self.state.step)
@@ -349,11 +367,12 @@ class Run:
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused(), collected_at_will():
-                dtype = DTYPES[self.state.precision]
+                dtype, self.evaluating = DTYPES[self.state.precision], name
                 try:
                     found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)
                 except Interrupted as error:
                     self._leave(error.number, together=False)
+                self.evaluating = ""
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()

@@ -6,15 +6,18 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from cosmos_ssl.engine.cards import card_of
 from cosmos_ssl.errors import printable
 from cosmos_ssl.functional.collective_time import collective_time
+from cosmos_ssl.functional.products import Products
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +130,12 @@ def describe(row: Mapping[str, float], seconds_left: float) -> str:
         if row.get("slowest_rank_lag", 0) >= _SLOW
         else ""
     )
+    shown = (("mfu", "mfu {:.0%}"), ("memory", "memory {:.1f} GiB"), ("gpu_wait", "gpu wait {:.0%}"))
+    device = "".join(f"{words.format(row[name])}  " for name, words in shown if name in row)
     return (
         f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  "
         f"{row['samples_per_second']:,.0f} samples/s  "
-        f"data wait {row['data_wait']:.0%}{slow}  left {timedelta(seconds=round(seconds_left))}"
+        f"{device}data wait {row['data_wait']:.0%}{slow}  left {timedelta(seconds=round(seconds_left))}"
     )
 
 
@@ -152,13 +157,28 @@ def lines(console: Console) -> Iterator[None]:
 
 class Clock:
     """Since the last reading: samples a second, the share of time spent waiting for data, and the time of this rank's
-    own work.
+    own work. Of a CUDA device also ``gpu_wait``, the share of time that it had nothing to do between two steps,
+    ``memory``, the most GiB in use at once, and ``mfu``, the share of its peak that the products of a step come to, 0
+    where either is not known. The second step is counted for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None, precision: str = "fp32") -> None:
+        """``precision``: the run's, whose peak counts."""
+        self.device = device or torch.device("cpu")
+        self.on_cuda = self.device.type == "cuda"
+        card = card_of(torch.cuda.get_device_name(self.device)) if self.on_cuda else None
+        self._peak = card and card.peak(precision)
+        self._flops: int | None = None
+        """Of a step; None before the first."""
+        self._ended: torch.cuda.Event | None = None
+        self._gap: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._restart()
+
+    def _restart(self) -> None:
         self._start = time.perf_counter()
         self._for_others = -collective_time.total()
         self._waited = 0.0
+        self._idle = 0.0
         self._paused = 0.0
         self._steps = 0
 
@@ -168,18 +188,53 @@ class Clock:
         self._steps += 1
 
     @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step, from what it brings to the device on."""
+        if not self.on_cuda:
+            yield
+            return
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        self._add_gap()
+        if self._ended is not None:
+            self._gap = self._ended, began
+        counting = self._peak is not None and self._flops == 0
+        with Products() if counting else nullcontext() as products:
+            yield
+        self._flops = products.flops if products else self._flops or 0
+        ended.record()
+        self._ended = ended
+
+    def _add_gap(self) -> None:
+        """Add the time between the last two steps; the device has come to the second of them long ago."""
+        if self._gap is not None:
+            ended, began = self._gap
+            began.synchronize()
+            self._idle += ended.elapsed_time(began) / 1000
+            self._gap = None
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Time that belongs to no step (an evaluation)."""
         start, waited = time.perf_counter(), collective_time.total()
         yield
         self._paused += time.perf_counter() - start
         self._for_others -= collective_time.total() - waited
+        self._ended = None
 
     def read(self, batch_size: int) -> tuple[dict[str, float], float, float]:
         """The numbers of a row, seconds a step, and seconds of this rank's own work; then start anew."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rates = {"samples_per_second": self._steps * batch_size / seconds, "data_wait": self._waited / seconds}
+        if self.on_cuda:
+            self._add_gap()
+            rates |= {
+                "gpu_wait": self._idle / seconds,
+                "memory": torch.cuda.max_memory_allocated(self.device) / 2**30,
+                "mfu": (self._flops or 0) * self._steps / seconds / self._peak if self._peak else 0.0,
+            }
+            torch.cuda.reset_peak_memory_stats(self.device)
         seconds_a_step = seconds / max(self._steps, 1)
         own = max(seconds - self._for_others - collective_time.total(), 1e-9)
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return rates, seconds_a_step, own

@@ -19,6 +19,7 @@ from typing import Any
 from cosmos_ssl.cli.common import execute
 from cosmos_ssl.config import load_config
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, StorageError, UserError
+from cosmos_ssl_launch.probe import show
 from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_end, note_start, starts
 
 PATIENCE = 300.0
@@ -34,11 +35,13 @@ GRACE = 3.0
 class SlurmRank:
     """Trains a resolved config as one rank of a SLURM job; submitit pickles and calls it.
 
-    ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends.
+    ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends. ``probe``: so
+    many steps are measured instead.
     """
 
     tree: dict[str, Any]
     limit: int
+    probe: int | None = None
 
     def __call__(self) -> dict[str, float]:
         """Train; the final metrics. Any other end leaves with its exit code.
@@ -74,6 +77,8 @@ class SlurmRank:
                 _wait_for_folder(lambda: build.claim(run))
             build.check(loaded)
             try:
+                if self.probe is not None:
+                    return show(loaded, self.probe, leaving=leaving)
                 metrics.update(build.run(loaded, leaving=leaving))
             finally:  # how it ends is settled; srun sends SIGTERM to all when one rank has left
                 for number in (signal.SIGUSR2, signal.SIGTERM):

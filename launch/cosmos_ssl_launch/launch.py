@@ -72,6 +72,12 @@ def train_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check all that a start would, print config and batch script, and train and write nothing",
     )
+    parser.add_argument(
+        "--probe",
+        type=int,
+        metavar="N",
+        help="measure N steps there instead, in a folder that is removed: samples/s, memory, hours of the whole run",
+    )
     _add_place(parser)
     return parser
 
@@ -84,6 +90,7 @@ def _train(argv: Sequence[str]) -> int:
         profile=arguments.profile,
         fork=arguments.fork,
         dry_run=arguments.dry_run,
+        probe=arguments.probe,
         follow=arguments.follow,
         snapshot=not arguments.no_snapshot,
     )
@@ -139,10 +146,13 @@ def launch(
     profile: str | None = None,
     fork: str | None = None,
     dry_run: bool = False,
+    probe: int | None = None,
     follow: bool = False,
     snapshot: bool = True,
 ) -> int:
-    """Train ``configs``, or say what would be done. Returns the exit code; raises UserError for what the user gave."""
+    """Train ``configs``, or say what would be done, or measure the first ``probe`` steps. Returns the exit code; raises
+    UserError for what the user gave.
+    """
     from cosmos_ssl.config import load_config
     from cosmos_ssl.config.ranks import check_ranks, started_ranks
     from cosmos_ssl_launch.profile import LocalProfile, SlurmProfile, read_profile
@@ -163,6 +173,10 @@ def launch(
         check_ranks(one.config, place.ranks)
     if len(loaded) > 1:
         _check_array(loaded, place)
+    if probe is not None and (probe < 2 or len(loaded) > 1 or dry_run or fork is not None):
+        raise UserError(
+            "--probe N measures N steps, 2 or more, of one config; it goes with neither --fork nor --dry-run"
+        )
 
     # Before torch starts its threads: a short spin between two operations is quick, while GNU OpenMP's long one slows
     # a run many times over wherever anything else uses the processors
@@ -172,6 +186,11 @@ def launch(
 
     for one in loaded:
         build.check(one)
+    if probe is not None:
+        from cosmos_ssl_launch.probe import probe as run_probe
+
+        options = {"started": started, "snapshot": snapshot}
+        return run_probe(configs[0], own, loaded[0].config.folder, probe, place, **options)
     ranks = place.ranks
     where = "in one process" if ranks == 1 else f"as one of {ranks} ranks" if joined > 1 else f"in {ranks} processes"
     if dry_run:
@@ -186,7 +205,7 @@ def launch(
     if joined == 1 or os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         print(f"training here, {where}, into {loaded[0].config.folder}", flush=True)
     if starts:
-        return run_ranks(["--config", configs[0], *overrides], ranks)
+        return run_ranks(["--config", configs[0], *overrides], ranks, loaded[0].config.folder)
     build.run(loaded[0], fork=fork)
     return EXIT_DONE
 

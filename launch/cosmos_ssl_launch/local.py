@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -19,16 +20,20 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOS
 GRACE = 20.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 
-_PARENT = "COSMOS_LAUNCH_PARENT"
+PARENT = "COSMOS_LAUNCH_PARENT"
+"""Names the process that has started a rank."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
 
 
-def run_ranks(arguments: Sequence[str], count: int) -> int:
-    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world; the run's exit code."""
+def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
+    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world, which train into ``folder``; the
+    run's exit code.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    began = time.time()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # held here: no rank has to be first
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -50,9 +55,10 @@ def run_ranks(arguments: Sequence[str], count: int) -> int:
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
+                    process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return _outcome(codes, said)
+        return _outcome(codes, said, folder, began)
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None) -> subprocess.Popen[bytes]:
@@ -66,7 +72,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
         "MASTER_PORT": port,
-        _PARENT: os.getpid(),
+        PARENT: os.getpid(),
     }
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -83,7 +89,7 @@ def rank_main() -> int:
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[_PARENT]):  # it died before the call above
+        if os.getppid() != int(os.environ[PARENT]):  # it died before the call above
             return EXIT_LOST
     return main()
 
@@ -111,16 +117,20 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     return [process.returncode for process in ranks]
 
 
-def _outcome(codes: Sequence[int], said: Sequence[IO[str]]) -> int:
+def _outcome(codes: Sequence[int], said: Sequence[IO[str]], folder: Path, began: float) -> int:
     """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints
-    itself.
+    itself; and where the last collectives are of one that NCCL has ended.
     """
     found = [EXIT_LOST if code < 0 else code for code in codes]
     worst = next((code for code in _TELLING if code in found), max(found))
-    rank = found.index(worst)
-    if worst != EXIT_DONE and rank > 0:
+    aborted = [code == -signal.SIGABRT for code in codes]  # as NCCL's watchdog does; what the others see is a lost rank
+    rank = max((rank for rank, code in enumerate(found) if code == worst), key=aborted.__getitem__)
+    if worst != EXIT_DONE and (rank > 0 or aborted[0]):
         said[rank].seek(0)
         lines = said[rank].read().strip().splitlines()
         ended = f"by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"with exit code {codes[rank]}"
-        print(f"rank {rank} ended {ended}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
+        flights = folder / f"nccl_rank{rank}"  # by NCCL's flight recorder (distributed.py)
+        fresh = aborted[rank] and flights.exists() and flights.stat().st_mtime >= began
+        told = f"; its last collectives are in {flights} (read by torch.distributed.flight_recorder)" if fresh else ""
+        print(f"rank {rank} ended {ended}{told}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
     return worst

@@ -76,6 +76,9 @@ def after_srun(limit: int) -> list[str]:
         "# srun tells of the signal by which it ended the other ranks; the one that left by itself has noted its "
         "own code",
         f'[ -s "$run/{ENDED}" ] && read -r code _ < "$run/{ENDED}"',
+        "# by NCCL's flight recorder since this start; read by torch.distributed.flight_recorder",
+        '[ "$code" -eq 0 ] || find "$run" -maxdepth 1 -name "nccl_rank*" -newer "$run/'
+        f'{STARTS}" -printf "the last collectives of a rank are in %p\\n" 2> /dev/null',
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "id=${id:-$SLURM_JOB_ID}",
         f'if [ "$code" -eq {EXIT_LOST} ] || {{ [ "$code" -gt 128 ] && [ "$code" -le 192 ]; }}; then',

@@ -148,8 +148,12 @@ def batch_script(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snaps
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: bool) -> list[Submission]:
-    """Queue the runs, several as one array. Raises UserError where SLURM is not there or refuses."""
+def submit(
+    loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: bool, probe: int | None = None
+) -> list[Submission]:
+    """Queue the runs, several as one array, or so many steps of them. Raises UserError where SLURM is not there or
+    refuses.
+    """
     from submitit.core.utils import environment_variables
     from submitit.helpers import clean_env
 
@@ -166,7 +170,8 @@ def submit(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: b
         environment_variables(**configuration),
     ):  # a job that is queued from within another inherits nothing of it
         try:
-            jobs = executor.submit_array([SlurmRank(one.tree, profile.restarts_without_progress) for one in loaded])
+            ranks = [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded]
+            jobs = executor.submit_array(ranks)
         except Exception as error:
             if "sbatch" not in str(error):
                 raise

@@ -45,7 +45,7 @@ def shrink(small: Shrink, scenes: Path) -> Shrink:
 def rows(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, without what the clock has a part in."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("samples_per_second", "data_wait")
+    timed = ("samples_per_second", "data_wait", "gpu_wait", "memory", "mfu")
     return [{key: value for key, value in row.items() if key not in timed} for row in found if "loss" in row]
 
 

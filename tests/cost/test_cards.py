@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from cosmos_ssl.cost.card_step import CardStep
-from cosmos_ssl.cost.cards import CARDS, KERNEL_SECONDS, LAUNCH_SECONDS, LINKS, MEMORY, PRODUCTS, USABLE, estimate
+from cosmos_ssl.cost.cards import KERNEL_SECONDS, LAUNCH_SECONDS, LINKS, MEMORY, PRODUCTS, estimate
 from cosmos_ssl.cost.count import Found, Kernel
+from cosmos_ssl.engine.cards import CARDS, USABLE
 
 H100 = CARDS["h100"]
 GIB = 2**30

@@ -40,7 +40,7 @@ def rows() -> Callable[[Path], list[dict[str, Any]]]:
     """Rows of a run's metrics.jsonl without what the clock has a part in."""
 
     def read(run_dir: Path) -> list[dict[str, Any]]:
-        timed = ("samples_per_second", "data_wait", "slowest_rank", "slowest_rank_lag")
+        timed = ("samples_per_second", "data_wait", "gpu_wait", "memory", "mfu", "slowest_rank", "slowest_rank_lag")
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 

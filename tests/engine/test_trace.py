@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 from collections import Counter
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from cosmos_ssl.engine.signals import Interrupted
+from cosmos_ssl.engine.trace import shares_of
 
 STAGES = (
     "data wait",
@@ -75,6 +77,43 @@ def test_the_steps_after_the_first_four_are_traced_by_stage(tiny, tmp_path):
     assert f"traced 3 steps, up to step 7: {tmp_path}/trace/rank0.json.gz" in said
     table = (tmp_path / "trace" / "rank0.txt").read_text()
     assert table.startswith("3 steps, up to step 7\n") and "Self CPU" in table and "aten::addmm" in table
+    shares = re.findall(r"([a-z ]+) (\d+)%", table.splitlines()[1].removeprefix("time:"))
+    assert [kind.strip() for kind, _ in shares] == [
+        *("attention", "products", "elementwise and the rest", "copies", "communication", "idle")
+    ]
+    percent = {kind.strip(): int(share) for kind, share in shares}
+    assert sum(percent.values()) == pytest.approx(100, abs=3) and percent["products"] and percent["idle"]
+    assert percent["attention"] == percent["communication"] == 0  # the tiny model has none
+    assert f"s); {table.splitlines()[1]}" in said
+
+
+def test_the_shares_of_kernels_by_hand():
+    """On two streams; what runs beside one another counts once, as what comes first."""
+    kernels = [
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_bias_TNN", 0, 20),
+        (
+            "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x64_32x4_nt_align8>(T1::Params)",
+            20,
+            30,
+        ),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", 30, 40),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)", 40, 45),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(...)>", 45, 55),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>", 55, 60),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 40, 70),
+        ("Memcpy HtoD (Pinned -> Device)", 65, 80),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", 90, 120),
+    ]
+    assert shares_of(kernels, 0, 100) == pytest.approx(
+        {
+            "attention": 0.15,
+            "products": 0.30,
+            "elementwise and the rest": 0.25,
+            "copies": 0.15,
+            "communication": 0.05,
+            "idle": 0.10,
+        }
+    )
 
 
 def test_operators_are_inside_their_stage_and_have_shapes(tiny, tmp_path):

@@ -114,7 +114,9 @@ def test_what_a_run_goes_on_from_is_handed_on(launch: Launch, monkeypatch: pytes
     monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
     monkeypatch.setattr(readiness, "make_ready", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
     monkeypatch.setattr(
-        launch_module, "run_ranks", lambda arguments, ranks: told.append(("ranks", " ".join(arguments[:2]))) or 0
+        launch_module,
+        "run_ranks",
+        lambda arguments, ranks, folder: told.append(("ranks", " ".join(arguments[:2]))) or 0,
     )
     for words in (["--dry-run"], [], ["profile.nproc=2"], ["--profile", "slurm"]):
         launch("--fork", "old", "output_dir=new", *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_the_rule_in_python_and_in_the_script(run: Path, noted: list[str], newes
 def test_exit_codes(run: Path, code: int, expected: bool) -> None:
     found, _, requeued = end(run, code)
     assert found == code and bool(requeued) == expected
+
+
+def test_what_nccl_has_written_since_the_start_is_named(run: Path) -> None:
+    old, new = run / "nccl_rank0", run / "nccl_rank1"
+    for number, path in enumerate((old, run / STARTS, new)):
+        path.touch()
+        os.utime(path, (number, number))
+    assert end(run, 134)[1].startswith(f"the last collectives of a rank are in {new}\nexit code 134")
+    assert "collectives" not in end(run, 0)[1]
 
 
 def test_the_rank_that_failed_by_itself_decides(run: Path) -> None:

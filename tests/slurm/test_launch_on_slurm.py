@@ -77,7 +77,7 @@ class Runs:
             if path.exists()
             else []
         )
-        timed = ("samples_per_second", "data_wait", "slowest_rank", "slowest_rank_lag")
+        timed = ("samples_per_second", "data_wait", "gpu_wait", "memory", "mfu", "slowest_rank", "slowest_rank_lag")
         return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 90) -> None:
