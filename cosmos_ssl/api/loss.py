@@ -207,7 +207,7 @@ class Loss(Part, nn.Module, ABC):
         """The terms, each a scalar and a mean over this rank's samples."""
 
     def after_step(self) -> None:
-        """Called once after every optimiser step, on student and teacher alike (clamp a scale here)."""
+        """Called once after every optimiser step (clamp a scale here)."""
 
     def parameter_rules(self) -> Sequence[ParameterRule]:
         """Learning rates, decay and freezing of its parameters, where they are not the run's own."""

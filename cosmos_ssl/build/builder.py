@@ -166,7 +166,7 @@ class Builder:
             tokenizer=tokenizer,
             augmenters=augmenters,
             model=model,
-            build_model=lambda: self._model(self._towers(spec)[0], spec)[0],
+            build_model=lambda: self._model(self._towers(spec)[0], spec, losses=False)[0],
             teacher=teacher,
             update_when=config.teacher.update_when,
             plan=plan,
@@ -302,16 +302,20 @@ class Builder:
                 spec = replace(spec, steps_per_epoch=max(1, samples // spec.batch_size))
             return dataset, replace(spec, validation_data=dataset.validation_data)
 
-    def _model(self, towers: Mapping[Modality, Tower], spec: Spec) -> tuple[Model, Spec]:
-        """The model: heads in the order listed, each of which sees the outputs of those above, then losses."""
+    def _model(self, towers: Mapping[Modality, Tower], spec: Spec, *, losses: bool = True) -> tuple[Model, Spec]:
+        """The model: heads in the order listed, each of which sees the outputs of those above, then losses.
+
+        ``losses``: False for a teacher's, which has none.
+        """
         heads: dict[str, Head] = {}
         spec = replace(spec, heads={})
         for name in self.config.heads:
             heads[name] = self._make(f"heads.{name}", spec)
             with blaming(heads[name], f"heads.{name}"):
                 spec = replace(spec, heads={**spec.heads, name: checked_widths(heads[name].outputs())})
-        losses: dict[str, Loss] = self._layer({name: f"losses.{name}" for name in self.config.losses}, spec)
-        return Model(towers, heads, losses, spec.embed_dim), spec
+        paths = {name: f"losses.{name}" for name in self.config.losses if losses}
+        made: dict[str, Loss] = self._layer(paths, spec)
+        return Model(towers, heads, made, spec.embed_dim), spec
 
     def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
         """Build the evaluators, which have looked at no data yet. Raises ConfigError."""

@@ -100,7 +100,11 @@ def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weigh
     Their values stay in the file until they are used. Raises CheckpointError.
     """
     if source.folder is not None and source.run is not None:
-        return Weights(source=source, config=source.run / "config.yaml", state=load_tensors(source.folder, which))
+        state = load_tensors(source.folder, which)
+        if which == "teacher":  # which has no losses: what an encoder or an export tells of them is the student's
+            student = load_tensors(source.folder, "student")
+            state = {name: x for name, x in student.items() if name.startswith("losses.")} | state
+        return Weights(source=source, config=source.run / "config.yaml", state=state)
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)

@@ -63,3 +63,12 @@ class Assembly:
     """Config path of each part -> name, distribution and version."""
     places: Callable[[], Mapping[str, str | None]] = dict
     """Reads what lies at the places that options name (``identity.Identity``)."""
+    followed: Model = field(init=False)
+    """The student as a teacher gets to see it: without the losses, which are no part of a teacher."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "followed", self.model.with_losses({}))
+
+    def start_teacher(self) -> None:
+        """Start the teacher from the student as it is."""
+        self.teacher.start(lambda: self.build_model().with_losses({}), self.followed)

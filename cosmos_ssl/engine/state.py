@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
+from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_role, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.models.contract import blaming
@@ -50,7 +50,7 @@ class RunState:
         self.model = assembly.model.to(device)
         self.teacher = assembly.teacher
         with blaming(self.teacher, "teacher"):
-            self.teacher.start(assembly.build_model, self.model)
+            assembly.start_teacher()
         self.teacher.to(device)
         self.optimizer = Optimizer(self.model, config.optimizer, config.schedule, device)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
@@ -99,7 +99,7 @@ class RunState:
         """Become what ``snapshot`` saw, from a checkpoint folder; the folder's state. Raises CheckpointError."""
         state = read_state(path)
         for role, model in self.models.items():
-            load_exactly(model, load_tensors(path, role), f"{path}/{role}.safetensors")
+            load_exactly(model, load_role(path, role), f"{path}/{role}.safetensors")
         tensors = load_tensors(path, "optimizer")
         for name, value in self._teacher_extras().items():
             told = tensors.pop(f"{_TEACHER}{name}", None)

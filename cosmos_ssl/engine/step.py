@@ -136,7 +136,7 @@ class Step:
     def move_teacher(self, progress: Progress) -> Mapping[str, float]:
         """Let the teacher follow the student."""
         with blaming(self.assembly.teacher, "teacher"):
-            return checked_moves(self.assembly.teacher.update(self.assembly.model, progress))
+            return checked_moves(self.assembly.teacher.update(self.assembly.followed, progress))
 
     def skip(self, told: Agreement, result: Result, batch: Batch, progress: Progress) -> Mapping[str, float]:
         """Leave the update out: count it, name what is not finite, and put back what the step has moved.

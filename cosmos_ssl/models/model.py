@@ -1,4 +1,4 @@
-"""The model of one role: towers, heads and losses, in the two phases of a step."""
+"""The model of one role: towers and heads, of the student losses too, in the two phases of a step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Named(nn.ModuleDict):
 
 
 class Model(nn.Module):
-    """Towers, heads and losses of one role.
+    """Towers and heads of one role; losses are the student's alone.
 
     Parameter names: ``image.*``, ``text.*``, ``heads.NAME.*``, ``losses.NAME.*``.
     """
@@ -71,6 +71,12 @@ class Model(nn.Module):
         self.text = towers.get("text")
         self.heads = Named(heads)
         self.losses = Named(losses)
+
+    def with_losses(self, losses: Mapping[str, Loss]) -> Model:
+        """The same towers and heads, shared, with these losses: with none it is what a teacher follows."""
+        model = Model(self.towers, cast(Mapping[str, Head], self.heads), losses, self.embed_dim)
+        model.training = self.training
+        return model
 
     @property
     def towers(self) -> dict[Modality, Tower]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api import Features, Head, ParameterRule, Progress, Views
 from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.forward import Result
 from cosmos_ssl.engine.step import Gradients
 from cosmos_ssl.errors import listed
@@ -42,7 +43,7 @@ class ModelCheck:
         part = first.model.get_submodule(path.removeprefix("model."))
         _check_rules(cast(Any, part).parameter_rules(), part)
         for assembly in (first, second):
-            assembly.teacher.start(assembly.build_model, assembly.model)
+            assembly.start_teacher()
             assembly.model.train()
         step = Gradients(first)
         before = _state(first.model)
@@ -56,7 +57,7 @@ class ModelCheck:
             "one batch and state give two losses: keep state in buffers, draw from torch alone",
         )
         _move(first.model)
-        first.teacher.update(first.model, PROGRESS)
+        first.teacher.update(first.followed, PROGRESS)
         second.model.load_state_dict(_state(first.model))
         second.teacher.load_state_dict(first.teacher.state_dict())
         ours, theirs = self._step(step), self._step(Gradients(second))
@@ -163,7 +164,7 @@ class ModelCheck:
         first, second = self.assembly, example_assembly(self.loaded)
         student, teacher = first.model, first.teacher
         before = _state(student)
-        teacher.start(first.build_model, student)
+        first.start_teacher()
         _equal(before, _state(student), "start changes {} of the student")
         if not teacher.present:
             expect(not list(teacher.parameters()), "it is not present, and has parameters")
@@ -173,15 +174,15 @@ class ModelCheck:
         expect(not trained, f"{listed(trained, limit=3)} takes gradients: a teacher must not")
         shared = {x.data_ptr() for x in student.parameters()} & {x.data_ptr() for x in teacher.parameters()}
         expect(not shared, "it shares parameters with the student: build its model anew")
-        second.teacher.start(second.build_model, second.model)
+        second.start_teacher()
         for number in range(4):
             _move(student)
             second.model.load_state_dict(_state(student))
             if number == 2:
                 second.teacher.load_state_dict(teacher.state_dict())
-            self._update(first.model, teacher, number)
+            self._update(first, number)
             if number >= 2:
-                self._update(second.model, second.teacher, number)
+                self._update(second, number)
         _equal(
             _state(teacher),
             _state(second.teacher),
@@ -189,11 +190,11 @@ class ModelCheck:
         )
         Gradients(first)(self.views, PROGRESS)
 
-    def _update(self, student: Model, teacher: Any, number: int) -> None:
-        before = _state(student)
+    def _update(self, assembly: Assembly, number: int) -> None:
+        student, teacher, before = assembly.followed, assembly.teacher, _state(assembly.model)
         with blaming(teacher, "teacher"):
             moved = checked_moves(teacher.update(student, Progress(step=number, total_steps=4, steps_per_epoch=2)))
-        _equal(before, _state(student), "update changes {} of the student")
+        _equal(before, _state(assembly.model), "update changes {} of the student")
         _finite(
             {name: torch.as_tensor(value, dtype=torch.float64) for name, value in moved.items()}, " that update returns"
         )
