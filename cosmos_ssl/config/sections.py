@@ -157,6 +157,7 @@ class TrainingConfig(Section):
 class CheckpointsConfig(Section):
     """When checkpoints are written and which are kept; one is always written when leaving.
 
+    One that is due by ``every_steps`` is always written: where an older one is still being written, the run waits.
     ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
     """
 
