@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from cosmos_ssl.api.part import describe
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
@@ -67,11 +68,21 @@ class RunState:
 
     @property
     def replicas(self) -> dict[str, Tensor]:
-        """What is the same on every rank, by role and name: parameters and buffers of student and teacher."""
+        """What is the same on every rank, by role and name: parameters and buffers of student and teacher, but those
+        that are not persistent, which are a rank's own.
+        """
         found: dict[str, Tensor] = {}
         for role, model in self.models.items():
-            found |= {f"{role}.{name}": x for name, x in (*model.named_parameters(), *model.named_buffers())}
+            found |= {f"{role}.{name}": x for name, x in model.state_dict(keep_vars=True).items()}
         return found | {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
+
+    def owner(self, replica: str) -> str:
+        """The part that a tensor of ``replicas`` belongs to, for a message."""
+        role, _, name = replica.partition(".")
+        parts = self.models[role].parts() if role in self.models else {}
+        return next(
+            (told for prefix, told in parts.items() if name.startswith(f"{prefix}.")), describe(self.teacher, "teacher")
+        )
 
     @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:

@@ -20,7 +20,7 @@ from cosmos_ssl.engine.accumulate import accumulate, refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.culprit import find_culprit
 from cosmos_ssl.engine.distributed import World
-from cosmos_ssl.engine.exchange import GradientMean
+from cosmos_ssl.engine.exchange import GradientMean, RunningStatistics
 from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import TrainingError, listed
@@ -190,6 +190,7 @@ class Gradients:
         self._parameters = list(self.model.parameters())
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._mean = GradientMean(p for p in self.model.parameters() if p.requires_grad) if world_size() > 1 else None
+        self._statistics = RunningStatistics(self.model)
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
@@ -204,6 +205,7 @@ class Gradients:
         if self._mean is not None:
             with record_function("gradient mean"):
                 self._mean.finish()
+        self._statistics.share()
         return replace(result, loss=result.loss.detach())
 
     def begin(self, progress: Progress) -> None:

@@ -305,7 +305,7 @@ class Run:
                 raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
         if news.save:
-            check_replicas(self.state.replicas)
+            check_replicas(self.state.replicas, self.state.owner)
             if self.world.first:
                 self._save()
 
@@ -325,7 +325,7 @@ class Run:
 
     def save_together(self) -> None:
         """Save where all ranks stand. Raises StorageError, TrainingError where they do not stand at the same."""
-        check_replicas(self.state.replicas)
+        check_replicas(self.state.replicas, self.state.owner)
         self.world.run_on_first(self.save_now)
 
     def save_now(self) -> None:

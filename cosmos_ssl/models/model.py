@@ -32,6 +32,7 @@ from cosmos_ssl.models.contract import (
     is_built_in,
     untouched,
 )
+from cosmos_ssl.models.missing import saying_needs
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
@@ -119,7 +120,8 @@ class Model(nn.Module):
         for name, outputs in plan.heads.items():
             head = self.head(name)
             with blaming(head, f"heads.{name}"), self._watched(features, views):
-                found = checked_outputs(head, outputs, len(views), views.device, head(features, views, outputs))
+                given = saying_needs(head, features, views, outputs) if self.strict else head(features, views, outputs)
+                found = checked_outputs(head, outputs, len(views), views.device, given)
             features = replace(features, heads={**features.heads, name: found})
         return features
 
@@ -139,7 +141,8 @@ class Model(nn.Module):
         for name in self.losses:
             given = (context.views, context.student, context.teacher, context.gathered)
             with blaming(self.loss(name), f"losses.{name}"), self._watched(*given):
-                outputs[name] = checked_loss(self.loss(name)(context), context.views.device)
+                found = saying_needs(self.loss(name), context) if self.strict else self.loss(name)(context)
+                outputs[name] = checked_loss(found, context.views.device)
         return outputs
 
     def _watched(self, *given: object) -> AbstractContextManager[None]:
