@@ -38,6 +38,7 @@ from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, c
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 
+PRETRAINED = "model.pretrained"
 MAX_PARAMETERS = 10**11
 """Of one part."""
 MAX_PIXELS = 1 << 26
@@ -153,7 +154,7 @@ class Builder:
             model, spec = self._model(towers, spec)
         start = ""
         if config.model.pretrained is not None and mode == "train":
-            start = start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
+            start = start_from(model, config.model)
         teacher: Teacher = self._make("teacher", spec)
         heads = {name: model.head(name) for name in model.heads}
         losses = {name: model.loss(name) for name in model.losses}
@@ -362,8 +363,9 @@ class Builder:
                     found[f"{path}.{name}"] = None
                 elif value is not None and chosen.record.group != "evaluators":
                     found[f"{path}.{name}"] = fingerprint(value)
-        if self.config.model.pretrained is not None:
-            found["model.pretrained"] = fingerprint(self.config.model.pretrained)
+        pretrained = self.config.model.pretrained
+        if pretrained is not None:
+            found[PRETRAINED if pretrained.parts is None else f"{PRETRAINED}.from"] = fingerprint(pretrained.source)
         return found
 
     def check_sizes(self, assembly: Assembly) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from cosmos_ssl.api import IndexedDataset
-from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.builder import PRETRAINED, Builder
 from cosmos_ssl.build.runs import claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
@@ -103,8 +103,8 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     assert dataset is not None, "a config that was checked"
     fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}
     with _no_copies():
-        if config.model.pretrained is not None and "model.pretrained" not in fetched:
-            start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)
+        if config.model.pretrained is not None and not any(path.startswith(PRETRAINED) for path in fetched):
+            start_from(assembly.model, config.model)
     with blaming(assembly.teacher, "teacher"):
         if not any(path.startswith("teacher.") for path in fetched):
             assembly.teacher.prepare()

@@ -196,7 +196,7 @@ def _keys(path: Sequence[str]) -> list[str]:
         section = section.model_fields[key].annotation if of_section else typing.get_args(section)[-1]
         if type(None) in typing.get_args(section):
             section = typing.get_args(section)[0]
-    return [*([] if path else ["extends"]), *section.model_fields]
+    return [*([] if path else ["extends"]), *(field.alias or name for name, field in section.model_fields.items())]
 
 
 def _part_faults(tree: Mapping[str, Any]) -> Found:

@@ -15,7 +15,7 @@ from cosmos_ssl.build.weights import find_source, read_weights
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, latest_checkpoint, save_checkpoint, to_host
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.interop.foreign import is_remote
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
@@ -196,12 +196,25 @@ def started(*overrides):
 def test_a_start_tells_what_it_took(run, state):
     pretrained = f"model.pretrained={run}"
     source = f"{run}/checkpoints/step_00000002"
-    assert started(pretrained) == f"starting from {source}: {len(state)} of {len(state)} tensors"
+    towers = len(state) - 1
+    anew = "; not asked for (model.pretrained.parts): losses.clip"
+    assert started(pretrained) == f"starting from {source}: {towers} of {towers} tensors{anew}"
+    whole = f"model.pretrained={{from: {run}, parts: [image, text, losses]}}"
+    assert started(whole) == f"starting from {source}: {len(state)} of {len(state)} tensors"
     lone = ["model.text=null", "tokenizer=null", "augmenters.text=null", "losses={clip: null, koleo: {type: koleo}}"]
     image, text = ([name for name in state if name.startswith(tower)] for tower in ("image.", "text."))
     told = started(pretrained, *lone)
-    left_out = f"left out: {len(text) + 1} not in the model (losses.clip.logit_scale, text."
-    assert told.startswith(f"starting from {source}: {len(image)} of {len(state)} tensors; {left_out}")
+    left = "not asked for (model.pretrained.parts): losses.clip, text"
+    assert told.split("; ")[1:] == [left] and f"{len(image)} of {len(image)} tensors" in told
+    for parts, words in (
+        ("[text, loses]", r"parts\.1: expected image, text, heads"),
+        ("[losses.clp]", r"the model has no 'losses\.clp'\. Did you mean 'losses\.clip'\? It has image, text, losses"),
+        ("[heads]", r"has nothing of heads: 0 of 0 tensors"),
+    ):
+        with pytest.raises(UserError, match=words):
+            started(f"model.pretrained={{from: {run}, parts: {parts}}}")
+    with pytest.raises(CheckpointError, match=r"does not fit the towers: .* left out: 12 not in the model \(image\."):
+        started(pretrained, "model.image.layers=0")
     told = started(pretrained, "model.pretrained_partial=true", "model.text.width=64")
     assert f"left out: {len(text)} of another shape (text." in told
 
