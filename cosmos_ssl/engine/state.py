@@ -136,16 +136,21 @@ class RunState:
     def _compile(self, device: torch.device) -> None:
         """Compile the towers, in place: names stay, and each compiles when first called.
 
-        Raises UserError where torch cannot.
+        Raises UserError as ``check_compiler``.
         """
-        try:
-            torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
-                "(Debian: g++, python3-dev). Install them, or leave training.compile out"
-            ) from error
+        check_compiler(device)
         for model in self.models.values():
             for tower in model.towers.values():
                 tower.compile()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch cannot compile for ``device``."""
+    try:
+        torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
+            "(Debian: g++, python3-dev). Install them, or leave training.compile out"
+        ) from error
