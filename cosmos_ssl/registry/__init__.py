@@ -5,7 +5,7 @@ Listing reads metadata alone (``parts``), ``load`` imports (``loading``), a cons
 """
 
 from cosmos_ssl.registry.loading import class_name, forget, give_class, given_classes, load
-from cosmos_ssl.registry.options import Option, check_options, describe_errors, marks, options_of, shown
+from cosmos_ssl.registry.options import Option, check_options, describe_errors, marks, nested_options, options_of, shown
 from cosmos_ssl.registry.parts import (
     CODE,
     GROUPS,
@@ -37,6 +37,7 @@ __all__ = [
     "given_classes",
     "load",
     "marks",
+    "nested_options",
     "options_of",
     "records",
     "shown",
