@@ -118,7 +118,7 @@ class Builder:
         self.chosen: dict[str, Chosen] = {}
         faults: list[str] = []
         for path, group, keys in part_paths(loaded.tree):
-            if group not in groups:
+            if group not in groups or path in loaded.absent:
                 continue
             try:
                 record = registry.find(group, keys["type"])

@@ -36,7 +36,9 @@ def split_ranks(overrides: Sequence[str]) -> tuple[list[str], int]:
         key, _, value = text.removeprefix(_PREFIX).partition("=")
         if text.startswith(_PREFIX):
             if key != "nproc" or not (value.isascii() and value.isdecimal() and int(value) > 0):
-                raise UserError(f"{text}: from Python profile.nproc=N is known; all else of a profile is cosmos-launch's")
+                raise UserError(
+                    f"{text}: from Python profile.nproc=N is known; all else of a profile is cosmos-launch's"
+                )
             ranks = int(value)
     return [text for text in overrides if not text.startswith(_PREFIX)], ranks
 

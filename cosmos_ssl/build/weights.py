@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,13 @@ class Weights:
     left_out: Sequence[str] = ()
     """Other names in a file of another program's."""
 
+    def without(self, paths: Iterable[str]) -> Weights:
+        """These, but the tensors of the parts under some key paths."""
+        left = tuple(f"{path}." for path in paths)
+        if not left:
+            return self
+        return replace(self, state={name: x for name, x in self.state.items() if not name.startswith(left)})
+
     def check_finite(self, model: Model, names: Iterable[str]) -> None:
         """Raise CheckpointError where one of these tensors holds a NaN, or a parameter among them an infinity."""
         buffers = {name for name, _ in model.named_buffers()}
@@ -151,7 +158,9 @@ def start_from(model: Model, config: ModelConfig) -> str:
         )
     weights.check_finite(model, report.matched)
     load_matched(model, weights.state, report)
-    names = dict.fromkeys(".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in rest)
+    names = dict.fromkeys(
+        ".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in rest
+    )
     left = f"not asked for (model.pretrained.parts): {', '.join(names)}" if names else ""
     return "; ".join(filter(None, [f"starting from {weights.source}: {report}", left, *others, assumed]))
 

@@ -42,7 +42,9 @@ def saying_needs(call: Callable[..., T], *given: Any) -> T:
 def _of_nothing(error: Exception) -> bool:
     """Return whether an error may stem from what is not there."""
     kinds = {AttributeError: "'NoneType' object", TypeError: "'NoneType' object", AssertionError: "not asked for"}
-    return isinstance(error, KeyError) or any(type(error) is kind and word in str(error) for kind, word in kinds.items())
+    return isinstance(error, KeyError) or any(
+        type(error) is kind and word in str(error) for kind, word in kinds.items()
+    )
 
 
 def _telling(given: Any) -> Any:

@@ -219,7 +219,9 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     model = Builder(load_config(config, start)).assemble("train").model
     source = cosmos_ssl.load(run).model.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
-    with pytest.raises(CheckpointError, match=r"model\.pretrained: .* does not fit image, text, heads, losses: .* of another shape"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.pretrained: .* does not fit image, text, heads, losses: .* of another shape"
+    ):
         Builder(load_config(config, [*start, "model.image.patch_size=8"])).assemble("train")
     part = [
         *start,

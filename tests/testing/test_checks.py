@@ -345,6 +345,22 @@ class Labels(Plain):
         return () if "a" in outputs else ("a.*",)
 
 
+class Captions(Plain):
+    """Predicts the tokens of a picture's text, which no tower reads."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        del self.b
+        self.a = nn.Linear(spec.embed_dim, spec.vocab_size)
+
+    def outputs(self) -> Mapping[str, int]:
+        return {"a": 1}
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        scores = self.a(features.image["global"].projected).log_softmax(-1)
+        return {"a": scores.gather(-1, views.text["global"].tokens).mean(-1, keepdim=True)}
+
+
 class ReadsLocals(Plain):
     """Reads more than it asks for."""
 
@@ -525,6 +541,15 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         Teacher: testing.check_teacher,
     }
     check[next(base for base in cls.__mro__ if base in check)](cls)  # type: ignore[operator]
+
+
+def test_a_head_may_read_texts_that_no_tower_encodes(tmp_path: Path) -> None:
+    pictures = {"model": {"text": None}, "heads": {"cross": None}}
+    testing.check_head(Captions, around=pictures)
+    losses = {"clip": None, "distill": None, "caption": {"type": testing.examples.reader(Need(head="caption"))}}
+    heads = {"cross": None, "caption": {"type": Captions}}
+    (row,) = testing.small_run(tmp_path, {**pictures, "heads": heads, "losses": losses, "teacher": None}, steps=1)
+    assert row["loss"] == row["loss/caption"]
 
 
 ON_TWO = partial(testing.check_loss, ranks=2)
