@@ -146,8 +146,8 @@ def start_from(model: Model, config: ModelConfig) -> str:
     report = compare(model, chosen, weights.left_out, _split(model.state_dict(), parts)[0])
     if not partial and (report.missing or report.other_shapes or len(chosen) > len(report.matched)):
         raise CheckpointError(
-            f"{place} does not fit {what}: {report}. Take other parts (model.pretrained: {{from: .., parts: [..]}}), or "
-            "set model.pretrained_partial=true to take what fits"
+            f"{place} does not fit {what}: {report}. Take other parts (model.pretrained: {{from: .., parts: [..]}}), "
+            "or set model.pretrained_partial=true to take what fits"
         )
     if not report.matched:
         raise CheckpointError(f"{place} has nothing of {what}: {report}")

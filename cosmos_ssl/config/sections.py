@@ -81,8 +81,9 @@ def _or_its_name(schema: dict[str, Any]) -> None:
 class PretrainedConfig(Section):
     """What a model starts from: a run folder, a checkpoint, an official file or an OpenCLIP model.
 
-    ``parts``: what is taken of it, whole: ``image``, ``text``, ``heads``, ``losses``, or one of them, as ``heads.cross``
-    (default: the towers that the model has). All else starts anew. The name alone stands for ``{from: NAME}``.
+    ``parts``: what is taken of it, whole: ``image``, ``text``, ``heads``, ``losses``, or one of them, as
+    ``heads.cross`` (default: the towers that the model has). All else starts anew. The name alone stands for
+    ``{from: NAME}``.
     """
 
     model_config = ConfigDict(json_schema_extra=_or_its_name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from cosmos_ssl.api import Role
 from cosmos_ssl.api.part import describe
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
@@ -61,9 +62,9 @@ class RunState:
             self._compile(device)
 
     @property
-    def models(self) -> dict[str, Model]:
+    def models(self) -> dict[Role, Model]:
         """``student`` and, where there is one, ``teacher``."""
-        teacher = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
+        teacher: dict[Role, Model] = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
         return {"student": self.model, **teacher}
 
     @property
@@ -79,7 +80,7 @@ class RunState:
     def owner(self, replica: str) -> str:
         """The part that a tensor of ``replicas`` belongs to, for a message."""
         role, _, name = replica.partition(".")
-        parts = self.models[role].parts() if role in self.models else {}
+        parts = next((model.parts() for own, model in self.models.items() if own == role), {})
         return next(
             (told for prefix, told in parts.items() if name.startswith(f"{prefix}.")), describe(self.teacher, "teacher")
         )
@@ -88,7 +89,7 @@ class RunState:
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
-        tensors = {role: model.state_dict() for role, model in self.models.items()}
+        tensors: dict[str, Any] = {role: model.state_dict() for role, model in self.models.items()}
         tensors["optimizer"] = self.optimizer.tensors() | own
         buffers = {name for model in self.models.values() for name, _ in model.named_buffers()}
         state = {

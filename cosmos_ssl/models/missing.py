@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from cosmos_ssl.api import Features, GroupFeatures, Modality, Need, StepContext
+from cosmos_ssl.api import Features, GroupFeatures, Modality, Need, Role, StepContext
 from cosmos_ssl.models.contract import Fault
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def _telling(given: Any) -> Any:
         return _features(given)
     if not isinstance(given, StepContext):
         return given
-    gathered = {role: _features(given.gathered.get(role), role=role, gathered=True) for role in ("student", "teacher")}
+    roles: tuple[Role, ...] = ("student", "teacher")
+    gathered = {role: _features(given.gathered.get(role), role=role, gathered=True) for role in roles}
     return replace(
         given,
         student=_features(given.student),

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from cosmos_ssl.engine.distributed import World
 from cosmos_ssl.engine.step import Gradients
@@ -34,7 +34,7 @@ def check_ranks(check: ModelCheck, path: str, ranks: int) -> None:
     alone = _steps(check, path)
     with TemporaryDirectory() as folder:
         given = (ranks, folder, lambda: _steps(check, path))
-        torch.multiprocessing.start_processes(_rank, given, ranks, start_method="fork")
+        start_processes(_rank, given, ranks, start_method="fork")
         found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     failed = [(rank, told["error"]) for rank, told in enumerate(found) if "error" in told]
     expect(not failed, f"on {ranks} ranks, where one does: {'; '.join(f'rank {r}: {e}' for r, e in failed)}")

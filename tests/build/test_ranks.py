@@ -54,7 +54,7 @@ def test_what_ranks_from_python_refuse(own, tmp_path):
 
     config = own.own_config(str(tmp_path), "local")
     config["losses"]["spread"]["type"] = Local
-    with pytest.raises(UserError, match="other processes cannot import .* Define its classes at the top of a module"):
+    with pytest.raises(UserError, match=r"other processes cannot import .* Define its classes at the top of a module"):
         cosmos_ssl.train(config, ["profile.nproc=2"])
     with pytest.raises(UserError, match=r"batch_size: 8 cannot be shared by 3 ranks"):
         cosmos_ssl.train(config, ["profile.nproc=3"])
