@@ -13,6 +13,7 @@ from torch import Tensor
 from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Tower
 from cosmos_ssl.config import OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
+from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.model import Model
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -74,7 +75,9 @@ def _part_rules(model: Model) -> Iterator[ParameterRule]:
     parts += [(f"heads.{name}", model.head(name)) for name in model.heads]
     parts += [(f"losses.{name}", model.loss(name)) for name in model.losses]
     for prefix, part in parts:
-        for rule in part.parameter_rules():
+        with blaming(part, prefix if "." in prefix else f"model.{prefix}"):
+            rules = list(part.parameter_rules())
+        for rule in rules:
             yield replace(rule, match=f"{prefix}.{rule.match}")
 
 
