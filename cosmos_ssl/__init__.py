@@ -1,6 +1,6 @@
 """COSMOS and other vision-language self-distillation methods as plugins on one exact, fast trainer.
 
-    train(config, overrides=(), *, fork=None)                                    train a config; the final metrics
+    train(config, overrides=(), *, fork=None, writers=())                        train a config; the final metrics
     make_trainer(config, overrides=(), *, fork=None, writers=())                 the trainer that train runs, built
     load(checkpoint, which='student', *, device='cpu', overrides=(), trust_code=False)    a trained model
     evaluate(model, task, data=None, *, which=None, ...)                         the report of cosmos-ssl eval

@@ -41,8 +41,9 @@ first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name
 What must hold: every term is a float scalar and a mean over this rank's samples; the engine averages over ranks. What
 reaches over ranks is asked for with ``Need(gathered=True)``, or done by ``cosmos_ssl.functional`` (``info_nce`` and
 ``sigmoid_loss`` of the global batch, ``all_sum``). Nothing that is given is changed in place. State lies in parameters
-(a scale) and buffers (a running centre), random numbers come from torch: so a step can be undone, and repeats.
-``cosmos_ssl.testing.check_loss`` tries all this.
+(a scale) and buffers (a running centre, moved in place), random numbers come from torch: so a step can be undone, and
+repeats. Buffers are the same on all ranks, which is checked before each checkpoint; what is a rank's own is registered
+with ``persistent=False``. ``cosmos_ssl.testing.check_loss`` tries all this, on several ranks too (``ranks=2``).
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class Loss(Part, nn.Module, ABC):
         """The terms, each a scalar and a mean over this rank's samples."""
 
     def after_step(self) -> None:
-        """Called once after every optimiser step, on student and teacher alike (clamp a scale here)."""
+        """Called once after every optimiser step (clamp a scale here)."""
 
     def parameter_rules(self) -> Sequence[ParameterRule]:
         """Learning rates, decay and freezing of its parameters, where they are not the run's own."""

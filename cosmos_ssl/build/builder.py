@@ -38,6 +38,7 @@ from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, c
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
 
+PRETRAINED = "model.pretrained"
 MAX_PARAMETERS = 10**11
 """Of one part."""
 MAX_PIXELS = 1 << 26
@@ -117,7 +118,7 @@ class Builder:
         self.chosen: dict[str, Chosen] = {}
         faults: list[str] = []
         for path, group, keys in part_paths(loaded.tree):
-            if group not in groups:
+            if group not in groups or path in loaded.absent:
                 continue
             try:
                 record = registry.find(group, keys["type"])
@@ -153,7 +154,7 @@ class Builder:
             model, spec = self._model(towers, spec)
         start = ""
         if config.model.pretrained is not None and mode == "train":
-            start = start_from(model, config.model.pretrained, partial=config.model.pretrained_partial)
+            start = start_from(model, config.model)
         teacher: Teacher = self._make("teacher", spec)
         heads = {name: model.head(name) for name in model.heads}
         losses = {name: model.loss(name) for name in model.losses}
@@ -166,7 +167,7 @@ class Builder:
             tokenizer=tokenizer,
             augmenters=augmenters,
             model=model,
-            build_model=lambda: self._model(self._towers(spec)[0], spec)[0],
+            build_model=lambda: self._model(self._towers(spec)[0], spec, losses=False)[0],
             teacher=teacher,
             update_when=config.teacher.update_when,
             plan=plan,
@@ -302,16 +303,20 @@ class Builder:
                 spec = replace(spec, steps_per_epoch=max(1, samples // spec.batch_size))
             return dataset, replace(spec, validation_data=dataset.validation_data)
 
-    def _model(self, towers: Mapping[Modality, Tower], spec: Spec) -> tuple[Model, Spec]:
-        """The model: heads in the order listed, each of which sees the outputs of those above, then losses."""
+    def _model(self, towers: Mapping[Modality, Tower], spec: Spec, *, losses: bool = True) -> tuple[Model, Spec]:
+        """The model: heads in the order listed, each of which sees the outputs of those above, then losses.
+
+        ``losses``: False for a teacher's, which has none.
+        """
         heads: dict[str, Head] = {}
         spec = replace(spec, heads={})
         for name in self.config.heads:
             heads[name] = self._make(f"heads.{name}", spec)
             with blaming(heads[name], f"heads.{name}"):
                 spec = replace(spec, heads={**spec.heads, name: checked_widths(heads[name].outputs())})
-        losses: dict[str, Loss] = self._layer({name: f"losses.{name}" for name in self.config.losses}, spec)
-        return Model(towers, heads, losses, spec.embed_dim), spec
+        paths = {name: f"losses.{name}" for name in self.config.losses if losses}
+        made: dict[str, Loss] = self._layer(paths, spec)
+        return Model(towers, heads, made, spec.embed_dim), spec
 
     def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
         """Build the evaluators, which have looked at no data yet. Raises ConfigError."""
@@ -358,8 +363,9 @@ class Builder:
                     found[f"{path}.{name}"] = None
                 elif value is not None and chosen.record.group != "evaluators":
                     found[f"{path}.{name}"] = fingerprint(value)
-        if self.config.model.pretrained is not None:
-            found["model.pretrained"] = fingerprint(self.config.model.pretrained)
+        pretrained = self.config.model.pretrained
+        if pretrained is not None:
+            found[PRETRAINED if pretrained.parts is None else f"{PRETRAINED}.from"] = fingerprint(pretrained.source)
         return found
 
     def check_sizes(self, assembly: Assembly) -> None:

@@ -189,7 +189,7 @@ def _precision_of(encoder: ModelEncoder) -> str:
 def _config_of_run(checkpoint: Source, overrides: Sequence[str] = ()) -> LoadedConfig | None:
     """The config of the run that wrote a checkpoint; None for other models."""
     config = None if checkpoint.run is None else checkpoint.run / "config.yaml"
-    return load_config(config, overrides) if config is not None and config.is_file() else None
+    return load_config(config, overrides, reading=True) if config is not None and config.is_file() else None
 
 
 def _evaluator_of_run(checkpoint: Source, task: str, overrides: Sequence[str], trust_code: bool) -> dict[str, Any]:

@@ -10,16 +10,18 @@ from dataclasses import replace
 import torch
 
 from cosmos_ssl.api import IndexedDataset
-from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.builder import PRETRAINED, Builder
 from cosmos_ssl.build.runs import claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
+from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.cache import only_looking
-from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
+from cosmos_ssl.engine.assembly import Assembly, make_loader, make_order
+from cosmos_ssl.engine.checkpoint import check_fit, latest_checkpoint, load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import pick_device
-from cosmos_ssl.engine.fork import ask_fork, fork_source, plan_fork
+from cosmos_ssl.engine.fork import ask_fork, fork_source, plan_fork, told_fork
 from cosmos_ssl.engine.run_folder import RunFolder
+from cosmos_ssl.engine.state import check_compiler
 from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.identity import Identity
@@ -48,19 +50,24 @@ def make_ready(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = No
 
 @storage_faults("storage fails")
 @only_looking()
-def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str:
+def dry_run(loaded: LoadedConfig, *, here: bool, ranks: int = 1, fork: str | None = None) -> str:
     """Look for all that a start would refuse, but write and index nothing; return what was not looked into.
 
-    ``here``: training would take place on this machine, else in a job. Raises UserError, StorageError.
+    ``here``: training would take place on this machine, else in a job; ``ranks``: in so many processes. Raises
+    UserError, StorageError.
     """
+    check_ranks(loaded.config, ranks)
     config, builder = loaded.config, Builder(loaded)
-    RunFolder(config.folder).check_free()
+    folder = RunFolder(config.folder)
+    folder.check_free()
     assembly = builder.assemble("check")
     if here:
         device = pick_device(config.training.device)
         dtype = DTYPES[resolve_precision(config.training.precision, device)] or torch.float32
         for width in head_widths(assembly.model):
             resolve_backend(config.training.attention, device, dtype, width)
+        if config.training.compile:
+            check_compiler(device)
     dataset = assembly.dataset
     assert dataset is not None, "a config that was checked"
     with blaming(dataset, "data"):
@@ -72,9 +79,19 @@ def dry_run(loaded: LoadedConfig, *, here: bool, fork: str | None = None) -> str
         assembly = builder.assemble("prepare")
     else:
         _check_evaluators(builder, assembly, there)
+    if indexed:
+        order = make_order(config, dataset.shard_sizes)
+        if here:
+            make_loader(assembly, config, order, rank=0, world=ranks, pin=False).check_limits()
     left = [] if indexed else ["what the data hold, which are not indexed yet"]
     left = left if there else ["the data, which are made or found at the start"]
-    return "; ".join([*left, *_check_rest(builder, assembly, fork, prepared=indexed)])
+    left += _check_rest(builder, assembly, fork, prepared=indexed)
+    folder.result()
+    if (newest := latest_checkpoint(folder.path)) is not None:
+        check_fit(assembly.model, load_tensors(newest, "student"), newest)
+    elif fork is None:
+        told_fork(folder)
+    return "; ".join(left)
 
 
 def _check_indexed(assembly: Assembly) -> None:
@@ -103,8 +120,8 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     assert dataset is not None, "a config that was checked"
     fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}
     with _no_copies():
-        if config.model.pretrained is not None and "model.pretrained" not in fetched:
-            start_from(assembly.model, config.model.pretrained, partial=config.model.pretrained_partial)
+        if config.model.pretrained is not None and not any(path.startswith(PRETRAINED) for path in fetched):
+            start_from(assembly.model, config.model)
     with blaming(assembly.teacher, "teacher"):
         if not any(path.startswith("teacher.") for path in fetched):
             assembly.teacher.prepare()

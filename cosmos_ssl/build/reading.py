@@ -32,13 +32,15 @@ def load(
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
     OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages;
+    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages, and
+    losses, which encoding does without, are left out where theirs is not there;
     ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is
     logged in a line, at the level of information. Raises CheckpointError for anything else, for what is damaged, and
     where weights do not fit or are not finite, ConfigError for a part that cannot be used.
     """
     weights = read_weights(find_source(checkpoint), which)
-    loaded = load_config(weights.config, ["evaluators=null", *overrides])
+    loaded = load_config(weights.config, ["evaluators=null", *overrides], reading=True)
+    weights = weights.without(loaded.absent)
     assumed = weights.assumed(loaded)
     builder = Builder(loaded, READING, trust_code=trust_code)
     model, spec, tokenizer = builder.for_reading(check=lambda model: check_fit(model, weights.state, weights.source))
@@ -46,7 +48,8 @@ def load(
     model.load_state_dict(weights.state)
     model.requires_grad_(False).eval()
     report = compare(model, weights.state, weights.left_out)
-    log.info("%s", "; ".join(filter(None, (f"the {which} of {weights.source}: {report}", assumed))))
+    absent = [f"without {path}, {had}, which is not installed" for path, had in loaded.absent.items()]
+    log.info("%s", "; ".join(filter(None, (f"the {which} of {weights.source}: {report}", *absent, assumed))))
     return ModelEncoder(model, spec, tokenizer, device=device)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.build.builder import Builder
+from cosmos_ssl.build.ranks import on_ranks, split_ranks
 from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.config.ranks import check_ranks, started_ranks
 from cosmos_ssl.engine.accumulate import refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
+from cosmos_ssl.engine.optim import trained
 from cosmos_ssl.engine.probe import Rows, measured
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
@@ -28,18 +33,46 @@ from cosmos_ssl.streams import steady_streams
 
 
 def train(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, fork: str | Path | None = None
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    fork: str | Path | None = None,
+    writers: Sequence[Writer] = (),
 ) -> dict[str, float]:
     """Train what ``config`` says (a file, a packaged name, or a mapping in which classes may stand for parts); the
     final metrics.
 
     ``overrides`` are ``key.sub=value`` strings. The same call again resumes. ``fork``: the run folder, or one of its
-    checkpoints, whose weights, teacher, optimiser and step a new run takes over. Raises UserError for a config, data or
-    a run folder that cannot be used.
+    checkpoints, whose weights, teacher, optimiser and step a new run takes over. ``writers`` also get the metrics.
+    With ``profile.nproc=N`` among the overrides this process is the first of N ranks, and starts the others, which find
+    classes by their modules; a script is then called under ``if __name__ == "__main__":``. Under torchrun or srun, it
+    is one of theirs. Raises UserError for a config, data or a run folder that cannot be used.
     """
-    loaded = load_config(config, overrides)
+    own, ranks = split_ranks(overrides)
+    loaded = load_config(config, own)
+    if started_ranks() > 1 or ranks == 1:
+        check(loaded)
+        return run(loaded, fork=fork, writers=writers)
+    check_ranks(loaded.config, ranks)
     check(loaded)
-    return run(loaded, fork=fork)
+    from cosmos_ssl.build.readiness import make_ready
+
+    make_ready(loaded, fork=None if fork is None else str(fork))
+    return on_ranks(ranks, loaded, partial(_run_with, writers=Unsent(writers)))
+
+
+class Unsent:
+    """Writers, which stay with the first rank: another process gets none."""
+
+    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+        self.writers = writers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unsent, ()
+
+
+def _run_with(loaded: LoadedConfig, *, writers: Unsent) -> dict[str, float]:
+    return run(loaded, writers=writers.writers)
 
 
 def make_trainer(
@@ -51,17 +84,21 @@ def make_trainer(
 ) -> Trainer:
     """The trainer that ``train`` runs, with all parts built; ``writers`` also get the metrics.
 
-    Raises as ``train`` does.
+    Under torchrun or srun this process is one of their ranks until it ends. Raises as ``train`` does.
     """
     loaded = load_config(config, overrides)
     check(loaded)
+    if started_ranks() > 1:
+        world = ExitStack()
+        world.enter_context(joined_world(loaded.config.training.device, loaded.config.folder))
+        atexit.register(world.close)
     return _trainer(loaded, fork=fork, writers=writers)
 
 
 def check(loaded: LoadedConfig) -> Assembly:
     """Stage two: import the named parts, check their options and what they require, on the meta device.
 
-    Raises ConfigError.
+    Raises ConfigError, PluginError, UserError.
     """
     _check_names(loaded)
     if loaded.config.data is None:
@@ -76,6 +113,7 @@ def check(loaded: LoadedConfig) -> Assembly:
     builder.check_sizes(assembly)
     if loaded.config.training.micro_batch_size is not None:
         refuse_accumulation(assembly)
+    trained(assembly.model, loaded.config.optimizer)
     return assembly
 
 
@@ -98,7 +136,11 @@ def _check_names(loaded: LoadedConfig) -> None:
 
 
 def run(
-    loaded: LoadedConfig, *, fork: str | Path | None = None, leaving: Callable[[int], int] | None = None
+    loaded: LoadedConfig,
+    *,
+    fork: str | Path | None = None,
+    leaving: Callable[[int], int] | None = None,
+    writers: Sequence[Writer] = (),
 ) -> dict[str, float]:
     """Train a checked config in this process; the final metrics. Resumes where the run folder holds a checkpoint.
 
@@ -106,7 +148,7 @@ def run(
     ``leaving`` is called with the signal that ends the run, once all is saved, and gives the exit code.
     """
     with _at_work(loaded, leaving) as signals:
-        return _trainer(loaded, fork=fork, signals=signals).train()
+        return _trainer(loaded, fork=fork, writers=writers, signals=signals).train()
 
 
 def probe(loaded: LoadedConfig, steps: int, *, leaving: Callable[[int], int] | None = None) -> list[tuple[str, str]]:

@@ -154,6 +154,6 @@ def _origin(given: str, source: Source, licence: str) -> Origin:
     if source.folder is None or run is None:
         return Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
     result = RunFolder(run).result()
-    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml").config.name
+    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml", reading=True).config.name
     metrics = result["metrics"] if result is not None and result["step"] == step else {}
     return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=licence)

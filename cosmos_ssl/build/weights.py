@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cosmos_ssl.api import Role
 from cosmos_ssl.config import LoadedConfig
+from cosmos_ssl.config.sections import ModelConfig
 from cosmos_ssl.config.source import read_file
 from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.interop.attention_heads import assume_heads, told_heads
 from cosmos_ssl.interop.files import find_nonfinite
@@ -80,6 +81,13 @@ class Weights:
     left_out: Sequence[str] = ()
     """Other names in a file of another program's."""
 
+    def without(self, paths: Iterable[str]) -> Weights:
+        """These, but the tensors of the parts under some key paths."""
+        left = tuple(f"{path}." for path in paths)
+        if not left:
+            return self
+        return replace(self, state={name: x for name, x in self.state.items() if not name.startswith(left)})
+
     def check_finite(self, model: Model, names: Iterable[str]) -> None:
         """Raise CheckpointError where one of these tensors holds a NaN, or a parameter among them an infinity."""
         buffers = {name for name, _ in model.named_buffers()}
@@ -100,7 +108,11 @@ def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weigh
     Their values stay in the file until they are used. Raises CheckpointError.
     """
     if source.folder is not None and source.run is not None:
-        return Weights(source=source, config=source.run / "config.yaml", state=load_tensors(source.folder, which))
+        state = load_tensors(source.folder, which)
+        if which == "teacher":  # which has no losses: what an encoder or an export tells of them is the student's
+            student = load_tensors(source.folder, "student")
+            state = {name: x for name, x in student.items() if name.startswith("losses.")} | state
+        return Weights(source=source, config=source.run / "config.yaml", state=state)
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
@@ -113,22 +125,32 @@ def roles_of(source: Source) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if (source.folder / f"{role}.safetensors").exists())
 
 
-def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
-    """Start a model from the student of a checkpoint; says in a line what was taken over, what not, and why.
+def start_from(model: Model, config: ModelConfig) -> str:
+    """Start a model from the student of ``model.pretrained``; says in a line what was taken over, what not, and why.
 
-    The towers must be there whole unless ``partial``, and something of one in any case; heads and losses are taken
-    where they fit. Raises CheckpointError.
+    Of the parts asked for every tensor of either side must have its counterpart, unless ``pretrained_partial``, and
+    some must in any case; all else starts anew. Raises CheckpointError.
     """
+    assert config.pretrained is not None
+    checkpoint, partial = config.pretrained.source, config.pretrained_partial
     weights = read_weights(find_source(checkpoint), "student", partial=partial)
-    place = f"model.pretrained: {checkpoint}"
-    report = compare(model, weights.state, weights.left_out)
-    left = [name for name in (*report.missing, *report.other_shapes) if _of_tower(name)]
-    if left and not partial:
+    place, parts = f"model.pretrained: {checkpoint}", config.pretrained.parts or list(model.towers)
+    what = "the towers" if config.pretrained.parts is None else ", ".join(parts)
+    lacking = [part for part in parts if part not in (*model.parts(), "heads", "losses")]
+    if lacking:
+        hint = did_you_mean(lacking[0], list(model.parts()))
         raise CheckpointError(
-            f"{place} does not fit the towers: {report}. Set model.pretrained_partial=true to take what fits"
+            f"model.pretrained.parts: the model has no '{lacking[0]}'.{hint} It has {', '.join(model.parts())}"
         )
-    if not any(map(_of_tower, report.matched)):
-        raise CheckpointError(f"{place} has nothing of the towers: {report}")
+    chosen, rest = _split(weights.state, parts)
+    report = compare(model, chosen, weights.left_out, _split(model.state_dict(), parts)[0])
+    if not partial and (report.missing or report.other_shapes or len(chosen) > len(report.matched)):
+        raise CheckpointError(
+            f"{place} does not fit {what}: {report}. Take other parts (model.pretrained: {{from: .., parts: [..]}}), "
+            "or set model.pretrained_partial=true to take what fits"
+        )
+    if not report.matched:
+        raise CheckpointError(f"{place} has nothing of {what}: {report}")
     others, assumed = _heads(model, weights, set(report.matched))
     if others and not partial:
         raise CheckpointError(
@@ -136,11 +158,17 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
         )
     weights.check_finite(model, report.matched)
     load_matched(model, weights.state, report)
-    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
+    names = dict.fromkeys(
+        ".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in rest
+    )
+    left = f"not asked for (model.pretrained.parts): {', '.join(names)}" if names else ""
+    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", left, *others, assumed]))
 
 
-def _of_tower(name: str) -> bool:
-    return not name.startswith(("heads.", "losses."))
+def _split(state: Mapping[str, Tensor], parts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of these parts, and the others."""
+    chosen = {name: x for name, x in state.items() if any(name.startswith(f"{part}.") for part in parts)}
+    return chosen, {name: x for name, x in state.items() if name not in chosen}
 
 
 def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], str]:

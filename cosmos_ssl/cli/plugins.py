@@ -127,7 +127,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     record = _named(arguments.part)
     cls = registry.load(record)
-    options = registry.options_of(cls)
+    options = [one for option in registry.options_of(cls) for one in (option, *registry.nested_options(option))]
     reserved = registry.GROUPS[record.group].reserved[1:]
     found = facts(record, cls, _given(record, cls, arguments.overrides))
     print(record)

@@ -6,7 +6,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from cosmos_ssl import registry
 from cosmos_ssl.config.sections import Config
 from cosmos_ssl.config.source import MAX_KEYS, Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
-from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
+from cosmos_ssl.errors import ConfigError, PluginError, UserError, did_you_mean, printable
+from cosmos_ssl.files import read_object
 
 SINGLE_PARTS = {
     "model.image": "towers",
@@ -56,6 +57,8 @@ class LoadedConfig:
     """All values, defaults of the sections included, as plain dicts, lists and scalars."""
     root: Node
     path: Path | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Key paths of losses that no installed package offers, of what is loaded for reading -> what is known of them."""
 
     def origin(self, path: str) -> str:
         """Tell where the value under a key path was written: ``file:line``, ``command line`` or ``default``."""
@@ -67,11 +70,14 @@ class LoadedConfig:
         return fault(self.root.nearest(path.split(".")).origin, path, message)
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, reading: bool = False
+) -> LoadedConfig:
     """Read, merge and check a config without importing a part.
 
     ``source`` is a file, the name of a config that comes with cosmos-ssl (``quickstart``, ``cosmos/vitb16_cc3m``), or
-    the tree itself, where a part's ``type`` may be its class; ``overrides`` are ``key.sub=value``. Raises UserError
+    the tree itself, where a part's ``type`` may be its class; ``overrides`` are ``key.sub=value``. ``reading``: a model
+    of it only encodes, which takes no losses, whether or not there is a package that offers them. Raises UserError
     where there is no such file, ConfigError with all faults of the keys, values, part names and their agreement, and
     PluginError in a clone that is not installed.
     """
@@ -90,14 +96,16 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if path is not None and tree.get("name") is None:
         tree["name"] = path.stem
     config, found = _validate(tree)
-    found += _part_faults(tree)
+    folders = [*([] if path is None else [path.parent]), *([] if config is None else [config.folder])]
+    absent: dict[str, str] = {}
+    found += _part_faults(tree, folders, absent if reading else None)
     found += _needless_nulls(root)
     if config is not None:
         found += _agreement_faults(config)
     faults += _located(root, found)
     if faults or config is None:
         raise ConfigError(faults)
-    return LoadedConfig(config, config.model_dump(), root, path)
+    return LoadedConfig(config, config.model_dump(), root, path, absent)
 
 
 def _located(root: Node, found: Found) -> list[str]:
@@ -196,11 +204,14 @@ def _keys(path: Sequence[str]) -> list[str]:
         section = section.model_fields[key].annotation if of_section else typing.get_args(section)[-1]
         if type(None) in typing.get_args(section):
             section = typing.get_args(section)[0]
-    return [*([] if path else ["extends"]), *section.model_fields]
+    return [*([] if path else ["extends"]), *(field.alias or name for name, field in section.model_fields.items())]
 
 
-def _part_faults(tree: Mapping[str, Any]) -> Found:
-    """Part names that no installed distribution offers, and names of parts that cannot be used as such."""
+def _part_faults(tree: Mapping[str, Any], folders: Sequence[Path], absent: dict[str, str] | None) -> Found:
+    """Part names that no installed distribution offers, and names of parts that cannot be used as such.
+
+    ``folders``: in which the run may lie, which knows who offered its parts; losses go into ``absent``, where given.
+    """
     found: Found = []
     for path, group, keys in part_paths(tree):
         steps = path.split(".", 1) if group in NAMED_GROUPS else path.split(".")
@@ -210,8 +221,35 @@ def _part_faults(tree: Mapping[str, Any]) -> Found:
             try:
                 registry.find(group, keys["type"])
             except PluginError as error:
-                found.append(([*steps, "type"], str(error)))
+                had = _had(path, folders)
+                if absent is not None and group == "losses":
+                    absent[path] = had or keys["type"]
+                else:
+                    told = f"\nIts run had {had}: install that package" if had else ""
+                    found.append(([*steps, "type"], f"{error}{told}"))
     return found
+
+
+def _had(path: str, folders: Sequence[Path]) -> str:
+    """Return what a run in one of these folders had under a key path, with its package, by its ``versions.json``."""
+    for folder in folders:
+        try:
+            return printable(read_object(folder / "versions.json", {path: str}, "")[path])
+        except (UserError, OSError):
+            continue
+    return ""
+
+
+def _others_read(config: Config) -> bool:
+    """Return whether a head or loss of another package may read views that no tower encodes (a captioning decoder)."""
+    for group, parts in (("heads", config.heads), ("losses", config.losses)):
+        for part in parts.values():
+            try:
+                if not registry.find(group, part.type).own:
+                    return True
+            except PluginError:  # told by itself
+                return True
+    return False
 
 
 def _agreement_faults(config: Config) -> Found:
@@ -232,7 +270,7 @@ def _agreement_faults(config: Config) -> Found:
         tower, augmenter = getattr(config.model, modality), getattr(config.augmenters, modality)
         if tower is not None and augmenter is None:
             found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
-        if augmenter is not None and tower is None:
+        if augmenter is not None and tower is None and not _others_read(config):
             message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
             found.append((["augmenters", modality], message))
     if not config.losses:

@@ -4,10 +4,11 @@ arguments of the part's constructor.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from cosmos_ssl.bounds import Count, Few, Share, Size, Strength, Whole
@@ -20,6 +21,14 @@ def _colour(name: str) -> str:
     return name
 
 
+def _part_name(name: str) -> str:
+    if not re.fullmatch(r"image|text|(heads|losses)(\.[\w-]+)?", name):
+        wanted = "image, text, heads, losses, or one of these, such as heads.cross"
+        raise PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
+    return name
+
+
+PartName = Annotated[str, AfterValidator(_part_name)]
 Colour = Annotated[str, AfterValidator(_colour)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
@@ -62,8 +71,38 @@ class EvaluatorPart(Part):
     every_epochs: Count | None = None
 
 
+def _or_its_name(schema: dict[str, Any]) -> None:
+    """Say in a JSON Schema that the name alone will do."""
+    mapping = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string", "minLength": 1}, mapping]
+
+
+class PretrainedConfig(Section):
+    """What a model starts from: a run folder, a checkpoint, an official file or an OpenCLIP model.
+
+    ``parts``: what is taken of it, whole: ``image``, ``text``, ``heads``, ``losses``, or one of them, as
+    ``heads.cross`` (default: the towers that the model has). All else starts anew. The name alone stands for
+    ``{from: NAME}``.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_or_its_name)
+
+    source: Annotated[str, Field(min_length=1, alias="from")]
+    parts: Annotated[list[PartName], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, given: Any) -> Any:
+        return {"from": given} if isinstance(given, str) else given
+
+    @model_serializer
+    def _as_given(self) -> str | dict[str, Any]:
+        return self.source if self.parts is None else {"from": self.source, "parts": list(self.parts)}
+
+
 class ModelConfig(Section):
-    """The towers. ``pretrained`` starts them from a run folder, a checkpoint, an official file or an OpenCLIP model.
+    """The towers, and what they start from. ``pretrained_partial``: of ``pretrained`` take what fits.
 
     ``background`` is what transparent pictures are put on, by name or as '#rrggbb'.
     """
@@ -71,7 +110,7 @@ class ModelConfig(Section):
     embed_dim: Size = 512
     image: Part | None = None
     text: Part | None = None
-    pretrained: Annotated[str, Field(min_length=1)] | None = None
+    pretrained: PretrainedConfig | None = None
     pretrained_partial: bool = False
     background: Colour = BACKGROUND
 
@@ -160,6 +199,7 @@ class TrainingConfig(Section):
 class CheckpointsConfig(Section):
     """When checkpoints are written and which are kept; one is always written when leaving.
 
+    One that is due by ``every_steps`` is always written: where an older one is still being written, the run waits.
     ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
     """
 

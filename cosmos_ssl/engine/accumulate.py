@@ -51,7 +51,13 @@ def accumulate(
 
 
 def _join(parts: Sequence[Features]) -> Features:
-    """Micro-batches of features as one: every tensor is [V, b, ...] and is joined along its samples."""
+    """Micro-batches of features as one: every tensor is [V, b, ...] and is joined along its samples.
+
+    Raises PluginError for a head that gives masked patches, [M, W], of which it did not ask for the features.
+    """
+    for name, outputs in parts[0].heads.items():
+        if any(x.dim() == 2 for x in outputs.values()):
+            raise PluginError(f"training.micro_batch_size: heads.{name} gives outputs of masked patches. Leave it out")
     columns = zip(*map(tensors_in, parts), strict=True)
     joined = iter([torch.cat(column, dim=1) for column in columns])
     return map_tensors(parts[0], lambda _: next(joined))

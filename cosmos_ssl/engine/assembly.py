@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Spec, Teacher, Tokenizer
 from cosmos_ssl.config import Config
+from cosmos_ssl.data.loader import Loader
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import Plan
@@ -30,6 +31,24 @@ def make_order(config: Config, shard_sizes: NDArray[np.int64]) -> Order:
     shuffle_samples = config.loader.shuffle_samples
     return Order(
         shard_sizes, training.batch_size, lanes=config.lanes, shuffle_samples=shuffle_samples, seed=training.seed
+    )
+
+
+def make_loader(assembly: Assembly, config: Config, order: Order, *, rank: int, world: int, pin: bool) -> Loader:
+    """What reads the batches of one rank; ``pin``: into memory that a GPU copies from."""
+    assert assembly.dataset is not None, "a model built to be read, not trained"
+    return Loader(
+        assembly.dataset,
+        order,
+        image=assembly.augmenters.get("image"),
+        text=assembly.augmenters.get("text"),
+        tokenizer=assembly.tokenizer,
+        workers=config.loader.workers,
+        rank=rank,
+        world=world,
+        prefetch=config.loader.prefetch,
+        pin_memory=pin,
+        background=config.model.background,
     )
 
 
@@ -63,3 +82,12 @@ class Assembly:
     """Config path of each part -> name, distribution and version."""
     places: Callable[[], Mapping[str, str | None]] = dict
     """Reads what lies at the places that options name (``identity.Identity``)."""
+    followed: Model = field(init=False)
+    """The student as a teacher gets to see it: without the losses, which are no part of a teacher."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "followed", self.model.with_losses({}))
+
+    def start_teacher(self) -> None:
+        """Start the teacher from the student as it is."""
+        self.teacher.start(lambda: self.build_model().with_losses({}), self.followed)

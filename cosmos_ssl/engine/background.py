@@ -47,15 +47,16 @@ class CheckpointWriter:
             _set_aside(run_dir, newer_than=-1 if sound is None else sound)
 
     def due(self, step: int) -> bool:
-        """Return whether to write after ``step``; what would have to wait for a write under way is owed to a
-        later step.
+        """Return whether to write after ``step``. One that is due by its step is never passed over, and waits for a
+        write under way; one that is due by the clock is then owed to a later step.
         """
         if not self.writes:
             return False
         settings = self.settings
         on_time = settings.every_minutes is not None and time.monotonic() - self._begun >= 60 * settings.every_minutes
-        self._owed |= on_time or (settings.every_steps is not None and step % settings.every_steps == 0)
-        must = step == self.total_steps or self._stays(step)
+        self._owed |= on_time
+        by_step = settings.every_steps is not None and step % settings.every_steps == 0
+        must = step == self.total_steps or by_step or self._stays(step)
         return must or (self._owed and not self._busy())
 
     @property

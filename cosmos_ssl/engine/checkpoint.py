@@ -260,6 +260,14 @@ def load_tensors(path: Path, role: Role | str) -> dict[str, Tensor]:
     return tensors
 
 
+def load_role(path: Path, role: Role) -> dict[str, Tensor]:
+    """The tensors of one role of a run, where losses are the student's: those that a teacher had in a checkpoint of an
+    older version are left out. Raises as ``load_tensors``.
+    """
+    found = load_tensors(path, role)
+    return found if role == "student" else {name: x for name, x in found.items() if not name.startswith("losses.")}
+
+
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
     """Raise CheckpointError with the first differences in keys, shapes and types; no value is read, so ``module`` may
     be on meta.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cosmos_ssl.api import Evaluation, Role
+from cosmos_ssl.api import Evaluation, Loss, Role
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.models.contract import blaming, checked_evaluation
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -75,4 +75,5 @@ def summary(evaluation: Evaluation, each: int = 3) -> str:
 def _roles(assembly: Assembly) -> Iterator[tuple[Role, Model]]:
     yield "student", assembly.model
     if assembly.teacher.present:
-        yield "teacher", cast(Model, assembly.teacher.model)
+        losses = cast(Mapping[str, Loss], assembly.model.losses)  # what an encoder tells of them is the student's
+        yield "teacher", cast(Model, assembly.teacher.model).with_losses(losses)

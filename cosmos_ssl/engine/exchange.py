@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +15,6 @@ from cosmos_ssl.errors import TrainingError, listed
 from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, world_size
 from cosmos_ssl.functional.collective_time import collective_time
 from cosmos_ssl.models.plan import Plan
-
-log = logging.getLogger(__name__)
 
 BUCKET = 25 << 20
 """Bytes of gradients that are averaged in one collective."""
@@ -147,10 +144,11 @@ def share_start(replicas: Mapping[str, Tensor]) -> None:
         tensor.copy_(given)
 
 
-def check_replicas(replicas: Mapping[str, Tensor]) -> None:
-    """Compare these tensors over ranks, to the bit: warn of the first buffer that differs, and on which rank.
+def check_replicas(replicas: Mapping[str, Tensor], owner: Callable[[str], str]) -> None:
+    """Raise TrainingError unless these tensors are the same on all ranks, to the bit: with the first parameter that is
+    not, else buffer, its ``owner``, and on which rank.
 
-    A collective: all ranks call it. Raises TrainingError where a parameter does.
+    A collective: all ranks call it.
     """
     if world_size() == 1 or not replicas:
         return
@@ -166,13 +164,29 @@ def check_replicas(replicas: Mapping[str, Tensor]) -> None:
     name = found or differing[0]
     told = gather_objects(own[names.index(name)].item())
     others = [str(rank) for rank, value in enumerate(told) if value != told[0]]
-    what = (
+    advice = "move it by what all ranks share (all_sum, Need(gathered=True)), or register it with persistent=False"
+    raise TrainingError(
         f"ranks have come apart: {name} of rank {listed(others)} is not the first rank's (tensors that differ: "
-        f"{len(differing)}). A part that does not do the same on all ranks does this, or a faulty device"
+        f"{len(differing)}). {owner(name)} does not do the same on all ranks, or a device is faulty. No checkpoint is "
+        f"written; the same command goes on from the last one{'' if found else f'. Where it is a buffer: {advice}'}"
     )
-    if found is not None:
-        raise TrainingError(f"{what}. No checkpoint is written; the same command goes on from the last one")
-    log.warning("%s. A checkpoint holds the first rank's", what)
+
+
+class RunningStatistics:
+    """Keeps those of batch norm the same on all ranks, each of which adds its own batch: a teacher encodes by them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        found = [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
+        self._own = found if world_size() > 1 else []
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Put the mean over ranks into each. A collective: all ranks call it."""
+        if self._own:
+            means = all_sum(torch.cat(self._own)) / world_size()
+            for own, mean in zip(self._own, means.split([len(own) for own in self._own]), strict=True):
+                own.copy_(mean)
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDA
     changed, moved = mine.config_changes(theirs), mine.data_changes(theirs)
     for change in changed:
         path = change.partition(": ")[0]
-        overridden = path == "model.pretrained" and config.model.pretrained is not None
+        overridden = path.startswith("model.pretrained") and config.model.pretrained is not None
         if overridden or path == "teacher.type" or (path.startswith("teacher.") and path in mine.places):
             raise UserError(
                 f"--fork: {change}: weights and teacher are taken over from {run}, so this cannot change. Leave "

@@ -13,6 +13,7 @@ from torch import Tensor
 from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Tower
 from cosmos_ssl.config import OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
+from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.model import Model
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -46,6 +47,17 @@ def settings(model: Model, config: OptimizerConfig) -> dict[str, Setting]:
     return found
 
 
+def trained(model: Model, config: OptimizerConfig) -> dict[str, Setting]:
+    """The settings of the parameters that are trained, for a while at least. Raises UserError as ``settings``, and
+    where there are none.
+    """
+    rules, found = settings(model, config), dict(model.named_parameters())
+    moved = {name: rules[name] for name, x in found.items() if x.requires_grad and rules[name].frozen_epochs < math.inf}
+    if not moved:
+        raise UserError("optimizer: every parameter is frozen, so there is nothing to train")
+    return moved
+
+
 def _layer_factors(model: Model, decay: float) -> Iterator[tuple[str, float]]:
     for modality, tower in model.towers.items():
         if not isinstance(tower, LayeredTower):
@@ -63,7 +75,9 @@ def _part_rules(model: Model) -> Iterator[ParameterRule]:
     parts += [(f"heads.{name}", model.head(name)) for name in model.heads]
     parts += [(f"losses.{name}", model.loss(name)) for name in model.losses]
     for prefix, part in parts:
-        for rule in part.parameter_rules():
+        with blaming(part, prefix if "." in prefix else f"model.{prefix}"):
+            rules = list(part.parameter_rules())
+        for rule in rules:
             yield replace(rule, match=f"{prefix}.{rule.match}")
 
 
@@ -109,18 +123,15 @@ class Optimizer:
         self.lr = 0.0
         grouped: dict[tuple[float, float, float], list[Tensor]] = {}
         self.names: dict[str, Tensor] = {}
-        rules = settings(model, optimizer)
+        rules = trained(model, optimizer)
         for name, parameter in model.named_parameters():
-            rule = rules[name]
-            if rule.frozen_epochs == math.inf:
+            rule = rules.get(name)
+            if rule is None:
                 parameter.requires_grad_(False)
-            if not parameter.requires_grad:
                 continue
             self.names[name] = parameter
             decay = rule.weight_decay_scale if parameter.dim() >= 2 else 0.0
             grouped.setdefault((rule.lr_scale, decay, rule.frozen_epochs), []).append(parameter)
-        if not grouped:
-            raise UserError("optimizer: every parameter is frozen, so there is nothing to train")
         groups = [
             {"params": parameters, "lr_scale": lr_scale, "weight_decay_scale": decay, "frozen_epochs": frozen}
             for (lr_scale, decay, frozen), parameters in grouped.items()

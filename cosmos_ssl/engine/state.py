@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from cosmos_ssl.api import Role
+from cosmos_ssl.api.part import describe
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_tensors, read_state, to_host
+from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_role, load_tensors, read_state, to_host
 from cosmos_ssl.engine.optim import Optimizer
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.models.contract import blaming
@@ -50,7 +52,7 @@ class RunState:
         self.model = assembly.model.to(device)
         self.teacher = assembly.teacher
         with blaming(self.teacher, "teacher"):
-            self.teacher.start(assembly.build_model, self.model)
+            assembly.start_teacher()
         self.teacher.to(device)
         self.optimizer = Optimizer(self.model, config.optimizer, config.schedule, device)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
@@ -60,24 +62,34 @@ class RunState:
             self._compile(device)
 
     @property
-    def models(self) -> dict[str, Model]:
+    def models(self) -> dict[Role, Model]:
         """``student`` and, where there is one, ``teacher``."""
-        teacher = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
+        teacher: dict[Role, Model] = {"teacher": cast(Model, self.teacher.model)} if self.teacher.present else {}
         return {"student": self.model, **teacher}
 
     @property
     def replicas(self) -> dict[str, Tensor]:
-        """What is the same on every rank, by role and name: parameters and buffers of student and teacher."""
+        """What is the same on every rank, by role and name: parameters and buffers of student and teacher, but those
+        that are not persistent, which are a rank's own.
+        """
         found: dict[str, Tensor] = {}
         for role, model in self.models.items():
-            found |= {f"{role}.{name}": x for name, x in (*model.named_parameters(), *model.named_buffers())}
+            found |= {f"{role}.{name}": x for name, x in model.state_dict(keep_vars=True).items()}
         return found | {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
+
+    def owner(self, replica: str) -> str:
+        """The part that a tensor of ``replicas`` belongs to, for a message."""
+        role, _, name = replica.partition(".")
+        parts = next((model.parts() for own, model in self.models.items() if own == role), {})
+        return next(
+            (told for prefix, told in parts.items() if name.startswith(f"{prefix}.")), describe(self.teacher, "teacher")
+        )
 
     @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is."""
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
-        tensors = {role: model.state_dict() for role, model in self.models.items()}
+        tensors: dict[str, Any] = {role: model.state_dict() for role, model in self.models.items()}
         tensors["optimizer"] = self.optimizer.tensors() | own
         buffers = {name for model in self.models.values() for name, _ in model.named_buffers()}
         state = {
@@ -99,7 +111,7 @@ class RunState:
         """Become what ``snapshot`` saw, from a checkpoint folder; the folder's state. Raises CheckpointError."""
         state = read_state(path)
         for role, model in self.models.items():
-            load_exactly(model, load_tensors(path, role), f"{path}/{role}.safetensors")
+            load_exactly(model, load_role(path, role), f"{path}/{role}.safetensors")
         tensors = load_tensors(path, "optimizer")
         for name, value in self._teacher_extras().items():
             told = tensors.pop(f"{_TEACHER}{name}", None)
@@ -125,16 +137,21 @@ class RunState:
     def _compile(self, device: torch.device) -> None:
         """Compile the towers, in place: names stay, and each compiles when first called.
 
-        Raises UserError where torch cannot.
+        Raises UserError as ``check_compiler``.
         """
-        try:
-            torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
-                "(Debian: g++, python3-dev). Install them, or leave training.compile out"
-            ) from error
+        check_compiler(device)
         for model in self.models.values():
             for tower in model.towers.values():
                 tower.compile()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch cannot compile for ``device``."""
+    try:
+        torch.compile(torch.Tensor.sin)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"training.compile: torch cannot compile here ({reason}). It needs a C++ compiler and Python's headers "
+            "(Debian: g++, python3-dev). Install them, or leave training.compile out"
+        ) from error

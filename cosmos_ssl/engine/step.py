@@ -20,7 +20,7 @@ from cosmos_ssl.engine.accumulate import accumulate, refuse_accumulation
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.culprit import find_culprit
 from cosmos_ssl.engine.distributed import World
-from cosmos_ssl.engine.exchange import GradientMean
+from cosmos_ssl.engine.exchange import GradientMean, RunningStatistics
 from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import TrainingError, listed
@@ -158,7 +158,7 @@ class Step:
     def move_teacher(self, progress: Progress) -> Mapping[str, float]:
         """Let the teacher follow the student."""
         with blaming(self.assembly.teacher, "teacher"):
-            return checked_moves(self.assembly.teacher.update(self.assembly.model, progress))
+            return checked_moves(self.assembly.teacher.update(self.assembly.followed, progress))
 
     def skip(self, told: Agreement, result: Result, batch: Batch, progress: Progress) -> Mapping[str, float]:
         """Leave the update out: count it, name what is not finite, and put back what the step has moved.
@@ -216,6 +216,7 @@ class Gradients:
         self._before = [torch.empty_like(buffer) for buffer in self._buffers()]
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._mean = GradientMean(trained, average_in) if world_size() > 1 else None
+        self._statistics = RunningStatistics(self.model)
         if micro_batch_size is not None:
             refuse_accumulation(assembly)
 
@@ -231,6 +232,7 @@ class Gradients:
         if self._mean is not None:
             with record_function("gradient mean"):
                 self._mean.finish()
+        self._statistics.share()
         return replace(result, loss=result.loss.detach())
 
     def begin(self, progress: Progress) -> None:

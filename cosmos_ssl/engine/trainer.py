@@ -17,9 +17,9 @@ from torch import Tensor
 from cosmos_ssl.api import Progress
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
-from cosmos_ssl.data.loader import LoadedBatch, Loader
+from cosmos_ssl.data.loader import LoadedBatch
 from cosmos_ssl.engine.ahead import on_device
-from cosmos_ssl.engine.assembly import Assembly, make_order, total_steps
+from cosmos_ssl.engine.assembly import Assembly, make_loader, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
 from cosmos_ssl.engine.distributed import (
@@ -93,19 +93,8 @@ class Trainer:
         assert assembly.dataset is not None, "a model built to be read, not trained"
         self.dataset = assembly.dataset
         self.order = make_order(config, self.dataset.shard_sizes)
-        self.loader = Loader(
-            self.dataset,
-            self.order,
-            image=assembly.augmenters.get("image"),
-            text=assembly.augmenters.get("text"),
-            tokenizer=assembly.tokenizer,
-            workers=config.loader.workers,
-            rank=self.world.rank,
-            world=self.world.size,
-            prefetch=config.loader.prefetch,
-            pin_memory=self.device.type == "cuda",
-            background=config.model.background,
-        )
+        pin, rank, world = self.device.type == "cuda", self.world.rank, self.world.size
+        self.loader = make_loader(assembly, config, self.order, rank=rank, world=world, pin=pin)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = total_steps(config, self.order)
         self.run: Run | None = None
@@ -328,7 +317,7 @@ class Run:
                 raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
         if news.save:
-            check_replicas(self.state.replicas)
+            check_replicas(self.state.replicas, self.state.owner)
             if self.world.first:
                 self._save()
 
@@ -348,7 +337,7 @@ class Run:
 
     def save_together(self) -> None:
         """Save where all ranks stand. Raises StorageError, TrainingError where they do not stand at the same."""
-        check_replicas(self.state.replicas)
+        check_replicas(self.state.replicas, self.state.owner)
         self.world.run_on_first(self.save_now)
 
     def save_now(self) -> None:

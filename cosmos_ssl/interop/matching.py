@@ -37,13 +37,18 @@ def _some(names: Sequence[str], what: str) -> str:
     return f"{len(names):,}{what} ({listed(names, limit=3)})"
 
 
-def compare(module: nn.Module, state: Mapping[str, Tensor], others: Sequence[str] = ()) -> LoadReport:
-    """Return what of ``state`` has a namesake of its shape in ``module``; ``others`` are names beside it that have
-    none.
+def compare(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    others: Sequence[str] = (),
+    own: Mapping[str, Tensor] | None = None,
+) -> LoadReport:
+    """Return what of ``state`` has a namesake of its shape in ``module``, or in ``own``, a share of it; ``others`` are
+    names beside it that have none.
 
     Reads no value.
     """
-    own = module.state_dict()
+    own = module.state_dict() if own is None else own
     common = [name for name in own if name in state]
     fits = {name: own[name].shape == state[name].shape and same_kind(state[name], own[name]) for name in common}
     return LoadReport(

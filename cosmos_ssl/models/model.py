@@ -1,4 +1,4 @@
-"""The model of one role: towers, heads and losses, in the two phases of a step."""
+"""The model of one role: towers and heads, of the student losses too, in the two phases of a step."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from cosmos_ssl.models.contract import (
     is_built_in,
     untouched,
 )
+from cosmos_ssl.models.missing import saying_needs
 from cosmos_ssl.models.plan import Plan, RolePlan
 
 
@@ -58,7 +59,7 @@ class Named(nn.ModuleDict):
 
 
 class Model(nn.Module):
-    """Towers, heads and losses of one role.
+    """Towers and heads of one role; losses are the student's alone.
 
     Parameter names: ``image.*``, ``text.*``, ``heads.NAME.*``, ``losses.NAME.*``.
     """
@@ -79,6 +80,12 @@ class Model(nn.Module):
         self.text = towers.get("text")
         self.heads = Named(heads)
         self.losses = Named(losses)
+
+    def with_losses(self, losses: Mapping[str, Loss]) -> Model:
+        """The same towers and heads, shared, with these losses: with none it is what a teacher follows."""
+        model = Model(self.towers, cast(Mapping[str, Head], self.heads), losses, self.embed_dim)
+        model.training = self.training
+        return model
 
     @property
     def towers(self) -> dict[Modality, Tower]:
@@ -121,7 +128,8 @@ class Model(nn.Module):
         for name, outputs in plan.heads.items():
             head = self.head(name)
             with blaming(head, f"heads.{name}"), self._watched(features, views):
-                found = checked_outputs(head, outputs, len(views), views.device, head(features, views, outputs))
+                given = saying_needs(head, features, views, outputs) if self.strict else head(features, views, outputs)
+                found = checked_outputs(head, outputs, len(views), views.device, given)
             features = replace(features, heads={**features.heads, name: found})
         return features
 
@@ -141,7 +149,8 @@ class Model(nn.Module):
         for name in self.losses:
             given = (context.views, context.student, context.teacher, context.gathered)
             with blaming(self.loss(name), f"losses.{name}"), self._watched(*given):
-                outputs[name] = checked_loss(self.loss(name)(context), context.views.device)
+                found = saying_needs(self.loss(name), context) if self.strict else self.loss(name)(context)
+                outputs[name] = checked_loss(found, context.views.device)
         return outputs
 
     def _watched(self, *given: object) -> AbstractContextManager[None]:

@@ -4,8 +4,8 @@ Listing reads metadata alone (``parts``), ``load`` imports (``loading``), a cons
 (``options``, ``docs``). Imports errors and marks alone, and never torch: base classes are looked up when a part loads.
 """
 
-from cosmos_ssl.registry.loading import class_name, forget, load
-from cosmos_ssl.registry.options import Option, check_options, describe_errors, marks, options_of, shown
+from cosmos_ssl.registry.loading import class_name, forget, give_class, given_classes, load
+from cosmos_ssl.registry.options import Option, check_options, describe_errors, marks, nested_options, options_of, shown
 from cosmos_ssl.registry.parts import (
     CODE,
     GROUPS,
@@ -33,8 +33,11 @@ __all__ = [
     "describe_errors",
     "find",
     "forget",
+    "give_class",
+    "given_classes",
     "load",
     "marks",
+    "nested_options",
     "options_of",
     "records",
     "shown",

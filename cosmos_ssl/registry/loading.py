@@ -35,6 +35,16 @@ def class_name(cls: type[Any]) -> str:
     return name
 
 
+def given_classes() -> dict[str, type[Any]]:
+    """The classes that were given in this process, by ``class_name``."""
+    return dict(_given)
+
+
+def give_class(name: str, cls: type[Any]) -> None:
+    """Let a name mean a class that another process was given, whose main module has another name here."""
+    _given[name] = cls
+
+
 def load(record: Record, *, trust_code: bool = True) -> type[Any]:
     """Import a part and hold it to the contract.
 

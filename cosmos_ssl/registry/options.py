@@ -8,7 +8,7 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import SimpleNamespace, UnionType
 from typing import Any
 
@@ -70,6 +70,50 @@ def _read_options(cls: type[Any]) -> Iterator[Option]:
             )
         annotation = _resolved(cls, parameter)
         yield Option(parameter.name, annotation, parameter.default, docs.get(parameter.name, ""))
+
+
+def nested_options(option: Option) -> Iterator[Option]:
+    """The keys inside the value of an option that is made of dataclasses or pydantic's models, by dotted names;
+    ``NAME`` and ``N`` stand for any key of a mapping, and any place in a list.
+    """
+    yield from _nested(option.type, option.name, ())
+
+
+def _nested(annotation: Any, path: str, above: tuple[Any, ...]) -> Iterator[Option]:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from _nested(inner[0], path, above)
+    elif origin in (typing.Union, UnionType):
+        for one in inner:
+            yield from _nested(one, path, above)
+    elif isinstance(origin, type) and inner:
+        keyed = issubclass(origin, Mapping)
+        yield from _nested(inner[-1] if keyed else inner[0], f"{path}.{'NAME' if keyed else 'N'}", above)
+    elif isinstance(annotation, type) and annotation not in above:
+        for field in _fields(annotation):
+            name = f"{path}.{field.name}"
+            yield replace(field, name=name)
+            yield from _nested(field.type, name, (*above, annotation))
+
+
+def _fields(cls: type[Any]) -> list[Option]:
+    """The keys of a dataclass, or a pydantic model, as options."""
+    empty = inspect.Parameter.empty
+    found: list[tuple[str, Any, Any, str]] = []
+    if is_dataclass(cls):
+        try:
+            hints = typing.get_type_hints(cls, include_extras=True)
+        except NameError:  # a name that only type checkers know
+            hints = {}
+        for one in fields(cls):
+            default = one.default_factory() if one.default_factory is not MISSING else one.default
+            found.append((one.name, hints.get(one.name, one.type), empty if default is MISSING else default, ""))
+    else:
+        for name, field in getattr(cls, "model_fields", {}).items():
+            default = empty if field.is_required() else field.get_default(call_default_factory=True)
+            found.append((field.alias or name, field.annotation, default, field.description or ""))
+    docs = option_docs(cls, [name for name, *_ in found]) if found else {}
+    return [Option(name, kind, default, doc or docs.get(name, "")) for name, kind, default, doc in found]
 
 
 _PLACE = re.compile(r"^cache_?|(?:^|_)(?:data|root|folder|dir|path|file|url)s?$")
@@ -173,8 +217,21 @@ def _convert(record: Record, option: Option, value: Any) -> tuple[Any, list[tupl
         return adapter.validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
         return None, [
-            (".".join((option.name, *path)), message) for path, message in describe_errors(error.errors(), value)
+            (".".join((option.name, *path)), _hinted(option, path, message))
+            for path, message in describe_errors(error.errors(), value)
         ]
+
+
+def _hinted(option: Option, path: Sequence[str], message: str) -> str:
+    """Add to what is said of an unknown key inside an option's value which there are."""
+    if message != _UNKNOWN:
+        return message
+    known = []
+    for one in nested_options(option):
+        _, *above, name = one.name.split(".")
+        fits = len(above) == len(path) - 1 and all(a in ("NAME", "N", b) for a, b in zip(above, path, strict=False))
+        known += [name] if fits else []
+    return f"{message}.{did_you_mean(path[-1], known)} Accepts: {', '.join(known)}" if known else message
 
 
 def _odd_numbers(path: str, value: Any) -> list[tuple[str, str]]:

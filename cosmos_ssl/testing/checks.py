@@ -36,6 +36,7 @@ from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
 from cosmos_ssl.testing.examples import example_samples, reader, small_config
 from cosmos_ssl.testing.model import ModelCheck, expect
+from cosmos_ssl.testing.ranks import check_ranks
 
 PART = "part"
 """What the part under test is called in the config of a check."""
@@ -58,17 +59,23 @@ def check_options(group: str, part: str | type[Any]) -> None:
         pass
 
 
-def check_loss(part: str | type[Loss], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+def check_loss(
+    part: str | type[Loss], /, *, around: Mapping[str, Any] | None = None, ranks: int = 1, **options: Any
+) -> None:
     """Hold a loss to the contract, with these options.
 
     ``around`` is merged over ``example_config``: other heads to read (``{"heads": {"mine": {"type": ...}}}``), other
     views. The loss must be made of documented options, ask only for what there is, and return named finite scalars, the
     same ones for the same batch and state, in bfloat16 too; gradients must reach all that it asks for; what it moves
-    must be buffers, so that a step can be undone; and another copy with its state must go on as it does.
+    must be buffers, so that a step can be undone; and another copy with its state must go on as it does. With ``ranks``
+    (2 or 3) so many processes that share the batch must find the same loss and gradients as one, and the same buffers
+    on every rank.
     """
     with _checking("losses", part):
         check = ModelCheck({"losses": {"clip": None, PART: {"type": part, **options}}}, around)
         check.run(f"losses.{PART}")
+        if ranks != 1:
+            check_ranks(check, f"losses.{PART}", ranks)
 
 
 def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -79,10 +86,15 @@ def check_head(part: str | type[Head], /, *, around: Mapping[str, Any] | None = 
     ``mixes_samples``.
     """
     with _checking("heads", part):
-        reads = reader(Need(head=PART), Need(head=PART, role="teacher"))
-        check = ModelCheck(
-            {"heads": {PART: {"type": part, **options}}, "losses": {"clip": None, "reads": {"type": reads}}}, around
-        )
+        needs = [Need(head=PART), Need(head=PART, role="teacher")]
+
+        def reading(*more: Need) -> ModelCheck:
+            heads, losses = {PART: {"type": part, **options}}, {"clip": None, "reads": {"type": reader(*needs, *more)}}
+            return ModelCheck({"heads": heads, "losses": losses}, around)
+
+        check = reading()
+        if rest := check.needs_without_gradient(PART):  # what such an output reads is trained by way of another reader
+            check = reading(*rest)
         check.run(f"heads.{PART}")
         check.head(PART)
 

@@ -258,7 +258,9 @@ class ReadsNeeds(Loss):
         return self.needs
 
     def forward(self, ctx: StepContext) -> LossOutput:
-        """One term a tensor that was asked of the student; what is asked of the teacher is there to be computed."""
+        """One term a tensor that was asked of the student, a metric where it takes no gradient; what is asked of the
+        teacher is there to be computed.
+        """
         found: dict[str, Tensor] = {}
         for need in self.needs:
             if need.role == "teacher":
@@ -269,7 +271,10 @@ class ReadsNeeds(Loss):
                 groups = ctx.student.of(need.modality).items()
                 asked = {name: group for name, group in groups if need.group in (ALL, name)}
                 found |= {f"{need.modality}_{name}_{need.kind}": getattr(x, need.kind) for name, x in asked.items()}
-        return LossOutput(terms={name: directed(x) for name, x in found.items()})
+        trained = {name: directed(x) for name, x in found.items() if x.requires_grad}
+        return LossOutput(
+            terms=trained, metrics={name: directed(x) for name, x in found.items() if name not in trained}
+        )
 
 
 def directed(x: Tensor) -> Tensor:

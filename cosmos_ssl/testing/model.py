@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import Features, Head, ParameterRule, Progress, Views
+from cosmos_ssl.api import Features, Head, Need, ParameterRule, Progress, Views
 from cosmos_ssl.api.views import map_tensors
+from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.forward import Result
 from cosmos_ssl.engine.step import Gradients
 from cosmos_ssl.errors import listed
@@ -35,6 +37,11 @@ class ModelCheck:
         self.assembly = example_assembly(self.loaded)
         self.views = example_views(self.assembly.spec)
 
+    def build(self, seed: int = 0) -> Assembly:
+        """Build all parts anew; steps draw by ``seed``."""
+        assembly = example_assembly(self.loaded)
+        return replace(assembly, spec=replace(assembly.spec, seed=seed))
+
     def run(self, path: str) -> None:
         """Hold the part under ``path`` to what is true of every part of a model."""
         first, second = self.assembly, example_assembly(self.loaded)
@@ -42,21 +49,27 @@ class ModelCheck:
         part = first.model.get_submodule(path.removeprefix("model."))
         _check_rules(cast(Any, part).parameter_rules(), part)
         for assembly in (first, second):
-            assembly.teacher.start(assembly.build_model, assembly.model)
+            assembly.start_teacher()
             assembly.model.train()
         step = Gradients(first)
-        before = _state(first.model)
+        before, buffers = _state(first.model), dict(part.named_buffers())
         result = self._step(step)
         _finite({**result.logs, **{name: p.grad for name, p in first.model.named_parameters() if p.grad is not None}})
         step.restore_buffers()
+        other = [name for name, buffer in part.named_buffers() if buffer is not buffers.get(name)]
+        expect(
+            not other,
+            f"it puts another tensor into the place of its buffer {listed(other, limit=3)}, so that a step cannot be "
+            "undone: write into the one there is (self.NAME.copy_(...))",
+        )
         _equal(before, _state(first.model), "a step that is undone leaves {} changed: move nothing but buffers")
         again = self._step(step)
         expect(
             torch.equal(again.loss, result.loss),
             "one batch and state give two losses: keep state in buffers, draw from torch alone",
         )
-        _move(first.model)
-        first.teacher.update(first.model, PROGRESS)
+        move(first.model)
+        first.teacher.update(first.followed, PROGRESS)
         second.model.load_state_dict(_state(first.model))
         second.teacher.load_state_dict(first.teacher.state_dict())
         ours, theirs = self._step(step), self._step(Gradients(second))
@@ -87,6 +100,14 @@ class ModelCheck:
 
     # ------------------------------------------------------------------ heads
 
+    def needs_without_gradient(self, name: str) -> Sequence[Need]:
+        """Return what the outputs of a head read that no gradient leaves by."""
+        assembly = self.build()
+        assembly.model.strict = True
+        found = assembly.model.encode(self.views, assembly.plan.student).heads[name]
+        without = [key for key, x in found.items() if not x.requires_grad]
+        return list(assembly.model.head(name).requires(without)) if without else []
+
     def head(self, name: str) -> None:
         """Hold a head to what ``Head`` promises of its outputs."""
         model = self.assembly.model
@@ -106,7 +127,8 @@ class ModelCheck:
             alone = self._outputs(head, features, self.views, (output,))
             close = head.mixes_samples or torch.allclose(alone[output], together[output], rtol=1e-4, atol=1e-5)
             expect(close, f"the output '{output}' is another one when asked for alone")
-            (alone[output] * torch.randn_like(alone[output])).sum().backward()
+            if alone[output].requires_grad:
+                (alone[output] * torch.randn_like(alone[output])).sum().backward()
             reached = {key for key, parameter in head.named_parameters() if parameter.grad is not None}
             unread = {
                 key for key, _ in head.named_parameters() if any(fnmatchcase(key, p) for p in head.unread((output,)))
@@ -163,7 +185,7 @@ class ModelCheck:
         first, second = self.assembly, example_assembly(self.loaded)
         student, teacher = first.model, first.teacher
         before = _state(student)
-        teacher.start(first.build_model, student)
+        first.start_teacher()
         _equal(before, _state(student), "start changes {} of the student")
         if not teacher.present:
             expect(not list(teacher.parameters()), "it is not present, and has parameters")
@@ -173,15 +195,15 @@ class ModelCheck:
         expect(not trained, f"{listed(trained, limit=3)} takes gradients: a teacher must not")
         shared = {x.data_ptr() for x in student.parameters()} & {x.data_ptr() for x in teacher.parameters()}
         expect(not shared, "it shares parameters with the student: build its model anew")
-        second.teacher.start(second.build_model, second.model)
+        second.start_teacher()
         for number in range(4):
-            _move(student)
+            move(student)
             second.model.load_state_dict(_state(student))
             if number == 2:
                 second.teacher.load_state_dict(teacher.state_dict())
-            self._update(first.model, teacher, number)
+            self._update(first, number)
             if number >= 2:
-                self._update(second.model, second.teacher, number)
+                self._update(second, number)
         _equal(
             _state(teacher),
             _state(second.teacher),
@@ -189,11 +211,11 @@ class ModelCheck:
         )
         Gradients(first)(self.views, PROGRESS)
 
-    def _update(self, student: Model, teacher: Any, number: int) -> None:
-        before = _state(student)
+    def _update(self, assembly: Assembly, number: int) -> None:
+        student, teacher, before = assembly.followed, assembly.teacher, _state(assembly.model)
         with blaming(teacher, "teacher"):
             moved = checked_moves(teacher.update(student, Progress(step=number, total_steps=4, steps_per_epoch=2)))
-        _equal(before, _state(student), "update changes {} of the student")
+        _equal(before, _state(assembly.model), "update changes {} of the student")
         _finite(
             {name: torch.as_tensor(value, dtype=torch.float64) for name, value in moved.items()}, " that update returns"
         )
@@ -231,7 +253,7 @@ def _finite(values: Mapping[str, Tensor | None], where: str = "") -> None:
 
 
 @torch.no_grad()
-def _move(model: Model) -> None:
+def move(model: Model) -> None:
     """Change every parameter a little, and run the hooks, as an optimiser would."""
     draw = torch.Generator().manual_seed(len(list(model.parameters())))
     for parameter in model.parameters():

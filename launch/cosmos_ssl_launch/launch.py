@@ -231,7 +231,7 @@ def _dry_run(loaded: Sequence[LoadedConfig], place: Profile, where: str, *, fork
     from cosmos_ssl.config.source import dump_yaml
     from cosmos_ssl_launch.slurm import batch_script
 
-    left = {readiness.dry_run(one, here=place.kind == "local", fork=fork) for one in loaded} - {""}
+    left = {readiness.dry_run(one, here=place.kind == "local", ranks=place.ranks, fork=fork) for one in loaded} - {""}
     for one in loaded:
         print(f"# the config of {one.config.folder}\n{dump_yaml(one.tree)}")
     unseen = f" (not looked into: {'; '.join(sorted(left))})" if left else ""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cosmos_ssl
+from cosmos_ssl.build import check
 from cosmos_ssl.build.readiness import dry_run, make_ready
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.fork import told_fork
@@ -41,10 +43,10 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
 
 
-def left(*overrides: str, here: bool = True, fork: str | None = None) -> str:
+def left(*overrides: str, here: bool = True, ranks: int = 1, fork: str | None = None) -> str:
     """What a dry run of a run in the folder ``new`` says that it did not look into."""
     data = [] if any(text.startswith("data=") for text in overrides) else ["data.folder=scenes"]
-    return dry_run(load_config(TINY, ["output_dir=new", *data, *overrides]), here=here, fork=fork)
+    return dry_run(load_config(TINY, ["output_dir=new", *data, *overrides]), here=here, ranks=ranks, fork=fork)
 
 
 def test_a_sound_run_passes_and_leaves_nothing_behind(place: Path) -> None:
@@ -53,7 +55,7 @@ def test_a_sound_run_passes_and_leaves_nothing_behind(place: Path) -> None:
         left() == left("model.pretrained=old") == left("teacher={type: frozen, checkpoint: old, which: student}") == ""
     )
     assert left("data.folder=unwritten") == "the data, which are made or found at the start"
-    assert left("schedule.epochs=2", fork="old") == ""
+    assert left("schedule.epochs=2", fork="old") == left("output_dir=old", "evaluators=null", ranks=2) == ""
     published = left("model.pretrained=cosmos_vitb16_cc3m", "teacher={type: frozen, checkpoint: hf-hub:org/name}")
     assert published.count("which is fetched at the start") == 2
     assert sorted(place.rglob("*")) == before
@@ -84,13 +86,42 @@ SHARDS = 'data={type: webdataset, train_data: "scenes/train-{0000..%s}.tar", cac
             r"belongs to another config \(optimizer\.lr: 0\.001 -> 1\.0\)",
         ),
         (["output_dir=scenes/scenes.json/new"], r"output_dir: .* cannot be written: .*scenes\.json is no folder"),
+        (["training.batch_size=32"], r"16 samples do not fill one batch \(training\.batch_size: 32\)"),
+        (["training.batch_size=9"], r"training\.batch_size: 9 cannot be shared by 2 ranks"),
+        (["training.compile=true"], r"training\.compile: torch cannot compile here"),
+        (["loader.workers=1024", "loader.prefetch=64"], "files open|shared memory"),
         (["training.attention=xformers"], "xformers was asked for"),
         (["training.attention=varlen"], "varlen was asked for, but varlen has no operator for the device 'cpu'"),
     ],
 )
-def test_what_a_start_would_refuse(overrides: list[str], message: str) -> None:
+def test_what_a_start_would_refuse(overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*given: object, **options: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", none)
     with pytest.raises(UserError, match=message):
-        left(*overrides)
+        left(*overrides, ranks=2)
+
+
+MASKED = (
+    "heads.dino={type: dinov2_projection, hidden_dim: 24, bottleneck_dim: 12, output_dim: 16}",
+    "losses.ibot={type: ibot, head: dino}",
+    "model.image.mask_token=true",
+    "augmenters.image.mask_probability=0.5",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.rules=[{match: image.blcks.*, lr_scale: 2}]"], r"rules\.0\.match: .* Did you mean 'image\.blocks"),
+        (["optimizer.rules=[{match: '*', frozen: true}]"], "optimizer: every parameter is frozen"),
+        ([*MASKED, "training.micro_batch_size=2"], "is impossible here: masked patches are read"),
+    ],
+)
+def test_what_a_check_refuses(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(load_config(TINY, [*overrides, "output_dir=new", "data.folder=unwritten"]))
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 import cosmos_ssl
+from cosmos_ssl import registry
 from cosmos_ssl.build import Builder
 from cosmos_ssl.build.weights import find_source, read_weights
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.engine.checkpoint import Snapshot, latest_checkpoint, save_checkpoint, to_host
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.errors import CheckpointError, ConfigError, UserError
 from cosmos_ssl.interop.foreign import is_remote
+from cosmos_ssl.testing.examples import small_config
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
 HEADS = ["model.image.heads=3", "model.text.heads=2"]
@@ -186,6 +188,40 @@ def test_a_model_of_another_size_is_refused_before_it_is_built(run):
         cosmos_ssl.load(run)
 
 
+SPREAD = """
+from cosmos_ssl.api import Loss, LossOutput, Need
+import torch
+
+class Spread(Loss):
+    def __init__(self, spec):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(4))
+    def requires(self): return [Need(modality="image", group="global")]
+    def forward(self, ctx): return LossOutput(terms={"spread": ctx.student.image["global"].unit.std(1).mean()})
+"""
+
+
+def test_a_run_whose_losses_package_is_gone_encodes_and_names_it(install, tmp_path, caplog, monkeypatch):
+    """For all that encodes; a resume, which needs it, is refused."""
+    site = install("my-losses", "0.3.1", entries={"losses/spread": "my_losses:Spread"}, modules={"my_losses": SPREAD})
+    config = small_config(str(tmp_path), 1, {"losses": {"spread": {"type": "spread"}}})
+    cosmos_ssl.train(config)
+    run = tmp_path / "run"
+    whole = cosmos_ssl.load(run).encode_text(["a cat"])
+    (site / "my_losses-0.3.1.dist-info" / "entry_points.txt").unlink()
+    registry.forget()
+    with caplog.at_level(logging.INFO, "cosmos_ssl"):
+        assert torch.equal(cosmos_ssl.load(run, "teacher").encode_text(["a cat"]), whole) is False
+        encoder = cosmos_ssl.load(run)
+    assert torch.equal(encoder.encode_text(["a cat"]), whole)
+    assert "; without losses.spread, spread (my-losses 0.3.1), which is not installed" in caplog.text
+    assert cosmos_ssl.export(run, "openclip", tmp_path / "out").roles == ("student",)
+    had = r"no loss named 'spread'\.(.|\n)*Its run had spread \(my-losses 0\.3\.1\): install that package"
+    for again in (config, run / "config.yaml"):
+        with pytest.raises(ConfigError, match=had):
+            cosmos_ssl.train(again)
+
+
 # ---------------------------------------------------------------------------- starting from weights
 
 
@@ -196,12 +232,27 @@ def started(*overrides):
 def test_a_start_tells_what_it_took(run, state):
     pretrained = f"model.pretrained={run}"
     source = f"{run}/checkpoints/step_00000002"
-    assert started(pretrained) == f"starting from {source}: {len(state)} of {len(state)} tensors"
+    towers = len(state) - 1
+    anew = "; not asked for (model.pretrained.parts): losses.clip"
+    assert started(pretrained) == f"starting from {source}: {towers} of {towers} tensors{anew}"
+    whole = f"model.pretrained={{from: {run}, parts: [image, text, losses]}}"
+    assert started(whole) == f"starting from {source}: {len(state)} of {len(state)} tensors"
     lone = ["model.text=null", "tokenizer=null", "augmenters.text=null", "losses={clip: null, koleo: {type: koleo}}"]
     image, text = ([name for name in state if name.startswith(tower)] for tower in ("image.", "text."))
     told = started(pretrained, *lone)
-    left_out = f"left out: {len(text) + 1} not in the model (losses.clip.logit_scale, text."
-    assert told.startswith(f"starting from {source}: {len(image)} of {len(state)} tensors; {left_out}")
+    left = "not asked for (model.pretrained.parts): losses.clip, text"
+    assert told.split("; ")[1:] == [left] and f"{len(image)} of {len(image)} tensors" in told
+    for parts, words in (
+        ("[text, loses]", r"parts\.1: expected image, text, heads"),
+        ("[losses.clp]", r"the model has no 'losses\.clp'\. Did you mean 'losses\.clip'\? It has image, text, losses"),
+        ("[heads]", r"has nothing of heads: 0 of 0 tensors"),
+    ):
+        with pytest.raises(UserError, match=words):
+            started(f"model.pretrained={{from: {run}, parts: {parts}}}")
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the towers: .* left out: 2 not in the model \(image\.norm_pre"
+    ):
+        started(pretrained, "model.image.pre_norm=false")
     told = started(pretrained, "model.pretrained_partial=true", "model.text.width=64")
     assert f"left out: {len(text)} of another shape (text." in told
 

@@ -117,6 +117,7 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
             ["view_groups"],
             "Requires\n  pictures\n\nOffers\n  depends on groups: give groups=... behind the part's name\n",
         ),
+        (["view_groups"], "\n  groups.NAME.scale                 tuple[float, float]"),
         (["view_groups", "groups={a: {size: 64}}"], "Offers\n  'a': 1 view of 64 x 64 pixels\n"),
         (
             ["clip_vit", "mask_token=true"],

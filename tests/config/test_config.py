@@ -499,6 +499,8 @@ def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
         ("optimizer.rules", "[{match: a, frozen_epochs: .inf}]", "finite number"),
         ("checkpoints.every_minutes", "1e-300", "greater than or equal to 0.001"),
         ("model.pretrained", "''", "at least 1 character"),
+        ("model.pretrained", "{from: a, parts: [head]}", "expected image, text, heads, losses, or one of these"),
+        ("model.pretrained", "{from: a, part: [text]}", "Did you mean 'parts'? Accepts: from, parts"),
     ],
 )
 def test_numbers_are_finite_and_bounded(load: Load, path: str, value: str, words: str) -> None:
@@ -518,7 +520,7 @@ def test_paths_may_begin_at_home(load: Load, monkeypatch: pytest.MonkeyPatch) ->
     loaded = load(
         "output_dir: ~/runs/a\ndata: {train_data: '~/x/{0..3}.tar::s3://b/~c.tar::~/y.tar'}\n", "model.pretrained=~/old"
     )
-    assert loaded.config.folder == Path("/users/ann/runs/a") and loaded.config.model.pretrained == "/users/ann/old"
+    assert loaded.config.folder == Path("/users/ann/runs/a") and loaded.tree["model"]["pretrained"] == "/users/ann/old"
     assert loaded.tree["data"]["train_data"] == "/users/ann/x/{0..3}.tar::s3://b/~c.tar::/users/ann/y.tar"
     assert loaded.origin("output_dir") == "x.yaml:2" and load("data: {train_data: ['~/a']}\n").tree["data"][
         "train_data"

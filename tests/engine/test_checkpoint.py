@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -209,19 +210,20 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
 
 
 def test_when_one_is_due(tmp_path, monkeypatch):
-    background = writer(tmp_path, every_steps=4, keep_every_epochs=2)
-    assert [step for step in range(1, 101) if background.due(step)][:3] == [4, 5, 6], (
-        "what is owed stays owed until it is written"
-    )
-    background.write(snapshot(6))
-    background.wait(6)
-    assert [step for step in (7, 9, 10, 11, 100) if background.due(step)] == [10, 100], "kept ones and the last"
-    background.close()
-    background = writer(tmp_path, sound=6, every_minutes=2)
-    assert not background.due(7)
+    """By steps always, also while one is being written; by the clock once that is written."""
+    done, write = threading.Event(), CheckpointWriter._write
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda self, one: done.wait(60) and write(self, one))
+    background = writer(tmp_path, every_steps=4, every_minutes=2, keep_every_epochs=2)
+    background.write(snapshot(4))
+    due = [step for step in (5, 8, 10, 11, 100) if background.due(step)]
+    assert due == [8, 10, 100], "those kept for good, and the last, too"
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 121)
-    assert background.due(8)
+    assert not background.due(13)
+    done.set()
+    background.wait(4)
+    assert [background.due(step) for step in (14, 15)] == [True, True], "owed until it is written"
+    background.write(snapshot(15))
     background.close()
 
 

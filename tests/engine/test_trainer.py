@@ -14,7 +14,15 @@ import torch
 from rich.console import Console
 
 from cosmos_ssl.engine import trainer as trainer_module
-from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors, read_state
+from cosmos_ssl.engine.checkpoint import (
+    Snapshot,
+    checkpoint_folders,
+    latest_checkpoint,
+    load_tensors,
+    read_state,
+    save_checkpoint,
+    to_host,
+)
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CheckpointError, StorageError, TrainingError, UserError
 from cosmos_ssl.models import precision
@@ -69,6 +77,23 @@ def test_crashed_and_resumed_equals_never_crashed(tiny, rows, tmp_path, before):
     for at in (2, 5, 8):  # before any checkpoint; at an epoch's end, evaluation done or not; between two checkpoints
         crash(tiny, tmp_path / "cut", at, evaluators=evaluators(), before=before)
     tiny.make_trainer(tmp_path / "cut", evaluators=evaluators(), before=before).train()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_teacher_has_no_losses_and_those_of_an_older_checkpoint_are_left_out(tiny, rows, tmp_path):
+    tiny.make_trainer(tmp_path / "whole").train()
+    crash(tiny, tmp_path / "cut", 8)
+    path = latest_checkpoint(tmp_path / "cut")
+    student, teacher, optimizer = (load_tensors(path, name) for name in ("student", "teacher", "optimizer"))
+    own = {name: x + 1 for name, x in student.items() if name.startswith("losses.")}
+    assert len(own) == 2 and not own.keys() & teacher.keys()
+    tensors = {"student": to_host(student), "teacher": to_host(own | teacher), "optimizer": to_host(optimizer)}
+    state = read_state(path)
+    save_checkpoint(tmp_path / "cut", Snapshot(step=state["step"], tensors=tensors, state=state))
+    trainer = tiny.make_trainer(tmp_path / "cut")
+    trainer.train()
+    assert not any(name.startswith("losses.") for name, _ in trainer.assembly.teacher.model.named_parameters())
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 

@@ -169,6 +169,7 @@ class Match(Loss):
 
     def forward(self, ctx):
         self.calls += 1
+        self.last = ctx.progress.step  # for ``after_step``, which is the student's loss's alone
         befall("loss", ctx.progress.step)
         x = ctx.student.image["global"].unit
         y = ctx.teacher.image["global"].unit if self.teacher else x.detach()
@@ -182,6 +183,7 @@ class Match(Loss):
 
     @torch.no_grad()
     def after_step(self):
+        assert self.last >= 0
         self.scale.clamp_(0, 2)
 
 

@@ -318,7 +318,7 @@ def started(*overrides):
 def test_training_starts_from_openclip(theirs, tmp_path):
     model, model_cfg = theirs
     source = save(model, model_cfg, tmp_path / "vit")
-    state, told = started(f"model.pretrained={source}")
+    state, told = started(f"model.pretrained={{from: {source}, parts: [image, text, losses.clip]}}")
     assert torch.equal(
         state["image.blocks.1.attn.qkv.weight"], model.visual.transformer.resblocks[1].attn.in_proj_weight
     )
@@ -339,10 +339,8 @@ def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):
         started(*wider)
     state, told = started(*wider, "model.pretrained_partial=true", "model.text.heads=2")
     assert torch.equal(state["text.projection"], model.text_projection)
-    own = sum(not name.startswith("image.") for name in state)
-    assert (
-        f": {own} of {len(state)} tensors; left out: {len(state) - own} of another shape (image.class_token, " in told
-    )
+    own, image = (sum(name.startswith(f"{tower}.") for name in state) for tower in ("text", "image"))
+    assert f": {own} of {own + image} tensors; left out: {image} of another shape (image.class_token, " in told
     assert told.endswith("; 4 heads in its text tower (model.text.heads=4)")
 
 

@@ -289,6 +289,48 @@ def test_describes_options(install: Install) -> None:
     }
 
 
+NESTED = """
+from dataclasses import dataclass, field
+from pydantic import BaseModel, ConfigDict, Field
+from cosmos_ssl.api import Loss
+
+class Step(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    kind: str
+    weight: float = Field(1.0, description="Of the step.")
+
+@dataclass(kw_only=True)
+class Plan:
+    '''``steps``: in their order.'''
+    __pydantic_config__ = {"extra": "forbid"}
+    steps: list[Step] = field(default_factory=list)
+
+class Planned(Loss):
+    def __init__(self, spec, *, plans: dict[str, Plan], last: Step | None = None): super().__init__()
+    def requires(self): return []
+    def forward(self, ctx): ...
+"""
+
+
+def test_options_made_of_dataclasses_and_models(install: Install) -> None:
+    install("my-losses", "0.3.1", entries={"losses/planned": "my_losses:Planned"}, modules={"my_losses": NESTED})
+    record = registry.find("losses", "planned")
+    cls = registry.load(record)
+    inner = [one for option in registry.options_of(cls) for one in registry.nested_options(option)]
+    assert [(one.name, one.type_name, one.required, one.doc) for one in inner] == [
+        ("plans.NAME.steps", "list[Step]", False, "in their order."),
+        ("plans.NAME.steps.N.kind", "str", True, ""),
+        ("plans.NAME.steps.N.weight", "float", False, "Of the step."),
+        ("last.kind", "str", True, ""),
+        ("last.weight", "float", False, "Of the step."),
+    ]
+    given = {"plans": {"a": {"stepps": []}, "b": {"steps": [{"kind": "x"}, {"kind": "x", "wieght": 2}]}}}
+    assert registry.check_options(record, cls, given)[1] == [
+        ("plans.a.stepps", "unknown key. Did you mean 'steps'? Accepts: steps"),
+        ("plans.b.steps.1.wieght", "unknown key. Did you mean 'weight'? Accepts: kind, weight"),
+    ]
+
+
 def test_converts_options(install: Install) -> None:
     record, cls = load_triplet(install, loss_source())
     given = {"head": "cross", "margin": 1, "scale": [0, 2], "size": [1, 2], "note": None}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,7 +112,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("record", "options"), cases())
 def test_own_part(record: registry.Record, options: dict[str, Any]) -> None:
-    CHECKS[record.group](record.qualified, around=AROUND.get(f"{record.group}/{record.name}"), **options)
+    ranks = {"ranks": 2} if record.group == "losses" else {}
+    CHECKS[record.group](record.qualified, around=AROUND.get(f"{record.group}/{record.name}"), **ranks, **options)
 
 
 @pytest.mark.parametrize("record", OWN, ids=lambda record: f"{record.group}/{record.name}")
@@ -191,6 +193,74 @@ class StaysOnTheCpu(Sound):
         self.weight = nn.Parameter(torch.ones((), device="cpu"))
 
 
+class UsesTheStepAfterwards(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        self.last = super().forward(ctx).terms["term"]
+        return LossOutput(terms={"term": self.last})
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.weight.sub_(0.01 * self.last)
+
+
+class PutsAnotherBuffer(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        found = super().forward(ctx)
+        self.steps = self.steps * 2
+        return found
+
+
+class StaysOnItsRank(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        x = ctx.student.image["global"].unit
+        return LossOutput(terms={"term": self.weight * (x[0] @ x[1].T).logsumexp(1).mean()})
+
+
+class CentresByItsRank(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        self.steps.copy_(ctx.student.image["global"].unit.detach().mean())
+        x = ctx.student.image["global"].unit
+        return LossOutput(terms={"term": self.weight * (x[0] * x[1]).sum(-1).mean()})
+
+
+class WaitsForTheOther(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        if len(ctx.views) < 6:
+            raise KeyError("my samples")
+        return super().forward(ctx)
+
+
+class ReadsTheTeacher(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms={"term": ctx.teacher.text["local"].unit.mean()})  # type: ignore[union-attr]
+
+
+class ReadsTokens(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms={"term": ctx.student.image["global"].tokens.mean()})  # type: ignore[union-attr]
+
+
+class ReadsAHead(Sound):
+    """``scale``: of the term."""
+
+    def forward(self, ctx: StepContext) -> LossOutput:
+        return LossOutput(terms={"term": ctx.gathered["teacher"].heads["cross"]["text"].mean()})
+
+
 class DividesByZero(Sound):
     """``scale``: of the term."""
 
@@ -255,6 +325,47 @@ class Plain(Head):
 
     def unread(self, outputs: Collection[str]) -> Sequence[str]:
         return [f"{name}.*" for name in ("a", "b") if name not in outputs]
+
+
+class Labels(Plain):
+    """One of its outputs takes no gradient: the largest of the other."""
+
+    def outputs(self) -> Mapping[str, int]:
+        return {"a": 5, "label": 1}
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        x = self.a(features.image["global"].projected)
+        return {"a": x, "label": x.argmax(-1, keepdim=True).float()}
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        del self.b
+
+    def unread(self, outputs: Collection[str]) -> Sequence[str]:
+        return () if "a" in outputs else ("a.*",)
+
+
+class Captions(Plain):
+    """Predicts the tokens of a picture's text, which no tower reads."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        del self.b
+        self.a = nn.Linear(spec.embed_dim, spec.vocab_size)
+
+    def outputs(self) -> Mapping[str, int]:
+        return {"a": 1}
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        scores = self.a(features.image["global"].projected).log_softmax(-1)
+        return {"a": scores.gather(-1, views.text["global"].tokens).mean(-1, keepdim=True)}
+
+
+class ReadsLocals(Plain):
+    """Reads more than it asks for."""
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: self.get_submodule(name)(features.stack("text", "pooled", "local")) for name in outputs}
 
 
 class WrongWidth(Plain):
@@ -421,7 +532,7 @@ class Silent(Copy):
         return None  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("cls", [Sound, Plain, Corner, Copy])
+@pytest.mark.parametrize("cls", [UsesTheStepAfterwards, Plain, Labels, Corner, Copy])
 def test_sound_parts_pass(cls: type[Any]) -> None:
     check = {
         Loss: testing.check_loss,
@@ -429,7 +540,19 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         Augmenter: testing.check_augmenter,
         Teacher: testing.check_teacher,
     }
-    check[cls.__base__](cls)  # type: ignore[operator]
+    check[next(base for base in cls.__mro__ if base in check)](cls)  # type: ignore[operator]
+
+
+def test_a_head_may_read_texts_that_no_tower_encodes(tmp_path: Path) -> None:
+    pictures = {"model": {"text": None}, "heads": {"cross": None}}
+    testing.check_head(Captions, around=pictures)
+    losses = {"clip": None, "distill": None, "caption": {"type": testing.examples.reader(Need(head="caption"))}}
+    heads = {"cross": None, "caption": {"type": Captions}}
+    (row,) = testing.small_run(tmp_path, {**pictures, "heads": heads, "losses": losses, "teacher": None}, steps=1)
+    assert row["loss"] == row["loss/caption"]
+
+
+ON_TWO = partial(testing.check_loss, ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +568,26 @@ def test_sound_parts_pass(cls: type[Any]) -> None:
         (testing.check_loss, KeepsItsCentre, "a copy with the same state gives another loss"),
         (testing.check_loss, DrawsFromNumpy, "two builds with one seed start losses.part.weight differently"),
         (testing.check_loss, StaysOnTheCpu, "losses.part.weight is not on the device that it is built on"),
+        (testing.check_loss, PutsAnotherBuffer, "it puts another tensor into the place of its buffer steps, so that"),
+        (ON_TWO, StaysOnItsRank, "2 ranks that share a batch find other than one: loss of step 1, loss/part of step"),
+        (ON_TWO, CentresByItsRank, "ranks move their buffer steps apart: move it by what all ranks share (all_sum"),
+        (ON_TWO, WaitsForTheOther, "on 2 ranks, where one does: rank 0: PluginError: losses.part (the class tests"),
+        (
+            testing.check_loss,
+            ReadsTheTeacher,
+            'Add Need(role="teacher", modality="text", group="local") to it',
+        ),
+        (
+            testing.check_loss,
+            ReadsTokens,
+            'does not ask for. Add Need(modality="image", group="global", kind="tokens") to it',
+        ),
+        (
+            testing.check_loss,
+            ReadsAHead,
+            'Add Need(role="teacher", gathered=True, head="cross", outputs=("text",)) to it',
+        ),
+        (testing.check_head, ReadsLocals, 'Add Need(modality="text", group="local", kind="pooled") to it'),
         (testing.check_loss, DividesByZero, "part/ratio is not finite"),
         (testing.check_loss, ChangesItsInput, "changed its input of shape [2, 6, 32] in place"),
         (testing.check_head, GivesIntegers, "returned 'a' as torch.int64 on cpu, expected floats on cpu"),

@@ -47,7 +47,7 @@ class Frozen(Teacher):
             raise UserError(
                 f"teacher: {self.checkpoint} has embed_dim {encoder.spec.embed_dim}, the student {self.embed_dim}"
             )
-        return encoder.model.requires_grad_(False).eval()
+        return encoder.model.with_losses({}).requires_grad_(False).eval()
 
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
         """Nothing moves."""
