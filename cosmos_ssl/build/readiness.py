@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,10 +16,11 @@ from cosmos_ssl.build.runs import claim, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.data.cache import only_looking
-from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.engine.assembly import Assembly, make_order
 from cosmos_ssl.engine.checkpoint import load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import pick_device
 from cosmos_ssl.engine.fork import ask_fork, fork_source, plan_fork
+from cosmos_ssl.engine.prolong import plan_longer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.files import storage_faults
@@ -111,7 +113,13 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     folder = RunFolder(config.folder)
     source = fork_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, places)
-    folder.check_identity(mine, accept_data=config.loader.changed_data == "accept")
+
+
+    def longer(before: Mapping[str, Any]) -> None:
+        if prepared:
+            plan_longer(folder.path, before, assembly, config, make_order(config, dataset.shard_sizes))
+
+    folder.check_identity(mine, accept_data=config.loader.changed_data == "accept", longer=longer)
     if source is not None:
         with _no_copies():
             load_exactly(assembly.model, load_tensors(source, "student"), f"--fork: {source}")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cosmos_ssl.build.builder import Builder
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.engine.accumulate import refuse_accumulation
@@ -15,6 +17,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
+from cosmos_ssl.engine.optim import Optimizer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
@@ -73,6 +76,7 @@ def check(loaded: LoadedConfig) -> Assembly:
     builder = Builder(loaded)
     assembly = builder.assemble("check")
     builder.check_sizes(assembly)
+    Optimizer(assembly.model, loaded.config, torch.device("meta"), assembly.optimizer, assembly.schedule)
     if loaded.config.training.micro_batch_size is not None:
         refuse_accumulation(assembly)
     return assembly

@@ -13,6 +13,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from cosmos_ssl import registry
+from cosmos_ssl.bounds import Curve
 from cosmos_ssl.config.sections import Config
 from cosmos_ssl.config.source import MAX_KEYS, Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
 from cosmos_ssl.errors import ConfigError, PluginError, did_you_mean
@@ -25,6 +26,8 @@ SINGLE_PARTS = {
     "augmenters.text": "augmenters",
     "teacher": "teachers",
     "data": "datasets",
+    "optimizer": "optimizers",
+    "schedule": "schedules",
 }
 """Key path of each part there is at most one of -> its group."""
 
@@ -235,6 +238,8 @@ def _agreement_faults(config: Config) -> Found:
         if augmenter is not None and tower is None:
             message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
             found.append((["augmenters", modality], message))
+    if config.optimizer.weight_decay_end is not None and isinstance(config.optimizer.weight_decay, Curve):
+        found.append((["optimizer", "weight_decay_end"], "optimizer.weight_decay has an end already. Leave one out"))
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found
