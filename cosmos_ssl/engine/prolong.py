@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,32 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly, total_steps
 from cosmos_ssl.engine.checkpoint import latest_checkpoint
-from cosmos_ssl.errors import UserError, listed
-from cosmos_ssl.files import checkpoint_folders, checkpoint_step
+from cosmos_ssl.errors import CheckpointError, UserError, listed
+from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
+
+log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Longer:
-    """What a run was until now, and the last step that it would also have come to as the longer one."""
+    """What a run was until now, what it is to be, and the last step to which both are the same."""
 
     before: int
-    """The steps that it was to have."""
+    now: int
     stable: int
+
+    def start(self, folder: Path) -> Path:
+        """Return the checkpoint in ``folder`` to go on from, and set those aside that the old end has shaped.
+
+        Raises CheckpointError.
+        """
+        newest = latest_checkpoint(folder, self.stable)
+        if newest is None:
+            raise CheckpointError(f"{folder}: no sound checkpoint of its first {self.stable:,} steps is left")
+        later = [path for path in checkpoint_folders(folder) if path > newest]
+        told = f"; what it came to is kept as {listed([set_aside(path, 'shorter').name for path in later])}"
+        steps = [f"{step:,}" for step in (self.before, self.now, checkpoint_step(newest) or 0)]
+        log.info("the run of %s steps is prolonged to %s, from step %s on%s", *steps, told if later else "")
+        return newest
 
 
 def stable_steps(assembly: Assembly, config: Config, total: int) -> tuple[int, str]:
@@ -77,4 +94,4 @@ def plan_longer(
             f"its first {stable:,} steps do not depend on its length (by {key}), and no checkpoint of them is left: "
             f"there are {listed([f'{step:,}' for step in steps])}"
         )
-    return Longer(before=old, stable=stable)
+    return Longer(before=old, now=new, stable=stable)

@@ -42,8 +42,7 @@ from cosmos_ssl.engine.step import News, Step, Update
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
-from cosmos_ssl.files import checkpoint_step
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, listed
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import explain_backend
@@ -390,14 +389,7 @@ class Run:
         Raises UserError.
         """
         longer = self.trainer.longer
-        if longer is None:
-            return latest_checkpoint(self.folder.path)
-        newest = latest_checkpoint(self.folder.path, longer.stable)
-        if newest is None:
-            raise UserError(f"{self.folder.path}: no sound checkpoint of the first {longer.stable:,} steps is left")
-        steps, new = f"{longer.before:,} steps", f"{self.total_steps:,}"
-        log.info("the run of %s is prolonged to %s, from step %s on", steps, new, f"{checkpoint_step(newest):,}")
-        return newest
+        return latest_checkpoint(self.folder.path) if longer is None else longer.start(self.folder.path)
 
     def _fork(self) -> Fork | None:
         """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""

@@ -34,9 +34,12 @@ def check_options(cls: Callable[..., Any], name: str, options: Mapping[str, Any]
 def build(
     make: Callable[..., torch.optim.Optimizer], name: str, groups: Sequence[Mapping[str, Any]], options: Options
 ) -> torch.optim.Optimizer:
-    """Call the constructor; what it refuses is a ValueError."""
+    """Call the constructor; what it refuses is a ValueError, and a weight decay that it cannot do."""
+    decay = {"weight_decay": groups[0]["weight_decay"]} if "weight_decay" in inspect.signature(make).parameters else {}
+    if not decay and any(group["weight_decay"] for group in groups):
+        raise ValueError(f"{name} has no weight decay. Set weight_decay to 0")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        return make(groups, lr=groups[0]["lr"], weight_decay=groups[0]["weight_decay"], **given)
+        return make(groups, lr=groups[0]["lr"], **decay, **given)
     except Exception as error:
         raise ValueError(f"{name} cannot be used so: {str(error).partition(chr(10))[0]}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ class Timm(Optimizer):
         info = optim.get_optimizer_info(name)
         if info.second_order:
             raise ValueError(f"name: {name} needs second derivatives, which a step does not compute. Take another one")
-        if info.opt_class.__name__ == "Kron":
+        try:
+            cls = optim.get_optimizer_class(name, bind_defaults=False)
+        except Exception as error:
+            raise ValueError(f"name: {name} needs a package that is not installed: {error}") from error
+        if cls.__name__ == "Kron":
             raise ValueError(f"name: {name} draws by itself, and no run would go on exactly. Take another one")
         self.name, self.options = name, options or {}
-        check_options(optim.get_optimizer_class(name, bind_defaults=False), name, self.options)
+        check_options(cls, name, self.options)
 
     def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-        """The class with timm's defaults for this name."""
-        return build(optim.get_optimizer_class(self.name, bind_defaults=True), self.name, groups, self.options)
+        """With timm's defaults for this name."""
+        return build(partial(optim.create_optimizer_v2, opt=self.name), self.name, groups, self.options)
