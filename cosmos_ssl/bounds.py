@@ -45,7 +45,7 @@ class Curve(BaseModel, Generic[Number]):
     _schedule: Any = PrivateAttr(None)
 
     @classmethod
-    def model_parametrized_name(cls, params: tuple[type[Any], ...]) -> str:
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
         """The name that people read: without the bounds."""
         return cls.__name__
 

@@ -2,7 +2,6 @@
 
 An optimiser in full::
 
-    from collections.abc import Mapping, Sequence
     from typing import Any
 
     import torch
@@ -18,7 +17,7 @@ An optimiser in full::
         def __init__(self, spec: Spec, *, momentum: Share = 0.9) -> None:
             self.momentum = momentum
 
-        def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
             return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=self.momentum)
 
 A config then says ``optimizer: {type: heavy_ball, lr: 0.1, momentum: 0.8}``. The engine's are ``lr``, ``weight_decay``
@@ -38,7 +37,6 @@ this.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -54,7 +52,7 @@ class Optimizer(Part, ABC):
     is refused."""
 
     @abstractmethod
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         """Build the optimiser on ``groups`` of parameters: ``params``, ``lr`` and ``weight_decay``, and keys of the
         engine, which must stay.
 

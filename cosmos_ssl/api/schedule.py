@@ -1,4 +1,4 @@
-"""For authors of schedules: how a number moves over a run, whether learning rate, weight decay, momentum or temperature.
+"""For authors of schedules: how a number moves over a run: learning rate, weight decay, a momentum or temperature.
 
 A schedule in full::
 

@@ -135,9 +135,7 @@ class Builder:
         if faults:
             raise ConfigError(faults)
 
-    def _choose(
-        self, path: str, group: str, name: str, given: Mapping[str, Any], faults: list[str]
-    ) -> Chosen | None:
+    def _choose(self, path: str, group: str, name: str, given: Mapping[str, Any], faults: list[str]) -> Chosen | None:
         """A part, imported, whose options are in its constructor's types; what is wrong goes into ``faults``."""
         try:
             record = registry.find(group, name)
@@ -153,7 +151,7 @@ class Builder:
         self, path: str, options: Mapping[str, Any], faults: list[str]
     ) -> dict[str, tuple[Curve[float], Chosen]]:
         """The options that are curves, with their schedules."""
-        found = {}
+        found: dict[str, tuple[Curve[float], Chosen]] = {}
         for name, value in options.items():
             if isinstance(value, Curve):
                 own = self._choose(f"{path}.{name}", "schedules", value.type, value.model_extra or {}, faults)

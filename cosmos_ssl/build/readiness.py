@@ -114,7 +114,6 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     source = fork_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, places)
 
-
     def longer(before: Mapping[str, Any]) -> None:
         if prepared:
             plan_longer(folder.path, before, assembly, config, make_order(config, dataset.shard_sizes))

@@ -64,7 +64,9 @@ def _part_schema(record: registry.Record, definitions: dict[str, Any]) -> dict[s
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    section = definitions.get({"optimizers": "OptimizerConfig", "schedules": "ScheduleConfig"}.get(record.group, ""), {})
+    section = definitions.get(
+        {"optimizers": "OptimizerConfig", "schedules": "ScheduleConfig"}.get(record.group, ""), {}
+    )
     engines = section.get("properties", {})
     properties: dict[str, Any] = {key: engines.get(key, {}) for key in registry.GROUPS[record.group].reserved}
     cls = registry.load(record)

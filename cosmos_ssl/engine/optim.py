@@ -139,7 +139,9 @@ class Optimizer:
                 "params": list(parameters.values()),
                 "lr": config.lr * lr_scale,
                 "weight_decay": decays * decay,
-                **{"lr_scale": lr_scale, "weight_decay_scale": decay, "frozen_epochs": frozen},
+                "lr_scale": lr_scale,
+                "weight_decay_scale": decay,
+                "frozen_epochs": frozen,
             }
             for (lr_scale, decay, frozen), parameters in grouped.items()
         ]
@@ -152,7 +154,9 @@ class Optimizer:
                 raise Fault(f"made a {type(self.torch).__name__}, expected a torch.optim.Optimizer")
             if [group.get("params") for group in self.torch.param_groups] != [group["params"] for group in groups]:
                 raise Fault("has other groups than it was given")
-        self._groups = dict(zip((next(iter(names)) for names in grouped.values()), self.torch.param_groups, strict=True))
+        self._groups = dict(
+            zip((next(iter(names)) for names in grouped.values()), self.torch.param_groups, strict=True)
+        )
         """By the name of the first parameter."""
         self._made = {name: dict(group) for name, group in self._groups.items()}
 
@@ -250,9 +254,7 @@ def _fields(key: str, value: Any, device: torch.device) -> Iterator[tuple[str, T
         raise Fault(f"keeps a {type(value).__name__} as '{key}', which no checkpoint holds")
 
 
-def _put(
-    state: dict[str, Any], fields: Mapping[str, Tensor], parameter: Tensor, group: Mapping[str, Any]
-) -> None:
+def _put(state: dict[str, Any], fields: Mapping[str, Tensor], parameter: Tensor, group: Mapping[str, Any]) -> None:
     """Put what ``_fields`` gave into a state, in the order of lists. Raises CheckpointError."""
     on_device = bool(group.get("fused") or group.get("capturable"))
     for name, value in fields.items():

@@ -21,6 +21,7 @@ from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Longer:
     """What a run was until now, what it is to be, and the last step to which both are the same."""

@@ -121,16 +121,17 @@ def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | N
         ModelCheck(config, around).teacher()
 
 
-def check_optimizer(
-    part: str | type[Optimizer], /, *, around: Mapping[str, Any] | None = None, **options: Any
-) -> None:
+def check_optimizer(part: str | type[Optimizer], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Hold an optimiser to the contract, with these options; ``around`` as of ``check_loss``.
 
     It moves parameters against their gradients, by the learning rate of their group, and those without a gradient not
     at all; its state is tensors shaped like the parameter, or numbers, and a copy with it goes on to the same bits.
     """
     with _checking("optimizers", part):
-        moving = {"optimizer": {"type": part, "lr": 1e-2, **options}, "schedule": {"type": "constant", "warmup_steps": 0}}
+        moving = {
+            "optimizer": {"type": part, "lr": 1e-2, **options},
+            "schedule": {"type": "constant", "warmup_steps": 0},
+        }
         hold_optimizer(example_config(moving, around))
 
 

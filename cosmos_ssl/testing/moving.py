@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -65,7 +64,9 @@ def hold_optimizer(loaded: LoadedConfig) -> None:
     for name, value in saved.items():
         own = names[name.rpartition(".")[0]].shape
         fits = value.dim() == 0 or value.shape == own
-        expect(fits, f"its state {name} is {list(value.shape)}, expected that of the parameter, {list(own)}, or a number")
+        expect(
+            fits, f"its state {name} is {list(value.shape)}, expected that of the parameter, {list(own)}, or a number"
+        )
     second.model.load_state_dict(first.model.state_dict())
     second.optimizer.load(saved)
     for step in range(3, 6):

@@ -440,14 +440,14 @@ class Descent(Optimizer):
     def __init__(self, spec: Spec) -> None:
         pass
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
 class Ascent(Descent):
     """Goes up."""
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.1, maximize=True)
 
 
@@ -464,14 +464,14 @@ class OwnRate(Descent):
                     if parameter.grad is not None:
                         parameter -= 0.01 * parameter.grad
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         return self.Fixed(groups, lr=0.1)
 
 
 class Factored(Descent):
     """Keeps a row where the parameter is a matrix."""
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(groups)
 
 

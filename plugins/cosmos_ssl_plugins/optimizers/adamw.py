@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +32,7 @@ class AdamW(Optimizer):
     ) -> None:
         self.betas, self.eps = (beta1, beta2), eps
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         """``torch.optim.AdamW``."""
         fused = device.type in ("cpu", "cuda") or None
         return torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=self.betas, eps=self.eps, fused=fused)

@@ -32,7 +32,7 @@ def check_options(cls: Callable[..., Any], name: str, options: Mapping[str, Any]
 
 
 def build(
-    make: Callable[..., torch.optim.Optimizer], name: str, groups: Sequence[Mapping[str, Any]], options: Options
+    make: Callable[..., torch.optim.Optimizer], name: str, groups: list[dict[str, Any]], options: Options
 ) -> torch.optim.Optimizer:
     """Call the constructor; what it refuses is a ValueError, and a weight decay that it cannot do."""
     decay = {"weight_decay": groups[0]["weight_decay"]} if "weight_decay" in inspect.signature(make).parameters else {}

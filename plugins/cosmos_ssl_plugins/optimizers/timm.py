@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,6 @@ class Timm(Optimizer):
         self.name, self.options = name, options or {}
         check_options(cls, name, self.options)
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         """With timm's defaults for this name."""
         return build(partial(optim.create_optimizer_v2, opt=self.name), self.name, groups, self.options)

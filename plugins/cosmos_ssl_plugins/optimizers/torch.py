@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +34,6 @@ class Torch(Optimizer):
         self.name, self.cls, self.options = name, known[name], options or {}
         check_options(self.cls, name, self.options)
 
-    def make(self, groups: Sequence[Mapping[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
         """The class."""
         return build(self.cls, self.name, groups, self.options)
