@@ -23,6 +23,7 @@ from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
     BadSample,
+    Curve,
     Dataset,
     Evaluation,
     Evaluator,
@@ -238,6 +239,9 @@ def moving(config, spec):
     """The optimiser and the schedule of a config."""
     named = {"optimizer": "optimizers", "schedule": "schedules"}
     sections = {key: getattr(config, key) for key in named}
+    if isinstance(config.optimizer.weight_decay, Curve):
+        curve = config.optimizer.weight_decay
+        curve.follow(registry.load(registry.find("schedules", curve.type))(spec, **curve.model_extra))
     return {
         key: registry.load(registry.find(named[key], section.type))(spec, **section.options)
         for key, section in sections.items()
