@@ -16,7 +16,7 @@ import pytest
 from cosmos_ssl import registry
 from cosmos_ssl.config import Config, LoadedConfig, load_config
 from cosmos_ssl.config.ranks import check_ranks, possible_ranks
-from cosmos_ssl.config.sections import EvaluatorPart, LossPart, Part, TeacherPart
+from cosmos_ssl.config.sections import EvaluatorPart, LossPart, OptimizerConfig, Part, ScheduleConfig, TeacherPart
 from cosmos_ssl.config.source import MAX_BYTES, dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
 
@@ -465,7 +465,7 @@ def test_parts_of_others_are_named_by_distribution(load: Load, install: Callable
 
 def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
     faults = faults_of(
-        load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1"
+        load, "optimizer: {lr: fast}\nschedule: {epochs: many}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1"
     )
     assert len(faults) == 5 and [text.split(":")[0] for text in faults].count("x.yaml") == 4
 
@@ -473,10 +473,10 @@ def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        *[
-            (path, ".inf", "finite number, got .inf")
-            for path in ("optimizer.lr", "schedule.final_lr", "optimizer.weight_decay")
-        ],
+        *[(path, ".inf", "finite number, got .inf") for path in ("optimizer.lr", "schedule.final_lr")],
+        ("optimizer.weight_decay", ".inf", "expected a finite number or a mapping, got .inf"),
+        ("optimizer.weight_decay", "{type: linear, start: 1, end: -1}", ".end: expected greater than or equal to 0"),
+        ("optimizer.weight_decay_end", "-1", "expected greater than or equal to 0, got -1"),
         *[
             (path, ".nan", "finite number, got .nan")
             for path in ("losses.clip.loss_weight", "training.timeout_minutes")

@@ -232,9 +232,9 @@ def test_view_groups(trees: dict[str, dict[str, Any]]) -> None:
         ),
         ("optimizer", {"type": "torch", "name": "Muon"}, "optimizer: Muon cannot be used so: Muon only supports 2D"),
         (
-            "optimizer.weight_decay",
-            {"type": "linear", "start": 0.1, "end": -1},
-            "optimizer.weight_decay: expected a number or greater than or equal to 0",
+            "teacher.momentum_teacher",
+            {"type": "linear", "start": 0.1, "end": 2},
+            "teacher.momentum_teacher.end: expected less than or equal to 1, got 2",
         ),
         (
             "teacher.momentum_teacher",
@@ -244,7 +244,7 @@ def test_view_groups(trees: dict[str, dict[str, Any]]) -> None:
         (
             "teacher.momentum_teacher",
             {"type": "linear", "start": 0.1, "end": 1.0, "over_epoch": 1},
-            "teacher.momentum_teacher.over_epoch: unknown option of Linear (cosmos-ssl 0.1.0). Did you mean 'over_epochs'?",
+            "momentum_teacher.over_epoch: unknown option of Linear (cosmos-ssl 0.1.0). Did you mean 'over_epochs'?",
         ),
         (
             "teacher.momentum_teacher",
