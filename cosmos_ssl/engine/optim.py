@@ -65,8 +65,9 @@ def _part_rules(model: Model) -> Iterator[ParameterRule]:
     parts += [(f"heads.{name}", model.head(name)) for name in model.heads]
     parts += [(f"losses.{name}", model.loss(name)) for name in model.losses]
     for prefix, part in parts:
-        for rule in part.parameter_rules():
-            yield replace(rule, match=f"{prefix}.{rule.match}")
+        with blaming(part, prefix if prefix.startswith(("heads.", "losses.")) else f"model.{prefix}"):
+            rules = list(part.parameter_rules())
+        yield from (replace(rule, match=f"{prefix}.{rule.match}") for rule in rules)
 
 
 def _config_rules(config: OptimizerConfig, names: Sequence[str]) -> Iterator[ParameterRule]:
