@@ -203,7 +203,7 @@ class Builder:
             evaluators=evaluators,
             frozen=model.freeze_unread(plan),
             start=start,
-            parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
+            parts={each.path: f"{each.record.name} ({each.record.source})" for each in self._all_chosen()},
             places=self.places,
         )
 
@@ -374,6 +374,12 @@ class Builder:
         }
 
     # ------------------------------------------------------------------ what is asked of what was built
+
+    def _all_chosen(self) -> Iterator[Chosen]:
+        """The parts, and the schedules that their options follow."""
+        for chosen in self.chosen.values():
+            yield chosen
+            yield from (schedule for _, schedule in chosen.curves.values())
 
     def places(self) -> dict[str, str | None]:
         """Read what lies at the places that options name; None for options that are no part of a run
