@@ -159,6 +159,10 @@ def test_another_batch_size(tiny, old, rows, tmp_path):
             r"teacher.type: 'ema' -> 'none': weights, teacher and optimiser are taken over",
         ),
         (
+            {"optimizer": {"type": "timm", "name": "lion"}},
+            r"optimizer.type: 'adamw' -> 'timm': weights, teacher and optimiser are taken over",
+        ),
+        (
             {"model": {"pretrained": "x.pt"}},
             r"model.pretrained: null -> 'x.pt': weights, teacher and optimiser are taken over",
         ),
