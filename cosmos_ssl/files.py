@@ -142,9 +142,9 @@ def read_object(path: Path, keys: Mapping[str, type], advice: str) -> dict[str, 
     return found
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to ``NAME.damaged``, in place of an older one of that name."""
-    aside = path.with_name(f"{path.name}.damaged")
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a file or folder to ``NAME.WHY``, in place of an older one of that name."""
+    aside = path.with_name(f"{path.name}.{why}")
     if aside.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

@@ -148,6 +148,8 @@ def _counted(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[
     loader, training = kept.get("loader"), kept.get("training")
     if loader and training and loader.get("lanes") is None:
         loader["lanes"] = default_lanes(training["batch_size"])
+    if (schedule := kept.get("schedule") or {}).get("type") == "cosine":  # the only one once, and not written down
+        del schedule["type"]
     pretrained = (kept.get("model") or {}).get("pretrained")
     if isinstance(pretrained, str) and "model.pretrained" not in places:
         kept["model"]["pretrained"] = PurePosixPath(pretrained).name

@@ -8,6 +8,8 @@ A part is a class, offered by an entry point of its group (``cosmos_ssl.losses``
 - ``tower``: the views of one modality to features
 - ``augmenter``: the views of a sample
 - ``teacher``: a second model, and how it follows the student
+- ``optimizer``: how gradients move parameters
+- ``schedule``: how a number moves over a run (and ``Curve``, ``value_at``)
 - ``data``: data sets and tokenizers
 - ``evaluator``: numbers and pictures of a model
 - ``part``: what all of them share: options, ``Spec``, ``Progress``
@@ -20,7 +22,9 @@ from cosmos_ssl.api.data import Dataset, FileBacked, IndexedDataset, Tokenizer
 from cosmos_ssl.api.evaluator import Encoder, Evaluation, Evaluator
 from cosmos_ssl.api.head import AttendingHead, Head, MatchingHead
 from cosmos_ssl.api.loss import Features, GroupFeatures, Loss, LossOutput, Need, StepContext, normalise
+from cosmos_ssl.api.optimizer import Optimizer
 from cosmos_ssl.api.part import ParameterRule, Part, Progress, Spec, TowerSpec, ViewSpec
+from cosmos_ssl.api.schedule import Schedule, value_at
 from cosmos_ssl.api.teacher import Teacher
 from cosmos_ssl.api.tower import DenseTower, GroupPlan, LayeredTower, Tower
 from cosmos_ssl.api.views import (
@@ -36,7 +40,7 @@ from cosmos_ssl.api.views import (
     TextGroup,
     Views,
 )
-from cosmos_ssl.bounds import Count, Few, Pixels, Share, Size, Strength, Temperature, Whole
+from cosmos_ssl.bounds import Count, Curve, Few, Pixels, Share, Size, Strength, Temperature, Whole
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
 from cosmos_ssl.marks import Aside, Location
 
@@ -49,6 +53,7 @@ __all__ = [
     "BadSample",
     "Count",
     "CropGroup",
+    "Curve",
     "DataError",
     "Dataset",
     "DenseTower",
@@ -73,6 +78,7 @@ __all__ = [
     "MatchingHead",
     "Modality",
     "Need",
+    "Optimizer",
     "ParameterRule",
     "Part",
     "Pixels",
@@ -80,6 +86,7 @@ __all__ = [
     "Progress",
     "Role",
     "Sample",
+    "Schedule",
     "Share",
     "Size",
     "Spec",
@@ -96,4 +103,5 @@ __all__ = [
     "Views",
     "Whole",
     "normalise",
+    "value_at",
 ]

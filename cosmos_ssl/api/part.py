@@ -14,7 +14,8 @@ The keyword-only arguments *are* its YAML options: each has a type, and a line `
 the constructor or of the class. They are checked before anything is built:
 
 - Numbers are finite; ``Count``, ``Whole``, ``Few``, ``Size``, ``Pixels``, ``Share``, ``Strength`` and ``Temperature``
-  bound them too. For what no type says, raise ``ValueError("head: no head 'x'")``: the option, and what is wrong.
+  bound them too; ``Share | Curve[Share]`` may move over the run (``cosmos_ssl.api.schedule``). For what no type says,
+  raise ``ValueError("head: no head 'x'")``: the option, and what is wrong.
 - ``Location`` says where something lies, ``Aside[...]`` what changes nothing of what is computed: a run goes on though
   they differ, while every other option is part of what it is.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, cast
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
+    Curve,
     Dataset,
     Evaluator,
     Head,
@@ -60,6 +61,8 @@ class Chosen:
     record: registry.Record
     cls: type[Any]
     options: Mapping[str, Any]
+    curves: Mapping[str, tuple[Curve[float], Chosen]] = field(default_factory=dict)
+    """Of each option that is a curve, it and the schedule that it follows."""
 
     @property
     def source(self) -> str:
@@ -69,6 +72,11 @@ class Chosen:
 
     def make(self, spec: Spec, name: str) -> Any:
         """Build the part. ValueError is the user's; anything else is the plugin's fault, and named as such."""
+        for option, (curve, schedule) in self.curves.items():
+            try:
+                curve.follow(schedule.make(spec, option))
+            except ValueError as error:
+                raise ValueError(f"{option}.{error}") from error
         try:
             part = self.cls(spec, **self.options)
         except (ValueError, CosmosError, KeyboardInterrupt):
@@ -120,18 +128,36 @@ class Builder:
         for path, group, keys in part_paths(loaded.tree):
             if group not in groups or path in loaded.absent:
                 continue
-            try:
-                record = registry.find(group, keys["type"])
-                cls = registry.load(record, trust_code=trust_code)
-                given = {key: value for key, value in keys.items() if key not in registry.GROUPS[group].reserved}
-                options, wrong = registry.check_options(record, cls, given)
-            except PluginError as error:
-                faults.append(loaded.fault(f"{path}.type", str(error)))
-                continue
-            faults += [loaded.fault(f"{path}.{key}" if key else path, message) for key, message in wrong]
-            self.chosen[path] = Chosen(path, record, cls, options)
+            given = {key: value for key, value in keys.items() if key not in registry.GROUPS[group].reserved}
+            chosen = self._choose(path, group, keys["type"], given, faults)
+            if chosen is not None:
+                own = {"weight_decay": self.config.optimizer.weight_decay} if group == "optimizers" else {}
+                self.chosen[path] = replace(chosen, curves=self._curves(path, {**chosen.options, **own}, faults))
         if faults:
             raise ConfigError(faults)
+
+    def _choose(self, path: str, group: str, name: str, given: Mapping[str, Any], faults: list[str]) -> Chosen | None:
+        """A part, imported, whose options are in its constructor's types; what is wrong goes into ``faults``."""
+        try:
+            record = registry.find(group, name)
+            cls = registry.load(record, trust_code=self.trust_code)
+            options, wrong = registry.check_options(record, cls, given)
+        except PluginError as error:
+            faults.append(self.loaded.fault(f"{path}.type", str(error)))
+            return None
+        faults += [self.loaded.fault(f"{path}.{key}" if key else path, message) for key, message in wrong]
+        return Chosen(path, record, cls, options)
+
+    def _curves(
+        self, path: str, options: Mapping[str, Any], faults: list[str]
+    ) -> dict[str, tuple[Curve[float], Chosen]]:
+        """The options that are curves, with their schedules."""
+        found: dict[str, tuple[Curve[float], Chosen]] = {}
+        for name, value in options.items():
+            if isinstance(value, Curve):
+                own = self._choose(f"{path}.{name}", "schedules", value.type, value.model_extra or {}, faults)
+                found |= {name: (value, own)} if own is not None else {}
+        return found
 
     # ------------------------------------------------------------------ what a config is built for
 
@@ -156,6 +182,7 @@ class Builder:
         if config.model.pretrained is not None and mode == "train":
             start = start_from(model, config.model)
         teacher: Teacher = self._make("teacher", spec)
+        moving = self._layer({"optimizer": "optimizer", "schedule": "schedule"}, spec)
         heads = {name: model.head(name) for name in model.heads}
         losses = {name: model.loss(name) for name in model.losses}
         plan = make_plan(spec, towers, heads, losses)
@@ -171,11 +198,13 @@ class Builder:
             teacher=teacher,
             update_when=config.teacher.update_when,
             plan=plan,
+            optimizer=moving["optimizer"],
+            schedule=moving["schedule"],
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
             evaluators=evaluators,
             frozen=model.freeze_unread(plan),
             start=start,
-            parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
+            parts={each.path: f"{each.record.name} ({each.record.source})" for each in self._all_chosen()},
             places=self.places,
         )
 
@@ -350,6 +379,12 @@ class Builder:
         }
 
     # ------------------------------------------------------------------ what is asked of what was built
+
+    def _all_chosen(self) -> Iterator[Chosen]:
+        """The parts, and the schedules that their options follow."""
+        for chosen in self.chosen.values():
+            yield chosen
+            yield from (schedule for _, schedule in chosen.curves.values())
 
     def places(self) -> dict[str, str | None]:
         """Read what lies at the places that options name; None for options that are no part of a run

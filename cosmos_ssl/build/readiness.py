@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from cosmos_ssl.engine.assembly import Assembly, make_loader, make_order
 from cosmos_ssl.engine.checkpoint import check_fit, latest_checkpoint, load_exactly, load_tensors
 from cosmos_ssl.engine.distributed import pick_device
 from cosmos_ssl.engine.fork import ask_fork, fork_source, plan_fork, told_fork
+from cosmos_ssl.engine.prolong import plan_longer
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.state import check_compiler
 from cosmos_ssl.errors import ConfigError, DataError
@@ -128,7 +130,12 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     folder = RunFolder(config.folder)
     source = fork_source(folder, fork) if fork is not None else None
     mine = Identity.of(config, dataset.identity() if prepared else {}, places)
-    folder.check_identity(mine, accept_data=config.loader.changed_data == "accept")
+
+    def longer(before: Mapping[str, Any]) -> None:
+        if prepared:
+            plan_longer(folder.path, before, assembly, config, make_order(config, dataset.shard_sizes))
+
+    folder.check_identity(mine, accept_data=config.loader.changed_data == "accept", longer=longer)
     if source is not None:
         with _no_copies():
             load_exactly(assembly.model, load_tensors(source, "student"), f"--fork: {source}")

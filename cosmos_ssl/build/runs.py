@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cosmos_ssl.build.builder import Builder
 from cosmos_ssl.build.ranks import on_ranks, split_ranks
 from cosmos_ssl.config import LoadedConfig, load_config
@@ -19,7 +21,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.distributed import World, joined_world
 from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
-from cosmos_ssl.engine.optim import trained
+from cosmos_ssl.engine.optim import Optimizer, trained
 from cosmos_ssl.engine.probe import Rows, measured
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
@@ -111,6 +113,7 @@ def check(loaded: LoadedConfig) -> Assembly:
     builder = Builder(loaded)
     assembly = builder.assemble("check")
     builder.check_sizes(assembly)
+    Optimizer(assembly.model, loaded.config, torch.device("meta"), assembly.optimizer, assembly.schedule)
     if loaded.config.training.micro_batch_size is not None:
         refuse_accumulation(assembly)
     trained(assembly.model, loaded.config.optimizer)

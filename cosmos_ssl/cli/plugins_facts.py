@@ -50,6 +50,10 @@ def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> 
         return Facts([], ["samples"])
     if record.group == "teachers":
         return Facts([], ["features and outputs of heads of the teacher" if cls.present else "no teacher"])
+    if record.group == "optimizers":
+        return Facts([], ["moved parameters"])
+    if record.group == "schedules":
+        return Facts([], ["a learning rate; curves of other numbers"])
     found: list[Facts] = []
     for options in _variants(cls, given):
         part, reason = _built(record, cls, options)

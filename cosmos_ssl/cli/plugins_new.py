@@ -42,6 +42,16 @@ KINDS = {
         "views of a picture close together, pictures spread over the sphere.",
         "losses:\n  $part: {type: $part, loss_weight: 0.1}",
     ),
+    "optimizer": Kind(
+        "optimizers",
+        "the sign of a running mean of gradients.",
+        "optimizer: {type: $part, lr: 1e-4, momentum: 0.95}",
+    ),
+    "schedule": Kind(
+        "schedules",
+        "the inverse square root of the step, which needs no end.",
+        "schedule: {type: $part, warmup_steps: 30}",
+    ),
     "teacher": Kind(
         "teachers",
         "a moving average that starts quick and grows slow.",

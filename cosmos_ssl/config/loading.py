@@ -13,6 +13,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from cosmos_ssl import registry
+from cosmos_ssl.bounds import Curve
 from cosmos_ssl.config.sections import Config
 from cosmos_ssl.config.source import MAX_KEYS, Node, fault, find_config, merge, parse_overrides, read_file, read_mapping
 from cosmos_ssl.errors import ConfigError, PluginError, UserError, did_you_mean, printable
@@ -26,6 +27,8 @@ SINGLE_PARTS = {
     "augmenters.text": "augmenters",
     "teacher": "teachers",
     "data": "datasets",
+    "optimizer": "optimizers",
+    "schedule": "schedules",
 }
 """Key path of each part there is at most one of -> its group."""
 
@@ -173,9 +176,11 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
         try:  # JSON's rules: lists may become tuples while all else stays strict
             return Config.model_validate_json(json.dumps(tree)), []
         except ValidationError as error:
-            errors = error.errors(include_url=False)
+            errors: dict[tuple[str | int, ...], list[Any]] = {}
+            for found in error.errors(include_url=False):
+                errors.setdefault(_path(tree, found), []).append(found)
         removed = False
-        for *above, key in (found["loc"] for found in errors if found["type"] != "extra_forbidden"):
+        for *above, key in (path for path, found in errors.items() if found[0]["type"] != "extra_forbidden"):
             holder: Any = tree
             for step in above:
                 holder = holder[step]
@@ -183,17 +188,30 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, Found]:
                 del holder[key]
                 removed = True
         if not removed:
-            return None, [([str(step) for step in found["loc"]], _message(found)) for found in errors]
+            outer = {path[:end] for path in errors for end in range(len(path))}  # other branches of a union
+            faults = {path: found for path, found in errors.items() if path not in outer}
+            return None, [([str(step) for step in path], _message(path, found)) for path, found in faults.items()]
 
 
-def _message(error: Mapping[str, Any]) -> str:
-    *above, key = (str(step) for step in error["loc"])
-    if error["type"] == "extra_forbidden":
+def _path(tree: Any, error: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """The keys that lead to an error, without those steps of pydantic's that name a branch of a union."""
+    path: list[str | int] = []
+    for number, step in enumerate(error["loc"], 1):
+        inside = step in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(step, int)
+        if inside or (number == len(error["loc"]) and error["type"] in ("missing", "extra_forbidden")):
+            path.append(step)
+            tree = tree[step] if inside else None
+    return tuple(path)
+
+
+def _message(path: Sequence[str | int], errors: Sequence[Mapping[str, Any]]) -> str:
+    *above, key = map(str, path)
+    if errors[0]["type"] == "extra_forbidden":
         accepted = _keys(above)
         return f"unknown key.{did_you_mean(key, accepted)} Accepts: {', '.join(accepted)}"
-    if error["type"] == "missing":
+    if errors[0]["type"] == "missing":
         return "missing: name a part" if key == "type" else "missing"
-    return registry.describe_errors([{**error, "loc": ()}], error["input"])[0][1]
+    return registry.describe_errors([{**error, "loc": ()} for error in errors], errors[0]["input"])[0][1]
 
 
 def _keys(path: Sequence[str]) -> list[str]:
@@ -273,6 +291,8 @@ def _agreement_faults(config: Config) -> Found:
         if augmenter is not None and tower is None and not _others_read(config):
             message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
             found.append((["augmenters", modality], message))
+    if config.optimizer.weight_decay_end is not None and isinstance(config.optimizer.weight_decay, Curve):
+        found.append((["optimizer", "weight_decay_end"], "optimizer.weight_decay has an end already. Leave one out"))
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found

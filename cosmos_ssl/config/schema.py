@@ -64,7 +64,11 @@ def _part_schema(record: registry.Record, definitions: dict[str, Any]) -> dict[s
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    properties: dict[str, Any] = {key: {} for key in registry.GROUPS[record.group].reserved}
+    section = definitions.get(
+        {"optimizers": "OptimizerConfig", "schedules": "ScheduleConfig"}.get(record.group, ""), {}
+    )
+    engines = section.get("properties", {})
+    properties: dict[str, Any] = {key: engines.get(key, {}) for key in registry.GROUPS[record.group].reserved}
     cls = registry.load(record)
     for option in registry.options_of(cls):
         try:

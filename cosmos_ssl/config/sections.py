@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from cosmos_ssl.bounds import Count, Few, Share, Size, Strength, Whole
+from cosmos_ssl.bounds import Count, Curve, Few, Share, Size, Strength, Whole
 from cosmos_ssl.pictures import BACKGROUND, is_colour
 
 
@@ -30,7 +30,6 @@ def _part_name(name: str) -> str:
 
 PartName = Annotated[str, AfterValidator(_part_name)]
 Colour = Annotated[str, AfterValidator(_colour)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Minutes = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 
@@ -147,23 +146,30 @@ class RuleConfig(Section):
     frozen_epochs: Strength | None = None
 
 
-class OptimizerConfig(Section):
-    """AdamW; no decay on parameters of fewer than two dimensions."""
+class OptimizerConfig(Part):
+    """What is the engine's of an optimiser: learning rate, and decay of parameters with two dimensions or more."""
 
-    type: Literal["adamw"] = "adamw"
+    type: str = "adamw"
     lr: Annotated[float, Field(gt=0, le=1000)] = 5e-4
-    beta1: Beta = 0.9
-    beta2: Beta = 0.98
-    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
-    weight_decay: Strength = 0.5
+    weight_decay: Strength | Curve[Strength] = 0.5
     weight_decay_end: Strength | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     rules: list[RuleConfig] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adamw(cls, tree: Any) -> Any:
+        """AdamW's defaults are written into every config, and so into identities, since it was the only optimiser."""
+        if not isinstance(tree, dict) or tree.get("type", "adamw") != "adamw":
+            return tree
+        defaults = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
+        return defaults | {key: value for key, value in tree.items() if value is not None or key not in defaults}
 
-class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to ``final_lr`` over all steps."""
 
+class ScheduleConfig(Part):
+    """The run's length, and its learning rate: a linear warm-up, then the schedule's way to ``final_lr``."""
+
+    type: str = "cosine"
     epochs: Count = 32
     max_steps: Count | None = None
     warmup_steps: Whole = 2000

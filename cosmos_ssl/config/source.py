@@ -22,7 +22,7 @@ from yaml.scanner import Scanner
 
 import cosmos_ssl
 from cosmos_ssl.errors import ConfigError, UserError, did_you_mean, printable
-from cosmos_ssl.registry import class_name, shown
+from cosmos_ssl.registry import GROUPS, class_name, shown
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 
@@ -110,18 +110,25 @@ def from_plain(value: Any, origin: str, path: str = "") -> Node:
     raise ConfigError([fault(origin, path, f"a {type(value).__name__} is nothing that a config can hold")])
 
 
-def merge(parent: Node, child: Node) -> Node:
-    """``child`` over ``parent``: mappings by key, unless the child names another ``type``; all else is replaced."""
+_KEPT = {"optimizer": GROUPS["optimizers"].reserved[1:], "schedule": GROUPS["schedules"].reserved[1:]}
+"""Keys of two sections that are the engine's, whichever part is chosen: they stay when the ``type`` changes."""
+
+
+def merge(parent: Node, child: Node, kept: Sequence[str] = ()) -> Node:
+    """``child`` over ``parent``: mappings by key, unless the child names another ``type``; all else is replaced.
+
+    Keys of the parent that are ``kept`` stay even then.
+    """
     if child.value is None:
         return replace(child, removes=parent.value is not None or parent.removes)
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
     old, new = parent.value.get("type"), child.value.get("type")
     if old is not None and new is not None and old.value != new.value:
-        return child
+        return replace(child, value={key: parent.value[key] for key in kept if key in parent.value} | child.value)
     merged = dict(parent.value)
     for key, node in child.value.items():
-        merged[key] = merge(merged[key], node) if key in merged else node
+        merged[key] = merge(merged[key], node, _KEPT.get(key, ())) if key in merged else node
     return Node(merged, parent.origin if child.origin == COMMAND_LINE else child.origin)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Spec, Teacher, Tokenizer
+from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Optimizer, Schedule, Spec, Teacher, Tokenizer
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.loader import Loader
 from cosmos_ssl.data.order import Order
@@ -73,6 +73,9 @@ class Assembly:
     update_when: Literal["before_optimizer_step", "after_optimizer_step"]
     plan: Plan
     loss_weights: Mapping[str, float]
+    optimizer: Optimizer
+    schedule: Schedule
+    """Of the learning rate."""
     evaluators: Mapping[str, ScheduledEvaluator] = field(default_factory=dict)
     frozen: Sequence[str] = ()
     """Parameters that the plan never reaches."""

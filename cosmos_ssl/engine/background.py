@@ -27,14 +27,18 @@ class CheckpointWriter:
         total_steps: int,
         *,
         sound: int | None,
+        stable: int = 0,
         writes: bool = True,
     ) -> None:
-        """``sound`` is the step of the checkpoint that the run goes on from; without ``writes`` none is ever due."""
+        """``sound`` is the step of the checkpoint that the run goes on from, ``stable`` the last from which it can be
+        prolonged, kept for good; without ``writes`` none is ever due.
+        """
         self.run_dir = run_dir
         self.settings = settings
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.sound = sound
+        self.stable = stable
         self.writes = writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.seconds = 0.0
@@ -113,7 +117,7 @@ class CheckpointWriter:
     def _stays(self, step: int) -> bool:
         """Return whether the checkpoint of ``step`` is kept for good."""
         every = self.settings.keep_every_epochs
-        return every is not None and step % (every * self.steps_per_epoch) == 0
+        return step == self.stable or (every is not None and step % (every * self.steps_per_epoch) == 0)
 
     def _busy(self) -> bool:
         """Return whether a checkpoint is being written; notes the outcome of one that is done."""

@@ -219,9 +219,14 @@ def _manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
     return files
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest sound checkpoint (see ``find_fault``), or None; newer ones that are not are named in the log."""
+def latest_checkpoint(run_dir: Path, at_most: int = MAX_STEP) -> Path | None:
+    """The newest sound checkpoint (see ``find_fault``), or None; newer ones that are not are named in the log.
+
+    Those of steps after ``at_most`` are left aside.
+    """
     for path in reversed(checkpoint_folders(run_dir)):
+        if (checkpoint_step(path) or 0) > at_most:
+            continue
         fault = find_fault(path)
         if fault is None:
             return path

@@ -131,10 +131,14 @@ def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDA
     for change in changed:
         path = change.partition(": ")[0]
         overridden = path.startswith("model.pretrained") and config.model.pretrained is not None
-        if overridden or path == "teacher.type" or (path.startswith("teacher.") and path in mine.places):
+        if (
+            overridden
+            or path in ("teacher.type", "optimizer.type", "optimizer.name")
+            or (path.startswith("teacher.") and path in mine.places)
+        ):
             raise UserError(
-                f"--fork: {change}: weights and teacher are taken over from {run}, so this cannot change. Leave "
-                "it as it was"
+                f"--fork: {change}: weights, teacher and optimiser are taken over from {run}, so this cannot change. "
+                "Leave it as it was"
             )
     if moved and config.loader.changed_data != "accept":
         raise UserError(

@@ -1,22 +1,23 @@
-"""The optimiser: AdamW by parameter rules, its schedules, and its state by parameter name."""
+"""The optimiser: groups by parameter rules, learning rate and weight decay of a step, and state by parameter name."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Tower
-from cosmos_ssl.config import OptimizerConfig, ScheduleConfig
+from cosmos_ssl import api
+from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Schedule, Tower, value_at
+from cosmos_ssl.config import Config, OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
-from cosmos_ssl.models.contract import blaming
+from cosmos_ssl.models.contract import Fault, blaming
 from cosmos_ssl.models.model import Model
-
-_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,34 +97,44 @@ def _config_rules(config: OptimizerConfig, names: Sequence[str]) -> Iterator[Par
         )
 
 
-def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up, lr (step + 1) / warmup, then a cosine to ``final_lr`` over the steps that are left."""
-    if step < schedule.warmup_steps:
-        return optimizer.lr * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / (total_steps - schedule.warmup_steps)
-    return schedule.final_lr + (optimizer.lr - schedule.final_lr) * (1 + math.cos(math.pi * done)) / 2
+def learning_rate(lr: float, config: ScheduleConfig, schedule: Schedule, progress: Progress) -> float:
+    """Linear warm-up, lr (step + 1) / warmup, then the schedule's way to ``final_lr``. Raises PluginError."""
+    if progress.step < config.warmup_steps:
+        return lr * (progress.step + 1) / config.warmup_steps
+    with blaming(schedule, "schedule"):
+        left = schedule.left(progress, config.warmup_steps)
+        if not 0 <= left <= 1:
+            raise Fault(f"has {left} of the way left at step {progress.step:,}, expected 0 to 1")
+    return config.final_lr + (lr - config.final_lr) * left
 
 
-def weight_decay(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Fixed, or a cosine to ``weight_decay_end`` over all steps (arXiv 2104.14294, section 3)."""
-    if optimizer.weight_decay_end is None:
-        return optimizer.weight_decay
-    end = optimizer.weight_decay_end
-    return end + (optimizer.weight_decay - end) * (1 + math.cos(math.pi * step / total_steps)) / 2
+def weight_decay(config: OptimizerConfig, progress: Progress) -> float:
+    """A number or curve, or a cosine to ``weight_decay_end`` over all steps (arXiv 2104.14294, section 3)."""
+    start = value_at(config.weight_decay, progress)
+    if config.weight_decay_end is None:
+        return start
+    end = config.weight_decay_end
+    return end + (start - end) * (1 + math.cos(math.pi * progress.step / progress.total_steps)) / 2
 
 
 class Optimizer:
-    """AdamW over a model's trainable parameters; what a rule freezes for good stops needing gradients here."""
+    """Moves a model's trainable parameters; what a rule freezes for good stops needing gradients here."""
 
     def __init__(
-        self, model: Model, optimizer: OptimizerConfig, schedule: ScheduleConfig, device: torch.device
+        self,
+        model: Model,
+        sections: Config,
+        device: torch.device,
+        part: api.Optimizer,
+        schedule: Schedule,
     ) -> None:
-        self.config = optimizer
-        self.schedule = schedule
+        """``part`` makes the optimiser, ``schedule`` is the learning rate's. Raises UserError, PluginError."""
+        self.sections, self.part, self.schedule = sections, part, schedule
+        config = sections.optimizer
         self.lr = 0.0
-        grouped: dict[tuple[float, float, float], list[Tensor]] = {}
+        grouped: dict[tuple[float, float, float], dict[str, Tensor]] = {}
         self.names: dict[str, Tensor] = {}
-        rules = trained(model, optimizer)
+        rules = trained(model, config)
         for name, parameter in model.named_parameters():
             rule = rules.get(name)
             if rule is None:
@@ -131,24 +142,39 @@ class Optimizer:
                 continue
             self.names[name] = parameter
             decay = rule.weight_decay_scale if parameter.dim() >= 2 else 0.0
-            grouped.setdefault((rule.lr_scale, decay, rule.frozen_epochs), []).append(parameter)
-        groups = [
-            {"params": parameters, "lr_scale": lr_scale, "weight_decay_scale": decay, "frozen_epochs": frozen}
+            grouped.setdefault((rule.lr_scale, decay, rule.frozen_epochs), {})[name] = parameter
+        decays = value_at(config.weight_decay, Progress(step=0, total_steps=1))
+        groups: list[dict[str, Any]] = [
+            {
+                "params": list(parameters.values()),
+                "lr": config.lr * lr_scale,
+                "weight_decay": decays * decay,
+                "lr_scale": lr_scale,
+                "weight_decay_scale": decay,
+                "frozen_epochs": frozen,
+            }
             for (lr_scale, decay, frozen), parameters in grouped.items()
         ]
-        self.fused = device.type in ("cpu", "cuda")
-        self.torch = torch.optim.AdamW(
-            groups,
-            lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            fused=self.fused or None,
+        with blaming(part, "optimizer"):
+            try:
+                self.torch = part.make(groups, device)
+            except ValueError as error:
+                raise UserError(f"optimizer: {error}") from error
+            if not isinstance(self.torch, torch.optim.Optimizer):
+                raise Fault(f"made a {type(self.torch).__name__}, expected a torch.optim.Optimizer")
+            if [group.get("params") for group in self.torch.param_groups] != [group["params"] for group in groups]:
+                raise Fault("has other groups than it was given")
+        self._groups = dict(
+            zip((next(iter(names)) for names in grouped.values()), self.torch.param_groups, strict=True)
         )
+        """By the name of the first parameter."""
+        self._made = {name: dict(group) for name, group in self._groups.items()}
 
     def set(self, progress: Progress) -> None:
         """Set learning rate and weight decay of the step under way."""
-        self.lr = learning_rate(self.config, self.schedule, progress.step, progress.total_steps)
-        decay = weight_decay(self.config, progress.step, progress.total_steps)
+        optimizer = self.sections.optimizer
+        self.lr = learning_rate(optimizer.lr, self.sections.schedule, self.schedule, progress)
+        decay = weight_decay(optimizer, progress)
         for group in self.torch.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
             group["weight_decay"] = decay * group["weight_decay_scale"]
@@ -170,27 +196,88 @@ class Optimizer:
 
     def step(self) -> None:
         """Move the parameters."""
-        self.torch.step()
+        with blaming(self.part, "optimizer"):
+            self.torch.step()
+
+    # ------------------------------------------------------------------ its state, by parameter name
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by parameter: ``NAME.step``, ``NAME.exp_avg``, ``NAME.exp_avg_sq``; none before a first update."""
-        return {
-            f"{name}.{key}": value
-            for name, p in self.names.items()
-            for key, value in self.torch.state.get(p, {}).items()
-        }
+        """The state by parameter: ``NAME.exp_avg``, of numbers ``NAME.step!``; none before a first update.
+
+        What the optimiser counts in a group (``@``) stands by the group's first parameter. Raises PluginError.
+        """
+        found: dict[str, Tensor] = {}
+        with blaming(self.part, "optimizer"):
+            for name, parameter in self.names.items():
+                for key, value in self.torch.state.get(parameter, {}).items():
+                    found |= {f"{name}.{field}": each for field, each in _fields(key, value, parameter.device)}
+            for name, group in self._groups.items():
+                made = self._made[name]
+                for key, value in group.items():
+                    new = isinstance(value, Tensor) or (isinstance(value, int | float) and made.get(key) != value)
+                    if new and key not in _SET:
+                        fields = _fields(key, value, self.names[name].device)
+                        found |= {f"{name}.{field}@": each for field, each in fields}
+        return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a state that ``tensors`` gave. Raises CheckpointError where it is not this model's."""
-        strangers = listed(sorted(set(tensors) - {f"{name}.{key}" for name in self.names for key in _STATE}))
+        told: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            told.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value
+        strangers = listed(sorted(key for key in tensors if key.rpartition(".")[0] not in self.names))
         if strangers:
             raise CheckpointError(f"the optimiser's state holds parameters that are not trained here: {strangers}")
-        for name, parameter in self.names.items():
-            own = {key: tensors[f"{name}.{key}"] for key in _STATE if f"{name}.{key}" in tensors}
+        groups = {id(p): group for group in self._groups.values() for p in group["params"]}
+        for name, fields in told.items():
+            parameter, group = self.names[name], groups[id(self.names[name])]
+            _put(group, {key[:-1]: value for key, value in fields.items() if key.endswith("@")}, parameter, group)
+            own = {key: value for key, value in fields.items() if not key.endswith("@")}
             if not own:
                 continue
-            if set(own) != set(_STATE) or any(own[key].shape != parameter.shape for key in _STATE[1:]):
+            known = self.part.state
+            odd = any(value.dim() and value.shape != parameter.shape for value in own.values())
+            if known and (set(own) != set(known) or odd):
                 raise CheckpointError(f"the optimiser's state of {name} is incomplete or of another shape")
-            step = own["step"].to(parameter.device if self.fused else "cpu", torch.float32, copy=True)
-            moments = {key: torch.empty_like(parameter, requires_grad=False).copy_(own[key]) for key in _STATE[1:]}
-            self.torch.state[parameter] = {"step": step, **moments}
+            self.torch.state[parameter] = {}
+            _put(self.torch.state[parameter], own, parameter, group)
+
+
+_SET = ("params", "lr", "weight_decay", "lr_scale", "weight_decay_scale", "frozen_epochs")
+"""Keys of a group that the engine sets."""
+_FIELD = re.compile(r"(?P<key>[^\[~!]+)(?:\[(?P<index>\d+)\])?(?P<host>~?)(?P<number>!?)")
+
+
+def _fields(key: str, value: Any, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """A value of a state as tensors: ``KEY``, a number ``KEY!``, of a list ``KEY[0]``; ``~``: on the host, although the
+    parameter is not.
+    """
+    if isinstance(value, Tensor):
+        host = value.dim() == 0 and value.device.type == "cpu" != device.type and key != "step"
+        yield f"{key}{'~' * host}", value
+    elif isinstance(value, int | float):
+        yield f"{key}!", torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    elif isinstance(value, list | tuple) and "[" not in key:
+        for index, each in enumerate(value):
+            yield from _fields(f"{key}[{index}]", each, device)
+    elif value is not None:
+        raise Fault(f"keeps a {type(value).__name__} as '{key}', which no checkpoint holds")
+
+
+def _put(state: dict[str, Any], fields: Mapping[str, Tensor], parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """Put what ``_fields`` gave into a state, in the order of lists. Raises CheckpointError."""
+    on_device = bool(group.get("fused") or group.get("capturable"))
+    for name, value in fields.items():
+        found = _FIELD.fullmatch(name)
+        if found is None:
+            raise CheckpointError(f"the optimiser's state holds '{name}', which is no name of a field")
+        key, home = found["key"], parameter.device
+        if found["host"] or (key == "step" and value.dim() == 0 and not on_device):
+            home = torch.device("cpu")
+        own: Any = value.item() if found["number"] else value.to(home, copy=True)
+        if value.dim() and value.shape == parameter.shape:  # in the parameter's order in memory
+            own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        if found["index"] is None:
+            state[key] = own
+        else:
+            state.setdefault(key, []).append(own)

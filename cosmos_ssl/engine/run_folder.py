@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -50,6 +50,10 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Nothing: what could not be written is lost."""
+
+
+LENGTH = ("schedule.epochs", "schedule.max_steps")
+"""The keys that say how long a run is."""
 
 
 class RunFolder:
@@ -138,10 +142,14 @@ class RunFolder:
 
     # ------------------------------------------------------------------ whose folder it is
 
-    def check_identity(self, mine: Identity, *, accept_data: bool = False) -> None:
+    def check_identity(
+        self, mine: Identity, *, accept_data: bool = False, longer: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
         """Hold the folder against the run that wants it; ``record`` makes it that run's. Nothing is written here.
 
         Raises UserError where it is another's; data that have changed may be accepted (``loader.changed_data``).
+        ``longer`` is asked with the config of the run where nothing but its length differs, and raises UserError where
+        that may not.
         """
         self._mine = mine
         theirs = self.identity()
@@ -151,11 +159,18 @@ class RunFolder:
         changed, moved = mine.config_changes(theirs), mine.data_changes(theirs)
         if not moved:
             self._mine = mine.knowing(theirs)
+        why = ""
+        if changed and longer is not None and all(change.partition(": ")[0] in LENGTH for change in changed):
+            try:
+                longer(theirs.config)
+                changed = []
+            except UserError as error:
+                why = f": {error}"
         if moved and not changed and accept_data:
             self._accepted = moved
         elif changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config ({listed(changed + moved)}). Give another "
+                f"run folder {self.path} belongs to another config ({listed(changed + moved)}){why}. Give another "
                 "output_dir. "
                 f"To go on from this run there: --fork {self.path} takes over weights, optimiser and step, "
                 f"model.pretrained={self.path} the weights alone"

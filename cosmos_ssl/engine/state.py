@@ -54,7 +54,7 @@ class RunState:
         with blaming(self.teacher, "teacher"):
             assembly.start_teacher()
         self.teacher.to(device)
-        self.optimizer = Optimizer(self.model, config.optimizer, config.schedule, device)
+        self.optimizer = Optimizer(self.model, config, device, assembly.optimizer, assembly.schedule)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
         self.budget = BadSampleBudget(config.loader.error_budget)
         self.counters = Counters()

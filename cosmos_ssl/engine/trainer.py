@@ -37,6 +37,7 @@ from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fo
 from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
 from cosmos_ssl.engine.memory import dump_memory, enough_memory, explain_shortage, record_allocations
 from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
+from cosmos_ssl.engine.prolong import Longer, plan_longer, stable_steps
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
@@ -99,6 +100,8 @@ class Trainer:
         self.total_steps = total_steps(config, self.order)
         self.run: Run | None = None
         """The run under way."""
+        self.longer: Longer | None = None
+        """On the first rank: what a run was that is longer now."""
 
     @cached_property
     def identity(self) -> Identity:
@@ -142,12 +145,16 @@ class Trainer:
 
     def _finished(self) -> dict[str, float] | None:
         """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
-        self.folder.check_identity(self.identity, accept_data=self.config.loader.changed_data == "accept")
+        accept = self.config.loader.changed_data == "accept"
+        self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
         result = self.folder.result()
         if result is None or result["step"] != self.total_steps:
             return None
         self.folder.identify(finished=True)
         return dict(result["metrics"])
+
+    def _plan_longer(self, before: Mapping[str, Any]) -> None:
+        self.longer = plan_longer(self.folder.path, before, self.assembly, self.config, self.order)
 
 
 class Run:
@@ -158,7 +165,7 @@ class Run:
         self.trainer, self.assembly, self.config = trainer, trainer.assembly, trainer.config
         self.world, self.folder, self.signals = trainer.world, trainer.folder, trainer.signals
         self.steps_per_epoch, self.total_steps = trainer.steps_per_epoch, trainer.total_steps
-        newest = self.world.run_on_first(lambda: latest_checkpoint(self.folder.path))
+        newest = self.world.run_on_first(self._newest)
         precision = resolve_precision(self.world.run_on_first(self.folder.begun_in), trainer.device)
         dtype, widths = DTYPES[precision] or torch.float32, head_widths(self.assembly.model)
         told = [explain_backend(self.config.training.attention, trainer.device, dtype, width) for width in widths]
@@ -186,6 +193,7 @@ class Run:
             self.steps_per_epoch,
             self.total_steps,
             sound=None if newest is None else self.state.step,
+            stable=stable_steps(self.assembly, self.config, self.total_steps)[0],
             writes=self.world.first and trainer.keep,
         )
         stack.callback(self.checkpoints.close)
@@ -387,6 +395,14 @@ class Run:
         return metrics
 
     # ------------------------------------------------------------------ the start, for the constructor
+
+    def _newest(self) -> Path | None:
+        """On the first rank: the checkpoint to go on from; of a run that is longer now, none that the old end shaped.
+
+        Raises UserError.
+        """
+        longer = self.trainer.longer
+        return latest_checkpoint(self.folder.path) if longer is None else longer.start(self.folder.path)
 
     def _fork(self) -> Fork | None:
         """On the first rank: where to start, if the folder says that its run goes on from another. Raises UserError."""

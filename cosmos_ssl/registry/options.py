@@ -296,6 +296,9 @@ def describe_errors(errors: Iterable[Mapping[str, Any]], value: Any) -> list[tup
             else f"expected {' or '.join(dict.fromkeys(words))}, got {shown(found[path])}",
         )
         for path, words in wanted.items()
+        if not any(
+            other[: len(path)] == path for other in wanted if len(other) > len(path)
+        )  # another branch fits better
     ]
 
 

@@ -32,6 +32,8 @@ class Group:
     """Keys of its section of a config that are the engine's, and no options: the fields of ``config.sections``."""
 
 
+_OPTIMIZER = ("lr", "weight_decay", "weight_decay_end", "layer_decay", "rules")
+
 GROUPS: Mapping[str, Group] = {
     "augmenters": Group("augmenter", "Augmenter"),
     "heads": Group("head", "Head"),
@@ -41,6 +43,8 @@ GROUPS: Mapping[str, Group] = {
     "tokenizers": Group("tokenizer", "Tokenizer"),
     "datasets": Group("data set", "Dataset"),
     "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
+    "optimizers": Group("optimiser", "Optimizer", ("type", *_OPTIMIZER)),
+    "schedules": Group("schedule", "Schedule", ("type", "epochs", "max_steps", "warmup_steps", "final_lr")),
 }
 
 

@@ -25,7 +25,9 @@ from cosmos_ssl.api import (
     ImageCrops,
     Loss,
     Need,
+    Optimizer,
     Sample,
+    Schedule,
     Teacher,
     Tower,
 )
@@ -34,8 +36,9 @@ from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
-from cosmos_ssl.testing.examples import example_samples, reader, small_config
+from cosmos_ssl.testing.examples import example_assembly, example_config, example_samples, reader, small_config
 from cosmos_ssl.testing.model import ModelCheck, expect
+from cosmos_ssl.testing.moving import hold_optimizer, hold_schedule
 from cosmos_ssl.testing.ranks import check_ranks
 
 PART = "part"
@@ -128,6 +131,30 @@ def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | N
         reads = [Need(modality="image"), *([Need(modality="image", role="teacher")] if cls.present else [])]
         config = {"losses": {"clip": None, "reads": {"type": reader(*reads)}}, "teacher": {"type": part, **options}}
         ModelCheck(config, around).teacher()
+
+
+def check_optimizer(part: str | type[Optimizer], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold an optimiser to the contract, with these options; ``around`` as of ``check_loss``.
+
+    It moves parameters against their gradients, by the learning rate of their group, and those without a gradient not
+    at all; its state is tensors shaped like the parameter, or numbers, and a copy with it goes on to the same bits.
+    """
+    with _checking("optimizers", part):
+        moving = {
+            "optimizer": {"type": part, "lr": 1e-2, **options},
+            "schedule": {"type": "constant", "warmup_steps": 0},
+        }
+        hold_optimizer(example_config(moving, around))
+
+
+def check_schedule(part: str | type[Schedule], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a schedule to the contract, with these options; ``around`` as of ``check_loss``.
+
+    What is left lies between 0 and 1 and is a function of the step, and the steps that are called stable are the same
+    in longer runs.
+    """
+    with _checking("schedules", part):
+        hold_schedule(example_assembly(example_config({"schedule": {"type": part, **options}}, around)).schedule)
 
 
 def check_augmenter(

@@ -50,6 +50,11 @@ def test_teacher(example: Example) -> None:
     testing.check_teacher(example("teacher").Snapshot, every=2)
 
 
+def test_optimizer_and_schedule(example: Example) -> None:
+    testing.check_optimizer(example("optimizer").HeavyBall, momentum=0.5)
+    testing.check_schedule(example("schedule").Halving, every=3)
+
+
 def test_data_and_evaluator(example: Example, tmp_path: Path) -> None:
     data, names = example("data"), example("evaluator").ColourNames
     changes = {

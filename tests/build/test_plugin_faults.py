@@ -563,9 +563,14 @@ def test_exit_where_a_part_is_built(run: Run) -> None:
     assert code == 2 and f"losses/part {PATH} failed when it was built: SystemExit: 0" in err, err
 
 
-def test_exit_from_a_hook_that_the_check_calls(run: Run) -> None:
+def test_exit_from_rules(run: Run) -> None:
     code, err = run("losses", "def parameter_rules(self): raise SystemExit(0)")
     assert code == 2 and err == f"losses.part {WHOSE} failed: SystemExit: 0\n", err
+
+
+def test_exit_from_a_hook_that_nobody_watches_over(run: Run) -> None:
+    code, err = run("losses", "def train(self, mode=True): raise SystemExit(0)")
+    assert code == 1 and err.endswith("my_parts.py:3 called sys.exit(0) in the midst of the run\n"), err
 
 
 def test_a_tower_that_fails_in_an_evaluation(run: Run) -> None:

@@ -16,7 +16,7 @@ import pytest
 from cosmos_ssl import registry
 from cosmos_ssl.config import Config, LoadedConfig, load_config
 from cosmos_ssl.config.ranks import check_ranks, possible_ranks
-from cosmos_ssl.config.sections import EvaluatorPart, LossPart, Part, TeacherPart
+from cosmos_ssl.config.sections import EvaluatorPart, LossPart, OptimizerConfig, Part, ScheduleConfig, TeacherPart
 from cosmos_ssl.config.source import MAX_BYTES, dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
 
@@ -388,8 +388,8 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
         ("losess: {}", "x.yaml:2  losess: unknown key. Did you mean 'losses'? Accepts: extends, name, "),
         ("extend: a", "x.yaml:2  extend: unknown key. Did you mean 'extends'?"),
         (
-            "schedule: {epoch: 3}",
-            "x.yaml:2  schedule.epoch: unknown key. Did you mean 'epochs'? Accepts: epochs, max_steps, ",
+            "training: {batch: 3}",
+            "x.yaml:2  training.batch: unknown key. Did you mean 'batch_size'? Accepts: batch_size, micro_batch_size, ",
         ),
         ("training: {batch_size: many}", "x.yaml:2  training.batch_size: expected an integer, got 'many'"),
         ("training: {batch_size: '8'}", "x.yaml:2  training.batch_size: expected an integer, got '8'"),
@@ -465,7 +465,7 @@ def test_parts_of_others_are_named_by_distribution(load: Load, install: Callable
 
 def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
     faults = faults_of(
-        load, "optimizer: {lr: fast}\nschedule: {epoch: 3}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1"
+        load, "optimizer: {lr: fast}\nschedule: {epochs: many}\nname: a\nname: b\nlosses: {clip: {type: clpi}}\n", "x=1"
     )
     assert len(faults) == 5 and [text.split(":")[0] for text in faults].count("x.yaml") == 4
 
@@ -473,19 +473,18 @@ def test_all_faults_of_the_stage_come_at_once(load: Load) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        *[
-            (path, ".inf", "finite number, got .inf")
-            for path in ("optimizer.lr", "schedule.final_lr", "optimizer.weight_decay")
-        ],
+        *[(path, ".inf", "finite number, got .inf") for path in ("optimizer.lr", "schedule.final_lr")],
+        ("optimizer.weight_decay", ".inf", "expected a finite number or a mapping, got .inf"),
+        ("optimizer.weight_decay", "{type: linear, start: 1, end: -1}", ".end: expected greater than or equal to 0"),
+        ("optimizer.weight_decay_end", "-1", "expected greater than or equal to 0, got -1"),
         *[
             (path, ".nan", "finite number, got .nan")
-            for path in ("losses.clip.loss_weight", "training.timeout_minutes", "optimizer.eps")
+            for path in ("losses.clip.loss_weight", "training.timeout_minutes")
         ],
         *[
             (path, "-1", "0")
             for path in ("optimizer.lr", "loader.workers", "training.clip_grad_norm", "schedule.warmup_steps")
         ],
-        *[(path, "1", "less than 1, got 1") for path in ("optimizer.beta1", "optimizer.beta2")],
         *[
             (path, "99999999999999999999", "less than or equal to")
             for path in ("loader.workers", "loader.prefetch", "loader.lanes")
@@ -646,5 +645,6 @@ def test_impossible_ranks_are_refused_with_the_possible_ones() -> None:
 
 def test_reserved_keys_are_the_fields_of_a_part() -> None:
     sections = {"heads": Part, "losses": LossPart, "teachers": TeacherPart, "evaluators": EvaluatorPart}
+    sections |= {"optimizers": OptimizerConfig, "schedules": ScheduleConfig}
     for group, section in sections.items():
         assert tuple(section.model_fields) == registry.GROUPS[group].reserved

@@ -154,8 +154,18 @@ def test_another_batch_size(tiny, old, rows, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": {"type": "none"}}, r"teacher.type: 'ema' -> 'none': weights and teacher are taken over"),
-        ({"model": {"pretrained": "x.pt"}}, r"model.pretrained: null -> 'x.pt': weights and teacher are taken over"),
+        (
+            {"teacher": {"type": "none"}},
+            r"teacher.type: 'ema' -> 'none': weights, teacher and optimiser are taken over",
+        ),
+        (
+            {"optimizer": {"type": "timm", "name": "lion"}},
+            r"optimizer.type: 'adamw' -> 'timm': weights, teacher and optimiser are taken over",
+        ),
+        (
+            {"model": {"pretrained": "x.pt"}},
+            r"model.pretrained: null -> 'x.pt': weights, teacher and optimiser are taken over",
+        ),
         (
             {"training": {"seed": 4, "batch_size": 4, "precision": "fp32", "device": "cpu"}},
             r"lies within an epoch, .* training.seed=3",

@@ -37,14 +37,15 @@ def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path,
 
     One rank draws other weights at its start: all take the first one's.
     """
-    codes, said = finished(ranks(tmp_path / "whole", world, bad=[3]))
+    options = {"bad": [3], "optimizer": {"type": "timm", "name": "lamb"}}  # of AdamW, test_elastic.py
+    codes, said = finished(ranks(tmp_path / "whole", world, **options))
     assert codes == [0] * world, said
     fatal = {str(world - 1): {"loss": {7: "die"}, "start": {0: "drift"}}}
-    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3], befalls=fatal))
+    codes, said = finished(ranks(tmp_path / "cut", world, befalls=fatal, **options))
     assert codes[-1] == -signal.SIGKILL
     assert set(codes[:-1]) == {74}, said
     assert "another rank was lost" in said[0]
-    codes, said = finished(ranks(tmp_path / "cut", world, bad=[3]))
+    codes, said = finished(ranks(tmp_path / "cut", world, **options))
     assert codes == [0] * world, said
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     (name, found), (same, expected) = weights(tmp_path / "cut"), weights(tmp_path / "whole")

@@ -30,6 +30,8 @@ from cosmos_ssl.models.plan import make_plan
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
 from cosmos_ssl_plugins.losses.clip import Clip
 from cosmos_ssl_plugins.losses.cross_modality_distillation import CrossModalityDistillation
+from cosmos_ssl_plugins.optimizers.adamw import AdamW
+from cosmos_ssl_plugins.schedules.ways import Cosine
 from cosmos_ssl_plugins.teachers.ema import Ema
 from cosmos_ssl_plugins.towers.clip_text import ClipText
 from cosmos_ssl_plugins.towers.clip_vit import ClipViT
@@ -82,6 +84,8 @@ def assemble(extra_losses=(), extra_heads=(), drop_path=0.0):
         update_when="before_optimizer_step",
         plan=plan,
         loss_weights={name: 1.0 if name != "distill" else 0.5 for name in losses},
+        optimizer=AdamW(spec),
+        schedule=Cosine(spec),
     )
 
 

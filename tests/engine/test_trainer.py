@@ -104,13 +104,23 @@ def test_workers_change_nothing(tiny, rows, tmp_path):
     assert rows(tmp_path / "none") == rows(tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", ["amp_bf16", "amp_fp16"])
-def test_half_precision_resumes_exactly(tiny, rows, tmp_path, name):
-    config = tiny.make_config(training={"precision": name, "batch_size": 4, "device": "cpu"})
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("amp_bf16", {}),
+        ("amp_fp16", {}),
+        ("amp_fp16", {"type": "timm", "name": "lion"}),
+        ("amp_bf16", {"type": "torch", "name": "NAdam"}),
+        ("fp32", {"type": "timm", "name": "muon", "weight_decay": {"type": "linear", "start": 0.1, "end": 0.0}}),
+    ],
+)
+def test_half_precision_and_any_optimizer_resume_exactly(tiny, rows, tmp_path, name, optimizer):
+    config = tiny.make_config(training={"precision": name, "batch_size": 4, "device": "cpu"}, optimizer=optimizer)
     tiny.make_trainer(tmp_path / "whole", config).train()
     crash(tiny, tmp_path / "cut", 8, config)
     tiny.make_trainer(tmp_path / "cut", config).train()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert ("loss_scale" in rows(tmp_path / "cut")[0]) == (name == "amp_fp16")
 
 

@@ -19,9 +19,11 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
     BadSample,
+    Curve,
     Dataset,
     Evaluation,
     Evaluator,
@@ -235,6 +237,19 @@ def make_config(**sections) -> Config:
     return Config.model_validate_json(json.dumps(tree))
 
 
+def moving(config, spec):
+    """The optimiser and the schedule of a config."""
+    named = {"optimizer": "optimizers", "schedule": "schedules"}
+    sections = {key: getattr(config, key) for key in named}
+    if isinstance(config.optimizer.weight_decay, Curve):
+        curve = config.optimizer.weight_decay
+        curve.follow(registry.load(registry.find("schedules", curve.type))(spec, **curve.model_extra))
+    return {
+        key: registry.load(registry.find(named[key], section.type))(spec, **section.options)
+        for key, section in sections.items()
+    }
+
+
 def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True, dataset=None) -> Assembly:
     """The parts, wired by hand; ``dataset`` stands in for the numbers."""
     torch.manual_seed(config.training.seed)
@@ -256,6 +271,7 @@ def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True,
         update_when="before_optimizer_step" if before else "after_optimizer_step",
         plan=make_plan(spec, model.towers, {}, {"match": model.loss("match")}),
         loss_weights={"match": 1.0},
+        **moving(config, spec),
         evaluators={name: ScheduledEvaluator(evaluator=e, every_epochs=1) for name, e in (evaluators or {}).items()},
         parts={"losses.match": "match (tests)"},
     )

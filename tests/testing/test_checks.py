@@ -29,9 +29,11 @@ from cosmos_ssl.api import (
     LossOutput,
     Modality,
     Need,
+    Optimizer,
     ParameterRule,
     Progress,
     Sample,
+    Schedule,
     Spec,
     StepContext,
     Teacher,
@@ -43,6 +45,8 @@ CHECKS = {
     "augmenters": testing.check_augmenter,
     "heads": testing.check_head,
     "losses": testing.check_loss,
+    "optimizers": testing.check_optimizer,
+    "schedules": testing.check_schedule,
     "teachers": testing.check_teacher,
     "towers": testing.check_tower,
 }
@@ -75,7 +79,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"loss": "VICRegLoss", "head": "dino"},
         {"loss": "NegativeCosineSimilarity", "target": "teacher", "group": "local"},
     ],
-    "teachers/ema": [{}, {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9}],
+    "optimizers/timm": [{"name": "lion"}, {"name": "lamb", "options": {"betas": [0.9, 0.99]}}],
+    "optimizers/torch": [{"name": "NAdam"}],
+    "schedules/cosine": [{}, {"over_epochs": 2.5}],
+    "schedules/linear": [{}, {"over_steps": 4}],
+    "schedules/step": [{"at": [2, 5]}],
+    "schedules/warmup_stable_decay": [{}, {"decay_steps": 3, "decay": "linear"}],
+    "teachers/ema": [
+        {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9},
+        {"momentum_teacher": {"type": "linear", "start": 0.5, "end": 0.9, "over_epochs": 1}},
+    ],
     "teachers/frozen": [],  # needs a checkpoint: below
     "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
     "towers/clip_vit": [
@@ -532,13 +545,90 @@ class Silent(Copy):
         return None  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("cls", [UsesTheStepAfterwards, Plain, Labels, Corner, Copy])
+class Descent(Optimizer):
+    """An optimiser without fault."""
+
+    def __init__(self, spec: Spec) -> None:
+        pass
+
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+class Ascent(Descent):
+    """Goes up."""
+
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.1, maximize=True)
+
+
+class OwnRate(Descent):
+    """Does not read the groups."""
+
+    class Fixed(torch.optim.SGD):
+        """Moves by one rate."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        return self.Fixed(groups, lr=0.1)
+
+
+class Factored(Descent):
+    """Keeps a row where the parameter is a matrix."""
+
+    def make(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        return torch.optim.Adafactor(groups)
+
+
+class Falling(Schedule):
+    """A schedule without fault."""
+
+    def __init__(self, spec: Spec) -> None:
+        pass
+
+    def left(self, progress: Progress, begin: int = 0) -> float:
+        return 1 - progress.fraction
+
+
+class SaysStable(Falling):
+    """Depends on the length, and says that it does not."""
+
+    def stable_steps(self, total_steps: int, begin: int = 0) -> int:
+        return total_steps
+
+
+class Overshoots(Falling):
+    """Goes below the end."""
+
+    def left(self, progress: Progress, begin: int = 0) -> float:
+        return 1 - 2 * progress.fraction
+
+
+class Counts(Falling):
+    """Falls by its calls."""
+
+    calls = 0
+
+    def left(self, progress: Progress, begin: int = 0) -> float:
+        self.calls += 1
+        return 1 / self.calls
+
+
+@pytest.mark.parametrize("cls", [UsesTheStepAfterwards, Plain, Labels, Corner, Copy, Descent, Falling])
 def test_sound_parts_pass(cls: type[Any]) -> None:
     check = {
         Loss: testing.check_loss,
         Head: testing.check_head,
         Augmenter: testing.check_augmenter,
         Teacher: testing.check_teacher,
+        Optimizer: testing.check_optimizer,
+        Schedule: testing.check_schedule,
     }
     check[next(base for base in cls.__mro__ if base in check)](cls)  # type: ignore[operator]
 
@@ -628,6 +718,12 @@ ON_TWO = partial(testing.check_loss, ranks=2)
         (testing.check_teacher, Learns, "takes gradients: a teacher must not"),
         (testing.check_teacher, MovesTheStudent, "update changes image.class_token"),
         (testing.check_teacher, Remembers, "a copy with the same state moves model.image.class_token"),
+        (testing.check_optimizer, Ascent, "along the gradient, expected against it"),
+        (testing.check_optimizer, OwnRate, "at a learning rate of 0: read group['lr'] in each step"),
+        (testing.check_optimizer, Factored, "expected that of the parameter, "),
+        (testing.check_schedule, SaysStable, "of which stable_steps says that 2 are the same"),
+        (testing.check_schedule, Overshoots, "expected a number from 0 to 1"),
+        (testing.check_schedule, Counts, "it must be a function of its arguments"),
         (testing.check_teacher, Silent, "returned None from update, expected a mapping of names to numbers"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from cosmos_ssl.api import Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
+from cosmos_ssl.api import Curve, Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
 from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, entropy, exact
 
 
@@ -26,7 +26,7 @@ class Dino(Loss):
         head: str,
         centering: Centering = "center",
         warmup_teacher_temp: Temperature = 0.04,
-        teacher_temp: Temperature = 0.04,
+        teacher_temp: Temperature | Curve[Temperature] = 0.04,
         warmup_teacher_temp_epochs: Strength = 0,
         student_temp: Temperature = 0.1,
         center_momentum: Share = 0.9,
@@ -37,7 +37,7 @@ class Dino(Loss):
         head: the head that gives logits of each view group, such as a ``dino_projection``.
         centering: ``center`` (running mean) or ``sinkhorn``.
         warmup_teacher_temp: the teacher's temperature at the start.
-        teacher_temp: the teacher's temperature after its warm-up.
+        teacher_temp: the teacher's temperature after its warm-up; a curve leaves the warm-up out.
         warmup_teacher_temp_epochs: epochs in which it changes, linearly.
         student_temp: the student's temperature.
         center_momentum: how much of the running mean stays at each step.

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import Progress
+from cosmos_ssl.api import Curve, Progress
 from cosmos_ssl.functional import all_max, all_sum
 
 Centering = Literal["center", "sinkhorn"]
@@ -23,7 +23,7 @@ class TeacherTargets(nn.Module):
 
     ``center``: softmax((x - c) / t), and then c <- m c + (1 - m) mean x (DINO, arXiv 2104.14294, section 3.1); c is a
     buffer that a batch without rows, or with values that are not finite, leaves as it is. ``sinkhorn``: as the function
-    below. The temperature t rises linearly over the first epochs.
+    below. The temperature t rises linearly over the first epochs, or by a curve of its own.
     """
 
     center: Tensor | None
@@ -34,7 +34,7 @@ class TeacherTargets(nn.Module):
         *,
         centering: Centering,
         warmup_teacher_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | Curve[float],
         warmup_teacher_temp_epochs: float,
         center_momentum: float,
         sinkhorn_iterations: int,
@@ -50,6 +50,8 @@ class TeacherTargets(nn.Module):
 
     def temperature(self, progress: Progress) -> float:
         """The temperature at this step."""
+        if isinstance(self.end_temp, Curve):
+            return self.end_temp.at(progress)
         done = min(1.0, progress.epoch / self.warmup) if self.warmup else 1.0
         return self.start_temp + (self.end_temp - self.start_temp) * done
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import Progress, Share, Spec, Teacher
+from cosmos_ssl.api import Curve, Progress, Share, Spec, Teacher, value_at
 from cosmos_ssl.models.model import buffers_of
+from cosmos_ssl_plugins.schedules.ways import Cosine
 
 
 class Ema(Teacher):
@@ -17,22 +17,25 @@ class Ema(Teacher):
 
     The momentum m is ``momentum_teacher``, or rises from it by a cosine to ``final_momentum_teacher`` (DINO, arXiv
     2104.14294).
+
+    Raises ValueError where both say to what it moves.
     """
 
     def __init__(
-        self, spec: Spec, *, momentum_teacher: Share = 0.999, final_momentum_teacher: Share | None = None
+        self, spec: Spec, *, momentum_teacher: Share | Curve[Share] = 0.999, final_momentum_teacher: Share | None = None
     ) -> None:
         super().__init__()
         self._walked: list[tuple[nn.Module, list[Tensor], Callable[[], list[Tensor]]]] = []
-        self.start_momentum = momentum_teacher
-        self.final_momentum = momentum_teacher if final_momentum_teacher is None else final_momentum_teacher
+        self.scheduled: float | Curve[float] = momentum_teacher
+        if final_momentum_teacher is not None:
+            if isinstance(momentum_teacher, Curve):
+                raise ValueError("final_momentum_teacher: momentum_teacher has an end already. Leave one out")
+            rising = Curve[float](type="cosine", start=momentum_teacher, end=final_momentum_teacher)
+            self.scheduled = rising.follow(Cosine(spec))
 
     def momentum(self, progress: Progress) -> float:
         """The momentum at this step."""
-        return (
-            self.final_momentum
-            - (self.final_momentum - self.start_momentum) * (1 + math.cos(math.pi * progress.fraction)) / 2
-        )
+        return value_at(self.scheduled, progress)
 
     @torch.no_grad()
     def update(self, student: nn.Module, progress: Progress) -> Mapping[str, float]:
