@@ -10,12 +10,15 @@ A part is a class, offered by an entry point of its group (``cosmos_ssl.losses``
 - ``teacher``: a second model, and how it follows the student
 - ``data``: data sets and tokenizers
 - ``evaluator``: numbers and pictures of a model
+- ``writer``: where a run's numbers and pictures go
+- ``callback``: what is done beside the steps of a run
 - ``part``: what all of them share: options, ``Spec``, ``Progress``
 - ``views``: what a batch is made of, with the letters of its shapes
 """
 
 from cosmos_ssl import API_VERSION
 from cosmos_ssl.api.augmenter import Augmenter
+from cosmos_ssl.api.callback import Callback, CallbackContext, floats_of, set_float
 from cosmos_ssl.api.data import Dataset, FileBacked, IndexedDataset, Tokenizer
 from cosmos_ssl.api.evaluator import Encoder, Evaluation, Evaluator
 from cosmos_ssl.api.head import AttendingHead, Head, MatchingHead
@@ -36,8 +39,10 @@ from cosmos_ssl.api.views import (
     TextGroup,
     Views,
 )
+from cosmos_ssl.api.writer import RunInfo, Writer
 from cosmos_ssl.bounds import Count, Few, Pixels, Share, Size, Strength, Temperature, Whole
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
+from cosmos_ssl.files import LineFile
 from cosmos_ssl.marks import Aside, Location
 
 __all__ = [
@@ -47,6 +52,8 @@ __all__ = [
     "AttendingHead",
     "Augmenter",
     "BadSample",
+    "Callback",
+    "CallbackContext",
     "Count",
     "CropGroup",
     "DataError",
@@ -67,6 +74,7 @@ __all__ = [
     "IndexedDataset",
     "Kind",
     "LayeredTower",
+    "LineFile",
     "Location",
     "Loss",
     "LossOutput",
@@ -79,6 +87,7 @@ __all__ = [
     "PluginError",
     "Progress",
     "Role",
+    "RunInfo",
     "Sample",
     "Share",
     "Size",
@@ -95,5 +104,8 @@ __all__ = [
     "ViewSpec",
     "Views",
     "Whole",
+    "Writer",
+    "floats_of",
     "normalise",
+    "set_float",
 ]

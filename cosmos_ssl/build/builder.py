@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
+    Callback,
     Dataset,
     Evaluator,
     Head,
@@ -27,6 +28,7 @@ from cosmos_ssl.api import (
     Tokenizer,
     Tower,
     ViewSpec,
+    Writer,
 )
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig, part_paths
@@ -160,6 +162,7 @@ class Builder:
         plan = make_plan(spec, towers, heads, losses)
         with watch():
             evaluators = self._evaluators(spec, towers, prepare=prepare)
+        beside = mode != "measure"
         return Assembly(
             spec=spec,
             dataset=dataset,
@@ -172,6 +175,8 @@ class Builder:
             plan=plan,
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
             evaluators=evaluators,
+            writers=self._writers(spec) if beside else {},
+            callbacks=self._callbacks(spec, model) if beside else {},
             frozen=model.freeze_unread(plan),
             start=start,
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},
@@ -344,6 +349,23 @@ class Builder:
             for name, each in made.items()
         }
 
+    def _writers(self, spec: Spec) -> dict[str, Writer]:
+        return self._layer({name: f"logging.writers.{name}" for name in self.config.logging.writers}, spec)
+
+    def _callbacks(self, spec: Spec, model: Model) -> dict[str, Callback]:
+        """The callbacks, which have found in the model what they name."""
+        made: dict[str, Callback] = self._layer({name: f"callbacks.{name}" for name in self.config.callbacks}, spec)
+        faults = []
+        for name, callback in made.items():
+            with blaming(callback, f"callbacks.{name}"):
+                try:
+                    callback.prepare(model)
+                except ValueError as error:
+                    faults.append(self._option_fault(f"callbacks.{name}", error))
+        if faults:
+            raise ConfigError(faults)
+        return made
+
     # ------------------------------------------------------------------ what is asked of what was built
 
     def places(self) -> dict[str, str | None]:
@@ -356,8 +378,10 @@ class Builder:
                 value = chosen.options.get(name)
                 if mark is Mark.ASIDE or chosen.record.group == "datasets":  # the data set tells what it holds
                     found[f"{path}.{name}"] = None
-                elif value is not None and chosen.record.group != "evaluators":
+                elif value is not None and chosen.record.group not in ("evaluators", "writers"):
                     found[f"{path}.{name}"] = fingerprint(value)
+            if chosen.record.group == "callbacks" and chosen.cls.watches:
+                found[path] = None
         if self.config.model.pretrained is not None:
             found["model.pretrained"] = fingerprint(self.config.model.pretrained)
         return found

@@ -19,6 +19,9 @@ from cosmos_ssl.models.encoder import ModelEncoder
 
 log = logging.getLogger(__name__)
 
+_NOT_READ = ("evaluators=null", "callbacks=null", "logging=null")
+"""Sections of a run's config that its model can do without, whose packages need not be here."""
+
 
 def load(
     checkpoint: str | Path | Source,
@@ -38,7 +41,7 @@ def load(
     where weights do not fit or are not finite, ConfigError for a part that cannot be used.
     """
     weights = read_weights(find_source(checkpoint), which)
-    loaded = load_config(weights.config, ["evaluators=null", *overrides])
+    loaded = load_config(weights.config, [*_NOT_READ, *overrides])
     assumed = weights.assumed(loaded)
     builder = Builder(loaded, READING, trust_code=trust_code)
     model, spec, tokenizer = builder.for_reading(check=lambda model: check_fit(model, weights.state, weights.source))

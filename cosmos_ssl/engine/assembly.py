@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Spec, Teacher, Tokenizer
+from cosmos_ssl.api import Augmenter, Callback, Dataset, Evaluator, Modality, Spec, Teacher, Tokenizer, Writer
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.models.model import Model
@@ -55,6 +55,8 @@ class Assembly:
     plan: Plan
     loss_weights: Mapping[str, float]
     evaluators: Mapping[str, ScheduledEvaluator] = field(default_factory=dict)
+    writers: Mapping[str, Writer] = field(default_factory=dict)
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
     frozen: Sequence[str] = ()
     """Parameters that the plan never reaches."""
     start: str = ""

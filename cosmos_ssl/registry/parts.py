@@ -41,6 +41,8 @@ GROUPS: Mapping[str, Group] = {
     "tokenizers": Group("tokenizer", "Tokenizer"),
     "datasets": Group("data set", "Dataset"),
     "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
+    "writers": Group("writer", "Writer"),
+    "callbacks": Group("callback", "Callback"),
 }
 
 
