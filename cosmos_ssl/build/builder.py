@@ -162,7 +162,6 @@ class Builder:
         plan = make_plan(spec, towers, heads, losses)
         with watch():
             evaluators = self._evaluators(spec, towers, prepare=prepare)
-        beside = mode != "measure"
         return Assembly(
             spec=spec,
             dataset=dataset,
@@ -175,8 +174,8 @@ class Builder:
             plan=plan,
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
             evaluators=evaluators,
-            writers=self._writers(spec) if beside else {},
-            callbacks=self._callbacks(spec, model) if beside else {},
+            writers=self._writers(spec) if mode != "measure" else {},
+            callbacks=self._callbacks(spec, model),
             frozen=model.freeze_unread(plan),
             start=start,
             parts={path: f"{chosen.record.name} ({chosen.record.source})" for path, chosen in self.chosen.items()},

@@ -18,11 +18,13 @@ training would. What breaks the contract is an AssertionError that names the par
 
 from cosmos_ssl.testing.checks import (
     check_augmenter,
+    check_callback,
     check_head,
     check_loss,
     check_options,
     check_teacher,
     check_tower,
+    check_writer,
     small_run,
 )
 from cosmos_ssl.testing.examples import (
@@ -36,11 +38,13 @@ from cosmos_ssl.testing.examples import (
 
 __all__ = [
     "check_augmenter",
+    "check_callback",
     "check_head",
     "check_loss",
     "check_options",
     "check_teacher",
     "check_tower",
+    "check_writer",
     "example_config",
     "example_context",
     "example_features",

@@ -49,7 +49,7 @@ class Watching(Callback):
 class EarlyStopping(Watching):
     """Ends the run, as a finished one, once a number has not got better for some ends of epochs that report it.
 
-    ``metric``: its name in metrics.jsonl, such as loss or retrieval/student/i2t_recall@1.
+    ``metric``: its name in metrics.jsonl, such as loss or retrieval/student/image_to_text_R@1.
     ``mode``: whether less (min) or more (max) is better.
     ``patience``: ends of epochs without a better one that end the run.
     ``min_delta``: by how much a better one must be better.
@@ -100,7 +100,7 @@ class BestCheckpoint(Watching):
     NAME is the callback's own. No other checkpoint takes its place, and it takes none of theirs; what it shares with
     one it shares on the disk too. Training waits until it is written.
 
-    ``metric``: the number's name in metrics.jsonl, such as retrieval/student/i2t_recall@1.
+    ``metric``: the number's name in metrics.jsonl, such as retrieval/student/image_to_text_R@1.
     ``mode``: whether less (min) or more (max) is better.
     """
 

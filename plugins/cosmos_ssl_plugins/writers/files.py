@@ -18,10 +18,11 @@ class Lines(Writer):
     """Base of writers of one file with lines."""
 
     head: ClassVar[bytes] = b""
+    suffix: ClassVar[str]
 
     def __init__(self, file: str) -> None:
-        if Path(file).name != file or file in ("", "metrics.jsonl"):
-            raise ValueError(f"file: '{file}' is not the name of a file of the run's folder, other than metrics.jsonl")
+        if Path(file).name != file or Path(file).suffix != self.suffix or file == "metrics.jsonl":
+            raise ValueError(f"file: '{file}' is no name of a file in the run's folder such as rows{self.suffix}")
         self.file = file
 
     def start(self, run: RunInfo) -> None:
@@ -51,6 +52,7 @@ class Csv(Lines):
     """
 
     head = b"step,name,value\n"
+    suffix = ".csv"
 
     def __init__(self, spec: Spec, *, file: Aside[str] = "metrics.csv") -> None:
         super().__init__(file)
@@ -74,6 +76,8 @@ class JsonLines(Lines):
 
     ``file``: its name in the run's folder.
     """
+
+    suffix = ".jsonl"
 
     def __init__(self, spec: Spec, *, file: Aside[str] = "rows.jsonl") -> None:
         super().__init__(file)
