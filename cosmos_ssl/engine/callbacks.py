@@ -109,11 +109,14 @@ class Callbacks:
         states = self._states()
         tensors = {name: to_host(tensors) for name, (tensors, _) in states.items() if tensors}
         buffers = {key for each in tensors.values() for key in each}
-        plain = {"told": self.told, "keep": self.keep, "states": {name: plain for name, (_, plain) in states.items()}}
+        plain = {
+            name: json.loads(json.dumps(each)) for name, (_, each) in states.items()
+        }  # theirs may change meanwhile
+        own = {"told": dict(self.told), "keep": list(self.keep), "states": plain}
         return replace(
             snapshot,
             tensors={**snapshot.tensors, **tensors},
-            state={**snapshot.state, "callbacks": plain},
+            state={**snapshot.state, "callbacks": own},
             buffers={*snapshot.buffers, *buffers},
         )
 

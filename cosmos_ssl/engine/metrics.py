@@ -82,18 +82,22 @@ class Writers(api.Writer):
         run: api.RunInfo | None = None,
         reported: Mapping[int, frozenset[str]] | None = None,
     ) -> None:
-        """``run``: what parts are started with, at once; ``reported``: names by step, which come again."""
+        """``run``: what parts are started with, at once; ``reported``: names by step, from ``run.step`` on, which come
+        again.
+        """
         self._writers = [_Guarded(writer, run) for writer in writers]
+        self._kept = -1 if run is None else run.step
         self._reported = reported or {}
         for writer in self._writers:
             writer.call("start")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand on to all, but nothing twice to those that append."""
+        """Hand on to all, but nothing twice to those that append, or of the step that the run goes on from."""
         known = self._reported.get(step, frozenset())
         fresh = {name: value for name, value in values.items() if name not in known}
         for writer in self._writers:
-            if given := fresh if writer.appends else values:
+            given = fresh if writer.appends or step == self._kept else values
+            if not given.keys() <= {"epoch"}:
                 writer.call("scalars", step, given)
 
     def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
@@ -166,12 +170,12 @@ def metrics_at(path: Path, step: int, first: int | None = None) -> dict[str, flo
     }
 
 
-def names_after(path: Path, step: int) -> dict[int, frozenset[str]]:
-    """The names in the rows of a metrics.jsonl after ``step``, by step."""
+def names_from(path: Path, step: int) -> dict[int, frozenset[str]]:
+    """The names in the rows of a metrics.jsonl from ``step`` on, by step, without those of every row."""
     found: dict[int, frozenset[str]] = {}
     for row in read_rows(path):
-        if row["step"] > step:
-            found[row["step"]] = found.get(row["step"], frozenset()) | row.keys()
+        if row["step"] >= step:
+            found[row["step"]] = found.get(row["step"], frozenset()) | (row.keys() - {"step", "epoch"})
     return found
 
 

@@ -34,7 +34,7 @@ from cosmos_ssl.engine.distributed import (
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
-from cosmos_ssl.engine.metrics import JsonLines, Writer, Writers, cut_rows, default_writers, metrics_at, names_after
+from cosmos_ssl.engine.metrics import JsonLines, Writer, Writers, cut_rows, default_writers, metrics_at, names_from
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
@@ -183,7 +183,7 @@ class Run:
             self.state.step = fork.step
         reported: Mapping[int, frozenset[str]] = {}
         if self.world.first:
-            reported = names_after(self.folder.metrics, self.state.step)
+            reported = names_from(self.folder.metrics, self.state.step)
             cut_rows(self.folder.metrics, self.state.step)
         self.evaluated = self._already_evaluated()
         self.measured = self.world.run_on_first(self._measured)
