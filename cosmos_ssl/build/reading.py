@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cosmos_ssl.api import Role
 from cosmos_ssl.build.builder import READING, Builder
 from cosmos_ssl.build.weights import Source, find_source, read_weights
 from cosmos_ssl.config import load_config
@@ -25,7 +24,7 @@ _NOT_READ = ("evaluators=null", "callbacks=null", "logging=null")
 
 def load(
     checkpoint: str | Path | Source,
-    which: Role = "student",
+    which: str = "student",
     *,
     device: torch.device | str = "cpu",
     overrides: Sequence[str] = (),
@@ -34,11 +33,12 @@ def load(
     """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
-    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages;
-    ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is
-    logged in a line, at the level of information. Raises CheckpointError for anything else, for what is damaged, and
-    where weights do not fit or are not finite, ConfigError for a part that cannot be used.
+    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take, or the callback
+    whose average it is. ``overrides`` reach what a file does not say, such as ``model.text.heads=4``. Parts of a run
+    are those of installed packages; ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which
+    runs that code. What was read is logged in a line, at the level of information. Raises CheckpointError for anything
+    else, for what is damaged, and where weights do not fit or are not finite, ConfigError for a part that cannot be
+    used.
     """
     weights = read_weights(find_source(checkpoint), which)
     loaded = load_config(weights.config, [*_NOT_READ, *overrides])
@@ -55,7 +55,7 @@ def load(
 
 def open_model(
     model: str | Path | ModelEncoder,
-    which: Role = "student",
+    which: str = "student",
     *,
     device: str = "auto",
     overrides: Sequence[str] = (),
