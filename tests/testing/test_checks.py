@@ -18,6 +18,8 @@ from torch import nn
 from cosmos_ssl import registry, testing
 from cosmos_ssl.api import (
     Augmenter,
+    Callback,
+    CallbackContext,
     CropGroup,
     Features,
     Head,
@@ -564,7 +566,7 @@ class Undocumented(Callback):
 
 
 def test_missing_docs_hide_no_breach() -> None:
-    with pytest.raises(AssertionError, match="before_step changes .*: and says that it watches alone"):
-        check_callback(Undocumented)
+    with pytest.raises(AssertionError, match=r"before_step changes .*: and says that it watches alone"):
+        testing.check_callback(Undocumented)
     with pytest.raises(AssertionError, match="the option 'harm' has no docs"):
-        check_callback(Undocumented, harm=False)
+        testing.check_callback(Undocumented, harm=False)
