@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -119,6 +119,67 @@ def part_name(folder: Path) -> Path:
     It is opened as any file, so that it is for whom the umask says (tempfile's are not).
     """
     return folder / f"tmp{secrets.token_hex(8)}.part"
+
+
+class LineFile:
+    """A file that whole lines are appended to. On a full disk lines wait in memory, and the file keeps whole ones."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make it. Raises OSError, as all that follows."""
+        self.path = path
+        self._waiting = b""
+        self._open()
+
+    def _open(self) -> None:
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._size = os.fstat(self._handle).st_size
+
+    def lines(self) -> list[bytes]:
+        """The lines that are there, without what a crash cut off."""
+        return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+    def cut(self, keep: Callable[[bytes], bool]) -> None:
+        """Drop the lines that ``keep`` does not hold for or fails on (ValueError, IndexError), and half a line."""
+
+        def kept(line: bytes) -> bool:
+            try:
+                return keep(line)
+            except (ValueError, IndexError):
+                return False
+
+        left = list(filter(kept, self.lines()))
+        os.close(self._handle)
+        with written_whole(self.path) as file:
+            file.writelines(left)
+        self._open()
+
+    def append(self, line: bytes) -> None:
+        """Write a line, which ends by a line end, and those that wait."""
+        self._waiting += line
+        self._flush()
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        self._flush()
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._handle)
+
+    def _flush(self) -> None:
+        try:
+            done = os.write(self._handle, self._waiting)
+            if done < len(self._waiting):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            os.ftruncate(self._handle, self._size)
+            raise
+        self._size += done
+        self._waiting = b""
 
 
 # ---------------------------------------------------------------------------- a run's folder

@@ -12,12 +12,15 @@ A part is a class, offered by an entry point of its group (``cosmos_ssl.losses``
 - ``schedule``: how a number moves over a run (and ``Curve``, ``value_at``)
 - ``data``: data sets and tokenizers
 - ``evaluator``: numbers and pictures of a model
+- ``writer``: where a run's numbers and pictures go
+- ``callback``: what is done beside the steps of a run
 - ``part``: what all of them share: options, ``Spec``, ``Progress``
 - ``views``: what a batch is made of, with the letters of its shapes
 """
 
 from cosmos_ssl import API_VERSION
 from cosmos_ssl.api.augmenter import Augmenter
+from cosmos_ssl.api.callback import Callback, CallbackContext, floats_of, set_float
 from cosmos_ssl.api.data import Dataset, FileBacked, IndexedDataset, Tokenizer
 from cosmos_ssl.api.evaluator import Encoder, Evaluation, Evaluator
 from cosmos_ssl.api.head import AttendingHead, Head, MatchingHead
@@ -40,8 +43,10 @@ from cosmos_ssl.api.views import (
     TextGroup,
     Views,
 )
+from cosmos_ssl.api.writer import RunInfo, Writer
 from cosmos_ssl.bounds import Count, Curve, Few, Pixels, Share, Size, Strength, Temperature, Whole
 from cosmos_ssl.errors import BadSample, DataError, PluginError, UserError
+from cosmos_ssl.files import LineFile
 from cosmos_ssl.marks import Aside, Location
 
 __all__ = [
@@ -51,6 +56,8 @@ __all__ = [
     "AttendingHead",
     "Augmenter",
     "BadSample",
+    "Callback",
+    "CallbackContext",
     "Count",
     "CropGroup",
     "Curve",
@@ -72,6 +79,7 @@ __all__ = [
     "IndexedDataset",
     "Kind",
     "LayeredTower",
+    "LineFile",
     "Location",
     "Loss",
     "LossOutput",
@@ -85,6 +93,7 @@ __all__ = [
     "PluginError",
     "Progress",
     "Role",
+    "RunInfo",
     "Sample",
     "Schedule",
     "Share",
@@ -102,6 +111,9 @@ __all__ = [
     "ViewSpec",
     "Views",
     "Whole",
+    "Writer",
+    "floats_of",
     "normalise",
+    "set_float",
     "value_at",
 ]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
+    Callback,
     Curve,
     Dataset,
     Evaluator,
@@ -28,6 +29,7 @@ from cosmos_ssl.api import (
     Tokenizer,
     Tower,
     ViewSpec,
+    Writer,
 )
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig, part_paths
@@ -202,6 +204,8 @@ class Builder:
             schedule=moving["schedule"],
             loss_weights={name: part.loss_weight for name, part in config.losses.items()},
             evaluators=evaluators,
+            writers=self._writers(spec) if mode != "measure" else {},
+            callbacks=self._callbacks(spec, model),
             frozen=model.freeze_unread(plan),
             start=start,
             parts={each.path: f"{each.record.name} ({each.record.source})" for each in self._all_chosen()},
@@ -378,6 +382,23 @@ class Builder:
             for name, each in made.items()
         }
 
+    def _writers(self, spec: Spec) -> dict[str, Writer]:
+        return self._layer({name: f"logging.writers.{name}" for name in self.config.logging.writers}, spec)
+
+    def _callbacks(self, spec: Spec, model: Model) -> dict[str, Callback]:
+        """The callbacks, which have found in the model what they name."""
+        made: dict[str, Callback] = self._layer({name: f"callbacks.{name}" for name in self.config.callbacks}, spec)
+        faults = []
+        for name, callback in made.items():
+            with blaming(callback, f"callbacks.{name}"):
+                try:
+                    callback.prepare(model)
+                except ValueError as error:
+                    faults.append(self._option_fault(f"callbacks.{name}", error))
+        if faults:
+            raise ConfigError(faults)
+        return made
+
     # ------------------------------------------------------------------ what is asked of what was built
 
     def _all_chosen(self) -> Iterator[Chosen]:
@@ -396,8 +417,10 @@ class Builder:
                 value = chosen.options.get(name)
                 if mark is Mark.ASIDE or chosen.record.group == "datasets":  # the data set tells what it holds
                     found[f"{path}.{name}"] = None
-                elif value is not None and chosen.record.group != "evaluators":
+                elif value is not None and chosen.record.group not in ("evaluators", "writers"):
                     found[f"{path}.{name}"] = fingerprint(value)
+            if chosen.record.group == "callbacks" and chosen.cls.watches:
+                found[path] = None
         pretrained = self.config.model.pretrained
         if pretrained is not None:
             found[PRETRAINED if pretrained.parts is None else f"{PRETRAINED}.from"] = fingerprint(pretrained.source)

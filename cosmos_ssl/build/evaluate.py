@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from cosmos_ssl import __version__
-from cosmos_ssl.api import Role, UserError
+from cosmos_ssl.api import UserError
 from cosmos_ssl.build.builder import Builder
 from cosmos_ssl.build.reading import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
@@ -26,7 +26,6 @@ from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
 
-_ROLES = ("student", "teacher")
 _DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -39,7 +38,7 @@ def evaluate(
     task: str,
     data: str | Path | None = None,
     *,
-    which: Literal["student", "teacher", "both"] | None = None,
+    which: str | None = None,
     set_name: str | None = None,
     texts: str | None = None,
     label: str | None = None,
@@ -64,9 +63,10 @@ def evaluate(
     ``model`` is a run folder (its newest checkpoint), one of its checkpoints, an official file, a released name, an
     OpenCLIP model, or what ``load`` returns (then ``which``, ``device``, ``overrides`` and ``trust_code`` are as it
     is). ``task`` is a key of ``cosmos_ssl.evaluation.tasks.TASKS``, and its options are those of ``Options`` there;
-    without ``data`` a run is evaluated on what its own evaluator of the task works on, with its options. ``which`` None
-    takes all roles that are there. ``precision`` is ``auto`` (of a run its own where this device is fast in it, else
-    ``fp32``), ``fp32``, ``amp_bf16`` or ``amp_fp16``.
+    without ``data`` a run is evaluated on what its own evaluator of the task works on, with its options. ``which`` is
+    ``student``, ``teacher``, ``both`` or the name of a callback; None takes both as far as they are there.
+    ``precision`` is ``auto`` (of a run its own where this device is fast in it, else ``fp32``), ``fp32``, ``amp_bf16``
+    or ``amp_fp16``.
 
     The report holds ``task``, ``checkpoint``, ``roles``, ``data``, ``set``, ``samples`` (pictures that were used),
     ``precision``, ``device``, what the task says of how it was done (``templates``, ``k``, ...) and ``metrics``:
@@ -149,13 +149,13 @@ def _run(
     }
 
 
-def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
+def _roles(checkpoint: Source, which: str | None) -> tuple[str, ...]:
     """The roles asked for; without ``which`` those that are there.
 
     Raises CheckpointError where both are asked for and one is there.
     """
-    if which in _ROLES:
-        return (cast(Role, which),)
+    if which not in (None, "both"):
+        return (which,)
     there = roles_of(checkpoint)
     if which == "both" and len(there) == 1:
         raise CheckpointError(f"{checkpoint} holds the {there[0]} alone: leave out --which both")
@@ -163,7 +163,7 @@ def _roles(checkpoint: Source, which: str | None) -> tuple[Role, ...]:
 
 
 def _load(
-    checkpoint: Source, role: Role, device: str, precision: str, overrides: Sequence[str], trust_code: bool
+    checkpoint: Source, role: str, device: str, precision: str, overrides: Sequence[str], trust_code: bool
 ) -> ModelEncoder:
     place = pick_device(device)
     config = _config_of_run(checkpoint)

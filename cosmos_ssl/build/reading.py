@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cosmos_ssl.api import Role
 from cosmos_ssl.build.builder import READING, Builder
 from cosmos_ssl.build.weights import Source, find_source, read_weights
 from cosmos_ssl.config import load_config
@@ -19,10 +18,13 @@ from cosmos_ssl.models.encoder import ModelEncoder
 
 log = logging.getLogger(__name__)
 
+_NOT_READ = ("evaluators=null", "callbacks=null", "logging=null")
+"""Sections of a run's config that its model can do without, whose packages need not be here."""
+
 
 def load(
     checkpoint: str | Path | Source,
-    which: Role = "student",
+    which: str = "student",
     *,
     device: torch.device | str = "cpu",
     overrides: Sequence[str] = (),
@@ -31,15 +33,15 @@ def load(
     """A trained model, ready to encode: ``encode_image``, ``encode_text``, ``preprocess``, ``tokenize``.
 
     ``checkpoint`` is a run folder (its newest checkpoint), one of its checkpoints, an official COSMOS file, or an
-    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take. ``overrides``
-    reach what a file does not say, such as ``model.text.heads=4``. Parts of a run are those of installed packages, and
-    losses, which encoding does without, are left out where theirs is not there;
+    OpenCLIP model (a folder, a file, ``hf-hub:ORG/NAME``, ``MODEL/TAG``); ``which`` the role to take, or the callback
+    whose average it is. ``overrides`` reach what a file does not say, such as ``model.text.heads=4``. Parts of a run
+    are those of installed packages, and losses, which encoding does without, are left out where theirs is not there;
     ``trust_code`` also imports what its config names as ``python:MODULE.CLASS``, which runs that code. What was read is
     logged in a line, at the level of information. Raises CheckpointError for anything else, for what is damaged, and
     where weights do not fit or are not finite, ConfigError for a part that cannot be used.
     """
     weights = read_weights(find_source(checkpoint), which)
-    loaded = load_config(weights.config, ["evaluators=null", *overrides], reading=True)
+    loaded = load_config(weights.config, [*_NOT_READ, *overrides], reading=True)
     weights = weights.without(loaded.absent)
     assumed = weights.assumed(loaded)
     builder = Builder(loaded, READING, trust_code=trust_code)
@@ -55,7 +57,7 @@ def load(
 
 def open_model(
     model: str | Path | ModelEncoder,
-    which: Role = "student",
+    which: str = "student",
     *,
     device: str = "auto",
     overrides: Sequence[str] = (),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_ssl import __version__
-from cosmos_ssl.api import Role
 from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
@@ -40,7 +39,7 @@ def embed(
     batch_size: int = 256,
     workers: int | None = None,
     overwrite: bool = False,
-    which: Role = "student",
+    which: str = "student",
     device: str = "auto",
     overrides: Sequence[str] = (),
     trust_code: bool = False,
@@ -82,7 +81,7 @@ def attend(
     output: str | Path,
     segment: Sequence[str] = (),
     all_pairs: bool = False,
-    which: Role = "student",
+    which: str = "student",
     device: str = "auto",
     overrides: Sequence[str] = (),
     trust_code: bool = False,
@@ -115,7 +114,7 @@ def attend(
 class Exported(NamedTuple):
     """What was written for another library."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[str, ...]
     notes: list[str]
     """For people: what the other library does otherwise."""
 
@@ -125,7 +124,7 @@ def export(
     form: str,
     output: str | Path,
     *,
-    which: Role | None = None,
+    which: str | None = None,
     licence: str = "other",
     overrides: Sequence[str] = (),
     trust_code: bool = False,
@@ -139,12 +138,14 @@ def export(
     if form not in FORMS:
         raise UserError(f"--format {form}: give one of {', '.join(FORMS)}")
     if isinstance(model, ModelEncoder):
-        role: Role = which or "student"
+        role = which or "student"
         origin = Origin(name="model", checkpoint="a loaded model", licence=licence)
         return Exported((role,), write_form({role: model}, form, Path(output), origin))
     source = find_source(model)
-    roles: tuple[Role, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
+    roles: tuple[str, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
     models = {role: load(source, role, overrides=overrides, trust_code=trust_code) for role in roles}
+    if form == "official" and not set(roles) <= {"student", "teacher"}:  # a callback's: the form has no other name
+        models = {"student": models[roles[0]]}
     return Exported(roles, write_form(models, form, Path(output), _origin(str(model), source, licence)))
 
 

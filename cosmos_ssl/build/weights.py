@@ -102,7 +102,7 @@ class Weights:
         return "" if isinstance(self.config, Path) else assume_heads(loaded.tree["model"], self.source)
 
 
-def read_weights(source: Source, which: Role, *, partial: bool = False) -> Weights:
+def read_weights(source: Source, which: str, *, partial: bool = False) -> Weights:
     """The weights of one role. ``partial`` takes another program's also where it has others beside, or lacks some.
 
     Their values stay in the file until they are used. Raises CheckpointError.

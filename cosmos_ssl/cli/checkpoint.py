@@ -21,7 +21,10 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add these flags, and those of one role on a device."""
     add_source(parser)
     parser.add_argument(
-        "--which", choices=("student", "teacher"), default="student", help="whose weights (default: %(default)s)"
+        "--which",
+        default="student",
+        metavar="ROLE",
+        help="whose weights: student, teacher, or a callback's name (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ... (default: %(default)s)"

@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> None:
         "--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)"
     )
     parser.add_argument(
-        "--which", choices=("student", "teacher", "both"), help="whose weights (default: all that are there)"
+        "--which",
+        metavar="ROLE",
+        help="whose weights: student, teacher, both, or a callback's name (default: student and teacher)",
     )
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="which known set, where the data holds several")
     parser.add_argument("--texts", metavar="FIELD", help="retrieval: txt, or a key of the JSON (default: txt)")

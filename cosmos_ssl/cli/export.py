@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--which",
-        choices=("student", "teacher"),
-        help="whose weights (default: student; official: both where there are)",
+        metavar="ROLE",
+        help="whose weights: student, teacher, a callback's name (default: student; official: both where there are)",
     )
     licence = (
         "the hub's identifier of the terms that the weights are under, for the card, such as cc-by-nc-4.0 "

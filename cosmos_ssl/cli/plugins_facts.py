@@ -46,6 +46,10 @@ def facts(record: registry.Record, cls: type[Any], given: Mapping[str, Any]) -> 
     """
     if record.group == "evaluators":
         return Facts([f"model.{modality}" for modality in cls.modalities], ["metrics and pictures of every role"])
+    if record.group == "writers":
+        return Facts([], ["numbers and pictures"])
+    if record.group == "callbacks":
+        return Facts([], ["a watcher" if cls.watches else "a part of the run"])
     if record.group == "datasets":
         return Facts([], ["samples"])
     if record.group == "teachers":

@@ -57,6 +57,24 @@ KINDS = {
         "a moving average that starts quick and grows slow.",
         "teacher: {type: $part, momentum: 0.99}",
     ),
+    "tower": Kind(
+        "towers",
+        "patches of which none knows of another.",
+        "model:\n  image: {type: $part, width: 128, image_size: 64, patch_size: 16}",
+    ),
+    "tokenizer": Kind("tokenizers", "characters as tokens.", "tokenizer: {type: $part, context_length: 48}"),
+    "dataset": Kind("datasets", "pictures of two colours each, with their names.", "data: {type: $part, samples: 256}"),
+    "evaluator": Kind(
+        "evaluators",
+        "how even the features of random pictures are.",
+        "evaluators:\n  $part: {type: $part, every_epochs: 1}",
+    ),
+    "writer": Kind(
+        "writers", "a table of a run's numbers for people.", "logging:\n  writers:\n    $part: {type: $part}"
+    ),
+    "callback": Kind(
+        "callbacks", "noise on the weights that fades.", "callbacks:\n  $part: {type: $part, scale: 1e-4}"
+    ),
 }
 
 _OTHER_MEANINGS = ("true", "false", "null", "python", "tests", "conftest")

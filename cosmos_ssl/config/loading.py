@@ -32,23 +32,37 @@ SINGLE_PARTS = {
 }
 """Key path of each part there is at most one of -> its group."""
 
-NAMED_GROUPS = ("heads", "losses", "evaluators")
-"""Sections, named as their groups, that hold any number of parts by name."""
+NAMED_GROUPS = {
+    "heads": "heads",
+    "losses": "losses",
+    "evaluators": "evaluators",
+    "logging.writers": "writers",
+    "callbacks": "callbacks",
+}
+"""Key path of each section that holds any number of parts by name -> their group."""
+
+NAMED_BY_TYPE = ("logging.writers", "callbacks")
+"""Those whose parts may leave ``type`` out: their name stands for it."""
+
+
+def _section(tree: Any, path: str) -> Any:
+    """What stands under a key path of a plain tree, valid or not; None where nothing does."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def part_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Key path, group and keys of every part of a plain tree, whether or not the tree is valid."""
     for path, group in SINGLE_PARTS.items():
-        value: Any = tree
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
+        value = _section(tree, path)
         if isinstance(value, Mapping):
             yield path, group, value
-    for group in NAMED_GROUPS:
-        named = tree.get(group)
+    for section, group in NAMED_GROUPS.items():
+        named = _section(tree, section)
         for name, value in named.items() if isinstance(named, Mapping) else ():
             if isinstance(value, Mapping):
-                yield f"{group}.{name}", group, value
+                yield f"{section}.{name}", group, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,10 @@ def load_config(
         raise ConfigError(faults + _located(root, odd))
     if path is not None and tree.get("name") is None:
         tree["name"] = path.stem
+    for named in filter(None, (_section(tree, section) for section in NAMED_BY_TYPE)):
+        for name, keys in named.items() if isinstance(named, dict) else ():
+            if isinstance(keys, dict):
+                keys.setdefault("type", name)
     config, found = _validate(tree)
     folders = [*([] if path is None else [path.parent]), *([] if config is None else [config.folder])]
     absent: dict[str, str] = {}
@@ -157,13 +175,13 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 def _needless_nulls(root: Node) -> Found:
     """Nulls in the place of named parts that are not there: most likely another name was meant."""
     found: Found = []
-    for group in NAMED_GROUPS:
-        named = root.at([group])
+    for section, group in NAMED_GROUPS.items():
+        named = root.at(section.split("."))
         nodes = named.value if named is not None and isinstance(named.value, dict) else {}
         there = [name for name, node in nodes.items() if node.value is not None or node.removes]
         noun = registry.GROUPS[group].noun
         found += [
-            ([group, name], f"there is no {noun} of this name to remove.{did_you_mean(name, there)}")
+            ([*section.split("."), name], f"there is no {noun} of this name to remove.{did_you_mean(name, there)}")
             for name in nodes
             if name not in there
         ]
@@ -232,9 +250,11 @@ def _part_faults(tree: Mapping[str, Any], folders: Sequence[Path], absent: dict[
     """
     found: Found = []
     for path, group, keys in part_paths(tree):
-        steps = path.split(".", 1) if group in NAMED_GROUPS else path.split(".")
-        if group in NAMED_GROUPS and not re.fullmatch(r"[A-Za-z_][\w-]{0,99}", steps[1]):
-            found.append((steps, f"{registry.shown(steps[1])} is no name: use letters, digits, - and _, at most 100"))
+        section = next((each for each in NAMED_GROUPS if path.startswith(f"{each}.")), None)
+        name = None if section is None else path.removeprefix(f"{section}.")
+        steps = path.split(".") if section is None or name is None else [*section.split("."), name]
+        if name is not None and not re.fullmatch(r"[A-Za-z_][\w-]{0,99}", name):
+            found.append((steps, f"{registry.shown(name)} is no name: use letters, digits, - and _, at most 100"))
         if isinstance(keys.get("type"), str):
             try:
                 registry.find(group, keys["type"])
@@ -293,6 +313,11 @@ def _agreement_faults(config: Config) -> Found:
             found.append((["augmenters", modality], message))
     if config.optimizer.weight_decay_end is not None and isinstance(config.optimizer.weight_decay, Curve):
         found.append((["optimizer", "weight_decay_end"], "optimizer.weight_decay has an end already. Leave one out"))
+    found += [
+        (["callbacks", name], "a file of checkpoints is called so. Give the callback another name")
+        for name in config.callbacks
+        if name in ("student", "teacher", "optimizer") or name.startswith("step_")
+    ]
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found

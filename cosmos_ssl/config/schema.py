@@ -21,11 +21,11 @@ def config_schema() -> tuple[dict[str, Any], list[str]]:
     for group in registry.GROUPS:
         definitions[f"part_{group}"] = _group_schema(group, broken, definitions)
     for path, group in SINGLE_PARTS.items():
-        *section, key = path.split(".")
-        holder = definitions[Config.model_fields[section[0]].annotation.__name__] if section else schema  # type: ignore[union-attr]
+        holder, key = _holder(schema, path)
         holder["properties"][key] = {"$ref": f"#/$defs/part_{group}"}
-    for group in NAMED_GROUPS:
-        schema["properties"][group] = {
+    for path, group in NAMED_GROUPS.items():
+        holder, key = _holder(schema, path)
+        holder["properties"][key] = {
             "type": "object",
             "additionalProperties": _or_null({"$ref": f"#/$defs/part_{group}"}),
         }
@@ -37,6 +37,14 @@ def config_schema() -> tuple[dict[str, Any], list[str]]:
             holder["properties"] = {key: _or_null(value) for key, value in holder["properties"].items()}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema, broken
+
+
+def _holder(schema: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The section that a key path leads into, and the last key."""
+    *section, key = path.split(".")
+    if not section:
+        return schema, key
+    return schema["$defs"][Config.model_fields[section[0]].annotation.__name__], key  # type: ignore[union-attr]
 
 
 def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,10 +217,11 @@ class CheckpointsConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Console, ``metrics.jsonl`` and TensorBoard."""
+    """Console, ``metrics.jsonl``, pictures and TensorBoard, and other ``writers``: parts by name."""
 
     every_steps: Count = 20
     tensorboard: bool = True
+    writers: dict[str, Part] = {}
 
 
 class Config(Section):
@@ -242,6 +243,7 @@ class Config(Section):
     evaluators: dict[str, EvaluatorPart] = {}
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     logging: LoggingConfig = LoggingConfig()
+    callbacks: dict[str, Part] = {}
     profile: str | None = None
 
     @property

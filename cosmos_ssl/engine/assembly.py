@@ -9,7 +9,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.api import Augmenter, Dataset, Evaluator, Modality, Optimizer, Schedule, Spec, Teacher, Tokenizer
+from cosmos_ssl.api import (
+    Augmenter,
+    Callback,
+    Dataset,
+    Evaluator,
+    Modality,
+    Optimizer,
+    Schedule,
+    Spec,
+    Teacher,
+    Tokenizer,
+    Writer,
+)
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.loader import Loader
 from cosmos_ssl.data.order import Order
@@ -77,6 +89,8 @@ class Assembly:
     schedule: Schedule
     """Of the learning rate."""
     evaluators: Mapping[str, ScheduledEvaluator] = field(default_factory=dict)
+    writers: Mapping[str, Writer] = field(default_factory=dict)
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
     frozen: Sequence[str] = ()
     """Parameters that the plan never reaches."""
     start: str = ""

@@ -163,6 +163,30 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def keep_as(path: Path, name: str) -> None:
+    """Keep a checkpoint under another name beside it, in the place of what is called so; files are shared where they
+    can be (hard links).
+
+    Raises OSError.
+    """
+    kept, new, old = (path.with_name(each) for each in (name, f".{name}.tmp", f".{name}.old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(path, new, copy_function=_link)
+    if kept.exists():
+        kept.rename(old)
+    new.rename(kept)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # storage without hard links
+        shutil.copy2(source, target)
+
+
 # ---------------------------------------------------------------------------- finding
 
 

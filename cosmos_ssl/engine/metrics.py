@@ -1,25 +1,29 @@
-"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard, PNG files, and whatever else is asked for."""
+"""Where a run's numbers and pictures go: its own metrics.jsonl, and the writers that it is given."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from cosmos_ssl.files import set_aside, written_whole
+from cosmos_ssl import api, registry
+from cosmos_ssl.api.part import describe
+from cosmos_ssl.config.sections import LoggingConfig
+from cosmos_ssl.files import LineFile, set_aside, written_whole
 
 log = logging.getLogger(__name__)
 
+FAILURES = 3
+"""In a row, after which a writer is left alone."""
+
 
 class Writer(Protocol):
-    """Takes what a run reports. ``step`` is the number of optimiser steps done. May raise OSError."""
+    """What an object given in Python must do; parts (``cosmos_ssl.api.Writer``) are such too. May raise OSError."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One logged step, or one evaluation."""
@@ -38,137 +42,119 @@ class Writer(Protocol):
         ...
 
 
-class JsonLines:
-    """``metrics.jsonl``: one object a line; numbers that are not finite are null.
+def default_writers(spec: api.Spec, logging: LoggingConfig) -> dict[str, api.Writer]:
+    """What every run has unless its config names one of the type: pictures as files and, if asked for, TensorBoard."""
+    wanted = {"png", *(["tensorboard"] if logging.tensorboard else [])} - {
+        each.type for each in logging.writers.values()
+    }
+    found = {}
+    for name in sorted(wanted):
+        found[name] = registry.load(registry.find("writers", f"{registry.OWN}:{name}"))(spec)
+        found[name].part_name = name
+    return found
 
-    On a full disk, rows wait in memory and the file keeps whole lines only.
-    """
+
+class JsonLines:
+    """``metrics.jsonl``: one object a line; numbers that are not finite are null."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._size = os.fstat(self._handle).st_size
-        self._waiting = b""
+        self._file = LineFile(path)
+        self.sync, self.close = self._file.sync, self._file.close
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row."""
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._waiting += json.dumps(row).encode() + b"\n"
-        self._flush()
+        self._file.append(json.dumps(row).encode() + b"\n")
 
     def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
         """Nothing: a row holds numbers."""
 
-    def sync(self) -> None:
-        """Flush to the disk."""
-        self._flush()
-        os.fsync(self._handle)
 
-    def close(self) -> None:
-        """Flush and close."""
-        try:
-            self.sync()
-        finally:
-            os.close(self._handle)
+class Writers(api.Writer):
+    """All writers of a run as one. Storage that fails is reported once a writer, and training goes on.
 
-    def _flush(self) -> None:
-        try:
-            done = os.write(self._handle, self._waiting)
-            if done < len(self._waiting):
-                raise OSError(28, "No space left on device")
-        except OSError:
-            os.ftruncate(self._handle, self._size)
-            raise
-        self._size += done
-        self._waiting = b""
+    So it does whatever else a part raises; what an object given in Python raises ends the run.
+    """
 
-
-class TensorBoard:
-    """TensorBoard's event files. Events at ``purge_step`` and later, of a run that was cut off, are hidden."""
-
-    def __init__(self, path: Path, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(path), purge_step=purge_step)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Every number under its own name."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
-        """Every picture under its own name."""
-        for name, picture in pictures.items():
-            self._writer.add_image(name, picture, step)
-
-    def sync(self) -> None:
-        """Flush."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-class PngFiles:
-    """``pictures/step_00001000/NAME.png``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing: pictures only."""
-
-    def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
-        """Write every picture; a ``/`` of its name becomes ``-``."""
-        from PIL import Image
-
-        folder = self.path / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(folder / f"{name.replace('/', '-')}.png")
-
-    def sync(self) -> None:
-        """Nothing waits."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-class Writers:
-    """All writers of a run as one. Storage that fails is reported once a writer, and training goes on."""
-
-    def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = writers
-        self._failed: set[int] = set()
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand on to all."""
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        run: api.RunInfo | None = None,
+        reported: Mapping[int, frozenset[str]] | None = None,
+    ) -> None:
+        """``run``: what parts are started with, at once; ``reported``: names by step, from ``run.step`` on, which come
+        again.
+        """
+        self._writers = [_Guarded(writer, run) for writer in writers]
+        self._kept = -1 if run is None else run.step
+        self._reported = reported or {}
         for writer in self._writers:
-            self._try(writer, partial(writer.scalars, step, values))
+            writer.call("start")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand on to all, but nothing twice to those that append, or of the step that the run goes on from."""
+        known = self._reported.get(step, frozenset())
+        fresh = {name: value for name, value in values.items() if name not in known}
+        for writer in self._writers:
+            given = fresh if writer.appends or step == self._kept else values
+            if not given.keys() <= {"epoch"}:
+                writer.call("scalars", step, given)
 
     def pictures(self, step: int, pictures: Mapping[str, Tensor]) -> None:
-        """Hand on to all, if there are any."""
-        if pictures:
-            for writer in self._writers:
-                self._try(writer, partial(writer.pictures, step, pictures))
+        """Hand on to all, if there are any; an evaluator's pictures come with its numbers."""
+        known = {name.partition("/")[0] for name in self._reported.get(step, ())}
+        fresh = {name: picture for name, picture in pictures.items() if name.partition("/")[0] not in known}
+        for writer in self._writers:
+            if given := fresh if writer.appends else pictures:
+                writer.call("pictures", step, given)
 
     def sync(self) -> None:
         """Hand on to all."""
         for writer in self._writers:
-            self._try(writer, writer.sync)
+            writer.call("sync")
 
     def close(self) -> None:
         """Hand on to all."""
         for writer in self._writers:
-            self._try(writer, writer.close)
+            writer.call("close")
 
-    def _try(self, writer: Writer, call: Callable[[], None]) -> None:
+
+class _Guarded:
+    """One writer, whose failures cost a warning; it is started when it is first called, and again where that failed."""
+
+    def __init__(self, writer: Writer, run: api.RunInfo | None) -> None:
+        self._writer, self._run = writer, run
+        self._part = writer if isinstance(writer, api.Writer) else None
+        self._started = self._part is None
+        self._warned, self._failures = False, 0
+        self.appends = self._part is not None and self._part.appends
+
+    @property
+    def _name(self) -> str:
+        part = self._part
+        return describe(part, f"logging.writers.{part.part_name}") if part else type(self._writer).__name__
+
+    def call(self, method: str, *given: Any) -> None:
+        if self._failures == FAILURES or (method == "close" and not self._started):
+            return
         try:
-            call()
-        except OSError as error:
-            if id(writer) not in self._failed:
-                self._failed.add(id(writer))
-                log.warning("%s cannot write: %s; training goes on", type(writer).__name__, error)
+            if self._part is not None and self._run is not None and not self._started:
+                self._part.start(self._run)
+                self._started = True
+            if method != "start":
+                getattr(self._writer, method)(*given)
+            self._failures = 0
+        except (Exception, SystemExit) as error:
+            storage = isinstance(error, OSError)
+            if self._part is None and not storage:
+                raise
+            if not self._warned:
+                self._warned = True
+                told = str(error).partition("\n")[0] or type(error).__name__
+                log.warning("%s cannot write: %s; training goes on", self._name, told)
+            self._failures += not storage
+            if self._failures == FAILURES:
+                log.warning("%s has failed %s times in a row and is left alone", self._name, FAILURES)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -176,12 +162,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from (row for _, row in _lines(path) if row is not None)
 
 
-def metrics_at(path: Path, step: int) -> dict[str, float]:
-    """All that the rows of a metrics.jsonl say of one step."""
-    rows = (row for row in read_rows(path) if row["step"] == step)
+def metrics_at(path: Path, step: int, first: int | None = None) -> dict[str, float]:
+    """All that the rows of a metrics.jsonl say of one step, or the last that they say from step ``first`` to it."""
+    rows = (row for row in read_rows(path) if (step if first is None else first) <= row["step"] <= step)
     return {
         name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)
     }
+
+
+def names_from(path: Path, step: int) -> dict[int, frozenset[str]]:
+    """The names in the rows of a metrics.jsonl from ``step`` on, by step, without those of every row."""
+    found: dict[int, frozenset[str]] = {}
+    for row in read_rows(path):
+        if row["step"] >= step:
+            found[row["step"]] = found.get(row["step"], frozenset()) | (row.keys() - {"step", "epoch"})
+    return found
 
 
 def cut_rows(path: Path, step: int) -> None:

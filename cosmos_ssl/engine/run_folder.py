@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,13 +65,12 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.pictures = path / "pictures"
         self.log = path / (f"log.rank{rank}.txt" if rank else "log.txt")
         self.trace = path / "trace" / f"rank{rank}.json.gz"
         self.fork = path / "fork.json"
         self._result = path / "result.json"
         self._identity = path / "identity.json"
+        self._id = path / "id"
         self._mine: Identity | None = None
         self._accepted: list[str] = []
 
@@ -229,6 +229,12 @@ class RunFolder:
             log.warning("versions have changed since this run last started: %s", listed(changed))
         write_text(path, json.dumps(now, indent=1))
 
+    def run_id(self) -> str:
+        """One for the run for good: by it other programs know the run again."""
+        if not self._id.exists():
+            write_text(self._id, secrets.token_hex(8))
+        return self._id.read_text().strip()
+
     # ------------------------------------------------------------------ its end
 
     def result(self) -> dict[str, Any] | None:
@@ -238,9 +244,10 @@ class RunFolder:
         advice = "It says that the run is finished: delete it, and the same command goes on from the newest checkpoint"
         return read_object(self._result, {"step": int, "metrics": dict}, advice)
 
-    def finish(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Mark the run as finished."""
-        write_text(self._result, json.dumps({"step": step, "metrics": dict(metrics)}, indent=1))
+    def finish(self, step: int, metrics: Mapping[str, float], stopped: Mapping[str, Any] | None = None) -> None:
+        """Mark the run as finished; ``stopped``: the callbacks that ended it early, and their options."""
+        early = {"stopped": dict(stopped)} if stopped else {}
+        write_text(self._result, json.dumps({"step": step, **early, "metrics": dict(metrics)}, indent=1))
 
 
 def versions(parts: Mapping[str, str]) -> dict[str, str]:

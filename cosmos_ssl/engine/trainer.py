@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_ssl.api import Progress
+from cosmos_ssl.api import CallbackContext, Progress, RunInfo
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import check_ranks
 from cosmos_ssl.data.loader import LoadedBatch
 from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly, make_loader, make_order, total_steps
 from cosmos_ssl.engine.background import CheckpointWriter
-from cosmos_ssl.engine.checkpoint import latest_checkpoint
+from cosmos_ssl.engine.callbacks import Callbacks
+from cosmos_ssl.engine.checkpoint import keep_as, latest_checkpoint
 from cosmos_ssl.engine.distributed import (
     World,
     as_run_errors,
@@ -36,7 +37,15 @@ from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
 from cosmos_ssl.engine.memory import dump_memory, enough_memory, explain_shortage, record_allocations
-from cosmos_ssl.engine.metrics import JsonLines, PngFiles, TensorBoard, Writer, Writers, cut_rows, metrics_at
+from cosmos_ssl.engine.metrics import (
+    JsonLines,
+    Writer,
+    Writers,
+    cut_rows,
+    default_writers,
+    metrics_at,
+    names_from,
+)
 from cosmos_ssl.engine.prolong import Longer, plan_longer, stable_steps
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
@@ -45,7 +54,8 @@ from cosmos_ssl.engine.step import News, Step, Update
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog
-from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, listed
+from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
+from cosmos_ssl.files import checkpoint_folder, storage_faults
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import explain_backend
@@ -148,13 +158,19 @@ class Trainer:
         accept = self.config.loader.changed_data == "accept"
         self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
         result = self.folder.result()
-        if result is None or result["step"] != self.total_steps:
+        if result is None or (result["step"] != self.total_steps and not self._stopped_alike(result)):
             return None
         self.folder.identify(finished=True)
         return dict(result["metrics"])
 
     def _plan_longer(self, before: Mapping[str, Any]) -> None:
         self.longer = plan_longer(self.folder.path, before, self.assembly, self.config, self.order)
+
+    def _stopped_alike(self, result: Mapping[str, Any]) -> bool:
+        """Return whether a run was ended early by callbacks that are still there, with the same options."""
+        own = {name: part.model_dump() for name, part in self.config.callbacks.items()}
+        stopped = result.get("stopped", {})
+        return bool(stopped) and all(own.get(name) == options for name, options in stopped.items())
 
 
 class Run:
@@ -170,22 +186,29 @@ class Run:
         dtype, widths = DTYPES[precision] or torch.float32, head_widths(self.assembly.model)
         told = [explain_backend(self.config.training.attention, trainer.device, dtype, width) for width in widths]
         self.attention = "; ".join(dict.fromkeys(told))  # refused now rather than within the first step
-        self.state = RunState(self.assembly, self.config, trainer.device, precision)
+        self.callbacks = Callbacks(self.assembly.callbacks, self.config.training.seed)
+        self.state = RunState(self.assembly, self.callbacks.with_rules(self.config), trainer.device, precision)
         self.state.model.train()
         self.step = Step(self.assembly, self.state, self.config.training)
         with refusing(self.folder):
             fork = self.world.run_on_first(self._fork) if newest is None else None
             source = newest if fork is None else fork.checkpoint
             saved = self.state.restore(source) if source is not None else None
+        if source is not None and saved is not None:
+            self.callbacks.restore(source, saved)
         if source is None:
             share_start(self.state.replicas)
         if fork is not None:
             self.state.step = fork.step
+        reported: Mapping[int, frozenset[str]] = {}
         if self.world.first:
+            reported = names_from(self.folder.metrics, self.state.step)
             cut_rows(self.folder.metrics, self.state.step)
         self.evaluated = self._already_evaluated()
+        self.measured = self.world.run_on_first(self._measured)
+        """The last of each number since the last epoch's end."""
         self._announce(saved, fork)
-        self.writers = Writers(list(self._make_writers()) if self.world.first else [])
+        self.writers = self._make_writers(reported) if self.world.first else Writers([])
         stack.callback(self.writers.close)
         self.checkpoints = CheckpointWriter(
             self.folder.path,
@@ -210,12 +233,17 @@ class Run:
         """Whether what an error leaves behind can be saved."""
         self.evaluating = ""
         """The evaluator under way."""
+        self.callbacks.call("start", self._context())
+        self._keep()
 
     def to_end(self) -> dict[str, float]:
         """Loop and finish; the final metrics. What ends the run between two steps finds it saved."""
         try:
             self.evaluate()  # what a resumed run still owes
             self.loop()
+            if self.state.step < self.total_steps:  # callbacks have ended it
+                self.evaluated = self._already_evaluated()
+                self._evaluate(self.state.step)
         except (Interrupted, TrainingError):
             raise
         except Exception:
@@ -228,7 +256,12 @@ class Run:
     # ------------------------------------------------------------------ the loop
 
     def loop(self) -> None:
-        """Make the updates that are left; after each log, save and evaluate where it is due."""
+        """Make the updates that are left; after each log, save and evaluate where it is due.
+
+        Ends early where callbacks ask for it.
+        """
+        if self._stops():
+            return
         left = self.total_steps - self.state.step
         path, paused, first = self.folder.trace, self.clock.paused, self.state.step + 1
         batches = on_device(self._batches(), self.state.device)
@@ -242,8 +275,12 @@ class Run:
                 progress = Progress(
                     step=self.state.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
+                if self.callbacks.has("before_step"):
+                    self.callbacks.call("before_step", self._context(progress))
                 with self.clock.step():
                     update = self.step(batch.views, progress, lambda b=batch: self._news(b))  # type: ignore[misc]
+                if update.told.sound and self.callbacks.has("after_step"):
+                    self.callbacks.call("after_step", self._context(progress))
                 self.state.step += 1
                 if self.state.step == first:
                     be_impatient()
@@ -256,6 +293,8 @@ class Run:
                     self._leave(update.told.news.signal, together=True)
                 self.evaluate()
                 stepped(self.state.step)
+                if self._stops():
+                    break
                 began = time.monotonic()
 
     def _batches(self) -> Generator[LoadedBatch]:
@@ -308,6 +347,7 @@ class Run:
         row |= {"skipped_steps": self.state.counters.skipped, "bad_samples": self.state.budget.bad}
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
+        self.measured |= row
         self.writers.scalars(step, row)
         self.watch.logged(step, row, seconds_a_step)
 
@@ -325,9 +365,15 @@ class Run:
                 raise StorageError(f"{fault} (checkpoints.on_failure: stop)")
             log.warning("%s; training goes on", fault)
         if news.save:
-            check_replicas(self.state.replicas, self.state.owner)
+            self._before_checkpoint()
             if self.world.first:
                 self._save()
+
+    def _before_checkpoint(self) -> None:
+        """On all ranks, before one is taken. Raises TrainingError where they do not stand at the same."""
+        self.callbacks.once("at_checkpoint", self._context())
+        own, theirs = self.state.replicas, self.callbacks.replicas
+        check_replicas(own | theirs, lambda name: (self.callbacks if name in theirs else self.state).owner(name))
 
     def _save(self) -> None:
         """Hand a snapshot to the writer."""
@@ -341,11 +387,11 @@ class Run:
             "identity": {"config": identity.digest(), "data": identity.data},
             "versions": versions(self.assembly.parts),
         }
-        self.checkpoints.write(self.state.snapshot(about))
+        self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
 
     def save_together(self) -> None:
         """Save where all ranks stand. Raises StorageError, TrainingError where they do not stand at the same."""
-        check_replicas(self.state.replicas, self.state.owner)
+        self._before_checkpoint()
         self.world.run_on_first(self.save_now)
 
     def save_now(self) -> None:
@@ -356,9 +402,18 @@ class Run:
             self.checkpoints.wait(self.state.step)
 
     def evaluate(self) -> None:
-        """Run the evaluators that are due and have not run at this step. Raises Interrupted."""
+        """Run the evaluators that are due and have not run at this step, then the callbacks. Raises Interrupted."""
         step = self.state.step
-        for name in due(self.assembly.evaluators, step, self.steps_per_epoch, self.total_steps):
+        self._evaluate(self.total_steps)
+        if step and (step == self.total_steps or step % self.steps_per_epoch == 0):
+            self.callbacks.once("at_epoch", self._context())
+            self._keep()
+            self.measured = {}
+
+    def _evaluate(self, last: int) -> None:
+        """Run the evaluators that are due where the run ends at step ``last``."""
+        step = self.state.step
+        for name in due(self.assembly.evaluators, step, self.steps_per_epoch, last):
             if name in self.evaluated:
                 continue
             start, ahead = time.monotonic(), self.signals.ahead
@@ -370,6 +425,7 @@ class Run:
                 except Interrupted as error:
                     self._leave(error.number, together=False)
                 self.evaluating = ""
+                self.measured |= found.metrics
                 self.writers.pictures(step, found.pictures)
                 self.writers.scalars(step, {"epoch": step / self.steps_per_epoch, **found.metrics})
                 self.writers.sync()
@@ -389,8 +445,10 @@ class Run:
         self.writers.sync()
         metrics = self.world.run_on_first(lambda: metrics_at(self.folder.metrics, self.state.step))
         if self.world.first:
-            self.folder.finish(self.total_steps, metrics)
-        self.watch.table(f"{self.config.name} after {self.total_steps:,} steps", metrics)
+            early = self.callbacks.stop if self.state.step < self.total_steps else {}
+            stopped = {name: self.config.callbacks[name].model_dump() for name in early}
+            self.folder.finish(self.state.step, metrics, stopped)
+        self.watch.table(f"{self.config.name} after {self.state.step:,} steps", metrics)
         log.info("finished %s", self._place())
         return metrics
 
@@ -418,12 +476,66 @@ class Run:
             self.save_now()
         self.folder.record(self.config, self.assembly.parts)
 
-    def _make_writers(self) -> Iterator[Writer]:
-        yield PngFiles(self.folder.pictures)
-        if self.config.logging.tensorboard:
-            yield TensorBoard(self.folder.tensorboard, purge_step=self.state.step + 1)
-        yield JsonLines(self.folder.metrics)
-        yield from self.trainer.writers
+    def _make_writers(self, reported: Mapping[int, frozenset[str]]) -> Writers:
+        """The run's own file first, so that what it lacks nobody was given."""
+        assembly, folder = self.assembly, self.folder
+        parts = default_writers(assembly.spec, self.config.logging) | dict(assembly.writers)
+        step, config = self.state.step, self.config.model_dump()
+        run = RunInfo(folder=folder.path, name=self.config.name, id=folder.run_id(), step=step, config=config)
+        return Writers([JsonLines(folder.metrics), *parts.values(), *self.trainer.writers], run, reported)
+
+    def _measured(self) -> dict[str, float]:
+        """On the first rank: the numbers since the epoch's end before this step."""
+        step = self.state.step
+        first = (max(step - 1, 0)) // self.steps_per_epoch * self.steps_per_epoch + 1
+        return metrics_at(self.folder.metrics, step, first) if self.callbacks.told.get("at_epoch") != step else {}
+
+    # ------------------------------------------------------------------ callbacks
+
+    def _context(self, progress: Progress | None = None) -> CallbackContext:
+        """What callbacks see; without ``progress`` between two steps."""
+        total, epoch = self.total_steps, self.steps_per_epoch
+        now = progress or Progress(step=self.state.step, total_steps=total, steps_per_epoch=epoch)
+        models = self.state.models
+        return CallbackContext(
+            model=models["student"],
+            teacher=models.get("teacher"),
+            progress=now,
+            writers=self.writers,
+            metrics=self.measured,
+        )
+
+    def _stops(self) -> bool:
+        """Return whether callbacks ask for the end. Raises TrainingError where ranks do not agree."""
+        step = self.state.step
+        if not self.callbacks.parts or not step or step == self.total_steps or step % self.steps_per_epoch:
+            return False
+        asked = bool(self.callbacks.stop)
+        most, most_not = self.world.most([asked, not asked])
+        if most and most_not:
+            raise TrainingError("callbacks ask for the run's end on some ranks alone: let them judge by ctx.metrics")
+        if asked:
+            told = "; ".join(f"callbacks.{name}: {reason}" for name, reason in self.callbacks.stop.items())
+            log.info("the run ends early at step %s: %s", f"{step:,}", told)
+        return asked
+
+    def _keep(self) -> None:
+        """Keep the checkpoint of this step under the names that callbacks ask for, all ranks together."""
+        if not self.callbacks.keep:
+            return
+        try:
+            self.save_together()
+            self.world.run_on_first(self._keep_first)
+        except (StorageError, UserError) as error:
+            if self.config.checkpoints.on_failure == "stop":
+                raise
+            log.warning("%s; training goes on", error)
+        self.callbacks.keep.clear()
+
+    def _keep_first(self) -> None:
+        for name in self.callbacks.keep:
+            with storage_faults(f"callbacks.{name}: the checkpoint of step {self.state.step:,} cannot be kept"):
+                keep_as(checkpoint_folder(self.folder.path, self.state.step), name)
 
     def _already_evaluated(self) -> set[str]:
         """The evaluators that left metrics at this step."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Role, TowerSpec, UserError
+from cosmos_ssl.api import TowerSpec, UserError
 from cosmos_ssl.errors import listed
 from cosmos_ssl.interop.official import CLIP_VOCABULARY
 from cosmos_ssl.models.contract import is_built_in, is_matching
@@ -37,7 +37,7 @@ class ClipModel:
     """One role of a model, ready to be written in another library's form."""
 
     name: str
-    role: Role
+    role: str
     embed_dim: int
     image: TowerSizes
     pictures: TowerSpec
@@ -97,7 +97,7 @@ class ClipModel:
         return notes
 
 
-def describe(encoder: ModelEncoder, name: str, role: Role, *, text: bool = True) -> ClipModel:
+def describe(encoder: ModelEncoder, name: str, role: str, *, text: bool = True) -> ClipModel:
     """The towers of a model as CLIP's; without ``text`` the image tower alone is looked at.
 
     Raises UserError where a tower is not ``clip_vit`` or ``clip_text``, or where texts end by another rule than CLIP's.

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 
-from cosmos_ssl.api import Role
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.files import storage_error, storage_faults
 from cosmos_ssl.interop import huggingface, openclip, timm
@@ -30,7 +29,7 @@ _WRITERS: Mapping[str, Callable[[ClipModel, Path], list[str]]] = {
 }
 
 
-def export(models: Mapping[Role, ModelEncoder], form: str, folder: Path, origin: Origin) -> list[str]:
+def export(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: Origin) -> list[str]:
     """Write one role (``official``: any) as ``form``, one of ``FORMS``, into a new or empty folder; returns notes for
     people.
 
@@ -73,7 +72,7 @@ def _system_error(error: BaseException) -> OSError | None:
     return None if error.__context__ is None else _system_error(error.__context__)
 
 
-def _write_official(models: Mapping[Role, ModelEncoder], described: Sequence[ClipModel], folder: Path) -> list[str]:
+def _write_official(models: Mapping[str, ModelEncoder], described: Sequence[ClipModel], folder: Path) -> list[str]:
     """``NAME.pt`` as the official program reads it: ``name``, a table of tensors for each role, and ours of sizes."""
     content: dict[str, Any] = {"name": described[0].name, SIZES: described[0].sizes()}
     for (role, encoder), model in zip(models.items(), described, strict=True):

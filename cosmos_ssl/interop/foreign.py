@@ -21,7 +21,7 @@ def is_foreign(checkpoint: str | Path) -> bool:
     return path.is_file() or openclip.is_folder(path) or (not path.exists() and openclip.is_published(str(checkpoint)))
 
 
-def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -> ForeignCheckpoint | None:
+def read_foreign(checkpoint: str | Path, role: str, *, partial: bool = False) -> ForeignCheckpoint | None:
     """Read another program's model in our form, or return None where ``checkpoint`` is none that we know of.
 
     An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it),

@@ -95,7 +95,7 @@ class ForeignCheckpoint:
     """Names in the source that are not of that program (of a partial reading), or are no weights."""
 
 
-def from_official(content: Mapping[str, Any], role: Role, path: Path, *, partial: bool = False) -> ForeignCheckpoint:
+def from_official(content: Mapping[str, Any], role: str, path: Path, *, partial: bool = False) -> ForeignCheckpoint:
     """Take ``student`` or ``teacher`` from an official COSMOS file, whose table is ``content``.
 
     The number of attention heads stands in no tensor: the config has it where the file is an export of ours, which
@@ -148,7 +148,7 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {theirs: state[name] for name, theirs in pairs.items() if theirs is not None}
 
 
-def _role(content: Mapping[str, Any], role: Role, path: Path) -> dict[str, Tensor]:
+def _role(content: Mapping[str, Any], role: str, path: Path) -> dict[str, Tensor]:
     """The tensors of one role, without the prefix that data parallelism leaves."""
     if role not in content:
         there = [name for name in ROLES if name in content]

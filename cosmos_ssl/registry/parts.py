@@ -45,6 +45,8 @@ GROUPS: Mapping[str, Group] = {
     "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
     "optimizers": Group("optimiser", "Optimizer", ("type", *_OPTIMIZER)),
     "schedules": Group("schedule", "Schedule", ("type", "epochs", "max_steps", "warmup_steps", "final_lr")),
+    "writers": Group("writer", "Writer"),
+    "callbacks": Group("callback", "Callback"),
 }
 
 

@@ -18,6 +18,7 @@ training would. What breaks the contract is an AssertionError that names the par
 
 from cosmos_ssl.testing.checks import (
     check_augmenter,
+    check_callback,
     check_head,
     check_loss,
     check_optimizer,
@@ -25,6 +26,7 @@ from cosmos_ssl.testing.checks import (
     check_schedule,
     check_teacher,
     check_tower,
+    check_writer,
     small_run,
 )
 from cosmos_ssl.testing.examples import (
@@ -38,6 +40,7 @@ from cosmos_ssl.testing.examples import (
 
 __all__ = [
     "check_augmenter",
+    "check_callback",
     "check_head",
     "check_loss",
     "check_optimizer",
@@ -45,6 +48,7 @@ __all__ = [
     "check_schedule",
     "check_teacher",
     "check_tower",
+    "check_writer",
     "example_config",
     "example_context",
     "example_features",

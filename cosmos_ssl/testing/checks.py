@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +21,34 @@ from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
     BadSample,
+    Callback,
     CropGroup,
     Head,
     ImageCrops,
     Loss,
     Need,
     Optimizer,
+    RunInfo,
     Sample,
     Schedule,
     Teacher,
     Tower,
+    Writer,
 )
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.data.collate import Collator, checked_crops
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
-from cosmos_ssl.testing.examples import example_assembly, example_config, example_samples, reader, small_config
+from cosmos_ssl.testing.callbacks import check_hooks
+from cosmos_ssl.testing.examples import (
+    example_assembly,
+    example_config,
+    example_samples,
+    example_spec,
+    reader,
+    small_config,
+)
 from cosmos_ssl.testing.model import ModelCheck, expect
 from cosmos_ssl.testing.moving import hold_optimizer, hold_schedule
 from cosmos_ssl.testing.ranks import check_ranks
@@ -188,6 +200,61 @@ def check_augmenter(
             _check_finish(augmenter, name, group)
 
 
+def check_writer(
+    part: str | type[Writer],
+    /,
+    *,
+    folder: Path | str,
+    read: Callable[[Path], Iterable[tuple[int, str, float]]] | None = None,
+    **options: Any,
+) -> None:
+    """Hold a writer to the contract, with these options; it writes within ``folder``, which is empty.
+
+    It is built and opens nothing until it is started; it takes numbers that are not finite, and pictures; it goes on in
+    the folder of a run that was cut off. ``read`` gives all that stands in the run's folder, as step, name and value:
+    then each number is there, and once, though steps came again.
+    """
+    with _checking("writers", part) as cls:
+        folder = Path(folder)
+        wanted: dict[tuple[int, str], float] = {}
+        reported: dict[int, frozenset[str]] = {}
+        for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # step 3 comes again
+            writer: Writer = cls(example_spec(), **options)
+            writer.part_name = PART
+            expect(start or not any(folder.iterdir()), "it opens something before it is started")
+            run = RunInfo(folder=folder, name="check", id="0123456789abcdef", step=start, config={"name": "check"})
+            writer.start(run)
+            for step in steps:
+                values = {"loss": step / 8, "loss/part": 1.0 / step, "bad": math.nan}
+                wanted |= {(step, name): value for name, value in values.items()}
+                picture = {"eval/student/grid": torch.zeros(3, 4, 5, dtype=torch.uint8)}
+                if not (writer.appends and step in reported):
+                    writer.scalars(step, values)
+                    writer.pictures(step, picture)
+                reported[step] = frozenset(values)
+            writer.sync()
+            writer.close()
+        if read is not None:
+            found = [(step, name) for step, name, value in read(folder) if math.isfinite(value)]
+            finite = {place: value for place, value in wanted.items() if math.isfinite(value)}
+            twice = {place for place in found if found.count(place) > 1}
+            expect(not twice, f"step and name stand there twice: {sorted(twice)}")
+            missing = [place for place, value in finite.items() if (*place, value) not in set(read(folder))]
+            expect(not missing, f"step and name are missing, or of another value: {missing}")
+
+
+def check_callback(part: str | type[Callback], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Hold a callback to the contract, with these options; ``around`` as of ``check_loss``.
+
+    Around some steps of the small model it changes no name, shape or ``requires_grad``, and with ``watches`` nothing at
+    all; two runs of it do the same; one that goes on from its saved state and the weights does as the one that went
+    through.
+    """
+    with _checking("callbacks", part):
+        config = {"callbacks": {PART: {"type": part, **options}}}
+        check_hooks(example_config(around, config))
+
+
 def _crops(augmenter: Augmenter, sample: Sample, seed: int) -> Mapping[str, Any]:
     """The views of one sample, found to be a function of sample and seed."""
     found = augmenter.crop(sample, np.random.default_rng(seed))
@@ -236,14 +303,14 @@ def _check_finish(augmenter: Augmenter, name: str, group: CropGroup) -> None:
 
 @contextmanager
 def _checking(group: str, part: str | type[Any]) -> Iterator[type[Any]]:
-    """The class of a part, whose options are in order; what goes wrong from here on names the part."""
+    """The class of a part, whose options must be in order too; what goes wrong names the part."""
     name = part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
     try:
         record = registry.find(group, part if isinstance(part, str) else registry.class_name(part))
         name = str(record) if record.distribution != registry.CODE else name
         cls = registry.load(record)
-        _check_options(record, cls)
         yield cls
+        _check_options(record, cls)  # at last: a missing line of docs hides nothing
     except (AssertionError, CosmosError) as error:
         raise AssertionError(f"{name}: {error}") from error
     except Exception as error:

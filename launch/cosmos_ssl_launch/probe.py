@@ -21,7 +21,10 @@ from cosmos_ssl_launch.profile import Profile, SlurmProfile
 if TYPE_CHECKING:
     from cosmos_ssl.config import LoadedConfig
 
-_PROBED = ("evaluators=null", "logging.tensorboard=false", "training.trace_steps=0")
+_PROBED = (
+    *("evaluators=null", "callbacks=null", "logging.writers=null"),
+    *("logging.tensorboard=false", "training.trace_steps=0"),
+)
 _PATIENCE = 60.0
 """Seconds that a cancelled job has to end."""
 

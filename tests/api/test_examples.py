@@ -67,3 +67,14 @@ def test_data_and_evaluator(example: Example, tmp_path: Path) -> None:
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["colours/teacher/top1"] for row in found if "colours/teacher/top1" in row]
     assert [row["colours/student/top1"] for row in found if "colours/student/top1" in row][-1] == 1
+
+
+def test_writer(example: Example, tmp_path: Path) -> None:
+    lowest = example("writer").Lowest
+    (folder := tmp_path / "run").mkdir()
+    testing.check_writer(lowest, folder=folder)
+    assert (folder / "part.txt").read_text().split() == ["1", "0.125"]
+
+
+def test_callback(example: Example) -> None:
+    testing.check_callback(example("callback").WeightNoise, scale=0.1)

@@ -181,5 +181,5 @@ def test_places_that_cannot_be_used(command: Command, tmp_path: Path, monkeypatc
 
 
 def test_kinds_must_be_known(command: Command) -> None:
-    code, _, err = command("plugins", "new", "my-tower", "--kind", "tower")
+    code, _, err = command("plugins", "new", "my-thing", "--kind", "thing")
     assert code == 2 and "choose from" in err and "augmenter" in err

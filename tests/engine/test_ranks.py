@@ -27,17 +27,20 @@ LONG = {"schedule": {"epochs": 100_000, "warmup_steps": 2}, "checkpoints": {"eve
 def weights(run_dir):
     folder = checkpoint_folders(run_dir)[-1]
     return folder.name, load_tensors(folder, "student") | {
-        f"teacher.{n}": t for n, t in load_tensors(folder, "teacher").items()
+        f"{role}.{n}": t
+        for role in ("teacher", "shake")
+        if (folder / f"{role}.safetensors").exists()
+        for n, t in load_tensors(folder, role).items()
     }
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path, world):
-    """To the last bit: rows and weights; the bad sample of one rank is counted on all.
+    """To the last bit: rows, weights, and a callback that draws; the bad sample of one rank is counted on all.
 
     One rank draws other weights at its start: all take the first one's.
     """
-    options = {"bad": [3], "optimizer": {"type": "timm", "name": "lamb"}}  # of AdamW, test_elastic.py
+    options = {"bad": [3], "shake": True, "optimizer": {"type": "timm", "name": "lamb"}}  # of AdamW, test_elastic.py
     codes, said = finished(ranks(tmp_path / "whole", world, **options))
     assert codes == [0] * world, said
     fatal = {str(world - 1): {"loss": {7: "die"}, "start": {0: "drift"}}}

@@ -23,6 +23,7 @@ from cosmos_ssl import registry
 from cosmos_ssl.api import (
     Augmenter,
     BadSample,
+    Callback,
     Curve,
     Dataset,
     Evaluation,
@@ -220,6 +221,42 @@ class Mean(Evaluator):
         return Evaluation(metrics={"mean": features.mean(0).norm().item()}, pictures={"grid": grid} if pictures else {})
 
 
+class Shake(Callback):
+    """Noise on all parameters after each step, and a sum over what epochs measured; asks for the end after ``last``."""
+
+    def __init__(self, last=None):
+        self.last, self.total, self.drawn, self.hooks = last, 0.0, torch.zeros(3), []
+
+    def start(self, ctx):
+        self.hooks.append(("start", ctx.progress.step))
+
+    def before_step(self, ctx):
+        self.drawn += torch.rand(3)
+
+    @torch.no_grad()
+    def after_step(self, ctx):
+        for parameter in ctx.model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+    def at_epoch(self, ctx):
+        self.hooks.append(("epoch", ctx.progress.step))
+        self.total += sum(ctx.metrics[name] for name in sorted(ctx.metrics) if name == "loss" or "mean" in name)
+        ctx.writers.scalars(ctx.progress.step, {"shaken": self.total})
+        if self.last is not None:
+            ctx.keep()
+        if self.last is not None and ctx.progress.step >= self.last:
+            ctx.stop("enough")
+
+    def at_checkpoint(self, ctx):
+        self.hooks.append(("checkpoint", ctx.progress.step))
+
+    def state_dict(self):
+        return {"total": self.total, "drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.total, self.drawn = state["total"], state["drawn"]
+
+
 def make_config(**sections) -> Config:
     """A config of 5 steps an epoch and 2 epochs, with ``sections`` merged over it."""
     tree = {
@@ -250,8 +287,8 @@ def moving(config, spec):
     }
 
 
-def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True, dataset=None) -> Assembly:
-    """The parts, wired by hand; ``dataset`` stands in for the numbers."""
+def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True, dataset=None, **beside) -> Assembly:
+    """The parts, wired by hand; ``dataset`` stands in for the numbers; ``beside``: writers, callbacks."""
     torch.manual_seed(config.training.seed)
     augmenter = Noise()
     spec = Spec(embed_dim=WIDTH, seed=config.training.seed, has_teacher=teacher, image_views=augmenter.offers())
@@ -274,6 +311,7 @@ def make_assembly(config, *, teacher=True, evaluators=None, bad=(), before=True,
         **moving(config, spec),
         evaluators={name: ScheduledEvaluator(evaluator=e, every_epochs=1) for name, e in (evaluators or {}).items()},
         parts={"losses.match": "match (tests)"},
+        **beside,
     )
 
 
@@ -300,6 +338,8 @@ if __name__ == "__main__":
     Match.part_source = Average.part_source = Noise.part_source = "tests"
     WIDTH = options.pop("width", WIDTH)
     parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
+    if options.pop("shake", False):
+        parts["callbacks"] = {"shake": Shake()}
     if shards := options.pop("shards", None):  # as they were when they were indexed
         parts["dataset"] = Shards(
             shards["urls"], caption_schema=None, manifest=Manifest.open(Path(shards["manifest"]), shards["urls"])

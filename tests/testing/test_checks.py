@@ -19,6 +19,8 @@ from torch import nn
 from cosmos_ssl import registry, testing
 from cosmos_ssl.api import (
     Augmenter,
+    Callback,
+    CallbackContext,
     CropGroup,
     Features,
     Head,
@@ -786,3 +788,24 @@ def test_example_spec_is_that_of_the_example_config() -> None:
 
     built = example_assembly(testing.example_config()).spec
     assert replace(built, steps_per_epoch=5, epochs=2) == testing.example_spec()
+
+
+class Undocumented(Callback):
+    """It breaks the contract, and says nothing of its option."""
+
+    watches = True
+
+    def __init__(self, spec: Spec, *, harm: bool = True) -> None:
+        self.harm = harm
+
+    @torch.no_grad()
+    def before_step(self, ctx: CallbackContext) -> None:
+        if self.harm:
+            next(ctx.model.parameters()).add_(1)
+
+
+def test_missing_docs_hide_no_breach() -> None:
+    with pytest.raises(AssertionError, match=r"before_step changes .*: and says that it watches alone"):
+        testing.check_callback(Undocumented)
+    with pytest.raises(AssertionError, match="the option 'harm' has no docs"):
+        testing.check_callback(Undocumented, harm=False)

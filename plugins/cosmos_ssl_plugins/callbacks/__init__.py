@@ -1,0 +1,1 @@
+"""Built-in callbacks: what a run does beside its steps."""

@@ -1,0 +1,129 @@
+"""Built-in callbacks: by the contract, by their formulas, and over kill and resume."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import cosmos_ssl
+from cosmos_ssl.api import Callback, CallbackContext, Progress, Spec
+from cosmos_ssl.engine.checkpoint import find_fault
+from cosmos_ssl.errors import ConfigError, UserError
+from cosmos_ssl.testing import check_callback, example_spec, small_run
+from cosmos_ssl_plugins.callbacks.schedule_value import ScheduleValue
+from cosmos_ssl_plugins.callbacks.weight_average import WeightAverage
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("best_checkpoint", {"metric": "loss", "mode": "min"}),
+        ("early_stopping", {"metric": "eval/student/top1", "mode": "max", "patience": 1}),
+        ("schedule_value", {"value": "heads.cross.*", "start": 0.0, "end": 1.0, "shape": "cosine"}),
+        ("unfreeze", {"match": "image.*", "step": 3}),
+        ("weight_average", {"decay": 0.5}),
+        ("weight_average", {"decay": None, "begin": 1, "every_steps": 2}),
+    ],
+)
+def test_contract(name: str, options: dict[str, Any]) -> None:
+    check_callback(name, **options)
+
+
+def context(model: torch.nn.Module, step: int) -> CallbackContext:
+    progress = Progress(step=step, total_steps=10)
+    return CallbackContext(model=model, teacher=None, progress=progress, writers=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(None, (3 + 5 + 7) / 3), (0.5, ((3 + 5) / 2 + 7) / 2)])
+def test_the_average_is_its_formula(decay: float | None, expected: float) -> None:
+    model, average = torch.nn.Linear(1, 1), WeightAverage(example_spec(), decay=decay, begin=2, every_steps=2)
+    for step in range(8):  # counted are the weights after 4, 6 and 8 steps
+        torch.nn.init.constant_(model.weight, float(step))
+        average.after_step(context(model, step))
+    assert average.average["weight"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [("linear", [1, 1, 0.75, 0.5, 0.25, 0, 0]), ("cosine", [1, 1, 0.8535534, 0.5, 0.1464466, 0, 0])],
+)
+def test_a_value_goes_its_way(shape: Any, values: list[float]) -> None:
+    part = ScheduleValue(example_spec(), value="x", start=1.0, end=0.0, begin=1, steps=4, shape=shape)
+    found = [part.at(Progress(step=step, total_steps=10)) for step in range(7)]
+    assert found == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ({"type": "unfreeze", "match": "image.nothing", "epoch": 1}, "match: 'image.nothing' matches no parameter"),
+        ({"type": "unfreeze", "match": "*"}, "give either epoch or step"),
+        (
+            {"type": "schedule_value", "value": "losses.clip.x", "start": 0, "end": 1},
+            "is no float of a part. There are",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused_in_the_check(callback: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message.partition(": ")[2] or message):
+        small_run(tmp_path, {"callbacks": {"x": callback}})
+    assert not (tmp_path / "run").exists()
+
+
+class Recorder(Callback):
+    """Notes two weights after each step."""
+
+    watches = True
+    seen: ClassVar[list[dict[str, torch.Tensor]]] = []
+
+    def __init__(self, spec: Spec) -> None:
+        self.seen.clear()
+
+    def after_step(self, ctx: CallbackContext) -> None:
+        names = ("image", "text")
+        self.seen.append({name: next(ctx.model.get_submodule(name).parameters()).detach().clone() for name in names})
+
+
+def test_frozen_until_then(tmp_path: Path) -> None:
+    later = {"type": "unfreeze", "match": "image.*", "step": 2}
+    small_run(tmp_path, {"callbacks": {"later": later, "recorder": {"type": Recorder}}}, steps=4)
+    moved = [{name: not torch.equal(a[name], b[name]) for name in a} for a, b in pairwise(Recorder.seen)]
+    assert moved == [{"image": False, "text": True}, *2 * [{"image": True, "text": True}]]
+
+
+def test_a_run_ends_early_keeps_its_best_and_averages(tmp_path: Path) -> None:
+    callbacks = {
+        "stop": {"type": "early_stopping", "metric": "loss", "mode": "max", "patience": 2},
+        "best": {"type": "best_checkpoint", "metric": "loss", "mode": "min"},
+        "average": {"type": "weight_average", "decay": 0.5},
+    }
+    changes: dict[str, Any] = {
+        "callbacks": callbacks,
+        "evaluators": {"retrieval": {"type": "retrieval", "every_epochs": None}, "classification": None},
+        "checkpoints": {"every_steps": 100, "keep_last": 1, "every_minutes": None},
+    }
+    rows = small_run(tmp_path, changes, steps=30)
+    run = tmp_path / "run"
+    result = json.loads((run / "result.json").read_text())
+    assert result["step"] == len(rows) < 30 and list(result["stopped"]) == ["stop"]
+    assert f"the run ends early at step {len(rows)}: callbacks.stop: loss: no better" in (run / "log.txt").read_text()
+    assert "retrieval/student/image_to_text_R@1" in result["metrics"]
+    best = min(range(len(rows)), key=lambda number: rows[number]["loss"]) + 1
+    assert find_fault(run / "checkpoints" / "best") is None
+    assert json.loads((run / "checkpoints/best/state.json").read_text())["step"] == best
+    assert cosmos_ssl.load(run / "checkpoints" / "best").spec.embed_dim == 32
+    student, average = (cosmos_ssl.load(run, which).model.state_dict() for which in ("student", "average"))  # type: ignore[arg-type]
+    assert any(not torch.equal(student[name], average[name]) for name in student)
+    with pytest.raises(UserError, match=r"holds no mean\. It holds average, optimizer, student, teacher"):
+        cosmos_ssl.load(run, "mean")  # type: ignore[arg-type]
+    assert len(small_run(tmp_path, changes, steps=30)) == len(rows)  # it is finished
+    callbacks["stop"]["patience"] = 3
+    del callbacks["best"]
+    longer = small_run(tmp_path, changes, steps=30)
+    assert len(rows) < len(longer) < 30 and longer[: len(rows)] == rows
+    assert "callbacks: best: no longer in the config" in (run / "log.txt").read_text()
