@@ -69,6 +69,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from cosmos_ssl.api.part import Part, ViewSpec
 from cosmos_ssl.api.views import CropGroup, ImageCrops, ImageGroup, Modality, Sample
@@ -86,6 +87,14 @@ class Augmenter(Part, ABC):
     @abstractmethod
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops] | Mapping[str, Sequence[str]]:
         """Worker side: the views of one sample. All randomness comes from ``rng``; raise BadSample to replace it."""
+
+    def mask(self, name: str, tokens: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
+        """Worker side, for texts with masks on offer: which tokens of one sample's group are hidden, bool [V, S].
+
+        ``tokens`` int64 [V, S] are padded, ``lengths`` [V] go up to and with the end of each text; ``rng`` goes on
+        where ``crop`` left it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} offers masks of texts, and draws none: it needs mask()")
 
     def finish(self, group: CropGroup) -> ImageGroup:
         """Device side, batched: uint8 crops to normalised float views; every image augmenter has its own.

@@ -44,6 +44,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from cosmos_ssl.api.loss import Features, Need
 from cosmos_ssl.api.part import Part, Spec
 from cosmos_ssl.api.views import Modality
 
@@ -88,12 +89,33 @@ class Encoder(Protocol):
         """
         ...
 
+    def features(
+        self, needs: Sequence[Need], *, pixels: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Features:
+        """Return what a loss would be given for these needs, of normalised pictures [B, 3, H, W] and token ids [B, S].
+
+        They are the one view of the group ``global``, and whole: tokens and outputs of heads are [1, B, ...].
+        """
+        ...
+
+    def respond(self, head: str, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Call a head's ``respond``, as a loss does by ``StepContext.head``: a decoder's next token, say."""
+        ...
+
     def preprocess(self, image: Any) -> Tensor:
         """A PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised [3, H, W]."""
         ...
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Strings -> token ids [n, S]."""
+        ...
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Tokens of each text [..., S] up to and with its end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The readable piece of text behind each id."""
         ...
 
 

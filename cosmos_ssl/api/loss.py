@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
-from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, check_shape
+from cosmos_ssl.api.views import ALL, HeadOutput, Hidden, Kind, Modality, Role, Views, check_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,19 @@ class Need:
     views: tuple[int, ...] | None = None
     """Which of the group's views; None is all of them."""
     kind: Kind = "projected"
-    """``pooled``, ``projected``, ``tokens`` or ``masked_tokens``, as in ``GroupFeatures``."""
+    """``pooled``, ``projected``, ``tokens`` or ``masked_tokens``, as in ``GroupFeatures``; or ``views``: nothing of a
+    tower, which there need not be, but the group itself (pixels, token ids), in ``views``.
+    """
+    hidden: Hidden | None = None
+    """How the student reads a group with masks; teachers see all.
+
+    False: whole. True: masked patches, or tokens of texts, hidden behind the mask token. ``drop``: left out, so that
+    only the others are computed. True and ``drop`` are read by ``Features.of(modality, hidden=...)``, and change
+    nothing for others. None (whoever does not say): True where some ``masked_tokens`` of the group are read by one who
+    does not say either, else False.
+    """
+    causal: bool = False
+    """Tokens that must know nothing of those after them, as whoever predicts the next one needs them."""
     pads: bool = False
     """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
     head: str | None = None
@@ -94,6 +106,10 @@ class Need:
             raise ValueError("a Need names either a modality or a head")
         if self.outputs is not None and self.head is None:
             raise ValueError("a Need names outputs of a head only")
+        if self.hidden not in (None, True, False, "drop"):
+            raise ValueError(f"a Need is hidden=True, False or 'drop', not {self.hidden!r}")
+        if self.kind == "masked_tokens" and self.hidden == "drop":
+            raise ValueError("a Need of masked_tokens cannot have them left out: hidden is 'drop'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,11 +158,14 @@ class Features:
     image: Mapping[str, GroupFeatures] = field(default_factory=dict)
     text: Mapping[str, GroupFeatures] = field(default_factory=dict)
     heads: Mapping[str, HeadOutput] = field(default_factory=dict)
-    """By head and output: [V, B, width], or [M, width] of masked patches."""
+    """By head and output: [V, B, width], [V, B, N, width] of tokens, or [M, width] of masked patches."""
+    forms: Mapping[tuple[Modality, Hidden], Mapping[str, GroupFeatures]] = field(default_factory=dict)
+    """Groups that are read in another form than those above: what ``of`` finds by ``hidden``."""
 
-    def of(self, modality: Modality) -> Mapping[str, GroupFeatures]:
-        """The groups of one modality."""
-        return self.image if modality == "image" else self.text
+    def of(self, modality: Modality, *, hidden: Hidden | None = None) -> Mapping[str, GroupFeatures]:
+        """The groups of one modality; ``hidden`` as the ``Need`` had it. A teacher's are whole, whatever is asked."""
+        groups = self.image if modality == "image" else self.text
+        return groups if hidden is None else {**groups, **self.forms.get((modality, hidden), {})}
 
     def stack(self, modality: Modality, kind: Literal["pooled", "projected"] = "projected", group: str = ALL) -> Tensor:
         """One group's features, or those of all groups one after the other: [V, B, W or D], not normalised."""

@@ -40,6 +40,13 @@ class Part:
     part_name: str = ""
     part_source: str = ""
 
+    def set_progress(self, progress: Progress) -> None:
+        """Learn where the run is, before each step: towers, heads and augmenters (a worker: of the batch's step).
+
+        What a part makes of it follows from it alone, so that a run that goes on is the same run. Nobody tells it in
+        evaluation, nor of a model that is loaded: what it computes in evaluation mode must not depend on it.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerSpec:
@@ -65,9 +72,9 @@ class ViewSpec:
     views: int
     """V, of each sample."""
     size: int | None = None
-    """Side of the square image views, in pixels."""
+    """Side of the square image views, in pixels; None where it varies from step to step, or of texts."""
     masks: bool = False
-    """Whether each view comes with a mask of patches to hide."""
+    """Whether each view comes with a mask of patches, or of tokens, to hide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,7 +94,9 @@ class GroupPlan:
     projected: bool = True
     """``projected`` is read."""
     hide_masked: bool = False
-    """Masked patches are replaced by the mask token (the student of masked image modelling)."""
+    """Masked patches, or tokens, are replaced by the mask token (the student of masked image modelling)."""
+    drop_masked: bool = False
+    """Masked patches are left out: the others alone are computed, and zeros stand in the places of their tokens."""
     masked_tokens: bool = False
     """``masked_tokens`` is read."""
 
@@ -110,7 +112,9 @@ class Tower(Part, nn.Module, ABC):
     modality: ClassVar[Modality]
     spec: TowerSpec
     capabilities: frozenset[str] = frozenset()
-    """Of ``tokens``, ``masks`` (it has a mask token), ``csa`` (it is a ``DenseTower``)."""
+    """Of ``tokens``, ``masks`` (it has a mask token), ``drop`` (it can leave masked patches out), ``causal`` (a text's
+    token knows nothing of those after it), ``csa`` (it is a ``DenseTower``).
+    """
 
     @abstractmethod
     def forward(self, groups: Mapping[str, Any], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:

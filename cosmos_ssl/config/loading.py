@@ -228,13 +228,12 @@ def _agreement_faults(config: Config) -> Found:
         found.append((["model"], "needs a tower: give model.image, model.text or both"))
     if config.model.text is not None and config.tokenizer is None:
         found.append((["model", "text"], "a text tower needs a tokenizer: give tokenizer, for example {type: clip}"))
+    elif config.augmenters.text is not None and config.tokenizer is None:
+        found.append((["augmenters", "text"], "its texts need a tokenizer: give tokenizer, for example {type: clip}"))
     for modality in ("image", "text"):
         tower, augmenter = getattr(config.model, modality), getattr(config.augmenters, modality)
         if tower is not None and augmenter is None:
             found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
-        if augmenter is not None and tower is None:
-            message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
-            found.append((["augmenters", modality], message))
     if not config.losses:
         found.append((["losses"], "there is nothing to train on: give at least one loss"))
     return found

@@ -211,6 +211,7 @@ class Gradients:
         for parameter in self._parameters:
             parameter.grad = None
         self.forward.watch()
+        self.forward.tell(progress)
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.forward.seed(progress)
 

@@ -98,6 +98,7 @@ class Trainer:
             prefetch=config.loader.prefetch,
             pin_memory=self.device.type == "cuda",
             background=config.model.background,
+            total_steps=total_steps(config, self.order),
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = total_steps(config, self.order)

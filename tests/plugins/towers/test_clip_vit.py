@@ -179,7 +179,7 @@ def test_options_are_off_by_default() -> None:
     plan = {"local": GroupPlan(views=(0, 1))}
     first, again = (vit.train()(random_groups(), plan)["local"].pooled for _ in range(2))
     assert torch.equal(first, again)
-    assert vit.capabilities == {"tokens", "csa"}
+    assert vit.capabilities == {"tokens", "csa", "drop"}
     assert "masks" in small(mask_token=True).capabilities
 
 
