@@ -56,7 +56,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "augmenters/resize_crop": [{"size": 32}, {"size": 32, "flip": True}],
     "augmenters/view_groups": [
-        {"groups": {"a": {"size": 32}, "b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}}
+        {"groups": {"a": {"size": 32, "mask_probability": 1.0}, "b": {"size": 16, "number": 3, "flip_prob": 0.5}}},
+        {"groups": {"b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}},
     ],
     "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
     "heads/dino_projection": [PROTOTYPES, {**PROTOTYPES, "norm_last_layer": False, "batch_norm": True}],
@@ -76,7 +77,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "teachers/ema": [{}, {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9}],
     "teachers/frozen": [],  # needs a checkpoint: below
-    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
+    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}, {"width": 24, "heads": 2, "mask_token": True}],
     "towers/clip_vit": [
         {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
         {
@@ -90,7 +91,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "towers/huggingface": [
-        {"architecture": "bert", "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}
+        {
+            "architecture": "bert",
+            "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "mask_token": True,
+        }
     ],
     "towers/timm": [],  # its smallest models are too large for the pictures here
 }
