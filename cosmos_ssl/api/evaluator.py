@@ -27,6 +27,10 @@ A config then says ``evaluators: {colours: {type: colour_names, every_epochs: 1}
 When: ``prepare`` before training and in a dry run; ``evaluate`` when it is due, for the student and then the teacher,
 on all ranks. Metrics become ``NAME/ROLE/METRIC``.
 
+What a head or a tower gives beyond vectors, an evaluator reads as a loss does:
+``encoder.features([Need(head="caption")], pixels=images, tokens=ids).heads["caption"]``, [1, B, ...]; or it lets a head
+answer, ``encoder.respond("caption", ...)``. ``encoder.decode`` tells what token ids say.
+
 Shapes: B pictures, T texts, S tokens of a padded text, H x W pixels; W width of the image tower, D shared width.
 
 What must hold: with several ranks each returns the same numbers (all may do the same; what is shared out is put

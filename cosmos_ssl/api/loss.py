@@ -34,6 +34,18 @@ what is not on offer is refused by name before training. In each step the studen
 have run before ``forward(ctx)`` is called: once, with the whole batch of this rank, also where that is encoded in
 micro-batches. ``after_step()`` follows when the optimiser has moved.
 
+A group with masks can be read in several forms, each of which is encoded beside the others. I-JEPA's loss compares what
+a head predicts with what the teacher, which sees all, has at the masked patches; MAE's head reads the patches that were
+seen, and zeros::
+
+    Need(role="teacher", modality="image", group="global", kind="masked_tokens")  # .image["global"].masked_tokens
+    Need(modality="image", group="global", kind="masked_tokens", hidden=True)  # .of("image", hidden=True)["global"]
+    Need(modality="image", group="global", kind="tokens", hidden="drop")  # .of("image", hidden="drop")["global"]
+    Need(modality="image", group="global", hidden=False)  # .image["global"]: whole, whoever else hides what
+
+``Need(modality="text", kind="views")`` asks for no tower at all: a captioner's tokens are ``views.text["global"]``. One
+that reads them from a tower says ``causal=True``, so that none is taken whose tokens know the next.
+
 Shapes: B samples of this rank, V views of one group, or of all groups one after the other; W width of a tower, D shared
 width, N tokens (patches of a picture, or the padded length of a text), M masked patches of a whole group. Views come
 first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name (``global``, ``local``).
@@ -41,7 +53,8 @@ first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name
 What must hold: every term is a float scalar and a mean over this rank's samples; the engine averages over ranks. What
 reaches over ranks is asked for with ``Need(gathered=True)``, or done by ``cosmos_ssl.functional`` (``info_nce`` and
 ``sigmoid_loss`` of the global batch, ``all_sum``). Nothing that is given is changed in place. State lies in parameters
-(a scale) and buffers (a running centre), random numbers come from torch: so a step can be undone, and repeats.
+(a scale) and buffers (a running centre, a queue that ``info_nce`` takes as further ``negatives``), random numbers come
+from torch: so a step can be undone, and repeats.
 ``cosmos_ssl.testing.check_loss`` tries all this.
 """
 

@@ -19,7 +19,11 @@ the constructor or of the class. They are checked before anything is built:
   they differ, while every other option is part of what it is.
 
 A part is built twice: on the meta device, where the config is checked, and for the run; so give tensors no device. Only
-its parameters and buffers go into a checkpoint: what else it knows must follow from options, ``spec`` and progress.
+its parameters and buffers go into a checkpoint: what else it knows must follow from options, ``spec`` and progress
+(``Part.set_progress``)::
+
+    def set_progress(self, progress: Progress) -> None:  # a tower that drops half of the patches, but not in the end
+        self.dropped = 0.5 if progress.fraction < 0.9 else 0.0
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class HuggingFaceText(Tower):
     """
 
     modality: ClassVar[Modality] = "text"
+    capabilities = frozenset({"tokens"})
 
     def __init__(
         self,
