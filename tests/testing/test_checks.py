@@ -607,8 +607,8 @@ def test_a_run_grows_by_its_steps(tmp_path: Path) -> None:
     steps = [(step, 24 if step < 2 else 32, training) for step in range(4) for training in (False, True)]
     assert Narrows.rows == steps
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    *kept, _ = sorted((tmp_path / "again/run/checkpoints").glob("step_*"))
-    shutil.rmtree(_)
+    *kept, last = sorted((tmp_path / "again/run/checkpoints").glob("step_*"))
+    shutil.rmtree(last)
     (tmp_path / "again/run/result.json").unlink()
     again = testing.small_run(tmp_path / "again", changes)
     begun = int(kept[-1].name.removeprefix("step_"))
