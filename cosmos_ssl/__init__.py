@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cosmos_ssl.engine.trainer import Trainer
 
 __version__ = "0.1.0"
-API_VERSION = 1
+API_VERSION = 2
 """Of the plugin contract: raised when a part written for the version before would no longer work."""
 
 __all__ = ["Trainer", "__version__", "attend", "embed", "evaluate", "export", "load", "make_trainer", "train"]

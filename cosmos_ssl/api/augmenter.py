@@ -45,19 +45,27 @@ A config then says ``augmenters: {image: {type: mirrored_square, size: 96}}``. O
 
 When: ``crop`` for one sample at a time, in the loader's workers, on the CPU: it decodes, cuts, resizes, and draws by
 the ``rng`` that it is given, which is seeded by run, epoch and place in the epoch, so that no number of workers or
-ranks and no restart changes a view. ``finish`` once a group and step, in the training process, on the device, on the
-crops of the whole batch: it changes colours and normalises, and what it is to do by chance was drawn in ``crop`` and
-comes along in ``params``.
+ranks and no restart changes a view. ``set_progress`` tells it the step that the batch is of, so that views may grow
+(``ViewSpec(size=None)``) or become harder by it. ``finish`` once a group and step, in the training process, on the
+device, on the crops of the whole batch: it changes colours and normalises, and what it is to do by chance was drawn in
+``crop`` and comes along in ``params``.
 
 Shapes, with V views of a group, B samples, P parameters and N patches:
 
 - Pictures: ``crop`` gives ``ImageCrops``: ``pixels`` uint8 [V, 3, size, size], ``params`` float32 [V, P] (P may be 0),
   ``masks`` bool [V, N] where they are on offer. ``finish`` gets them as a ``CropGroup``, [V, B, ...], ``pixels`` on the
   device, the rest on the host, and gives an ``ImageGroup`` of floats normalised by the tower's ``mean`` and ``std``.
-- Texts: ``crop`` gives V strings, which the tokenizer takes. ``finish`` is not called.
+- Texts: ``crop`` gives V strings, which the tokenizer takes. ``finish`` is not called. Of groups with masks on offer,
+  ``mask`` says which of a sample's tokens are hidden, as masked language modelling wants it::
 
-What must hold: ``crop`` gives all groups on offer and no others, P and N alike for all samples; it depends on sample
-and ``rng`` alone, in a pickled copy too, and raises ``BadSample`` for a sample that it cannot use, as
+    def offers(self):
+        return {"global": ViewSpec(views=1, masks=True)}
+
+    def mask(self, name, tokens, lengths, rng):  # int64 [V, S], [V] -> bool [V, S]; pads are never hidden
+        return torch.from_numpy(rng.random(tokens.shape) < 0.15)
+
+What must hold: ``crop`` gives all groups on offer and no others, P and N alike for all samples; it depends on sample,
+``rng`` and progress alone, in a pickled copy too, and raises ``BadSample`` for a sample that it cannot use, as
 ``sample.decode()`` does: another one is taken in its place. ``finish`` draws nothing, leaves its crops as they are, and
 makes the same of a view whatever else is in the batch. ``cosmos_ssl.testing.check_augmenter`` tries all this.
 """
@@ -69,6 +77,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from cosmos_ssl.api.part import Part, ViewSpec
 from cosmos_ssl.api.views import CropGroup, ImageCrops, ImageGroup, Modality, Sample
@@ -86,6 +95,14 @@ class Augmenter(Part, ABC):
     @abstractmethod
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops] | Mapping[str, Sequence[str]]:
         """Worker side: the views of one sample. All randomness comes from ``rng``; raise BadSample to replace it."""
+
+    def mask(self, name: str, tokens: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
+        """Worker side, for texts with masks on offer: which tokens of one sample's group are hidden, bool [V, S].
+
+        ``tokens`` int64 [V, S] are padded, ``lengths`` [V] go up to and with the end of each text; ``rng`` goes on
+        where ``crop`` left it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} offers masks of texts, and draws none: it needs mask()")
 
     def finish(self, group: CropGroup) -> ImageGroup:
         """Device side, batched: uint8 crops to normalised float views; every image augmenter has its own.

@@ -27,6 +27,10 @@ A config then says ``evaluators: {colours: {type: colour_names, every_epochs: 1}
 When: ``prepare`` before training and in a dry run; ``evaluate`` when it is due, for the student and then the teacher,
 on all ranks. Metrics become ``NAME/ROLE/METRIC``.
 
+What a head or a tower gives beyond vectors, an evaluator reads as a loss does:
+``encoder.features([Need(head="caption")], pixels=images, tokens=ids).heads["caption"]``, [1, B, ...]; or it lets a head
+answer, ``encoder.respond("caption", ...)``. ``encoder.decode`` tells what token ids say.
+
 Shapes: B pictures, T texts, S tokens of a padded text, H x W pixels; W width of the image tower, D shared width.
 
 What must hold: with several ranks each returns the same numbers (all may do the same; what is shared out is put
@@ -44,6 +48,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from cosmos_ssl.api.loss import Features, Need
 from cosmos_ssl.api.part import Part, Spec
 from cosmos_ssl.api.views import Modality
 
@@ -88,12 +93,33 @@ class Encoder(Protocol):
         """
         ...
 
+    def features(
+        self, needs: Sequence[Need], *, pixels: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Features:
+        """Return what a loss would be given for these needs, of normalised pictures [B, 3, H, W] and token ids [B, S].
+
+        They are the one view of the group ``global``, and whole: tokens and outputs of heads are [1, B, ...].
+        """
+        ...
+
+    def respond(self, head: str, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Call a head's ``respond``, as a loss does by ``StepContext.head``: a decoder's next token, say."""
+        ...
+
     def preprocess(self, image: Any) -> Tensor:
         """A PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised [3, H, W]."""
         ...
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Strings -> token ids [n, S]."""
+        ...
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Tokens of each text [..., S] up to and with its end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The readable piece of text behind each id."""
         ...
 
 

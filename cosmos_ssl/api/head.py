@@ -37,11 +37,16 @@ A config then says ``heads: {small: {type: bottleneck, width: 32}}``, and a loss
 of their outputs, ``features.heads`` what they computed. Options, and the rest of ``spec``: ``cosmos_ssl.api.part``;
 ``Need`` and ``Features``, with their shapes: ``cosmos_ssl.api.loss``.
 
+Tokens, masked patches that the student does not see, and raw views (a decoder's token ids): ``Need`` of
+``cosmos_ssl.api.loss``. A head that is read of the teacher alone is not trained.
+
 When: the outputs that some reader asks for are known once the model is built; ``requires`` and ``unread`` are asked
 with them. In each step ``forward`` runs after the towers, on each role that is read (the teacher's copy without
-gradients). ``respond`` is called by a loss that conditions it on other samples. ``after_step`` follows the optimiser.
+gradients); ``set_progress`` tells the step before. ``respond`` is called by a loss that conditions it on other samples.
+``after_step`` follows the optimiser.
 
-What must hold: an output has its width, and is the same whichever others are asked for. A sample's output depends on no
+What must hold: an output has its width in its last dimension, of views [V, B, width], of their tokens [V, B, N, width],
+of masked patches [M, width], and is the same whichever others are asked for. A sample's output depends on no
 other sample of the batch, unless ``mixes_samples``. ``unread`` names exactly the parameters that these outputs do not
 reach. State and random numbers as in losses. ``cosmos_ssl.testing.check_head`` tries all this.
 
@@ -83,7 +88,7 @@ class Head(Part, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
-        """These outputs, [V, B, width] each, or [M, width] for masked patches."""
+        """These outputs, [V, B, width] each, [V, B, N, width] of tokens, or [M, width] of masked patches."""
 
     def unread(self, outputs: Collection[str]) -> Sequence[str]:
         """fnmatch patterns of parameters that these outputs never reach (they are frozen)."""

@@ -34,6 +34,18 @@ what is not on offer is refused by name before training. In each step the studen
 have run before ``forward(ctx)`` is called: once, with the whole batch of this rank, also where that is encoded in
 micro-batches. ``after_step()`` follows when the optimiser has moved.
 
+A group with masks can be read in several forms, each of which is encoded beside the others. I-JEPA's loss compares what
+a head predicts with what the teacher, which sees all, has at the masked patches; MAE's head reads the patches that were
+seen, and zeros::
+
+    Need(role="teacher", modality="image", group="global", kind="masked_tokens")  # .image["global"].masked_tokens
+    Need(modality="image", group="global", kind="masked_tokens", hidden=True)  # .of("image", hidden=True)["global"]
+    Need(modality="image", group="global", kind="tokens", hidden="drop")  # .of("image", hidden="drop")["global"]
+    Need(modality="image", group="global", hidden=False)  # .image["global"]: whole, whoever else hides what
+
+``Need(modality="text", kind="views")`` asks for no tower at all: a captioner's tokens are ``views.text["global"]``. One
+that reads them from a tower says ``causal=True``, so that none is taken whose tokens know the next.
+
 Shapes: B samples of this rank, V views of one group, or of all groups one after the other; W width of a tower, D shared
 width, N tokens (patches of a picture, or the padded length of a text), M masked patches of a whole group. Views come
 first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name (``global``, ``local``).
@@ -41,9 +53,10 @@ first, [V, B, ...]: view v of sample b is ``x[v, b]``. Groups are chosen by name
 What must hold: every term is a float scalar and a mean over this rank's samples; the engine averages over ranks. What
 reaches over ranks is asked for with ``Need(gathered=True)``, or done by ``cosmos_ssl.functional`` (``info_nce`` and
 ``sigmoid_loss`` of the global batch, ``all_sum``). Nothing that is given is changed in place. State lies in parameters
-(a scale) and buffers (a running centre, moved in place), random numbers come from torch: so a step can be undone, and
-repeats. Buffers are the same on all ranks, which is checked before each checkpoint; what is a rank's own is registered
-with ``persistent=False``. ``cosmos_ssl.testing.check_loss`` tries all this, on several ranks too (``ranks=2``).
+(a scale) and buffers (a running centre, moved in place; a queue that ``info_nce`` takes as further ``negatives``),
+random numbers come from torch: so a step can be undone, and repeats. Buffers are the same on all ranks, which is
+checked before each checkpoint; what is a rank's own is registered with ``persistent=False``.
+``cosmos_ssl.testing.check_loss`` tries all this, on several ranks too (``ranks=2``).
 """
 
 from __future__ import annotations
@@ -58,7 +71,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
-from cosmos_ssl.api.views import ALL, HeadOutput, Kind, Modality, Role, Views, check_shape
+from cosmos_ssl.api.views import ALL, HeadOutput, Hidden, Kind, Modality, Role, Views, check_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +91,19 @@ class Need:
     views: tuple[int, ...] | None = None
     """Which of the group's views; None is all of them."""
     kind: Kind = "projected"
-    """``pooled``, ``projected``, ``tokens`` or ``masked_tokens``, as in ``GroupFeatures``."""
+    """``pooled``, ``projected``, ``tokens`` or ``masked_tokens``, as in ``GroupFeatures``; or ``views``: nothing of a
+    tower, which there need not be, but the group itself (pixels, token ids), in ``views``.
+    """
+    hidden: Hidden | None = None
+    """How the student reads a group with masks; teachers see all.
+
+    False: whole. True: masked patches, or tokens of texts, hidden behind the mask token. ``drop``: left out, so that
+    only the others are computed. True and ``drop`` are read by ``Features.of(modality, hidden=...)``, and change
+    nothing for others. None (whoever does not say): True where some ``masked_tokens`` of the group are read by one who
+    does not say either, else False.
+    """
+    causal: bool = False
+    """Tokens that must know nothing of those after them, as whoever predicts the next one needs them."""
     pads: bool = False
     """Tokens of texts: also those after the end of the text (otherwise zeros stand there)."""
     head: str | None = None
@@ -95,6 +120,10 @@ class Need:
             raise ValueError("a Need names either a modality or a head")
         if self.outputs is not None and self.head is None:
             raise ValueError("a Need names outputs of a head only")
+        if self.hidden not in (None, True, False, "drop"):
+            raise ValueError(f"a Need is hidden=True, False or 'drop', not {self.hidden!r}")
+        if self.kind == "masked_tokens" and self.hidden == "drop":
+            raise ValueError("a Need of masked_tokens cannot have them left out: hidden is 'drop'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +172,14 @@ class Features:
     image: Mapping[str, GroupFeatures] = field(default_factory=dict)
     text: Mapping[str, GroupFeatures] = field(default_factory=dict)
     heads: Mapping[str, HeadOutput] = field(default_factory=dict)
-    """By head and output: [V, B, width], or [M, width] of masked patches."""
+    """By head and output: [V, B, width], [V, B, N, width] of tokens, or [M, width] of masked patches."""
+    forms: Mapping[tuple[Modality, Hidden], Mapping[str, GroupFeatures]] = field(default_factory=dict)
+    """Groups that are read in another form than those above: what ``of`` finds by ``hidden``."""
 
-    def of(self, modality: Modality) -> Mapping[str, GroupFeatures]:
-        """The groups of one modality."""
-        return self.image if modality == "image" else self.text
+    def of(self, modality: Modality, *, hidden: Hidden | None = None) -> Mapping[str, GroupFeatures]:
+        """The groups of one modality; ``hidden`` as the ``Need`` had it. A teacher's are whole, whatever is asked."""
+        groups = self.image if modality == "image" else self.text
+        return groups if hidden is None else {**groups, **self.forms.get((modality, hidden), {})}
 
     def stack(self, modality: Modality, kind: Literal["pooled", "projected"] = "projected", group: str = ALL) -> Tensor:
         """One group's features, or those of all groups one after the other: [V, B, W or D], not normalised."""

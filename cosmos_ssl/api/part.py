@@ -20,7 +20,11 @@ the constructor or of the class. They are checked before anything is built:
   they differ, while every other option is part of what it is.
 
 A part is built twice: on the meta device, where the config is checked, and for the run; so give tensors no device. Only
-its parameters and buffers go into a checkpoint: what else it knows must follow from options, ``spec`` and progress.
+its parameters and buffers go into a checkpoint: what else it knows must follow from options, ``spec`` and progress
+(``Part.set_progress``)::
+
+    def set_progress(self, progress: Progress) -> None:  # a tower that drops half of the patches, but not in the end
+        self.dropped = 0.5 if progress.fraction < 0.9 else 0.0
 """
 
 from __future__ import annotations
@@ -40,6 +44,13 @@ class Part:
 
     part_name: str = ""
     part_source: str = ""
+
+    def set_progress(self, progress: Progress) -> None:
+        """Learn where the run is, before each step: towers, heads and augmenters (a worker: of the batch's step).
+
+        What a part makes of it follows from it alone, so that a run that goes on is the same run. Nobody tells it in
+        evaluation, nor of a model that is loaded: what it computes in evaluation mode must not depend on it.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +77,9 @@ class ViewSpec:
     views: int
     """V, of each sample."""
     size: int | None = None
-    """Side of the square image views, in pixels."""
+    """Side of the square image views, in pixels; None where it varies from step to step, or of texts."""
     masks: bool = False
-    """Whether each view comes with a mask of patches to hide."""
+    """Whether each view comes with a mask of patches, or of tokens, to hide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,16 +52,21 @@ A config then says ``model: {image: {type: bag_of_patches, width: 512}}``. Optio
 
 When: ``check_inputs`` is asked, and ``unread``, once the model is built. In each step the student's tower, and the
 teacher's where something of it is read, gets all groups of its modality in one call, so that views of several sizes can
-share work. ``torch.nn.Module.compile`` is called where ``training.compile`` asks for it.
+share work. A group that is wanted in several forms comes several times, by names of their own: whole, with what its
+``masks`` mark behind the mask token (``hide_masked``), or without it (``drop_masked``). ``set_progress`` tells the step
+before: a share of patches that training drops, say, may follow from it. ``torch.nn.Module.compile`` is called where
+``training.compile`` asks for it.
 
 Shapes: B samples, V views of one group, N patches of a picture or S tokens of a padded text, M masked patches of a
 whole group; W width of the tower, D shared width. An ``ImageGroup`` has ``pixels``, floats [V, B, 3, H, W], normalised
 by ``spec.mean`` and ``spec.std``, and ``masks``, bool [V, B, N] on the host, or None; a ``TextGroup`` has ``tokens``,
-int64 [V, B, S], and ``lengths``, int64 [V, B] on the host: up to and with the end of the text.
+int64 [V, B, S], ``lengths``, int64 [V, B] on the host: up to and with the end of the text, and ``masks``, bool
+[V, B, S] on the host, or None.
 
 What must hold: of each group in the plan, and of its ``views`` alone, ``pooled`` and what else is asked for; features
-of a sample that depend on no other; gradients to all parameters that ``unread`` does not name; dropout and the like
-only in training, from torch's random numbers. ``cosmos_ssl.testing.check_tower`` tries all this.
+of a sample that depend on no other, and on nothing that is hidden; gradients to all parameters that ``unread`` does not
+name; dropout and the like only in training, from torch's random numbers. ``cosmos_ssl.testing.check_tower`` tries all
+this.
 
 A tower whose parameters lie at depths is a ``LayeredTower``, one with features of every patch a ``DenseTower``: it has
 their members, and need not derive from them.
@@ -94,7 +99,9 @@ class GroupPlan:
     projected: bool = True
     """``projected`` is read."""
     hide_masked: bool = False
-    """Masked patches are replaced by the mask token (the student of masked image modelling)."""
+    """Masked patches, or tokens, are replaced by the mask token (the student of masked image modelling)."""
+    drop_masked: bool = False
+    """Masked patches are left out: the others alone are computed, and zeros stand in the places of their tokens."""
     masked_tokens: bool = False
     """``masked_tokens`` is read."""
 
@@ -110,7 +117,9 @@ class Tower(Part, nn.Module, ABC):
     modality: ClassVar[Modality]
     spec: TowerSpec
     capabilities: frozenset[str] = frozenset()
-    """Of ``tokens``, ``masks`` (it has a mask token), ``csa`` (it is a ``DenseTower``)."""
+    """Of ``tokens``, ``masks`` (it has a mask token), ``drop`` (it can leave masked patches out), ``causal`` (a text's
+    token knows nothing of those after it), ``csa`` (it is a ``DenseTower``).
+    """
 
     @abstractmethod
     def forward(self, groups: Mapping[str, Any], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:

@@ -19,7 +19,9 @@ from cosmos_ssl.pictures import BACKGROUND, MAX_PIXELS, open_rgb
 
 Modality: TypeAlias = Literal["image", "text"]
 Role: TypeAlias = Literal["student", "teacher"]
-Kind: TypeAlias = Literal["pooled", "projected", "tokens", "masked_tokens"]
+Kind: TypeAlias = Literal["pooled", "projected", "tokens", "masked_tokens", "views"]
+Hidden: TypeAlias = Literal[True, False, "drop"]
+"""What a reader wants of masked patches: hidden behind the mask token, seen, or left out."""
 HeadOutput: TypeAlias = Mapping[str, Tensor]
 ALL = "*"
 """In a ``Need``: every view group that the augmenter offers."""
@@ -162,10 +164,15 @@ class TextGroup:
     """int64 [V, B, S], padded."""
     lengths: Tensor
     """int64 [V, B], on the host: tokens up to and with the end-of-text token; the rest are pads."""
+    masks: Tensor | None = None
+    """bool [V, B, S], on the host; True where a token is hidden."""
 
     def __post_init__(self) -> None:
         check_shape("tokens", self.tokens, "V B S")
-        check_shape("lengths", self.lengths, "V B", V=self.tokens.shape[0], B=self.tokens.shape[1])
+        sizes = dict(zip("VBS", self.tokens.shape, strict=True))
+        check_shape("lengths", self.lengths, "V B", V=sizes["V"], B=sizes["B"])
+        if self.masks is not None:
+            check_shape("masks", self.masks, "V B S", **sizes)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +41,8 @@ from cosmos_ssl.marks import Mark
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
+
+log = logging.getLogger(__name__)
 
 PRETRAINED = "model.pretrained"
 MAX_PARAMETERS = 10**11
@@ -188,6 +191,18 @@ class Builder:
         heads = {name: model.head(name) for name in model.heads}
         losses = {name: model.loss(name) for name in model.losses}
         plan = make_plan(spec, towers, heads, losses)
+        unread = [
+            self.loaded.fault(
+                f"augmenters.{modality}",
+                f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null",
+            )
+            for modality in augmenters
+            if modality not in towers and modality not in plan.views
+        ]
+        if unread:
+            raise ConfigError(unread)
+        for told in plan.warnings if mode == "train" else ():
+            log.warning("%s", told)
         with watch():
             evaluators = self._evaluators(spec, towers, prepare=prepare)
         return Assembly(

@@ -164,7 +164,8 @@ def _need(need: Need) -> str:
     else:
         group = "all groups" if need.group == "*" else f"group '{need.group}'"
         views = "" if need.views is None else f", view {', '.join(str(view + 1) for view in need.views)}"
-        text = f"{need.modality} {need.kind.replace('_', ' ')} of {group}{views}"
+        form = {True: ", masked patches hidden", "drop": ", masked patches left out"}.get(need.hidden or "", "")
+        text = f"{need.modality} {need.kind.replace('_', ' ')} of {group}{views}{form}"
     return f"{text}{', with pads' if need.pads else ''}{', gathered over ranks' if need.gathered else ''}"
 
 

@@ -278,18 +278,6 @@ def _had(path: str, folders: Sequence[Path]) -> str:
     return ""
 
 
-def _others_read(config: Config) -> bool:
-    """Return whether a head or loss of another package may read views that no tower encodes (a captioning decoder)."""
-    for group, parts in (("heads", config.heads), ("losses", config.losses)):
-        for part in parts.values():
-            try:
-                if not registry.find(group, part.type).own:
-                    return True
-            except PluginError:  # told by itself
-                return True
-    return False
-
-
 def _agreement_faults(config: Config) -> Found:
     """Sections that do not fit one another."""
     found: Found = []
@@ -304,13 +292,12 @@ def _agreement_faults(config: Config) -> Found:
         found.append((["model"], "needs a tower: give model.image, model.text or both"))
     if config.model.text is not None and config.tokenizer is None:
         found.append((["model", "text"], "a text tower needs a tokenizer: give tokenizer, for example {type: clip}"))
+    elif config.augmenters.text is not None and config.tokenizer is None:
+        found.append((["augmenters", "text"], "its texts need a tokenizer: give tokenizer, for example {type: clip}"))
     for modality in ("image", "text"):
         tower, augmenter = getattr(config.model, modality), getattr(config.augmenters, modality)
         if tower is not None and augmenter is None:
             found.append((["model", modality], f"nothing makes its views: give augmenters.{modality}"))
-        if augmenter is not None and tower is None and not _others_read(config):
-            message = f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null"
-            found.append((["augmenters", modality], message))
     if config.optimizer.weight_decay_end is not None and isinstance(config.optimizer.weight_decay, Curve):
         found.append((["optimizer", "weight_decay_end"], "optimizer.weight_decay has an end already. Leave one out"))
     found += [

@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from cosmos_ssl.api import (
 from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.config import Config
 from cosmos_ssl.cost.flops import counted, trace
-from cosmos_ssl.data.collate import Collator, checked_crops
+from cosmos_ssl.data.collate import Collator, checked_crops, text_masks
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.forward import Forward
 from cosmos_ssl.engine.state import RunState
@@ -281,6 +281,10 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
             text[name] = TextGroup(
                 tokens=tokens.masked_fill(places == 0, spec.vocab_size - 1).masked_fill(places > 0, pad), lengths=own
             )
+            if view.masks:
+                draws = [np.random.default_rng(number) for number in range(samples)]
+                masks = text_masks(assembly.augmenters["text"], name, text[name], draws)
+                text[name] = replace(text[name], masks=masks)
     return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from cosmos_ssl.api import CropGroup, ImageCrops, Modality, PluginError, Sample, TextGroup, Tokenizer, ViewSpec
+from cosmos_ssl.api import (
+    Augmenter,
+    CropGroup,
+    ImageCrops,
+    Modality,
+    PluginError,
+    Sample,
+    TextGroup,
+    Tokenizer,
+    ViewSpec,
+)
 from cosmos_ssl.api.part import describe
 from cosmos_ssl.api.views import CroppedViews
 
@@ -24,14 +36,21 @@ class Collator:
         self.samples: list[Sample] = []
         self.image: dict[str, CropGroup] = {}
         self.text: dict[str, list[Sequence[str]]] = {}
+        self.draws: list[np.random.Generator | None] = []
 
-    def add(self, sample: Sample, views: Mapping[Modality, Mapping[str, Any]]) -> None:
-        """Put in what the augmenters made of the next sample.
+    def add(
+        self,
+        sample: Sample,
+        views: Mapping[Modality, Mapping[str, Any]],
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """Put in what the augmenters made of the next sample; ``rng`` draws the masks of its texts.
 
         Raises PluginError where it is of another shape than that of the first one.
         """
         slot = len(self.samples)
         self.samples.append(sample)
+        self.draws.append(rng)
         for name, crops in views.get("image", {}).items():
             if slot == 0:
                 self.image[name] = self._room(crops)
@@ -55,8 +74,11 @@ class Collator:
         masks = None if crops.masks is None else like(crops.masks)
         return CropGroup(pixels=like(crops.pixels), params=like(crops.params), masks=masks)
 
-    def batch(self, tokenizer: Tokenizer | None) -> CroppedViews:
-        """The batch, once all samples are in. Raises PluginError where extras cannot travel between processes."""
+    def batch(self, tokenizer: Tokenizer | None, masker: Augmenter | None = None) -> CroppedViews:
+        """The batch, once all samples are in; ``masker`` is asked for the masks of texts, where it offers any.
+
+        Raises PluginError where extras cannot travel between processes.
+        """
         shared = set.intersection(*(set(sample.extras) for sample in self.samples))
         extras = {name: [sample.extras[name] for sample in self.samples] for name in sorted(shared)}
         try:
@@ -64,6 +86,9 @@ class Collator:
         except Exception as error:
             raise PluginError(f"the data set's extras ({', '.join(extras)}) cannot be pickled: {error}") from error
         text = self._tokens(tokenizer) if self.text else {}
+        for name, offered in (masker.offers() if masker is not None and self.text else {}).items():
+            if masker is not None and offered.masks:
+                text[name] = replace(text[name], masks=text_masks(masker, name, text[name], self.draws))
         return CroppedViews(keys=[sample.key for sample in self.samples], image=self.image, text=text, extras=extras)
 
     def _tokens(self, tokenizer: Tokenizer | None) -> dict[str, TextGroup]:
@@ -80,6 +105,24 @@ class Collator:
             name: TextGroup(tokens=ids.reshape(-1, self.size, ids.shape[1]), lengths=length.reshape(-1, self.size))
             for name, ids, length in zip(groups, tokens.split(counts), lengths.split(counts), strict=True)
         }
+
+
+def text_masks(masker: Augmenter, name: str, group: TextGroup, draws: Sequence[np.random.Generator | None]) -> Tensor:
+    """What an augmenter hides of a group's tokens, bool [V, B, S], of each sample by its own draws; pads never are.
+
+    Raises PluginError for masks of another shape or kind.
+    """
+    views, _, context = group.tokens.shape
+    masks = _empty((views, len(draws), context), torch.bool)
+    for slot, rng in enumerate(draws):
+        assert rng is not None, "texts with masks are added with what draws them"
+        found = masker.mask(name, group.tokens[:, slot], group.lengths[:, slot], rng)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (views, context):
+            shown = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            whose = describe(masker, "augmenters.text")
+            raise PluginError(f"{whose} gave the masks of '{name}' as {shown}, expected bool [{views}, {context}]")
+        masks[:, slot] = found & (torch.arange(context) < group.lengths[:, slot, None])
+    return masks
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

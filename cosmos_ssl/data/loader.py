@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from cosmos_ssl.api import Augmenter, BadSample, Dataset, Modality, PluginError, Sample, Tokenizer
+from cosmos_ssl.api import Augmenter, BadSample, Dataset, Modality, PluginError, Progress, Sample, Tokenizer
 from cosmos_ssl.api.part import describe
 from cosmos_ssl.api.views import CroppedViews
 from cosmos_ssl.data.budget import Replacement
@@ -68,7 +69,9 @@ class Loader:
         prefetch: int = 2,
         pin_memory: bool = False,
         background: str = BACKGROUND,
+        total_steps: int = 0,
     ) -> None:
+        """``total_steps``: of the run, for augmenters that go by it."""
         assert order.lanes % world == 0, (order.lanes, world)
         self.dataset = dataset
         self.order = order
@@ -83,6 +86,7 @@ class Loader:
             augmenters={modality: augmenter for modality, augmenter in augmenters.items() if augmenter is not None},
             tokenizer=tokenizer,
             background=background,
+            total_steps=total_steps,
             rank=rank,
             world=world,
             status=StatusLines(workers),
@@ -184,6 +188,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
     """Texts first: they are cheap, and may show that a sample is bad."""
     tokenizer: Tokenizer | None
     background: str
+    total_steps: int
     rank: int
     world: int
     status: StatusLines
@@ -203,6 +208,10 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
             return Failure.of(error, f"data: {where}, {self.at}")
 
     def _build(self, step: int) -> LoadedBatch:
+        per_epoch, total = self.order.steps_per_epoch, self.total_steps
+        progress = Progress(step=step, total_steps=total, steps_per_epoch=per_epoch)
+        for augmenter in self.augmenters.values():
+            augmenter.set_progress(progress)
         epoch, _ = self.order.epoch_of(step)
         indices = self.order.rank_batch(step, self.rank, self.world)
         positions = self.order.rank_positions(step, self.rank, self.world)
@@ -211,9 +220,11 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
         for index, position in zip(indices.tolist(), positions.tolist(), strict=True):
             if self.stop.is_set() and get_worker_info() is not None:
                 raise TrainingError("the loader is being closed")  # nobody waits for it
-            collator.add(*self._views(index, epoch, position, replaced))
+            sample, crops, rng = self._views(index, epoch, position, replaced)
+            collator.add(sample, crops, rng)
         self._begin("collecting the batch" + (f", {describe(self.tokenizer, 'tokenizer')}" if self.tokenizer else ""))
-        return LoadedBatch(step=step, views=collator.batch(self.tokenizer), replaced=tuple(replaced))
+        views = collator.batch(self.tokenizer, self.augmenters.get("text"))
+        return LoadedBatch(step=step, views=views, replaced=tuple(replaced))
 
     def _begin(self, work: str) -> None:
         """Note what is worked on from now on; in a worker for the trainer to see, too."""
@@ -224,9 +235,10 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
 
     def _views(
         self, index: int, epoch: int, position: int, replaced: list[Replacement]
-    ) -> tuple[Sample, Mapping[Modality, Mapping[str, Any]]]:
-        """Sample ``index``, or the one that stands in for it, and its views. Raises TrainingError when none can be
-        used.
+    ) -> tuple[Sample, Mapping[Modality, Mapping[str, Any]], np.random.Generator]:
+        """Sample ``index``, or the one that stands in for it, its views, and what draws the masks of its texts.
+
+        Raises TrainingError when none can be used.
         """
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -236,7 +248,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
             sample = None
             try:
                 sample = self.dataset.read(index).on(self.background)
-                return sample, self._crops(sample, shard, epoch, position, attempt)
+                return sample, *self._crops(sample, shard, epoch, position, attempt)
             except BadSample as error:
                 key = sample.key if sample is not None else ""
                 replaced.append(
@@ -251,17 +263,18 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
 
     def _crops(
         self, sample: Sample, shard: str, epoch: int, position: int, attempt: int
-    ) -> dict[Modality, Mapping[str, Any]]:
-        """Return what each augmenter makes of a sample."""
+    ) -> tuple[dict[Modality, Mapping[str, Any]], np.random.Generator]:
+        """Return what each augmenter makes of a sample, and what texts were drawn by."""
         views = {}
+        texts = sample_rng(self.order.seed, epoch, position, attempt, text=True)
         for modality, augmenter in self.augmenters.items():
             whose = describe(augmenter, f"augmenters.{modality}")
             self._begin(f"{whose} on sample {sample.key} of {shard}")
             if modality == "text":
                 self._check_captions(sample, shard)
-            rng = sample_rng(self.order.seed, epoch, position, attempt, text=modality == "text")
+            rng = texts if modality == "text" else sample_rng(self.order.seed, epoch, position, attempt, text=False)
             views[modality] = checked_crops(augmenter.crop(sample, rng), self.offers[modality], modality, whose)
-        return views
+        return views, texts
 
     def _check_captions(self, sample: Sample, shard: str) -> None:
         """Raise PluginError where the data set gives something else than lists of sentences, BadSample where none or no

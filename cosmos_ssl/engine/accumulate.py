@@ -70,7 +70,8 @@ def refuse_accumulation(assembly: Assembly) -> None:
     reasons = [f"heads.{name} mixes samples" for name, head in heads.items() if head.mixes_samples]
     reasons += [f"heads.{name} moves buffers" for name, head in heads.items() if list(head.buffers())]
     reasons += [f"losses.{name} calls a head" for name in model.losses if model.loss(name).calls_heads]
-    if any(group.masked_tokens for group in assembly.plan.student.image.values()):
+    student = assembly.plan.student
+    if any(group.masked_tokens for group in (*student.image.values(), *student.text.values())):
         reasons.append("masked patches are read")
     if reasons:
         raise PluginError(

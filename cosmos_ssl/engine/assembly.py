@@ -61,6 +61,7 @@ def make_loader(assembly: Assembly, config: Config, order: Order, *, rank: int, 
         prefetch=config.loader.prefetch,
         pin_memory=pin,
         background=config.model.background,
+        total_steps=total_steps(config, order),
     )
 
 

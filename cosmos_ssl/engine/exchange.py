@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_ssl.api import ALL, Features, GroupFeatures, Kind, Modality, Need, Role
+from cosmos_ssl.api import ALL, Features, GroupFeatures, Hidden, Kind, Modality, Need, Role
 from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.errors import TrainingError, listed
 from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, world_size
@@ -38,27 +38,30 @@ def gather_features(plan: Plan, student: Features, teacher: Features | None) -> 
 
 def _select(needs: Sequence[Need], features: Features) -> Features:
     """Those of ``features`` that are needed from all ranks; outputs for masked patches, [M, width], stay behind."""
-    kinds: dict[Modality, dict[str, set[Kind]]] = {"image": {}, "text": {}}
+    kinds: dict[tuple[Modality, Hidden | None], dict[str, set[Kind]]] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     for need in needs:
         if need.head is not None:
             given = features.heads[need.head]
             names = given if need.outputs is None else need.outputs
-            heads.setdefault(need.head, {}).update({name: given[name] for name in names if given[name].dim() == 3})
+            heads.setdefault(need.head, {}).update({name: given[name] for name in names if given[name].dim() >= 3})
         elif need.modality is not None:
-            for name in features.of(need.modality):
+            other = features.forms.get((need.modality, need.hidden), {}) if need.hidden is not None else {}
+            for name in features.of(need.modality, hidden=need.hidden):
                 if need.group in (ALL, name):
-                    kinds[need.modality].setdefault(name, set()).add(need.kind)
+                    form = need.hidden if name in other else None
+                    kinds.setdefault((need.modality, form), {}).setdefault(name, set()).add(need.kind)
 
-    def chosen(modality: Modality) -> dict[str, GroupFeatures]:
-        groups = features.of(modality)
+    def chosen(modality: Modality, hidden: Hidden | None = None) -> dict[str, GroupFeatures]:
+        groups = features.of(modality, hidden=hidden)
         found: dict[str, GroupFeatures] = {}
-        for name, wanted in kinds[modality].items():
+        for name, wanted in kinds.get((modality, hidden), {}).items():
             tensors: dict[str, Any] = {kind: getattr(groups[name], kind) for kind in sorted(wanted)}
             found[name] = GroupFeatures(views=groups[name].views, **tensors)
         return found
 
-    return Features(image=chosen("image"), text=chosen("text"), heads=heads)
+    forms = {form: chosen(*form) for form in features.forms if form in kinds}
+    return Features(image=chosen("image"), text=chosen("text"), heads=heads, forms=forms)
 
 
 class GradientMean:

@@ -48,11 +48,24 @@ class Forward:
         self.proven = False
         """Whether a step has ended: what parts do is watched most closely in the first."""
 
+    @property
+    def _models(self) -> list[Model]:
+        """Student and, where there is one, teacher."""
+        teacher = self.assembly.teacher
+        return [self.assembly.model, *([cast(Model, teacher.model)] if teacher.present else [])]
+
     def watch(self) -> None:
         """Have parts refused, until a step has ended, that change what they are given."""
-        teacher = self.assembly.teacher
-        for model in (self.assembly.model, *([cast(Model, teacher.model)] if teacher.present else [])):
+        for model in self._models:
             model.strict = not self.proven
+
+    def tell(self, progress: Progress) -> None:
+        """Let towers, heads and augmenters know where the run is."""
+        for model in self._models:
+            model.set_progress(progress)
+        for modality, augmenter in self.assembly.augmenters.items():
+            with blaming(augmenter, f"augmenters.{modality}"):
+                augmenter.set_progress(progress)
 
     def seed(self, progress: Progress, micro_batch: int = 0) -> None:
         """Seed the device: its randomness is a function of seed, step, micro-batch and rank, and needs no storing."""
@@ -98,7 +111,7 @@ class Forward:
             progress=progress,
             head=self._call_head,
         )
-        outputs = self.assembly.model.compute_losses(context)
+        outputs = self.assembly.model.compute_losses(context, self.assembly.plan.student)
         weights = self.assembly.loss_weights
         zero = torch.zeros((), device=self.device)
         total = torch.stack([weights[name] * sum(o.terms.values(), zero) for name, o in outputs.items()]).sum()

@@ -242,6 +242,7 @@ class Gradients:
         self.forward.watch()
         if self._before:
             torch._foreach_copy_(self._before, self._buffers())
+        self.forward.tell(progress)
         self.forward.seed(progress)
 
     def backward(self, views: Views, teacher: Features | None, progress: Progress) -> Result:

@@ -24,14 +24,19 @@ class _InfoNCE(torch.autograd.Function):
     """InfoNCE in chunks of rows: nothing of size B x N outlives its chunk, forward or backward."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, weights: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, weights: Tensor, chunk: int, negatives: Tensor
+    ) -> Tensor:
         (v, rows, _), (u, columns, _) = a.shape, b.shape
         start = rank() * rows
         row_lse = a.new_empty(v, rows, u)
         column_lse = a.new_full((v, u, columns), -torch.inf)
-        for part in _chunks(rows, v * u * columns, chunk):
+        for part in _chunks(rows, v * u * (columns + len(negatives)), chunk):
             logits = _logits(a[:, part], b, scale)
             row_lse[:, part] = logits.logsumexp(3)
+            if len(negatives):
+                further = _logits(a[:, part], negatives[None], scale).logsumexp(3)
+                row_lse[:, part] = torch.logaddexp(row_lse[:, part], further)
             column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
         if (
             world_size() > 1
@@ -42,20 +47,20 @@ class _InfoNCE(torch.autograd.Function):
             column_lse = sums.log().to(a.dtype) + scale
         own = slice(start, start + rows)
         positive = torch.einsum("vbd,ubd->vbu", a, b[:, own]) * scale
-        ctx.save_for_backward(a, b, scale, weights, row_lse, column_lse)
+        ctx.save_for_backward(a, b, scale, weights, row_lse, column_lse, negatives)
         ctx.chunk, ctx.start = chunk, start
         per_pair = (row_lse + column_lse[:, :, own].transpose(1, 2) - 2 * positive).mean(1)
         return (weights * per_pair).sum() / 2
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        a, b, scale, weights, row_lse, column_lse = ctx.saved_tensors
+        a, b, scale, weights, row_lse, column_lse, negatives = ctx.saved_tensors
         (v, rows, _), (u, columns, _) = a.shape, b.shape
         grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
         grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
         grad_scale = torch.zeros_like(scale)
         weight = (weights * (grads[0] / (2 * rows))).view(v, 1, u, 1)
-        for part in _chunks(rows, v * u * columns, ctx.chunk):
+        for part in _chunks(rows, v * u * (columns + len(negatives)), ctx.chunk):
             logits = _logits(a[:, part], b, scale)
             g = (logits - row_lse[:, part].unsqueeze(3)).exp_()
             g += (logits - column_lse.unsqueeze(1)).exp_()
@@ -64,7 +69,13 @@ class _InfoNCE(torch.autograd.Function):
             g *= weight
             grad_scale += (g * logits).sum() / scale
             _pull(g.view(-1, u * columns) * scale, a, b, part, grad_a, grad_b)
-        return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None
+            if len(negatives):
+                logits = _logits(a[:, part], negatives[None], scale)  # [V, m, 1, K]
+                g = (weight * (logits - row_lse[:, part].unsqueeze(3)).exp_()).sum(2)
+                grad_scale += (g * logits[:, :, 0]).sum() / scale
+                if grad_a is not None:
+                    grad_a[:, part] += (g * scale) @ negatives
+        return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -134,6 +145,7 @@ def info_nce(
     b: Tensor,
     scale: Tensor,
     *,
+    negatives: Tensor | None = None,
     a_weights: Sequence[float] | None = None,
     b_weights: Sequence[float] | None = None,
     chunk: int | None = None,
@@ -148,6 +160,8 @@ def info_nce(
         a: unit vectors of this rank, [V, B, D].
         b: unit vectors of all ranks, gathered with gradients, [U, N, D].
         scale: the inverse temperature, a scalar of at most 300.
+        negatives: unit vectors of no sample in the batch, such as a queue of past ones, the same on all ranks, [K, D]:
+            what each row of ``a`` is told apart from beside ``b`` (MoCo, arXiv 1911.05722). They take no gradient.
         a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
         chunk: logits held at once, in elements (default: by the device).
 
@@ -157,9 +171,10 @@ def info_nce(
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     weights = _weights(a, b, a_weights, b_weights, dtype)
+    others = a.new_empty(0, a.shape[-1], dtype=dtype) if negatives is None else negatives.detach().to(dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     chunk = chunk or _chunk(a)
-    return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk, others))  # type: ignore[no-untyped-call]
 
 
 def sigmoid_loss(

@@ -187,11 +187,11 @@ def checked_outputs(head: Head, wanted: Sequence[str], samples: int, device: tor
         if name not in given:
             raise Fault(f"did not return its output '{name}', but {', '.join(map(str, given)) or 'nothing'}")
         value, width = given[name], widths[name]
-        good = isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
-        if not good or (value.dim() == 3 and value.shape[1] != samples):
+        good = isinstance(value, Tensor) and value.dim() in (2, 3, 4) and value.shape[-1] == width
+        if not good or (value.dim() > 2 and value.shape[1] != samples):
             raise Fault(
-                f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], or [M, {width}] for "
-                "masked patches"
+                f"returned '{name}' {_shape(value)}, expected [V, {samples}, {width}], [V, {samples}, N, {width}] for "
+                f"tokens, or [M, {width}] for masked patches"
             )
         _check_floats(f"'{name}'", value, device)
     return given

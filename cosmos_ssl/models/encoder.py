@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -153,15 +153,50 @@ class ModelEncoder:
     def _match_input(self, modality: Modality, views: Views) -> Tensor:
         head = self._matching
         needs = [Need(modality=modality)] if head is None else head.match_needs(modality)
-        offered = {_GROUP: ViewSpec(views=1)}
-        spec = replace(self.spec, image_views=offered, text_views=offered, has_teacher=False)
-        heads = {name: self.model.head(name) for name in self.model.heads}
-        plan = make_plan(spec, self.model.towers, heads, {}, extra=needs)
         with self.reading():
-            features = self.model.encode(views, plan.student)
+            features = self._read(needs, views)
             return (
                 normalise(features.stack(modality))[0] if head is None else head.match_input(features, modality).float()
             )
+
+    def features(
+        self,
+        needs: Sequence[Need],
+        *,
+        pixels: Tensor | None = None,
+        tokens: Tensor | str | Sequence[str] | None = None,
+    ) -> Features:
+        """Return what a loss would be given for these needs, of pictures [B, 3, H, W] and token ids [B, S].
+
+        They are the one view of the group ``global``, and whole: tokens and outputs of heads are [1, B, ...].
+        Raises PluginError for a need of something that is not there.
+        """
+        image = {} if pixels is None else {_GROUP: self._pixels(pixels)}
+        text = {} if tokens is None else {_GROUP: self._texts(tokens)}
+        given: list[ImageGroup | TextGroup] = [*image.values(), *text.values()]
+        with self.reading():
+            return self._read(needs, Views(keys=[""] * (given[0].shape[1] if given else 0), image=image, text=text))
+
+    def respond(self, head: str, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Call a head's ``respond``, as a loss does by ``StepContext.head``. Raises UserError without such a head."""
+        if head not in self.model.heads:
+            raise UserError(f"this model has no head '{head}'. Heads: {', '.join(self.model.heads) or 'none'}")
+        with self.reading():
+            return self.model.respond(head, *args, **kwargs)
+
+    def _read(self, needs: Sequence[Need], views: Views) -> Features:
+        """Return the features that are needed of views, which are read as a teacher reads them: whole."""
+        offered = {_GROUP: ViewSpec(views=1)}
+        spec = replace(
+            self.spec,
+            image_views=offered if views.image else {},
+            text_views=offered if views.text else {},
+            has_teacher=True,
+        )
+        heads = {name: self.model.head(name) for name in self.model.heads}
+        wanted = [replace(need, role="teacher") for need in needs]
+        plan = make_plan(spec, self.model.towers, heads, {}, extra=wanted).teacher
+        return Features() if plan is None else self.model.encode(views, plan)
 
     def dense(self, pixels: Tensor, *, csa: bool = False) -> tuple[Tensor, Tensor]:
         """Patch tokens in the shared space [B, N, D] and the pooled feature [B, D], neither normalised.
@@ -239,6 +274,12 @@ class ModelEncoder:
             )
             self._told = True
         return torch.where(ids == ids.amax(-1, keepdim=True), last, ids % last)
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The readable piece of text behind each id. Raises UserError without a tokenizer."""
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer: token ids are all that is known of its texts")
+        return self.tokenizer.decode(ids)
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """Tokens of each text [..., S] up to and with its end: the tokenizer's rule; without one CLIP's, the largest

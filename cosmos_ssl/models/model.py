@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from cosmos_ssl.api import (
     Features,
     GroupFeatures,
-    GroupPlan,
     Head,
     HeadOutput,
+    Hidden,
     Loss,
     LossOutput,
     Modality,
+    Part,
+    Progress,
     StepContext,
     Tower,
     Views,
@@ -122,34 +124,45 @@ class Model(nn.Module):
 
     def encode(self, views: Views, plan: RolePlan) -> Features:
         """Phase one: towers over the planned groups, then the planned heads in order."""
-        features = Features(
-            image=self._encode_groups("image", views, plan.image), text=self._encode_groups("text", views, plan.text)
-        )
+        features = self._encode_groups("image", views, plan, Features())
+        features = self._encode_groups("text", views, plan, features)
         for name, outputs in plan.heads.items():
-            head = self.head(name)
+            head, shown = self.head(name), plan.shown(f"heads.{name}", features)
             with blaming(head, f"heads.{name}"), self._watched(features, views):
-                given = saying_needs(head, features, views, outputs) if self.strict else head(features, views, outputs)
-                found = checked_outputs(head, outputs, len(views), views.device, given)
+                given = (shown, views, outputs)
+                made = saying_needs(head, *given) if self.strict else head(*given)
+                found = checked_outputs(head, outputs, len(views), views.device, made)
             features = replace(features, heads={**features.heads, name: found})
         return features
 
-    def _encode_groups(
-        self, modality: Modality, views: Views, plan: Mapping[str, GroupPlan]
-    ) -> dict[str, GroupFeatures]:
-        """Return what the tower of this modality makes of the planned groups."""
-        if not plan:
-            return {}
+    def _encode_groups(self, modality: Modality, views: Views, plan: RolePlan, features: Features) -> Features:
+        """``features``, and what the tower of this modality makes of the planned groups, each in its forms."""
+        wanted = plan.of(modality)
+        if not wanted:
+            return features
         tower, groups = self.towers[modality], views.of(modality)
-        with blaming(tower, f"model.{modality}"), self._watched(groups):
-            return checked_features(tower, plan, len(views), self.embed_dim, views.device, tower(groups, plan))
+        given = {entry: groups[plan.form(modality, entry)[0]] for entry in wanted}
+        with blaming(tower, f"model.{modality}"), self._watched(given):
+            made = checked_features(tower, wanted, len(views), self.embed_dim, views.device, tower(given, wanted))
+        shown: dict[str, GroupFeatures] = {}
+        forms: dict[tuple[Modality, Hidden], dict[str, GroupFeatures]] = {}
+        for entry in wanted:
+            group, hidden = plan.form(modality, entry)
+            plain = hidden == ((modality, group) in plan.veiled)
+            (shown if plain else forms.setdefault((modality, hidden), {}))[group] = made[entry]
+        features = replace(features, forms={**features.forms, **forms})
+        return replace(features, image=shown) if modality == "image" else replace(features, text=shown)
 
-    def compute_losses(self, context: StepContext) -> dict[str, LossOutput]:
-        """Phase two: every loss once."""
+    def compute_losses(self, context: StepContext, plan: RolePlan) -> dict[str, LossOutput]:
+        """Phase two: every loss once; ``plan`` is the student's."""
         outputs = {}
         for name in self.losses:
             given = (context.views, context.student, context.teacher, context.gathered)
-            with blaming(self.loss(name), f"losses.{name}"), self._watched(*given):
-                found = saying_needs(self.loss(name), context) if self.strict else self.loss(name)(context)
+            place = f"losses.{name}"
+            gathered = {**context.gathered, "student": plan.shown(place, context.gathered["student"])}
+            shown = replace(context, student=plan.shown(place, context.student), gathered=gathered)
+            with blaming(self.loss(name), place), self._watched(*given):
+                found = saying_needs(self.loss(name), shown) if self.strict else self.loss(name)(shown)
                 outputs[name] = checked_loss(found, context.views.device)
         return outputs
 
@@ -160,6 +173,13 @@ class Model(nn.Module):
         """Call a head on behalf of a loss."""
         with blaming(self.head(name), f"heads.{name}"):
             return self.head(name).respond(*args, **kwargs)
+
+    def set_progress(self, progress: Progress) -> None:
+        """Tell towers and heads where the run is."""
+        parts: dict[str, Part] = {f"model.{modality}": tower for modality, tower in self.towers.items()}
+        for place, part in (parts | {f"heads.{name}": self.head(name) for name in self.heads}).items():
+            with blaming(part, place):
+                part.set_progress(progress)
 
     def after_step(self) -> None:
         """Run the hooks of heads and losses (clamp a scale)."""

@@ -27,7 +27,7 @@ class _Story:
 
     def __init__(self, loaded: LoadedConfig) -> None:
         self.assembly: Assembly = example_assembly(loaded)
-        self.assembly.teacher.start(self.assembly.build_model, self.assembly.model)
+        self.assembly.start_teacher()
         self.callbacks = Callbacks(self.assembly.callbacks)
         self.model = self.assembly.model
 

@@ -42,6 +42,7 @@ from cosmos_ssl.errors import CosmosError
 from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
 from cosmos_ssl.testing.callbacks import check_hooks
 from cosmos_ssl.testing.examples import (
+    PROGRESS,
     example_assembly,
     example_config,
     example_samples,
@@ -118,7 +119,9 @@ def check_tower(part: str | type[Tower], /, *, around: Mapping[str, Any] | None 
     """Hold a tower to the contract, with these options; ``around`` as of ``check_loss``.
 
     It encodes what is asked for of every group: pooled and projected features, and as far as its capabilities say
-    tokens and masked patches; gradients reach every parameter that ``unread`` does not name.
+    tokens and masked patches, one group whole and with patches hidden and left out at once; gradients reach every
+    parameter that ``unread`` does not name; features depend on nothing that is hidden, and of a causal tower on nothing
+    that comes later.
     """
     with _checking("towers", part) as cls:
         modality = cls.modality
@@ -128,9 +131,14 @@ def check_tower(part: str | type[Tower], /, *, around: Mapping[str, Any] | None 
         if "tokens" in capabilities:
             needs += [Need(modality=modality, group="global", kind="tokens", views=(0,))]
         if "masks" in capabilities:
-            needs += [Need(modality=modality, group="global", kind="masked_tokens")]
+            needs += [Need(modality=modality, group="global", kind="masked_tokens", hidden=True)]
+            needs += [Need(modality=modality, group="global", kind="tokens", hidden=True)]
+        if "drop" in capabilities:
+            needs += [Need(modality=modality, group="global", kind="tokens", hidden="drop")]
         config = {**tower, "heads": {"cross": None}, "losses": {"clip": None, "reads": {"type": reader(*needs)}}}
-        ModelCheck(config, around).run(f"model.{modality}")
+        check = ModelCheck(config, around)
+        check.run(f"model.{modality}")
+        check.tower(modality)
 
 
 def check_teacher(part: str | type[Teacher], /, *, around: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -179,8 +187,9 @@ def check_augmenter(
 ) -> None:
     """Hold an augmenter to the contract, with these options, on ``samples`` (default: ``example_samples()``).
 
-    Crops are the groups on offer, of their shapes, a function of sample and ``rng`` alone, in a copy sent to another
-    process too; ``finish`` gives finite floats, a function of crops and parameters, whatever else is in the batch.
+    Crops, and masks of texts, are of the groups on offer, of their shapes, a function of sample, ``rng`` and progress
+    alone, in a copy sent to another process too; ``finish`` gives finite floats, a function of crops and parameters,
+    whatever else is in the batch.
     """
     with _checking("augmenters", part) as cls:
         config = {"augmenters": {cls.modality: {"type": part, **options}}, "heads": {"cross": None}}
@@ -191,8 +200,8 @@ def check_augmenter(
         collator = Collator(len(given))
         for seed, sample in enumerate(given):
             crops = checked_crops(_crops(augmenter, sample, seed), spec.views(cls.modality), cls.modality, "crop")
-            collator.add(sample, {cls.modality: crops})
-        for name, group in collator.batch(assembly.tokenizer).image.items():
+            collator.add(sample, {cls.modality: crops}, np.random.default_rng(seed))
+        for name, group in collator.batch(assembly.tokenizer, augmenter).image.items():
             if group.masks is not None and spec.image is not None:
                 patches = group.pixels[0, 0, 0].numel() // spec.image.patch_size**2
                 found = group.masks.shape[-1]
@@ -257,8 +266,11 @@ def check_callback(part: str | type[Callback], /, *, around: Mapping[str, Any] |
 
 def _crops(augmenter: Augmenter, sample: Sample, seed: int) -> Mapping[str, Any]:
     """The views of one sample, found to be a function of sample and seed."""
+    augmenter.set_progress(PROGRESS)
     found = augmenter.crop(sample, np.random.default_rng(seed))
     for number, other in enumerate((augmenter, pickle.loads(pickle.dumps(augmenter)))):
+        for progress in (replace(PROGRESS, step=PROGRESS.total_steps - 1), PROGRESS):
+            other.set_progress(progress)
         with torch.random.fork_rng(devices=()):
             for start in (random.seed, np.random.seed, torch.manual_seed):
                 cast(Callable[[int], object], start)(seed + 100)

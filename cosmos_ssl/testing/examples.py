@@ -20,6 +20,7 @@ from cosmos_ssl.api import (
     Features,
     GroupFeatures,
     HeadOutput,
+    Hidden,
     ImageGroup,
     Loss,
     LossOutput,
@@ -47,8 +48,8 @@ PROGRESS = Progress(step=3, total_steps=10, steps_per_epoch=5)
 
 
 def example_spec(**changes: Any) -> Spec:
-    """The spec of a small model of both towers: image groups ``global`` (with masks) and ``local``, texts alike, a head
-    ``cross``.
+    """The spec of a small model of both towers: groups ``global`` (with masks) and ``local`` of images and of texts, a
+    head ``cross``.
 
     ``changes`` are fields of ``Spec``.
     """
@@ -63,7 +64,7 @@ def example_spec(**changes: Any) -> Spec:
         image=TowerSpec(width=32, image_size=32, patch_size=8),
         text=TowerSpec(width=24, vocab_size=260),
         image_views={"global": ViewSpec(views=2, size=32, masks=True), "local": ViewSpec(views=2, size=16)},
-        text_views={"global": ViewSpec(views=2), "local": ViewSpec(views=2)},
+        text_views={"global": ViewSpec(views=2, masks=True), "local": ViewSpec(views=2)},
         heads={"cross": {"image": 32, "text": 32}},
     )
     return replace(spec, **changes)
@@ -74,7 +75,7 @@ def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int
     offers.
 
     Pixels are float [V, B, 3, H, W]; masks hide no patch, some or half of them; texts have 2 tokens to all of the
-    context.
+    context, of which masks hide a third.
     """
     spec = spec or example_spec()
     draw = torch.Generator().manual_seed(seed)
@@ -94,9 +95,9 @@ def example_views(spec: Spec | None = None, *, samples: int = SAMPLES, seed: int
     def text(group: ViewSpec) -> TextGroup:
         lengths = torch.randint(2, spec.context_length + 1, (group.views, samples), generator=draw)
         tokens = torch.randint(1, spec.vocab_size, (group.views, samples, spec.context_length), generator=draw)
-        return TextGroup(
-            tokens=tokens.masked_fill(torch.arange(spec.context_length) >= lengths[..., None], 0), lengths=lengths
-        )
+        pads = torch.arange(spec.context_length) >= lengths[..., None]
+        masks = (tokens % 3 == 0) & ~pads if group.masks else None
+        return TextGroup(tokens=tokens.masked_fill(pads, 0), lengths=lengths, masks=masks)
 
     return Views(
         keys=[f"sample{i}" for i in range(samples)],
@@ -137,18 +138,20 @@ def example_features(
     """Random features of ``views`` (default: ``example_views(spec)``) that hold what ``needs`` ask of ``role``, and
     nothing else.
 
-    Every view of a group is there; all tensors are leaves that take gradients. Outputs of heads are [2, B, width].
+    Every view of a group is there; all tensors are leaves that take gradients. Outputs of heads are [2, B, width]. What
+    a need has ``hidden``, a student's loss finds by ``Features.of``.
     """
     spec = spec or example_spec()
     views = views or example_views(spec)
     draw = torch.Generator().manual_seed(seed)
-    needs = [need for need in needs if need.role == role]
+    needs = [need for need in needs if need.role == role and need.kind != "views"]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw).requires_grad_()
 
-    def features(modality: Modality, name: str) -> GroupFeatures | None:
-        kinds = {need.kind for need in needs if need.modality == modality and need.group in (ALL, name)}
+    def features(modality: Modality, name: str, hidden: Hidden = False) -> GroupFeatures | None:
+        asked = [need for need in needs if need.modality == modality and need.group in (ALL, name)]
+        kinds = {need.kind for need in asked if hidden == ((role == "student" and need.hidden) or False)}
         tower = spec.image if modality == "image" else spec.text
         if not kinds or tower is None:
             return None
@@ -157,7 +160,7 @@ def example_features(
         places = (
             (group.pixels.shape[-1] // tower.patch_size) ** 2 if isinstance(group, ImageGroup) else spec.context_length
         )
-        masked = int(group.masks.sum()) if isinstance(group, ImageGroup) and group.masks is not None else 0
+        masked = 0 if group.masks is None else int(group.masks.sum())
         return GroupFeatures(
             views=every,
             pooled=random(count, samples, tower.width),
@@ -169,13 +172,19 @@ def example_features(
 
     image = {name: found for name in views.image if (found := features("image", name)) is not None}
     text = {name: found for name in views.text if (found := features("text", name)) is not None}
+    forms: dict[tuple[Modality, Hidden], dict[str, GroupFeatures]] = {}
+    for need in needs:
+        if need.modality is not None and need.hidden:
+            key = (need.modality, need.hidden)
+            made = {name: x for name in views.of(need.modality) if (x := features(need.modality, name, need.hidden))}
+            forms.setdefault(key, made)
     heads: dict[str, dict[str, Tensor]] = {}
     for need in needs:
         widths = spec.heads[need.head] if need.head is not None else {}
         given = {name: random(2, len(views), widths[name]) for name in need.outputs or widths}
         if need.head is not None:
             heads[need.head] = {**given, **heads.get(need.head, {})}
-    return Features(image=image, text=text, heads=heads)
+    return Features(image=image, text=text, heads=heads, forms=forms if role == "student" else {})
 
 
 def example_context(loss: Loss, spec: Spec | None = None, *, views: Views | None = None, seed: int = 0) -> StepContext:
@@ -226,8 +235,12 @@ class ExampleTexts(ExampleCrops):
     modality: ClassVar[Modality] = "text"
 
     def offers(self) -> Mapping[str, ViewSpec]:
-        """``global`` and ``local``."""
+        """``global`` with masks, and ``local``."""
         return example_spec().text_views
+
+    def mask(self, name: str, tokens: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
+        """Every third id is hidden."""
+        return tokens % 3 == 0
 
 
 class ExampleTokenizer(Tokenizer):
@@ -263,14 +276,17 @@ class ReadsNeeds(Loss):
         """
         found: dict[str, Tensor] = {}
         for need in self.needs:
-            if need.role == "teacher":
+            if need.role == "teacher" or need.kind == "views":
                 continue
             if need.head is not None:
                 found |= {f"{need.head}_{name}": x for name, x in ctx.student.heads[need.head].items()}
             elif need.modality is not None:
-                groups = ctx.student.of(need.modality).items()
+                groups = ctx.student.of(need.modality, hidden=need.hidden).items()
                 asked = {name: group for name, group in groups if need.group in (ALL, name)}
-                found |= {f"{need.modality}_{name}_{need.kind}": getattr(x, need.kind) for name, x in asked.items()}
+                form = "" if need.hidden is None else f"_{need.hidden}"
+                found |= {
+                    f"{need.modality}_{name}_{need.kind}{form}": getattr(x, need.kind) for name, x in asked.items()
+                }
         trained = {name: directed(x) for name, x in found.items() if x.requires_grad}
         return LossOutput(
             terms=trained, metrics={name: directed(x) for name, x in found.items() if name not in trained}
@@ -310,7 +326,7 @@ def example_config(*changes: Mapping[str, Any] | None) -> LoadedConfig:
                 "image_size": 32,
                 "mask_token": True,
             },
-            "text": {"type": "clip_text", "width": 24, "heads": 2, "layers": 1},
+            "text": {"type": "clip_text", "width": 24, "heads": 2, "layers": 1, "mask_token": True},
         },
         "tokenizer": {"type": ExampleTokenizer},
         "augmenters": {"image": {"type": ExampleCrops}, "text": {"type": ExampleTexts}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -9,8 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cosmos_ssl.api import Features, Head, Need, ParameterRule, Progress, Views
+from cosmos_ssl.api import Features, Head, ImageGroup, Modality, Need, ParameterRule, Progress, TextGroup, Views
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.forward import Result
@@ -66,7 +68,7 @@ class ModelCheck:
         again = self._step(step)
         expect(
             torch.equal(again.loss, result.loss),
-            "one batch and state give two losses: keep state in buffers, draw from torch alone",
+            "one batch and state give two losses: keep state in buffers, draw from torch alone, go by progress alone",
         )
         move(first.model)
         first.teacher.update(first.followed, PROGRESS)
@@ -118,7 +120,8 @@ class ModelCheck:
             f"outputs() gives {dict(widths)}, expected the same names and widths at each call",
         )
         with torch.no_grad():
-            features = model.encode(self.views, self.assembly.plan.student)
+            plan = self.assembly.plan.student
+            features = plan.shown(f"heads.{name}", model.encode(self.views, plan))
         state = _state(head)
         together = self._outputs(head, features, self.views, tuple(widths))
         for output in widths:
@@ -177,6 +180,35 @@ class ModelCheck:
         wanted = [len(self.views), 4]
         expect(list(scores.shape) == wanted, f"match gives {list(scores.shape)}, expected [pictures, texts], {wanted}")
         expect(bool(scores.isfinite().all()), "match gives scores that are not finite")
+
+    # ------------------------------------------------------------------ towers
+
+    @torch.no_grad()
+    def tower(self, modality: Modality) -> None:
+        """Hold a tower to what its capabilities promise: what is hidden, or comes later, changes nothing."""
+        model, plan = self.assembly.model, self.assembly.plan.student
+        capabilities = model.towers[modality].capabilities
+        torch.manual_seed(0)
+        model.eval()
+        before = model.encode(self.views, plan)
+        after = model.encode(_changed(self.views, modality), plan)
+        for (_, hidden), groups in before.forms.items():
+            for name, group in groups.items() if hidden else ():
+                masks, other = self.views.of(modality)[name].masks, after.forms[modality, hidden][name]
+                pairs = [(group.pooled, other.pooled), (group.masked_tokens, other.masked_tokens)]
+                if group.tokens is not None and masks is not None:
+                    seen = ~masks[list(group.token_views)]
+                    pairs.append((group.tokens[seen], other.tokens[seen]))  # type: ignore[index]
+                same = all(x is None or torch.allclose(x, cast(Tensor, y), atol=1e-5) for x, y in pairs)
+                expect(same, f"hidden={hidden!r}: features of '{name}' depend on patches that are masked")
+        if "causal" in capabilities:
+            text = self.views.text["global"]
+            late = torch.arange(text.tokens.shape[-1]) >= text.tokens.shape[-1] // 2
+            tokens = torch.where(late & (text.tokens > 0), text.tokens % 7 + 1, text.tokens)
+            views = replace(self.views, text={**self.views.text, "global": replace(text, tokens=tokens)})
+            x, y = (model.encode(v, plan).text["global"].tokens for v in (self.views, views))
+            same = x is None or torch.allclose(x[:, :, ~late], cast(Tensor, y)[:, :, ~late], atol=1e-5)
+            expect(same, "it says that it is causal, and tokens depend on those after them")
 
     # ------------------------------------------------------------------ teachers
 
@@ -273,10 +305,31 @@ def _check_rules(rules: Sequence[ParameterRule], part: nn.Module) -> None:
         )
 
 
+def _changed(views: Views, modality: Modality) -> Views:
+    """The same views, but for what masks hide."""
+    if modality == "text":
+        text = {
+            name: group if group.masks is None else replace(group, tokens=group.tokens.where(~group.masks, 1))
+            for name, group in views.text.items()
+        }
+        return replace(views, text=text)
+    image = {}
+    for name, group in views.image.items():
+        pixels = group.pixels
+        if group.masks is not None:
+            side = math.isqrt(group.masks.shape[-1])
+            masks = group.masks.unflatten(-1, (side, side)).float().flatten(0, 1)[:, None]
+            whole = F.interpolate(masks, pixels.shape[-2:]).view(*pixels.shape[:2], 1, *pixels.shape[-2:])
+            pixels = pixels + whole
+        image[name] = replace(group, pixels=pixels)
+    return replace(views, image=image)
+
+
 def _first_of(x: Tensor, views: Views, count: int) -> Tensor:
     """The rows of the first samples: of [V, B, ...], or of the masked patches of a group, [M, ...]."""
     if x.dim() == 2:
-        for group in views.image.values():
+        groups: list[ImageGroup | TextGroup] = [*views.image.values(), *views.text.values()]
+        for group in groups:
             if group.masks is not None and int(group.masks.sum()) == len(x):
                 return x[group.masks.nonzero()[:, 1] < count]
     return x[:, :count]

@@ -324,13 +324,15 @@ CONTRACT = {  # broken while training, and told without a cause: what is said, w
     "head: width": (
         "heads",
         "def outputs(self): return {'out': 6}",
-        f"heads.part {WHOSE} returned 'out' of shape [2, 8, 5], expected [V, 8, 6], or [M, 6] for masked patches",
+        f"heads.part {WHOSE} returned 'out' of shape [2, 8, 5], expected [V, 8, 6], "
+        "[V, 8, N, 6] for tokens, or [M, 6] for masked patches",
     ),
     "head: samples": (
         "heads",
         "def forward(self, features, views, outputs): return {'out': "
         "self.map(features.image['global'].projected[:, 1:])}",
-        f"heads.part {WHOSE} returned 'out' of shape [2, 7, 5], expected [V, 8, 5], or [M, 5] for masked patches",
+        f"heads.part {WHOSE} returned 'out' of shape [2, 7, 5], expected [V, 8, 5], "
+        "[V, 8, N, 5] for tokens, or [M, 5] for masked patches",
     ),
     "tower: type": (
         "towers",

@@ -38,7 +38,7 @@ def test_list(command: Command, install: Install) -> None:
     head, columns, *rows = out.splitlines()
     assert (
         code == 0
-        and head == f"cosmos-ssl {__version__}, plugin API 1"
+        and head == f"cosmos-ssl {__version__}, plugin API 2"
         and columns.split() == ["GROUP", "NAME", "FROM", "OBJECT"]
     )
     cells = [
@@ -121,7 +121,7 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
         (["view_groups", "groups={a: {size: 64}}"], "Offers\n  'a': 1 view of 64 x 64 pixels\n"),
         (
             ["clip_vit", "mask_token=true"],
-            "Requires\n  image views\n\nOffers\n  pooled and projected features\n  csa\n  masks\n",
+            "Requires\n  image views\n\nOffers\n  pooled and projected features\n  csa\n  drop\n  masks\n",
         ),
         (["towers/timm"], "Offers\n  tokens\n  depends on model: give model=... behind the part's name\n"),
         (["tokenizers/clip", "context_length=32"], "Requires\n  nothing\n\nOffers\n  49,408 tokens, 32 a text\n"),

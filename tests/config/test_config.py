@@ -441,10 +441,6 @@ def test_faults_name_place_key_and_remedy(load: Load, text: str, fault: str) -> 
         ("loader: {lanes: 5}", "x.yaml:2  loader.lanes: 5 does not divide training.batch_size (96)"),
         ("tokenizer: null", "parent.yaml:5  model.text: a text tower needs a tokenizer"),
         ("augmenters: {text: null}", "parent.yaml:5  model.text: nothing makes its views: give augmenters.text"),
-        (
-            "model: {text: null}",
-            "parent.yaml:9  augmenters.text: nothing reads its views: give model.text, or augmenters.text: null",
-        ),
         ("model: {image: null, text: null}", "x.yaml:2  model: needs a tower"),
         ("losses: null", "x.yaml:2  losses: there is nothing to train on"),
     ],

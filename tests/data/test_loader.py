@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cosmos_ssl.api import BadSample, ImageCrops, Sample
+from cosmos_ssl.api import Augmenter, BadSample, ImageCrops, Progress, Sample, ViewSpec
 from cosmos_ssl.data import LoadedBatch, Loader, Order, Shards
 from cosmos_ssl.data.workers import WorkerStart
 from cosmos_ssl.errors import PluginError, StorageError, TrainingError
@@ -42,7 +43,9 @@ def same(a: LoadedBatch, b: LoadedBatch) -> bool:
         for f in ("pixels", "params", "masks")
     )
     text = all(
-        torch.equal(getattr(one.text[n], f), getattr(two.text[n], f)) for n in one.text for f in ("tokens", "lengths")
+        torch.equal(getattr(one.text[n], f), getattr(two.text[n], f))
+        for n in one.text
+        for f in ("tokens", "lengths", *(["masks"] if one.text[n].masks is not None else []))
     )
     return (
         image
@@ -52,6 +55,62 @@ def same(a: LoadedBatch, b: LoadedBatch) -> bool:
         and one.extras == two.extras
         and a.replaced == b.replaced
     )
+
+
+def by_progress(views: dict[str, Any], mask: Callable[..., Any]) -> dict[str, Any]:
+    """The same views: parameters tell the step, and ``mask`` hides tokens of the first group of texts."""
+    crops, texts = type(views["image"]), type(views["text"])
+
+    def crop(self: Any, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        told = torch.tensor([[self.progress.step, self.progress.fraction, self.progress.epoch]])
+        return {"global": replace(crops.crop(self, sample, rng)["global"], params=told.expand(2, 3))}
+
+    def offers(self: Any) -> Mapping[str, ViewSpec]:
+        return {**texts.offers(self), "global": ViewSpec(views=2, masks=True)}
+
+    def learn(self: Any, progress: Progress) -> None:
+        self.progress = progress
+
+    image = type("Curriculum", (crops,), {"crop": crop, "set_progress": learn})()
+    return {**views, "image": image, "text": type("Cloze", (texts,), {"offers": offers, "mask": mask})()}
+
+
+def half(self: Any, name: str, tokens: torch.Tensor, lengths: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Half of the tokens, pads too, which the loader leaves alone."""
+    assert name == "global" and lengths.shape == (2,)
+    return torch.from_numpy(rng.random(tokens.shape) < 0.5)
+
+
+def test_augmenters_know_the_step_and_hide_tokens(shards: Make, views: dict[str, Any]) -> None:
+    """A function of seed and step: the same from the middle on, in workers, and texts as without masks."""
+    told, pattern = by_progress(views, half), shards(20)
+    first = list(loader(pattern, told, total_steps=10).batches(0, 4))
+    for step, batch in enumerate(first):
+        params = batch.views.image["global"].params
+        assert torch.equal(params, torch.tensor([step, step / 10, step / 2]).expand_as(params))
+        group = batch.views.text["global"]
+        real = torch.arange(12) < group.lengths[..., None]
+        assert group.masks is not None and not group.masks[~real].any()
+        assert 0.3 < group.masks[real].float().mean() < 0.7
+        assert batch.views.text["local"].masks is None
+    for workers in (0, 2):
+        later = list(loader(pattern, told, total_steps=10, workers=workers).batches(2, 4))
+        assert all(same(one, two) for one, two in zip(later, first[2:], strict=True))
+    plain = next(iter(loader(pattern, views).batches(0, 1))).views
+    assert torch.equal(plain.text["global"].tokens, first[0].views.text["global"].tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "Cloze offers masks of texts, and draws none: it needs mask()"),
+        (torch.zeros(2, 12), r"gave the masks of 'global' as torch.float32 \[2, 12\], expected bool \[2, 12\]"),
+    ],
+)
+def test_masks_of_texts_that_cannot_be_used(shards: Make, views: dict[str, Any], given: Any, words: str) -> None:
+    mask = Augmenter.mask if given is None else lambda self, *found: given
+    with pytest.raises((PluginError, TrainingError), match=words):
+        next(iter(loader(shards(20), by_progress(views, mask)).batches(0, 1)))
 
 
 def test_a_batch_holds_what_the_augmenters_made(shards: Make, views: dict[str, Any]) -> None:

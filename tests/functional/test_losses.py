@@ -1,5 +1,6 @@
 """Sharded, chunked InfoNCE against the dense formula, on one rank and on several."""
 
+import functools
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,14 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, losses, sigmoid_loss
 
 
-def dense(a, b, scale):
-    """Mean over view pairs of the symmetric cross-entropy, as written in the CLIP paper."""
+def dense(a, b, scale, negatives=None):
+    """Mean over view pairs of the symmetric cross-entropy, as written in the CLIP paper; rows know further ones."""
     target = torch.arange(a.shape[1])
     losses = []
     for x in a:
         for y in b:
             logits = scale * x @ y.T
-            losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+            rows = logits if negatives is None else torch.cat([logits, scale * x @ negatives.T], 1)
+            losses.append((F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)) / 2)
     return torch.stack(losses).mean()
 
 
@@ -36,15 +38,16 @@ def unit(*shape, seed=0):
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
-def test_equals_dense_loss_and_gradients(chunk):
+@pytest.mark.parametrize("negatives", [None, unit(9, 5, seed=2)], ids=["alone", "queue"])
+def test_equals_dense_loss_and_gradients(chunk, negatives):
     def run(function):
         a = unit(3, 7, 5).requires_grad_()
         b = unit(2, 7, 5, seed=1).requires_grad_()
         scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-        loss = function(a, b, scale)
+        loss = function(a, b, scale, negatives=negatives)
         return loss, *torch.autograd.grad(1.7 * loss, (a, b, scale))
 
-    for ours, plain in zip(run(lambda *x: info_nce(*x, chunk=chunk)), run(dense), strict=True):
+    for ours, plain in zip(run(functools.partial(info_nce, chunk=chunk)), run(dense), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
@@ -79,7 +82,7 @@ def _rank(rank, world, path, results):
     b = unit(2, 8, 5, seed=1)[:, share].clone().requires_grad_()
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
     everyone, _ = gather_many([b, b[:, :, :2]], dim=1)
-    loss = info_nce(a, everyone, scale, chunk=50)
+    loss = info_nce(a, everyone, scale, negatives=unit(6, 5, seed=2).requires_grad_(), chunk=50)
     grads = torch.autograd.grad(loss, (a, b, scale))
     results[rank] = [x.detach().clone() for x in (loss, *grads)]
     dist.destroy_process_group()
@@ -92,7 +95,7 @@ def test_ranks_share_the_global_batch_exactly(world, in_ranks):
     ranks = [results[r] for r in range(world)]
     a, b = unit(3, 8, 5).requires_grad_(), unit(2, 8, 5, seed=1).requires_grad_()
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    loss = dense(a, b, scale)
+    loss = dense(a, b, scale, unit(6, 5, seed=2))
     grad_a, grad_b, grad_scale = torch.autograd.grad(loss, (a, b, scale))
     torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean(), loss)
     torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1) / world, grad_a)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_ssl.api import Spec, TowerSpec, UserError
+from cosmos_ssl.api import Need, PluginError, Spec, TowerSpec, UserError
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.models.model import Model
 from cosmos_ssl_plugins.heads.cross_attention import CrossAttention
@@ -256,3 +256,38 @@ def test_what_it_says_of_itself(encoder):
 def test_device_is_where_the_model_is(encoder):
     assert encoder.device == torch.device("cpu")
     assert ModelEncoder(encoder.model, encoder.spec, device="cpu").device == torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------- what evaluators may read
+
+
+def test_features_are_what_a_loss_would_be_given(encoder):
+    pixels = torch.stack([encoder.preprocess(picture(40, 40)), encoder.preprocess(picture(50, 40))])
+    ids = encoder.tokenize(WORDS[:2])
+    needs = [
+        Need(head="cross"),
+        Need(modality="text", group="global", kind="tokens"),
+        Need(modality="image", group="global", kind="tokens", hidden="drop"),  # nothing is hidden here
+    ]
+    found = encoder.features(needs, pixels=pixels, tokens=ids)
+    assert {name: x.shape for name, x in found.heads["cross"].items()} == {"image": (1, 2, 16), "text": (1, 2, 16)}
+    torch.testing.assert_close(found.image["global"].projected[0], encoder.encode_image(pixels, normalize=False))
+    assert found.of("image", hidden="drop")["global"].tokens.shape == (1, 2, 16, 24)
+    length = int(encoder.lengths(ids)[0])
+    torch.testing.assert_close(found.text["global"].tokens[0, 0, length - 1], found.text["global"].pooled[0, 0])
+    assert encoder.decode(ids[0, 1:3].tolist()) == ["a", "cat"]
+    with pytest.raises(PluginError, match="the caller reads the text views 'global'"):
+        encoder.features(needs[1:], pixels=pixels)
+    with pytest.raises(UserError, match=r"has no head 'caption'\. Heads: cross"):
+        encoder.respond("caption", pixels)
+
+
+def test_a_head_answers_an_evaluator():
+    class Asked(CrossAttention):
+        def respond(self, x):
+            assert not self.training and not torch.is_grad_enabled()
+            return {"twice": 2 * x}
+
+    encoder = make()
+    encoder.model.heads["cross"] = Asked(encoder.spec, num_heads=4)
+    assert encoder.respond("cross", torch.ones(2))["twice"].tolist() == [2, 2]

@@ -5,6 +5,7 @@ breaks them.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from cosmos_ssl.api import (
     CallbackContext,
     CropGroup,
     Features,
+    GroupFeatures,
+    GroupPlan,
     Head,
     HeadOutput,
     ImageCrops,
@@ -42,6 +45,8 @@ from cosmos_ssl.api import (
     Views,
     ViewSpec,
 )
+from cosmos_ssl_plugins.augmenters.multi_crop import MultiCrop
+from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
 CHECKS = {
     "augmenters": testing.check_augmenter,
@@ -63,7 +68,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "augmenters/resize_crop": [{"size": 32}, {"size": 32, "flip": True}],
     "augmenters/view_groups": [
-        {"groups": {"a": {"size": 32}, "b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}}
+        {"groups": {"a": {"size": 32, "mask_probability": 1.0}, "b": {"size": 16, "number": 3, "flip_prob": 0.5}}},
+        {"groups": {"b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}},
     ],
     "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
     "heads/dino_projection": [PROTOTYPES, {**PROTOTYPES, "norm_last_layer": False, "batch_norm": True}],
@@ -92,7 +98,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"momentum_teacher": {"type": "linear", "start": 0.5, "end": 0.9, "over_epochs": 1}},
     ],
     "teachers/frozen": [],  # needs a checkpoint: below
-    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
+    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}, {"width": 24, "heads": 2, "mask_token": True}],
     "towers/clip_vit": [
         {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
         {
@@ -106,7 +112,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "towers/huggingface": [
-        {"architecture": "bert", "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}
+        {
+            "architecture": "bert",
+            "config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "mask_token": True,
+        }
     ],
     "towers/timm": [],  # its smallest models are too large for the pictures here
 }
@@ -748,6 +758,103 @@ def test_errors_of_a_part_keep_their_kind_and_are_named() -> None:
         AssertionError, match=r"Crashes: losses\.part \(.*Crashes.*\) failed: KeyError: 'no such thing'"
     ):
         testing.check_loss(Crashes)
+
+
+class Curriculum(Corner):
+    """A corner whose shift grows with the run."""
+
+    def set_progress(self, progress: Progress) -> None:
+        self.most = 1 + progress.step
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        shift = int(rng.integers(self.most))
+        pixels = sample.decode()[None, :, shift : shift + 4, :4]
+        return {"global": ImageCrops(pixels=pixels.contiguous().repeat(1, 1, 4, 4), params=torch.zeros(1, 1))}
+
+
+class Ratchet(Curriculum):
+    """Never goes back."""
+
+    most = 0
+
+    def set_progress(self, progress: Progress) -> None:
+        self.most = max(self.most, 1 + progress.step)
+
+
+class Warms(Plain):
+    """Outputs that grow with the run."""
+
+    def set_progress(self, progress: Progress) -> None:
+        self.factor = progress.fraction
+
+    def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
+        return {name: x * self.factor for name, x in super().forward(features, views, outputs).items()}
+
+
+class WarmsByCalls(Warms):
+    """Outputs that grow with each call."""
+
+    factor = 0.0
+
+    def set_progress(self, progress: Progress) -> None:
+        self.factor += 1
+
+
+def test_parts_go_by_progress_alone() -> None:
+    testing.check_augmenter(Curriculum)
+    testing.check_head(Warms)
+    with pytest.raises(AssertionError, match="crop gives other views for the same sample and rng"):
+        testing.check_augmenter(Ratchet)
+    with pytest.raises(AssertionError, match=r"one batch and state give two losses.*go by progress alone"):
+        testing.check_head(WarmsByCalls)
+
+
+class Grows(MultiCrop):
+    """Global views that grow with the run."""
+
+    def set_progress(self, progress: Progress) -> None:
+        self.side = 24 if progress.fraction < 0.5 else 32
+
+    def offers(self) -> Mapping[str, ViewSpec]:
+        return {"global": ViewSpec(views=2)}
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
+        crops = super().crop(sample, rng)["global"]
+        return {"global": replace(crops, pixels=crops.pixels[..., : self.side, : self.side].contiguous())}
+
+
+class Narrows(ClipViT):
+    """A tower that drops patches at first, and tells how many rows it encoded."""
+
+    rows: ClassVar[list[tuple[int, int, bool]]] = []
+
+    def set_progress(self, progress: Progress) -> None:
+        self.step = progress.step
+
+    def forward(self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
+        self.rows.append((self.step, groups["global"].pixels.shape[-1], self.training))
+        return super().forward(groups, plan)
+
+
+def test_a_run_grows_by_its_steps(tmp_path: Path) -> None:
+    """Tower, teacher's copy and augmenter know the step; a run that goes on is the run that never stopped."""
+    changes: dict[str, Any] = {
+        "model": {"image": {"type": Narrows, "width": 64, "layers": 1, "patch_size": 8, "image_size": 32}},
+        "augmenters": {"image": {"type": Grows, "global_crops_size": 32, "local_crops_number": 0}},
+        "schedule": {"epochs": 4},
+        "checkpoints": {"every_steps": 1, "keep_last": 9},
+    }
+    rows = testing.small_run(tmp_path / "whole", changes)
+    steps = [(step, 24 if step < 2 else 32, training) for step in range(4) for training in (False, True)]
+    assert Narrows.rows == steps
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    *kept, last = sorted((tmp_path / "again/run/checkpoints").glob("step_*"))
+    shutil.rmtree(last)
+    (tmp_path / "again/run/result.json").unlink()
+    again = testing.small_run(tmp_path / "again", changes)
+    begun = int(kept[-1].name.removeprefix("step_"))
+    assert Narrows.rows == steps + steps[2 * begun :]
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
 # ---------------------------------------------------------------------------- what tests of values are made of

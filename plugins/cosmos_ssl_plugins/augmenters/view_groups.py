@@ -26,6 +26,7 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl_plugins.augmenters.geometry import check_crops, check_ranges, check_span, crop_boxes, resized_crops
+from cosmos_ssl_plugins.augmenters.masks import BlockMasks
 from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths, finish, standardise
 
 
@@ -33,7 +34,8 @@ from cosmos_ssl_plugins.augmenters.photometric import MAX_BLUR, Draw, Strengths,
 class ViewGroup:
     """One group of square views; by default one random resized crop and nothing else.
 
-    ``scale`` is a range of shares of the picture's area; the options of the changes mean what ``multi_crop``'s do.
+    ``scale`` is a range of shares of the picture's area; the options of the changes and of the masks mean what
+    ``multi_crop``'s do.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
@@ -53,6 +55,9 @@ class ViewGroup:
     gaussian_blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize_prob: float = 0.0
     solarize_threshold: int = 128
+    mask_probability: float = 0.0
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_aspect: tuple[float, float] = (0.3, 1 / 0.3)
 
     def check(self) -> None:
         """Raise ValueError for values that make no sense."""
@@ -66,6 +71,16 @@ class ViewGroup:
         check_ranges(most=0.5, hue=self.hue)
         check_ranges(most=255, solarize_threshold=self.solarize_threshold)
         check_span("gaussian_blur_radius", self.gaussian_blur_radius, "radii", most=MAX_BLUR)
+
+    def masks(self, patch: int) -> BlockMasks | None:
+        """What draws the masks of its views, of patches of ``patch`` pixels; None where there are none.
+
+        Raises ValueError for values that make no sense.
+        """
+        if not self.mask_probability:
+            return None
+        grid = self.size // patch if patch else 0
+        return BlockMasks(grid=grid, probability=self.mask_probability, ratio=self.mask_ratio, aspect=self.mask_aspect)
 
     @property
     def draw(self) -> Draw | None:
@@ -102,21 +117,26 @@ class ViewGroups(Augmenter):
         self._groups = {name: group for name, group in groups.items() if group is not None}
         if not self._groups:
             raise ValueError("groups: no group is left; give at least one")
+        tower = spec.image or TowerSpec(width=0)
+        self._masks: dict[str, BlockMasks | None] = {}
         for name, group in self._groups.items():
             try:
                 group.check()
+                self._masks[name] = group.masks(tower.patch_size)
             except ValueError as error:
                 raise ValueError(f"groups.{name}.{error}") from None
-        tower = spec.image or TowerSpec(width=0)
         self.mean, self.std = tower.mean, tower.std
         self._draws = {name: group.draw for name, group in self._groups.items()}
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """The groups, in the order of the config."""
-        return {name: ViewSpec(views=group.number, size=group.size) for name, group in self._groups.items()}
+        return {
+            name: ViewSpec(views=group.number, size=group.size, masks=self._masks[name] is not None)
+            for name, group in self._groups.items()
+        }
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> Mapping[str, ImageCrops]:
-        """Crops as uint8 [V, 3, size, size] by group, with parameter rows where they change.
+        """Crops as uint8 [V, 3, size, size] by group, with parameter rows where they change, and masks.
 
         Raises BadSample as ``decode`` does.
         """
@@ -129,7 +149,9 @@ class ViewGroups(Augmenter):
             boxes = crop_boxes(group.number, height, width, group.scale, group.ratio, own)
             draw = self._draws[name]
             params = torch.empty(group.number, 0) if draw is None else draw(own)
-            crops[name] = ImageCrops(pixels=resized_crops(image, boxes, group.size), params=params)
+            draw_masks = self._masks[name]
+            masks = None if draw_masks is None else draw_masks(group.number, own)  # last: the views stay as without
+            crops[name] = ImageCrops(pixels=resized_crops(image, boxes, group.size), params=params, masks=masks)
         return crops
 
     def finish(self, group: CropGroup) -> ImageGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +94,13 @@ class CrossAttention(Head):
     def requires(self, outputs: Collection[str]) -> list[Need]:
         """Projected features of all views of a modality; tokens of the first global view of the other."""
         needs = []
+        first = Need(modality="image", group="global", views=(0,), kind="tokens", hidden=False)
         if "image" in outputs:
-            needs.append(Need(modality="image", group=ALL, kind="projected"))
-            needs.append(Need(modality="text", group="global", views=(0,), kind="tokens", pads=not self.mask_padding))
+            needs.append(Need(modality="image", group=ALL, kind="projected", hidden=False))
+            needs.append(replace(first, modality="text", pads=not self.mask_padding))
         if "text" in outputs:
-            needs.append(Need(modality="text", group=ALL, kind="projected"))
-            needs.append(Need(modality="image", group="global", views=(0,), kind="tokens"))
+            needs.append(Need(modality="text", group=ALL, kind="projected", hidden=False))
+            needs.append(first)
         return needs
 
     def unread(self, outputs: Collection[str]) -> list[str]:

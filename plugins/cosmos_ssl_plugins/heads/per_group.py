@@ -71,7 +71,7 @@ def _found(features: Features, need: Need) -> Tensor:
         assert need.outputs is not None
         return features.heads[need.head][need.outputs[0]]
     assert need.modality is not None
-    found: Tensor = getattr(features.of(need.modality)[need.group], need.kind)
+    found: Tensor = getattr(features.of(need.modality, hidden=need.hidden)[need.group], need.kind)
     return found
 
 

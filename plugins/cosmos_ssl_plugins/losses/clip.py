@@ -29,8 +29,8 @@ class Clip(Loss):
     def requires(self) -> list[Need]:
         """Global image views of all ranks, own text views."""
         return [
-            Need(modality="image", group="global", kind="projected", gathered=True),
-            Need(modality="text", group=ALL, kind="projected"),
+            Need(modality="image", group="global", kind="projected", hidden=False, gathered=True),
+            Need(modality="text", group=ALL, kind="projected", hidden=False),
         ]
 
     def forward(self, ctx: StepContext) -> LossOutput:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cosmos_ssl.api import ALL, Loss, LossOutput, Modality, Need, Spec, StepContext, normalise
+from cosmos_ssl.api import Loss, LossOutput, Modality, Need, Spec, StepContext, normalise
 from cosmos_ssl.functional import info_nce
 
 MAX_LOG_SCALE = math.log(100)
@@ -38,7 +38,7 @@ class CrossModalityDistillation(Loss):
 
     def requires(self) -> list[Need]:
         """The head on the student, or its features of all views; the teacher's global features of all ranks."""
-        own = [Need(modality="image", group=ALL), Need(modality="text", group=ALL)]
+        own = [Need(modality="image", hidden=False), Need(modality="text", hidden=False)]
         return [
             *(own if self.head is None else [Need(head=self.head, outputs=("image", "text"))]),
             Need(role="teacher", modality="image", group="global", kind="projected", gathered=True),

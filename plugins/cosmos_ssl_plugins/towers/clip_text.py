@@ -6,10 +6,11 @@ Shape letters: n captions, S context length, T rows of all captions laid end to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,7 @@ class ClipText(Tower):
     ``mlp_ratio``: width inside a block's MLP over the tower's.
     ``layer_scale``: start value of a scale on each branch; None is no scale.
     ``drop_path``: rate of the last block, growing linearly from 0 at the first.
+    ``mask_token``: a learned token for hidden words (masked language modelling).
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need; ``alternate``:
     every other one, for half of the memory and half of the work.
 
@@ -51,7 +53,6 @@ class ClipText(Tower):
     """
 
     modality: ClassVar[Modality] = "text"
-    capabilities = frozenset({"tokens"})
 
     def __init__(
         self,
@@ -64,14 +65,17 @@ class ClipText(Tower):
         mlp_ratio: Strength = 4.0,
         layer_scale: Strength | None = None,
         drop_path: Share = 0.0,
+        mask_token: bool = False,
         grad_checkpointing: Recomputed = False,
     ) -> None:
         super().__init__()
+        self.capabilities = frozenset({"tokens", "causal"} | ({"masks"} if mask_token else set()))
         self.tokenizer_ids = spec.vocab_size
         self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention
         self.layer_count = layers + 1
         self.token_embedding = nn.Embedding(self.spec.vocab_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
         self.position_embedding = nn.Parameter(torch.empty(spec.context_length, width))
         self.blocks = Blocks(
             layers,
@@ -106,7 +110,11 @@ class ClipText(Tower):
         captions = _Captions(groups, plan)
         ids = torch.cat([pick_views(groups[name].tokens, wanted.views).flatten() for name, wanted in plan.items()])
         index, positions = upload(ids.device, captions.index, captions.positions)
-        x = self.token_embedding(ids[index]) + F.embedding(positions, self.position_embedding)
+        x = self.token_embedding(ids[index])
+        if captions.hidden is not None:
+            assert self.mask_token is not None
+            x = torch.where(upload(x.device, captions.hidden)[0][:, None], self.mask_token, x)
+        x = x + F.embedding(positions, self.position_embedding)
         layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
         return {name: self._features(x, layout, captions, name, wanted) for name, wanted in plan.items()}
@@ -117,8 +125,10 @@ class ClipText(Tower):
             raise ValueError(f"vocab_size: {self.spec.vocab_size} is less than the tokenizer's {self.tokenizer_ids}")
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
-        """The projection, where no group reads it."""
-        return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+        """The projection and the mask token, where no group reads them."""
+        projected = any(wanted.projected for wanted in plan.values())
+        hides = self.mask_token is None or any(wanted.hide_masked for wanted in plan.values())
+        return (*(() if projected else ("projection",)), *(() if hides else ("mask_token",)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks alone, in place: what surrounds them plans on the host and is quick."""
@@ -147,6 +157,7 @@ class ClipText(Tower):
             projected=pooled @ self.projection if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
+            masked_tokens=take_rows(out, layout.rows(captions.masked[name])) if wanted.masked_tokens else None,
         )
 
 
@@ -155,23 +166,26 @@ class _Captions:
     neighbours.
 
     ``index`` [T] are the places of the packed rows in all groups' ids laid end to end, ``positions`` [T] their
-    places in their captions, ``keep`` [T] the rows that are read; ``pooled`` and ``tokens`` are packed rows by group.
+    places in their captions, ``keep`` [T] the rows that are read, ``hidden`` [T] those behind the mask token, if any;
+    ``pooled``, ``tokens`` and ``masked`` are packed rows by group.
     """
 
     def __init__(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> None:
         self.shapes: dict[str, tuple[int, int, int]] = {}
-        ends, lengths, whole, bases = [], [], [], []
+        ends, lengths, whole, bases, hidden = [], [], [], [], []
         base = 0
         for name, wanted in plan.items():
             views, (batch, context) = len(wanted.views), groups[name].tokens.shape[1:]
             self.shapes[name] = views, batch, context
             end: Ints = pick_views(groups[name].lengths, wanted.views).cpu().numpy()
-            asked = np.isin(wanted.views, wanted.tokens)[:, None].repeat(batch, 1)
+            asked = np.isin(wanted.views, wanted.tokens)[:, None].repeat(batch, 1) | wanted.masked_tokens
             ends.append(end.ravel())
             whole.append(asked.ravel())
             lengths.append(np.where(asked & wanted.pads, context, end).ravel())
             bases.append(base + context * np.arange(views * batch))
             base += views * batch * context
+            hides = wanted.hide_masked and groups[name].masks is not None
+            hidden.append(_masks(groups[name], wanted).ravel() if hides else np.zeros(views * batch * context, bool))
         end, length, all_read, start = (np.concatenate(x) for x in (ends, lengths, whole, bases))
         order = np.lexsort((all_read, length))
         self.lengths: Ints = length[order]
@@ -179,12 +193,17 @@ class _Captions:
         packed[order] = np.cumsum(self.lengths) - self.lengths
         self.index = ranges(start[order], self.lengths)
         self.positions = ranges(np.zeros_like(self.lengths), self.lengths)
+        hides = any(wanted.hide_masked for wanted in plan.values())
+        self.hidden = np.concatenate(hidden)[self.index] if hides else None
         self.keep = np.repeat(all_read[order], self.lengths)
         self.keep[packed + end - 1] = True
-        self._read(plan, packed, length, end)
+        self._read(groups, plan, packed, length, end)
 
-    def _read(self, plan: Mapping[str, GroupPlan], packed: Ints, length: Ints, end: Ints) -> None:
+    def _read(
+        self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan], packed: Ints, length: Ints, end: Ints
+    ) -> None:
         self.pooled: dict[str, Ints] = {}
+        self.masked: dict[str, Ints] = {}
         self.tokens: dict[str, tuple[Ints, Ints]] = {}
         first = 0
         for name, wanted in plan.items():
@@ -194,3 +213,12 @@ class _Captions:
             self.pooled[name] = packed[here] + end[here] - 1
             starts, counts = (x[here].reshape(views, batch)[wanted.token_places].ravel() for x in (packed, length))
             self.tokens[name] = ranges(starts, counts), ranges(context * np.arange(len(starts)), counts)
+            if wanted.masked_tokens:
+                text, place = np.nonzero(_masks(groups[name], wanted).reshape(-1, context))
+                self.masked[name] = packed[here][text] + place
+
+
+def _masks(group: TextGroup, wanted: GroupPlan) -> NDArray[np.bool_]:
+    """The masks of the views that are encoded, bool [V, B, S]."""
+    assert group.masks is not None
+    return cast(NDArray[np.bool_], pick_views(group.masks, wanted.views).cpu().numpy())

@@ -31,7 +31,7 @@ from cosmos_ssl.api import (
     Whole,
 )
 from cosmos_ssl.functional import upload
-from cosmos_ssl.models.attention import Ints, take_rows
+from cosmos_ssl.models.attention import Ints, put_rows, take_rows
 from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, Recomputed, lay_out, layer_of, pick_views
 
 
@@ -81,7 +81,7 @@ class ClipViT(Tower):
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
         self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
-        self.capabilities = frozenset({"tokens", "csa"} | ({"masks"} if mask_token else set()))
+        self.capabilities = frozenset({"tokens", "csa", "drop"} | ({"masks"} if mask_token else set()))
         self.attention = spec.attention
         self.prefix = 1 + registers
         self.layer_count = layers + 1
@@ -118,16 +118,16 @@ class ClipViT(Tower):
         start = 0
         for name, wanted in plan.items():
             pixels = pick_views(groups[name].pixels, wanted.views)
-            masks = groups[name].masks if wanted.hide_masked or wanted.masked_tokens else None
+            masks = groups[name].masks if wanted.hide_masked or wanted.drop_masked or wanted.masked_tokens else None
             masks = None if masks is None else pick_views(masks, wanted.views)
             hidden = upload(pixels.device, masks.flatten(0, 1)) if masks is not None and wanted.hide_masked else [None]
             x = self._embed(pixels.flatten(0, 1), *hidden)
             if self.training and self.patch_dropout:
                 x = self._drop_patches(x)
-            reads.append(
-                _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks if wanted.masked_tokens else None)
-            )
-            parts.append(x.flatten(0, 1))
+            read = _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks)
+            rows = x.flatten(0, 1)
+            parts.append(rows if read.kept is None else take_rows(rows, *upload(rows.device, read.kept)))
+            reads.append(read)
             start += len(parts[-1])
         if not parts:
             return {}
@@ -160,7 +160,7 @@ class ClipViT(Tower):
         """The projection and the mask token, where no group reads them. Raises UserError for patches that are read, and
         may have been left out.
         """
-        patches = [name for name, wanted in plan.items() if wanted.tokens or wanted.masked_tokens]
+        patches = [name for name, wanted in plan.items() if wanted.tokens or wanted.masked_tokens or wanted.drop_masked]
         if self.patch_dropout and patches:
             raise UserError(
                 f"model.image.patch_dropout: patches of the views '{patches[0]}' are read, by a loss or by a head, and "
@@ -227,7 +227,7 @@ class ClipViT(Tower):
             keep[read.pooled] = True
             keep[read.tokens] = True
             keep[read.masked] = True
-        lengths = np.concatenate([np.full(len(read.pooled), read.length) for read in reads])
+        lengths = np.concatenate([read.lengths for read in reads])
         return lay_out(lengths, keep, device=device, backend=self.attention)
 
     def _features(self, out: Tensor, layout: Layout, read: _Read) -> GroupFeatures:
@@ -235,7 +235,11 @@ class ClipViT(Tower):
         pooled = take_rows(out, layout.rows(read.pooled)).view(len(wanted.views), batch, -1)
         tokens = None
         if wanted.tokens:
-            tokens = take_rows(out, layout.rows(read.tokens)).view(len(wanted.tokens), batch, -1, out.shape[1])
+            tokens = take_rows(out, layout.rows(read.tokens))
+            if read.places is not None:
+                (places,) = upload(out.device, read.places)
+                tokens = put_rows(tokens, places, len(wanted.tokens) * batch * read.patches)
+            tokens = tokens.view(len(wanted.tokens), batch, -1, out.shape[1])
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
@@ -258,13 +262,34 @@ def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
 
 
 class _Read:
-    """The packed rows of one group that are read: class tokens, patches of its token views, masked patches."""
+    """The packed rows of one group that are read: class tokens, patches of its token views, masked patches.
+
+    ``kept`` are the rows of all its images laid end to end that are encoded, ``places`` those of the tokens among all
+    tokens of the token views; None is all of them, and in order.
+    """
 
     def __init__(
         self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None
     ) -> None:
-        self.wanted, self.batch, self.length = wanted, batch, length
-        self.pooled: Ints = start + length * np.arange(len(wanted.views) * batch)
-        patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
-        self.tokens: Ints = patches[wanted.token_places].ravel()
-        self.masked: Ints = patches[masks.cpu().numpy()] if masks is not None else patches[:0].ravel()
+        self.wanted, self.batch, self.patches = wanted, batch, length - prefix
+        images = len(wanted.views) * batch
+        self.lengths: Ints = np.full(images, length)
+        self.kept: Ints | None = None
+        self.places: Ints | None = None
+        hidden = None if masks is None else masks.cpu().numpy()  # [V, B, N]
+        if not wanted.drop_masked or hidden is None:
+            self.pooled: Ints = start + length * np.arange(images)
+            patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
+            self.tokens: Ints = patches[wanted.token_places].ravel()
+            self.masked: Ints = patches[hidden] if wanted.masked_tokens else patches[:0].ravel()
+            return
+        kept = np.ones((len(wanted.views), batch, length), bool)
+        kept[:, :, prefix:] = ~hidden
+        self.kept = np.flatnonzero(kept)
+        self.lengths = kept.sum(2).ravel()
+        packed = start + np.cumsum(kept).reshape(kept.shape) - 1  # where each kept row lies
+        self.pooled = packed[:, :, 0].ravel()
+        seen = kept[wanted.token_places, :, prefix:]
+        self.tokens = packed[wanted.token_places, :, prefix:][seen]
+        self.masked = self.pooled[:0]
+        self.places = np.flatnonzero(seen)

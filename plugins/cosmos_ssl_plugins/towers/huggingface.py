@@ -27,6 +27,7 @@ class HuggingFaceText(Tower):
     ``architecture``: the kind of a model that needs no hub, such as ``bert``.
     ``config``: values of its configuration, such as ``{hidden_size: 256}``; of a ``model``, those to change.
     ``pooling``: the first token's feature (``cls``) or the mean over the text.
+    ``mask_token``: a learned token for hidden words (masked language modelling).
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
 
     Raises UserError where the hub cannot be reached, ValueError for options that do not fit.
@@ -44,6 +45,7 @@ class HuggingFaceText(Tower):
         architecture: str | None = None,
         config: dict[str, Any] | None = None,
         pooling: Literal["cls", "mean"] = "cls",
+        mask_token: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class HuggingFaceText(Tower):
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling: '{pooling}' is neither cls nor mean")
         self.pooling = pooling
+        self.capabilities = frozenset({"tokens"} | ({"masks"} if mask_token else set()))
         known = (
             _named_config(model, config or {})
             if model is not None
@@ -70,6 +73,7 @@ class HuggingFaceText(Tower):
         width = int(known.hidden_size)
         self.spec = TowerSpec(width=width)
         self.layer_count = int(known.num_hidden_layers) + 1
+        self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
         self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
 
     def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
@@ -86,7 +90,15 @@ class HuggingFaceText(Tower):
         used = context if wanted.tokens and wanted.pads else longest
         real = torch.arange(used, device=ids.device) < lengths.flatten()[:, None]  # [V B, S]
         ids = ids.flatten(0, 1)[:, :used].where(real, self.pad_id)
-        out: Tensor = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        given: dict[str, Tensor] = {"input_ids": ids}
+        masks = None if group.masks is None else pick_views(group.masks, wanted.views).flatten(0, 1)[:, :used]
+        if wanted.hide_masked and masks is not None:
+            assert self.mask_token is not None
+            words: Tensor = self.model.get_input_embeddings()(ids)
+            given = {
+                "inputs_embeds": torch.where(masks.to(ids.device)[..., None], self.mask_token.to(words.dtype), words)
+            }
+        out: Tensor = self.model(**given, attention_mask=real.long()).last_hidden_state
         pooled = out[:, 0] if self.pooling == "cls" else (out * real[..., None]).sum(1) / lengths.flatten()[:, None]
         pooled = pooled.view(views, batch, -1)
         tokens = None
@@ -99,11 +111,14 @@ class HuggingFaceText(Tower):
             projected=pooled @ self.projection if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
+            masked_tokens=out[masks.to(ids.device)] if wanted.masked_tokens and masks is not None else None,
         )
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
-        """The projection, where no group reads it."""
-        return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+        """The projection and the mask token, where no group reads them."""
+        projected = any(wanted.projected for wanted in plan.values())
+        hides = self.mask_token is None or any(wanted.hide_masked for wanted in plan.values())
+        return (*(() if projected else ("projection",)), *(() if hides else ("mask_token",)))
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers, ``layer_count`` what follows them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,22 @@ def batch(augmenter: ViewGroups, name: str, count: int, one: Sample | None = Non
     one = one or sample()
     crops = [augmenter.crop(one, np.random.default_rng(seed))[name] for seed in range(count)]
     return CropGroup(pixels=torch.stack([c.pixels for c in crops], 1), params=torch.stack([c.params for c in crops], 1))
+
+
+def test_masks_of_patches() -> None:
+    """Drawn last, a group at a time: the views are those of a run without them."""
+    spec = replace(SPEC, image=TowerSpec(width=8, patch_size=4))
+    masked = ViewGroup(number=3, size=16, flip_prob=0.5, mask_probability=1.0, mask_ratio=(0.25, 0.5))
+    augmenter = make(spec, a=masked, b=PLAIN)
+    assert augmenter.offers()["a"] == ViewSpec(views=3, size=16, masks=True) and not augmenter.offers()["b"].masks
+    crops = augmenter.crop(sample(), np.random.default_rng(0))
+    assert crops["a"].masks is not None and crops["b"].masks is None
+    counts = crops["a"].masks.sum(1)
+    assert crops["a"].masks.shape == (3, 16) and counts.min() >= 4 and counts.max() <= 8
+    plain = make(spec, a=replace(masked, mask_probability=0.0)).crop(sample(), np.random.default_rng(0))["a"]
+    assert torch.equal(plain.pixels, crops["a"].pixels) and torch.equal(plain.params, crops["a"].params)
+    with pytest.raises(ValueError, match=r"groups\.a\.mask_probability: the image tower has no patches to mask"):
+        make(a=masked)
 
 
 def test_groups_and_shapes() -> None:

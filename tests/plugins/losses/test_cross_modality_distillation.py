@@ -85,8 +85,8 @@ def test_without_a_head_the_students_own_features_of_all_views_are_distilled():
     for x, y in zip(mine, plain, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
     assert loss.requires() == [
-        Need(modality="image"),
-        Need(modality="text"),
+        Need(modality="image", hidden=False),
+        Need(modality="text", hidden=False),
         Need(role="teacher", modality="image", group="global", gathered=True),
         Need(role="teacher", modality="text", group="global", gathered=True),
     ]

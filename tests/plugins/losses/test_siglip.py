@@ -81,8 +81,8 @@ def test_all_texts_and_nobody_elses_local_crops():
     )
     assert output.metrics["logit_scale"].item() == pytest.approx(10) and output.metrics["logit_bias"].item() == -10
     assert SigLip(SPEC).requires() == [
-        Need(modality="image", group="global", kind="projected", gathered=True),
-        Need(modality="text", kind="projected"),
+        Need(modality="image", group="global", kind="projected", hidden=False, gathered=True),
+        Need(modality="text", kind="projected", hidden=False),
     ]
 
 

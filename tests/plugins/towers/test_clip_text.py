@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,9 +36,9 @@ def random_texts(views: int, batch: int, seed: int = 1, context: int = CONTEXT) 
     return TextGroup(tokens=tokens.scatter(2, lengths[..., None] - 1, 49), lengths=lengths)
 
 
-def plain(text: ClipText, ids: Tensor) -> Tensor:
-    """A straight padded transformer with this tower's weights: ids [n, S] -> [n, S, W]."""
-    x = text.token_embedding.weight[ids] + text.position_embedding[: ids.shape[1]]
+def plain(text: ClipText, ids: Tensor, words: Tensor | None = None) -> Tensor:
+    """A straight padded transformer with this tower's weights: ids [n, S], or their words [n, S, W] -> [n, S, W]."""
+    x = (text.token_embedding.weight[ids] if words is None else words) + text.position_embedding[: ids.shape[1]]
     for block in text.blocks:
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
         logits = q @ k.mT / q.shape[-1] ** 0.5
@@ -141,3 +142,26 @@ def test_what_a_plan_leaves_unread_and_depths() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="heads: 5 heads cannot share a width of 32"):
         small(heads=5)
+
+
+def test_masked_words() -> None:
+    """Hidden words of one group, seen ones of another, in one pass; the same places of a teacher that sees all."""
+    text = small(mask_token=True)
+    given = random_texts(2, 3)
+    masks = (given.tokens % 3 == 0) & (torch.arange(CONTEXT) < given.lengths[..., None])
+    group = replace(given, masks=masks)
+    hidden = GroupPlan(views=(1, 0), hide_masked=True, masked_tokens=True)
+    features = text({"global": group, "hidden": group}, {"global": GroupPlan(views=(0, 1)), "hidden": hidden})
+    ids, ends = group.tokens.flatten(0, 1), group.lengths.flatten() - 1
+    for name, behind in (("global", masks & False), ("hidden", masks)):
+        words = torch.where(behind.flatten(0, 1)[..., None], text.mask_token, text.token_embedding.weight[ids])
+        expected = plain(text, ids, words)
+        pooled = expected[torch.arange(len(ids)), ends].view(2, 3, -1)
+        order = [1, 0] if name == "hidden" else [0, 1]
+        torch.testing.assert_close(features[name].pooled, pooled[order], atol=1e-10, rtol=0)
+    found = expected.view(2, 3, CONTEXT, -1)[[1, 0]][masks[[1, 0]]]
+    torch.testing.assert_close(features["hidden"].masked_tokens, found, atol=1e-10, rtol=0)
+    seen = text({"global": group}, {"global": GroupPlan(views=(1,), masked_tokens=True)})["global"].masked_tokens
+    torch.testing.assert_close(seen, plain(text, ids).view(2, 3, CONTEXT, -1)[1][masks[1]], atol=1e-10, rtol=0)
+    assert text.unread({"global": GroupPlan(views=(0,))}) == ("mask_token",)
+    assert text.capabilities == {"tokens", "causal", "masks"} and "masks" not in small().capabilities

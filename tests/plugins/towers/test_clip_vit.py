@@ -53,7 +53,11 @@ def plain(vit: ClipViT, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
     x = x + grid.flatten(2).transpose(1, 2)
     first = (vit.class_token + table[0]).expand(len(x), 1, -1)
     registers = [] if vit.register_tokens is None else [vit.register_tokens.expand(len(x), -1, -1)]
-    x = vit.norm_pre(torch.cat([first, *registers, x], 1))
+    return plain_blocks(vit, vit.norm_pre(torch.cat([first, *registers, x], 1)))
+
+
+def plain_blocks(vit: ClipViT, x: Tensor) -> Tensor:
+    """The blocks and the final norm, one image like the other: [n, T, W] -> [n, T, W]."""
     for block in vit.blocks:
         y = block.norm1(x)
         attn = block.attn
@@ -189,6 +193,34 @@ def test_masked_patches(tokens: tuple[int, ...]) -> None:
     torch.testing.assert_close(features["global"].masked_tokens, expected[masks[1:]], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+def test_patches_that_are_left_out_are_not_encoded(registers: int) -> None:
+    """Each picture is a plain transformer of its visible patches; the whole group beside it stays what it is."""
+    vit = small(registers=registers)
+    groups = random_groups(masked=True)
+    masks, pixels = groups["global"].masks, groups["global"].pixels
+    plan = {
+        "global": GroupPlan(views=(0, 1), tokens=(0,)),
+        "seen": GroupPlan(views=(1, 0), tokens=(0,), drop_masked=True),
+    }
+    rows: list[int] = []
+    vit.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    features = vit({**groups, "seen": groups["global"]}, plan)
+    assert rows == [2 * 6 * (1 + registers) + 6 * 16 + int((~masks).sum())]
+    alone = vit(groups, {"global": plan["global"]})["global"]
+    torch.testing.assert_close(features["global"].tokens, alone.tokens, atol=1e-10, rtol=0)
+    assert not features["seen"].tokens[0, masks[0]].any()
+    for sample in range(3):
+        for place, view in enumerate((1, 0)):
+            x = vit._embed(pixels[view, sample][None], None)
+            keep = torch.cat([torch.ones(vit.prefix, dtype=torch.bool), ~masks[view, sample]])
+            y = plain_blocks(vit, vit.norm_pre(x[:, keep]))
+            torch.testing.assert_close(features["seen"].pooled[place, sample], y[0, 0], atol=1e-10, rtol=0)
+            if view == 0:
+                seen = features["seen"].tokens[0, sample, ~masks[0, sample]]
+                torch.testing.assert_close(seen, y[0, vit.prefix :], atol=1e-10, rtol=0)
+
+
 def test_last_block_computes_only_what_is_read() -> None:
     vit = small()
     seen = []
@@ -205,7 +237,7 @@ def test_options_are_off_by_default() -> None:
     plan = {"local": GroupPlan(views=(0, 1))}
     first, again = (vit.train()(random_groups(), plan)["local"].pooled for _ in range(2))
     assert torch.equal(first, again)
-    assert vit.capabilities == {"tokens", "csa"}
+    assert vit.capabilities == {"tokens", "csa", "drop"}
     assert "masks" in small(mask_token=True).capabilities
 
 

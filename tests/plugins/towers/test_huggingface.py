@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,25 @@ def test_a_text_is_encoded_as_if_alone(architecture: str, pooling: str) -> None:
     torch.testing.assert_close(features.projected, features.pooled @ tower.projection)
     features.projected.square().sum().backward()
     assert [n for n, p in tower.named_parameters() if p.grad is None] == []
+
+
+def test_masked_words() -> None:
+    """The library's own model on the same embeddings; what a hidden word is changes nothing."""
+    tower = small(mask_token=True)
+    torch.nn.init.normal_(tower.mask_token)
+    plain = texts()
+    masks = (plain.tokens % 3 == 0) & (torch.arange(12) < LENGTHS[..., None])
+    plan = {"global": GroupPlan(views=(0, 1), hide_masked=True, masked_tokens=True)}
+    group = replace(plain, masks=masks)
+    found = tower({"global": group}, plan)["global"]
+    real = (torch.arange(12) < LENGTHS[..., None]).flatten(0, 1)
+    words = tower.model.get_input_embeddings()(plain.tokens.flatten(0, 1))
+    words = torch.where(masks.flatten(0, 1)[..., None], tower.mask_token, words)
+    out = tower.model(inputs_embeds=words, attention_mask=real.long()).last_hidden_state
+    torch.testing.assert_close(found.masked_tokens, out[masks.flatten(0, 1)], atol=1e-5, rtol=1e-4)
+    other = tower({"global": replace(group, tokens=plain.tokens.where(~masks, 7))}, plan)["global"]
+    assert torch.equal(other.pooled, found.pooled)
+    assert tower.capabilities == {"tokens", "masks"} and small().capabilities == {"tokens"}
 
 
 def test_pads_where_they_are_read() -> None:
