@@ -22,7 +22,7 @@ from torch import Tensor
 from cosmos_ssl.api import DataError, GroupFeatures, ImageGroup, Progress, TextGroup, UserError, Views
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import LoadedConfig, load_config
-from cosmos_ssl.engine.checkpoint import load_exactly
+from cosmos_ssl.engine.checkpoint import load_exactly, of_role
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
 from cosmos_ssl.interop.files import read_torch_file
@@ -78,7 +78,7 @@ class Recording:
         self.state = RunState(self.assembly, loaded.config, torch.device("cpu"))
         load_exactly(self.assembly.model, student.state, "the recorded student")
         self.teacher = self.state.models["teacher"]
-        load_exactly(self.teacher, teacher.state, "the recorded teacher")
+        load_exactly(self.teacher, of_role(teacher.state, "teacher"), "the recorded teacher")
         self.step = Step(self.assembly, self.state, loaded.config.training)
 
     def _config(self, official: Mapping[str, Any]) -> LoadedConfig:

@@ -293,8 +293,12 @@ def load_role(path: Path, role: Role) -> dict[str, Tensor]:
     """The tensors of one role of a run, where losses are the student's: those that a teacher had in a checkpoint of an
     older version are left out. Raises as ``load_tensors``.
     """
-    found = load_tensors(path, role)
-    return found if role == "student" else {name: x for name, x in found.items() if not name.startswith("losses.")}
+    return of_role(load_tensors(path, role), role)
+
+
+def of_role(tensors: Mapping[str, Tensor], role: Role) -> dict[str, Tensor]:
+    """Those of its tensors that a role has: a teacher's losses are left out."""
+    return {name: x for name, x in tensors.items() if role == "student" or not name.startswith("losses.")}
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:

@@ -106,6 +106,7 @@ class ModelCheck:
         """Return what the outputs of a head read that no gradient leaves by."""
         assembly = self.build()
         assembly.model.strict = True
+        assembly.model.set_progress(PROGRESS)
         found = assembly.model.encode(self.views, assembly.plan.student).heads[name]
         without = [key for key, x in found.items() if not x.requires_grad]
         return list(assembly.model.head(name).requires(without)) if without else []

@@ -91,7 +91,6 @@ def test_one_config(command: Command, configs: list[str], tmp_path: Path) -> Non
         "teacher.image",
         "teacher.text",
         "teacher.heads",
-        "teacher.losses",
     ]
     assert [module["name"] for module in cost["modules"]] == names
     table = out.split("KEPT (MIB)\n")[1].split("\n\n")[0]
@@ -119,7 +118,7 @@ def test_on_a_card(command: Command, configs: list[str], tmp_path: Path) -> None
     assert (found["name"], found["precision"], found["ranks"]) == ("cosmos", "amp_bf16", 64)
     for key in ("launches", "gigabytes", "teraflops"):
         assert found[key] == pytest.approx(sum(stage[key] for stage in found["stages"].values()))
-    assert found["launches"] > 1000 and found["step_ms"] >= found["host_ms"] > 0
+    assert found["launches"] > 500 and found["step_ms"] >= found["host_ms"] > 0
     assert found["samples_per_s"] == pytest.approx(8e3 / found["step_ms"])
     assert found["mfu"] == pytest.approx(found["teraflops"] / 989 / found["step_ms"] * 1e3)
     assert found["hours"] == pytest.approx(2000 * 1024 / (64 * found["samples_per_s"]) / 3600)

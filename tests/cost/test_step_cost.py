@@ -116,7 +116,7 @@ def test_modules_add_up() -> None:
             getattr(student, field) == pytest.approx(sum(parts)) or field == "activations"
         )  # the step itself keeps a few scalars
     assert (
-        student.parameters == cost.parameters["trained"] == cost.parameters["teacher"]
+        student.parameters == cost.parameters["trained"] == cost.parameters["teacher"] + modules["losses"].parameters
         and cost.parameters["frozen"] == 0
     )
     assert (

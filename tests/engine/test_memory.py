@@ -98,7 +98,7 @@ def test_owners_by_hand(tiny: ModuleType) -> None:
         "parameters": weights + 8,  # the buffer
         "gradients": 0,
         "optimiser state": 0,
-        "teacher": weights + 8,
+        "teacher": weights - 4,  # all but the loss, a parameter and the buffer
     }
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -25,7 +25,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[LoadedConfig]:
     runs: list[LoadedConfig] = []
     monkeypatch.setattr(build, "check", lambda loaded: None)
     monkeypatch.setattr(build, "run", lambda loaded, fork: runs.append(loaded))
-    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, fork: "the data")
+    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, ranks, fork: "the data")
     return runs
 
 
@@ -111,7 +111,7 @@ def test_what_a_run_goes_on_from_is_handed_on(launch: Launch, monkeypatch: pytes
     """To the check, to the one process, and before several are started or a job is queued to the folder."""
     told: list[tuple[str, str | None]] = []
     monkeypatch.setattr(build, "run", lambda loaded, fork: told.append(("run", fork)))
-    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, fork: told.append(("check", fork)) or "")
+    monkeypatch.setattr(readiness, "dry_run", lambda loaded, here, ranks, fork: told.append(("check", fork)) or "")
     monkeypatch.setattr(readiness, "make_ready", lambda loaded, fork, scan=True: told.append(("prepare", fork)))
     monkeypatch.setattr(
         launch_module,

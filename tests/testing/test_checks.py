@@ -381,6 +381,9 @@ class Captions(Plain):
     def outputs(self) -> Mapping[str, int]:
         return {"a": 1}
 
+    def requires(self, outputs: Collection[str]) -> Sequence[Need]:
+        return [*super().requires(outputs), Need(modality="text", group="global", kind="views")]
+
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
         scores = self.a(features.image["global"].projected).log_softmax(-1)
         return {"a": scores.gather(-1, views.text["global"].tokens).mean(-1, keepdim=True)}
