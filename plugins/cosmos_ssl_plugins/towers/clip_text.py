@@ -80,6 +80,13 @@ class ClipText(Tower):
         if causal and pooling == "first":
             raise ValueError("pooling: the first place sees nothing of a text unless causal is false")
         self.causal, self.pooling = causal, pooling
+        self.kind = {
+            "activation": activation,
+            "norm_eps": norm_eps,
+            "causal": causal,
+            "pooling": pooling,
+            "projection_bias": projection_bias,
+        }
         self.tokenizer_ids = spec.vocab_size
         self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention

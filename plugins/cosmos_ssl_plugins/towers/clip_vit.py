@@ -100,6 +100,14 @@ class ClipViT(Tower):
             resize=resize,
             interpolation=interpolation,
         )
+        self.kind = {
+            "activation": activation,
+            "norm_eps": norm_eps,
+            "patch_bias": patch_bias,
+            "pooling": pooling,
+            "norm_after_pool": norm_after_pool,
+            **{name: getattr(self.spec, name) for name in ("mean", "std", "resize", "interpolation")},
+        }
         self.mean_pooling, self.norm_after_pool = pooling == "mean", pooling == "mean" and norm_after_pool
         self.capabilities = frozenset({"tokens", "csa"} | ({"masks"} if mask_token else set()))
         self.attention = spec.attention

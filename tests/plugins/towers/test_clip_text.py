@@ -130,7 +130,7 @@ def test_start_values() -> None:
 
 def test_what_a_plan_leaves_unread_and_depths() -> None:
     text = small()
-    assert text.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection",)
+    assert text.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection*",)
     assert text.unread({"global": GroupPlan(views=(0,))}) == ()
     assert text({}, {}) == {}
     assert text.layer_of("token_embedding.weight") == text.layer_of("position_embedding") == 0
