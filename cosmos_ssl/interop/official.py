@@ -208,7 +208,7 @@ def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = Non
             raise ValueError("one of them is empty")
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{source}: the sizes of the model cannot be told from its tensors ({error})") from error
-    text = {"type": "clip_text", "width": width, "layers": _layers(state, "text")}
+    text: dict[str, Any] = {"type": "clip_text", "width": width, "layers": _layers(state, "text")}
     if vocabulary != CLIP_VOCABULARY:
         text["vocab_size"] = vocabulary
     for name, tower in (("image", image), ("text", text)):

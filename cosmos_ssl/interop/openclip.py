@@ -11,9 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.errors import CheckpointError, listed
-from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
 from cosmos_ssl.interop import openclip_timm
-from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_json, write_safetensors
+from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
+from cosmos_ssl.interop.files import (
+    check_weights,
+    read_json,
+    read_tensor_file,
+    weights_of,
+    write_json,
+    write_safetensors,
+)
 from cosmos_ssl.interop.official import (
     NAMES,
     SIZES,
@@ -25,8 +32,10 @@ from cosmos_ssl.interop.official import (
 )
 from cosmos_ssl.interop.openclip_settings import (
     CONFIG,
+    KNOWN,
     check,
     image_options,
+    settings,
     side,
     text_options,
     tokenizer_options,
@@ -67,7 +76,8 @@ def write(model: ClipModel, folder: Path) -> list[str]:
 
     Raises UserError for what OpenCLIP has no place for.
     """
-    refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
+    registers = [f"model.image.registers ({model.registers})"] if model.registers else []
+    refuse("openclip", [*registers, *model.kinds(*KNOWN), *_unlike(model)])
     write_safetensors(folder / WEIGHTS[0], tensors(model), (SIZES, json.dumps(model.sizes())))
     write_json(folder / CONFIG, config(model))
     return [*model.left_out("image", "text"), *model.about_logits()]
@@ -85,6 +95,7 @@ def loading(model: ClipModel) -> str:
 def config(model: ClipModel) -> dict[str, Any]:
     """The ``open_clip_config.json``: sizes, and how pictures are prepared."""
     assert model.text is not None
+    activations = {tower.kind.get("activation", "gelu") for tower in (model.image, model.text)}
     return {
         "model_cfg": {
             "embed_dim": model.embed_dim,
@@ -94,13 +105,16 @@ def config(model: ClipModel) -> dict[str, Any]:
                 "head_width": model.image.width // model.image.heads,
                 **_sizes(model.image),
                 **({} if model.pre_norm else {"no_ln_pre": True}),
+                **settings(model.image.kind),
             },
             "text_cfg": {
                 "context_length": model.context_length,
                 "vocab_size": model.vocab_size,
                 "heads": model.text.heads,
                 **_sizes(model.text),
+                **settings(model.text.kind),
             },
+            **({"quick_gelu": True} if "quick_gelu" in activations else {}),
             **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
         "preprocess_cfg": {
@@ -108,8 +122,8 @@ def config(model: ClipModel) -> dict[str, Any]:
             "mode": "RGB",
             "mean": list(model.pictures.mean),
             "std": list(model.pictures.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": model.pictures.interpolation,
+            "resize_mode": "squash" if model.pictures.resize == "squash" else "shortest",
         },
     }
 
@@ -119,8 +133,18 @@ def tensors(model: ClipModel) -> dict[str, Tensor]:
     table = dict((*_TOWERS, *_LAYER_SCALES["image"], *_LAYER_SCALES["text"]))
     pairs = {name: translate(name, table) for name in model.state}
     found = {theirs: model.state[ours] for ours, theirs in pairs.items() if theirs is not None}
+    if (projection_bias := model.state.get("text.projection_bias")) is not None:
+        found["text_projection.weight"] = found.pop("text_projection").t().contiguous()
+        found["text_projection.bias"] = projection_bias
     bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
     return {**found, "logit_scale": model.logit_scale, **bias}
+
+
+def _unlike(model: ClipModel) -> list[str]:
+    """Activations of the towers that OpenCLIP has in none or in both."""
+    assert model.text is not None
+    found = [tower.kind.get("activation", "gelu") for tower in (model.image, model.text)]
+    return [f"the activations {' and '.join(found)}"] if "quick_gelu" in found and found[0] != found[1] else []
 
 
 def _sizes(tower: TowerSizes) -> dict[str, Any]:
@@ -158,10 +182,7 @@ def _known_model(name: str) -> Path | None:
 def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
     """The model in a folder with ``open_clip_config.json``. Raises CheckpointError as ``read_tensors`` does."""
     told = read_json(folder / CONFIG)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds {CONFIG} and no weights, such as {WEIGHTS[0]}")
-    return read_tensors(read_tensor_file(weights)[0], folder, told, partial=partial)
+    return read_tensors(read_tensor_file(weights_of(folder, CONFIG, WEIGHTS))[0], folder, told, partial=partial)
 
 
 def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cosmos_ssl.api import TowerSpec
 from cosmos_ssl.errors import CheckpointError, listed
 from cosmos_ssl.interop.official import MAX_SIZE
 
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 
 CONFIG = "open_clip_config.json"
 
+_CLIP = TowerSpec(width=1)
+"""Whose mean and deviation are meant where none are told."""
 _TOP = (
     "embed_dim",
     "vision_cfg",
@@ -59,24 +62,27 @@ _PICTURES: Mapping[str, Mapping[str, str]] = {
 def image_options(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the model's own settings tell of an image tower: activation, norms, pooling, and its pictures."""
     model, pictures = told.get("model_cfg", {}), told.get("preprocess_cfg", {})
+    if not model:
+        return {}
     vision = model.get("vision_cfg", {})
-    found = {name: pictures[name] for name in ("mean", "std") if name in pictures}
+    found = {name: pictures.get(name) or list(getattr(_CLIP, name)) for name in ("mean", "std")}
     for name, option in (("interpolation", "interpolation"), ("resize_mode", "resize")):
         found |= {option: _PICTURES[name][pictures[name]]} if pictures.get(name) in (*_PICTURES[name],) else {}
     if vision.get("timm_model_name"):
         return found
-    pooling = {"pooling": "mean"} if vision.get("pool_type") == "avg" else {}
-    if pooling and vision.get("final_ln_after_pool"):
-        pooling["norm_after_pool"] = True
-    return {**_block(model, vision), **pooling, **found}
+    mean = vision.get("pool_type") == "avg"
+    late = {"norm_after_pool": bool(vision.get("final_ln_after_pool"))} if mean else {}
+    return {**_block(model, vision), "pooling": "mean" if mean else "class", **late, **found}
 
 
 def text_options(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the model's own settings tell of a text tower: activation, norms, mask and pooling."""
     model = told.get("model_cfg", {})
+    if not model:
+        return {}
     words = model.get("text_cfg", {})
-    pooling = {"pooling": words["pool_type"]} if words.get("pool_type") in ("first", "last") else {}
-    return {**_block(model, words), **({"causal": False} if words.get("no_causal_mask") else {}), **pooling}
+    pooling = words["pool_type"] if words.get("pool_type") in ("first", "last") else "end"
+    return {**_block(model, words), "causal": not words.get("no_causal_mask"), "pooling": pooling}
 
 
 def tokenizer_options(told: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
@@ -98,12 +104,38 @@ def tokenizer_options(told: Mapping[str, Any], source: str | Path) -> dict[str, 
     }
 
 
+KNOWN = (
+    "activation",
+    "norm_eps",
+    "pooling",
+    "norm_after_pool",
+    "causal",
+    "projection_bias",
+    *("mean", "std", "resize", "interpolation"),
+)
+"""Options of our towers that OpenCLIP has."""
+
+
+def settings(kind: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``image_options`` and ``text_options`` read, of a tower's ``kind`` other than CLIP's."""
+    told: Mapping[str, Mapping[str, Any]] = {
+        "activation": {"act_kwargs": {"approximate": "tanh"}} if kind.get("activation") == "gelu_tanh" else {},
+        "norm_eps": {"norm_kwargs": {"eps": kind.get("norm_eps")}},
+        "pooling": {"pool_type": {"mean": "avg"}.get(kind.get("pooling", ""), kind.get("pooling"))},
+        "norm_after_pool": {"final_ln_after_pool": True},
+        "causal": {"no_causal_mask": True},
+        "projection_bias": {"proj_bias": True},
+    }
+    return {name: value for option in kind if option in told for name, value in told[option].items()}
+
+
 def _block(model: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
     """Activation and norms of a tower's blocks."""
-    eps = (tower.get("norm_kwargs") or {}).get("eps")
     tanh = (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else None
-    return {**({} if activation is None else {"activation": activation}), **({} if eps is None else {"norm_eps": eps})}
+    return {
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu",
+        "norm_eps": (tower.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
 
 
 # ---------------------------------------------------------------------------- what cannot be
@@ -181,8 +213,8 @@ def _faults(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator[s
     odd = {key: value for key, value in tokens.items() if key != "strip_sep_token" and (key, value) not in _cleaning()}
     if odd or (tokens and not words.get("hf_tokenizer_name")):
         yield f"text_cfg.tokenizer_kwargs: {odd or tokens}"
-    for key, known in _PICTURES.items():
-        if pictures.get(key) is not None and pictures[key] not in (*known,):
+    for key, values in _PICTURES.items():
+        if pictures.get(key) is not None and pictures[key] not in (*values,):
             yield f"preprocess_cfg.{key}: {pictures[key]}"
 
 

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import TowerSpec
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.interop.files import check_weights
 from cosmos_ssl.interop.openclip_settings import image_options, side
 
-CLIP = TowerSpec(width=1)
-"""Whose mean and deviation are meant where none are told."""
 _TRUNK, _HEAD = "visual.trunk.", "visual.head."
 
 
@@ -58,8 +55,6 @@ def tower(state: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any
         **({"pooling": pool} if pool else {}),
         **({"projection_bias": True} if "image.projection_bias" in state else {}),
         **({} if hidden is None else {"projection_hidden": len(hidden)}),
-        "mean": list(CLIP.mean),
-        "std": list(CLIP.std),
         **image_options(told),
     }
 

@@ -25,6 +25,23 @@ SIZES = {
     "another vocabulary": ["model.text.vocab_size=300"],
     "layer scale": ["model.image.layer_scale=0.1", "model.text.layer_scale=0.5"],
     "no norm before": ["model.image.pre_norm=false"],
+    "quick gelu": [
+        "model.image.activation=quick_gelu",
+        "model.text.activation=quick_gelu",
+        "model.image.std=[1,1,0.5]",
+    ],
+    "clipa": [
+        "model.image.pooling=mean",
+        "model.image.norm_after_pool=true",
+        "model.image.resize=squash",
+        "model.text.causal=false",
+        "model.text.pooling=last",
+    ],
+    "text of siglip 2": [
+        "model.text.projection_bias=true",
+        "model.text.activation=gelu_tanh",
+        "model.text.norm_eps=0.1",
+    ],
     "siglip": ["losses={clip: null, siglip: {type: siglip}}"],
 }
 sizes = pytest.mark.parametrize("overrides", SIZES.values(), ids=SIZES.keys())
@@ -73,6 +90,7 @@ def test_there_and_back(make, pixels, words, folder, overrides):
     assert torch.equal(again.encode_image(pixels(encoder)), encoder.encode_image(pixels(encoder)))
     assert torch.equal(again.encode_text(words(encoder)), encoder.encode_text(words(encoder)))
     assert again.spec.image == encoder.spec.image
+    assert [again.model.towers[m].kind == encoder.model.towers[m].kind for m in ("image", "text")] == [True] * 2
 
 
 def test_preprocessing_and_tokens(make, folder):
@@ -123,6 +141,8 @@ def test_logits_of_another_kind_are_told(make, folder):
 def test_what_openclip_has_no_place_for(make, folder):
     with pytest.raises(UserError, match=r"^openclip has no place for model.image.registers \(2\)$"):
         write(make("model.image.registers=2"), folder)
+    with pytest.raises(UserError, match=r"model.image.patch_bias \(True\); the activations gelu and quick_gelu$"):
+        write(make("model.text.activation=quick_gelu", "model.image.patch_bias=true"), folder)
     assert not folder.exists() and not list(folder.parent.iterdir())
 
 
@@ -214,7 +234,10 @@ def test_a_file_alone(theirs, tmp_path, pixels, form):
             {"text_cfg": {"pool_type": "first", "hf_model_name": "bert", "norm_kwargs": {"bias": False}}},
             "text_cfg.hf_model_name: bert; text_cfg.norm_kwargs: bias; text_cfg.pool_type: first",
         ),
-        ({"text_cfg": {"embed_cls": True, "tokenizer_kwargs": {"clean": "lower"}}}, "text_cfg.embed_cls: True; text_cf"),
+        (
+            {"text_cfg": {"embed_cls": True, "tokenizer_kwargs": {"clean": "lower"}}},
+            "text_cfg.embed_cls: True; text_cf",
+        ),
         ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, r"vision_cfg.layers: \[3, 4, 6, 3\]"),
         ({"vision_cfg": {"image_size": [32, 64]}}, r"vision_cfg.image_size: \[32, 64\]"),
         ({"multimodal_cfg": {"layers": 2}}, "multimodal_cfg"),
@@ -336,6 +359,10 @@ def test_training_starts_from_openclip(theirs, tmp_path):
     assert told == f"starting from {source}: {len(state)} of {len(state)} tensors"
     with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or"):
         started(f"model.pretrained={source}", "model.text.heads=2")
+    with pytest.raises(
+        CheckpointError, match=r"has activation gelu in its text tower \(model\.text\.activation=gelu\)"
+    ):
+        started(f"model.pretrained={source}", "model.text.activation=quick_gelu")
 
 
 def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):

@@ -109,7 +109,9 @@ def test_architectures(kind, tmp_path, record_property):
     ours = cosmos_ssl.load(save(model, cfg, pictures, tmp_path / "model"))
     size = ours.spec.image.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    ids = open_clip.get_tokenizer("ViT-B-32", context_length=24)(["a red heart", "two blue stars on white", "word " * 40])
+    ids = open_clip.get_tokenizer("ViT-B-32", context_length=24)(
+        ["a red heart", "two blue stars on white", "word " * 40]
+    )
     with torch.no_grad():
         pairs = [
             (model.encode_image(pixels, normalize=True), ours.encode_image(pixels)),
@@ -138,7 +140,7 @@ def write_tokenizer(folder):
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **{name: word for name, word in zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True)},
+        **dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True)),
         sep_token="</s>",
     ).save_pretrained(folder)
 

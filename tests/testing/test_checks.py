@@ -76,7 +76,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "teachers/ema": [{}, {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9}],
     "teachers/frozen": [],  # needs a checkpoint: below
-    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}],
+    "towers/clip_text": [
+        {"width": 24, "heads": 2, "layers": 2},
+        {"width": 24, "heads": 2, "layers": 1, "causal": False, "pooling": "first", "projection_bias": True},
+    ],
     "towers/clip_vit": [
         {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
         {
@@ -87,6 +90,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
             "image_size": 32,
             "mask_token": True,
             "layer_scale": 1e-2,
+            "patch_bias": True,
+            "pooling": "mean",
+            "norm_after_pool": True,
         },
     ],
     "towers/huggingface": [

@@ -196,7 +196,9 @@ class _Captions:
             ends.append(end.ravel())
             read.append(asked.ravel())
             lengths.append(np.where(asked & wanted.pads | whole, context, end).ravel())
-            places.append({"end": end.ravel() - 1, "first": 0 * end.ravel(), "last": 0 * end.ravel() + context - 1}[pooling])
+            places.append(
+                {"end": end.ravel() - 1, "first": 0 * end.ravel(), "last": 0 * end.ravel() + context - 1}[pooling]
+            )
             bases.append(base + context * np.arange(views * batch))
             base += views * batch * context
         end, length, all_read, start, place = (np.concatenate(x) for x in (ends, lengths, read, bases, places))
