@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cosmos_ssl.interop.attention_heads import assume_heads, other_kinds, told_h
 from cosmos_ssl.interop.files import find_nonfinite
 from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.hub import checkpoint_path
-from cosmos_ssl.interop.matching import compare, load_matched
+from cosmos_ssl.interop.matching import adapt, compare, load_matched
 from cosmos_ssl.interop.official import ROLES
 from cosmos_ssl.models.model import Model
 
@@ -120,6 +120,8 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
     where they fit. Raises CheckpointError.
     """
     weights = read_weights(find_source(checkpoint), "student", partial=partial)
+    state, adapted = adapt(weights.state, model.state_dict())
+    weights = replace(weights, state=state)
     place = f"model.pretrained: {checkpoint}"
     report = compare(model, weights.state, weights.left_out)
     left = [name for name in (*report.missing, *report.other_shapes) if _of_tower(name)]
@@ -136,7 +138,7 @@ def start_from(model: Model, checkpoint: str, *, partial: bool) -> str:
         )
     weights.check_finite(model, report.matched)
     load_matched(model, weights.state, report)
-    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *others, assumed]))
+    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", *adapted, *others, assumed]))
 
 
 def _of_tower(name: str) -> bool:

@@ -31,8 +31,8 @@ def read_foreign(checkpoint: str | Path, role: Role, *, partial: bool = False) -
 
     An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it),
     file of weights, repository ``hf-hub:ORG/NAME`` or ``MODEL/TAG``; the folder of a CLIPModel or of a timm model. An
-    OpenCLIP file beside an ``open_clip_config.json`` is read with it. Such models are students. Raises CheckpointError where it cannot be read,
-    or, without ``partial``, not whole.
+    OpenCLIP file beside an ``open_clip_config.json`` is read with it. Such models are students. Raises CheckpointError
+    where it cannot be read, or, without ``partial``, not whole.
     """
     text, path = str(checkpoint), checkpoint_path(_local(checkpoint))
     if not is_foreign(path if path.exists() else checkpoint):

@@ -29,9 +29,9 @@ _TOP = (
 )
 _READ = frozenset(
     ("width", "layers", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length", "vocab_size")
-    + ("ls_init_value", "no_ln_pre", "final_ln_after_pool", "no_causal_mask", "proj_bias", "norm_kwargs", "act_kwargs")
-    + ("timm_model_name", "timm_proj_bias", "hf_tokenizer_name", "tokenizer_kwargs", "eos_id")
 )
+_READ |= {"ls_init_value", "no_ln_pre", "final_ln_after_pool", "no_causal_mask", "proj_bias", "norm_kwargs"}
+_READ |= {"act_kwargs", "timm_model_name", "timm_proj_bias", "hf_tokenizer_name", "tokenizer_kwargs", "eos_id"}
 _VALUES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "vision_cfg": {
         "pool_type": ("tok", "avg"),
@@ -48,9 +48,19 @@ _VALUES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 """What settings may be, beside nothing."""
 _IDLE = frozenset(
-    ("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens", "pad_id", "tokenizer_mode")
-    + ("timm_model_pretrained", "timm_drop", "timm_drop_path", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type")
+    (
+        "patch_dropout",
+        "attn_pooler_queries",
+        "attn_pooler_heads",
+        "output_tokens",
+        "pad_id",
+        "tokenizer_mode",
+        "timm_model_pretrained",
+        "timm_drop",
+        "timm_drop_path",
+    )
 )
+_IDLE |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
 """Settings that act in training, or with others that are refused."""
 _CLEAN = ("lower", "whitespace", "canonicalize")
 _PICTURES: Mapping[str, Mapping[str, str]] = {

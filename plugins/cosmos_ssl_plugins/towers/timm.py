@@ -153,7 +153,7 @@ class TimmImage(Tower):
         )
 
     def _hiding(self, masks: Tensor | None) -> Any:
-        """While entered, the patches that ``masks`` [V, B, N] marks are the mask token, as soon as they are embedded."""
+        """While entered, patches that ``masks`` [V, B, N] marks are the mask token, as soon as they are embedded."""
         if masks is None:
             return nullcontext()
 
