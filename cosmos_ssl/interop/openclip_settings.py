@@ -72,7 +72,7 @@ _PICTURES: Mapping[str, Mapping[str, str]] = {
 def image_options(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the model's own settings tell of an image tower: activation, norms, pooling, and its pictures."""
     model, pictures = told.get("model_cfg", {}), told.get("preprocess_cfg", {})
-    if not model:
+    if not told:
         return {}
     vision = model.get("vision_cfg", {})
     found = {name: pictures.get(name) or list(getattr(_CLIP, name)) for name in ("mean", "std")}

@@ -9,7 +9,10 @@ from timm.models import save_for_hf
 from transformers import CLIPConfig, CLIPModel
 
 import cosmos_ssl
-from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl.api import Spec, TowerSpec
+from cosmos_ssl.errors import CheckpointError, UserError
+from cosmos_ssl.testing import small_run
+from cosmos_ssl_plugins.teachers.frozen import Frozen
 
 TOWER = {"num_hidden_layers": 2, "layer_norm_eps": 1e-4}
 WORDS = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 20, **TOWER}
@@ -60,6 +63,20 @@ def test_other_models_are_refused(clip, tmp_path):
         (folder / "config.json").write_text(json.dumps({**told, **change}))
         with pytest.raises(CheckpointError, match=message):
             cosmos_ssl.load(folder)
+    pictures = (folder / "preprocessor_config.json").read_text()
+    for change, more, message in (
+        ({"vision_config": {**told["vision_config"], "hidden_act": []}}, {}, r"activations are \[\]"),
+        ({"vision_config": {**told["vision_config"], "layer_norm_eps": "x"}}, {}, "vision_cfg.norm_kwargs.eps: x"),
+        ({"vision_config": {**told["vision_config"], "image_size": {}}}, {}, "vision_cfg.image_size: {}"),
+        ({"text_config": 3}, {}, "is a model of another kind"),
+        ({"architecture": "test_vit", "num_features": 1 << 60}, {}, "the width of its features"),
+        ({}, {"resample": []}, "preprocess_cfg.interpolation: another"),
+        ({}, {"image_mean": 3}, "preprocess_cfg.mean: 3"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**told, **change}))
+        (folder / "preprocessor_config.json").write_text(json.dumps({**json.loads(pictures), **more}))
+        with pytest.raises(CheckpointError, match=message):
+            cosmos_ssl.load(folder)
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=r"holds config.json and no weights, such as model.safetensors"):
@@ -89,3 +106,57 @@ def test_timm_models(tmp_path, name, options):
         theirs = model.forward_head(model.forward_features(pixels), pre_logits=True)
     torch.testing.assert_close(ours.encode_image(pixels, normalize=False), theirs, atol=1e-5, rtol=1e-5)
     assert ours.spec.image.mean == tuple(model.pretrained_cfg["mean"]) and ours.model.text is None
+
+
+PROTOTYPES = {"hidden_dim": 24, "bottleneck_dim": 16, "output_dim": 40}
+IBOT = {
+    "model": {"text": None},
+    "tokenizer": None,
+    "augmenters": {"image": {"mask_probability": 1.0}, "text": None},
+    "data": {"caption_schema": None},
+    "heads": {"cross": None, "dino": {"type": "dino_projection", **PROTOTYPES}},
+    "losses": {
+        "clip": None,
+        "distill": None,
+        "dino": {"type": "dino", "head": "dino"},
+        "ibot": {"type": "ibot", "head": "dino"},
+    },
+    "teacher": {"type": "ema"},
+    "optimizer": {"layer_decay": 0.8},
+    "evaluators": None,
+}
+
+
+def test_training_goes_on_from_timm(tmp_path):
+    """iBOT on a ViT with its weights, at another size: positions resampled by timm, a mask token, rates by depth."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit")
+    save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    image = {"type": "timm", "model": f"local-dir:{tmp_path / 'timm'}", "pretrained": True, "mask_token": True}
+    tree = json.loads(json.dumps(IBOT))
+    tree["model"]["image"] = {**image, "image_size": 32, "drop_path": 0.1}
+    tree["augmenters"]["image"] |= {"type": "multi_crop", "global_crops_size": 32, "local_crops_size": 16}
+    tree["augmenters"]["image"]["local_crops_number"] = 1
+    rows = small_run(tmp_path, tree, steps=2)
+    assert [row["loss"] > 0 for row in rows] == [True, True]
+    ours = cosmos_ssl.load(tmp_path / "run")
+    weight = ours.model.image.model.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(weight, model.blocks[0].attn.qkv.weight, atol=0.01, rtol=0)
+    assert not torch.equal(weight, model.blocks[0].attn.qkv.weight)
+    assert ours.model.image.mask_token.any()
+
+
+def test_a_frozen_teacher_reads_what_the_student_reads(clip):
+    """Of another architecture and size; else it is refused."""
+    model, folder = clip("quick_gelu")
+    pictures = TowerSpec(width=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    for spec, message in (
+        (Spec(embed_dim=25), "has embed_dim 24, the student 25"),
+        (Spec(embed_dim=24, image=TowerSpec(width=8)), r"has model.image.mean \[0.5, 0.5, 0.5\], the student \[0.48"),
+        (Spec(embed_dim=24, text=TowerSpec(width=8), vocab_size=30_000), "has token ids 49408, the student 30000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Frozen(spec, checkpoint=str(folder), which="student").prepare()
+    teacher = Frozen(Spec(embed_dim=24, image=pictures), checkpoint=str(folder), which="student")
+    teacher.start(lambda: model, model)
+    assert torch.equal(teacher.model.image.projection, model.visual_projection.weight.t())
