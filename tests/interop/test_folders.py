@@ -153,7 +153,7 @@ def test_a_frozen_teacher_reads_what_the_student_reads(clip):
     for spec, message in (
         (Spec(embed_dim=25), "has embed_dim 24, the student 25"),
         (Spec(embed_dim=24, image=TowerSpec(width=8)), r"has model.image.mean \[0.5, 0.5, 0.5\], the student \[0.48"),
-        (Spec(embed_dim=24, text=TowerSpec(width=8), vocab_size=30_000), "has token ids 49408, the student 30000"),
+        (Spec(embed_dim=24, text=TowerSpec(width=8), vocab_size=60_000), "has token ids 49408, the student 60000"),
     ):
         with pytest.raises(UserError, match=message):
             Frozen(spec, checkpoint=str(folder), which="student").prepare()

@@ -52,6 +52,7 @@ class TimmImage(Tower):
     """
 
     modality: ClassVar[Modality] = "image"
+    capabilities = frozenset({"tokens"})
 
     def __init__(
         self,
