@@ -63,8 +63,8 @@ def load_matched(module: nn.Module, state: Mapping[str, Tensor], report: LoadRep
 
 
 def adapt(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
-    """A state with an image tower's positions resampled to the grid of a model (``own``), and with the model's new mask
-    token where others have none; and what was done, for people.
+    """A state with an image tower's positions resampled to the grid of a model (``own``), and with the model's own
+    mask tokens where it has none; and what was done, for people.
     """
     found, notes = dict(state), []
     for name in ("image.position_embedding", "image.model.pos_embed"):
@@ -72,10 +72,11 @@ def adapt(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Mappi
         if table is not None and like is not None and (fitted := _resampled(table, like)) is not None:
             found[name] = fitted
             notes.append(f"image positions resampled from {table.shape[-2]} to {like.shape[-2]} tokens")
-    token = "image.mask_token"
-    if token in own and token not in state and any(name.startswith("image.") for name in state):
-        found[token] = own[token]
-        notes.append("the mask token starts anew")
+    for tower in ("image", "text"):
+        token = f"{tower}.mask_token"
+        if token in own and token not in state and any(name.startswith(f"{tower}.") for name in state):
+            found[token] = own[token]
+            notes.append(f"{token} starts anew")
     return found, notes
 
 

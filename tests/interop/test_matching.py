@@ -51,7 +51,7 @@ def test_positions_of_another_grid(name, shape, prefix):
     assert found["image.mask_token"] is own["image.mask_token"]
     assert notes == [
         f"image positions resampled from {shape[-2]} to {prefix + 36} tokens",
-        "the mask token starts anew",
+        "image.mask_token starts anew",
     ]
     for other in (torch.empty(*shape[:-2], prefix + 36, 9), torch.empty(*shape[:-2], prefix + 37, 8)):
         state = {f"image.{name}": table, "image.mask_token": torch.zeros(8)}

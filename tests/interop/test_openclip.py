@@ -372,7 +372,7 @@ def test_training_starts_at_another_size(theirs, tmp_path):
     expected = {"visual.positional_embedding": model.visual.positional_embedding}
     open_clip.model.resize_pos_embed(expected, type("Other", (), {"visual": type("V", (), {"grid_size": (6, 6)})}))
     torch.testing.assert_close(state["image.position_embedding"], expected["visual.positional_embedding"].detach())
-    assert told.endswith("image positions resampled from 17 to 37 tokens; the mask token starts anew")
+    assert told.endswith("image positions resampled from 17 to 37 tokens; image.mask_token starts anew")
 
 
 def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):
