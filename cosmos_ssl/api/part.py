@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cosmos_ssl.api.views import Modality
 from cosmos_ssl.pictures import BACKGROUND
@@ -68,6 +69,15 @@ class TowerSpec:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """What is taken from each channel of a picture in 0..1, before it is divided by ``std``."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resize: Literal["crop", "squash"] = "crop"
+    """How evaluation makes a picture square: the shorter side resized and the middle cut out, or both sides resized."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """By which evaluation resizes."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a deviation that nothing can be divided by."""
+        if not min(self.std) > 0:
+            raise ValueError(f"std: {list(self.std)} has a number that is not above zero")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

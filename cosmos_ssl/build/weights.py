@@ -18,11 +18,11 @@ from cosmos_ssl.config.source import read_file
 from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.files import checkpoint_folders
-from cosmos_ssl.interop.attention_heads import assume_heads, told_heads
+from cosmos_ssl.interop.attention_heads import assume_heads, other_kinds, told_heads
 from cosmos_ssl.interop.files import find_nonfinite
 from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.hub import checkpoint_path
-from cosmos_ssl.interop.matching import compare, load_matched
+from cosmos_ssl.interop.matching import adapt, compare, load_matched
 from cosmos_ssl.interop.official import ROLES
 from cosmos_ssl.models.model import Model
 
@@ -134,6 +134,8 @@ def start_from(model: Model, config: ModelConfig) -> str:
     assert config.pretrained is not None
     checkpoint, partial = config.pretrained.source, config.pretrained_partial
     weights = read_weights(find_source(checkpoint), "student", partial=partial)
+    state, adapted = adapt(weights.state, model.state_dict())
+    weights = replace(weights, state=state)
     place, parts = f"model.pretrained: {checkpoint}", config.pretrained.parts or list(model.towers)
     what = "the towers" if config.pretrained.parts is None else ", ".join(parts)
     lacking = [part for part in parts if part not in (*model.parts(), "heads", "losses")]
@@ -162,7 +164,7 @@ def start_from(model: Model, config: ModelConfig) -> str:
         ".".join(name.split(".")[: 2 if name.startswith(("heads.", "losses.")) else 1]) for name in rest
     )
     left = f"not asked for (model.pretrained.parts): {', '.join(names)}" if names else ""
-    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", left, *others, assumed]))
+    return "; ".join(filter(None, [f"starting from {weights.source}: {report}", left, *adapted, *others, assumed]))
 
 
 def _split(state: Mapping[str, Tensor], parts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -180,11 +182,15 @@ def _heads(model: Model, weights: Weights, taken: set[str]) -> tuple[list[str], 
     if isinstance(config, Path):
         config = read_file(config, []).plain() if config.is_file() else {}
     told = told_heads(config.get("model") or {}, ours=ours)
-    towers = [tower for tower in ("image", "text") if f"{tower}.blocks.0.attn.qkv.weight" in taken]
-    own = {tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in towers}
+    towers = [tower for tower in model.towers if f"{tower}.blocks.0.attn.qkv.weight" in taken]
+    own: dict[str, Any] = {
+        tower: getattr(model.get_submodule(f"{tower}.blocks.0.attn"), "heads", None) for tower in towers
+    }
     others = {tower: heads for tower, heads in told.items() if own.get(tower, heads) != heads}
     untold = ", ".join(f"{heads} of the {tower} tower" for tower, heads in own.items() if tower not in told)
     assumed = f"heads, which it does not tell, are taken to be the model's ({untold})" if untold else ""
+    kinds = other_kinds(config.get("model") or {}, {tower: model.towers[tower] for tower in towers}, ours=ours)
     return [
-        f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()
+        *(f"{heads} heads in its {tower} tower (model.{tower}.heads={heads})" for tower, heads in others.items()),
+        *kinds,
     ], assumed

@@ -43,6 +43,25 @@ def told_heads(model: Mapping[str, Any], *, ours: bool) -> dict[str, int]:
     return {tower: heads for tower, heads in found.items() if heads}
 
 
+def other_kinds(model: Mapping[str, Any], towers: Mapping[str, Any], *, ours: bool) -> list[str]:
+    """Name the options of CLIP's towers, of those that no size tells (their ``kind``), that a section ``model`` tells
+    otherwise than ``towers`` have them; a config of ``ours`` means the usual ones where it tells none.
+    """
+    found = []
+    for name, _, _ in _towers(model):
+        own: Mapping[str, Any] = getattr(towers.get(name), "kind", {})
+        told = {**(type(towers[name]).__init__.__kwdefaults__ if ours and own else {}), **model[name]}
+        for option in (option for option in own if option in told):
+            value = tuple(told[option]) if isinstance(told[option], list) else told[option]
+            if value != own[option]:
+                found.append(f"{option} {value} in its {name} tower (model.{name}.{option}={_yaml(value)})")
+    return found
+
+
+def _yaml(value: object) -> str:
+    return str(list(value) if isinstance(value, tuple) else value).lower()
+
+
 def _towers(model: Mapping[str, Any]) -> Iterator[tuple[str, int | None, int | None]]:
     """Name, width and heads of each tower of CLIP's kind."""
     for tower, kind in (("image", "clip_vit"), ("text", "clip_text")):

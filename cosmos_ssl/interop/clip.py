@@ -30,6 +30,8 @@ class TowerSizes:
     heads: int
     hidden: int
     layer_scale: bool
+    kind: Mapping[str, Any]
+    """Other options than CLIP's that no size tells, such as the activation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,14 @@ class ClipModel:
         found = [f"model.image.registers ({self.registers})"] if self.registers else []
         found += [] if self.pre_norm else ["model.image.pre_norm=false"]
         towers = {"image": self.image, "text": self.text}
-        return found + [f"model.{name}.layer_scale" for name, of in towers.items() if of is not None and of.layer_scale]
+        found += [f"model.{name}.layer_scale" for name, of in towers.items() if of is not None and of.layer_scale]
+        return found
+
+    def kinds(self, *known: str) -> list[str]:
+        """The config keys of other options than CLIP's, each with its value, but those that a form knows."""
+        towers = {"image": self.image, "text": self.text}
+        found = [(name, option, of.kind[option]) for name, of in towers.items() if of is not None for option in of.kind]
+        return [f"model.{name}.{option} ({value})" for name, option, value in found if option not in known]
 
     def left_out(self, *kept: str) -> list[str]:
         """For people: the parts, and the mask token, that a form with these towers alone has no use for."""
@@ -114,12 +123,12 @@ def describe(encoder: ModelEncoder, name: str, role: str, *, text: bool = True) 
         name=name,
         role=role,
         embed_dim=spec.embed_dim,
-        image=_sizes(image.blocks),
+        image=_sizes(image),
         pictures=image.spec,
         registers=image.prefix - 1,
         pre_norm="norm_pre.weight" in image.state_dict(),
         background=spec.background,
-        text=None if words is None else _sizes(words.blocks),
+        text=None if words is None else _sizes(words),
         context_length=0 if words is None else len(words.position_embedding),
         vocab_size=vocab_size,
         vocabulary=encoder.tokenizer is not None and vocab_size >= CLIP_VOCABULARY,
@@ -152,14 +161,16 @@ def _strangers(encoder: ModelEncoder, text: bool) -> list[tuple[str, str]]:
     ]
 
 
-def _sizes(blocks: Blocks) -> TowerSizes:
-    first = cast(Any, blocks[0])
+def _sizes(tower: Any) -> TowerSizes:
+    blocks = cast(Blocks, tower.blocks)
+    first, usual = cast(Any, blocks[0]), type(tower).__init__.__kwdefaults__
     return TowerSizes(
         width=first.norm1.normalized_shape[0],
         layers=len(blocks),
         heads=first.attn.heads,
         hidden=first.mlp.fc1.out_features,
         layer_scale=bool(first.ls1.state_dict()),
+        kind={option: value for option, value in tower.kind.items() if value != usual[option]},
     )
 
 

@@ -88,7 +88,11 @@ def _write_official(models: Mapping[str, ModelEncoder], described: Sequence[Clip
 
 def _official_faults(encoder: ModelEncoder, model: ClipModel) -> list[str]:
     """Options that change what a model computes, and that the official program does not have."""
-    faults = [*model.oddities(), *(["model.image.mask_token"] if "image.mask_token" in model.state else [])]
+    faults = [
+        *model.oddities(),
+        *model.kinds(),
+        *(["model.image.mask_token"] if "image.mask_token" in model.state else []),
+    ]
     head = cast(Any, encoder.model.heads["cross"]) if "cross" in encoder.model.heads else None
     if head is not None and is_built_in(head, "heads", "cross_attention"):
         heads = head.image_asks_text.num_heads

@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # of safetensors, and of torch for what it has no type or no room for
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def weights_of(folder: Path, config: str, names: Sequence[str]) -> Path:
+    """The file of weights in a folder, the first of these names. Raises CheckpointError where there is none."""
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds {config} and no weights, such as {names[0]}")
+    return found
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], entry: tuple[str, str] = ("format", "pt")) -> None:
@@ -145,7 +153,8 @@ def check_weights(state: Mapping[str, Tensor], source: object) -> None:
     None of their values is read.
     """
     for name, tensor in state.items():
-        if fault := _oddity(tensor):
+        counter = name.endswith(".num_batches_tracked") and tensor.dtype == torch.int64 and not tensor.dim()
+        if not counter and (fault := _oddity(tensor)):
             raise CheckpointError(f"{source}: {name} is {fault}; weights are dense, of 32 or 16 bits")
 
 

@@ -13,6 +13,8 @@ from cosmos_ssl.interop.files import write_json, write_safetensors
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _START_ID, _END_ID = 49_406, 49_407
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Our names and theirs."""
 _LARGEST = 2
 """As ``eos_token_id``: the end of a text is its largest id, whatever that is."""
 
@@ -43,7 +45,7 @@ def write(model: ClipModel, folder: Path) -> list[str]:
     Raises UserError for what CLIPModel has no place for.
     """
     assert model.text is not None
-    refuse("huggingface (CLIPModel)", model.oddities())
+    refuse("huggingface (CLIPModel)", [*model.oddities(), *model.kinds("activation", "norm_eps", "mean", "std")])
     write_safetensors(folder / "model.safetensors", tensors(model))
     write_json(folder / "config.json", config(model))
     write_json(folder / "preprocessor_config.json", preprocessing(model))
@@ -166,8 +168,8 @@ def _sizes(tower: TowerSizes | None) -> dict[str, Any]:
         "intermediate_size": tower.hidden,
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
+        "hidden_act": ACTIVATIONS[tower.kind.get("activation", "gelu")],
+        "layer_norm_eps": tower.kind.get("norm_eps", 1e-5),
     }
 
 

@@ -1,11 +1,14 @@
-"""Loading what fits of a state into a model, with a report of what did not."""
+"""Loading what fits of a state into a model, or is made to fit, with a report of what did not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cosmos_ssl.errors import listed
 from cosmos_ssl.interop.files import same_kind
@@ -62,3 +65,38 @@ def compare(
 def load_matched(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy what matched."""
     module.load_state_dict({**module.state_dict(), **{name: state[name] for name in report.matched}})
+
+
+def adapt(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """A state with an image tower's positions resampled to the grid of a model (``own``), and with the model's own
+    mask tokens where it has none; and what was done, for people.
+    """
+    found, notes = dict(state), []
+    for name in ("image.position_embedding", "image.model.pos_embed"):
+        table, like = state.get(name), own.get(name)
+        if table is not None and like is not None and (fitted := _resampled(table, like)) is not None:
+            found[name] = fitted
+            notes.append(f"image positions resampled from {table.shape[-2]} to {like.shape[-2]} tokens")
+    for tower in ("image", "text"):
+        token = f"{tower}.mask_token"
+        if token in own and token not in state and any(name.startswith(f"{tower}.") for name in state):
+            found[token] = own[token]
+            notes.append(f"{token} starts anew")
+    return found, notes
+
+
+def _resampled(table: Tensor, like: Tensor) -> Tensor | None:
+    """Positions [.., P + N, W] of another square grid as those of ``like``, bicubic, as OpenCLIP and timm do.
+
+    None where they are the same, or of another width or kind.
+    """
+    if table.dim() != like.dim() or table.shape[-1] != like.shape[-1] or table.shape[-2] == like.shape[-2]:
+        return None
+    old, new = (math.isqrt(x.shape[-2]) for x in (table, like))
+    prefix = table.shape[-2] - old**2
+    if not old or not new or prefix != like.shape[-2] - new**2:
+        return None
+    grid = table[..., prefix:, :].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(new**2, -1)
+    first = table[..., :prefix, :].float()
+    return torch.cat([first, grid.expand(*first.shape[:-2], -1, -1)], -2)

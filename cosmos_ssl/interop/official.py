@@ -195,44 +195,55 @@ def _config(state: Mapping[str, Tensor], path: Path, sizes: object) -> dict[str,
 def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = None) -> dict[str, Any]:
     """The sections ``model`` and ``tokenizer`` of a config, with the sizes of CLIP's towers read from their tensors.
 
-    ``sizes``: what no tensor tells, as our exports do (``SIZES``); without it the config has no heads, and pictures of
-    whole patches. Raises CheckpointError, naming ``source``, where a tensor is missing or of no such tower.
+    A state without an image tower of CLIP's has no ``image`` there. ``sizes``: what no tensor tells, as our exports do
+    (``SIZES``); without it the config has no heads, and pictures of whole patches. Raises CheckpointError, naming
+    ``source``, where a tensor is missing or of no such tower.
     """
     try:
-        width, embed_dim = state["image.projection"].shape
-        places, text_width = state["text.position_embedding"].shape
-        patch = state["image.patch_embed.weight"].shape[-1]
-        side = math.isqrt(patches := len(state["image.position_embedding"]) - 1)
+        image = _image(state) if "image.patch_embed.weight" in state else {}
+        places, width = state["text.position_embedding"].shape
+        embed_dim = state["image.projection"].shape[-1]
         vocabulary = len(state["text.token_embedding.weight"])
-        hidden = {name: len(state.get(f"{name}.blocks.0.mlp.fc1.weight", range(0))) for name in ("image", "text")}
-        if not all((width, embed_dim, places, text_width, patch, side, vocabulary)):
+        if not all((embed_dim, places, width, vocabulary)):
             raise ValueError("one of them is empty")
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{source}: the sizes of the model cannot be told from its tensors ({error})") from error
-    if side**2 != patches:
-        raise CheckpointError(f"{source}: {patches} image positions are no square")
-    image: dict[str, Any] = {
-        "type": "clip_vit",
-        "width": width,
-        "layers": _layers(state, "image"),
-        "patch_size": patch,
-        "image_size": side * patch,
-    }
-    text: dict[str, Any] = {"type": "clip_text", "width": text_width, "layers": _layers(state, "text")}
+    text: dict[str, Any] = {"type": "clip_text", "width": width, "layers": _layers(state, "text")}
     if vocabulary != CLIP_VOCABULARY:
         text["vocab_size"] = vocabulary
     for name, tower in (("image", image), ("text", text)):
-        if hidden[name] not in (0, 4 * tower["width"]):
-            tower["mlp_ratio"] = mlp_ratio(hidden[name], tower["width"])
+        hidden = len(state.get(f"{name}.blocks.0.mlp.fc1.weight", range(0)))
+        if tower and hidden not in (0, 4 * tower["width"]):
+            tower["mlp_ratio"] = mlp_ratio(hidden, tower["width"])
         tower |= _told(sizes, name, source)
+    if image:
+        _check_grid(state, image, source)
+    return {
+        "model": {"embed_dim": embed_dim, **({"image": image} if image else {}), "text": text},
+        "tokenizer": {"type": "clip", "context_length": places},
+    }
+
+
+def _image(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sizes of an image tower; of pictures, whole patches. Raises ValueError and such where they cannot be told."""
+    width, _ = state["image.projection"].shape
+    patch = state["image.patch_embed.weight"].shape[-1]
+    side = math.isqrt(len(state["image.position_embedding"]) - 1)
+    if not all((width, patch, side)):
+        raise ValueError("one of them is empty")
+    sizes = {"width": width, "layers": _layers(state, "image"), "patch_size": patch, "image_size": side * patch}
+    return {"type": "clip_vit", **sizes}
+
+
+def _check_grid(state: Mapping[str, Tensor], image: Mapping[str, Any], source: object) -> None:
+    patches, patch = len(state["image.position_embedding"]) - 1, image["patch_size"]
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise CheckpointError(f"{source}: {patches} image positions are no square")
     if image["image_size"] // patch != side:
         raise CheckpointError(
             f"{source}: pictures of {image['image_size']} px have not {side} patches of {patch} px a side, as it says"
         )
-    return {
-        "model": {"embed_dim": embed_dim, "image": image, "text": text},
-        "tokenizer": {"type": "clip", "context_length": places},
-    }
 
 
 def _told(sizes: object, tower: str, source: object) -> dict[str, int]:

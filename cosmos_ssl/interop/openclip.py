@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cosmos_ssl.api.part import TowerSpec
 from cosmos_ssl.errors import CheckpointError, listed
+from cosmos_ssl.interop import openclip_timm
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
-from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, write_json, write_safetensors
+from cosmos_ssl.interop.files import (
+    check_weights,
+    read_json,
+    read_tensor_file,
+    weights_of,
+    write_json,
+    write_safetensors,
+)
 from cosmos_ssl.interop.official import (
-    MAX_SIZE,
     NAMES,
     SIZES,
     ForeignCheckpoint,
@@ -25,10 +30,18 @@ from cosmos_ssl.interop.official import (
     take,
     translate,
 )
+from cosmos_ssl.interop.openclip_settings import (
+    CONFIG,
+    KNOWN,
+    check,
+    image_options,
+    settings,
+    side,
+    text_options,
+    tokenizer_options,
+)
+from cosmos_ssl.interop.openclip_timm import identity
 
-log = logging.getLogger(__name__)
-
-CONFIG = "open_clip_config.json"
 WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -63,7 +76,8 @@ def write(model: ClipModel, folder: Path) -> list[str]:
 
     Raises UserError for what OpenCLIP has no place for.
     """
-    refuse("openclip", [f"model.image.registers ({model.registers})"] if model.registers else [])
+    registers = [f"model.image.registers ({model.registers})"] if model.registers else []
+    refuse("openclip", [*registers, *model.kinds(*KNOWN), *_unlike(model)])
     write_safetensors(folder / WEIGHTS[0], tensors(model), (SIZES, json.dumps(model.sizes())))
     write_json(folder / CONFIG, config(model))
     return [*model.left_out("image", "text"), *model.about_logits()]
@@ -81,6 +95,7 @@ def loading(model: ClipModel) -> str:
 def config(model: ClipModel) -> dict[str, Any]:
     """The ``open_clip_config.json``: sizes, and how pictures are prepared."""
     assert model.text is not None
+    activations = {tower.kind.get("activation", "gelu") for tower in (model.image, model.text)}
     return {
         "model_cfg": {
             "embed_dim": model.embed_dim,
@@ -90,13 +105,16 @@ def config(model: ClipModel) -> dict[str, Any]:
                 "head_width": model.image.width // model.image.heads,
                 **_sizes(model.image),
                 **({} if model.pre_norm else {"no_ln_pre": True}),
+                **settings(model.image.kind),
             },
             "text_cfg": {
                 "context_length": model.context_length,
                 "vocab_size": model.vocab_size,
                 "heads": model.text.heads,
                 **_sizes(model.text),
+                **settings(model.text.kind),
             },
+            **({"quick_gelu": True} if "quick_gelu" in activations else {}),
             **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
         },
         "preprocess_cfg": {
@@ -104,8 +122,8 @@ def config(model: ClipModel) -> dict[str, Any]:
             "mode": "RGB",
             "mean": list(model.pictures.mean),
             "std": list(model.pictures.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": model.pictures.interpolation,
+            "resize_mode": "squash" if model.pictures.resize == "squash" else "shortest",
         },
     }
 
@@ -115,8 +133,18 @@ def tensors(model: ClipModel) -> dict[str, Tensor]:
     table = dict((*_TOWERS, *_LAYER_SCALES["image"], *_LAYER_SCALES["text"]))
     pairs = {name: translate(name, table) for name in model.state}
     found = {theirs: model.state[ours] for ours, theirs in pairs.items() if theirs is not None}
+    if (projection_bias := model.state.get("text.projection_bias")) is not None:
+        found["text_projection.weight"] = found.pop("text_projection").t().contiguous()
+        found["text_projection.bias"] = projection_bias
     bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
     return {**found, "logit_scale": model.logit_scale, **bias}
+
+
+def _unlike(model: ClipModel) -> list[str]:
+    """Activations of the towers that OpenCLIP has in none or in both."""
+    assert model.text is not None
+    found = [tower.kind.get("activation", "gelu") for tower in (model.image, model.text)]
+    return [f"the activations {' and '.join(found)}"] if "quick_gelu" in found and found[0] != found[1] else []
 
 
 def _sizes(tower: TowerSizes) -> dict[str, Any]:
@@ -154,10 +182,7 @@ def _known_model(name: str) -> Path | None:
 def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
     """The model in a folder with ``open_clip_config.json``. Raises CheckpointError as ``read_tensors`` does."""
     told = read_json(folder / CONFIG)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds {CONFIG} and no weights, such as {WEIGHTS[0]}")
-    return read_tensors(read_tensor_file(weights)[0], folder, told, partial=partial)
+    return read_tensors(read_tensor_file(weights_of(folder, CONFIG, WEIGHTS))[0], folder, told, partial=partial)
 
 
 def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
@@ -195,7 +220,7 @@ def published(name: str, *, partial: bool = False) -> tuple[dict[str, Any], dict
         )
     told = {"model_cfg": read_json(_known_model(model) or Path(model)), "preprocess_cfg": dict(known)}
     told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
-    _check(told, name, partial)
+    check(told, name, partial)
     return dict(known), told
 
 
@@ -234,133 +259,80 @@ def read_tensors(
     """An OpenCLIP model from its tensors and, where there is one, its ``open_clip_config.json`` (``told``).
 
     Without that, ``sizes`` tell what no tensor does (see ``clip_config``), and the activation is taken to be GELU.
-    Raises CheckpointError for tensors that ``clip_vit`` and ``clip_text`` have no place for, or lack, and for settings
-    that they do not have (QuickGELU, other towers, other means); with ``partial`` these are told and logged instead.
+    Raises CheckpointError for tensors that our towers have no place for, or lack, and for settings that they do not
+    have (``openclip_settings.check``); with ``partial`` these are told and logged instead.
     """
     tensors = plain_tensors(content)
     if tensors is None:
         raise CheckpointError(f"{source} holds no OpenCLIP model: none of its tensors is called visual.*")
-    _check(told or {}, source, partial)
-    scales = _SIGLIP if "logit_bias" in tensors else (_SCALE,)
+    told = told or {}
+    check(told, source, partial)
+    tensors, names = _text_projection(tensors, told, source)
+    image: dict[str, Tensor] = {}
+    trunk = told.get("model_cfg", {}).get("vision_cfg", {})
+    if trunk.get("timm_model_name"):
+        image, tensors = openclip_timm.take(tensors, told["model_cfg"], source)
     pre_norm = any(theirs in tensors for _, theirs in _PRE_NORM)
-    names = [*(pair for pair in _TOWERS if pre_norm or pair not in _PRE_NORM), *scales]
+    scales = _SIGLIP if "logit_bias" in tensors else (_SCALE,)
+    towers = [pair for pair in _TOWERS if not (image and pair[0].startswith("image."))]
+    names += [*(pair for pair in towers if pre_norm or pair not in _PRE_NORM), *scales]
     scaled = [modality for modality, pairs in _LAYER_SCALES.items() if pairs[0][1].replace("#", "0") in tensors]
     names += [pair for modality in scaled for pair in _LAYER_SCALES[modality]]
     what = f"{source} is no model of CLIP's towers"
     state, missing, unexpected = take(tensors, names, what, "has no place", idle=_BUFFERS, partial=partial)
+    state |= image
     check_weights(state, source)
     state |= {ours: state[ours].flatten()[0] for ours, _ in scales if ours in state and state[ours].numel() == 1}
-    config = _config(state, source, (told or {}).get("model_cfg", {}), sizes)
-    config["model"]["image"] |= {} if pre_norm else {"pre_norm": False}
+    config = _config(state, source, told, sizes)
+    if image:
+        config["model"]["image"] = openclip_timm.tower(image, told)
+    else:
+        config["model"]["image"] |= {} if pre_norm else {"pre_norm": False}
     for modality in scaled:
         config["model"][modality]["layer_scale"] = 1.0
+    if "text.projection_bias" in state:
+        config["model"]["text"]["projection_bias"] = True
     loss = scales[0][0].split(".")[1]
     config = {"name": Path(source).stem, **config, "losses": {loss: {"type": loss}}}
     return ForeignCheckpoint(state=state, config=config, missing=missing, unexpected=unexpected)
 
 
+def _text_projection(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], source: object
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """The tensors with a text projection [W, D]: the transpose of a linear map's, the identity where there is none;
+    and the name of its bias, if any.
+    """
+    found = dict(tensors)
+    weight = found.pop("text_projection.weight", None)
+    if weight is not None:
+        check_weights({"text_projection.weight": weight}, source)
+        found["text_projection"] = weight.movedim(0, -1) if weight.dim() else weight
+    elif told.get("model_cfg", {}).get("text_cfg", {}).get("proj_type") == "none":
+        found["text_projection"] = identity(found.get("ln_final.weight"), found, source)
+    return found, [("text.projection_bias", "text_projection.bias")] if "text_projection.bias" in found else []
+
+
 def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, Any], sizes: object) -> dict[str, Any]:
     """The sizes that the tensors tell, with what only the model's own config tells."""
     config = clip_config(state, source, sizes)
-    image, text = config["model"]["image"], config["model"]["text"]
-    vision, words = told.get("vision_cfg", {}), told.get("text_cfg", {})
-    if told:
-        image["heads"] = image["width"] // vision.get("head_width", 64)
+    model = told.get("model_cfg", {})
+    vision, words = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    image, text = config["model"].get("image"), config["model"]["text"]
+    size = side(vision.get("image_size", 224))
+    if model:
         text["heads"] = words.get("heads", 8)
-        size = _side(vision.get("image_size", 224))
+    if image is not None and model:
+        image["heads"] = image["width"] // vision.get("head_width", 64)
         if size is not None and size // image["patch_size"] == image["image_size"] // image["patch_size"]:
             image["image_size"] = size
+    if image is not None:
+        image |= image_options(told)
+        size = image["image_size"]
+    text |= text_options(told)
+    config["tokenizer"] |= tokenizer_options(told, source)
     config["augmenters"] = {
-        "image": {"type": "multi_crop", "global_crops_size": image["image_size"]},
+        "image": {"type": "multi_crop", "global_crops_size": size},
         "text": {"type": "text_crop"},
     }
     return config
-
-
-_READ = frozenset(
-    ("width", "layers", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length", "vocab_size")
-)
-_READ |= {"ls_init_value", "no_ln_pre"}
-_IDLE = frozenset(
-    ("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens", "pad_id", "eos_id", "tokenizer_mode")
-)
-"""Settings that act in training, or with others that are refused."""
-_USUAL = ("tok", "argmax", "learnable", "linear", "default")
-_TOP = frozenset(
-    (
-        "embed_dim",
-        "vision_cfg",
-        "text_cfg",
-        "custom_text",
-        "init_logit_scale",
-        "init_logit_bias",
-        "nonscalar_logit_scale",
-    )
-)
-
-
-def _check(told: Mapping[str, Any], source: object, partial: bool) -> None:
-    bent = list(_bent(told))
-    if bent:
-        raise CheckpointError(f"{source}: its {CONFIG} cannot be used: {listed(bent, '; ')}")
-    faults = list(_settings(told.get("model_cfg", {}), told.get("preprocess_cfg", {})))
-    if not faults:
-        return
-    if not partial:
-        raise CheckpointError(
-            f"{source} is a model of another kind than clip_vit and clip_text: {listed(faults, '; ', limit=6)}"
-        )
-    log.warning(
-        "%s is a model of another kind, and its weights are taken all the same: %s",
-        source,
-        listed(faults, "; ", limit=6),
-    )
-
-
-def _bent(told: Mapping[str, Any]) -> Iterator[str]:
-    """What in an OpenCLIP config is no table or no number where one must be."""
-    model = told.get("model_cfg", {})
-    towers = {key: model.get(key, {}) for key in ("vision_cfg", "text_cfg")} if isinstance(model, dict) else {}
-    tables = {"model_cfg": model, "preprocess_cfg": told.get("preprocess_cfg", {}), **towers}
-    yield from (f"{key} is no table" for key, value in tables.items() if not isinstance(value, dict))
-    for key, name in (("vision_cfg", "head_width"), ("text_cfg", "heads")):
-        value = towers[key].get(name, 1) if isinstance(towers.get(key), dict) else 1
-        if type(value) is not int or not 0 < value < MAX_SIZE:
-            yield f"{key}.{name}: {value}"
-
-
-def _settings(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator[str]:
-    """What an OpenCLIP config asks for that our towers do not do."""
-    for key, value in model.items():
-        if key not in _TOP and value:
-            yield "QuickGELU" if key == "quick_gelu" else key
-    for tower in ("vision_cfg", "text_cfg"):
-        for key, value in model.get(tower, {}).items():
-            idle = key in _IDLE or (
-                key.startswith(("timm_", "hf_"))
-                and key not in ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
-            )
-            if key not in _READ and not idle and value and value not in _USUAL:
-                yield f"{tower}.{key}: {value}"
-    vision = model.get("vision_cfg", {})
-    if isinstance(vision.get("layers"), list):
-        yield f"vision_cfg.layers: {vision['layers']}"
-    for key in ("image_size", "patch_size"):
-        if vision.get(key) is not None and _side(vision[key]) is None:
-            yield f"vision_cfg.{key}: {vision[key]}"
-    ours = {
-        "mean": TowerSpec(width=1).mean,
-        "std": TowerSpec(width=1).std,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
-    for key, value in ours.items():
-        found = pictures.get(key)
-        if found is not None and (tuple(found) if isinstance(found, list) else found) != value:
-            yield f"preprocess_cfg.{key}: {found}"
-
-
-def _side(size: Any) -> int | None:
-    """The side of a square; None for other sizes."""
-    first, *others = size if isinstance(size, list | tuple) and size else [size]
-    return first if type(first) is int and all(side == first for side in others) else None

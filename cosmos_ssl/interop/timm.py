@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_ssl.interop.clip import ClipModel
+from cosmos_ssl.interop.clip import ClipModel, refuse
 from cosmos_ssl.interop.files import write_json, write_safetensors
 from cosmos_ssl.interop.official import mlp_ratio
 
@@ -17,6 +17,7 @@ _FAMILY = "vit_base_patch16_clip_224"  # pre-norm, a class token with a position
 
 def write(model: ClipModel, folder: Path) -> list[str]:
     """Write a folder in the hub's layout for ``timm.create_model("local-dir:...")``; returns what stays behind."""
+    refuse("timm", model.kinds("mean", "std"))
     write_safetensors(folder / "model.safetensors", tensors(model))
     write_json(folder / "config.json", config(model))
     return model.left_out("image")

@@ -238,14 +238,17 @@ class ModelEncoder:
     # ------------------------------------------------------------------ inputs
 
     def preprocess(self, image: Any) -> Tensor:
-        """A picture's path, a PIL image, or uint8 [3, H, W]: shorter side resized bicubic, centre crop, normalised
-        float [3, H, W].
+        """A picture's path, a PIL image, or uint8 [3, H, W]: resized as the tower's spec says (shorter side, bicubic,
+        centre crop), normalised float [3, H, W].
 
         What is transparent is put on ``model.background``. Raises UserError for a file or a thing that is no picture,
         OSError.
         """
         tower = self._tower("image").spec
-        pixels = resize_crop(image, tower.image_size, background=self.spec.background)
+        squash, interpolation = tower.resize == "squash", tower.interpolation
+        pixels = resize_crop(
+            image, tower.image_size, background=self.spec.background, squash=squash, interpolation=interpolation
+        )
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -335,9 +338,11 @@ def _projected(features: GroupFeatures, normalize: bool) -> Tensor:
     return normalise(features.projected[0]) if normalize else features.projected[0].float()
 
 
-def resize_crop(image: Any, size: int, *, background: str = BACKGROUND) -> Tensor:
-    """Return what ``ModelEncoder.preprocess`` takes: shorter side resized to ``size`` (bicubic), centre crop: uint8 [3,
-    size, size].
+def resize_crop(
+    image: Any, size: int, *, background: str = BACKGROUND, squash: bool = False, interpolation: str = "bicubic"
+) -> Tensor:
+    """Return what ``ModelEncoder.preprocess`` takes: shorter side resized to ``size``, centre crop: uint8 [3, size,
+    size]. With ``squash`` both sides are resized.
 
     The arithmetic of sizes and the resampling are those of OpenCLIP's test transform (torchvision's on PIL
     images), so that its features are ours; only the change to RGB comes first. Of a very long picture only what
@@ -345,20 +350,27 @@ def resize_crop(image: Any, size: int, *, background: str = BACKGROUND) -> Tenso
     """
     from PIL import Image
 
-    picture = _picture(image, background)
+    picture, by = _picture(image, background), Image.Resampling[interpolation.upper()]
     shorter, longer = sorted(picture.size)
     if not shorter:
         raise UserError("a picture without pixels")
+    if squash:
+        return _pixels(picture.resize((size, size), by))
     width, height = (size if side == shorter else int(size * side / shorter) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     if longer > _LONG * shorter:
         across, down = picture.width / width, picture.height / height
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
+        picture = picture.resize((size, size), by, box)
     elif shorter != size:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.resize((width, height), by)
     if picture.size != (size, size):
         picture = picture.crop((left, top, left + size, top + size))
+    return _pixels(picture)
+
+
+def _pixels(picture: Any) -> Tensor:
+    """A picture of PIL's as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

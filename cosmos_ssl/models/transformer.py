@@ -5,9 +5,10 @@ Shape letters: T rows of all sequences laid end to end, R rows that the last blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -84,15 +85,32 @@ class SelfAttention(nn.Module):
         return F.linear(take_rows(x, rows), q_weight, q_bias).view(len(rows), self.heads, -1), k, v
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), as OpenAI's CLIP and DFN have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return F.silu(1.702 * x) / 1.702
+
+
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+_ACTIVATIONS: Mapping[Activation, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
+
+
 class Mlp(nn.Module):
-    """Two linear maps with GELU (the exact one) between, whose output, the largest of a block, backward computes
-    anew.
+    """Two linear maps with an activation (GELU, the exact one) between, whose output, the largest of a block, backward
+    computes anew.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation = "gelu") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
+        self.act = _ACTIVATIONS[activation]()
+        self.activation = activation
         self.fc2 = nn.Linear(hidden, width)
         self.recompute = True
 
@@ -194,17 +212,25 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, *, layer_scale: float | None = None, drop_path: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.recompute = False
         """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, norm_eps)
         self.attn = SelfAttention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, hidden)
+        self.norm2 = nn.LayerNorm(width, norm_eps)
+        self.mlp = Mlp(width, hidden, activation)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, stream: Stream, packing: Packing, rows: Tensor | None = None, csa: bool = False) -> Stream:
@@ -243,7 +269,7 @@ class Block(nn.Module):
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        if not fused.usable(x):
+        if self.mlp.activation != "gelu" or not fused.usable(x):
             x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
             return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
         branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
@@ -293,6 +319,8 @@ class Blocks(nn.ModuleList):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: Recomputed = False,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
     ) -> None:
         """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
 
@@ -311,7 +339,8 @@ class Blocks(nn.ModuleList):
         hidden = int(width * mlp_ratio)
         if hidden < 1:
             raise ValueError(f"mlp_ratio: {mlp_ratio:g} leaves the MLP no width")
-        super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
+        kind: dict[str, Any] = {"layer_scale": layer_scale, "activation": activation, "norm_eps": norm_eps}
+        super().__init__(Block(width, heads, hidden, drop_path=rate, **kind) for rate in rates)
         for number, block in enumerate(self):
             block.recompute = grad_checkpointing is True or (grad_checkpointing == "alternate" and number % 2 == 0)
             block.mlp.recompute = not block.recompute  # it computes all anew, and would keep what this needs
@@ -369,9 +398,14 @@ def pick_views(x: Tensor, views: Sequence[int]) -> Tensor:
     return x[list(views)]
 
 
+def project(pooled: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
+    """Pooled features [..., W] in the shared space, [..., D]."""
+    return pooled @ projection if bias is None else pooled @ projection + bias
+
+
 def layer_of(name: str, head: int) -> int:
     """The depth of a tower's parameter: 0 before the blocks, N + 1 in ``blocks.N``, ``head`` after them."""
     parts = name.split(".")
     if parts[0] == "blocks":
         return int(parts[1]) + 1
-    return head if parts[0] in ("norm", "projection") else 0
+    return head if parts[0] in ("norm", "projection", "projection_bias") else 0

@@ -1,9 +1,11 @@
 """Loading in part: what fits is copied, what does not is told."""
 
+import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from cosmos_ssl.interop.matching import compare, load_matched
+from cosmos_ssl.interop.matching import adapt, compare, load_matched
 
 
 def test_report_and_values():
@@ -34,3 +36,23 @@ def test_an_exact_load():
         str(compare(model, {"weight": torch.ones(2, 2, dtype=torch.float16), "bias": torch.ones(2)}))
         == "2 of 2 tensors"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "prefix"), [("position_embedding", (17, 8), 1), ("model.pos_embed", (1, 21, 8), 5)]
+)
+def test_positions_of_another_grid(name, shape, prefix):
+    """As timm resamples them; those of another width, and a mask token that is there, stay."""
+    table = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    own = {f"image.{name}": torch.empty(*shape[:-2], prefix + 36, 8), "image.mask_token": torch.ones(8)}
+    found, notes = adapt({f"image.{name}": table}, own)
+    expected = resample_abs_pos_embed(table.view(1, *shape[-2:]), [6, 6], num_prefix_tokens=prefix)
+    torch.testing.assert_close(found[f"image.{name}"], expected.view(*shape[:-2], -1, 8))
+    assert found["image.mask_token"] is own["image.mask_token"]
+    assert notes == [
+        f"image positions resampled from {shape[-2]} to {prefix + 36} tokens",
+        "image.mask_token starts anew",
+    ]
+    for other in (torch.empty(*shape[:-2], prefix + 36, 9), torch.empty(*shape[:-2], prefix + 37, 8)):
+        state = {f"image.{name}": table, "image.mask_token": torch.zeros(8)}
+        assert adapt(state, {**own, f"image.{name}": other}) == (state, [])

@@ -25,6 +25,23 @@ SIZES = {
     "another vocabulary": ["model.text.vocab_size=300"],
     "layer scale": ["model.image.layer_scale=0.1", "model.text.layer_scale=0.5"],
     "no norm before": ["model.image.pre_norm=false"],
+    "quick gelu": [
+        "model.image.activation=quick_gelu",
+        "model.text.activation=quick_gelu",
+        "model.image.std=[1,1,0.5]",
+    ],
+    "clipa": [
+        "model.image.pooling=mean",
+        "model.image.norm_after_pool=true",
+        "model.image.resize=squash",
+        "model.text.causal=false",
+        "model.text.pooling=last",
+    ],
+    "text of siglip 2": [
+        "model.text.projection_bias=true",
+        "model.text.activation=gelu_tanh",
+        "model.text.norm_eps=0.1",
+    ],
     "siglip": ["losses={clip: null, siglip: {type: siglip}}"],
 }
 sizes = pytest.mark.parametrize("overrides", SIZES.values(), ids=SIZES.keys())
@@ -73,6 +90,7 @@ def test_there_and_back(make, pixels, words, folder, overrides):
     assert torch.equal(again.encode_image(pixels(encoder)), encoder.encode_image(pixels(encoder)))
     assert torch.equal(again.encode_text(words(encoder)), encoder.encode_text(words(encoder)))
     assert again.spec.image == encoder.spec.image
+    assert [again.model.towers[m].kind == encoder.model.towers[m].kind for m in ("image", "text")] == [True] * 2
 
 
 def test_preprocessing_and_tokens(make, folder):
@@ -123,6 +141,8 @@ def test_logits_of_another_kind_are_told(make, folder):
 def test_what_openclip_has_no_place_for(make, folder):
     with pytest.raises(UserError, match=r"^openclip has no place for model.image.registers \(2\)$"):
         write(make("model.image.registers=2"), folder)
+    with pytest.raises(UserError, match=r"model.image.patch_bias \(True\); the activations gelu and quick_gelu$"):
+        write(make("model.text.activation=quick_gelu", "model.image.patch_bias=true"), folder)
     assert not folder.exists() and not list(folder.parent.iterdir())
 
 
@@ -204,11 +224,19 @@ def test_a_file_alone(theirs, tmp_path, pixels, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quick_gelu": True}, "QuickGELU"),
-        ({"vision_cfg": {"timm_model_name": "vit_tiny"}}, "vision_cfg.timm_model_name: vit_tiny"),
+        ({"quick_gelu": True, "vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "vision_cfg.act_kwargs: {'appr"),
+        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "vision_cfg.timm_model_name: hf-hub:a/b"),
+        ({"vision_cfg": {"timm_pool": "abs_attn"}}, "vision_cfg.timm_pool: abs_attn"),
+        ({"vision_cfg": {"pool_type": "none"}}, "vision_cfg.pool_type: none"),
+        ({"vision_cfg": {"attentional_pool": True}}, "vision_cfg.attentional_pool: True"),
+        ({"vision_cfg": {"qk_norm": True}}, "vision_cfg.qk_norm: True"),
         (
-            {"text_cfg": {"pool_type": "last", "hf_model_name": "bert"}},
-            "text_cfg.pool_type: last; text_cfg.hf_model_name: bert",
+            {"text_cfg": {"pool_type": "first", "hf_model_name": "bert", "norm_kwargs": {"bias": False}}},
+            "text_cfg.hf_model_name: bert; text_cfg.norm_kwargs: bias; text_cfg.pool_type: first",
+        ),
+        (
+            {"text_cfg": {"embed_cls": True, "tokenizer_kwargs": {"clean": "lower"}}},
+            "text_cfg.embed_cls: True; text_cf",
         ),
         ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, r"vision_cfg.layers: \[3, 4, 6, 3\]"),
         ({"vision_cfg": {"image_size": [32, 64]}}, r"vision_cfg.image_size: \[32, 64\]"),
@@ -222,7 +250,7 @@ def test_models_of_another_kind(theirs, tmp_path, change, message):
         **{key: {**model_cfg[key], **value} if key in model_cfg else value for key, value in change.items()},
     }
     source = save(model, changed, tmp_path / "other")
-    with pytest.raises(CheckpointError, match=f"is a model of another kind than clip_vit and clip_text: {message}"):
+    with pytest.raises(CheckpointError, match=f"is a model of another kind than our towers: {message}"):
         cosmos_ssl.load(source)
 
 
@@ -262,7 +290,7 @@ def test_sizes_of_published_models(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["RN50", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "convnext_base", "coca_ViT-B-32", "ViT-H-14-CLIPA"]
+    "name", ["RN50", "RN50x64-quickgelu", "coca_ViT-B-32", "coca_base", "roberta-ViT-B-32", "nllb-clip-base-siglip"]
 )
 def test_published_models_of_another_kind(name):
     with pytest.raises(CheckpointError, match=f"{name} is a model of another kind"):
@@ -271,10 +299,15 @@ def test_published_models_of_another_kind(name):
 
 @pytest.mark.parametrize(
     ("preprocess", "message"),
-    [({"mean": [0.5] * 3}, "preprocess_cfg.mean"), ({"resize_mode": "squash"}, "preprocess_cfg.resize_mode: squash")],
+    [
+        ({"mean": [0.5] * 2}, r"preprocess_cfg.mean: \[0.5, 0.5\]"),
+        ({"std": [0.0] * 3}, r"std: \[0.0, 0.0, 0.0\] has a number"),
+        ({"interpolation": "random"}, "preprocess_cfg.interpolation: random"),
+        ({"resize_mode": "longest"}, "preprocess_cfg.resize_mode: longest"),
+    ],
 )
 def test_pictures_prepared_otherwise(theirs, tmp_path, preprocess, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         cosmos_ssl.load(save(*theirs, tmp_path / "other", **preprocess))
 
 
@@ -326,6 +359,20 @@ def test_training_starts_from_openclip(theirs, tmp_path):
     assert told == f"starting from {source}: {len(state)} of {len(state)} tensors"
     with pytest.raises(CheckpointError, match=r"has 4 heads in its text tower \(model\.text\.heads=4\)\. Set that, or"):
         started(f"model.pretrained={source}", "model.text.heads=2")
+    with pytest.raises(
+        CheckpointError, match=r"has activation gelu in its text tower \(model\.text\.activation=gelu\)"
+    ):
+        started(f"model.pretrained={source}", "model.text.activation=quick_gelu")
+
+
+def test_training_starts_at_another_size(theirs, tmp_path):
+    model, model_cfg = theirs
+    source = save(model, model_cfg, tmp_path / "vit")
+    state, told = started(f"model.pretrained={source}", "model.image.image_size=48", "model.image.mask_token=true")
+    expected = {"visual.positional_embedding": model.visual.positional_embedding}
+    open_clip.model.resize_pos_embed(expected, type("Other", (), {"visual": type("V", (), {"grid_size": (6, 6)})}))
+    torch.testing.assert_close(state["image.position_embedding"], expected["visual.positional_embedding"].detach())
+    assert told.endswith("image positions resampled from 17 to 37 tokens; image.mask_token starts anew")
 
 
 def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):
@@ -346,12 +393,13 @@ def test_training_starts_from_a_part_of_openclip(theirs, tmp_path):
 
 def test_another_kind_is_a_start_when_asked_for_in_part(theirs, tmp_path, caplog):
     model, model_cfg = theirs
-    start = f"model.pretrained={save(model, {**model_cfg, 'quick_gelu': True}, tmp_path / 'quick')}"
-    with pytest.raises(CheckpointError, match="QuickGELU"):
+    changed = {**model_cfg, "vision_cfg": {**model_cfg["vision_cfg"], "qk_norm": True}}
+    start = f"model.pretrained={save(model, changed, tmp_path / 'other')}"
+    with pytest.raises(CheckpointError, match="qk_norm"):
         started(start)
     state, _ = started(start, "model.pretrained_partial=true")
     assert torch.equal(state["text.projection"], model.text_projection)
-    assert "its weights are taken all the same: QuickGELU" in caplog.text
+    assert "its weights are taken all the same: vision_cfg.qk_norm: True" in caplog.text
 
 
 # ---------------------------------------------------------------------------- published ones
@@ -382,8 +430,8 @@ def test_a_published_name_without_network(monkeypatch):
         cosmos_ssl.load(name)
     with pytest.raises(CheckpointError, match=r"OpenCLIP has no weights 'laion3b' of ViT-B-16\. It has openai, "):
         cosmos_ssl.load("ViT-B-16/laion3b")
-    with pytest.raises(CheckpointError, match="QuickGELU"):  # said before anything is fetched
-        cosmos_ssl.load("ViT-B-16/openai")
+    with pytest.raises(CheckpointError, match="ModifiedResNet"):  # said before anything is fetched
+        cosmos_ssl.load("RN50/openai")
     with pytest.raises(
         CheckpointError, match="no run folder with a checkpoint, no checkpoint, no official file and no OpenCLIP model"
     ):

@@ -98,7 +98,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"momentum_teacher": {"type": "linear", "start": 0.5, "end": 0.9, "over_epochs": 1}},
     ],
     "teachers/frozen": [],  # needs a checkpoint: below
-    "towers/clip_text": [{"width": 24, "heads": 2, "layers": 2}, {"width": 24, "heads": 2, "mask_token": True}],
+    "towers/clip_text": [
+        {"width": 24, "heads": 2, "layers": 2},
+        {"width": 24, "heads": 2, "mask_token": True},
+        {"width": 24, "heads": 2, "layers": 1, "causal": False, "pooling": "first", "projection_bias": True},
+    ],
     "towers/clip_vit": [
         {"width": 24, "heads": 2, "layers": 2, "patch_size": 8, "image_size": 32, "registers": 2, "drop_path": 0.2},
         {
@@ -109,6 +113,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
             "image_size": 32,
             "mask_token": True,
             "layer_scale": 1e-2,
+            "patch_bias": True,
+            "pooling": "mean",
+            "norm_after_pool": True,
         },
     ],
     "towers/huggingface": [
@@ -380,6 +387,9 @@ class Captions(Plain):
 
     def outputs(self) -> Mapping[str, int]:
         return {"a": 1}
+
+    def requires(self, outputs: Collection[str]) -> Sequence[Need]:
+        return [*super().requires(outputs), Need(modality="text", group="global", kind="views")]
 
     def requires(self, outputs: Collection[str]) -> Sequence[Need]:
         return [*super().requires(outputs), Need(modality="text", group="global", kind="views")]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,14 +16,30 @@ class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer ``name`` (of the hub, or a folder with its files), cut and padded to ``context_length``.
 
     Lengths count what the attention mask counts, special tokens included. Code that comes with a tokenizer is
-    never run. Raises UserError where it cannot be loaded or has nothing to pad with.
+    never run.
+
+    ``clean``: what OpenCLIP does with a text first: mend encodings, HTML and white space, then make it lower-case, or
+    take its punctuation away as well (SigLIP); None is nothing.
+    ``strip_sep``: the separator's id becomes 0, as in CLIPA.
+
+    Raises UserError where it cannot be loaded or has nothing to pad with.
     """
 
-    def __init__(self, spec: Spec, *, name: Location, context_length: int = 77) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        name: Location,
+        context_length: int = 77,
+        clean: Literal["whitespace", "lower", "canonicalize"] | None = None,
+        strip_sep: bool = False,
+    ) -> None:
         if context_length < 3:
             raise ValueError(f"context_length: {context_length} leaves no room between the special tokens")
         self.context_length = context_length
         self._tokenizer = _load(name)
+        self._clean = None if clean is None else _cleaning(clean)
+        self._stripped = self._tokenizer.sep_token_id if strip_sep else None
         if self._tokenizer.pad_token_id is None:
             if self._tokenizer.eos_token_id is None:
                 raise UserError(
@@ -36,13 +52,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids int64 [n, S] and lengths int64 [n]; a text without any token counts one pad."""
-        batch = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.context_length)
+        clean = list(texts) if self._clean is None else [self._clean(text) for text in texts]
+        batch = self._tokenizer(clean, padding="max_length", truncation=True, max_length=self.context_length)
         lengths = torch.tensor(batch["attention_mask"], dtype=torch.int64).sum(dim=1).clamp(min=1)
-        return torch.tensor(batch["input_ids"], dtype=torch.int64), lengths
+        ids = torch.tensor(batch["input_ids"], dtype=torch.int64)
+        return ids if self._stripped is None else ids.masked_fill(ids == self._stripped, 0), lengths
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """The piece of text behind each id."""
         return [str(self._tokenizer.decode([int(number)])).strip() for number in ids]
+
+
+def _cleaning(kind: str) -> Callable[[str], str]:
+    """OpenCLIP's own function of this name."""
+    from open_clip.tokenizer import get_clean_fn
+
+    return cast(Callable[[str], str], get_clean_fn(kind))
 
 
 def _load(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The text tower of CLIP: a causal transformer in which a caption costs its own length.
+"""The text tower of CLIP and of its relatives: a transformer in which a causal caption costs its own length.
 
 Shape letters: n captions, S context length, T rows of all captions laid end to end, W width, D shared width.
 """
@@ -6,7 +6,7 @@ Shape letters: n captions, S context length, T rows of all captions laid end to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -31,14 +31,15 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, put_rows, ranges, take_rows
-from cosmos_ssl.models.transformer import Blocks, Layout, Recomputed, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import Activation, Blocks, Layout, Recomputed, lay_out, layer_of, pick_views, project
 
 
 class ClipText(Tower):
     """CLIP's text transformer (Radford et al. 2021, section 2.4): pooled is the feature at the end-of-text token.
 
     Captions are cut after that token, which the causal mask makes exact; only views whose pads are read
-    keep them.
+    keep them. Where each place sees all others, or the last one is read, captions are whole, with their pads, as in
+    OpenCLIP.
 
     ``width``, ``layers``, ``heads``: size of the transformer; heads are width / 64 unless given.
     ``vocab_size``: rows of the embedding; the tokenizer's unless given.
@@ -48,6 +49,11 @@ class ClipText(Tower):
     ``mask_token``: a learned token for hidden words (masked language modelling).
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need; ``alternate``:
     every other one, for half of the memory and half of the work.
+    ``activation``: of the MLPs: GELU, its quick form (OpenAI's CLIP, DFN), or that by tanh (SigLIP 2).
+    ``norm_eps``: what LayerNorms add to the variance.
+    ``causal``: each place sees those before it alone.
+    ``pooling``: the place that is read: the text's end, the first, or the last of the context, a pad or not.
+    ``projection_bias``: the projection adds a bias.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -67,9 +73,25 @@ class ClipText(Tower):
         drop_path: Share = 0.0,
         mask_token: bool = False,
         grad_checkpointing: Recomputed = False,
+        activation: Activation = "gelu",
+        norm_eps: Strength = 1e-5,
+        causal: bool = True,
+        pooling: Literal["end", "first", "last"] = "end",
+        projection_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.capabilities = frozenset({"tokens", "causal"} | ({"masks"} if mask_token else set()))
+        if causal and pooling == "first":
+            raise ValueError("pooling: the first place sees nothing of a text unless causal is false")
+        kinds = {"tokens": True, "causal": causal, "masks": mask_token}
+        self.capabilities = frozenset(name for name, has in kinds.items() if has)
+        self.causal, self.pooling = causal, pooling
+        self.kind = {
+            "activation": activation,
+            "norm_eps": norm_eps,
+            "causal": causal,
+            "pooling": pooling,
+            "projection_bias": projection_bias,
+        }
         self.tokenizer_ids = spec.vocab_size
         self.spec = TowerSpec(width=width, vocab_size=vocab_size or spec.vocab_size)
         self.attention = spec.attention
@@ -85,9 +107,12 @@ class ClipText(Tower):
             layer_scale=layer_scale,
             drop_path=drop_path,
             grad_checkpointing=grad_checkpointing,
+            activation=activation,
+            norm_eps=norm_eps,
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, norm_eps)
         self.projection = nn.Parameter(torch.empty(width, spec.embed_dim))
+        self.projection_bias = nn.Parameter(torch.zeros(spec.embed_dim)) if projection_bias else None
         self._start(width, layers)
 
     def _start(self, width: int, layers: int) -> None:
@@ -107,7 +132,7 @@ class ClipText(Tower):
         """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B]."""
         if not plan:
             return {}
-        captions = _Captions(groups, plan)
+        captions = _Captions(groups, plan, whole=not self.causal or self.pooling == "last", pooling=self.pooling)
         ids = torch.cat([pick_views(groups[name].tokens, wanted.views).flatten() for name, wanted in plan.items()])
         index, positions = upload(ids.device, captions.index, captions.positions)
         x = self.token_embedding(ids[index])
@@ -115,7 +140,7 @@ class ClipText(Tower):
             assert self.mask_token is not None
             x = torch.where(upload(x.device, captions.hidden)[0][:, None], self.mask_token, x)
         x = x + F.embedding(positions, self.position_embedding)
-        layout = lay_out(captions.lengths, captions.keep, causal=True, device=x.device, backend=self.attention)
+        layout = lay_out(captions.lengths, captions.keep, causal=self.causal, device=x.device, backend=self.attention)
         x = self.norm(self.blocks(x, layout))
         return {name: self._features(x, layout, captions, name, wanted) for name, wanted in plan.items()}
 
@@ -128,7 +153,7 @@ class ClipText(Tower):
         """The projection and the mask token, where no group reads them."""
         projected = any(wanted.projected for wanted in plan.values())
         hides = self.mask_token is None or any(wanted.hide_masked for wanted in plan.values())
-        return (*(() if projected else ("projection",)), *(() if hides else ("mask_token",)))
+        return (*(() if projected else ("projection*",)), *(() if hides else ("mask_token",)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks alone, in place: what surrounds them plans on the host and is quick."""
@@ -154,7 +179,7 @@ class ClipText(Tower):
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
-            projected=pooled @ self.projection if wanted.projected else None,
+            projected=project(pooled, self.projection, self.projection_bias) if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
             masked_tokens=take_rows(out, layout.rows(captions.masked[name])) if wanted.masked_tokens else None,
@@ -170,9 +195,12 @@ class _Captions:
     ``pooled``, ``tokens`` and ``masked`` are packed rows by group.
     """
 
-    def __init__(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> None:
+    def __init__(
+        self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan], *, whole: bool, pooling: str
+    ) -> None:
+        """``whole``: pads are never cut off."""
         self.shapes: dict[str, tuple[int, int, int]] = {}
-        ends, lengths, whole, bases, hidden = [], [], [], [], []
+        ends, lengths, read, bases, places, hidden = [], [], [], [], [], []
         base = 0
         for name, wanted in plan.items():
             views, (batch, context) = len(wanted.views), groups[name].tokens.shape[1:]
@@ -180,13 +208,16 @@ class _Captions:
             end: Ints = pick_views(groups[name].lengths, wanted.views).cpu().numpy()
             asked = np.isin(wanted.views, wanted.tokens)[:, None].repeat(batch, 1) | wanted.masked_tokens
             ends.append(end.ravel())
-            whole.append(asked.ravel())
-            lengths.append(np.where(asked & wanted.pads, context, end).ravel())
+            read.append(asked.ravel())
+            lengths.append(np.where(asked & wanted.pads | whole, context, end).ravel())
+            places.append(
+                {"end": end.ravel() - 1, "first": 0 * end.ravel(), "last": 0 * end.ravel() + context - 1}[pooling]
+            )
             bases.append(base + context * np.arange(views * batch))
             base += views * batch * context
             hides = wanted.hide_masked and groups[name].masks is not None
             hidden.append(_masks(groups[name], wanted).ravel() if hides else np.zeros(views * batch * context, bool))
-        end, length, all_read, start = (np.concatenate(x) for x in (ends, lengths, whole, bases))
+        end, length, all_read, start, place = (np.concatenate(x) for x in (ends, lengths, read, bases, places))
         order = np.lexsort((all_read, length))
         self.lengths: Ints = length[order]
         packed = np.empty_like(length)
@@ -196,11 +227,11 @@ class _Captions:
         hides = any(wanted.hide_masked for wanted in plan.values())
         self.hidden = np.concatenate(hidden)[self.index] if hides else None
         self.keep = np.repeat(all_read[order], self.lengths)
-        self.keep[packed + end - 1] = True
-        self._read(groups, plan, packed, length, end)
+        self.keep[packed + place] = True
+        self._read(groups, plan, packed, end, packed + place)
 
     def _read(
-        self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan], packed: Ints, length: Ints, end: Ints
+        self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan], packed: Ints, end: Ints, pooled: Ints
     ) -> None:
         self.pooled: dict[str, Ints] = {}
         self.masked: dict[str, Ints] = {}
@@ -210,7 +241,8 @@ class _Captions:
             views, batch, context = self.shapes[name]
             here = slice(first, first + views * batch)
             first += views * batch
-            self.pooled[name] = packed[here] + end[here] - 1
+            self.pooled[name] = pooled[here]
+            length = np.full_like(end, context) if wanted.pads else end
             starts, counts = (x[here].reshape(views, batch)[wanted.token_places].ravel() for x in (packed, length))
             self.tokens[name] = ranges(starts, counts), ranges(context * np.arange(len(starts)), counts)
             if wanted.masked_tokens:

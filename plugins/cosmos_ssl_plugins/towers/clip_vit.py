@@ -6,7 +6,7 @@ Shape letters: n images, N patches of one image, P rows before them (class token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,18 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import Ints, put_rows, take_rows
-from cosmos_ssl.models.transformer import Blocks, LayerNorm, Layout, Recomputed, lay_out, layer_of, pick_views
+from cosmos_ssl.models.transformer import (
+    Activation,
+    Blocks,
+    LayerNorm,
+    Layout,
+    Recomputed,
+    lay_out,
+    layer_of,
+    pick_views,
+)
+
+_CLIP = TowerSpec(width=1)
 
 
 class ClipViT(Tower):
@@ -50,6 +61,14 @@ class ClipViT(Tower):
     every other one, for half of the memory and half of the work.
     ``patch_dropout``: this share of the patches of each picture is left out of the student in training, drawn anew at
     each step (FLIP, arXiv 2212.00794); where no part reads patches.
+    ``activation``: of the MLPs: GELU, its quick form (OpenAI's CLIP, DFN), or that by tanh (SigLIP 2).
+    ``norm_eps``: what LayerNorms add to the variance.
+    ``patch_bias``: the patch embedding adds a bias, as in timm's models without ``pre_norm``.
+    ``pooling``: the class token's feature, or the mean over patches.
+    ``norm_after_pool``: of a mean: the last LayerNorm comes after it, as in CLIPA.
+    ``mean``, ``std``: by which the channels of pictures are normalised.
+    ``resize``: how evaluation makes a picture square: it cuts the middle out, or squashes it.
+    ``interpolation``: by which evaluation resizes.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -73,6 +92,15 @@ class ClipViT(Tower):
         pre_norm: bool = True,
         grad_checkpointing: Recomputed = False,
         patch_dropout: Share = 0.0,
+        activation: Activation = "gelu",
+        norm_eps: Strength = 1e-5,
+        patch_bias: bool = False,
+        pooling: Literal["class", "mean"] = "class",
+        norm_after_pool: bool = False,
+        mean: tuple[Share, Share, Share] = _CLIP.mean,
+        std: tuple[Share, Share, Share] = _CLIP.std,
+        resize: Literal["crop", "squash"] = "crop",
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     ) -> None:
         super().__init__()
         if patch_dropout >= 1:
@@ -80,8 +108,28 @@ class ClipViT(Tower):
         self.patch_dropout = patch_dropout
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
-        self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size)
-        self.capabilities = frozenset({"tokens", "csa", "drop"} | ({"masks"} if mask_token else set()))
+        self.spec = TowerSpec(
+            width=width,
+            image_size=image_size,
+            patch_size=patch_size,
+            mean=mean,
+            std=std,
+            resize=resize,
+            interpolation=interpolation,
+        )
+        self.kind = {
+            "activation": activation,
+            "norm_eps": norm_eps,
+            "patch_bias": patch_bias,
+            "pooling": pooling,
+            "norm_after_pool": norm_after_pool,
+            **{name: getattr(self.spec, name) for name in ("mean", "std", "resize", "interpolation")},
+        }
+        self.mean_pooling, self.norm_after_pool = pooling == "mean", pooling == "mean" and norm_after_pool
+        if self.mean_pooling and patch_dropout:
+            raise ValueError("patch_dropout: needs pooling class: a mean is taken over all patches")
+        kinds = {"tokens": True, "csa": True, "drop": not self.mean_pooling, "masks": mask_token}
+        self.capabilities = frozenset(name for name, has in kinds.items() if has)
         self.attention = spec.attention
         self.prefix = 1 + registers
         self.layer_count = layers + 1
@@ -90,12 +138,12 @@ class ClipViT(Tower):
         def start(*shape: int) -> nn.Parameter:
             return nn.Parameter(nn.init.normal_(torch.empty(shape), std=width**-0.5))
 
-        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_token = start(width)
         self.position_embedding = start(1 + self.grid**2, width)
         self.register_tokens = start(registers, width) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
-        self.norm_pre = LayerNorm(width) if pre_norm else nn.Identity()
+        self.norm_pre = LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
         self.blocks = Blocks(
             layers,
             width,
@@ -104,8 +152,10 @@ class ClipViT(Tower):
             layer_scale=layer_scale,
             drop_path=drop_path,
             grad_checkpointing=grad_checkpointing,
+            activation=activation,
+            norm_eps=norm_eps,
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, norm_eps)
         self.projection = start(width, spec.embed_dim)
         for block in self.blocks:  # the rest are the defaults of PyTorch's own multi-head attention
             nn.init.xavier_uniform_(block.attn.qkv.weight)
@@ -133,7 +183,8 @@ class ClipViT(Tower):
             return {}
         packed = parts[0] if len(parts) == 1 else torch.cat(parts)
         layout = self._lay_out(reads, start, packed.device)
-        packed = self.norm(self.blocks(self.norm_pre(packed), layout))
+        packed = self.blocks(self.norm_pre(packed), layout)
+        packed = packed if self.norm_after_pool else self.norm(packed)
         return {name: self._features(packed, layout, read) for name, read in zip(plan, reads, strict=True)}
 
     def check_inputs(self, views: Mapping[str, ViewSpec]) -> None:
@@ -153,8 +204,10 @@ class ClipViT(Tower):
         x = self._embed(pixels, None)
         lengths = np.full(len(x), x.shape[1])
         layout = lay_out(lengths, np.ones(lengths.sum(), bool), device=x.device, backend=self.attention)
-        out = self.norm(self.blocks(self.norm_pre(x.flatten(0, 1)), layout, csa=csa)).view_as(x)
-        return out[:, self.prefix :], out[:, 0]
+        out = self.blocks(self.norm_pre(x.flatten(0, 1)), layout, csa=csa).view_as(x)
+        out = out if self.norm_after_pool else self.norm(out)
+        tokens = out[:, self.prefix :]
+        return self._late(tokens), self._late(tokens.mean(1)) if self.mean_pooling else out[:, 0]
 
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection and the mask token, where no group reads them. Raises UserError for patches that are read, and
@@ -187,7 +240,7 @@ class ClipViT(Tower):
         rows, columns = height // p, width // p
         patches = pixels[..., : rows * p, : columns * p].reshape(n, 3, rows, p, columns, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
-        x = F.linear(patches, self.patch_embed.weight.flatten(1))
+        x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
         if masks is not None:
             assert self.mask_token is not None
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
@@ -224,29 +277,38 @@ class ClipViT(Tower):
     def _lay_out(self, reads: Sequence[_Read], total: int, device: torch.device) -> Layout:
         keep = np.zeros(total, bool)
         for read in reads:
-            keep[read.pooled] = True
+            keep[read.patches.ravel() if self.mean_pooling else read.pooled] = True
             keep[read.tokens] = True
             keep[read.masked] = True
         lengths = np.concatenate([read.lengths for read in reads])
         return lay_out(lengths, keep, device=device, backend=self.attention)
 
+    def _late(self, features: Tensor) -> Tensor:
+        """Features behind the last LayerNorm, where it comes after the mean."""
+        return self.norm(features) if self.norm_after_pool else features
+
     def _features(self, out: Tensor, layout: Layout, read: _Read) -> GroupFeatures:
         wanted, batch = read.wanted, read.batch
-        pooled = take_rows(out, layout.rows(read.pooled)).view(len(wanted.views), batch, -1)
+        if self.mean_pooling:
+            rows = take_rows(out, layout.rows(read.patches.ravel()))
+            pooled = self._late(rows.view(*read.patches.shape, -1).mean(2))
+        else:
+            pooled = take_rows(out, layout.rows(read.pooled)).view(len(wanted.views), batch, -1)
         tokens = None
         if wanted.tokens:
             tokens = take_rows(out, layout.rows(read.tokens))
             if read.places is not None:
                 (places,) = upload(out.device, read.places)
-                tokens = put_rows(tokens, places, len(wanted.tokens) * batch * read.patches)
+                tokens = put_rows(tokens, places, len(wanted.tokens) * batch * read.count)
             tokens = tokens.view(len(wanted.tokens), batch, -1, out.shape[1])
+            tokens = self._late(tokens)
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
             projected=pooled @ self.projection if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
-            masked_tokens=take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None,
+            masked_tokens=self._late(take_rows(out, layout.rows(read.masked))) if wanted.masked_tokens else None,
         )
 
 
@@ -262,7 +324,8 @@ def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
 
 
 class _Read:
-    """The packed rows of one group that are read: class tokens, patches of its token views, masked patches.
+    """The packed rows of one group that are read: class tokens, all patches, those of its token views, masked
+    ones.
 
     ``kept`` are the rows of all its images laid end to end that are encoded, ``places`` those of the tokens among all
     tokens of the token views; None is all of them, and in order.
@@ -271,7 +334,7 @@ class _Read:
     def __init__(
         self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None
     ) -> None:
-        self.wanted, self.batch, self.patches = wanted, batch, length - prefix
+        self.wanted, self.batch, self.count = wanted, batch, length - prefix
         images = len(wanted.views) * batch
         self.lengths: Ints = np.full(images, length)
         self.kept: Ints | None = None
@@ -279,9 +342,9 @@ class _Read:
         hidden = None if masks is None else masks.cpu().numpy()  # [V, B, N]
         if not wanted.drop_masked or hidden is None:
             self.pooled: Ints = start + length * np.arange(images)
-            patches = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
-            self.tokens: Ints = patches[wanted.token_places].ravel()
-            self.masked: Ints = patches[hidden] if wanted.masked_tokens else patches[:0].ravel()
+            self.patches: Ints = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
+            self.tokens: Ints = self.patches[wanted.token_places].ravel()
+            self.masked: Ints = self.patches[hidden] if wanted.masked_tokens else self.patches[:0].ravel()
             return
         kept = np.ones((len(wanted.views), batch, length), bool)
         kept[:, :, prefix:] = ~hidden

@@ -1,13 +1,15 @@
-"""Vision transformers of timm as image towers, run as they are: one pass for each view group."""
+"""Models of timm as image towers, run as they are: one pass for each view group."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cosmos_ssl.api import (
     GroupFeatures,
@@ -16,27 +18,37 @@ from cosmos_ssl.api import (
     Modality,
     Pixels,
     Share,
+    Size,
     Spec,
     Tower,
     TowerSpec,
     UserError,
     ViewSpec,
 )
-from cosmos_ssl.models.transformer import pick_views
+from cosmos_ssl.functional import upload
+from cosmos_ssl.models.transformer import pick_views, project
 
 
 class TimmImage(Tower):
-    """A vision transformer by its timm name (ViT, DeiT, EVA, DINOv2, BEiT, ...), with a projection behind it.
+    """A model by its timm name (ViT, EVA, DINOv3, SigLIP, ConvNeXt, ...), with a projection behind it.
 
-    ``pooled`` is what timm feeds its classifier.
+    ``pooled`` is what timm feeds its classifier. Models other than vision transformers have no patch tokens.
 
-    ``model``: its name, such as ``vit_base_patch16_224``.
-    ``pretrained``: start from its published weights, which are fetched.
+    ``model``: its name, such as ``vit_base_patch16_224``; or ``local-dir:FOLDER``, where timm wrote one.
+    ``pretrained``: start from its published weights, which are fetched, or from those of the folder.
     ``image_size``: side of a picture in pixels; None is the model's own.
     ``drop_path``: timm's rate of the last block.
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
+    ``mask_token``: a learned token for hidden patches (masked image modelling).
+    ``pooling``: timm's, such as ``map`` for SigLIP's attention pooling; None is the model's own.
+    ``projection_bias``: the projection adds a bias.
+    ``projection_hidden``: width of a layer with GELU before the projection; None is no such layer.
+    ``mean``, ``std``: by which the channels of pictures are normalised; None is the model's own.
+    ``resize``: how evaluation makes a picture square: it cuts the middle out, or squashes it.
+    ``interpolation``: by which evaluation resizes.
 
-    Raises UserError where the name is unknown, the model has no patch tokens, or the weights cannot be fetched.
+    Raises UserError where the name is unknown, patches are to be hidden and the model has none, or the weights cannot
+    be fetched.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -51,31 +63,46 @@ class TimmImage(Tower):
         image_size: Pixels | None = None,
         drop_path: Share = 0.0,
         grad_checkpointing: bool = False,
+        mask_token: bool = False,
+        pooling: Literal["token", "avg", "avgmax", "max", "map"] | None = None,
+        projection_bias: bool = False,
+        projection_hidden: Size | None = None,
+        mean: tuple[Share, Share, Share] | None = None,
+        std: tuple[Share, Share, Share] | None = None,
+        resize: Literal["crop", "squash"] = "crop",
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     ) -> None:
         super().__init__()
         self.model_name = model
         options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-        if image_size is not None:
-            options["img_size"] = image_size
+        options |= {} if pooling is None else {"global_pool": pooling}
         # a plan built on the meta device only asks for shapes
-        self.model, self.dynamic = _create(model, pretrained and torch.get_default_device().type != "meta", options)
-        if getattr(self.model, "num_prefix_tokens", None) is None:
+        fetch = pretrained and torch.get_default_device().type != "meta"
+        self.model, self.dynamic = _create(model, fetch, options, image_size)
+        patches = getattr(self.model, "num_prefix_tokens", None) is not None
+        if mask_token and not patches:
             raise UserError(
-                f"model: timm's '{model}' has no patch tokens of one size; choose a vision transformer such as "
+                f"model: timm's '{model}' has no patch tokens of one size to hide; choose a vision transformer such as "
                 "vit_base_patch16_224"
             )
+        self.capabilities = frozenset(("tokens",) * patches + ("masks",) * mask_token)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
-        width = int(self.model.num_features)
-        known = self.model.pretrained_cfg
+        width, known = int(self.model.num_features), self.model.pretrained_cfg
         self.spec = TowerSpec(
             width=width,
             image_size=image_size or known["input_size"][-1],
-            patch_size=self.model.patch_embed.patch_size[0],
-            mean=tuple(known["mean"]),
-            std=tuple(known["std"]),
+            patch_size=_patch_size(self.model),
+            mean=mean or tuple(known["mean"]),
+            std=std or tuple(known["std"]),
+            resize=resize,
+            interpolation=interpolation,
         )
-        self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
+        self.mask_token = nn.Parameter(torch.zeros(int(self.model.embed_dim))) if mask_token else None
+        self.projection_hidden = None if projection_hidden is None else nn.Linear(width, projection_hidden)
+        inner = projection_hidden or width
+        self.projection = nn.Parameter(nn.init.normal_(torch.empty(inner, spec.embed_dim), std=inner**-0.5))
+        self.projection_bias = nn.Parameter(torch.zeros(spec.embed_dim)) if projection_bias else None
         self._depths = _depths(self.model)
         self.layer_count = max(self._depths.values()) + 1
 
@@ -97,63 +124,95 @@ class TimmImage(Tower):
 
         Raises UserError for a size that the model cannot take.
         """
-        return {
-            name: self._encode(pick_views(groups[name].pixels, wanted.views), wanted) for name, wanted in plan.items()
-        }
+        return {name: self._encode(groups[name], wanted) for name, wanted in plan.items()}
 
-    def _encode(self, pixels: Tensor, wanted: GroupPlan) -> GroupFeatures:
+    def _encode(self, group: ImageGroup, wanted: GroupPlan) -> GroupFeatures:
+        pixels = pick_views(group.pixels, wanted.views)
         views, batch, _, height, width = pixels.shape
         size = self.spec.image_size
         if not self.dynamic and (height, width) != (size, size):
             raise UserError(
                 f"model: timm's '{self.model_name}' takes images of {size}x{size} alone, not {height}x{width}"
             )
-        out = self.model.forward_features(pixels.flatten(0, 1))
+        (masks,) = [None] if group.masks is None else upload(pixels.device, pick_views(group.masks, wanted.views))
+        with self._hiding(masks if wanted.hide_masked else None):
+            out = self.model.forward_features(pixels.flatten(0, 1))
         pooled = self.model.forward_head(out, pre_logits=True).view(views, batch, -1)
-        tokens = None
-        if wanted.tokens:
+        tokens = masked = None
+        if wanted.tokens or wanted.masked_tokens:
             patches = out[:, self.model.num_prefix_tokens :]
-            tokens = patches.view(views, batch, *patches.shape[1:])[wanted.token_places]
+            patches = patches.view(views, batch, *patches.shape[1:])
+            tokens = patches[wanted.token_places] if wanted.tokens else None
+            masked = patches[masks] if wanted.masked_tokens else None
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
-            projected=pooled @ self.projection if wanted.projected else None,
+            projected=self._project(pooled) if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
+            masked_tokens=masked,
         )
 
+    def _hiding(self, masks: Tensor | None) -> Any:
+        """While entered, patches that ``masks`` [V, B, N] marks are the mask token, as soon as they are embedded."""
+        if masks is None:
+            return nullcontext()
+
+        def hide(module: nn.Module, inputs: Any, x: Tensor) -> Tensor:
+            assert self.mask_token is not None
+            return torch.where(masks.reshape(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
+
+        return self.model.patch_embed.register_forward_hook(hide)
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        inner = pooled if self.projection_hidden is None else F.gelu(self.projection_hidden(pooled))
+        return project(inner, self.projection, self.projection_bias)
+
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
-        """The projection, where no group reads it."""
-        return () if any(wanted.projected for wanted in plan.values()) else ("projection",)
+        """The projection and the mask token, where no group reads them."""
+        projected = any(wanted.projected for wanted in plan.values())
+        hides = self.mask_token is None or any(wanted.hide_masked for wanted in plan.values())
+        return (*(() if projected else ("projection*",)), *(() if hides else ("mask_token",)))
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter as timm groups them: 0 embeddings, then the blocks, ``layer_count`` the
         projection.
         """
-        return self._depths.get(name.removeprefix("model."), self.layer_count)
+        return 0 if name == "mask_token" else self._depths.get(name.removeprefix("model."), self.layer_count)
 
 
-def _create(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[Any, bool]:
-    """The model, and whether it takes images of any size."""
+def _create(name: str, pretrained: bool, options: dict[str, Any], image_size: int | None) -> tuple[Any, bool]:
+    """The model, and whether it takes images of any size. What its family has no argument for, it needs not."""
     import timm
 
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise UserError(f"model: timm has no '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    sizes: dict[str, Any] = {"dynamic_img_size": True, **({} if image_size is None else {"img_size": image_size})}
     try:
-        try:
-            return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **options), True
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-            return timm.create_model(name, pretrained=pretrained, **options), False
+        while True:
+            try:
+                model = timm.create_model(name, pretrained=pretrained, **sizes, **options)
+            except TypeError as error:
+                unknown = next((key for key in sizes if f"'{key}'" in str(error)), None)
+                if unknown is None:
+                    raise
+                del sizes[unknown]
+            else:
+                return model, "dynamic_img_size" in sizes or not model.pretrained_cfg.get("fixed_input_size")
     except TypeError as error:
-        raise UserError(f"model: timm's '{name}' cannot be built as a vision transformer: {error}") from error
+        raise UserError(f"model: timm's '{name}' cannot be built as an image tower: {error}") from error
     except Exception as error:  # the hub's client, sockets and files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model: timm's '{name}' cannot be fetched: {reason}. Reach the hub once, or set pretrained: false"
         ) from error
+
+
+def _patch_size(model: Any) -> int:
+    """Side of a patch in pixels; of a model without such, of what a place of its last map of features stands for."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or model.feature_info[-1]["reduction"]
+    return int(size[0] if isinstance(size, tuple | list) else size)
 
 
 def _depths(model: Any) -> dict[str, int]:

@@ -42,7 +42,8 @@ def plain(text: ClipText, ids: Tensor, words: Tensor | None = None) -> Tensor:
     for block in text.blocks:
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
         logits = q @ k.mT / q.shape[-1] ** 0.5
-        logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        if text.causal:
+            logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
         x = x + block.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
     return text.norm(x)
@@ -64,8 +65,18 @@ def test_features_are_the_recorded_ones(
         )
 
 
+OPTIONS = [
+    {},
+    {"grad_checkpointing": True},
+    {"layers": 1},
+    {"causal": False},
+    {"causal": False, "pooling": "first", "layers": 1},
+    {"pooling": "last", "projection_bias": True, "norm_eps": 0.1},
+]
+
+
 @pytest.mark.parametrize("pads", [False, True])
-@pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True}, {"layers": 1}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("batch", [3, 40])
 def test_packed_captions_are_padded_ones(options: dict[str, Any], pads: bool, batch: int) -> None:
     text = small(**options)
@@ -82,11 +93,14 @@ def test_packed_captions_are_padded_ones(options: dict[str, Any], pads: bool, ba
     tokens = whole[1:]
     if not pads:
         tokens = tokens * (torch.arange(CONTEXT) <= ends[0][1:, :, None])[..., None]
+    places = {"end": ends, "first": [end * 0 for end in ends], "last": [ends[0] * 0 + CONTEXT - 1, ends[1] * 0 + 8]}
+    ends = places[text.pooling]
     pooled = [
         x.gather(2, end[..., None, None].expand(-1, -1, 1, 32))[:, :, 0]
         for x, end in zip((whole, local), ends, strict=True)
     ]
-    expected = [pooled[0] @ text.projection, tokens, pooled[1]]
+    bias = 0 if text.projection_bias is None else text.projection_bias
+    expected = [pooled[0] @ text.projection + bias, tokens, pooled[1]]
     found = [features["global"].projected, features["global"].tokens, features["local"].pooled]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
@@ -131,7 +145,7 @@ def test_start_values() -> None:
 
 def test_what_a_plan_leaves_unread_and_depths() -> None:
     text = small()
-    assert text.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection",)
+    assert text.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection*",)
     assert text.unread({"global": GroupPlan(views=(0,))}) == ()
     assert text({}, {}) == {}
     assert text.layer_of("token_embedding.weight") == text.layer_of("position_embedding") == 0
@@ -140,6 +154,8 @@ def test_what_a_plan_leaves_unread_and_depths() -> None:
 
 
 def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="pooling: the first place sees nothing"):
+        small(pooling="first")
     with pytest.raises(ValueError, match="heads: 5 heads cannot share a width of 32"):
         small(heads=5)
 

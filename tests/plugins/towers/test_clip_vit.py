@@ -41,7 +41,7 @@ def random_groups(masked: bool = False) -> dict[str, ImageGroup]:
 
 def plain(vit: ClipViT, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
     """A straight vision transformer with this tower's weights, a size at a time: [n, 3, H, W] -> [n, P + N, W]."""
-    x = F.conv2d(pixels, vit.patch_embed.weight, stride=vit.spec.patch_size)
+    x = F.conv2d(pixels, vit.patch_embed.weight, vit.patch_embed.bias, stride=vit.spec.patch_size)
     rows, columns = x.shape[-2:]
     x = x.flatten(2).transpose(1, 2)
     if masks is not None:
@@ -78,8 +78,16 @@ def plain_blocks(vit: ClipViT, x: Tensor) -> Tensor:
             need_weights=False,
         )
         x = x + block.ls1(y.transpose(0, 1))
-        x = x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x)))))
-    return vit.norm(x)
+        x = x + block.ls2(block.mlp.fc2(ACTIVATIONS[vit.kind["activation"]](block.mlp.fc1(block.norm2(x)))))
+    return x
+
+
+def pool(vit: ClipViT, x: Tensor) -> Tensor:
+    """Rows [V, n, P + N, W] as they leave the blocks -> pooled features [V, n, W]."""
+    if vit.kind["pooling"] == "class":
+        return vit.norm(x)[:, :, 0]
+    patches = x[:, :, vit.prefix :]
+    return vit.norm(patches.mean(2)) if vit.kind["norm_after_pool"] else vit.norm(patches).mean(2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -121,7 +129,14 @@ OPTIONS = [
     {"registers": 2, "layer_scale": 0.3, "pre_norm": False},
     {"grad_checkpointing": True},
     {"layers": 1},
+    {"activation": "quick_gelu", "norm_eps": 0.1, "patch_bias": True, "pooling": "mean"},
+    {"activation": "gelu_tanh", "pooling": "mean", "norm_after_pool": True, "registers": 1, "grad_checkpointing": True},
 ]
+ACTIVATIONS: dict[Any, Any] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -133,11 +148,11 @@ def test_packed_and_pruned_is_a_plain_transformer_of_each_size(options: dict[str
     glob, local = (
         plain(vit, groups[name].pixels[list(plan[name].views)].flatten(0, 1)).unflatten(0, (2, 3)) for name in plan
     )
-    expected = [glob[:, :, 0], glob[1:, :, vit.prefix :], local[:, :, 0]]
+    expected = [pool(vit, glob), vit.norm(glob[1:, :, vit.prefix :]), pool(vit, local)]
     found = [features["global"].pooled, features["global"].tokens, features["local"].pooled]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
-    torch.testing.assert_close(features["local"].projected, local[:, :, 0] @ vit.projection)
+    torch.testing.assert_close(features["local"].projected, expected[2] @ vit.projection)
     assert features["global"].token_views == (1,)
     assert features["local"].tokens is None
 
@@ -182,14 +197,14 @@ def test_masked_patches(tokens: tuple[int, ...]) -> None:
     hidden = GroupPlan(views=(0, 1), tokens=tokens, hide_masked=True, masked_tokens=True)
     features = vit(groups, {"global": hidden, "local": GroupPlan(views=(0,), projected=False)})
     pixels = groups["global"].pixels.flatten(0, 1)
-    expected = plain(vit, pixels, masks.flatten(0, 1))
+    expected = vit.norm(plain(vit, pixels, masks.flatten(0, 1)))
     torch.testing.assert_close(
         features["global"].masked_tokens, expected[:, 1:].unflatten(0, (2, 3))[masks], atol=1e-10, rtol=0
     )
     torch.testing.assert_close(features["global"].pooled, expected[:, 0].unflatten(0, (2, 3)), atol=1e-10, rtol=0)
     # the teacher's side of the same: nothing hidden, the same places read, one view alone
     features = vit(groups, {"global": GroupPlan(views=(1,), masked_tokens=True)})
-    expected = plain(vit, pixels)[:, 1:].unflatten(0, (2, 3))[1:]
+    expected = vit.norm(plain(vit, pixels))[:, 1:].unflatten(0, (2, 3))[1:]
     torch.testing.assert_close(features["global"].masked_tokens, expected[masks[1:]], atol=1e-10, rtol=0)
 
 
@@ -214,7 +229,7 @@ def test_patches_that_are_left_out_are_not_encoded(registers: int) -> None:
         for place, view in enumerate((1, 0)):
             x = vit._embed(pixels[view, sample][None], None)
             keep = torch.cat([torch.ones(vit.prefix, dtype=torch.bool), ~masks[view, sample]])
-            y = plain_blocks(vit, vit.norm_pre(x[:, keep]))
+            y = vit.norm(plain_blocks(vit, vit.norm_pre(x[:, keep])))
             torch.testing.assert_close(features["seen"].pooled[place, sample], y[0, 0], atol=1e-10, rtol=0)
             if view == 0:
                 seen = features["seen"].tokens[0, sample, ~masks[0, sample]]

@@ -74,15 +74,15 @@ def test_options() -> None:
     tower = TimmImage(SPEC, model="test_vit", drop_path=0.2, grad_checkpointing=True)
     assert tower.model.grad_checkpointing
     assert tower.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    assert tower.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection",)
+    assert tower.unread({"global": GroupPlan(views=(0,), projected=False)}) == ("projection*",)
     assert tower.unread({"global": GroupPlan(views=(0,))}) == ()
 
 
 def test_faults_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"timm has no 'vit_bas_patch16_224'\. Did you mean 'vit_base_patch16_224'\?"):
         TimmImage(SPEC, model="vit_bas_patch16_224")
-    with pytest.raises(UserError, match="'resnet18' has no patch tokens"):
-        TimmImage(SPEC, model="resnet18")
+    with pytest.raises(UserError, match="'resnet18' has no patch tokens of one size to hide"):
+        TimmImage(SPEC, model="resnet18", mask_token=True)
 
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to the hub\nand more")
