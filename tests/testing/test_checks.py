@@ -391,9 +391,6 @@ class Captions(Plain):
     def requires(self, outputs: Collection[str]) -> Sequence[Need]:
         return [*super().requires(outputs), Need(modality="text", group="global", kind="views")]
 
-    def requires(self, outputs: Collection[str]) -> Sequence[Need]:
-        return [*super().requires(outputs), Need(modality="text", group="global", kind="views")]
-
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
         scores = self.a(features.image["global"].projected).log_softmax(-1)
         return {"a": scores.gather(-1, views.text["global"].tokens).mean(-1, keepdim=True)}
