@@ -29,8 +29,8 @@ class Clip(Loss):
         able = [name for name, outputs in spec.heads.items() if outputs.get("global") == spec.embed_dim]
         if head is not None and head not in able:
             raise ValueError(
-                f"head: no head '{head}' with an output 'global' of model.embed_dim ({spec.embed_dim}). Heads that have "
-                f"it: {', '.join(able) or 'none'}"
+                f"head: no head '{head}' with an output 'global' of model.embed_dim ({spec.embed_dim}). Heads that "
+                f"have it: {', '.join(able) or 'none'}"
             )
         self.head = head
         if not 1 <= init_logit_scale <= 100:
@@ -51,7 +51,9 @@ class Clip(Loss):
         images = everyone.stack("image", group="global") if self.head is None else everyone.heads[self.head]["global"]
         texts = normalise(ctx.student.stack("text"))
         scale = self.logit_scale.exp()
-        return LossOutput(terms={"contrastive": info_nce(texts, normalise(images), scale)}, metrics={"logit_scale": scale})
+        return LossOutput(
+            terms={"contrastive": info_nce(texts, normalise(images), scale)}, metrics={"logit_scale": scale}
+        )
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -59,7 +59,9 @@ class CodingRate(Loss):
             raise ValueError("needs two views of a picture: give augmenters.image a second global view, or local ones")
         width = spec.image.width if head is None else spec.heads[head]["global"]
         self.factor = width / eps**2
-        self.gamma = eps * math.sqrt(spec.batch_size / (width * min(width, spec.batch_size))) if gamma is None else gamma
+        self.gamma = (
+            eps * math.sqrt(spec.batch_size / (width * min(width, spec.batch_size))) if gamma is None else gamma
+        )
 
     def requires(self) -> list[Need]:
         """All views and masked patches of the student, and the teacher's global ones."""
@@ -90,6 +92,8 @@ def coding_rate(features: Tensor, factor: float) -> Tensor:
     """
     gram, ranks = features.transpose(1, 2) @ features, world_size()
     gram = all_sum(gram) + ranks * (gram - gram.detach())  # the rank's own share moves, and as much on all the others
-    gram = gram * (factor / (ranks * features.shape[1])) + torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    gram = gram * (factor / (ranks * features.shape[1])) + torch.eye(
+        gram.shape[-1], device=gram.device, dtype=gram.dtype
+    )
     lower: Tensor = torch.linalg.cholesky_ex(gram).L  # waits for no device, and gives NaNs where others raise
     return lower.diagonal(dim1=1, dim2=2).log().sum(1)

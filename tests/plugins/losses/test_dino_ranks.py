@@ -1,5 +1,5 @@
-"""DINO, iBOT, KoLeo, the coding rate and batch norm of heads: several ranks together are one rank with the whole batch, float64 to 1e-6
-and closer.
+"""DINO, iBOT, KoLeo, the coding rate and batch norm of heads: several ranks together are one rank with the whole batch,
+float64 to 1e-6 and closer.
 """
 
 from __future__ import annotations
