@@ -91,9 +91,8 @@ def coding_rate(features: Tensor, factor: float) -> Tensor:
     samples Z [N, D] of all ranks. Every rank finds the same, and averaged gradients are those of one rank.
     """
     gram, ranks = features.transpose(1, 2) @ features, world_size()
-    gram = all_sum(gram) + ranks * (gram - gram.detach())  # the rank's own share moves, and as much on all the others
-    gram = gram * (factor / (ranks * features.shape[1])) + torch.eye(
-        gram.shape[-1], device=gram.device, dtype=gram.dtype
-    )
-    lower: Tensor = torch.linalg.cholesky_ex(gram).L  # waits for no device, and gives NaNs where others raise
+    gram = all_sum(gram) + ranks * (gram - gram.detach())  # each rank's loss moves by this rank's share: all of them
+    one = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    # waits for no device, and gives NaNs where others raise
+    lower: Tensor = torch.linalg.cholesky_ex(one + factor / (ranks * features.shape[1]) * gram).L
     return lower.diagonal(dim1=1, dim2=2).log().sum(1)
