@@ -205,6 +205,7 @@ def shards(tmp_path: Path) -> Callable[..., str]:
 SHRUNK: dict[str, dict[str, Any]] = {
     "clip_vit": {"width": 64, "layers": 1, "patch_size": 8, "image_size": 32},
     "clip_text": {"width": 64, "layers": 1, "heads": 1},
+    "timm": {"model": "test_vit", "image_size": 32, "pretrained": False},
     "clip": {"context_length": 24},
     "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
     "resize_crop": {"size": 32},

@@ -23,6 +23,7 @@ PUBLISHED = {
     "dino": ((69.3, 74.0), "8 GPUs x 64", 512),
     "ibot": ((75.2, 77.9, 82.3), "16 GPUs x 64", 1024),
     "dinov2": ((82.0, 84.5), "96 GPUs x 32", 3072),
+    "simdinov2": ((78.1, 79.7), "8 GPUs x 128", 1024),
 }
 PICTURES, PICTURES_22K = 1_281_167, 14_197_086
 
@@ -46,7 +47,7 @@ def test_header_states_command_hardware_and_result(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_all_three_share(name: str) -> None:
+def test_what_all_share(name: str) -> None:
     config = recipe(name)
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, config.schedule.final_lr) == (
@@ -131,6 +132,21 @@ def test_dinov2() -> None:
     }
     rules = settings(assembly.model, config.optimizer)
     assert rules["image.patch_embed.weight"].lr_scale == 0.2 and rules["image.norm.weight"].lr_scale == 1
+
+
+def test_simdinov2() -> None:
+    """ssl_default_config.yaml of the authors' program: no prototypes, no KoLeo, a head of 256 for views and patches."""
+    config, assembly = recipe("simdinov2"), assembled("simdinov2")
+    assert (config.optimizer.lr, config.optimizer.weight_decay_end, config.optimizer.layer_decay) == (4e-3, 0.4, 0.9)
+    assert config.schedule.epochs == 100 and config.schedule.warmup_steps == 10 * (PICTURES // 1024)
+    assert config.teacher.options["momentum_teacher"] == 0.992
+    (loss,) = config.losses.values()
+    assert loss.options["eps"] ** 2 == pytest.approx(0.05, rel=1e-3)
+    assert loss.options["gamma"] == pytest.approx(1 / 256 + 1 / 1024, rel=1e-3)
+    assert assembly.spec.heads == {"project": dict.fromkeys(("global", "local", "global_masked"), 256)}
+    assert assembly.frozen == ["image.projection"]
+    rules = settings(assembly.model, config.optimizer)
+    assert rules["image.patch_embed.weight"].lr_scale == pytest.approx(0.2 * 0.9**13)
 
 
 def test_the_plan_of_masked_image_modelling() -> None:

@@ -71,6 +71,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"groups": {"a": {"size": 32, "mask_probability": 1.0}, "b": {"size": 16, "number": 3, "flip_prob": 0.5}}},
         {"groups": {"b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}},
     ],
+    "heads/class_and_patches": [{"heads": 2}, {"heads": 2, "layers": 1, "layer_scale": None, "drop_path": 0.5}],
     "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
     "heads/dino_projection": [PROTOTYPES, {**PROTOTYPES, "norm_last_layer": False, "batch_norm": True}],
     "heads/dinov2_projection": [PROTOTYPES],
@@ -79,6 +80,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"input": "projected", "modality": "text", "hidden_dim": 24, "layers": 3, "batch_norm": False},
         {"input": "cross", "hidden_dim": 24, "output_batch_norm": True},
     ],
+    "losses/clip": [{}, {"head": "both"}],
+    "losses/coding_rate": [{}, {"head": "dino", "gamma": 0.1}],
     "losses/cross_modality_distillation": [{}, {"head": "cross"}],
     "losses/dino": [{"head": "dino"}, {"head": "dino", "centering": "sinkhorn"}],
     "losses/ibot": [{"head": "dino"}],
@@ -127,7 +130,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "towers/timm": [],  # its smallest models are too large for the pictures here
 }
-AROUND = {"losses/dino": DINO, "losses/ibot": DINO, "losses/lightly": DINO}
+AROUND = {f"losses/{name}": DINO for name in ("coding_rate", "dino", "ibot", "lightly")}
+AROUND["losses/clip"] = {"heads": {"both": {"type": "class_and_patches", "heads": 2}}}
 
 
 def cases() -> list[Any]:

@@ -42,7 +42,7 @@ class PerGroup(Head):
         """These outputs, [V, B, K] or [M, K]: from one pass over all their rows, or one a view where batch norm mixes
         them.
         """
-        inputs = {name: _found(features, self.reads[name]) for name in outputs}
+        inputs = {name: found(features, self.reads[name]) for name in outputs}
         if self.mixes_samples:
             return {
                 name: torch.stack([self.mlp(view) for view in x]) if x.dim() == 3 else self.mlp(x)
@@ -65,14 +65,14 @@ def group_needs(spec: Spec, modality: Modality = "image", *, projected: bool = F
     return needs | {name + MASKED: Need(modality=modality, group=name, kind="masked_tokens") for name in masked}
 
 
-def _found(features: Features, need: Need) -> Tensor:
+def found(features: Features, need: Need) -> Tensor:
     """Return what a need of one group or one output of a head asked for: [V, B, W] or [M, W]."""
     if need.head is not None:
         assert need.outputs is not None
         return features.heads[need.head][need.outputs[0]]
     assert need.modality is not None
-    found: Tensor = getattr(features.of(need.modality, hidden=need.hidden)[need.group], need.kind)
-    return found
+    asked: Tensor = getattr(features.of(need.modality, hidden=need.hidden)[need.group], need.kind)
+    return asked
 
 
 class BatchNorm(nn.BatchNorm1d):

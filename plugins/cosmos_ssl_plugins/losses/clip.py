@@ -19,26 +19,41 @@ class Clip(Loss):
     Local image crops are left out: with them the model overfits (COSMOS, arXiv 2412.01814).
     """
 
-    def __init__(self, spec: Spec, *, init_logit_scale: float = 1 / 0.07) -> None:
-        """``init_logit_scale`` is the inverse temperature at the start; it is learned, and kept within 1..100."""
+    def __init__(self, spec: Spec, *, init_logit_scale: float = 1 / 0.07, head: str | None = None) -> None:
+        """Raises ValueError for a scale, or a head, that does not fit.
+
+        init_logit_scale: inverse temperature at the start; it is learned, and kept within 1..100.
+        head: a head whose output ``global`` is compared with texts, in the place of the projected image feature.
+        """
         super().__init__()
+        able = [name for name, outputs in spec.heads.items() if outputs.get("global") == spec.embed_dim]
+        if head is not None and head not in able:
+            raise ValueError(
+                f"head: no head '{head}' with an output 'global' of model.embed_dim ({spec.embed_dim}). Heads that "
+                f"have it: {', '.join(able) or 'none'}"
+            )
+        self.head = head
         if not 1 <= init_logit_scale <= 100:
             raise ValueError(f"init_logit_scale: {init_logit_scale:g} is outside 1..100")
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
     def requires(self) -> list[Need]:
         """Global image views of all ranks, own text views."""
+        images = Need(modality="image", group="global", kind="projected", hidden=False, gathered=True)
         return [
-            Need(modality="image", group="global", kind="projected", hidden=False, gathered=True),
+            images if self.head is None else Need(head=self.head, outputs=("global",), gathered=True),
             Need(modality="text", group=ALL, kind="projected", hidden=False),
         ]
 
     def forward(self, ctx: StepContext) -> LossOutput:
         """One term, and the scale."""
-        images = normalise(ctx.gathered["student"].stack("image", group="global"))
+        everyone = ctx.gathered["student"]
+        images = everyone.stack("image", group="global") if self.head is None else everyone.heads[self.head]["global"]
         texts = normalise(ctx.student.stack("text"))
         scale = self.logit_scale.exp()
-        return LossOutput(terms={"contrastive": info_nce(texts, images, scale)}, metrics={"logit_scale": scale})
+        return LossOutput(
+            terms={"contrastive": info_nce(texts, normalise(images), scale)}, metrics={"logit_scale": scale}
+        )
 
     @torch.no_grad()
     def after_step(self) -> None:

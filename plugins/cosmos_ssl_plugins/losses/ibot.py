@@ -6,6 +6,7 @@ Shape letters: V views, B samples, N patches of a view, M masked patches of the 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cosmos_ssl.api import Curve, Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
 from cosmos_ssl.functional import upload
@@ -79,13 +80,20 @@ class Ibot(Loss):
         assert ctx.teacher is not None and masks is not None
         targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
         log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
-        counts = masks.sum(-1).flatten()  # [V B], on the host
-        shares = (1 / counts.clamp_min(1).to(log_p.dtype)).repeat_interleave(counts)
-        weights, masked = upload(log_p.device, shares, masks.to(log_p.dtype).mean())
-        loss = -(weights * torch.linalg.vecdot(targets, log_p)).sum() / len(counts)
+        loss, masked = masked_mean(-torch.linalg.vecdot(targets, log_p), masks)
         metrics = {
             "teacher_entropy": entropy(targets),
             "teacher_temp": log_p.new_full((), self.targets.temperature(ctx.progress)),
             "masked": masked,
         }
         return LossOutput(terms={"patches": loss}, metrics=metrics)
+
+
+def masked_mean(values: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of values at masked patches [M] over those of a view, then over all views; and the share of masked
+    patches. ``masks`` is bool [V, B, N], on the host; a view without masked patches counts 0.
+    """
+    counts = masks.sum(-1).flatten()
+    shares = (1 / counts.clamp_min(1).to(values.dtype)).repeat_interleave(counts)
+    weights, masked = upload(values.device, shares, masks.to(values.dtype).mean())
+    return (weights * values).sum() / len(counts), masked

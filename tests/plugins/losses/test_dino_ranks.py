@@ -1,5 +1,5 @@
-"""DINO, iBOT, KoLeo and batch norm of heads: several ranks together are one rank with the whole batch, float64 to 1e-6
-and closer.
+"""DINO, iBOT, KoLeo, the coding rate and batch norm of heads: several ranks together are one rank with the whole batch,
+float64 to 1e-6 and closer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.functional import gather
 from cosmos_ssl_plugins.heads.per_group import BatchNorm
+from cosmos_ssl_plugins.losses.coding_rate import CodingRate
 from cosmos_ssl_plugins.losses.dino import Dino
 from cosmos_ssl_plugins.losses.ibot import Ibot
 from cosmos_ssl_plugins.losses.koleo import Koleo
@@ -87,6 +88,7 @@ def losses() -> dict[str, Loss]:
         "ibot": Ibot(SPEC, head="mine"),
         "ibot_sinkhorn": Ibot(SPEC, head="mine", centering="sinkhorn"),
         "koleo": Koleo(SPEC),
+        "coding_rate": CodingRate(SPEC, head="mine"),
     }
 
 
@@ -117,7 +119,7 @@ def everything(share: slice) -> dict[str, Found]:
         for name, loss in made.items():
             weight = draw(WIDTH, K, seed=step).requires_grad_()
             output = loss(context(step, weight, share))
-            (term,) = output.terms.values()
+            term = torch.stack(list(output.terms.values())).sum()
             term.backward()
             assert weight.grad is not None
             buffers = {key: value.clone() for key, value in loss.named_buffers()}
