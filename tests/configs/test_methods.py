@@ -35,7 +35,7 @@ def shrink(small: Shrink, scenes: Path) -> Shrink:
     """Overrides that make a run of a config small; pictures without captions where it reads no text."""
 
     def overrides(config: Config) -> list[str]:
-        schema = "null" if config.model.text is None else "dreamlip"
+        schema = "null" if config.augmenters.text is None else "dreamlip"
         sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
         return [*RUN, f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}", *small(config)]
 
@@ -73,9 +73,14 @@ def test_trains(path: Path, shrink: Shrink, tmp_path: Path) -> None:
     assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
 
 
-def test_resumes_to_the_same_numbers(shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SILC: contrast, self-distillation with a running centre, and a moving teacher; cut off after its second step."""
-    path, run = CONFIGS / "methods" / "silc.yaml", tmp_path / "run"
+@pytest.mark.parametrize("name", ["silc", "superclass"])
+def test_resumes_to_the_same_numbers(
+    name: str, shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SILC: contrast, self-distillation with a running centre, and a moving teacher; SuperClass: tokens counted; cut
+    off after the second step.
+    """
+    path, run = CONFIGS / "methods" / f"{name}.yaml", tmp_path / "run"
     overrides = [*shrink(load_config(path).config), f"output_dir={run}", "checkpoints.every_steps=2"]
     cosmos_ssl.train(path, overrides)
     before = rows(run)
@@ -90,7 +95,9 @@ def test_resumes_to_the_same_numbers(shrink: Shrink, tmp_path: Path, capsys: pyt
 
 
 def test_methods_and_ablations_are_there() -> None:
-    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"}
+    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"} | {
+        *("superclass", "clipa")
+    }
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",
         "no_text_crop",
