@@ -38,7 +38,7 @@ def shrink(small: Shrink, scenes: Path) -> Shrink:
     """Overrides that make a run of a config small; pictures without captions where it reads no text."""
 
     def overrides(config: Config) -> list[str]:
-        schema = "null" if config.model.text is None else "dreamlip"
+        schema = "null" if config.augmenters.text is None else "dreamlip"
         sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
         return [*RUN, f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}", *small(config)]
 
@@ -81,6 +81,7 @@ STILL = {
     "simdinov2": "image.projection",
     "lit": "image.model.*",
     "dino_txt": "image.*",
+    "superclass": "image.projection",
 }
 """What the third step of a method does not move, and nothing else."""
 
@@ -113,6 +114,7 @@ def test_methods_and_ablations_are_there() -> None:
     assert {path.stem for path in METHODS} == {
         *("clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"),
         *("simdinov2", "lit", "dino_txt"),
+        *("superclass", "clipa"),
     }
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",
