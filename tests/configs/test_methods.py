@@ -73,9 +73,12 @@ def test_trains(path: Path, shrink: Shrink, tmp_path: Path) -> None:
     assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
 
 
-def test_resumes_to_the_same_numbers(shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SILC: contrast, self-distillation with a running centre, and a moving teacher; cut off after its second step."""
-    path, run = CONFIGS / "methods" / "silc.yaml", tmp_path / "run"
+@pytest.mark.parametrize("name", ["silc", "dreamlip"])
+def test_resumes_to_the_same_numbers(
+    name: str, shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut off after its second step. SILC: contrast, self-distillation with a running centre, and a moving teacher."""
+    path, run = CONFIGS / "methods" / f"{name}.yaml", tmp_path / "run"
     overrides = [*shrink(load_config(path).config), f"output_dir={run}", "checkpoints.every_steps=2"]
     cosmos_ssl.train(path, overrides)
     before = rows(run)
@@ -90,7 +93,7 @@ def test_resumes_to_the_same_numbers(shrink: Shrink, tmp_path: Path, capsys: pyt
 
 
 def test_methods_and_ablations_are_there() -> None:
-    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"}
+    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2", "dreamlip"}
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",
         "no_text_crop",
@@ -107,7 +110,7 @@ def test_image_only_methods_have_nothing_of_texts() -> None:
 
 def test_text_image_methods_differ_by_the_method_alone() -> None:
     cosmos = load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
-    for name in ("clip", "siglip", "slip", "silc", "cosmos"):
+    for name in ("clip", "siglip", "slip", "silc", "cosmos", "dreamlip"):
         config = load_config(CONFIGS / "methods" / f"{name}.yaml").config
         for section in ("model", "tokenizer", "data", "optimizer", "schedule", "training", "evaluators", "loader"):
             assert getattr(config, section) == getattr(cosmos, section), (name, section)
