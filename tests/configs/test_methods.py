@@ -93,7 +93,17 @@ def test_resumes_to_the_same_numbers(
 
 
 def test_methods_and_ablations_are_there() -> None:
-    assert {path.stem for path in METHODS} == {"clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2", "dreamlip"}
+    assert {path.stem for path in METHODS} == {
+        "clip",
+        "siglip",
+        "slip",
+        "silc",
+        "cosmos",
+        "dino",
+        "ibot",
+        "dinov2",
+        "dreamlip",
+    }
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",
         "no_text_crop",

@@ -27,8 +27,10 @@ SMALL = [
     *("loader.workers=0", "logging={every_steps: 1, tensorboard: false}", "checkpoints.every_steps=2"),
 ]
 OF = {
-    TEXT: ["model.text={width: 64, layers: 1, heads: 1}", "tokenizer.context_length=24", "data.caption_schema=dreamlip"]
-    + ["losses.texts={text_queue: 20, image_queue: 20}"],
+    TEXT: [
+        *("model.text={width: 64, layers: 1, heads: 1}", "tokenizer.context_length=24"),
+        *("losses.texts={text_queue: 20, image_queue: 20}", "data.caption_schema=dreamlip"),
+    ],
     PICTURES: ["losses.moco.queue_size=20", "data.caption_schema=null"],
 }
 

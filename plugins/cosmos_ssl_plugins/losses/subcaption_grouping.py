@@ -1,4 +1,4 @@
-"""DreamLIP's grouping loss: each sub-caption gathers the patches of its picture that it speaks of, and is found by them.
+"""DreamLIP's grouping loss: each sub-caption gathers the patches that it speaks of, and is found by them.
 
 Shape letters: V image views, K sub-captions (text views), B samples, P patches, W width of the image tower, D shared
 width.

@@ -69,7 +69,7 @@ def test_the_scale_stays_within_bounds_and_what_cannot_be_is_refused():
     loss.logit_scale.data.fill_(9.0)
     loss.after_step()
     assert loss.logit_scale.item() == pytest.approx(math.log(100))
-    with pytest.raises(ValueError, match="init_logit_scale: 0.5 is outside"):
+    with pytest.raises(ValueError, match=r"init_logit_scale: 0\.5 is outside"):
         made(init_logit_scale=0.5)
     with pytest.raises(ValueError, match="told apart, and there are 1"):
         SubcaptionGrouping(example_spec(text_views={"global": ViewSpec(views=1)}))
