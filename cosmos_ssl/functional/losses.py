@@ -25,7 +25,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, weights: Tensor, chunk: int, negatives: Tensor
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, weights: Tensor, chunk: int, negatives: Tensor, ways: int
     ) -> Tensor:
         (v, rows, _), (u, columns, _) = a.shape, b.shape
         start = rank() * rows
@@ -37,9 +37,10 @@ class _InfoNCE(torch.autograd.Function):
             if len(negatives):
                 further = _logits(a[:, part], negatives[None], scale).logsumexp(3)
                 row_lse[:, part] = torch.logaddexp(row_lse[:, part], further)
-            column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
+            if ways == 2:
+                column_lse = torch.logaddexp(column_lse, logits.logsumexp(1))
         if (
-            world_size() > 1
+            ways == 2 and world_size() > 1
         ):  # unit vectors: a logit is at most scale, and float64 holds exp(-2 scale) of any sane scale
             sums = (column_lse - scale).double().exp()
             with collective_time.during(sums):
@@ -48,9 +49,9 @@ class _InfoNCE(torch.autograd.Function):
         own = slice(start, start + rows)
         positive = torch.einsum("vbd,ubd->vbu", a, b[:, own]) * scale
         ctx.save_for_backward(a, b, scale, weights, row_lse, column_lse, negatives)
-        ctx.chunk, ctx.start = chunk, start
-        per_pair = (row_lse + column_lse[:, :, own].transpose(1, 2) - 2 * positive).mean(1)
-        return (weights * per_pair).sum() / 2
+        ctx.chunk, ctx.start, ctx.ways = chunk, start, ways
+        lse = row_lse + column_lse[:, :, own].transpose(1, 2) if ways == 2 else row_lse
+        return (weights * (lse - ways * positive).mean(1)).sum() / ways
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -59,13 +60,14 @@ class _InfoNCE(torch.autograd.Function):
         grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
         grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
         grad_scale = torch.zeros_like(scale)
-        weight = (weights * (grads[0] / (2 * rows))).view(v, 1, u, 1)
+        weight = (weights * (grads[0] / (ctx.ways * rows))).view(v, 1, u, 1)
         for part in _chunks(rows, v * u * (columns + len(negatives)), ctx.chunk):
             logits = _logits(a[:, part], b, scale)
             g = (logits - row_lse[:, part].unsqueeze(3)).exp_()
-            g += (logits - column_lse.unsqueeze(1)).exp_()
+            if ctx.ways == 2:
+                g += (logits - column_lse.unsqueeze(1)).exp_()
             m = torch.arange(g.shape[1], device=a.device)
-            g[:, m, :, m + ctx.start + part.start] -= 2  # the positive of each row, once a direction
+            g[:, m, :, m + ctx.start + part.start] -= ctx.ways  # the positive of each row, once a direction
             g *= weight
             grad_scale += (g * logits).sum() / scale
             _pull(g.view(-1, u * columns) * scale, a, b, part, grad_a, grad_b)
@@ -75,7 +77,7 @@ class _InfoNCE(torch.autograd.Function):
                 grad_scale += (g * logits[:, :, 0]).sum() / scale
                 if grad_a is not None:
                     grad_a[:, part] += (g * scale) @ negatives
-        return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None, None
+        return grad_a, grad_b, grad_scale if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -146,11 +148,12 @@ def info_nce(
     scale: Tensor,
     *,
     negatives: Tensor | None = None,
+    symmetric: bool = True,
     a_weights: Sequence[float] | None = None,
     b_weights: Sequence[float] | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the global batch, averaged over all pairs of views.
+    """InfoNCE over the global batch, in both directions unless told otherwise, averaged over all pairs of views.
 
     Sample m of every view of ``a`` belongs to global sample ``rank * B + m`` of every view of ``b``.
     Cross-entropy of ``scale * a b^T`` in both directions (CLIP, arXiv 2103.00020, figure 3; over view
@@ -162,6 +165,7 @@ def info_nce(
         scale: the inverse temperature, a scalar of at most 300.
         negatives: unit vectors of no sample in the batch, such as a queue of past ones, the same on all ranks, [K, D]:
             what each row of ``a`` is told apart from beside ``b`` (MoCo, arXiv 1911.05722). They take no gradient.
+        symmetric: False leaves out the direction from ``b`` to ``a``: a query finds its key, as in MoCo.
         a_weights, b_weights: share of each view, summing to 1 (default: equal); a pair weighs their product.
         chunk: logits held at once, in elements (default: by the device).
 
@@ -174,7 +178,7 @@ def info_nce(
     others = a.new_empty(0, a.shape[-1], dtype=dtype) if negatives is None else negatives.detach().to(dtype)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     chunk = chunk or _chunk(a)
-    return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk, others))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _InfoNCE.apply(a, b, scale.to(dtype), weights, chunk, others, 1 + symmetric))  # type: ignore[no-untyped-call]
 
 
 def sigmoid_loss(

@@ -51,7 +51,8 @@ def check_ranks(check: ModelCheck, path: str, ranks: int) -> None:
     again = _steps(check, path, seed=1)
     if any(not torch.equal(value, again[name]) for name, value in alone.items()):
         return  # it draws random numbers
-    wrong = [name for name, value in alone.items() if not _close(value, found[0][name])]
+    rounding = 1e-5 * max(_most(value) for name, value in alone.items() if name.startswith("gradient "))
+    wrong = [name for name, value in alone.items() if not _close(value, found[0][name], rounding)]
     told = f"{ranks} ranks that share a batch find other than one: {listed(wrong, limit=3)}"
     expect(
         not wrong,
@@ -60,8 +61,15 @@ def check_ranks(check: ModelCheck, path: str, ranks: int) -> None:
     )
 
 
-def _close(alone: Tensor, together: Tensor) -> bool:
-    return torch.allclose(alone.double(), together.double(), rtol=2e-3, atol=2e-4 * float(alone.abs().max() or 1))
+def _close(alone: Tensor, together: Tensor, rounding: float) -> bool:
+    """Whether both are the same but for ``rounding``, which is all that is left of a gradient that batch norm takes
+    away.
+    """
+    return torch.allclose(alone.double(), together.double(), rtol=2e-3, atol=max(2e-4 * (_most(alone) or 1), rounding))
+
+
+def _most(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def _steps(check: ModelCheck, path: str, seed: int = 0) -> dict[str, Tensor]:

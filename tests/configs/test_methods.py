@@ -82,6 +82,7 @@ STILL = {
     "lit": "image.model.*",
     "dino_txt": "image.*",
     "superclass": "image.projection",
+    "dreamlip": "NOTHING",
 }
 """What the third step of a method does not move, and nothing else."""
 
@@ -115,6 +116,7 @@ def test_methods_and_ablations_are_there() -> None:
         *("clip", "siglip", "slip", "silc", "cosmos", "dino", "ibot", "dinov2"),
         *("simdinov2", "lit", "dino_txt"),
         *("superclass", "clipa"),
+        *("dreamlip",),
     }
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",
@@ -132,7 +134,7 @@ def test_image_only_methods_have_nothing_of_texts() -> None:
 
 def test_text_image_methods_differ_by_the_method_alone() -> None:
     cosmos = load_config(CONFIGS / "cosmos" / "vitb16_cc3m.yaml").config
-    for name in ("clip", "siglip", "slip", "silc", "cosmos"):
+    for name in ("clip", "siglip", "slip", "silc", "cosmos", "dreamlip"):
         config = load_config(CONFIGS / "methods" / f"{name}.yaml").config
         for section in ("model", "tokenizer", "data", "optimizer", "schedule", "training", "evaluators", "loader"):
             assert getattr(config, section) == getattr(cosmos, section), (name, section)

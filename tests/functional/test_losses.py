@@ -14,15 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosmos_ssl.functional import all_max, all_sum, gather, gather_many, info_nce, losses, sigmoid_loss
 
 
-def dense(a, b, scale, negatives=None):
-    """Mean over view pairs of the symmetric cross-entropy, as written in the CLIP paper; rows know further ones."""
+def dense(a, b, scale, negatives=None, symmetric=True):
+    """Mean over view pairs of the symmetric cross-entropy, as written in the CLIP paper; rows know further ones, and
+    are alone in MoCo.
+    """
     target = torch.arange(a.shape[1])
     losses = []
     for x in a:
         for y in b:
             logits = scale * x @ y.T
             rows = logits if negatives is None else torch.cat([logits, scale * x @ negatives.T], 1)
-            losses.append((F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)) / 2)
+            found = F.cross_entropy(rows, target)
+            losses.append((found + F.cross_entropy(logits.T, target)) / 2 if symmetric else found)
     return torch.stack(losses).mean()
 
 
@@ -38,13 +41,14 @@ def unit(*shape, seed=0):
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("negatives", [None, unit(9, 5, seed=2)], ids=["alone", "queue"])
-def test_equals_dense_loss_and_gradients(chunk, negatives):
+def test_equals_dense_loss_and_gradients(chunk, negatives, symmetric):
     def run(function):
         a = unit(3, 7, 5).requires_grad_()
         b = unit(2, 7, 5, seed=1).requires_grad_()
         scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-        loss = function(a, b, scale, negatives=negatives)
+        loss = function(a, b, scale, negatives=negatives, symmetric=symmetric)
         return loss, *torch.autograd.grad(1.7 * loss, (a, b, scale))
 
     for ours, plain in zip(run(functools.partial(info_nce, chunk=chunk)), run(dense), strict=True):
@@ -82,9 +86,11 @@ def _rank(rank, world, path, results):
     b = unit(2, 8, 5, seed=1)[:, share].clone().requires_grad_()
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
     everyone, _ = gather_many([b, b[:, :, :2]], dim=1)
-    loss = info_nce(a, everyone, scale, negatives=unit(6, 5, seed=2).requires_grad_(), chunk=50)
-    grads = torch.autograd.grad(loss, (a, b, scale))
-    results[rank] = [x.detach().clone() for x in (loss, *grads)]
+    negatives = unit(6, 5, seed=2).requires_grad_()
+    for symmetric in (True, False):
+        loss = info_nce(a, everyone, scale, negatives=negatives, symmetric=symmetric, chunk=50)
+        grads = torch.autograd.grad(loss, (a, b, scale), retain_graph=True)
+        results[rank, symmetric] = [x.detach().clone() for x in (loss, *grads)]
     dist.destroy_process_group()
 
 
@@ -92,15 +98,16 @@ def _rank(rank, world, path, results):
 def test_ranks_share_the_global_batch_exactly(world, in_ranks):
     """Averaged over ranks, losses and gradients are those of the whole batch on one rank."""
     results = in_ranks(_rank, world)
-    ranks = [results[r] for r in range(world)]
     a, b = unit(3, 8, 5).requires_grad_(), unit(2, 8, 5, seed=1).requires_grad_()
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    loss = dense(a, b, scale, unit(6, 5, seed=2))
-    grad_a, grad_b, grad_scale = torch.autograd.grad(loss, (a, b, scale))
-    torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean(), loss)
-    torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1) / world, grad_a)
-    torch.testing.assert_close(torch.cat([r[2] for r in ranks], 1) / world, grad_b)
-    torch.testing.assert_close(torch.stack([r[3] for r in ranks]).mean(), grad_scale)
+    for symmetric in (True, False):
+        ranks = [results[r, symmetric] for r in range(world)]
+        loss = dense(a, b, scale, unit(6, 5, seed=2), symmetric)
+        grad_a, grad_b, grad_scale = torch.autograd.grad(loss, (a, b, scale))
+        torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean(), loss)
+        torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1) / world, grad_a)
+        torch.testing.assert_close(torch.cat([r[2] for r in ranks], 1) / world, grad_b)
+        torch.testing.assert_close(torch.stack([r[3] for r in ranks]).mean(), grad_scale)
 
 
 def test_gather_alone_returns_its_input():

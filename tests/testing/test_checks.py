@@ -671,6 +671,20 @@ def test_a_head_may_read_texts_that_no_tower_encodes(tmp_path: Path) -> None:
 ON_TWO = partial(testing.check_loss, ranks=2)
 
 
+class KeepsNothing(Sound):
+    """``scale``: of the term."""
+
+    def __init__(self, spec: Spec, *, scale: float = 0.5) -> None:
+        super().__init__(spec, scale=scale)
+        self.register_buffer("queue", torch.zeros(0, spec.embed_dim))
+
+
+def test_an_empty_buffer_and_what_batch_norm_takes_away_are_no_fault_on_two_ranks() -> None:
+    ON_TWO(KeepsNothing)
+    normed = {"heads": {"normed": {"type": "projection", "hidden_dim": 24, "output_dim": 16}}}
+    ON_TWO("lightly", around=normed, loss="NTXentLoss", head="normed")
+
+
 @pytest.mark.parametrize(
     ("check", "cls", "words"),
     [
