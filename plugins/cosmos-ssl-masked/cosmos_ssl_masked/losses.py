@@ -101,4 +101,4 @@ def patches(pixels: Tensor, side: int) -> Tensor:
     """Pictures [V, B, 3, H, W], cropped to whole patches, to the numbers of each patch, [V, B, N, 3 side^2]."""
     rows, columns = (length // side for length in pixels.shape[-2:])
     cut = pixels[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(-3, (rows, side))
-    return cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3).flatten(2, 3)
+    return torch.flatten(cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3), 2, 3)

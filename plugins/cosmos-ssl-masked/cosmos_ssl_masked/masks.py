@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import numpy as np
@@ -37,6 +38,14 @@ Span: TypeAlias = tuple[float, float]
 TRIES = 10
 ASPECT = (3 / 4, 4 / 3)
 """Width over height of a crop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockViews(ViewSpec):
+    """Views that come with target blocks."""
+
+    blocks: int
+    """K, of each view."""
 
 
 class MaskedCrop(Augmenter):
@@ -155,6 +164,10 @@ class MultiBlock(MaskedCrop):
         check_span("context_scale", context_scale)
         self.blocks, self.target, self.aspect, self.context = blocks, target_scale, target_aspect, context_scale
 
+    def offers(self) -> Mapping[str, ViewSpec]:
+        """``global``, one view, with a mask and target blocks."""
+        return {"global": BlockViews(views=1, size=self.size, masks=True, blocks=self.blocks)}
+
     def hide(self, rng: np.random.Generator) -> tuple[NDArray[np.bool_], Sequence[Box]]:
         """All but the context, which shares no patch with the target blocks."""
         for _ in range(TRIES):
@@ -175,15 +188,12 @@ class MultiBlock(MaskedCrop):
 
 def target_masks(group: ImageGroup, blocks: int) -> Tensor:
     """The patches to predict of a group of views, bool [K, V, B, N], on the host: each block that ``MultiBlock`` drew,
-    or with ``blocks`` 0 all that is hidden (K = 1).
-
-    Raises ValueError where the views have not so many blocks.
+    or with ``blocks`` 0 all that is hidden (K = 1). It is all that is hidden, K times, of made-up views, which come
+    without parameters (those that costs are counted on).
     """
     assert group.masks is not None, "views without masks have nothing to predict"
-    if not blocks:
-        return group.masks[None]
-    if group.params.shape[-1] != 1 + 4 * blocks:
-        raise ValueError(f"blocks: the views do not come with {blocks} target blocks: take the augmenter multi_block")
+    if not blocks or not group.params.shape[-1]:
+        return group.masks.expand(max(1, blocks), *group.masks.shape)
     boxes = group.params[..., 1:].unflatten(-1, (blocks, 4)).movedim(2, 0)[..., None]  # [K, V, B, 4, 1]
     start, length = boxes.split(2, dim=3)
     places = torch.arange(math.isqrt(group.masks.shape[-1]))

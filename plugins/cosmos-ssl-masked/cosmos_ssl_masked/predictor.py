@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import Features, Few, Head, HeadOutput, Need, Size, Spec, Views, Whole
+from cosmos_ssl.api import Features, Few, Head, HeadOutput, Need, Size, Spec, Views
 from cosmos_ssl.functional import upload
-from cosmos_ssl_masked.masks import target_masks
+from cosmos_ssl_masked.masks import BlockViews, target_masks
 
 
 class PatchPredictor(Head):
     """Patches that the student saw, and mask tokens in the places to predict, through a transformer.
 
     Each is told its place by sines and cosines; the tower's pooled feature goes before them, so that it is trained.
-    Target blocks of one view are predicted apart, each from the context alone (I-JEPA, arXiv 2301.08243, section 3);
-    without blocks the places are all that is hidden (MAE, arXiv 2111.06377, section 3). Outputs: ``tokens``
-    [K V, B, N, width], which mean something in places to predict alone, and ``targets`` [K V, B, N, 1], 1 in those
-    places and 0 elsewhere; block k of view v is row k V + v.
+    Target blocks of a view of ``multi_block`` are predicted apart, each from the context alone (I-JEPA, arXiv
+    2301.08243, section 3); of other views the places are all that is hidden (MAE, arXiv 2111.06377, section 3).
+
+    Outputs, with K blocks of V views: ``tokens`` [K V, B, N, width], which mean something in places to predict alone,
+    and ``targets`` [K V, B, N, 1], 1 in those places and 0 elsewhere; block k of view v is row k V + v.
     """
 
     def __init__(
@@ -33,7 +34,6 @@ class PatchPredictor(Head):
         spec: Spec,
         *,
         predicts: Literal["features", "pixels"] = "features",
-        blocks: Whole = 0,
         width: Size = 384,
         layers: Few = 12,
         num_heads: Size = 12,
@@ -41,7 +41,6 @@ class PatchPredictor(Head):
         """Raises ValueError without an image tower, or for a width that does not fit.
 
         predicts: what is said of a patch: features of the image tower's width, or the pixels of its three channels.
-        blocks: target blocks of a view, as the augmenter ``multi_block`` draws them; 0 predicts all that is hidden.
         width: of the transformer.
         layers: of the transformer.
         num_heads: heads of its attention.
@@ -51,7 +50,8 @@ class PatchPredictor(Head):
             raise ValueError("a predictor of patches needs model.image, a tower with patches")
         if width % 4 or width % num_heads:
             raise ValueError(f"width: {width} is not a multiple of 4 and of num_heads ({num_heads})")
-        self.blocks = blocks
+        views = spec.image_views.get("global")
+        self.blocks = views.blocks if isinstance(views, BlockViews) else 0
         self.output = spec.image.width if predicts == "features" else 3 * spec.image.patch_size**2
         self.embed = nn.Linear(spec.image.width, width)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
