@@ -20,7 +20,7 @@ SMALL = [
     "evaluators=null",
     "model={embed_dim: 32, image: {width: 64, layers: 1, heads: 1, image_size: 32, patch_size: 8}}",
     "augmenters.image.size=32",
-    *("training={batch_size: 8, precision: fp32, device: cpu}", "schedule={epochs: 12, warmup_steps: 1}"),
+    *("training={batch_size: 8, precision: fp32, device: cpu}", "schedule={epochs: 8, warmup_steps: 1}"),
     "optimizer.lr=3e-3",
     *("loader.workers=0", "logging={every_steps: 1, tensorboard: false}"),
 ]
@@ -40,16 +40,16 @@ def train(method: str, folder: Path, *overrides: str) -> list[float]:
 def test_learns_and_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """36 steps, the last four once more after a cut, the first three with a batch that is encoded in parts."""
-    losses = train(method, tmp_path, "checkpoints.every_steps=32")
+    """24 steps, the last four once more after a cut, the first three with a batch that is encoded in parts."""
+    losses = train(method, tmp_path, "checkpoints.every_steps=20")
     start, end = sum(losses[:6]), sum(losses[-6:])
-    assert len(losses) == 36 and end < 0.75 * start
+    assert len(losses) == 24 and end < 0.75 * start
     run = tmp_path / "run"
-    shutil.rmtree(run / "checkpoints" / "step_00000036")
+    shutil.rmtree(run / "checkpoints" / "step_00000024")
     (run / "result.json").unlink()
     capsys.readouterr()
-    assert train(method, tmp_path, "checkpoints.every_steps=32") == losses
-    assert "at step 32 (sample 256" in capsys.readouterr().out
+    assert train(method, tmp_path, "checkpoints.every_steps=20") == losses
+    assert "at step 20 (sample 160" in capsys.readouterr().out
     shutil.rmtree(run)
     short = ["schedule.max_steps=3", "training.micro_batch_size=4"]
     assert train(method, tmp_path, *short) == pytest.approx(train(method, tmp_path / "whole", *short[:1]), rel=1e-5)
