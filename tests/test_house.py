@@ -184,7 +184,10 @@ def test_docstrings_and_sizes(path: Path) -> None:
 
 
 def test_the_engine_knows_no_method() -> None:
-    methods = re.compile(r"(?<![a-z])(cosmos_attention|cross_modality|dino|ibot|siglip|silc|slip|flair|coca|moco|dreamlip|superclass)", re.IGNORECASE)
+    methods = re.compile(
+        r"(?<![a-z])(cosmos_attention|cross_modality|dino|ibot|siglip|silc|slip|flair|coca|moco|dreamlip|superclass)",
+        re.IGNORECASE,
+    )
     faults = [
         f"{path}:{number} {line.strip()}"
         for path in sorted((ROOT / "cosmos_ssl" / "engine").rglob("*.py"))
