@@ -57,6 +57,7 @@ from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
 from cosmos_ssl.files import checkpoint_folder, storage_faults
 from cosmos_ssl.functional import gather_objects
+from cosmos_ssl.functional.kernels import explain_kernels
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import explain_backend
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
@@ -186,6 +187,7 @@ class Run:
         dtype, widths = DTYPES[precision] or torch.float32, head_widths(self.assembly.model)
         told = [explain_backend(self.config.training.attention, trainer.device, dtype, width) for width in widths]
         self.attention = "; ".join(dict.fromkeys(told))  # refused now rather than within the first step
+        self.kernels = explain_kernels(self.config.training.kernels, trainer.device, dtype)
         self.callbacks = Callbacks(self.assembly.callbacks, self.config.training.seed)
         self.state = RunState(self.assembly, self.callbacks.with_rules(self.config), trainer.device, precision)
         self.state.model.train()
@@ -579,6 +581,7 @@ class Run:
         self._announce_precision(saved)
         if self.attention:
             log.info("attention: %s", self.attention)
+        log.info("kernels: %s", self.kernels)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen, limit=8))
 

@@ -198,6 +198,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.kernels = "auto"
+        """``training.kernels``."""
         self.recompute = False
         """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
         self.norm1 = nn.LayerNorm(width)
@@ -230,20 +232,23 @@ class Block(nn.Module):
         """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
         H, d].
         """
-        if rows is None and fused.usable(x):
+        if rows is None and self._fuses(x):
             return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
-        if branch is not None and fused.usable(x):
+        if branch is not None and self._fuses(x):
             x, normed = fused.add_norm(x, branch, bias, self.norm1)
         else:
             x = joined(x, branch, bias)
             normed = self.norm1(x)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
+    def _fuses(self, x: Tensor) -> bool:
+        return self.kernels == "auto" and fused.usable(x)
+
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        if not fused.usable(x):
+        if not self._fuses(x):
             x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
             return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
         branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
@@ -293,8 +298,11 @@ class Blocks(nn.ModuleList):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: Recomputed = False,
+        kernels: str = "auto",
     ) -> None:
         """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
+
+        ``kernels`` is ``training.kernels``: ``auto`` or ``plain``.
 
         Raises ValueError.
         """
@@ -313,6 +321,7 @@ class Blocks(nn.ModuleList):
             raise ValueError(f"mlp_ratio: {mlp_ratio:g} leaves the MLP no width")
         super().__init__(Block(width, heads, hidden, layer_scale=layer_scale, drop_path=rate) for rate in rates)
         for number, block in enumerate(self):
+            block.kernels = kernels
             block.recompute = grad_checkpointing is True or (grad_checkpointing == "alternate" and number % 2 == 0)
             block.mlp.recompute = not block.recompute  # it computes all anew, and would keep what this needs
 

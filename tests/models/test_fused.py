@@ -141,7 +141,7 @@ def test_kernels_compile_for_a_card(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_card_is_as_exact_as_the_plain_code(form: str, dtype: torch.dtype) -> None:
-    assert fused._fault(torch.device("cuda", 0), dtype) is None
+    assert fused.KERNELS.fault(torch.device("cuda", 0), dtype) is None
     compare(form, [1, 7, 197, 197, 37], dtype, "cuda", 768, pruned=True)
     compare(form, [3, 5], dtype, "cuda", 40, pruned=form != "plain")
 

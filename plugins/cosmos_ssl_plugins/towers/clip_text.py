@@ -85,6 +85,7 @@ class ClipText(Tower):
             layer_scale=layer_scale,
             drop_path=drop_path,
             grad_checkpointing=grad_checkpointing,
+            kernels=spec.kernels,
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.empty(width, spec.embed_dim))

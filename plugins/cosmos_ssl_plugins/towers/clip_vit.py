@@ -104,6 +104,7 @@ class ClipViT(Tower):
             layer_scale=layer_scale,
             drop_path=drop_path,
             grad_checkpointing=grad_checkpointing,
+            kernels=spec.kernels,
         )
         self.norm = nn.LayerNorm(width)
         self.projection = start(width, spec.embed_dim)
