@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +21,8 @@ from cosmos_ssl.models.transformer import Blocks, lay_out
 from cosmos_ssl_plugins.augmenters import photometric
 
 CARD = torch.device("cuda", 0)
+TESTS = Path(__file__).resolve().parents[1]
+INTERPRETED = [TESTS / "models" / "test_fused.py", TESTS / "plugins" / "augmenters" / "test_fused.py"]
 
 
 @pytest.fixture
@@ -84,3 +90,13 @@ def test_plain_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not photometric._fusible(pixels, "plain")
     with pytest.raises(AssertionError, match="were asked for"):
         photometric._fusible(pixels, "auto")
+
+
+def test_interpreted_kernels_are_the_plain_code() -> None:
+    """As the ``interpreted`` of each says; one process, since Triton and all that it needs take seconds to load."""
+    code = (
+        f"import runpy; [runpy.run_path(path, run_name='__main__') for path in {[str(path) for path in INTERPRETED]}]"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
