@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 API_VERSION = 2
-"""Of the plugin contract: raised when a part written for the version before would no longer work."""
+"""Of the plugin contract: raised when it changes in meaning; parts written for the version before keep running."""
 
 __all__ = ["Trainer", "__version__", "attend", "embed", "evaluate", "export", "load", "make_trainer", "train"]
 

@@ -20,7 +20,7 @@ from cosmos_ssl.registry import shown
 
 _LOADER = ("workers", "prefetch", "error_budget", "changed_data")
 _TRAINING = (
-    *("micro_batch_size", "attention", "compile", "deterministic", "device"),
+    *("micro_batch_size", "attention", "kernels", "compile", "deterministic", "device"),
     *("max_nonfinite_steps", "timeout_minutes", "trace_steps"),
 )
 _ASIDE = (

@@ -32,7 +32,13 @@ BASE = {
 SAME = [
     *("name=b", "output_dir=/y", "evaluators=null", "checkpoints.every_steps=3", "logging.every_steps=1", "profile=p"),
     *("loader.workers=1", "loader.prefetch=9", "loader.error_budget=0.5", "loader.lanes=96"),
-    *("training.micro_batch_size=8", "training.attention=sdpa", "training.compile=true", "training.deterministic=true"),
+    *(
+        "training.micro_batch_size=8",
+        "training.attention=sdpa",
+        "training.kernels=plain",
+        "training.compile=true",
+        "training.deterministic=true",
+    ),
     *("training.device=cpu", "training.trace_steps=3"),
     *("data.train_data=/moved/{0..3}.tar", "data.validation_data=v.tar", "data.cache_dir=c", "data.cache_gib=3"),
 ]

@@ -36,9 +36,9 @@ stands for it. Options and ``spec``: ``cosmos_ssl.api.part``.
 
 When, on all ranks, in the order of the config: ``prepare`` before training and in the check, with the model on the meta
 device; ``start`` once, when the run stands where it begins or goes on; ``before_step`` and ``after_step`` around each
-update (the latter where it was not left out as not finite), with the progress of the step under way; ``at_epoch`` after
-the evaluations of an epoch's end and of the run's; ``at_checkpoint`` before a checkpoint is taken, both with the number
-of steps done.
+update (the latter where it was not left out as not finite), with the progress of the step under way; ``evaluated``
+before each evaluation; ``at_epoch`` after the evaluations of an epoch's end and of the run's; ``at_checkpoint`` before
+a checkpoint is taken, both with the number of steps done.
 
 What may be changed: values of parameters and buffers of ``ctx.model``, in place and without gradients, and plain
 attributes of its modules (``set_float``). Not: names, shapes, ``requires_grad``, the optimiser, the teacher. A callback
@@ -65,7 +65,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
 from cosmos_ssl.api.writer import Writer
@@ -128,6 +128,11 @@ class Callback(Part, ABC):
     def at_checkpoint(self, ctx: CallbackContext) -> None:
         """Act before a checkpoint is taken that all ranks take together; change the own state at most."""
         return
+
+    def evaluated(self) -> Mapping[str, Tensor]:
+        """Return weights, by the model's names and where it is, on which evaluations are made as well as on the student
+        and the teacher: their numbers are ``EVALUATOR/NAME/METRIC``, by the callback's name."""
+        return {}
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what goes into a checkpoint: tensors, and values that JSON can hold."""

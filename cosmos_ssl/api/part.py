@@ -109,6 +109,8 @@ class Spec:
     seed: int = 0
     attention: str = "auto"
     """The backend for ``cosmos_ssl.models.attention``."""
+    kernels: str = "auto"
+    """Whether kernels of one's own may stand for PyTorch's on CUDA (``auto``), or not (``plain``)."""
     has_teacher: bool = False
     context_length: int = 0
     """S, tokens of a padded text."""

@@ -309,6 +309,7 @@ class Builder:
             epochs=config.schedule.epochs,
             seed=config.training.seed,
             attention=config.training.attention,
+            kernels=config.training.kernels,
             has_teacher=self.chosen["teacher"].cls.present,
             background=config.model.background,
         )

@@ -15,7 +15,7 @@ from cosmos_ssl.api import Role
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.sections import ModelConfig
 from cosmos_ssl.config.source import read_file
-from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.engine.checkpoint import TENSORS, find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.interop.attention_heads import assume_heads, other_kinds, told_heads
@@ -108,6 +108,10 @@ def read_weights(source: Source, which: str, *, partial: bool = False) -> Weight
     Their values stay in the file until they are used. Raises CheckpointError.
     """
     if source.folder is not None and source.run is not None:
+        there = [file.stem for file in source.folder.glob(f"*{TENSORS}") if file.stem != "optimizer"]
+        if which not in there:
+            hint = did_you_mean(which, there)
+            raise CheckpointError(f"{source} holds no {which}.{hint} It holds {', '.join(sorted(there))}")
         state = load_tensors(source.folder, which)
         if which == "teacher":  # which has no losses: what an encoder or an export tells of them is the student's
             student = load_tensors(source.folder, "student")

@@ -19,7 +19,7 @@ COMMANDS = {
     "embed": "embeddings of pictures, shards or texts, as Parquet or NumPy",
     "export": "write a trained model for OpenCLIP, Hugging Face, timm or the official program",
     "flops": "FLOPs, parameters and activation memory of a training step, side by side for several configs",
-    "info": "versions, devices and attention backends, for bug reports",
+    "info": "versions, devices, attention backends and kernels, for bug reports",
 }
 """Command -> what it is for. ``cosmos_ssl.cli.COMMAND`` offers ``add_parser(subparsers)``, which sets ``run``."""
 

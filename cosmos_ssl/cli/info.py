@@ -1,4 +1,4 @@
-"""``cosmos-ssl info``: versions, devices and attention backends, for bug reports."""
+"""``cosmos-ssl info``: versions, devices, attention backends and kernels, for bug reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def add_parser(subparsers: Any) -> None:
 def _info(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.models.attention import backend_report
 
-    facts = {"versions": _versions(), "devices": _devices(), "attention": backend_report(), "plugins": _plugins()}
+    facts = {"versions": _versions(), "devices": _devices(), "attention": backend_report()}
+    facts |= {"kernels": _kernels(), "plugins": _plugins()}
     for title, rows in facts.items():
         print(title)
         print(table(list(rows.items()) or [("none", "")], indent="  "), end="")
@@ -52,6 +53,16 @@ def _devices() -> dict[str, str]:
         memory = f"{device.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{index}"] = f"{device.name}, {memory}, capability {device.major}.{device.minor}"
     return found
+
+
+def _kernels() -> dict[str, str]:
+    import cosmos_ssl.models.fused  # noqa: F401  # makes its kernels known, as built-in augmenters do
+    from cosmos_ssl.functional.kernels import kernels_report
+
+    for record in registry.records():
+        if record.own and record.group == "augmenters":
+            registry.load(record)
+    return kernels_report()
 
 
 def _plugins() -> dict[str, str]:

@@ -183,8 +183,9 @@ class TrainingConfig(Section):
     ``attention: auto`` is xformers where it runs, else varlen where that does, else sdpa. ``deterministic``: the same
     bits again from the same machine and number of ranks, on CUDA with any attention but xformers, whose backward pass
     adds up as it comes. ``average_in: bf16`` halves what ranks send of gradients; each sum of two is then rounded to 8
-    bits. ``compile`` fuses what towers' blocks compute elementwise, once for all lengths; that it gains time is not yet
-    measured on a card, so it is off unless asked for.
+    bits. ``kernels: auto`` computes photometric work and, in 16 bits, the transformer by Triton kernels where these run
+    on a CUDA device; ``plain`` leaves both to PyTorch's. ``compile`` fuses what towers' blocks compute elementwise,
+    once for all lengths; that it gains time is not yet measured on a card, so it is off unless asked for.
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
@@ -192,6 +193,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     average_in: Literal["fp32", "bf16"] = "fp32"
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
+    kernels: Literal["auto", "plain"] = "auto"
     compile: bool = False
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

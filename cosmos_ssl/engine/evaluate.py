@@ -1,4 +1,4 @@
-"""Evaluation during training: every due evaluator on student and teacher."""
+"""Evaluation during training: every due evaluator on student and teacher, and on weights that callbacks give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cosmos_ssl.api import Evaluation, Loss, Role
+from cosmos_ssl.api import Evaluation, Loss
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.models.contract import blaming, checked_evaluation
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -51,12 +51,12 @@ def evaluate(
     """
     metrics: dict[str, float] = {}
     drawn: dict[str, Tensor] = {}
-    for role, model in _roles(assembly):
+    for role, model, weights in _roles(assembly):
         encoder = WatchedEncoder(model, assembly.spec, assembly.tokenizer, dtype=dtype)
         encoder.alive = alive
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
         evaluator = assembly.evaluators[name].evaluator
-        with blaming(evaluator, f"evaluators.{name}"):
+        with _standing_in(model, weights), blaming(evaluator, f"evaluators.{name}"):
             found = checked_evaluation(evaluator.evaluate(encoder, pictures=pictures))
         metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
         drawn |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
@@ -72,8 +72,30 @@ def summary(evaluation: Evaluation, each: int = 3) -> str:
     return "; ".join(f"{role} {', '.join(shown[:each])}" for role, shown in roles.items())
 
 
-def _roles(assembly: Assembly) -> Iterator[tuple[Role, Model]]:
-    yield "student", assembly.model
+def _roles(assembly: Assembly) -> Iterator[tuple[str, Model, Mapping[str, Tensor]]]:
+    """Each role, its model, and the weights that stand for the model's own."""
+    yield "student", assembly.model, {}
     if assembly.teacher.present:
         losses = cast(Mapping[str, Loss], assembly.model.losses)  # what an encoder tells of them is the student's
-        yield "teacher", cast(Model, assembly.teacher.model).with_losses(losses)
+        yield "teacher", cast(Model, assembly.teacher.model).with_losses(losses), {}
+    for name, part in assembly.callbacks.items():
+        with blaming(part, f"callbacks.{name}"):
+            weights = part.evaluated()
+            if strange := weights.keys() - assembly.model.state_dict().keys():
+                raise ValueError(f"evaluated() gives {min(strange)}, which the model has not")
+        if weights:
+            yield name, assembly.model, weights
+
+
+@contextmanager
+def _standing_in(model: Model, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While entered, the model computes with these weights, by their names; its own stay as they are."""
+    held = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if name in weights}
+    own = {name: x.data for name, x in held.items()}
+    try:
+        for name, x in held.items():
+            x.data = weights[name]
+        yield
+    finally:
+        for name, x in held.items():
+            x.data = own[name]

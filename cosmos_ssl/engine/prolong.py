@@ -63,6 +63,7 @@ def _curves(assembly: Assembly, config: Config) -> Iterator[tuple[str, Curve[flo
         yield "optimizer.weight_decay", config.optimizer.weight_decay
     parts: dict[str, nn.Module | Part] = {"teacher": assembly.teacher}
     parts |= {f"augmenters.{name}": each for name, each in assembly.augmenters.items()}
+    parts |= {f"callbacks.{name}": each for name, each in assembly.callbacks.items()}
     for name, module in assembly.model.named_children():
         parts[f"model.{name}" if name in assembly.model.towers else name] = module
     for place, part in parts.items():

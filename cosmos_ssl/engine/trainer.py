@@ -57,6 +57,7 @@ from cosmos_ssl.engine.watchdog import Watchdog
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
 from cosmos_ssl.files import checkpoint_folder, storage_faults
 from cosmos_ssl.functional import gather_objects
+from cosmos_ssl.functional.kernels import explain_kernels
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.models.attention import explain_backend
 from cosmos_ssl.models.precision import DTYPES, has_fast_path, resolve_precision
@@ -130,10 +131,10 @@ class Trainer:
                 stack.enter_context(self.signals)
             self.world.run_on_first(lambda: stack.enter_context(self.folder.locked()))
             stack.enter_context(as_run_errors())
-            metrics = self.world.run_on_first(self._finished)
-            if metrics is not None:
-                log.info("run %s is finished (step %s)", self.folder.path, f"{self.total_steps:,}")
-                return metrics
+            result = self.world.run_on_first(self._finished)
+            if result is not None:
+                log.info("run %s is finished (step %s)", self.folder.path, f"{result['step']:,}")
+                return dict(result["metrics"])
             with self.folder.logged():
                 try:
                     with ExitStack() as inner, enough_memory(self._out_of_memory):
@@ -153,15 +154,15 @@ class Trainer:
         told = explain_shortage(error, *given, ranks=self.world.size, evaluating=evaluating)
         return told + dump_memory(self.device, place) if self.keep else told
 
-    def _finished(self) -> dict[str, float] | None:
-        """On the first rank: the final metrics where nothing is left to do. Raises UserError for another's folder."""
+    def _finished(self) -> dict[str, Any] | None:
+        """On the first rank: the result where nothing is left to do. Raises UserError for another's folder."""
         accept = self.config.loader.changed_data == "accept"
         self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
         result = self.folder.result()
         if result is None or (result["step"] != self.total_steps and not self._stopped_alike(result)):
             return None
         self.folder.identify(finished=True)
-        return dict(result["metrics"])
+        return result
 
     def _plan_longer(self, before: Mapping[str, Any]) -> None:
         self.longer = plan_longer(self.folder.path, before, self.assembly, self.config, self.order)
@@ -186,6 +187,7 @@ class Run:
         dtype, widths = DTYPES[precision] or torch.float32, head_widths(self.assembly.model)
         told = [explain_backend(self.config.training.attention, trainer.device, dtype, width) for width in widths]
         self.attention = "; ".join(dict.fromkeys(told))  # refused now rather than within the first step
+        self.kernels = explain_kernels(self.config.training.kernels, trainer.device, dtype)
         self.callbacks = Callbacks(self.assembly.callbacks, self.config.training.seed)
         self.state = RunState(self.assembly, self.callbacks.with_rules(self.config), trainer.device, precision)
         self.state.model.train()
@@ -448,7 +450,8 @@ class Run:
             early = self.callbacks.stop if self.state.step < self.total_steps else {}
             stopped = {name: self.config.callbacks[name].model_dump() for name in early}
             self.folder.finish(self.state.step, metrics, stopped)
-        self.watch.table(f"{self.config.name} after {self.state.step:,} steps", metrics)
+        roles = (*self.state.models, *self.callbacks.parts)
+        self.watch.table(f"{self.config.name} after {self.state.step:,} steps", metrics, roles)
         log.info("finished %s", self._place())
         return metrics
 
@@ -579,6 +582,7 @@ class Run:
         self._announce_precision(saved)
         if self.attention:
             log.info("attention: %s", self.attention)
+        log.info("kernels: %s", self.kernels)
         if self.assembly.frozen:
             log.info("frozen, since no loss reads them: %s", listed(self.assembly.frozen, limit=8))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -98,23 +98,25 @@ class Watch:
                 f"step {step:>{width},} of {self.total_steps:,}  {text}", markup=False, highlight=False, soft_wrap=True
             )
 
-    def table(self, title: str, metrics: Mapping[str, float]) -> None:
+    def table(self, title: str, metrics: Mapping[str, float], roles: Iterable[str] = ("student", "teacher")) -> None:
         """Show the final evaluation: a row a metric, a column a role."""
+        known, there = tuple(roles), set[str]()
         rows: dict[str, dict[str, float]] = {}
         for name, value in metrics.items():
             evaluator, _, rest = name.partition("/")
             role, _, metric = rest.partition("/")
-            if role in ("student", "teacher"):
+            if role in known and metric:
+                there.add(role)
                 rows.setdefault(f"{evaluator} {metric}", {})[role] = value
         if not rows:
             return
-        roles = [role for role in ("student", "teacher") if any(role in row for row in rows.values())]
+        shown = [role for role in known if role in there]
         table = Table(title=printable(title), title_justify="left")
         table.add_column("metric")
-        for role in roles:
-            table.add_column(role, justify="right")
+        for role in shown:
+            table.add_column(printable(role), justify="right")
         for name, row in rows.items():
-            table.add_row(printable(name), *(f"{row[role]:.4g}" if role in row else "" for role in roles))
+            table.add_row(printable(name), *(f"{row[role]:.4g}" if role in row else "" for role in shown))
         self.console.print(table)
 
 

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from cosmos_ssl.errors import UserError, did_you_mean
 from cosmos_ssl.functional import upload
+from cosmos_ssl.functional.kernels import tried
 
 BACKENDS = ("auto", "xformers", "varlen", "sdpa", "reference")
 
@@ -107,16 +107,15 @@ def _fault(name: str, device_type: str, dtype: torch.dtype, head_width: int, det
         return f"{name} has no operator for the device '{device_type}'"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    try:
+
+    def trial() -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         packing = Packing(np.array([1, 2]), causal=True, device=device, backend=name)
-        own = saved_tensors_hooks(lambda x: x, lambda x: x)  # not those of a checkpointed block around this
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False), own:
-            x = torch.zeros(3, 1, head_width, device=device, dtype=dtype, requires_grad=True)
-            with _quiet_xformers():
-                _KERNELS[name](x, x, x, packing).sum().backward()
-    except Exception as error:  # a wheel of another torch, CUDA or GPU fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        x = torch.zeros(3, 1, head_width, device=device, dtype=dtype, requires_grad=True)
+        with _quiet_xformers():
+            _KERNELS[name](x, x, x, packing).sum().backward()
+
+    if reason := tried(trial, "cuda"):
         mode = f"{str(dtype).removeprefix('torch.')}, heads {head_width} wide{', deterministic' * deterministic}"
         return f"{name} does not run with torch {torch.__version__} ({mode}): {reason}"
     return None

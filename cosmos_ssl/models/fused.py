@@ -6,17 +6,16 @@ Shape letters: T rows, W width, N width inside the MLP, P blocks of rows that ar
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-_log = logging.getLogger("cosmos_ssl.models")
+from cosmos_ssl.functional.kernels import Kernels
+
 _TILE, _BLOCKS, _ROWS = 128, 256, 4
 """Rows of a tile of a product; programs that share the rows of a sum, each with at least so many."""
 _WIDEST = 4096
@@ -28,30 +27,23 @@ def usable(x: Tensor) -> bool:
 
     A compiler fuses by itself.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda or torch.compiler.is_compiling() or x.dim() != 2 or x.shape[1] > _WIDEST:
         return False
-    return x.dim() == 2 and x.shape[1] <= _WIDEST and _fault(x.device, x.dtype) is None
+    return KERNELS.fault(x.device, x.dtype) is None
 
 
-@functools.cache
-def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run so, found by trying them forward and back; None where they can."""
-    try:
-        own = saved_tensors_hooks(lambda x: x, lambda x: x)  # not those of a checkpointed block around this
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), own:
-            x = torch.zeros(3, 16, device=device, dtype=dtype, requires_grad=True)
-            norm = nn.LayerNorm(16, device=device, dtype=dtype)
-            make = functools.partial(nn.utils.skip_init, nn.Linear, device=device, dtype=dtype)  # draws no numbers
-            wide, narrow = make(16, 48), make(48, 16)
-            total, normed = add_norm(x, x, norm.bias, norm)
-            total, q, k, v = norm_project(total, normed, norm.bias, norm, wide, 1)
-            total, branch = norm_mlp(total, (q + k + v).flatten(1), norm.bias, norm, wide, narrow)
-            (total + branch).sum().backward()
-    except Exception as error:  # a wheel of another GPU or compiler fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _log.warning("fused kernels do not run on %s (%s): the transformer's operations are PyTorch's", device, reason)
-        return reason
-    return None
+def _try(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 16, device=device, dtype=dtype, requires_grad=True)
+    norm = nn.LayerNorm(16, device=device, dtype=dtype)
+    make = functools.partial(nn.utils.skip_init, nn.Linear, device=device, dtype=dtype)  # draws no numbers
+    wide, narrow = make(16, 48), make(48, 16)
+    total, normed = add_norm(x, x, norm.bias, norm)
+    total, q, k, v = norm_project(total, normed, norm.bias, norm, wide, 1)
+    total, branch = norm_mlp(total, (q + k + v).flatten(1), norm.bias, norm, wide, narrow)
+    (total + branch).sum().backward()
+
+
+KERNELS = Kernels("the transformer, unless compiled", _try, (torch.bfloat16, torch.float16))
 
 
 # ---------------------------------------------------------------------------- operations

@@ -224,6 +224,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.kernels = "auto"
+        """``training.kernels``."""
         self.recompute = False
         """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
         self.norm1 = nn.LayerNorm(width, norm_eps)
@@ -256,20 +258,23 @@ class Block(nn.Module):
         """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
         H, d].
         """
-        if rows is None and fused.usable(x):
+        if rows is None and self._fuses(x):
             return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
-        if branch is not None and fused.usable(x):
+        if branch is not None and self._fuses(x):
             x, normed = fused.add_norm(x, branch, bias, self.norm1)
         else:
             x = joined(x, branch, bias)
             normed = self.norm1(x)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
+    def _fuses(self, x: Tensor) -> bool:
+        return self.kernels == "auto" and fused.usable(x)
+
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        if self.mlp.activation != "gelu" or not fused.usable(x):
+        if self.mlp.activation != "gelu" or not self._fuses(x):
             x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
             return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
         branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
@@ -321,8 +326,11 @@ class Blocks(nn.ModuleList):
         grad_checkpointing: Recomputed = False,
         activation: Activation = "gelu",
         norm_eps: float = 1e-5,
+        kernels: str = "auto",
     ) -> None:
         """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
+
+        ``kernels`` is ``training.kernels``: ``auto`` or ``plain``.
 
         Raises ValueError.
         """
@@ -342,6 +350,7 @@ class Blocks(nn.ModuleList):
         kind: dict[str, Any] = {"layer_scale": layer_scale, "activation": activation, "norm_eps": norm_eps}
         super().__init__(Block(width, heads, hidden, drop_path=rate, **kind) for rate in rates)
         for number, block in enumerate(self):
+            block.kernels = kernels
             block.recompute = grad_checkpointing is True or (grad_checkpointing == "alternate" and number % 2 == 0)
             block.mlp.recompute = not block.recompute  # it computes all anew, and would keep what this needs
 

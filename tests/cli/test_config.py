@@ -150,3 +150,4 @@ def test_info(command: Command, install: Install, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "x.json").read_text())
     assert code == 0 and facts["plugins"] == {"my-losses 0.3.1": "heads/b, losses/a"}
     assert facts["versions"]["torch"] in out and "sdpa" in facts["attention"] and "threads" in facts["devices"]["cpu"]
+    assert {"the transformer, unless compiled", "photometric work"} <= set(facts["kernels"])

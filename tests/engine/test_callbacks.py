@@ -1,9 +1,11 @@
 """Callbacks in a run, and writers of its config: order, state, resuming, keeping, ending early, failing."""
 
 import json
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from cosmos_ssl import api
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, find_fault, load_tensors, read_state
@@ -132,7 +134,11 @@ def test_a_run_that_is_ended_early_is_finished(tiny, rows, tmp_path):
     assert "the run ends early at step 5: callbacks.shake: enough" in (tmp_path / "log.txt").read_text()
     kept = tmp_path / "checkpoints" / "shake"
     assert find_fault(kept) is None and read_state(kept)["step"] == 5
-    assert tiny.make_trainer(tmp_path, config, callbacks={"shake": tiny.Shake(last=5)}).train() == metrics
+    again = tiny.make_trainer(
+        tmp_path, config, callbacks={"shake": tiny.Shake(last=5)}, console=Console(file=StringIO())
+    )
+    assert again.train() == metrics
+    assert "is finished (step 5)" in again.console.file.getvalue().replace("\n", "")
 
 
 def test_failures_name_the_callback(tiny, tmp_path):

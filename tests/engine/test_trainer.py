@@ -160,6 +160,7 @@ def test_attention_is_settled_before_the_first_step(tiny, tmp_path, monkeypatch)
     said = told(tiny, tmp_path, "amp_bf16")
     assert asked == [("auto", torch.device("cpu"), torch.bfloat16, width) for width in (32, 64)]
     assert said.index("attention: sdpa (auto; no kernel)\n") < said.index("loss")
+    assert "kernels: plain (auto on cpu)\n" in said
 
 
 def test_a_precision_without_a_fast_path_is_named_at_the_start(tiny, tmp_path, monkeypatch):

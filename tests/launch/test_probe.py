@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,46 +26,48 @@ SMALL = [
     *("data.train_samples=64", "data.validation_samples=16", "training.batch_size=8", "schedule.epochs=10000"),
     *("model.image.layers=1", "model.text.layers=1", "model.text.width=32", "loader.workers=0"),
 ]
-CODE = "import sys; from cosmos_ssl_launch import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a probe of a small run, whose data lie outside of the folder it is started in."""
-
-    def start(*words: str) -> subprocess.Popen[str]:
-        (tmp_path / "here").mkdir(exist_ok=True)
-        command = [sys.executable, "-c", CODE, "--config", "quickstart", f"data.folder={tmp_path}/scenes", *SMALL]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, *words], cwd=tmp_path / "here", env=environment, **pipes)
-
-    return start
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words for a probe of a small run, whose data lie outside of the folder that it is started in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return ["--config", "quickstart", f"data.folder={tmp_path}/scenes", *SMALL]
 
 
+@pytest.mark.slow
 def test_ranks_are_measured_beside_a_run_that_is_not_touched(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "here" / "runs" / "quickstart"
     (run / "checkpoints").mkdir(parents=True)
     (run / "result.json").write_text("finished")
-    said, _ = (process := start("--probe", "4", "profile.nproc=2")).communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert main([*small, "--probe", "4", "profile.nproc=2"]) == 0
+    said = capfd.readouterr().out
     assert re.search(r"\nspeed +[\d.]+ samples/s on 2 ranks, [\d.]+ s a step \(steps 2 to 4\)\n", said), said
     hours = re.search(r"\nthe whole run  80,000 steps of 8 samples: ([\d.]+) hours, ([\d.]+) rank-hours, without", said)
-    assert hours and float(hours[2]) == pytest.approx(2 * float(hours[1]), abs=0.1)
+    assert hours and float(hours[2]) == pytest.approx(2 * float(hours[1]), abs=0.16)  # both are rounded to 0.1
     assert re.search(r"\nwaits +data wait \d+%\nmemory +0\.\d\d GiB at most", said)
     assert sorted(path.name for path in run.parent.rglob("*")) == ["checkpoints", "quickstart", "result.json"]
 
 
-def test_its_folder_goes_on_ctrl_c(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    process, end = start("--probe", "100000"), time.monotonic() + 120
-    while not list(tmp_path.glob("here/runs/quickstart.probe-*/metrics.jsonl")):
-        assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, said
+def test_its_folder_goes_on_ctrl_c(small: list[str], tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def press() -> None:
+        while not list(tmp_path.glob("here/runs/quickstart.probe-*/metrics.jsonl")):
+            if ended.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (thread := threading.Thread(target=press)).start()
+    try:
+        assert main([*small, "--probe", "100000"]) == 130
+    finally:
+        ended.set()
+        thread.join()
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -1,4 +1,4 @@
-"""plugins/README.md: its table is what the program prints, and its Python runs."""
+"""plugins/README.md: its table is what the program prints, its doors are there, and its Python runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cosmos_ssl
-from cosmos_ssl import registry
+from cosmos_ssl import api, registry
 from cosmos_ssl.testing.examples import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,21 @@ def test_table_is_what_the_program_prints() -> None:
         "put there what is printed by: COSMOS_DISABLE_PLUGINS=1 cosmos-ssl plugins list --markdown"
     )
     assert all(f"`{record.group}/{record.name}`" in written for record in registry.records() if record.own)
+
+
+def test_doors_lead_somewhere() -> None:
+    """Every hook, example and test that is named is there; every group of entry points has a row."""
+    rows = README.partition("<!-- doors -->\n")[2].partition("<!-- end of doors -->")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    for _, by, *places in cells:
+        paths = [path for place in places for path in re.findall(r"\]\((.*?)\)$", place)]
+        assert len(paths) == 2 and all((ROOT / "plugins" / path).is_file() for path in paths), places
+        assert "tests/" in paths[1]
+        for base, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", by):
+            there = getattr(api, base)
+            assert hasattr(there, name) or name in there.__dataclass_fields__, f"{base}.{name}"
+    groups = {by.partition(":")[0] for _, by, *_ in cells}
+    assert groups >= set(registry.GROUPS)
 
 
 def test_python_api(

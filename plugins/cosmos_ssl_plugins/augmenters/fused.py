@@ -6,14 +6,12 @@ N views, 3 channels, H x W pixels; ``table`` float32 [N, kernels.COLUMNS] says w
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-_log = logging.getLogger("cosmos_ssl.augmenters")
+from cosmos_ssl.functional.kernels import Kernels
+
 _CHUNK, _BLOCK = 1 << 13, 1 << 10
 """Pixels whose grey one program sums up; pixels at once."""
 _COLUMNS = 32
@@ -34,21 +32,11 @@ def normalised(pixels: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
-def fusible() -> bool:
-    """Return whether the kernels run on this machine's CUDA device; where they do not, the log says why.
+def _try(device: torch.device, _: torch.dtype) -> None:
+    fused(*(torch.zeros(size, device=device, dtype=dtype) for size, dtype in _TRIAL))
 
-    Where PyTorch is built without CUDA, its CUDA tensors are fakes that stand for those of a build that has Triton.
-    """
-    if not torch.backends.cuda.is_built():
-        return True
-    try:
-        fused(*(torch.zeros(size, device="cuda", dtype=dtype) for size, dtype in _TRIAL))
-    except Exception as error:  # no Triton, no C compiler for it, a card that it does not know
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        _log.warning("photometric work takes 60 times the launches: its kernels cannot be had (%s)", reason)
-        return False
-    return True
+
+KERNELS = Kernels("photometric work", _try)
 
 
 def _power(size: int) -> int:

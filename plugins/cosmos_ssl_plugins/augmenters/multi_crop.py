@@ -94,6 +94,7 @@ class MultiCrop(Augmenter):
         check_ranges(most=255, solarize_threshold=solarize_threshold)
         check_span("gaussian_blur_radius", gaussian_blur_radius, "radii", most=MAX_BLUR)
         tower = spec.image or TowerSpec(width=0)
+        self.kernels = spec.kernels
         self.mean, self.std = tower.mean, tower.std
         self.ratio = crops_ratio
         first = Strengths(
@@ -142,5 +143,5 @@ class MultiCrop(Augmenter):
 
     def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
-        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
+        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std, self.kernels)
         return group.finished(pixels.view(group.pixels.shape))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.functional import upload
-from cosmos_ssl_plugins.augmenters.fused import fused, fusible, normalised
+from cosmos_ssl_plugins.augmenters.fused import KERNELS, fused, normalised
 
 FLIP, JITTER, ORDER, FACTORS, GREY, BLUR, SOLARIZE, COLUMNS = 0, 1, 2, 6, 10, 11, 12, 13
 """Columns of a parameter row: flip and jitter (0 or 1), the order of the four jitter operations, their factors
@@ -88,14 +88,17 @@ class Draw:
         return torch.from_numpy(rows)
 
 
-def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def finish(
+    pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], kernels: str = "auto"
+) -> Tensor:
     """Change each view as its row says, scale to [0, 1] and normalise.
 
     ``pixels`` uint8 [N, 3, H, W] and ``params`` float32 [N, COLUMNS] -> float32 [N, 3, H, W] on the pixels' device.
-    The parameters are read on the host: where they lie on another device, this waits for it once.
+    The parameters are read on the host: where they lie on another device, this waits for it once. ``kernels`` is
+    ``training.kernels``.
     """
     rows = params.cpu().numpy()
-    if pixels.is_cuda and fusible():
+    if _fusible(pixels, kernels):
         return fused(pixels, *upload(pixels.device, table(rows), _scales(mean, std)))
     out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     # Views whose colours turn at the same place, and of one order, lie side by side: operations take them in place.
@@ -105,18 +108,22 @@ def finish(pixels: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[
         part = order[start : start + size]
         (index,) = upload(pixels.device, part)
         views = photometric(pixels.index_select(0, index), rows[part])
-        out.index_copy_(0, index, standardise(views, mean, std))
+        out.index_copy_(0, index, standardise(views, mean, std, kernels))
     return out
 
 
-def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def standardise(x: Tensor, mean: Sequence[float], std: Sequence[float], kernels: str = "auto") -> Tensor:
     """Bring 0..255, uint8 or float32, to ([0, 1] - mean) / std: [..., 3, H, W], in place for float32."""
-    if x.is_cuda and x.dtype == torch.uint8 and fusible():
+    if x.dtype == torch.uint8 and _fusible(x, kernels):
         views, rows = x.flatten(0, -4), np.zeros((x.shape[:-3].numel(), COLUMNS), np.float32)
         rows[:, SOLARIZE] = 256
         return normalised(views, *upload(x.device, table(rows), _scales(mean, std))).view(x.shape)
     scale, shift = upload(x.device, _scales(mean, std).view(2, 3, 1, 1))[0]
     return x.float().mul_(scale).add_(shift)
+
+
+def _fusible(x: Tensor, kernels: str) -> bool:
+    return kernels == "auto" and x.is_cuda and KERNELS.fault(x.device, x.dtype) is None
 
 
 def _scales(mean: Sequence[float], std: Sequence[float]) -> Tensor:

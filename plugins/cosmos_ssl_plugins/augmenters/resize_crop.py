@@ -45,6 +45,7 @@ class ResizeCrop(Augmenter):
     ) -> None:
         check_crops("", size, scale, ratio)
         tower = spec.image or TowerSpec(width=0)
+        self.kernels = spec.kernels
         self.mean, self.std = tower.mean, tower.std
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
 
@@ -61,7 +62,7 @@ class ResizeCrop(Augmenter):
 
     def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [1, B, 3, H, W] to normalised float32 of the same shape."""
-        pixels = standardise(group.pixels, self.mean, self.std)
+        pixels = standardise(group.pixels, self.mean, self.std, self.kernels)
         if self.flip:
             mirror(pixels.flatten(0, 1), group.params.flatten())
         return group.finished(pixels)

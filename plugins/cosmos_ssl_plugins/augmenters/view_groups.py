@@ -118,6 +118,7 @@ class ViewGroups(Augmenter):
         if not self._groups:
             raise ValueError("groups: no group is left; give at least one")
         tower = spec.image or TowerSpec(width=0)
+        self.kernels = spec.kernels
         self._masks: dict[str, BlockMasks | None] = {}
         for name, group in self._groups.items():
             try:
@@ -157,6 +158,6 @@ class ViewGroups(Augmenter):
     def finish(self, group: CropGroup) -> ImageGroup:
         """uint8 [V, B, 3, H, W] to normalised float32 of the same shape."""
         if not group.params.shape[-1]:
-            return group.finished(standardise(group.pixels, self.mean, self.std))
-        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std)
+            return group.finished(standardise(group.pixels, self.mean, self.std, self.kernels))
+        pixels = finish(group.pixels.flatten(0, 1), group.params.flatten(0, 1), self.mean, self.std, self.kernels)
         return group.finished(pixels.view(group.pixels.shape))

@@ -15,17 +15,26 @@ class WeightAverage(Callback):
     """An average of all parameters: exponential (EMA, arXiv 1703.01780) or of equal weights (SWA, arXiv 1803.05407).
 
     It lies in every checkpoint as ``NAME.safetensors`` by the callback's name: ``cosmos_ssl.load(run, "NAME")`` and
-    ``--which NAME`` take it. Buffers are the student's.
+    ``--which NAME`` of all commands take it. Buffers are the student's.
 
     ``decay``: share of the average that a step leaves; null: all steps weigh the same.
     ``begin``: steps before the first that counts.
     ``every_steps``: how many steps lie between two that count.
+    ``evaluate``: whether the run's evaluators work on it too: ``EVALUATOR/NAME/METRIC``.
     """
 
     watches = True
 
-    def __init__(self, spec: Spec, *, decay: Share | None = 0.999, begin: Whole = 0, every_steps: Count = 1) -> None:
-        self.decay, self.begin, self.every_steps = decay, begin, every_steps
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        decay: Share | None = 0.999,
+        begin: Whole = 0,
+        every_steps: Count = 1,
+        evaluate: bool = False,
+    ) -> None:
+        self.decay, self.begin, self.every_steps, self.evaluate = decay, begin, every_steps, evaluate
         self.count = 0
         self.average: dict[str, Tensor] = {}
         self._walked: tuple[list[Tensor], list[Tensor]] | None = None
@@ -57,6 +66,10 @@ class WeightAverage(Callback):
         for name, buffer in ctx.model.named_buffers():
             if name in self.average:
                 self.average[name].copy_(buffer)
+
+    def evaluated(self) -> Mapping[str, Tensor]:
+        """The average, once there is one."""
+        return self.average if self.evaluate else {}
 
     def state_dict(self) -> Mapping[str, Any]:
         """The average by the model's names, once there is one."""

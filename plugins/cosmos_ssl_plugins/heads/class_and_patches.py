@@ -64,7 +64,7 @@ class ClassAndPatches(Head):
             raise ValueError(f"model.embed_dim ({spec.embed_dim}) has no two halves")
         width = spec.image.width
         self.width, self.attention, self.groups = spec.embed_dim, spec.attention, tuple(spec.image_views)
-        self.blocks = Blocks(layers, width, heads, layer_scale=layer_scale, drop_path=drop_path)
+        self.blocks = Blocks(layers, width, heads, layer_scale=layer_scale, drop_path=drop_path, kernels=spec.kernels)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, spec.embed_dim // 2, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)

@@ -109,6 +109,7 @@ class ClipText(Tower):
             grad_checkpointing=grad_checkpointing,
             activation=activation,
             norm_eps=norm_eps,
+            kernels=spec.kernels,
         )
         self.norm = nn.LayerNorm(width, norm_eps)
         self.projection = nn.Parameter(torch.empty(width, spec.embed_dim))

@@ -154,6 +154,7 @@ class ClipViT(Tower):
             grad_checkpointing=grad_checkpointing,
             activation=activation,
             norm_eps=norm_eps,
+            kernels=spec.kernels,
         )
         self.norm = nn.LayerNorm(width, norm_eps)
         self.projection = start(width, spec.embed_dim)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import cosmos_ssl
-from cosmos_ssl.api import Callback, CallbackContext, Progress, Spec
+from cosmos_ssl.api import Callback, CallbackContext, Curve, Progress, Spec
 from cosmos_ssl.engine.checkpoint import find_fault
 from cosmos_ssl.errors import ConfigError, UserError
 from cosmos_ssl.testing import check_callback, example_spec, small_run
 from cosmos_ssl_plugins.callbacks.schedule_value import ScheduleValue
 from cosmos_ssl_plugins.callbacks.weight_average import WeightAverage
+from cosmos_ssl_plugins.schedules.ways import Linear
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from cosmos_ssl_plugins.callbacks.weight_average import WeightAverage
     [
         ("best_checkpoint", {"metric": "loss", "mode": "min"}),
         ("early_stopping", {"metric": "eval/student/top1", "mode": "max", "patience": 1}),
-        ("schedule_value", {"value": "heads.cross.*", "start": 0.0, "end": 1.0, "shape": "cosine"}),
+        ("schedule_value", {"match": "heads.cross.*", "value": {"type": "cosine", "start": 0.0, "end": 1.0}}),
         ("unfreeze", {"match": "image.*", "step": 3}),
         ("weight_average", {"decay": 0.5}),
         ("weight_average", {"decay": None, "begin": 1, "every_steps": 2}),
@@ -48,14 +49,16 @@ def test_the_average_is_its_formula(decay: float | None, expected: float) -> Non
     assert average.average["weight"].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "values"),
-    [("linear", [1, 1, 0.75, 0.5, 0.25, 0, 0]), ("cosine", [1, 1, 0.8535534, 0.5, 0.1464466, 0, 0])],
-)
-def test_a_value_goes_its_way(shape: Any, values: list[float]) -> None:
-    part = ScheduleValue(example_spec(), value="x", start=1.0, end=0.0, begin=1, steps=4, shape=shape)
-    found = [part.at(Progress(step=step, total_steps=10)) for step in range(7)]
-    assert found == pytest.approx(values)
+def test_a_value_goes_its_way() -> None:
+    """By its curve; where a run goes on, an evaluation before the first step sees the value of the step before."""
+    way = Curve[float](type="linear", start=1.0, end=0.0).follow(Linear(example_spec(), over_steps=4))
+    part, model = ScheduleValue(example_spec(), match="*.p", value=way), torch.nn.Sequential(torch.nn.Dropout(0.5))
+    found = []
+    for step in range(6):
+        part.before_step(context(model, step))
+        found.append(model[0].p)
+    part.start(context(model, 3))
+    assert [*found, model[0].p] == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_a_value_goes_its_way(shape: Any, values: list[float]) -> None:
         ({"type": "unfreeze", "match": "image.nothing", "epoch": 1}, "match: 'image.nothing' matches no parameter"),
         ({"type": "unfreeze", "match": "*"}, "give either epoch or step"),
         (
-            {"type": "schedule_value", "value": "losses.clip.x", "start": 0, "end": 1},
+            {"type": "schedule_value", "match": "losses.clip.x", "value": {"type": "linear", "start": 0.0, "end": 1.0}},
             "is no float of a part. There are",
         ),
     ],
@@ -100,7 +103,7 @@ def test_a_run_ends_early_keeps_its_best_and_averages(tmp_path: Path) -> None:
     callbacks = {
         "stop": {"type": "early_stopping", "metric": "loss", "mode": "max", "patience": 2},
         "best": {"type": "best_checkpoint", "metric": "loss", "mode": "min"},
-        "average": {"type": "weight_average", "decay": 0.5},
+        "average": {"type": "weight_average", "decay": 0.5, "evaluate": True},
     }
     changes: dict[str, Any] = {
         "callbacks": callbacks,
@@ -119,8 +122,17 @@ def test_a_run_ends_early_keeps_its_best_and_averages(tmp_path: Path) -> None:
     assert cosmos_ssl.load(run / "checkpoints" / "best").spec.embed_dim == 32
     student, average = (cosmos_ssl.load(run, which).model.state_dict() for which in ("student", "average"))  # type: ignore[arg-type]
     assert any(not torch.equal(student[name], average[name]) for name in student)
-    with pytest.raises(UserError, match=r"holds no mean\. It holds average, optimizer, student, teacher"):
-        cosmos_ssl.load(run, "mean")  # type: ignore[arg-type]
+    found = cosmos_ssl.evaluate(run, "retrieval", which="average")["metrics"]
+    in_run = {
+        name.partition("/")[2]: x for name, x in result["metrics"].items() if name.startswith("retrieval/average")
+    }
+    assert found == pytest.approx({name: in_run[name] for name in found}) and len(found) >= 6
+    cosmos_ssl.export(run, "openclip", tmp_path / "exported", which="average")
+    exported = cosmos_ssl.load(tmp_path / "exported").model.state_dict()
+    assert all(torch.equal(exported[name], average[name]) for name in exported if name.startswith("image."))
+    for call in (cosmos_ssl.load, lambda *given: cosmos_ssl.evaluate(given[0], "retrieval", which=given[1])):
+        with pytest.raises(UserError, match=r"holds no averag\. Did you mean 'average'\? It holds average, student"):
+            call(run, "averag")
     assert len(small_run(tmp_path, changes, steps=30)) == len(rows)  # it is finished
     callbacks["stop"]["patience"] = 3
     del callbacks["best"]
