@@ -43,7 +43,7 @@ class TextGroups(Augmenter):
             raise ValueError("groups: no group is left; give at least one")
         for name, group in self._groups.items():
             if group.caption_fields == []:
-                raise ValueError(f"groups.{name}.caption_fields: an empty list leaves no captions; leave it out to use all")
+                raise ValueError(f"groups.{name}.caption_fields: an empty list leaves no captions; leave it out")
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """The groups, in the order of the config."""

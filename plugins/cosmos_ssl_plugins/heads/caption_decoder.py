@@ -7,6 +7,7 @@ W width, T tokens that are predicted.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, image: Tensor) -> Tensor:
         """[n, L, W], bool [n or 1, 1, L, L], [B, N, W] -> [n, L, W]; texts of one sample are neighbours."""
         n, length, _ = x.shape
-        q, k, v = (y.view(n, length, *y.shape[1:]).transpose(1, 2) for y in self.attn.project(self.norm1(x).flatten(0, 1)))
+        projected = self.attn.project(self.norm1(x).flatten(0, 1))
+        q, k, v = (y.view(n, length, *y.shape[1:]).transpose(1, 2) for y in projected)
         x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
         asks = x.view(len(image), -1, x.shape[-1]).transpose(0, 1)  # every token of a sample asks its picture
         x = x + self.cross(asks, image, None).transpose(0, 1).reshape(x.shape)
@@ -148,5 +150,5 @@ def token_nll(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
     step = max(1, chunk // len(weight))
-    pieces = zip(x.split(step), targets.split(step), strict=True)
-    return torch.cat([checkpoint(some, *piece, weight, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+    again = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*piece, weight) for piece in zip(x.split(step), targets.split(step), strict=True)])

@@ -48,8 +48,8 @@ class WarmupStableDecay(Schedule):
 
     ``decay_share``: share of the run's steps that decay, at least one.
     ``decay_steps``: the same in steps.
-    ``decay``: ``sqrt``, 1 - sqrt(share done), which arXiv 2405.18392 (section 4) found best; ``linear``; or ``at_once``,
-    the end from the first of these steps on.
+    ``decay``: ``sqrt``, 1 - sqrt(share done), which arXiv 2405.18392 (section 4) found best; ``linear``; or
+    ``at_once``, the end from the first of these steps on.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class WarmupStableDecay(Schedule):
         decay_steps: Count | None = None,
         decay: Literal["sqrt", "linear", "at_once"] = "sqrt",
     ) -> None:
-        self.share, self.steps, self.power = decay_share, decay_steps, {"sqrt": 0.5, "linear": 1.0, "at_once": 0.0}[decay]
+        self.share, self.steps = decay_share, decay_steps
+        self.power = {"sqrt": 0.5, "linear": 1.0, "at_once": 0.0}[decay]
 
     def left(self, progress: Progress, begin: int = 0) -> float:
         """All, and then less at each of the last steps; the end would be reached one step after the last."""
