@@ -87,7 +87,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"input": "cross", "hidden_dim": 24, "output_batch_norm": True},
     ],
     "losses/captioning": [{"head": "captions"}],
-    "losses/clip": [{}, {"head": "second", "text_group": "local"}],
+    "losses/clip": [{}, {"image_head": "second", "text_group": "local"}],
     "losses/cross_modality_distillation": [{}, {"head": "cross"}],
     "losses/dino": [{"head": "dino", "student_groups": ["local"]}, {"head": "dino", "centering": "sinkhorn"}],
     "losses/ibot": [{"head": "dino"}],

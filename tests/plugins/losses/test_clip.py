@@ -17,7 +17,7 @@ SPEC = example_spec(heads={"second": {"global": 32}, "narrow": {"global": 8}})
 @pytest.mark.parametrize("head", [None, "second"])
 def test_a_head_and_one_group_of_texts(head: str | None) -> None:
     """TIPS: each text is compared with an image embedding of its own; values and gradients."""
-    loss = Clip(SPEC, head=head, text_group="local", init_logit_scale=10.0)
+    loss = Clip(SPEC, image_head=head, text_group="local", init_logit_scale=10.0)
     ctx = example_context(loss, SPEC)
     assert list(ctx.student.text) == ["local"] and set(ctx.student.image) == ({"global"} if head is None else set())
     images = ctx.student.stack("image") if head is None else ctx.student.heads[head]["global"]
@@ -36,5 +36,5 @@ def test_a_head_and_one_group_of_texts(head: str | None) -> None:
 
 
 def test_a_head_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="head: no head 'narrow' with an output 'global' of width 32"):
-        Clip(SPEC, head="narrow")
+    with pytest.raises(ValueError, match="image_head: no head 'narrow' with an output 'global' of width 32"):
+        Clip(SPEC, image_head="narrow")

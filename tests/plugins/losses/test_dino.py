@@ -97,9 +97,7 @@ def test_the_teacher_sees_one_group_and_the_student_others() -> None:
     expected = torch.stack(terms).mean()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (found, expected)), rtol=1e-12, atol=1e-15)
-    with pytest.raises(
-        ValueError, match="student_groups: no view group 'teacher' of the head 'mine'. There are: local"
-    ):
+    with pytest.raises(ValueError, match="student_groups: no view group 'teacher' of the head 'mine'"):
         Dino(spec, head="mine", student_groups=["teacher"])
     with pytest.raises(ValueError, match="head: no head 'mine' with an output 'other'"):
         Dino(spec, head="mine", group="other")
