@@ -32,8 +32,8 @@ class Clip(Loss):
         if image_head is not None and spec.heads.get(image_head, {}).get("global") != spec.embed_dim:
             able = ", ".join(n for n, o in spec.heads.items() if o.get("global") == spec.embed_dim) or "none"
             raise ValueError(
-                f"image_head: no head '{image_head}' with an output 'global' of width {spec.embed_dim}, as the texts have. Heads "
-                f"that have it: {able}"
+                f"image_head: no head '{image_head}' with an output 'global' of width {spec.embed_dim}, as the texts "
+                f"have. Heads that have it: {able}"
             )
         if not 1 <= init_logit_scale <= 100:
             raise ValueError(f"init_logit_scale: {init_logit_scale:g} is outside 1..100")
@@ -50,11 +50,8 @@ class Clip(Loss):
     def forward(self, ctx: StepContext) -> LossOutput:
         """One term, and the scale."""
         gathered = ctx.gathered["student"]
-        images = (
-            gathered.stack("image", group="global")
-            if self.image_head is None
-            else gathered.heads[self.image_head]["global"]
-        )
+        head = self.image_head
+        images = gathered.stack("image", group="global") if head is None else gathered.heads[head]["global"]
         images, texts = normalise(images), normalise(ctx.student.stack("text", group=self.text_group))
         scale = self.logit_scale.exp()
         return LossOutput(terms={"contrastive": info_nce(texts, images, scale)}, metrics={"logit_scale": scale})

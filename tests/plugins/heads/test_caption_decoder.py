@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, GroupFeatures, Spec, TextGroup, Views
-from cosmos_ssl.testing import example_context, example_spec, example_views
+from cosmos_ssl.testing import check_loss, example_context, example_spec, example_views
 from cosmos_ssl_plugins.heads.caption_decoder import CaptionDecoder, token_nll
 from cosmos_ssl_plugins.losses.captioning import Captioning
 
@@ -133,6 +133,11 @@ def test_texts_of_one_token_cost_nothing() -> None:
     tokens = views.text["global"].tokens
     lone = TextGroup(tokens=tokens, lengths=torch.ones(2, 6, dtype=torch.int64))
     assert not run(head, Views(keys=views.keys, image=views.image, text={"global": lone}), image).any()
+
+
+def test_two_ranks_find_what_one_does() -> None:
+    decoder = {"type": "caption_decoder", "layers": 1, "width": 16, "num_heads": 2}
+    check_loss("captioning", around={"heads": {"captions": decoder}}, head="captions", ranks=2)
 
 
 def test_what_is_refused() -> None:
