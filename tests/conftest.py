@@ -210,7 +210,8 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
     "resize_crop": {"size": 32},
     "cross_attention": {"num_heads": 2},
-    "projection": {"hidden_dim": 24, "output_dim": 16},
+    "projection": {"hidden_dim": 24, "output_dim": 32},
+    "caption_decoder": {"layers": 1, "width": 32, "num_heads": 2},
     "dino_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
     "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
 }

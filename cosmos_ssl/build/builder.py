@@ -136,7 +136,11 @@ class Builder:
             given = {key: value for key, value in keys.items() if key not in registry.GROUPS[group].reserved}
             chosen = self._choose(path, group, keys["type"], given, faults)
             if chosen is not None:
-                own = {"weight_decay": self.config.optimizer.weight_decay} if group == "optimizers" else {}
+                own: dict[str, Any] = {}
+                if group == "optimizers":
+                    own = {"weight_decay": self.config.optimizer.weight_decay}
+                elif group == "losses":
+                    own = {"loss_weight": self.config.losses[path.removeprefix("losses.")].loss_weight}
                 self.chosen[path] = replace(chosen, curves=self._curves(path, {**chosen.options, **own}, faults))
         if faults:
             raise ConfigError(faults)

@@ -52,10 +52,13 @@ class Part(BaseModel):
         return dict(self.model_extra or {})
 
 
-class LossPart(Part):
-    """A loss and its weight in the total."""
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
-    loss_weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+
+class LossPart(Part):
+    """A loss and its weight in the total, which may move over the run."""
+
+    loss_weight: Weight | Curve[Weight] = 1.0
 
 
 class TeacherPart(Part):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cosmos_ssl.api import (
     Augmenter,
     Callback,
+    Curve,
     Dataset,
     Evaluator,
     Modality,
@@ -85,7 +86,7 @@ class Assembly:
     teacher: Teacher
     update_when: Literal["before_optimizer_step", "after_optimizer_step"]
     plan: Plan
-    loss_weights: Mapping[str, float]
+    loss_weights: Mapping[str, float | Curve[float]]
     optimizer: Optimizer
     schedule: Schedule
     """Of the learning rate."""

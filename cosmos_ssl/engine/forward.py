@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cosmos_ssl.api import Features, HeadOutput, LossOutput, PluginError, Progress, StepContext, Views
+from cosmos_ssl.api import Features, HeadOutput, LossOutput, PluginError, Progress, StepContext, Views, value_at
 from cosmos_ssl.api.part import describe
 from cosmos_ssl.api.views import CroppedViews
 from cosmos_ssl.data.order import step_seed
@@ -112,7 +112,7 @@ class Forward:
             head=self._call_head,
         )
         outputs = self.assembly.model.compute_losses(context, self.assembly.plan.student)
-        weights = self.assembly.loss_weights
+        weights = {name: value_at(weight, progress) for name, weight in self.assembly.loss_weights.items()}
         zero = torch.zeros((), device=self.device)
         total = torch.stack([weights[name] * sum(o.terms.values(), zero) for name, o in outputs.items()]).sum()
         if torch.is_grad_enabled() and not (self.proven and total.requires_grad):

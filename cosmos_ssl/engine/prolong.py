@@ -61,6 +61,9 @@ def _curves(assembly: Assembly, config: Config) -> Iterator[tuple[str, Curve[flo
     """The curves that the optimiser and the parts hold, by the place of the part."""
     if isinstance(config.optimizer.weight_decay, Curve):
         yield "optimizer.weight_decay", config.optimizer.weight_decay
+    for name, weight in assembly.loss_weights.items():
+        if isinstance(weight, Curve):
+            yield f"losses.{name}.loss_weight", weight
     parts: dict[str, nn.Module | Part] = {"teacher": assembly.teacher}
     parts |= {f"augmenters.{name}": each for name, each in assembly.augmenters.items()}
     parts |= {f"callbacks.{name}": each for name, each in assembly.callbacks.items()}

@@ -67,9 +67,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"global_crops_size": 32, "local_crops_number": 0, "mask_probability": 0.7, "solarize_probs": (0.5, 0.5, 0.5)},
     ],
     "augmenters/resize_crop": [{"size": 32}, {"size": 32, "flip": True}],
+    "augmenters/text_groups": [
+        {"groups": {"a": {"caption_fields": ["raw_caption"]}, "b": {"number": 2, "max_sentences": 3}}}
+    ],
     "augmenters/view_groups": [
         {"groups": {"a": {"size": 32, "mask_probability": 1.0}, "b": {"size": 16, "number": 3, "flip_prob": 0.5}}},
         {"groups": {"b": {"size": 16, "number": 3, "flip_prob": 0.5, "color_jitter_prob": 1.0}}},
+    ],
+    "heads/caption_decoder": [
+        {"layers": 2, "width": 16, "num_heads": 2},
+        {"layers": 1, "group": "local", "parallel": 0.5},
     ],
     "heads/class_and_patches": [{"heads": 2}, {"heads": 2, "layers": 1, "layer_scale": None, "drop_path": 0.5}],
     "heads/cross_attention": [{"num_heads": 4}, {"num_heads": 2, "mask_padding": True}],
@@ -80,10 +87,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"input": "projected", "modality": "text", "hidden_dim": 24, "layers": 3, "batch_norm": False},
         {"input": "cross", "hidden_dim": 24, "output_batch_norm": True},
     ],
-    "losses/clip": [{}, {"head": "both"}],
+    "losses/captioning": [{"head": "captions"}],
+    "losses/clip": [{}, {"head": "both"}, {"head": "second", "text_group": "local"}],
     "losses/coding_rate": [{}, {"head": "dino", "gamma": 0.1}],
     "losses/cross_modality_distillation": [{}, {"head": "cross"}],
-    "losses/dino": [{"head": "dino"}, {"head": "dino", "centering": "sinkhorn"}],
+    "losses/dino": [{"head": "dino", "student_groups": ["local"]}, {"head": "dino", "centering": "sinkhorn"}],
     "losses/ibot": [{"head": "dino"}],
     "losses/lightly": [
         {"loss": "NTXentLoss"},
@@ -95,7 +103,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "schedules/cosine": [{}, {"over_epochs": 2.5}],
     "schedules/linear": [{}, {"over_steps": 4}],
     "schedules/step": [{"at": [2, 5]}],
-    "schedules/warmup_stable_decay": [{}, {"decay_steps": 3, "decay": "linear"}],
+    "schedules/warmup_stable_decay": [{}, {"decay_steps": 3, "decay": "linear"}, {"decay": "at_once"}],
     "teachers/ema": [
         {"momentum_teacher": 0.5, "final_momentum_teacher": 0.9},
         {"momentum_teacher": {"type": "linear", "start": 0.5, "end": 0.9, "over_epochs": 1}},
@@ -130,8 +138,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "towers/timm": [],  # its smallest models are too large for the pictures here
 }
-AROUND = {f"losses/{name}": DINO for name in ("coding_rate", "dino", "ibot", "lightly")}
-AROUND["losses/clip"] = {"heads": {"both": {"type": "class_and_patches", "heads": 2}}}
+AROUND: dict[str, Any] = {
+    "losses/captioning": {"heads": {"captions": {"type": "caption_decoder", "layers": 1, "width": 16, "num_heads": 2}}},
+    "losses/clip": {
+        "heads": {
+            "both": {"type": "class_and_patches", "heads": 2},
+            "second": {"type": "projection", "layers": 1, "batch_norm": False, "output_dim": 32},
+        }
+    },
+    **dict.fromkeys((f"losses/{name}" for name in ("coding_rate", "dino", "ibot", "lightly")), DINO),
+}
 
 
 def cases() -> list[Any]:

@@ -19,11 +19,14 @@ class Clip(Loss):
     Local image crops are left out: with them the model overfits (COSMOS, arXiv 2412.01814).
     """
 
-    def __init__(self, spec: Spec, *, init_logit_scale: float = 1 / 0.07, head: str | None = None) -> None:
+    def __init__(
+        self, spec: Spec, *, head: str | None = None, text_group: str = ALL, init_logit_scale: float = 1 / 0.07
+    ) -> None:
         """Raises ValueError for a scale, or a head, that does not fit.
 
-        init_logit_scale: inverse temperature at the start; it is learned, and kept within 1..100.
         head: a head whose output ``global`` is compared with texts, in the place of the projected image feature.
+        text_group: the view group of the texts; all by default.
+        init_logit_scale: inverse temperature at the start; it is learned, and kept within 1..100.
         """
         super().__init__()
         able = [name for name, outputs in spec.heads.items() if outputs.get("global") == spec.embed_dim]
@@ -32,9 +35,9 @@ class Clip(Loss):
                 f"head: no head '{head}' with an output 'global' of model.embed_dim ({spec.embed_dim}). Heads that "
                 f"have it: {', '.join(able) or 'none'}"
             )
-        self.head = head
         if not 1 <= init_logit_scale <= 100:
             raise ValueError(f"init_logit_scale: {init_logit_scale:g} is outside 1..100")
+        self.head, self.text_group = head, text_group
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
     def requires(self) -> list[Need]:
@@ -42,14 +45,14 @@ class Clip(Loss):
         images = Need(modality="image", group="global", kind="projected", hidden=False, gathered=True)
         return [
             images if self.head is None else Need(head=self.head, outputs=("global",), gathered=True),
-            Need(modality="text", group=ALL, kind="projected", hidden=False),
+            Need(modality="text", group=self.text_group, kind="projected", hidden=False),
         ]
 
     def forward(self, ctx: StepContext) -> LossOutput:
         """One term, and the scale."""
         everyone = ctx.gathered["student"]
         images = everyone.stack("image", group="global") if self.head is None else everyone.heads[self.head]["global"]
-        texts = normalise(ctx.student.stack("text"))
+        texts = normalise(ctx.student.stack("text", group=self.text_group))
         scale = self.logit_scale.exp()
         return LossOutput(
             terms={"contrastive": info_nce(texts, normalise(images), scale)}, metrics={"logit_scale": scale}

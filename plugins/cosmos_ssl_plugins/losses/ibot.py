@@ -10,9 +10,8 @@ from torch import Tensor
 
 from cosmos_ssl.api import Curve, Few, Loss, LossOutput, Need, Share, Spec, StepContext, Strength, Temperature
 from cosmos_ssl.functional import upload
+from cosmos_ssl_plugins.heads.per_group import MASKED
 from cosmos_ssl_plugins.losses.targets import Centering, TeacherTargets, entropy, exact
-
-OUTPUT = "global_masked"
 
 
 class Ibot(Loss):
@@ -27,6 +26,7 @@ class Ibot(Loss):
         spec: Spec,
         *,
         head: str,
+        group: str = "global",
         centering: Centering = "center",
         warmup_teacher_temp: Temperature = 0.04,
         teacher_temp: Temperature | Curve[Temperature] = 0.07,
@@ -35,9 +35,10 @@ class Ibot(Loss):
         center_momentum: Share = 0.9,
         sinkhorn_iterations: Few = 3,
     ) -> None:
-        """Raises ValueError for a head without the output ``global_masked``, and a centre that never moves.
+        """Raises ValueError for a head without the output ``GROUP_masked``, and a centre that never moves.
 
         head: the head that gives logits of masked patches, such as a ``dino_projection``.
+        group: the view group whose masked patches are read.
         centering: ``center`` (running mean) or ``sinkhorn``.
         warmup_teacher_temp: the teacher's temperature at the start.
         teacher_temp: the teacher's temperature after its warm-up; a curve leaves the warm-up out.
@@ -47,7 +48,8 @@ class Ibot(Loss):
         sinkhorn_iterations: rounds of Sinkhorn-Knopp.
         """
         super().__init__()
-        able = [name for name, outputs in spec.heads.items() if OUTPUT in outputs]
+        output = group + MASKED
+        able = [name for name, outputs in spec.heads.items() if output in outputs]
         if head not in able:
             hint = (
                 ""
@@ -55,13 +57,13 @@ class Ibot(Loss):
                 else ". No masks are drawn: set augmenters.image.mask_probability"
             )
             raise ValueError(
-                f"head: no head '{head}' with an output '{OUTPUT}'. Heads that have it: "
+                f"head: no head '{head}' with an output '{output}'. Heads that have it: "
                 f"{', '.join(able) or 'none'}{hint}"
             )
-        self.head = head
+        self.head, self.group, self.output = head, group, output
         self.student_temp = student_temp
         self.targets = TeacherTargets(
-            spec.heads[head][OUTPUT],
+            spec.heads[head][output],
             centering=centering,
             warmup_teacher_temp=warmup_teacher_temp,
             teacher_temp=teacher_temp,
@@ -72,14 +74,14 @@ class Ibot(Loss):
 
     def requires(self) -> list[Need]:
         """The head at masked patches, on student (which does not see them) and teacher (which does)."""
-        return [Need(head=self.head, outputs=(OUTPUT,)), Need(role="teacher", head=self.head, outputs=(OUTPUT,))]
+        return [Need(head=self.head, outputs=(self.output,), role=role) for role in ("student", "teacher")]
 
     def forward(self, ctx: StepContext) -> LossOutput:
         """One term; entropy and temperature of the teacher and the share of masked patches as metrics."""
-        masks = ctx.views.image["global"].masks  # [V, B, N]
+        masks = ctx.views.image[self.group].masks  # [V, B, N]
         assert ctx.teacher is not None and masks is not None
-        targets = self.targets(ctx.teacher.heads[self.head][OUTPUT], ctx.progress)  # [M, K]
-        log_p = (exact(ctx.student.heads[self.head][OUTPUT]) / self.student_temp).log_softmax(-1)
+        targets = self.targets(ctx.teacher.heads[self.head][self.output], ctx.progress)  # [M, K]
+        log_p = (exact(ctx.student.heads[self.head][self.output]) / self.student_temp).log_softmax(-1)
         loss, masked = masked_mean(-torch.linalg.vecdot(targets, log_p), masks)
         metrics = {
             "teacher_entropy": entropy(targets),

@@ -48,7 +48,8 @@ class WarmupStableDecay(Schedule):
 
     ``decay_share``: share of the run's steps that decay, at least one.
     ``decay_steps``: the same in steps.
-    ``decay``: ``sqrt``, 1 - sqrt(share done), which arXiv 2405.18392 (section 4) found best; or ``linear``.
+    ``decay``: ``sqrt``, 1 - sqrt(share done), which arXiv 2405.18392 (section 4) found best; ``linear``; or
+    ``at_once``, the end from the first of these steps on.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class WarmupStableDecay(Schedule):
         *,
         decay_share: Share = 0.2,
         decay_steps: Count | None = None,
-        decay: Literal["sqrt", "linear"] = "sqrt",
+        decay: Literal["sqrt", "linear", "at_once"] = "sqrt",
     ) -> None:
-        self.share, self.steps, self.power = decay_share, decay_steps, 0.5 if decay == "sqrt" else 1.0
+        self.share, self.steps = decay_share, decay_steps
+        self.power = {"sqrt": 0.5, "linear": 1.0, "at_once": 0.0}[decay]
 
     def left(self, progress: Progress, begin: int = 0) -> float:
         """All, and then less at each of the last steps; the end would be reached one step after the last."""

@@ -80,6 +80,29 @@ def test_pairs_of_the_same_view_are_left_out() -> None:
     torch.testing.assert_close(loss, 6 / 8 * torch.tensor(7.0, dtype=torch.float64).log())
 
 
+def test_the_teacher_sees_one_group_and_the_student_others() -> None:
+    """SigLIP 2, TIPS: the mean over pairs of the teacher's view and local ones of cross-entropies; values and
+    gradients.
+    """
+    spec = Spec(embed_dim=8, image_views=SPEC.image_views, heads={"mine": {"global": 7, "teacher": 7, "local": 7}})
+    loss = Dino(spec, head="mine", group="global", student_groups=["local"], teacher_temp=TEMP).double()
+    assert [(need.role, need.outputs) for need in loss.requires()] == [
+        ("student", ("local",)),
+        ("teacher", ("global",)),
+    ]
+    student, teacher = leaf(3, 5, 7), leaf(1, 5, 7, seed=1)
+    found = run(loss, {"local": student}, teacher).terms["distillation"]
+    targets = (teacher.detach()[0] / TEMP).softmax(-1)
+    terms = [-(targets[b] * (student[v, b] / 0.1).log_softmax(-1)).sum() for v in range(3) for b in range(5)]
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (found, expected)), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="student_groups: no view group 'teacher' of the head 'mine'"):
+        Dino(spec, head="mine", student_groups=["teacher"])
+    with pytest.raises(ValueError, match="head: no head 'mine' with an output 'other'"):
+        Dino(spec, head="mine", group="other")
+
+
 def test_sinkhorn_equals_lightly_and_the_published_algorithm() -> None:
     scores = leaf(12, 7).detach()
     ours = sinkhorn(scores / TEMP, 3)

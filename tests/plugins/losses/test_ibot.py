@@ -71,6 +71,17 @@ def test_equals_lightly_over_three_steps() -> None:
         torch.testing.assert_close(ours.targets.center, theirs.center.value.view(7), rtol=1e-12, atol=1e-15)
 
 
+def test_a_group_of_another_name() -> None:
+    groups = {"teacher": ViewSpec(views=2, masks=True)}
+    loss = Ibot(Spec(embed_dim=8, image_views=groups, heads={"a": {"teacher_masked": 7}}), head="a", group="teacher")
+    assert [(need.role, need.outputs) for need in loss.requires()] == [
+        ("student", ("teacher_masked",)),
+        ("teacher", ("teacher_masked",)),
+    ]
+    with pytest.raises(ValueError, match="head: no head 'mine' with an output 'teacher_masked'"):
+        make(group="teacher")
+
+
 @pytest.mark.parametrize("centering", ["center", "sinkhorn"])
 def test_an_image_weighs_one_over_its_masked_patches(centering: str) -> None:
     """The formula of section 3.1, image by image."""

@@ -27,6 +27,7 @@ def test_values():
     decaying = [1 - math.sqrt(done / 21) for done in (1, 11, 20)]
     assert left(WarmupStableDecay(SPEC), (0, 79, 80, 90, 99)) == pytest.approx([1, 1, *decaying])
     assert left(WarmupStableDecay(SPEC, decay_steps=4, decay="linear"), (95, 96, 99)) == pytest.approx([1, 0.8, 0.2])
+    assert left(WarmupStableDecay(SPEC, decay="at_once"), (0, 79, 80, 99)) == [1, 1, 0, 0]
 
 
 def test_what_is_stable():
