@@ -198,6 +198,11 @@ _LAYOUTS = (
 SETS = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS))
 
 
+def caption_sets_in(folder: Path) -> list[str]:
+    """The sets whose captions lie in ``folder``."""
+    return list(dict.fromkeys(layout.name for layout in _LAYOUTS if layout.find(folder) is not None))
+
+
 def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | None:
     """The set whose captions lie in ``folder``, ``wanted`` where there are several.
 

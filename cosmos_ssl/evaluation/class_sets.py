@@ -158,6 +158,13 @@ def _named(data: Any) -> list[tuple[Path, int]] | None:
     return None if files is None else list(zip(map(Path, files), data._labels, strict=True))
 
 
+def class_sets_in(folder: Path) -> list[str]:
+    """The known sets that lie in ``folder``."""
+    found = [name for name, known in KNOWN.items() if (folder / known.marker).exists()]
+    imagenet = _imagenet(folder)
+    return found if imagenet is None or not imagenet.set_name else [*found, imagenet.set_name]
+
+
 def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
     """Return what ``data`` holds; ``wanted`` names one of the known sets where several lie there.
 

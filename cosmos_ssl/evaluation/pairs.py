@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError
-from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.bootstrap import Outcome
+from cosmos_ssl.evaluation.features import Job, numbered
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.text_files import read_json, read_text
 
@@ -159,6 +160,21 @@ def judge(scores: Tensor) -> Verdict:
     return Verdict(text, image)
 
 
+def pair_outcomes(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, Outcome]:
+    """What ``pair_metrics`` counts, as outcomes of the examples; ``accuracy`` of all groups alone."""
+    units = torch.arange(len(examples))
+    if name == "winoground":
+        right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
+        right["group_score"] = [v.text and v.image for v in verdicts]
+        return {
+            metric: Outcome(units, torch.tensor(values), torch.ones_like(units)) for metric, values in right.items()
+        }
+    groups = numbered([example.group for example in examples])
+    hits = torch.tensor([v.image if name == "mmvp" else v.text for v in verdicts])
+    owners = torch.tensor([groups[example.group] for example in examples])
+    return {"accuracy": Outcome(units, hits, torch.ones_like(units), owners)}
+
+
 def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, float]:
     """The set's own numbers, as shares: Winoground's text, image and group scores; elsewhere ``accuracy`` and that of
     each group.
@@ -167,9 +183,8 @@ def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verd
     to a picture.
     """
     if name == "winoground":
-        right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
-        right["group_score"] = [v.text and v.image for v in verdicts]
-        return {metric: sum(values) / len(values) for metric, values in right.items()}
+        outcomes = pair_outcomes(name, examples, verdicts)
+        return {metric: outcome.over.double().mean().item() for metric, outcome in outcomes.items()}
     groups: dict[str, list[bool]] = {}
     for example, verdict in zip(examples, verdicts, strict=True):
         groups.setdefault(example.group, []).append(verdict.image if name == "mmvp" else verdict.text)

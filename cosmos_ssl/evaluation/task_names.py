@@ -16,5 +16,7 @@ PURPOSES = {
     "winoground": "both (examples.jsonl, images/)",
 }
 """Task -> what it is for."""
+ALL = "all"
+"""Every task that there is data for."""
 ON_FEATURES = ("knn", "linear_probe")
 """Those that read no text, and of which nothing is published: what is published of a set is zero-shot."""
