@@ -60,4 +60,5 @@ _FINDERS: dict[str, Callable[[Path], Sequence[str | None]]] = {
     "mmvp": _if_there("Questions.csv", MMVP_PICTURES),
     "sugarcrepe": _if_there("add_att.json"),
     "winoground": _if_there("examples.jsonl"),
+    "aro": _if_there("visual_genome_relation.json"),
 }

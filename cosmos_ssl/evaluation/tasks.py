@@ -29,6 +29,7 @@ from cosmos_ssl.evaluation.pairs import (
     judge,
     pair_metrics,
     pair_outcomes,
+    read_aro,
     read_mmvp,
     read_sugarcrepe,
     read_winoground,
@@ -310,6 +311,7 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 
 mmvp = _pairs(lambda folder, job: read_mmvp(folder))
 sugarcrepe = _pairs(read_sugarcrepe)
+aro = _pairs(read_aro)
 winoground = _pairs(lambda folder, job: read_winoground(folder))
 
 TASKS: Mapping[str, Callable[[Options, Job], Task]] = {name: globals()[name] for name in PURPOSES}

@@ -14,6 +14,7 @@ from cosmos_ssl.evaluation.comparison import comparison, comparison_rows
 from cosmos_ssl.evaluation.report import PUBLISHED, markdown, metric_rows, notes, suite_rows
 from cosmos_ssl.evaluation.segmentation_sets import KNOWN
 from cosmos_ssl.evaluation.suite import Item
+from cosmos_ssl.evaluation.task_names import ALL
 from cosmos_ssl.evaluation.tasks import TASKS, Found
 from cosmos_ssl.interop.hub import RELEASED
 
@@ -66,12 +67,13 @@ def test_the_commands_of_the_page_are_understood():
     page = (Path(__file__).parents[2] / "cosmos_ssl" / "evaluation" / "README.md").read_text()
     block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1]
     commands = [shlex.split(line.partition("cosmos-ssl ")[2]) for line in block.splitlines()]
-    assert len(commands) == 3
+    assert len(commands) == 5
     for words in commands:
         parser = argparse.ArgumentParser(exit_on_error=False)
         add_parser(parser.add_subparsers())
         arguments = parse(parser, words)
-        assert arguments.task in TASKS and arguments.checkpoint and not arguments.overrides
+        assert arguments.task in (*TASKS, ALL) and not arguments.overrides
+        assert (arguments.checkpoint is None) == (len(arguments.compare) > 1)
 
 
 def test_the_table_of_all_sets():
