@@ -114,7 +114,10 @@ def evaluate(
         if compare:
             named = zip(_short_names([str(one["checkpoint"]) for one in (report, *others)]), found, strict=True)
             rows = comparison({f"{name} {role}": of for name, one in named for role, of in one.found.items()})
-            report |= {"others": others, "comparison": [row._asdict() for row in rows]}
+            report |= {
+                "others": others,
+                "comparison": [row._asdict() | {"set": row.set or report.get("set", "")} for row in rows],
+            }
         return report
 
 
@@ -216,7 +219,8 @@ def _short_names(names: Sequence[str]) -> list[str]:
     The same model given again is numbered.
     """
     short = [
-        next(part for part in reversed(Path(n).parts) if not part.startswith(("step_", "checkpoints"))) for n in names
+        next((part for part in reversed(Path(n).parts) if not part.startswith(("step_", "checkpoints"))), n)
+        for n in names
     ]
     told = short if len(set(short)) == len(short) else names
     return [f"{name} ({told[:n].count(name) + 1})" if name in told[:n] else name for n, name in enumerate(told)]

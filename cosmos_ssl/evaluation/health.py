@@ -20,7 +20,7 @@ def effective_rank(features: Tensor) -> float:
     """
     values = torch.linalg.svdvals(features.float()).double()
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + _EPSILON
-    return (-shares * shares.log()).sum().exp().item()
+    return float((-shares * shares.log()).sum().exp())
 
 
 @torch.no_grad()

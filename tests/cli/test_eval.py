@@ -727,7 +727,12 @@ def test_models_side_by_side(
     rows = {(row["metric"], row["model"]): row for row in report["comparison"]}
     first, second = (row for (metric, _), row in rows.items() if metric == "image_to_text_R@5")
     assert first["difference"] is None and first["interval"][0] <= first["value"] <= first["interval"][1]
-    assert second["difference"] == 0 and second["difference_interval"] == [0, 0] and second["paired"]
+    assert (
+        first["set"] == "flickr30k"
+        and second["difference"] == 0
+        and second["difference_interval"] == [0, 0]
+        and second["paired"]
+    )
     assert first["value"] == report["metrics"]["student/image_to_text_R@5"] and report["others"][0]["samples"] == 6
     assert out.splitlines()[0].startswith("TASK") and "0.00 to 0.00" in out
     code, _, err = command("eval", "--task", "retrieval", "--data", data)
