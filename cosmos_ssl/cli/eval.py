@@ -11,7 +11,7 @@ from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, posit
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
-from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
+from cosmos_ssl.evaluation.task_names import ALL, ON_FEATURES, PURPOSES
 
 _PRECISIONS = ("auto", "fp32", "amp_bf16", "amp_fp16")
 _SHORT = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
@@ -25,10 +25,19 @@ def add_parser(subparsers: Any) -> None:
         description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given "
         "again; under torchrun all ranks share the work. key=value overrides reach the model's config "
         "(model.text.heads=4).",
-        epilog="tasks: " + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items()),
+        epilog="tasks: "
+        + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items())
+        + f"; {ALL} (every known set in --data and the folders directly below it, in one table)",
     )
-    add_source(parser)
-    parser.add_argument("--task", required=True, metavar="T", help=", ".join(PURPOSES))
+    add_source(parser, required=False)
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="C",
+        help="other checkpoints to evaluate alike, with bootstrap intervals; without --checkpoint the first is it",
+    )
+    parser.add_argument("--task", required=True, metavar="T", help=", ".join((*PURPOSES, ALL)))
     parser.add_argument(
         "--data", metavar="PATH", help="shards or a folder (default: what the run was evaluated on, with its options)"
     )
@@ -75,6 +84,10 @@ def add_parser(subparsers: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    if arguments.checkpoint is None:
+        if not arguments.compare:
+            raise UserError("--checkpoint: name what to evaluate, or several after --compare")
+        arguments.checkpoint, *arguments.compare = arguments.compare
     from cosmos_ssl.build.evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
 
@@ -91,6 +104,30 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
+    from cosmos_ssl.evaluation.comparison import comparison_rows
+
+    if arguments.compare:
+        print(table(comparison_rows(report["comparison"])), end="")
+    elif arguments.task == ALL:
+        _all(report)
+    else:
+        _one(arguments, report)
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+def _all(report: Mapping[str, Any]) -> None:
+    from cosmos_ssl.evaluation.report import notes, suite_rows
+
+    print(table(suite_rows(report["reports"])), end="")
+    for task, set_name in sorted({(one["task"], one["set"]) for one in report["reports"]}):
+        for note in notes(task, set_name)[-1:]:
+            print(f"note: {task} {set_name}: {note}")
+    for name, why in report["left_out"].items():
+        print(f"left out: {name}: {why}")
+
+
+def _one(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
     from cosmos_ssl.evaluation.report import markdown, metric_rows, notes
 
     metrics, set_name = report["metrics"], report["set"]
@@ -102,5 +139,3 @@ def _report(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
         print(row and f"\n{row}", end="")
     for note in notes(arguments.task, set_name):
         print(f"note: {note}")
-    if arguments.json:
-        write_json(arguments.json, report)

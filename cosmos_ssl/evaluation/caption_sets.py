@@ -1,4 +1,5 @@
-"""Sets of pictures with several captions each, in the layouts in which people have them: COCO and Flickr30k.
+"""Sets of pictures with captions, in the layouts in which people have them: COCO and Flickr30k; long ones of Urban-1k
+(arXiv 2403.15378), DCI (2312.08578) and DOCCI (2404.19753).
 
 A layout is a table of captions, where the pictures may lie beside it, and how the table is read.
 """
@@ -31,7 +32,7 @@ _log = logging.getLogger("cosmos_ssl.evaluation")
 class CaptionSet(PictureFiles):
     """Pictures of a folder and their captions, in the order of the set.
 
-    Its name is ``coco``, ``coco_karpathy`` or ``flickr30k``; ``flickr30k_all`` where its test split is not told.
+    Its name is ``coco``, ``coco_karpathy``, ``flickr30k`` (``flickr30k_all`` where its test split is not told), ...
     """
 
     folder: Path
@@ -113,6 +114,34 @@ def _lines(path: Path) -> Entries:
     return list(found.items())
 
 
+def _files(path: Path) -> Entries:
+    """Urban-1k: a folder of texts, ``N.txt`` of ``N.jpg``."""
+    return [(f"{text.stem}.jpg", [_plain(read_text(text))]) for text in sorted(path.glob("*.txt"))]
+
+
+def _dci(path: Path) -> Entries:
+    """DCI: ``splits.json`` names the files of ``annotations/``, each of one picture with a short text and the rest of
+    it. All splits together are the set, and both texts the caption.
+    """
+    splits = read_json(path)
+    try:
+        notes = [read_json(path.parent / "annotations" / name) for names in splits.values() for name in names]
+        return [(note["image"], [_plain(f"{note['short_caption']} {note['extra_caption']}")]) for note in notes]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"data: {path} is not DCI's form: {type(error).__name__} {error}") from error
+
+
+def _docci(path: Path, split: str = "test") -> Entries:
+    """DOCCI: a picture a line, with its split and its description."""
+    try:
+        rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+        return [(row["image_file"], [_plain(row["description"])]) for row in rows if row["split"] == split]
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise DataError(f"data: {path} is not DOCCI's form: {type(error).__name__} {error}") from error
+
+
 def _plain(caption: str) -> str:
     return " ".join(caption.split())
 
@@ -132,13 +161,24 @@ class _Layout:
     """Where the table may lie."""
     beside: str = ""
     """A folder that lies beside a table whose name alone tells nothing."""
+    named: str = ""
+    """How the folder with the table is called, where what lies there tells nothing."""
     whole: bool = False
     """The table holds all splits and does not tell them."""
 
     def find(self, folder: Path) -> Path | None:
         """The table, where it is there."""
         tables = (folder / above / self.table for above in self.above)
-        return next((path for path in tables if path.is_file() and (path.parent / self.beside).is_dir()), None)
+        return next(
+            (
+                path
+                for path in tables
+                if path.exists()
+                and (path.parent / self.beside).is_dir()
+                and self.named in ("", path.parent.resolve().name)
+            ),
+            None,
+        )
 
     def open(self, folder: Path, path: Path) -> CaptionSet:
         """The set: its pictures lie in the first folder that holds one of the first few, else they are looked for in
@@ -193,9 +233,31 @@ _LAYOUTS = (
         read=_lines,
         whole=True,
     ),
+    _Layout(
+        name="urban1k",
+        table="caption",
+        above=("", "Urban1k"),
+        named="Urban1k",
+        pictures=("image", "Urban1k/image"),
+        read=_files,
+    ),
+    _Layout(
+        name="dci",
+        table="splits.json",
+        above=("", "densely_captioned_images"),
+        beside="annotations",
+        pictures=("photos", "densely_captioned_images/photos"),
+        read=_dci,
+    ),
+    _Layout(name="docci", table="docci_descriptions.jsonlines", above=("",), pictures=("images",), read=_docci),
 )
 """Of a set the first that is there is read."""
 SETS = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS))
+
+
+def caption_sets_in(folder: Path) -> list[str]:
+    """The sets whose captions lie in ``folder``."""
+    return list(dict.fromkeys(layout.name for layout in _LAYOUTS if layout.find(folder) is not None))
 
 
 def find_caption_set(folder: Path, wanted: str | None = None) -> CaptionSet | None:

@@ -1,4 +1,5 @@
-"""Labelled pictures with the names of their classes: ImageNet, ten known sets, folders with one folder a class, shards.
+"""Labelled pictures with the names of their classes: ImageNet and its variants, ten known sets, folders with one folder
+a class, shards.
 
 The ten sets are read by torchvision's readers (Caltech101 by clip-benchmark's), with clip-benchmark's templates and,
 where the readers have none fit to be read, its class names.
@@ -21,6 +22,7 @@ from cosmos_ssl.api import DataError, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder, splits_of
 from cosmos_ssl.evaluation.classification import load_class_names
+from cosmos_ssl.evaluation.imagenet_variants import VARIANT_FOLDERS, VARIANTS, read_variant, variants_in
 from cosmos_ssl.evaluation.naming import in_order_of_folders, spoken, wordnet
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import CLASS_FILES, EvaluationData, Samples, check_set, only_set
@@ -158,21 +160,36 @@ def _named(data: Any) -> list[tuple[Path, int]] | None:
     return None if files is None else list(zip(map(Path, files), data._labels, strict=True))
 
 
+def class_sets_in(folder: Path) -> list[str]:
+    """The known sets that lie in ``folder``."""
+    found = [name for name, known in KNOWN.items() if (folder / known.marker).exists()]
+    found += variants_in(folder)
+    imagenet = _imagenet(folder) if folder not in variants_in(folder).values() else None
+    return found if imagenet is None or not imagenet.set_name else [*found, imagenet.set_name]
+
+
 def find_class_data(data: str, *, wanted: str | None = None) -> ClassData:
     """Return what ``data`` holds; ``wanted`` names one of the known sets where several lie there.
 
     Raises DataError, UserError.
     """
-    check_set(wanted, (*KNOWN, IMAGENET))
+    check_set(wanted, (*KNOWN, IMAGENET, *VARIANTS))
     folder = picture_folder(data)
     if folder is not None:
         found = _known_below(folder, wanted)
         if found is not None:
             return _read_known(*found)
+        variants = {name: place for name, place in variants_in(folder).items() if wanted in (None, name)}
+        if (variant := only_set(variants, f"{folder} holds several sets")) is not None:
+            samples, folders, names = read_variant(*variant)
+            return ClassData(
+                samples=samples, set_name=variant[0], folders=folders, class_names=names, templates="openai"
+            )
         if wanted in (None, IMAGENET) and (imagenet := _imagenet(folder)) is not None:
             return imagenet
     if wanted is not None:
-        where = (KNOWN[wanted].marker if wanted in KNOWN else "val/n01440764") + "/"
+        places = {IMAGENET: "val/n01440764", **{name: known.marker for name, known in KNOWN.items()}}
+        where = (places.get(wanted) or VARIANT_FOLDERS[wanted][0]) + "/"
         raise DataError(f"data: {data} does not hold the set '{wanted}': there is no {where} in it")
     return _plain(data, folder)
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import Encoder, normalise
+from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.features import Job, text_features
 from cosmos_ssl.evaluation.text_files import read_text
 
 SIMPLE_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
+_NOWHERE = 1 << 60
 TEMPLATE_SETS = ("simple", "openai", "openclip_simple")
 
 
@@ -75,17 +77,33 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     score, as those of published figures do (``torch.topk``): of equal scores, such as those of equal names, the earlier
     class comes first. Among scores of minus infinity, which tell that a class was not found, the right one comes last.
     """
+    ahead = _ahead(scores, labels)
+    hit = ahead < 1
+    per_class = torch.stack([hit[labels == label].double().mean() for label in labels.unique()]).mean()
+    return {
+        "top1": hit.double().mean().item(),
+        "top5": (ahead < 5).double().mean().item(),
+        "mean_per_class_top1": per_class.item(),
+    }
+
+
+def accuracy_outcomes(scores: Tensor, labels: Tensor) -> dict[str, Outcome]:
+    """The same as outcomes of the N pictures."""
+    ahead, units = _ahead(scores, labels), torch.arange(len(labels))
+    one, classes = torch.ones_like(units), labels.unique(return_inverse=True)[1]
+    return {
+        "top1": Outcome(units, ahead < 1, one),
+        "top5": Outcome(units, ahead < 5, one),
+        "mean_per_class_top1": Outcome(units, ahead < 1, one, classes),
+    }
+
+
+def _ahead(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the right one, int64 [N]; all where it is none of them."""
     known = (labels >= 0) & (labels < scores.shape[1])
     place = labels.clamp(0, scores.shape[1] - 1)[:, None]
     right = scores.gather(1, place)
     later = torch.arange(scores.shape[1], device=scores.device) > place
     beaten = (scores < right) | ((scores == right) & later & (right > -torch.inf))
     ahead = scores.shape[1] - 1 - beaten.sum(1)
-    hit = known & (ahead < 1)
-    classes = labels.unique()
-    per_class = torch.stack([hit[labels == label].double().mean() for label in classes]).mean()
-    return {
-        "top1": hit.double().mean().item(),
-        "top5": (known & (ahead < 5)).double().mean().item(),
-        "mean_per_class_top1": per_class.item(),
-    }
+    return ahead.masked_fill(~known, _NOWHERE)

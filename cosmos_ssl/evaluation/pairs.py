@@ -1,5 +1,5 @@
 """Pictures and texts that differ in one thing: MMVP-VLM (arXiv 2401.06209), SugarCrepe (2306.14610), Winoground
-(2204.03162).
+(2204.03162), ARO's relations and attributes of Visual Genome (2210.01936).
 
 An example has I pictures and two texts, of which text i belongs to picture i.
 """
@@ -9,20 +9,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from cosmos_ssl.api import DataError
-from cosmos_ssl.evaluation.features import Job
+from cosmos_ssl.evaluation.bootstrap import Outcome
+from cosmos_ssl.evaluation.features import Job, numbered
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.text_files import read_json, read_text
 
 MMVP_PICTURES = "MLLM_VLM Images"
+ARO = ("relation", "attribution")
+_ARO_LEAST = 25
+"""Pairs of attributes with fewer examples do not count, as in the authors' program."""
+Box: TypeAlias = tuple[int, int, int, int]
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
@@ -41,6 +47,8 @@ class PairSet:
     name: str
     folder: Path
     examples: Sequence[Example]
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    """Of pictures that are a part of one: ``FILE#...`` -> left, top, right, bottom."""
 
     @property
     def pictures(self) -> list[str]:
@@ -49,7 +57,11 @@ class PairSet:
 
     def samples(self) -> PictureFiles:
         """The pictures to be encoded."""
-        files = [PictureFile(picture, self.folder / picture) for picture in self.pictures]
+        files = [
+            PictureFile(picture, self.folder / (picture.partition("#")[0] if box else picture), box=box)
+            for picture in self.pictures
+            for box in [self.boxes.get(picture)]
+        ]
         return PictureFiles(name=self.name, files=files)
 
     def complete(self, job: Job) -> PairSet:
@@ -140,6 +152,28 @@ def read_winoground(folder: Path) -> PairSet:
     return PairSet(name="winoground", folder=top / "images", examples=examples)
 
 
+def read_aro(folder: Path, job: Job) -> PairSet:
+    """ARO's ``visual_genome_relation.json`` and ``visual_genome_attribution.json``, and ``images/`` beside them.
+
+    An example is the part of a picture in a box, and a text with its false twin.
+    """
+    kinds = {kind: folder / f"visual_genome_{kind}.json" for kind in ARO}
+    job.leave_out([path.name for path in kinds.values() if not path.is_file()], len(ARO), f"files are not in {folder}")
+    examples, boxes = [], {}
+    for kind, path in kinds.items():
+        try:
+            for row in read_json(path) if path.is_file() else ():
+                x, y, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
+                picture = f"{row['image_path']}#{x},{y},{width},{height}"
+                boxes[picture] = (x, y, x + width, y + height)
+                group = row["relation_name"] if kind == "relation" else "_".join(row["attributes"][:2])
+                texts = (str(row["true_caption"]), str(row["false_caption"]))
+                examples.append(Example((picture,), texts, f"{kind}/{group}"))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"data: {path} is not ARO's form: {type(error).__name__} {error}") from error
+    return PairSet(name="aro", folder=folder / "images", examples=examples, boxes=boxes)
+
+
 class Verdict(NamedTuple):
     """What was matched rightly in one example; equal scores are wrong."""
 
@@ -159,17 +193,47 @@ def judge(scores: Tensor) -> Verdict:
     return Verdict(text, image)
 
 
+def pair_outcomes(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, Outcome]:
+    """What ``pair_metrics`` counts, as outcomes of the examples; ``accuracy`` of all groups alone."""
+    units = torch.arange(len(examples))
+    if name == "winoground":
+        right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
+        right["group_score"] = [v.text and v.image for v in verdicts]
+        return {
+            metric: Outcome(units, torch.tensor(values), torch.ones_like(units)) for metric, values in right.items()
+        }
+    hits = torch.tensor([v.image if name == "mmvp" else v.text for v in verdicts])
+    parts = _aro_parts(examples) if name == "aro" else {"": list(range(len(examples)))}
+    outcomes = {}
+    for part, places in parts.items():
+        groups = numbered([examples[n].group for n in places])
+        owners = torch.tensor([groups[examples[n].group] for n in places])
+        one = Outcome(units[places], hits[places], torch.ones_like(owners), owners)
+        outcomes[f"accuracy/{part}".rstrip("/")] = one
+    return outcomes
+
+
+def _aro_parts(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Where the examples of each kind lie; of pairs of attributes those that are there often enough, if any is."""
+    counts = Counter(example.group for example in examples)
+    found = {}
+    for kind in dict.fromkeys(example.group.partition("/")[0] for example in examples):
+        places = [n for n, example in enumerate(examples) if example.group.startswith(f"{kind}/")]
+        often = [n for n in places if kind == "relation" or counts[examples[n].group] >= _ARO_LEAST]
+        found[kind] = often or places
+    return found
+
+
 def pair_metrics(name: str, examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, float]:
     """The set's own numbers, as shares: Winoground's text, image and group scores; elsewhere ``accuracy`` and that of
-    each group.
+    each group; ARO's of its two kinds, each the mean over relations or pairs of attributes.
 
     ``accuracy`` is the mean over groups. MMVP-VLM asks which picture belongs to a text (of both), SugarCrepe which text
     to a picture.
     """
-    if name == "winoground":
-        right = {"text_score": [v.text for v in verdicts], "image_score": [v.image for v in verdicts]}
-        right["group_score"] = [v.text and v.image for v in verdicts]
-        return {metric: sum(values) / len(values) for metric, values in right.items()}
+    if name in ("winoground", "aro"):
+        once = torch.ones(1, len(examples))
+        return {metric: one.of(once).item() for metric, one in pair_outcomes(name, examples, verdicts).items()}
     groups: dict[str, list[bool]] = {}
     for example, verdict in zip(examples, verdicts, strict=True):
         groups.setdefault(example.group, []).append(verdict.image if name == "mmvp" else verdict.text)

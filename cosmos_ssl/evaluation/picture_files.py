@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Self
 from cosmos_ssl.api import BadSample, Sample
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.pictures import read_regular
+from cosmos_ssl.pictures import open_rgb, read_regular
 
 MASK = "mask.png"
 
@@ -25,6 +26,8 @@ class PictureFile(NamedTuple):
     captions: Sequence[str] = ()
     label: int | None = None
     mask: Path | None = None
+    box: tuple[int, int, int, int] | None = None
+    """The part that is the sample: left, top, right, bottom in pixels; None is all."""
 
     @property
     def paths(self) -> list[Path]:
@@ -49,6 +52,7 @@ class PictureFiles:
         """
         file = self.files[index]
         image, *masks = map(_content, file.paths)
+        image = image if file.box is None else _cut(image, file.box)
         extras: dict[str, Any] = {} if file.label is None else {"cls": file.label}
         extras |= {MASK: masks[0]} if masks else {}
         captions = {"txt": file.captions} if file.captions else {}
@@ -60,7 +64,10 @@ class PictureFiles:
 
     def identity(self) -> Mapping[str, Any]:
         """Name, size, and a digest over keys, names of files, captions and classes."""
-        told = [[file.key, file.captions, file.label, *(path.name for path in file.paths)] for file in self.files]
+        told = [
+            [file.key, file.captions, file.label, *(path.name for path in file.paths), *(file.box or ())]
+            for file in self.files
+        ]
         return {
             "name": self.name,
             "samples": len(self),
@@ -78,6 +85,11 @@ class PictureFiles:
         names = [self.files[n].key if gone[0] == self.files[n].path else gone[0].name for n, gone in missing.items()]
         job.leave_out(names, len(self), what)
         return replace(self, files=[file for n, file in enumerate(self.files) if n not in missing])
+
+
+def _cut(image: bytes, box: tuple[int, int, int, int]) -> bytes:
+    open_rgb(image).crop(box).save(file := io.BytesIO(), "png")
+    return file.getvalue()
 
 
 def _content(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from cosmos_ssl.errors import listed
 from cosmos_ssl.evaluation.classification import accuracy, class_vectors
 from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
 from cosmos_ssl.evaluation.naming import spoken
-from cosmos_ssl.evaluation.retrieval import retrieval_metrics
+from cosmos_ssl.evaluation.retrieval import rank_metrics, retrieval_ranks
 from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
 from cosmos_ssl.functional import rank
 
@@ -66,6 +66,8 @@ class Retrieved(NamedTuple):
     """The picture of each text."""
     places: list[int]
     """Where each picture lies in the data."""
+    ranks: tuple[Tensor, Tensor]
+    """As ``retrieval_ranks`` has them."""
 
 
 def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -> Retrieved:
@@ -93,8 +95,8 @@ def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -
     found = [text for _, own in told for text in own]
     owners = [number for number, (_, own) in enumerate(told) for _ in own]
     images, encoded = rows.to(encoder.device), text_features(encoder, found, job, to_match=True).to(encoder.device)
-    metrics = retrieval_metrics(images, encoded, torch.tensor(owners), score=encoder.match)
-    return Retrieved(metrics, images, encoded, found, owners, [place for place, _ in told])
+    ranks = retrieval_ranks(images, encoded, torch.tensor(owners), score=encoder.match)
+    return Retrieved(rank_metrics(ranks), images, encoded, found, owners, [place for place, _ in told], ranks)
 
 
 class Classified(NamedTuple):
@@ -161,8 +163,13 @@ def labelled_features(
 
 
 def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[str, float]:
-    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``; a label that is not among its labels cannot be
-    found.
+    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``. Raises DataError (``trained_scores``)."""
+    return accuracy(*trained_scores(train, test, scores))
+
+
+def trained_scores(train: Labelled, test: Labelled, scores: Scores) -> tuple[Tensor, Tensor]:
+    """What ``scores`` learns from ``train`` and says of ``test``, [N, C] on the host, and the labels int64 [N]: -1 for
+    one that is not among those of ``train`` and cannot be found.
 
     Raises DataError where none of the labels is; that some are not is logged.
     """
@@ -178,4 +185,4 @@ def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[st
             _log.warning("%s, and their samples cannot be found", told)
     known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
     found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
-    return accuracy(found, torch.tensor([numbers.get(label, -1) for label in test.labels]))
+    return found, torch.tensor([numbers.get(label, -1) for label in test.labels])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosmos_ssl.evaluation.task_names import ON_FEATURES
 
 _RELEASED = {
     "cosmos_vitb16_cc3m": (53.1, 40.1, 84.1, 68.6, 37.1),
@@ -37,12 +40,56 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 """Checkpoint -> set -> metric -> published value in percent (arXiv 2412.01814, tables 1 to 3 and the authors' README).
 """
 
+_BESIDE: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "COSMOS B/16": PUBLISHED["cosmos_vitb16_merged30m"],
+    "OpenCLIP B/16": {
+        "imagenet": {"top1": 70.23},
+        "imagenet_v2": {"top1": 62.28},
+        "imagenet_a": {"top1": 38.23},
+        "imagenet_r": {"top1": 80.61},
+        "imagenet_sketch": {"top1": 56.08},
+        "objectnet": {"top1": 55.98},
+        "cifar10": {"top1": 94.94},
+        "cifar100": {"top1": 76.84},
+        "food101": {"top1": 86.63},
+        "cars": {"top1": 88.48},
+        "coco_karpathy": {"image_to_text_R@1": 59.44, "text_to_image_R@1": 42.31},
+        "flickr30k": {"image_to_text_R@1": 86.30, "text_to_image_R@1": 69.84},
+    },
+    "SigLIP B/16": {
+        "imagenet": {"top1": 76.04},
+        "imagenet_v2": {"top1": 68.93},
+        "imagenet_a": {"top1": 45.41},
+        "imagenet_r": {"top1": 90.30},
+        "imagenet_sketch": {"top1": 67.92},
+        "objectnet": {"top1": 55.09},
+        "cifar10": {"top1": 92.34},
+        "cifar100": {"top1": 72.23},
+        "food101": {"top1": 91.62},
+        "cars": {"top1": 90.81},
+        "coco_karpathy": {"image_to_text_R@1": 65.74, "text_to_image_R@1": 47.78},
+        "flickr30k": {"image_to_text_R@1": 89.10, "text_to_image_R@1": 74.68},
+    },
+}
+"""What stands beside ``--task all``, zero-shot, in percent. COSMOS: ``cosmos_vitb16_merged30m`` above. The others are
+OpenCLIP's own figures (mlfoundations/open_clip, docs/openclip_results.csv and docs/openclip_retrieval_results.csv) of
+``ViT-B-16, laion2b_s34b_b88k`` and ``ViT-B-16-SigLIP, webli``; what these do not tell, or of other splits, is blank.
+"""
+_MAIN = {
+    "retrieval": tuple(f"{fold}{way}_R@1" for fold in ("", "1k/") for way in ("image_to_text", "text_to_image")),
+    **dict.fromkeys(("classification", "knn", "linear_probe"), ("top1",)),
+    "segmentation": ("miou",),
+    "winoground": ("text_score", "image_score", "group_score"),
+    "aro": ("accuracy/relation", "accuracy/attribution"),
+}
+
 _BACKGROUND = "the words for the background are our own, not SCLIP's; --class-names takes a file of others"
 _NOTES = {
     "voc21": _BACKGROUND,
     "coco_object": _BACKGROUND,
     "sun397": "all pictures are evaluated on, since the reader has no split",
     "caltech101": "all pictures are evaluated on, those of the background class too, since the reader has no split",
+    "aro": "all relations count; figures that leave out symmetric ones are of fewer",
     "linear_probe": "logistic regression (L-BFGS) on standardised features before the projection; the penalty, one of "
     "13 from 1 to 1e-6, was chosen on a fifth of the training samples",
 }
@@ -55,8 +102,8 @@ def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("METRIC", *(role.upper() for role in roles))]
     for name in names:
         values = (metrics.get(f"{role}/{name}") for role in roles)
-        shown = ("-" if value is None else _shown(name, value) for value in values)
-        rows.append((name if is_rank(name) else f"{name} (%)", *shown))
+        cells = ("-" if value is None else shown(name, value) for value in values)
+        rows.append((name if is_rank(name) else f"{name} (%)", *cells))
     return rows
 
 
@@ -65,7 +112,8 @@ def is_rank(name: str) -> bool:
     return name.endswith("_rank")
 
 
-def _shown(name: str, value: float) -> str:
+def shown(name: str, value: float) -> str:
+    """A metric's value as tables have it: shares in percent."""
     return f"{value:.1f}" if is_rank(name) else f"{100 * value:.2f}"
 
 
@@ -87,6 +135,23 @@ def markdown(checkpoint: str, set_name: str, metrics: Mapping[str, float]) -> st
         (f"{checkpoint}, {role}", *(f"{100 * metrics[f'{role}/{name}']:.1f}" for name in published)) for role in roles
     ]
     return "".join(_line(cells) for cells in lines)
+
+
+def suite_rows(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table of ``--task all``: the main metrics of each set, ours and what is published, blank elsewhere."""
+    roles = list(dict.fromkeys(role for report in reports for role in report["roles"]))
+    rows: list[tuple[str, ...]] = [("TASK", "SET", "METRIC (%)", *(role.upper() for role in roles), *_BESIDE)]
+    for report in reports:
+        task, name, metrics = report["task"], report["set"], report["metrics"]
+        for metric in _MAIN.get(task, ("accuracy",)):
+            ours = [metrics.get(f"{role}/{metric}") for role in roles]
+            if ours == [None] * len(roles):
+                continue
+            of_task = {} if task in ON_FEATURES else _BESIDE
+            theirs = [of_task.get(model, {}).get(name, {}).get(metric) for model in _BESIDE]
+            cells = ["" if value is None else f"{100 * value:.2f}" for value in ours]
+            rows.append((task, name, metric, *cells, *("" if value is None else f"{value:.1f}" for value in theirs)))
+    return rows
 
 
 def notes(task: str, set_name: str) -> list[str]:

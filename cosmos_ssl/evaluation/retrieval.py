@@ -12,9 +12,12 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from cosmos_ssl.evaluation.bootstrap import Outcome
+
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images [n, ...] and texts [m, ...] -> scores [n, m]."""
 
+_WAYS = ("image_to_text", "text_to_image")
 _ROWS = 248  # images of one tile; below 256, so that a count fits a byte
 _COLUMNS = 4096  # texts of one tile, at most
 
@@ -32,13 +35,40 @@ def retrieval_metrics(
     ``images`` [N, ...], ``texts`` [M, ...], ``owners`` int [M]: the image of each text. R@k is a share (0..1); ranks
     begin at 1, and the median is rounded down (OpenCLIP's). Raises ValueError as ``retrieval_ranks`` does.
     """
-    found = retrieval_ranks(images, texts, owners, score=score)
+    return rank_metrics(retrieval_ranks(images, texts, owners, score=score), ks)
+
+
+def rank_metrics(found: tuple[Tensor, Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """The metrics of what ``retrieval_ranks`` returns."""
     metrics: dict[str, float] = {}
-    for name, ranks in zip(("image_to_text", "text_to_image"), found, strict=True):
+    for name, ranks in zip(_WAYS, found, strict=True):
         metrics[f"{name}_mean_rank"] = ranks.double().mean().item() + 1
         metrics[f"{name}_median_rank"] = float(int(ranks.double().quantile(0.5).item()) + 1)
         metrics |= {f"{name}_R@{k}": (ranks < k).double().mean().item() for k in ks}
     return metrics
+
+
+def rank_outcomes(found: tuple[Tensor, Tensor], owners: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Outcome]:
+    """The same, but medians, as outcomes of pictures; ``owners`` int [M]."""
+    outcomes: dict[str, Outcome] = {}
+    for name, ranks, units in zip(_WAYS, found, (torch.arange(len(found[0])), owners), strict=True):
+        ranks = ranks.cpu()
+        parts = {f"{name}_mean_rank": ranks + 1, **{f"{name}_R@{k}": ranks < k for k in ks}}
+        outcomes |= {metric: Outcome(units, over, torch.ones_like(units)) for metric, over in parts.items()}
+    return outcomes
+
+
+def fold_metrics(images: Tensor, texts: Tensor, owners: Tensor, size: int, *, score: Score = dot) -> dict[str, float]:
+    """The mean of each metric over folds of ``size`` pictures in their order, each searched by itself with its texts.
+
+    (COCO's "1k": five folds of 1,000; VSE++, arXiv 1707.05612.) Shapes and what is raised as ``retrieval_metrics``;
+    pictures after the last whole fold are left out.
+    """
+    found = []
+    for start in range(0, len(images) // size * size, size):
+        own = (owners >= start) & (owners < start + size)
+        found.append(retrieval_metrics(images[start : start + size], texts[own], owners[own] - start, score=score))
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
 
 @torch.no_grad()

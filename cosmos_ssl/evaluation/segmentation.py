@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.api import TowerSpec, normalise
+from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.features import check_finite
 
 IGNORED = 255
@@ -140,6 +141,14 @@ def areas(found: Tensor, labels: Tensor, classes: int) -> Tensor:
     counts = labels != IGNORED
     found, labels = found[counts], labels[counts]
     return torch.stack([part.bincount(minlength=classes) for part in (found[found == labels], found, labels)])
+
+
+def segmentation_outcomes(rows: Tensor) -> dict[str, Outcome]:
+    """``miou`` as an outcome of pictures, from the ``areas`` [N, 3, C] of each."""
+    right, found, labelled = rows.unbind(1)
+    union = found + labelled - right
+    units, groups = union.nonzero(as_tuple=True)
+    return {"miou": Outcome(units, right[units, groups], union[units, groups], groups)}
 
 
 def segmentation_metrics(total: Tensor) -> dict[str, float]:

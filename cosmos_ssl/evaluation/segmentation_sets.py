@@ -226,6 +226,11 @@ KNOWN: Mapping[str, _Known] = {
 """The eight sets. Where the background is no class, its pixels do not count."""
 
 
+def segmentation_sets_in(folder: Path) -> list[str]:
+    """The known sets that are read from ``folder``."""
+    return [name for name, known in KNOWN.items() if _place(folder, known)]
+
+
 def find_segmentation_data(data: str, *, wanted: str | None = None, names: str | None = None) -> SegmentationData:
     """Return what ``data`` holds: the known set ``wanted`` (asked for where several are read from it), or shards with
     ``mask.png``.

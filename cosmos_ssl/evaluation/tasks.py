@@ -16,14 +16,24 @@ from torch import Tensor
 from cosmos_ssl.api import DataError, Encoder, Modality, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
-from cosmos_ssl.evaluation.classification import class_vectors, load_templates
+from cosmos_ssl.evaluation.classification import accuracy, accuracy_outcomes, class_vectors, load_templates
 from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe as fitted
 from cosmos_ssl.evaluation.naming import repeated
-from cosmos_ssl.evaluation.pairs import PairSet, judge, pair_metrics, read_mmvp, read_sugarcrepe, read_winoground
+from cosmos_ssl.evaluation.pairs import (
+    PairSet,
+    judge,
+    pair_metrics,
+    pair_outcomes,
+    read_aro,
+    read_mmvp,
+    read_sugarcrepe,
+    read_winoground,
+)
 from cosmos_ssl.evaluation.picture_files import PictureFiles
 from cosmos_ssl.evaluation.protocols import (
     Scores,
@@ -31,15 +41,25 @@ from cosmos_ssl.evaluation.protocols import (
     encode_pictures,
     labelled_features,
     retrieve,
-    trained_accuracy,
+    trained_scores,
 )
+from cosmos_ssl.evaluation.retrieval import fold_metrics, rank_outcomes
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
-from cosmos_ssl.evaluation.segmentation import SegmentationProtocol, areas, model_input, segment, segmentation_metrics
+from cosmos_ssl.evaluation.segmentation import (
+    SegmentationProtocol,
+    areas,
+    model_input,
+    segment,
+    segmentation_metrics,
+    segmentation_outcomes,
+)
 from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data
 from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
 
+FOLD, _FOLDED = 1000, "coco_karpathy"
+"""Pictures of a fold of COCO's 5,000."""
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
@@ -77,6 +97,10 @@ class Found(NamedTuple):
     metrics: dict[str, float]
     samples: int
     """Pictures that it was found of; of pairs, examples."""
+    outcomes: Mapping[str, Outcome]
+    """Of metrics, how each sample counts."""
+    keys: Sequence[Hashable]
+    """What tells each sample from the others of the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +139,11 @@ def retrieval(options: Options, job: Job) -> Task:
 
     def run(encoder: Encoder, job: Job) -> Found:
         found = retrieve(encoder, data, job, texts=options.texts)
-        return Found(found.metrics, len(found.places))
+        owners, metrics = torch.tensor(found.owners), found.metrics
+        if known is not None and known.name == _FOLDED and len(found.places) >= 2 * FOLD:
+            folds = fold_metrics(found.images, found.encoded, owners, FOLD, score=encoder.match)
+            metrics = metrics | {f"1k/{name}": value for name, value in folds.items()}
+        return Found(metrics, len(found.places), rank_outcomes(found.ranks, owners), found.places)
 
     return Task(set_name="" if known is None else known.name, run=run, about={"texts": options.texts})
 
@@ -140,7 +168,8 @@ def classification(options: Options, job: Job) -> Task:
 
     def run(encoder: Encoder, job: Job) -> Found:
         found = classify(encoder, data.samples, job, names=names, templates=said, label=options.label)
-        return Found(found.metrics, len(found.places))
+        outcomes = accuracy_outcomes(found.scores, torch.tensor(found.labels))
+        return Found(found.metrics, len(found.places), outcomes, found.places)
 
     return Task(
         set_name=data.set_name, run=run, about={"classes": len(names), "templates": templates, "label": options.label}
@@ -185,7 +214,8 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
         name = f"{options.label} by name" if by_name else options.label
         known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
         test = labelled_features(encoder, data.samples, job, label, name=name)
-        return Found(trained_accuracy(known, test, scores), len(test.places))
+        said, labels = trained_scores(known, test, scores)
+        return Found(accuracy(said, labels), len(test.places), accuracy_outcomes(said, labels), test.places)
 
     more = {"train_data": options.train_data, "max_train_samples": options.max_train_samples, "label": options.label}
     return Task(set_name=data.set_name, run=run, about={**about, **more})
@@ -240,7 +270,7 @@ def segmentation(options: Options, job: Job) -> Task:
             name=f"segmentation {protocol} {names} {templates}",
             background=encoder.spec.background,
         )
-        return Found(segmentation_metrics(rows.sum(0)), len(keys))
+        return Found(segmentation_metrics(rows.sum(0)), len(keys), segmentation_outcomes(rows), keys)
 
     return Task(set_name=data.set_name, run=run, about={"templates": options.templates or "openai", "csa": options.csa})
 
@@ -271,7 +301,8 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
                 )
                 for example in usable.examples
             ]
-            return Found(pair_metrics(usable.name, usable.examples, verdicts), len(usable.examples))
+            told = (usable.name, usable.examples, verdicts)
+            return Found(pair_metrics(*told), len(usable.examples), pair_outcomes(*told), usable.examples)
 
         return Task(set_name=data.name, run=run)
 
@@ -280,6 +311,7 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
 
 mmvp = _pairs(lambda folder, job: read_mmvp(folder))
 sugarcrepe = _pairs(read_sugarcrepe)
+aro = _pairs(read_aro)
 winoground = _pairs(lambda folder, job: read_winoground(folder))
 
 TASKS: Mapping[str, Callable[[Options, Job], Task]] = {name: globals()[name] for name in PURPOSES}

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 
 import cosmos_ssl
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
-from cosmos_ssl.errors import UserError
+from cosmos_ssl.errors import CosmosError, UserError
 
 Command = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "official_checkpoint.pt"
@@ -649,3 +649,91 @@ def test_roles_that_are_there(
     assert code == 2 and "student.pt holds the student alone" in err
     code, _, err = command(*words, *heads, "--which", "teacher")
     assert code == 2 and "holds no teacher" in err
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data sets: six pictures of Flickr30k, two examples of Winoground, and a broken MMVP."""
+    root = tmp_path_factory.mktemp("sets")
+    for folder in ("flickr30k/flickr30k-images", "winoground/images", "mmvp/MLLM_VLM Images", "unknown"):
+        (root / folder).mkdir(parents=True)
+    images = [
+        {"filename": f"{n}.jpg", "split": "test", "sentences": [{"raw": f"text {k} of {n}"} for k in range(2)]}
+        for n in range(6)
+    ]
+    (root / "flickr30k/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    rows = [{f"image_{i}": f"{n}_{i}" for i in (0, 1)} | {"caption_0": "a on b", "caption_1": "b on a"} for n in (0, 1)]
+    (root / "winoground/examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "mmvp/Questions.csv").write_text("Question ID,Type,Statement\n1,Colour,a red ball\n")
+    for n in range(6):
+        Image.new("RGB", (32, 32), (40 * n, 9, 200 - 40 * n)).save(root / f"flickr30k/flickr30k-images/{n}.jpg")
+    for name in ("0_0", "0_1", "1_0", "1_1"):
+        Image.new("RGB", (32, 32), (99 * int(name[0]), 9, 99 * int(name[2]))).save(
+            root / f"winoground/images/{name}.png"
+        )
+    return root
+
+
+def test_all_that_is_there_in_one_table(
+    command: Command, trained: tuple[Path, dict[str, float]], several: Path, tmp_path: Path, cache: Path
+) -> None:
+    run, file = str(trained[0]), tmp_path / "all.json"
+    code, out, err = command("eval", "--checkpoint", run, "--task", "all", "--data", str(several), "--json", str(file))
+    assert code == 0, err
+    report = json.loads(file.read_text())
+    assert [(one["task"], one["set"]) for one in report["reports"]] == [
+        ("retrieval", "flickr30k"),
+        ("winoground", "winoground"),
+    ]
+    alone = cosmos_ssl.evaluate(run, "retrieval", several / "flickr30k")
+    assert report["reports"][0]["metrics"] == alone["metrics"]
+    name = "image_to_text_R@1"
+    assert report["metrics"][f"teacher/retrieval/flickr30k/{name}"] == alone["metrics"][f"teacher/{name}"]
+    head, first = out.splitlines()[:2]
+    assert head.split()[:3] == ["TASK", "SET", "METRIC"] and head.endswith("COSMOS B/16  OpenCLIP B/16  SigLIP B/16")
+    assert first.split()[:3] == ["retrieval", "flickr30k", name] and first.split()[-3:] == ["92.9", "86.3", "89.1"]
+    assert "left out: mmvp: data: " in out and "1 statements are no pairs" in out
+    assert not list(cache.iterdir())
+    with pytest.raises(UserError, match="--class-names: an option of single tasks"):
+        cosmos_ssl.evaluate(run, "all", several, class_names="imagenet")
+    for data, told in ((None, "--data: name the folder"), (several / "unknown", "holds a set that is known")):
+        with pytest.raises(CosmosError, match=told):
+            cosmos_ssl.evaluate(run, "all", data)
+
+
+def test_models_side_by_side(
+    command: Command, trained: tuple[Path, dict[str, float]], several: Path, tmp_path: Path
+) -> None:
+    """A model beside itself differs by nothing, pair by pair; one that saw other samples is not paired with it."""
+    run, data, file = str(trained[0]), str(several / "flickr30k"), tmp_path / "both.json"
+    code, out, err = command(
+        *(
+            "eval",
+            "--task",
+            "retrieval",
+            "--data",
+            data,
+            "--which",
+            "student",
+            "--json",
+            str(file),
+            "--compare",
+            run,
+            run,
+        )
+    )
+    assert code == 0, err
+    report = json.loads(file.read_text())
+    rows = {(row["metric"], row["model"]): row for row in report["comparison"]}
+    first, second = (row for (metric, _), row in rows.items() if metric == "image_to_text_R@5")
+    assert first["difference"] is None and first["interval"][0] <= first["value"] <= first["interval"][1]
+    assert (
+        first["set"] == "flickr30k"
+        and second["difference"] == 0
+        and second["difference_interval"] == [0, 0]
+        and second["paired"]
+    )
+    assert first["value"] == report["metrics"]["student/image_to_text_R@5"] and report["others"][0]["samples"] == 6
+    assert out.splitlines()[0].startswith("TASK") and "0.00 to 0.00" in out
+    code, _, err = command("eval", "--task", "retrieval", "--data", data)
+    assert code == 2 and "--checkpoint: name what to evaluate" in err

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from cosmos_ssl.api import BadSample, DataError, UserError
-from cosmos_ssl.evaluation.caption_sets import find_caption_set
+from cosmos_ssl.evaluation.caption_sets import caption_sets_in, find_caption_set
 from cosmos_ssl.evaluation.features import Job
 
 
@@ -204,3 +204,55 @@ def test_several_sets_in_one_folder(coco, flickr):
         find_caption_set(coco, "coco_karpathy")
     with pytest.raises(UserError, match=r"no set named 'flickr'\. Did you mean 'flickr30k'"):
         find_caption_set(coco, "flickr")
+
+
+def test_long_captions_of_urban1k(tmp_path):
+    """``Urban1k/image/N.jpg`` and ``Urban1k/caption/N.txt``; a folder of another name is none."""
+    for n in (2, 10):
+        picture(tmp_path / f"Urban1k/image/{n}.jpg")
+        (tmp_path / "Urban1k/caption").mkdir(exist_ok=True)
+        (tmp_path / f"Urban1k/caption/{n}.txt").write_text(f"A long\ntext of {n}.\n")
+    for folder in (tmp_path, tmp_path / "Urban1k"):
+        found = find_caption_set(folder).complete(Job())
+        assert found.name == "urban1k" and [file.key for file in found.files] == ["10.jpg", "2.jpg"]
+        assert found.read(1).captions["txt"] == ["A long text of 2."]
+        assert caption_sets_in(folder) == ["urban1k"]
+    (tmp_path / "Urban1k").rename(tmp_path / "other")
+    assert find_caption_set(tmp_path / "other") is None
+
+
+def test_long_captions_of_dci(tmp_path):
+    """All splits of ``splits.json``; the caption is the short text and the extra one."""
+    top = tmp_path / "densely_captioned_images"
+    (top / "annotations").mkdir(parents=True)
+    for n in (1, 2):
+        note = {
+            "image": f"sa_{n}.jpg",
+            "short_caption": f"Short {n}.",
+            "extra_caption": "More\nof it.",
+            "mask_data": {},
+        }
+        (top / f"annotations/sa_{n}.json").write_text(json.dumps(note))
+        picture(top / f"photos/sa_{n}.jpg")
+    (top / "splits.json").write_text(json.dumps({"train": ["sa_2.json"], "test": ["sa_1.json"]}))
+    for folder in (tmp_path, top):
+        found = find_caption_set(folder).complete(Job())
+        assert found.name == "dci" and [file.key for file in found.files] == ["sa_2.jpg", "sa_1.jpg"]
+        assert found.read(1).captions["txt"] == ["Short 1. More of it."]
+    (top / "annotations/sa_1.json").write_text("{}")
+    with pytest.raises(DataError, match=r"splits.json is not DCI's form: KeyError 'image'"):
+        find_caption_set(top)
+
+
+def test_long_captions_of_docci(tmp_path):
+    rows = [
+        {"example_id": f"{split}_0", "split": split, "image_file": f"{split}_0.jpg", "description": f"Of {split}."}
+        for split in ("train", "test", "qual_dev")
+    ]
+    (tmp_path / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, rows)))
+    picture(tmp_path / "images/test_0.jpg")
+    found = find_caption_set(tmp_path, "docci").complete(Job())
+    assert len(found) == 1 and found.read(0).captions["txt"] == ["Of test."]
+    (tmp_path / "docci_descriptions.jsonlines").write_text("{")
+    with pytest.raises(DataError, match=r"is not DOCCI's form: JSONDecodeError"):
+        find_caption_set(tmp_path)

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from cosmos_ssl.api import BadSample, DataError, UserError
-from cosmos_ssl.evaluation.class_sets import KNOWN, find_class_data
+from cosmos_ssl.evaluation.class_sets import KNOWN, class_sets_in, find_class_data
+from cosmos_ssl.evaluation.classification import load_class_names
 
 
 def picture(path, shade=1):
@@ -220,8 +222,6 @@ def test_imagenet(tmp_path, inner):
 
 
 def test_all_of_imagenet_is_known_as_such(tmp_path):
-    from timm.data import ImageNetInfo
-
     for wnid in ImageNetInfo("imagenet-1k").label_names():
         (tmp_path / "data/val" / wnid).mkdir(parents=True)
     picture(tmp_path / "data/val/n01443537/x.JPEG")
@@ -262,3 +262,54 @@ def test_folders_by_split_and_class(tmp_path, name):
     assert find_class_data(str(tmp_path / "data")).names() == ["a cat", "a fox"]
     lines(tmp_path / f"data/{name}/classes.txt", "one cat", "one fox")
     assert find_class_data(str(tmp_path / "data")).names() == ["one cat", "one fox"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "count"),
+    [
+        ("imagenet_v2", "imagenetv2-matched-frequency-format-val", 1000),
+        ("imagenet_a", "imagenet-a", 200),
+        ("imagenet_r", "imagenet-r", 200),
+        ("imagenet_sketch", "sketch", 1000),
+    ],
+)
+def test_variants_of_imagenet(tmp_path, name, folder, count):
+    """Their folders tell the classes: numbers in V2 (10 after 9), WordNet numbers elsewhere; A and R have 200."""
+    wnids, names = ImageNetInfo("imagenet-1k").label_names(), load_class_names("imagenet")
+    own = [1000 // count * n for n in range(count)]
+    for n in own:
+        (tmp_path / folder / (str(n) if name == "imagenet_v2" else wnids[n])).mkdir(parents=True)
+    last = tmp_path / folder / (str(own[10]) if name == "imagenet_v2" else wnids[own[10]])
+    picture(last / "a.jpeg")
+    (tmp_path / folder / "README.txt").write_text("about it")
+    for data in (tmp_path, tmp_path / folder):
+        found = find_class_data(str(data))
+        assert (found.set_name, found.templates, len(found.samples)) == (name, "openai", 1)
+        assert found.names() == [names[n] for n in own] and found.samples.read(0).extras["cls"] == 10
+    assert class_sets_in(tmp_path) == [name] == class_sets_in(tmp_path / folder)
+    next(path for path in (tmp_path / folder).iterdir() if path.is_dir() and path != last).rmdir()
+    with pytest.raises(DataError, match=f"does not hold the {count} class folders of {name}: {count - 1} are there"):
+        find_class_data(str(tmp_path), wanted=name)
+    with pytest.raises(DataError, match=f"does not hold the set '{name}': there is no {folder}/ in it"):
+        find_class_data(str(last), wanted=name)
+
+
+def test_objectnet(tmp_path):
+    """Of its folders those whose label ImageNet has, by its own tables."""
+    top = tmp_path / "objectnet-1.0"
+    labels = {"banana": "Banana", "air_freshener": "Air freshener", "bath_towel": "Bath towel"}
+    lines(top / "mappings/folder_to_objectnet_label.json", json.dumps(labels))
+    lines(top / "mappings/objectnet_to_imagenet_1k.json", json.dumps({"Bath towel": "bath towel", "Banana": "banana"}))
+    for folder in labels:
+        picture(top / "images" / folder / "x.png")
+    found = find_class_data(str(tmp_path))
+    assert found.set_name == "objectnet" and found.names() == ["banana", "bath towel"]
+    samples = [found.samples.read(n) for n in range(len(found.samples))]
+    assert [(one.key, one.extras["cls"]) for one in samples] == [("banana/x.png", 0), ("bath_towel/x.png", 1)]
+    (top / "images/banana/x.png").unlink()
+    (top / "images/banana").rmdir()
+    with pytest.raises(DataError, match="lacks 1 class folders of objectnet, such as banana"):
+        find_class_data(str(tmp_path))
+    lines(top / "mappings/objectnet_to_imagenet_1k.json", "[]")
+    with pytest.raises(DataError, match="ObjectNet's tables"):
+        find_class_data(str(tmp_path))

@@ -14,6 +14,8 @@ from cosmos_ssl.evaluation.pairs import (
     Verdict,
     judge,
     pair_metrics,
+    pair_outcomes,
+    read_aro,
     read_mmvp,
     read_sugarcrepe,
     read_winoground,
@@ -167,3 +169,36 @@ def test_metrics():
     assert pair_metrics("mmvp", examples, verdicts) == pytest.approx(
         {"accuracy": 2 / 3, "accuracy/x": 1 / 3, "accuracy/y": 1}
     )
+
+
+def test_aro(tmp_path):
+    """A picture is the part in its box; relations and pairs of attributes are groups of their own."""
+    (tmp_path / "images").mkdir()
+    whole = Image.new("RGB", (8, 6))
+    whole.paste((250, 0, 0), (2, 1, 5, 3))
+    whole.save(tmp_path / "images/1.png")
+    row = {"image_path": "1.png", "bbox_x": 2, "bbox_y": 1, "bbox_w": 3, "bbox_h": 2, "true_caption": "a on b"}
+    relation = {**row, "false_caption": "b on a", "relation_name": "on"}
+    attribution = {**row, "false_caption": "the black red", "attributes": ["red", "black"]}
+    (tmp_path / "visual_genome_relation.json").write_text(json.dumps([relation, {**relation, "bbox_w": 2}]))
+    with pytest.raises(DataError, match=r"visual_genome_attribution.json\)\. Go on without"):
+        read_aro(tmp_path, Job())
+    (tmp_path / "visual_genome_attribution.json").write_text(json.dumps([attribution]))
+    found = read_aro(tmp_path, Job()).complete(Job())
+    assert [example.group for example in found.examples] == ["relation/on", "relation/on", "attribution/red_black"]
+    assert found.examples[0] == Example(("1.png#2,1,3,2",), ("a on b", "b on a"), "relation/on")
+    cut = [found.samples().read(n).decode() for n in range(len(found.samples()))]
+    assert [tuple(one.shape) for one in cut] == [(3, 2, 3), (3, 2, 2)] and cut[0][0].eq(250).all()
+    (tmp_path / "visual_genome_attribution.json").write_text("[{}]")
+    with pytest.raises(DataError, match="not ARO's form: KeyError 'bbox_x'"):
+        read_aro(tmp_path, Job())
+
+
+def test_aro_is_the_mean_over_relations_and_over_pairs_of_attributes_that_are_often_there():
+    groups = ["relation/on"] * 3 + ["relation/in"] + ["attribution/a_b"] * 25 + ["attribution/c_d"] * 24
+    examples = [Example(("p",), ("x", "y"), group) for group in groups]
+    verdicts = [Verdict(n in (0, 3, 4, 5, 6, 7, 8), False) for n in range(len(examples))]
+    wanted = {"accuracy/relation": (1 / 3 + 1) / 2, "accuracy/attribution": 5 / 25}
+    assert pair_metrics("aro", examples, verdicts) == pytest.approx(wanted)
+    drawn = torch.zeros(1, len(examples)).index_fill_(1, torch.tensor([0, 1, 4]), 1)
+    assert pair_outcomes("aro", examples, verdicts)["accuracy/relation"].of(drawn).item() == 0.5

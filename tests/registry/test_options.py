@@ -65,6 +65,7 @@ CHANGES: dict[str, Any] = {
     "evaluators": {
         "retrieval": {"type": "retrieval"},
         "classification": {"type": "classification"},
+        "health": {"type": "health"},
         "knn": {"type": "knn", "train_data": "x.tar"},
     },
 }
