@@ -11,14 +11,9 @@ from typing import Any
 
 def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--checkpoint`` and ``--trust-code``, and let overrides stand anywhere on the command line."""
-<<<<<<< HEAD
     theirs = "a model of OpenCLIP, Hugging Face or timm"
     kinds = f"a run folder, one of its checkpoints, an official file, a released name, or {theirs}"
-    parser.add_argument("--checkpoint", required=True, metavar="C", help=kinds)
-=======
-    kinds = "a run folder, one of its checkpoints, an official file, a released name, or an OpenCLIP model"
     parser.add_argument("--checkpoint", required=required, metavar="C", help=kinds)
->>>>>>> w-evals
     add_trust_code(parser)
     parser.set_defaults(overrides=[])
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext, Strength, normalise
 from cosmos_ssl.functional import all_sum, world_size
-from cosmos_ssl_plugins.heads.per_group import found, group_needs
-from cosmos_ssl_plugins.losses.ibot import OUTPUT, masked_mean
+from cosmos_ssl_plugins.heads.per_group import MASKED, found, group_needs
+from cosmos_ssl_plugins.losses.ibot import masked_mean
+
+OUTPUT = "global" + MASKED
 
 
 class CodingRate(Loss):
