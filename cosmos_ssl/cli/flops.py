@@ -50,9 +50,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--samples", type=_whole(1), metavar="N", help="samples of the step (default: 2; 64 a card with --card)"
     )
-    parser.add_argument(
-        "--caption-tokens", type=float, default=19.5, metavar="N", help="mean length of captions (default: %(default)s)"
-    )
+    length = "mean length of captions (default: 19.5, or the context length where that is less)"
+    parser.add_argument("--caption-tokens", type=float, metavar="N", help=length)
     device = "where to run: cpu, in float32 (default), or cuda, in the config's precision and attention"
     parser.add_argument("--device", choices=("cpu", "cuda"), help=device)
     card = "count a whole update instead, on a CUDA device that is not there, and estimate what it takes on this card"
@@ -124,7 +123,7 @@ def _depth(name: str) -> int:
 
 def _print(names: Sequence[str], costs: Sequence[StepCost], arguments: argparse.Namespace) -> None:
     print(
-        f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens:g} tokens on "
+        f"Per sample of a step of {arguments.samples}, captions of {arguments.caption_tokens or 19.5:g} tokens on "
         f"average, on {arguments.device}."
     )
     print(f"Rule: {CONVENTION}.", NOTES, sep="\n")

@@ -39,7 +39,7 @@ def report(arguments: argparse.Namespace) -> int:
             _print(config, step, found, card, length)
             hours = length / (found.samples_per_s * ranks) / 3600 if length else None
             row = {"config": name, "name": config.name, "card": arguments.card, "samples": samples, "ranks": ranks}
-            row |= {"precision": step.precision, "caption_tokens": arguments.caption_tokens, **asdict(found)}
+            row |= {"precision": step.precision, "caption_tokens": arguments.caption_tokens or 19.5, **asdict(found)}
             row |= {
                 "hours": hours,
                 "gpu_hours": hours and hours * ranks,
@@ -52,7 +52,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _counted(
-    config: str, overrides: Sequence[str], samples: int, caption_tokens: float, ranks: int
+    config: str, overrides: Sequence[str], samples: int, caption_tokens: float | None, ranks: int
 ) -> tuple[CardStep, int | None]:
     """In the process with the device: the step of a config, and the samples of its data set if it is indexed here."""
     from cosmos_ssl.build import Builder

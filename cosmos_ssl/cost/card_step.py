@@ -13,7 +13,7 @@ from cosmos_ssl.api import CropGroup, Progress, TextGroup
 from cosmos_ssl.api.views import CroppedViews, map_tensors
 from cosmos_ssl.config import Config
 from cosmos_ssl.cost.count import DEVICE, OTHER, Count, Found
-from cosmos_ssl.cost.step_cost import CAPTION_TOKENS, caption_lengths, noise_crops
+from cosmos_ssl.cost.step_cost import caption_lengths, noise_crops
 from cosmos_ssl.data.loader import LoadedBatch
 from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly
@@ -73,7 +73,7 @@ def count_step(
     config: Config,
     *,
     samples: int,
-    caption_tokens: float = CAPTION_TOKENS,
+    caption_tokens: float | None = None,
     ranks: int = 1,
 ) -> CardStep:
     """Count an update of ``assembly`` on made-up samples, in a process of ``fake_device``; nothing is compiled.
@@ -131,7 +131,7 @@ def fake_ranks(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def make_batch(assembly: Assembly, samples: int, caption_tokens: float = CAPTION_TOKENS) -> CroppedViews:
+def make_batch(assembly: Assembly, samples: int, caption_tokens: float | None = None) -> CroppedViews:
     """A batch as the loader gives it, on the host: crops of noise, random tokens, captions of different lengths.
 
     Raises UserError for a mean length that captions cannot have.

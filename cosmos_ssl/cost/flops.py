@@ -27,8 +27,8 @@ from cosmos_ssl.functional.products import formulas, packed_products
 Handle: TypeAlias = Callable[[list[Any], list[Any]], int]
 """Inputs and outputs of a node of a traced graph -> multiply-adds."""
 
-# Without matrix products, and not marked as point-wise or as a view by PyTorch itself. In-place forms, backward passes
-# and the ``native_`` and underscored forms of these count as named.
+# Without matrix products (or a factorisation of one small matrix), and not marked as point-wise or as a view by PyTorch
+# itself. In-place forms, backward passes and the ``native_`` and underscored forms of these count as named.
 _NAMES = """
 Bool Float Implicit Int IntImplicit ScalarImplicit __and__ __contains__ __getitem__ __is__ __isnot__ __not__ __or__
 _set_item adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d all amax amin aminmax any append arange argmax
@@ -39,20 +39,20 @@ dim dropout efficientzerotensor embedding embedding_dense empty empty_like empty
 floor_divide foreach_add foreach_mul frobenius_norm full full_like fused_dropout fused_rms_norm gather ger glu
 group_norm gumbel_softmax histc hstack huber_loss index index_add index_copy index_fill index_put index_put_impl
 index_select instance_norm is_floating_point isin isnan item kl_div kthvalue l1_loss layer_norm len lift lift_fresh
-linalg_norm linalg_vecdot linalg_vector_norm linspace list local_scalar_dense log_sigmoid log_sigmoid_forward
-log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill masked_scatter masked_select max max_pool2d
-max_pool2d_with_indices mean median meshgrid min miopen_batch_norm mkldnn_max_pool2d mse_loss multinomial nan_to_num
-nanmean nansum new_empty new_empty_strided new_full new_ones new_zeros nll_loss nll_loss2d nll_loss_forward nonzero
-nonzero_numpy norm normal normal_functional normalize numel one_hot ones ones_like outer pad pairwise_distance
-pin_memory pixel_shuffle pixel_unshuffle prod promote_types put rand rand_like randint randint_like randn randn_like
-randperm reflection_pad2d repeat repeat_interleave replication_pad2d resize resolve_conj resolve_neg rms_norm roll rot90
-safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter set size slice
-slice_scatter smooth_l1_loss soft_margin_loss softmax softmin sort split_with_sizes_copy stack std std_mean
-storage_offset stride sum take take_along_dim tensor tile to to_copy topk trace tril tril_indices triplet_margin_loss
-triu triu_indices unfold unfold_copy uniform unique unique2 unique_consecutive unsafe_index unsafe_index_put
-unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear2d
-upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d upsample_nearest_exact2d var var_mean vstack weight_norm
-weight_norm_interface zero zeros zeros_like
+linalg_cholesky_ex linalg_norm linalg_solve_triangular linalg_vecdot linalg_vector_norm linspace list
+local_scalar_dense log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill
+masked_scatter masked_select max max_pool2d max_pool2d_with_indices mean median meshgrid min miopen_batch_norm
+mkldnn_max_pool2d mse_loss multinomial nan_to_num nanmean nansum new_empty new_empty_strided new_full new_ones
+new_zeros nll_loss nll_loss2d nll_loss_forward nonzero nonzero_numpy norm normal normal_functional normalize numel
+one_hot ones ones_like outer pad pairwise_distance pin_memory pixel_shuffle pixel_unshuffle prod promote_types put
+rand rand_like randint randint_like randn randn_like randperm reflection_pad2d repeat repeat_interleave
+replication_pad2d resize resolve_conj resolve_neg rms_norm roll rot90 safe_softmax scalar_tensor scatter scatter_add
+scatter_reduce searchsorted select select_scatter set size slice slice_scatter smooth_l1_loss soft_margin_loss softmax
+softmin sort split_with_sizes_copy stack std std_mean storage_offset stride sum take take_along_dim tensor tile to
+to_copy topk trace tril tril_indices triplet_margin_loss triu triu_indices unfold unfold_copy uniform unique unique2
+unique_consecutive unsafe_index unsafe_index_put unsafe_split unsafe_split_with_sizes unsafe_view upsample_bicubic2d
+upsample_bicubic2d_aa upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_nearest2d
+upsample_nearest_exact2d var var_mean vstack weight_norm weight_norm_interface zero zeros zeros_like
 """
 _FREE = frozenset(_NAMES.split())
 
@@ -71,7 +71,7 @@ def is_free(operation: str) -> bool:
     base = (
         name.strip("_").removeprefix("native_").removesuffix("_data").removesuffix("_backward").removesuffix("_dense")
     )
-    if base in _FREE or name.strip("_") in _FREE:
+    if not _FREE.isdisjoint((name, base, name.strip("_"))):
         return True
     packets = [
         getattr(torch.ops.aten, each) for each in {name, name.rstrip("_"), base} if hasattr(torch.ops.aten, each)

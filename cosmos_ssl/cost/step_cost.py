@@ -43,7 +43,9 @@ SHORTEST = 3
 SPREAD = 6
 """Standard deviation of the lengths of captions, in tokens."""
 CAPTION_TOKENS = 19.5
-"""Mean length of DreamLIP's sentences with both ends, in CLIP's tokens."""
+"""Mean length of captions that is assumed, or the context length where that is less: DreamLIP's sentences with both
+ends, in CLIP's tokens.
+"""
 _PICTURE = 256
 
 
@@ -89,7 +91,7 @@ def measure_step(
     config: Config,
     *,
     samples: int = 2,
-    caption_tokens: float = CAPTION_TOKENS,
+    caption_tokens: float | None = None,
     device: torch.device | None = None,
 ) -> StepCost:
     """Run one step of ``assembly`` on made-up samples and count.
@@ -251,7 +253,7 @@ def _modules(
 # ---------------------------------------------------------------------------- made-up samples
 
 
-def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION_TOKENS) -> Views:
+def make_views(assembly: Assembly, samples: int, caption_tokens: float | None = None) -> Views:
     """Views of the numbers and sizes that the augmenters offer: noise, and random tokens of ``caption_tokens`` on
     average.
 
@@ -288,10 +290,11 @@ def make_views(assembly: Assembly, samples: int, caption_tokens: float = CAPTION
     return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 
-def caption_lengths(captions: int, mean: float, most: int) -> Tensor:
+def caption_lengths(captions: int, mean: float | None, most: int) -> Tensor:
     """Random lengths of one sample's captions, int64 [captions]; their mean is ``mean`` as nearly as whole
     numbers can.
     """
+    mean = min(CAPTION_TOKENS, most) if mean is None else mean
     if not SHORTEST <= mean <= most:
         raise UserError(f"--caption-tokens: {mean:g} is not between {SHORTEST} and the context length of {most}")
     spread = torch.randn(captions, generator=torch.Generator().manual_seed(1)) * SPREAD

@@ -101,7 +101,9 @@ def discover(path: tuple[str, ...]) -> tuple[Record, ...]:
             text = distribution.read_text("entry_points.txt")
             if not text or "cosmos_ssl." not in text:
                 continue
-            name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+            about = distribution.metadata  # importlib_metadata's, where somebody imports it: what lacks is a KeyError
+            name = about["Name"] if "Name" in about else None  # noqa: SIM401
+            version = about["Version"] if "Version" in about else None  # noqa: SIM401
             entries = distribution.entry_points
         except (TypeError, ValueError, OSError):
             continue  # files in no encoding, or that are no list of entry points, harm nobody else

@@ -71,7 +71,7 @@ def test_list(command: Command) -> None:
     assert (
         "CLIP on both global views and all texts of compare/cosmos.yaml: what COSMOS is without distillation.\n" in out
     )
-    whole = re.compile(r"[.!?]$|^(COSMOS|DINO|DINOv2|iBOT)\b.*\w\)?$")
+    whole = re.compile(r"[.!?]$|^(COSMOS|(Sim)?DINO(v2)?|iBOT|CLIPA|LiT)\b.*\w\)?$")
     assert all(whole.search(line.split(maxsplit=1)[1]) for line in out.splitlines()[1:])
 
 
@@ -121,7 +121,7 @@ def test_schema_holds_sections_and_the_options_of_parts(command: Command) -> Non
     assert losses == {"$ref": "#/$defs/part_losses"}
     assert schema["$defs"]["ModelConfig"]["properties"]["image"]["anyOf"][0] == {"$ref": "#/$defs/part_towers"}
     clip = rule(schema, "losses", "clip")
-    assert {"type", "loss_weight", "init_logit_scale"} == set(clip["properties"]) and clip[
+    assert {"type", "loss_weight", "init_logit_scale", "head", "text_group"} == set(clip["properties"]) and clip[
         "additionalProperties"
     ] is False
     crop = rule(schema, "augmenters", "multi_crop")["properties"]["global_crops_scale"]["anyOf"][0]

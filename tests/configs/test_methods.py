@@ -89,9 +89,9 @@ STILL = {
     "lit": "image.model.*",
     "dino_txt": "image.*",
     "superclass": "image.projection",
-    "dreamlip": "NOTHING",
-    "siglip2": "NOTHING",
-    "tips": "NOTHING",
+    "dreamlip": "-",  # nothing
+    "siglip2": "heads.distill.mlp.last_layer.weight_g",
+    "tips": "heads.*.mlp.last_layer.*",
 }
 """What the third step of a method does not move, and nothing else."""
 

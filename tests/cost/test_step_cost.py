@@ -28,8 +28,9 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "clip_text": {"width": 64, "layers": 2, "heads": 1},
     "multi_crop": {"global_crops_size": 32, "local_crops_size": 16},
     "resize_crop": {"size": 32},
+    "timm": {"model": "test_vit", "image_size": 32, "pretrained": False},
     "cross_attention": {"num_heads": 2},
-    "projection": {"hidden_dim": 24, "output_dim": 16},
+    "projection": {"hidden_dim": 24, "output_dim": 32},
     "dino_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
     "dinov2_projection": {"hidden_dim": 24, "bottleneck_dim": 12, "output_dim": 40},
 }
@@ -98,7 +99,8 @@ def test_nothing_of_a_recipe_is_uncounted(path: Path) -> None:
     cost = measure(loaded)
     assert not cost.uncounted and not cost.difference
     assert cost.flops["total"] == pytest.approx(sum(value for stage, value in cost.flops.items() if stage != "total"))
-    assert cost.flops["student_backward"] > 1.5 * cost.flops["student"] > 0
+    least = 0.5 if path.stem in ("lit", "dino_txt") else 1.5  # nothing goes back through a locked tower
+    assert cost.flops["student_backward"] > least * cost.flops["student"] > 0
     assert (cost.flops["teacher"] > 0) == (cost.parameters["teacher"] > 0) == (
         loaded.config.teacher.type != "none"
     ) or "no_dist" in path.stem

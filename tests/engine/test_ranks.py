@@ -81,7 +81,7 @@ def test_the_slowest_rank_is_found(ranks, finished, tmp_path, place):
     )
     assert codes == [0, 0], said
     for row in [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row][1:]:
-        assert row["slowest_rank"] == 1 and row["slowest_rank_lag"] > 0.3
+        assert row["slowest_rank"] == 1 and row["slowest_rank_lag"] > 0.2
     assert "  slowest rank 1 (+" in said[0]
 
 
