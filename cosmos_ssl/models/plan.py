@@ -276,7 +276,7 @@ def _check(who: str, need: Need, spec: Spec, towers: Mapping[Modality, Tower]) -
     if not names or names[0] not in offered:
         maker = f"augmenters.{need.modality}"
         raise PluginError(
-            f"{who} reads the {need.modality} views '{need.group}', which {maker} does not make. Offered: "
+            f"{who} reads the {need.modality} views {need.group!r}, which {maker} does not make. Offered: "
             f"{_listed(offered)}"
         )
     for name in names:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext, Strength, normalise
+from cosmos_ssl.api import Loss, LossOutput, Need, Spec, StepContext, Strength, Temperature, normalise
 from cosmos_ssl.functional import all_sum, world_size
 from cosmos_ssl_plugins.heads.per_group import MASKED, found, group_needs
 from cosmos_ssl_plugins.losses.ibot import masked_mean
@@ -32,9 +32,9 @@ class CodingRate(Loss):
     """
 
     def __init__(
-        self, spec: Spec, *, head: str | None = None, eps: Strength = 0.5, gamma: Strength | None = None
+        self, spec: Spec, *, head: str | None = None, eps: Temperature = 0.5, gamma: Strength | None = None
     ) -> None:
-        """Raises ValueError for a head without the output ``global``, fewer than two views of a picture, and no eps.
+        """Raises ValueError for a head without the output ``global``, fewer than two views of a picture.
 
         head: the head that gives features of each view group, such as a ``projection``; None are the tower's own.
         eps: the precision to which features are coded.
@@ -48,8 +48,6 @@ class CodingRate(Loss):
             )
         if spec.image is None or "global" not in spec.image_views:
             raise ValueError("needs model.image, and views 'global' of augmenters.image")
-        if not eps > 0:
-            raise ValueError(f"eps: {eps:g} is not above zero")
         own = group_needs(spec)
         self.reads = {
             name: own[name] if head is None else Need(head=head, outputs=(name,))

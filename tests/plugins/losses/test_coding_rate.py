@@ -136,7 +136,6 @@ def test_requirements() -> None:
     ("spec", "options", "message"),
     [
         (SPEC, {"head": "other"}, "head: no head 'other' with an output 'global'. Heads that have it: mine, bare"),
-        (SPEC, {"eps": 0.0}, "eps: 0 is not above zero"),
         (Spec(embed_dim=8), {}, "needs model.image, and views 'global'"),
         (
             Spec(embed_dim=8, image=TowerSpec(width=7), image_views={"global": ViewSpec(views=1)}),
