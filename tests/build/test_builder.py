@@ -234,7 +234,9 @@ def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):
     assert torch.equal(assembly.model.text.projection, source["text.projection"])
     capsys.readouterr()
     cosmos_ssl.train(config, part)
-    told = r"starting from .*: \d+ of \d+ tensors; left out: 1 of another shape \(image.patch_embed.weight\); image positions resam"
+    told = (
+        r"starting from .*: \d+ of \d+ tensors; left out: 1 of another shape \(image.patch_embed.weight\); image posi"
+    )
     assert re.search(told, assembly.start)
     assert assembly.start in capsys.readouterr().out and assembly.start in (tmp_path / "part" / "log.txt").read_text()
 
