@@ -134,16 +134,19 @@ class TimmImage(Tower):
             raise UserError(
                 f"model: timm's '{self.model_name}' takes images of {size}x{size} alone, not {height}x{width}"
             )
-        (masks,) = [None] if group.masks is None else upload(pixels.device, pick_views(group.masks, wanted.views))
-        with self._hiding(masks if wanted.hide_masked else None):
+        hidden = rows = None
+        if group.masks is not None:
+            masks = pick_views(group.masks, wanted.views)  # on the host, where nothing waits for their places
+            hidden, rows = upload(pixels.device, masks, masks.flatten().nonzero().flatten())
+        with self._hiding(hidden if wanted.hide_masked else None):
             out = self.model.forward_features(pixels.flatten(0, 1))
         pooled = self.model.forward_head(out, pre_logits=True).view(views, batch, -1)
         tokens = masked = None
         if wanted.tokens or wanted.masked_tokens:
             patches = out[:, self.model.num_prefix_tokens :]
             patches = patches.view(views, batch, *patches.shape[1:])
-            tokens = patches[wanted.token_places] if wanted.tokens else None
-            masked = patches[masks] if wanted.masked_tokens else None
+            tokens = pick_views(patches, wanted.token_places) if wanted.tokens else None
+            masked = patches.flatten(0, 2)[rows] if wanted.masked_tokens else None
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
