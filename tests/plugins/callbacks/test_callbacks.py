@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from cosmos_ssl.engine.checkpoint import find_fault
 from cosmos_ssl.errors import ConfigError, UserError
 from cosmos_ssl.testing import check_callback, example_spec, small_run
 from cosmos_ssl_plugins.callbacks.schedule_value import ScheduleValue
+from cosmos_ssl_plugins.callbacks.watching import EarlyStopping
 from cosmos_ssl_plugins.callbacks.weight_average import WeightAverage
 from cosmos_ssl_plugins.schedules.ways import Linear
 
@@ -47,6 +50,13 @@ def test_the_average_is_its_formula(decay: float | None, expected: float) -> Non
         torch.nn.init.constant_(model.weight, float(step))
         average.after_step(context(model, step))
     assert average.average["weight"].item() == pytest.approx(expected)
+
+
+def test_better_is_by_more_than_min_delta() -> None:
+    part = EarlyStopping(example_spec(), metric="loss", mode="min", min_delta=0.1)
+    values = (1.0, 0.95, 0.89, math.nan, 0.5)
+    contexts = [replace(context(torch.nn.Linear(1, 1), 0), metrics={"loss": value}) for value in values]
+    assert [part.better(each) for each in contexts] == [True, False, True, False, True] and part.best == 0.5
 
 
 def test_a_value_goes_its_way() -> None:

@@ -26,6 +26,8 @@ def test_values():
     assert left(Step(SPEC, at=[30, 60], factor=0.5), (29, 30, 59, 60)) == [1, 0.5, 0.5, 0.25]
     decaying = [1 - math.sqrt(done / 21) for done in (1, 11, 20)]
     assert left(WarmupStableDecay(SPEC), (0, 79, 80, 90, 99)) == pytest.approx([1, 1, *decaying])
+    tenth = WarmupStableDecay(SPEC, decay_share=0.1, decay="linear")
+    assert left(tenth, (89, 90, 94)) == pytest.approx([1, 10 / 11, 6 / 11])
     assert left(WarmupStableDecay(SPEC, decay_steps=4, decay="linear"), (95, 96, 99)) == pytest.approx([1, 0.8, 0.2])
     assert left(WarmupStableDecay(SPEC, decay="at_once"), (0, 79, 80, 99)) == [1, 1, 0, 0]
 
