@@ -119,6 +119,35 @@ def varlen_on_cpu() -> None:
     varlen._varlen_attn_backward.register_kernel("cpu", backward)
 
 
+# pages in a real browser
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, driven by Selenium; for tests marked ``browser``."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)  # as root, and in containers with little shared memory
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """That Chromium in a window of 1,280 x 900, light; the test fails on errors in the page's console."""
+    chromium.set_window_size(1280, 900)
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    chromium.get_log("browser")
+    yield chromium
+    severe = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not severe, severe
+
+
 # shards made on the spot
 
 
