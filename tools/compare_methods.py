@@ -48,7 +48,6 @@ QUICK = (
     "model.image.layers=1",
     "model.text.width=32",
     "model.text.layers=1",
-    "data.validation_samples=32",
     "training.batch_size=32",
     "logging.every_steps=1",
 )
@@ -133,32 +132,41 @@ def told_tuning(tuned: Sequence[Tuned]) -> str:
 
 def main() -> int:
     """Tune, train, evaluate, print the tables."""
+    from cosmos_ssl.errors import CosmosError
+
     arguments = parse()
     if arguments.run:
         recipe, folder = arguments.run
         train_and_evaluate(recipe, Path(folder), arguments.overrides)
         return 0
+    try:
+        return compare(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+    except CosmosError as error:
+        raise SystemExit(str(error)) from error
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """All that is asked for."""
     output = arguments.output or Path("runs/compare_quick" if arguments.quick else "runs/compare")
-    setting = scenes(arguments.samples or (64 if arguments.quick else None))
+    setting = scenes(64, 32) if arguments.quick else scenes(arguments.samples)
     if arguments.shards is not None:
         setting = real(arguments.shards, arguments.held_out)
     compared = chosen_methods(arguments, setting)
     told: list[Tuned] = []
-    try:
-        if arguments.tune is not None:
-            told = tune(compared, setting, arguments.tune, output, arguments.jobs, __file__)
-            compared = [each.method for each in told]
-            print(told_tuning(told), end="\n\n")
-        if arguments.equal_compute:
-            most = max(compared, key=lambda method: method.total)
-            longer = [(method, of_equal_cost(method, most)) for method in compared]
-            compared += [more for method, more in longer if more.epochs > method.epochs]
-        seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-        runs = [Run(method=own, seed=seed, folder=output / f"{own.key}_{seed}") for own in compared for seed in seeds]
-        hours = run_all(runs, arguments.jobs, __file__)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+    if arguments.tune is not None:
+        told = tune(compared, setting, arguments.tune, output, arguments.jobs, __file__)
+        compared = [each.method for each in told]
+        print(told_tuning(told), end="\n\n")
+    if arguments.equal_compute:
+        most = max(compared, key=lambda method: method.total)
+        longer = [(method, of_equal_cost(method, most)) for method in compared]
+        compared += [more for method, more in longer if more.epochs > method.epochs]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    runs = [Run(method=own, seed=seed, folder=output / f"{own.key}_{seed}") for own in compared for seed in seeds]
+    hours = run_all(runs, arguments.jobs, __file__)
     rows = gathered(runs, compared)
     print(f"seeds: {arguments.seeds}; mean (least to most); {hours:.1f} hours\n")
     print("\n\n".join(markdown(rows, compared, role) for role in ROLES))

@@ -1,6 +1,6 @@
 """The comparison of methods: that it is fair, that peaks are judged rightly, and that all of it runs and goes on."""
 
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -23,28 +23,77 @@ SIDE, PATCH = 32, 8
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("compare_methods", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_methods"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compare_methods"]
+def tools():
+    """The modules of the program, by name."""
+    names = ("measure", "plan", "report", "tuning")
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(f"comparison.{name}") for name in names})
+    finally:
+        sys.path.remove(str(TOOL.parent))
 
 
-def test_runs_differ_by_the_method_and_its_learning_rate_alone(tool):
-    configs = {method: load_config(f"compare/{method}.yaml").config for method in tool.LABELS}
+RECIPES = ("cosmos", "clip", "siglip", "clip_multi_crop", "silc")
+
+
+def test_runs_differ_by_the_method_and_its_learning_rate_alone():
+    configs = {method: load_config(f"compare/{method}.yaml").config for method in RECIPES}
     cosmos = configs["cosmos"]
-    for config in configs.values():
-        for section in ("model", "tokenizer", "data", "loader", "schedule", "training", "teacher", "evaluators"):
+    for name, config in configs.items():
+        for section in ("model", "tokenizer", "data", "loader", "schedule", "training", "evaluators"):
             assert getattr(config, section) == getattr(cosmos, section), section
         assert config.optimizer.model_dump() | {"lr": 0} == cosmos.optimizer.model_dump() | {"lr": 0}
-        assert config.losses["clip"] == cosmos.losses["clip"]
+        moved = "after" if name == "silc" else "before"  # as each paper moves its teacher
+        assert config.teacher.options == cosmos.teacher.options
+        assert config.teacher.update_when == f"{moved}_optimizer_step"
         views = config.augmenters.image.options, config.augmenters.text.options
-        if config is not configs["clip"]:
+        if name not in ("clip", "siglip"):
             assert views[0] | {"local_crops_number": 2} == cosmos.augmenters.image.options
         assert views[1] | {"num_sampled_captions": 4} == cosmos.augmenters.text.options
-    assert [list(config.losses) for config in configs.values()] == [["clip"], ["clip"], ["clip", "distill"]]
+    losses = [[loss.type for loss in config.losses.values()] for config in configs.values()]
+    assert losses == [["clip", "cross_modality_distillation"], ["clip"], ["siglip"], ["clip"], ["clip", "dino"]]
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def test_every_method_has_as_many_trials(tools):
+    for recipe in RECIPES:
+        axes = tools.tuning.Axes.of(SimpleNamespace(recipe=recipe, overrides=()))
+        first = axes.first()
+        trials = [*first, *axes.second(first[1])]
+        assert len(trials) == len(set(trials)) == tools.tuning.TRIALS
+        load_config(f"compare/{recipe}.yaml", trials[-1])  # each is a config
+        learns = any(len(trial) == 2 and trial[1].startswith("teacher.momentum_teacher=") for trial in trials)
+        assert learns == (recipe in ("silc", "cosmos"))
+
+
+def test_the_best_value_of_each_setting_is_taken(tools):
+    axes = tools.tuning.Axes(rate=1.0, others={"crops": [[1, 1], [2, 2]], "momentum": [0.9, 0.8, 0.7]})
+    low, own, high = axes.first()
+    found = {low: 1.0, own: 5.0, high: 4.0}
+    crops, *momenta = axes.second(own)
+    assert axes.together(found | {crops: 4.9, momenta[0]: 5.5, momenta[1]: 5.2}) == [*own, momenta[0][1]]
+    assert axes.together(found | {crops: 5.1, momenta[0]: 4.0, momenta[1]: 4.5}) == [*own, crops[1]]
+
+
+def test_an_equal_cost_is_one_in_whole_epochs(tools):
+    make = tools.plan.Method
+    cheap = make(key="a", label="A", recipe="clip", overrides=(), epochs=4, epoch_samples=100, flops=2.0)
+    dear = make(key="b", label="B", recipe="cosmos", overrides=(), epochs=4, epoch_samples=100, flops=7.0)
+    longer = tools.plan.of_equal_cost(cheap, dear)
+    assert (longer.key, longer.label, longer.epochs, longer.total) == ("a_longer", "A, 3.5 x samples", 14, 2800.0)
+
+
+def test_settings_for_real_pictures_are_chosen_on_a_shard_held_out(tools, shards):
+    setting = tools.plan.real(pattern := shards(2, 2, 2), "val.tar")
+    assert (
+        f"data.train_data={pattern}" in setting.overrides and "evaluators.retrieval.data=val.tar" in setting.overrides
+    )
+    *train, last = sorted(str(path) for path in Path(pattern).parent.glob("*.tar"))
+    assert setting.trial == (f"data.train_data={'::'.join(train)}", f"evaluators.retrieval.data={last}")
+    with pytest.raises(SystemExit, match="at least two"):
+        tools.plan.real(last, "val.tar")
 
 
 # ---------------------------------------------------------------------------- peaks
@@ -114,30 +163,30 @@ def first(held):
     return held.index(True) if True in held else 0
 
 
-def test_peaks_on_the_object_are_hits(tool, scenes):
+def test_peaks_on_the_object_are_hits(tools, scenes):
     pattern, masks = scenes
-    found = tool.peaks(Knowing(masks, lambda named, _: first(named)), pattern)
+    found = tools.measure.peaks(Knowing(masks, lambda named, _: first(named)), pattern)
     assert found["similarity_peak"] == found["attention_peak"] == 1
     assert found["attention_peak_left_out"] < 0.5  # where a patch holds two objects
 
 
-def test_peaks_on_what_the_text_leaves_out_are_hits_there(tool, scenes):
+def test_peaks_on_what_the_text_leaves_out_are_hits_there(tools, scenes):
     pattern, masks = scenes
-    found = tool.peaks(Knowing(masks, lambda _, rest: first(rest)), pattern)
+    found = tools.measure.peaks(Knowing(masks, lambda _, rest: first(rest)), pattern)
     assert found["attention_peak_left_out"] == 1
     assert found["attention_peak"] < 0.5
 
 
-def test_peaks_beside_the_object_are_misses(tool, scenes):
+def test_peaks_beside_the_object_are_misses(tools, scenes):
     pattern, masks = scenes
-    found = tool.peaks(Knowing(masks, lambda named, _: named.index(False)), pattern)
+    found = tools.measure.peaks(Knowing(masks, lambda named, _: named.index(False)), pattern)
     assert found["similarity_peak"] == found["attention_peak"] == 0
 
 
-def test_a_fixed_place_hits_what_lies_there(tool, scenes):
+def test_a_fixed_place_hits_what_lies_there(tools, scenes):
     pattern, masks = scenes
     held = [touched(mask, CLASS_NAMES[value - 1]) for mask in masks.values() for value in np.unique(mask)[1:]]
-    found = tool.peaks(Knowing(masks, lambda *_: 5), pattern)
+    found = tools.measure.peaks(Knowing(masks, lambda *_: 5), pattern)
     assert (
         found["attention_peak"]
         == found["attention_peak_left_out"]
@@ -149,18 +198,20 @@ def test_a_fixed_place_hits_what_lies_there(tool, scenes):
 # ---------------------------------------------------------------------------- report and the whole
 
 
-def test_spread_over_seeds(tool):
-    figures = tool.row("cosmos/student/top1", [40.0, 50.0, 54.0], "%")
+def test_spread_over_seeds(tools):
+    figures = tools.report.row("cosmos/student/top1", [40.0, 50.0, 54.0], "%")
     assert (figures["value"], figures["least"], figures["most"], figures["seeds"]) == (48.0, 40.0, 54.0, 3)
     assert figures["deviation"] == pytest.approx(52**0.5, abs=1e-3)  # (64 + 4 + 36) / 2
-    rows = [figures, tool.row("clip/student/top1", [30.0], "%")]
-    compared = [SimpleNamespace(key=key, label=label) for key, label in tool.LABELS.items()]
-    [line] = [line for line in tool.markdown(rows, compared, "student").splitlines() if "classification" in line]
+    rows = [figures, tools.report.row("clip/student/top1", [30.0], "%")]
+    compared = [SimpleNamespace(key=key, label=label) for key, label in (("clip", "CLIP"), ("x", "X"), ("cosmos", "C"))]
+    [line] = [
+        line for line in tools.report.markdown(rows, compared, "student").splitlines() if "classification" in line
+    ]
     assert [cell.strip() for cell in line.split("|")[2:-1]] == ["30.0", "-", "48.0 (40.0 to 54.0)"]
 
 
 @pytest.mark.slow
-def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
+def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path, shards):
     def compare(*words):
         command = [
             sys.executable,
@@ -175,11 +226,11 @@ def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+        return {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
 
-    rows = compare("--seeds", "1")
+    rows = compare("--methods", "clip", "cosmos", "--seeds", "1")
     figures = ("image_to_text_R@1", "text_to_image_R@5", "top1", "miou", "similarity_peak", "any_patch")
-    for method in ("clip", "clip_multi_crop", "cosmos"):
+    for method in ("clip", "cosmos"):
         assert all(
             0 <= rows[f"{method}/{role}/{name}"]["value"] <= 100 for role in ("student", "teacher") for name in figures
         )
@@ -187,14 +238,20 @@ def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path):
         "cosmos/student/attention_peak",
         "cosmos/teacher/attention_peak",
     ]
-    assert rows["clip/flops"]["value"] < rows["clip_multi_crop/flops"]["value"] < rows["cosmos/flops"]["value"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*_0/*.json")}
-    assert len([path for path in written if path.name == "result.json"]) == 3
-    more = compare("--seeds", "2", "--equal-compute")
+    assert len([path for path in written if path.name == "result.json"]) == 2
+    variant = "whole views: cosmos augmenters.image.local_crops_number=0"
+    more = compare("--methods", "clip", "cosmos", "--seeds", "2", "--equal-compute", "--variant", variant)
     assert {path: path.stat().st_mtime_ns for path in written} == written  # neither trained nor evaluated again
     assert more["cosmos/student/miou"]["seeds"] == 2
+    assert more["clip/flops"]["value"] < more["whole_views/flops"]["value"] < more["cosmos/flops"]["value"]
     spent = {
         method: more[f"{method}/samples"]["value"] * more[f"{method}/flops"]["value"]
         for method in ("clip_longer", "cosmos")
     }
     assert spent["clip_longer"] == pytest.approx(spent["cosmos"], rel=0.2)  # in whole epochs
+
+    real = ["--shards", shards(32, 32, folder="train"), "--held-out", shards(32, folder="val")]
+    trained = compare("--methods", "clip", "--seeds", "1", "--tune", "1", *real, "--output", str(tmp_path / "real"))
+    assert 1 <= trained["clip/student/image_to_text_mean_rank"]["value"] <= 32
+    assert len(json.loads((tmp_path / "rows.json").read_text())["trials"]["clip"]) == 6

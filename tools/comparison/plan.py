@@ -23,7 +23,6 @@ LABELS = {
     "clip_multi_crop": "CLIP + multi-crop",
     "silc": "SILC",
     "cosmos": "COSMOS",
-    "cosmos_fast": "COSMOS, fast",
 }
 """Recipes of configs/compare/, and what tables call them."""
 FIGURES = {
@@ -124,10 +123,13 @@ class Run:
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def scenes(samples: int | None) -> Setting:
-    """Procedural scenes, so many of them to train on (default: as the recipes say); trials have others."""
-    given = () if samples is None else (f"data.train_samples={samples}",)
-    return Setting(overrides=given, trial=("data.seed=7",))
+def scenes(samples: int | None, held_out: int | None = None) -> Setting:
+    """Procedural scenes, so many of them to train and to compare on (default: as the recipes say); trials have
+    others.
+    """
+    given = {"train_samples": samples, "validation_samples": held_out}
+    overrides = tuple(f"data.{key}={value}" for key, value in given.items() if value is not None)
+    return Setting(overrides=overrides, trial=("data.seed=7",))
 
 
 def real(pattern: str, held_out: str) -> Setting:
