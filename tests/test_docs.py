@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
     path
     for folder in (ROOT, *(ROOT / name for name in ("configs", "plugins", "launch", "tools", "cosmos_ssl")))
     for path in folder.glob("*.md")
-)
+) + sorted((ROOT / "docs").rglob("*.md"))
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 # Programs that are not ours: only what they are pointed at is looked into.
 OTHERS = {"python3", "pip", "pre-commit", "ruff", "mypy", ".", "cd", "tar", "tensorboard"}

@@ -102,7 +102,7 @@ class Callback(Part, ABC):
     """Whether it changes nothing of what is computed."""
 
     def prepare(self, model: nn.Module) -> None:
-        """Look for what the options name in the model. Raises ValueError, which may begin with ``OPTION: ``."""
+        """Look for what the options name in the model. Raises ValueError, which may begin with "OPTION: "."""
         return
 
     def parameter_rules(self) -> Sequence[ParameterRule]:
