@@ -71,9 +71,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     with reading():
         done = export(arguments.checkpoint, **options_of(arguments, export))
-    print(
-        f"{arguments.output or arguments.push}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}"
-    )
+    place = arguments.output or arguments.push
+    print(f"{place}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}")
     for note in done.notes:
         print(note)
     return EXIT_DONE

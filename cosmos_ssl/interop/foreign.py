@@ -35,8 +35,9 @@ def read_foreign(checkpoint: str | Path, role: str, *, partial: bool = False) ->
 
     An official COSMOS file, or the name of a released one; an OpenCLIP folder (``local-dir:`` may stand before it),
     file of weights or ``MODEL/TAG``; the folder of a CLIPModel or of a timm model; a repository ``hf-hub:ORG/NAME`` of
-    any of these, ``@REVISION`` behind it where that is not the newest. An OpenCLIP file beside an ``open_clip_config.json`` is read with it. Such models are students. Raises CheckpointError
-    where it cannot be read, or, without ``partial``, not whole.
+    any of these, with ``@REVISION`` behind it where that is not the newest. An OpenCLIP file beside an
+    ``open_clip_config.json`` is read with it. Models of other programs than COSMOS's are students. Raises
+    CheckpointError where it cannot be read, or, without ``partial``, not whole.
     """
     text, path = str(checkpoint), _here(checkpoint)
     if not is_foreign(path if path.exists() else checkpoint):

@@ -54,8 +54,9 @@ def released(checkpoint: str | Path) -> str | None:
 
 
 def fetch_repository(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """The folder of a repository, ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``, in the hub's cache, with those of
-    its files that ``choose`` takes of all their names.
+    """The folder of a repository, ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``, in the hub's cache.
+
+    Of its files, those are fetched that ``choose`` takes of all their names.
 
     Without network what was fetched before serves. Raises CheckpointError, also where nothing is chosen.
     """
@@ -93,8 +94,8 @@ def _fetched_before(name: str, which: Mapping[str, Any], error: Exception) -> Pa
 def _not_fetched(name: str, error: Exception) -> str:
     if status_of(error) in (401, 403, 404):
         return (
-            f"{name} cannot be fetched: the hub has no such repository or revision, or not for you. A private one needs "
-            "hf auth login, or HF_TOKEN"
+            f"{name} cannot be fetched: the hub has no such repository or revision, or not for you. A private one "
+            "needs hf auth login, or HF_TOKEN"
         )
     return f"{name} cannot be fetched: {reason(error)}. Reach the hub once, or give a folder"
 

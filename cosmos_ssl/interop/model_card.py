@@ -60,10 +60,11 @@ class Subject:
 
 
 def card(subject: Subject, origin: Origin, notes: Sequence[str], *, curves: str | None = None) -> str:
-    """The README.md of an exported model, with the header that the hub reads; ``curves`` is the name of a picture beside
-    it.
-    """
+    """The README.md of an exported model, with the header that the hub reads; ``curves`` names a picture beside it."""
     form = subject.form
+    place = "In this folder; from elsewhere, its path stands in place of the dot:"
+    if form in PROGRAMS:
+        place = "In this folder, with a picture of yours in it; batches have any size, and features are unit vectors:"
     paragraphs = [
         _header(form, origin.licence),
         f"# {origin.name}",
@@ -71,9 +72,7 @@ def card(subject: Subject, origin: Origin, notes: Sequence[str], *, curves: str 
         f"{__version__} from the {' and '.join(subject.roles)} of `{_place(origin.checkpoint)}`.",
         "\n".join(subject.sizes),
         "## Loading",
-        "In this folder; from elsewhere, its path stands in place of the dot:"
-        if form not in PROGRAMS
-        else "In this folder, with a picture of yours in it; the batch may have any size, and features are unit vectors:",
+        place,
         f"```python\n{subject.loading}```",
         _from_the_hub(form, origin.repository),
         *([] if subject.background is None else _transparency(subject.background)),

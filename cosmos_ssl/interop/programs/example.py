@@ -50,14 +50,17 @@ def _pixels(spec: TowerSpec) -> list[str]:
             f"picture = picture.resize((w, h), {by}).crop((left, top, left + {size}, top + {size}))",
         ]
     mean, std = (f"numpy.float32({[float(x) for x in values]})" for values in (spec.mean, spec.std))
-    return [*lines, f"pixels = ((numpy.float32(picture) / 255 - {mean}) / {std}).transpose(2, 0, 1)[None]"]
+    lines.append(f"mean, std = {mean}, {std}")
+    return [*lines, "pixels = ((numpy.float32(picture) / 255 - mean) / std).transpose(2, 0, 1)[None]"]
 
 
 def _tokens(given: Inputs) -> str:
     if not given.tokenizer:
         return f"tokens = numpy.zeros((2, {given.context_length}), numpy.int64)  # of this model's own tokenizer"
-    texts = '["a red circle", "a blue star"]'
-    return f'tokens = numpy.array([x.ids for x in Tokenizer.from_file("{TEXTS}").encode_batch({texts})])'
+    return (
+        f'texts = Tokenizer.from_file("{TEXTS}").encode_batch(["a red circle", "a blue star"])\n'
+        "tokens = numpy.array([text.ids for text in texts])"
+    )
 
 
 def _run(form: str, modality: str, name: str) -> str:
