@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from cosmos_ssl import __version__
 from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
+from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
@@ -21,6 +25,8 @@ from cosmos_ssl.files import checkpoint_step, storage_faults
 from cosmos_ssl.interop.export import export as write_form
 from cosmos_ssl.interop.forms import FORMS
 from cosmos_ssl.interop.model_card import Origin
+from cosmos_ssl.interop.programs.writing import check_packages
+from cosmos_ssl.interop.publish import check_account, publish
 from cosmos_ssl.models.encoder import ModelEncoder
 
 
@@ -122,39 +128,69 @@ class Exported(NamedTuple):
 def export(
     model: str | Path | ModelEncoder,
     form: str,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     which: str | None = None,
     licence: str = "other",
+    push: str | None = None,
+    private: bool = False,
     overrides: Sequence[str] = (),
     trust_code: bool = False,
 ) -> Exported:
-    """Write a model for another library, as ``cosmos-ssl export`` does.
+    """Write a model for another library, or as programs, as ``cosmos-ssl export`` does.
 
-    ``form`` is ``openclip``, ``huggingface``, ``timm`` or ``official``, ``output`` a new or empty folder. ``which``
-    None is the student; of the official form, all roles that are there. ``licence`` is the hub's identifier for the
-    card, such as ``mit``. Raises UserError for what the form has no place for.
+    ``form`` is ``openclip``, ``huggingface``, ``timm``, ``official``, ``onnx`` or ``torch``, ``output`` a new or empty
+    folder. ``which`` None is the student; of the official form, all roles that are there. ``licence`` is the hub's
+    identifier for the card, such as ``mit``. ``push``, ``ORG/NAME``, also uploads the folder to the Hugging Face hub,
+    where nobody else sees it if it is ``private``; then ``output`` may be None. Raises UserError for what the form has
+    no place for, and for what the hub refuses.
     """
     if form not in FORMS:
         raise UserError(f"--format {form}: give one of {', '.join(FORMS)}")
+    if output is None and push is None:
+        raise UserError("--output: give a folder, or --push ORG/NAME")
+    check_packages(form)
+    if push is not None:
+        check_account(push)
+    models, roles, origin = _opened(model, form, which, overrides=overrides, trust_code=trust_code)
+    origin = replace(origin, licence=licence, repository=push)
+    with ExitStack() as stack:
+        made = Path(output or Path(stack.enter_context(TemporaryDirectory())) / origin.name.replace("/", "_"))
+        notes = write_form(models, form, made, origin)
+        if push is not None:
+            notes.append(f"on the hub: {publish(made, push, private=private)}")
+    return Exported(roles, notes)
+
+
+def _opened(
+    model: str | Path | ModelEncoder, form: str, which: str | None, *, overrides: Sequence[str], trust_code: bool
+) -> tuple[dict[str, ModelEncoder], tuple[str, ...], Origin]:
+    """The models to write, by the names that they get, the roles that they are, and where they come from."""
     if isinstance(model, ModelEncoder):
         role = which or "student"
-        origin = Origin(name="model", checkpoint="a loaded model", licence=licence)
-        return Exported((role,), write_form({role: model}, form, Path(output), origin))
+        return {role: model}, (role,), Origin(name="model", checkpoint="a loaded model")
     source = find_source(model)
     roles: tuple[str, ...] = roles_of(source) if form == "official" and which is None else (which or "student",)
     models = {role: load(source, role, overrides=overrides, trust_code=trust_code) for role in roles}
     if form == "official" and not set(roles) <= {"student", "teacher"}:  # a callback's: the form has no other name
         models = {"student": models[roles[0]]}
-    return Exported(roles, write_form(models, form, Path(output), _origin(str(model), source, licence)))
+    return models, roles, _origin(str(model), source)
 
 
-def _origin(given: str, source: Source, licence: str) -> Origin:
-    """The name of a model and, where what was read is its run's last checkpoint, the results of the run."""
+def _origin(given: str, source: Source) -> Origin:
+    """The name of a model and, of a run's, its config and what was logged; where what was read is its run's last
+    checkpoint, the results of the run, too.
+    """
     run = source.run
     if source.folder is None or run is None:
-        return Origin(name=Path(given).stem or "model", checkpoint=given, licence=licence)
-    result = RunFolder(run).result()
-    step, name = checkpoint_step(source.folder) or 0, load_config(run / "config.yaml", reading=True).config.name
-    metrics = result["metrics"] if result is not None and result["step"] == step else {}
-    return Origin(name=name, checkpoint=f"{name}, step {step:,}", metrics=metrics, licence=licence)
+        return Origin(name=Path(given).stem or "model", checkpoint=given)
+    files = RunFolder(run)
+    result, config = files.result(), load_config(run / "config.yaml", reading=True).config
+    step = checkpoint_step(source.folder) or 0
+    return Origin(
+        name=config.name,
+        checkpoint=f"{config.name}, step {step:,}",
+        metrics=result["metrics"] if result is not None and result["step"] == step else {},
+        recipe=config.model_dump(),
+        history=[row for row in read_rows(files.metrics) if row["step"] <= step],
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.checkpoint import add_source, options_of, reading
-from cosmos_ssl.errors import EXIT_DONE
+from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.interop.forms import FORMS
 
 
@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "export",
-        help="write a trained model for OpenCLIP, Hugging Face, timm or the official program",
+        help="write a trained model for another library, as ONNX, or onto the Hugging Face hub",
         epilog="key.sub=value arguments say what a checkpoint does not tell, such as model.text.heads=4.",
     )
     add_source(parser)
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         dest="form",
         required=True,
         choices=tuple(FORMS),
-        help="openclip, huggingface: both towers; timm: the image tower",
+        help="openclip, huggingface: both towers; timm: the image tower; onnx, torch: towers as programs",
     )
     parser.add_argument(
         "--which",
@@ -37,7 +37,14 @@ def add_parser(subparsers: Any) -> None:
         "(default: %(default)s)"
     )
     parser.add_argument("--license", dest="licence", type=_licence, default="other", metavar="ID", help=licence)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--push",
+        type=_repository,
+        metavar="ORG/NAME",
+        help="upload it to the Hugging Face hub; --output may be left out",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that others do not see")
     parser.set_defaults(run=_export)
 
 
@@ -49,12 +56,23 @@ def _licence(text: str) -> str:
     return text
 
 
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no place on the hub, such as my-lab/my-model")
+    return text
+
+
 def _export(arguments: argparse.Namespace) -> int:
+    if arguments.output is None and arguments.push is None:
+        raise UserError("export: give --output DIR, --push ORG/NAME, or both")
+    if arguments.private and arguments.push is None:
+        raise UserError("--private: needs --push ORG/NAME")
     from cosmos_ssl.build.uses import export
 
     with reading():
         done = export(arguments.checkpoint, **options_of(arguments, export))
-    print(f"{arguments.output}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}")
+    place = arguments.output or arguments.push
+    print(f"{place}: the {' and the '.join(done.roles)} of {arguments.checkpoint} for {arguments.form}")
     for note in done.notes:
         print(note)
     return EXIT_DONE

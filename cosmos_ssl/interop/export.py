@@ -17,10 +17,16 @@ from cosmos_ssl.errors import UserError
 from cosmos_ssl.files import storage_error, storage_faults
 from cosmos_ssl.interop import huggingface, openclip, timm
 from cosmos_ssl.interop.clip import ClipModel, describe, refuse
-from cosmos_ssl.interop.model_card import Origin, card, official_file
+from cosmos_ssl.interop.curves import draw
+from cosmos_ssl.interop.forms import PROGRAMS
+from cosmos_ssl.interop.model_card import Origin, Subject, card, of_clip, of_programs, official_file
 from cosmos_ssl.interop.official import CROSS_HEADS, SIZES, expected_names, to_official
-from cosmos_ssl.models.contract import is_built_in
+from cosmos_ssl.interop.programs import writing as programs
+from cosmos_ssl.models.contract import is_built_in, is_matching
 from cosmos_ssl.models.encoder import ModelEncoder
+
+CURVES = "curves.png"
+"""The picture of what a run logged, beside the card."""
 
 _WRITERS: Mapping[str, Callable[[ClipModel, Path], list[str]]] = {
     "openclip": openclip.write,
@@ -30,8 +36,8 @@ _WRITERS: Mapping[str, Callable[[ClipModel, Path], list[str]]] = {
 
 
 def export(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: Origin) -> list[str]:
-    """Write one role (``official``: any) as ``form``, one of ``FORMS``, into a new or empty folder; returns notes for
-    people.
+    """Write one role (``official``: any) as ``form``, one of ``FORMS``, into a new or empty folder with a card; returns
+    notes for people.
 
     The folder appears whole or not at all. Raises UserError for what the form has no place for, or a folder that is in
     use.
@@ -43,13 +49,10 @@ def export(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: 
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))  # for its owner alone
     try:
         (temporary := place / "whole").mkdir()
-        described = [describe(encoder, origin.name, role, text=form != "timm") for role, encoder in models.items()]
-        notes = (
-            _write_official(models, described, temporary)
-            if form == "official"
-            else _WRITERS[form](described[0], temporary)
-        )
-        (temporary / "README.md").write_text(card(described, form, origin, notes), encoding="utf-8")
+        subject, notes = (_programs if form in PROGRAMS else _weights)(models, form, temporary, origin)
+        curves = draw(origin.history, list(models), temporary / CURVES)
+        text = card(subject, origin, notes, curves=CURVES if curves else None)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
         temporary.replace(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         if (failed := _system_error(error)) is None:
@@ -58,6 +61,22 @@ def export(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: 
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return notes
+
+
+def _programs(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: Origin) -> tuple[Subject, list[str]]:
+    """The towers as programs, and what the card says of them."""
+    ((role, encoder),) = models.items()
+    written = programs.write(encoder, form, folder)
+    matching = next((key for key in encoder.model.heads if is_matching(encoder.model.head(key))), None)
+    told = [f"pictures and texts match by the product of their features, not by heads.{matching}"] if matching else []
+    return of_programs(encoder, role, form, written), [*written.notes, *told]
+
+
+def _weights(models: Mapping[str, ModelEncoder], form: str, folder: Path, origin: Origin) -> tuple[Subject, list[str]]:
+    """The weights as another library names them, and what the card says of them."""
+    described = [describe(encoder, origin.name, role, text=form != "timm") for role, encoder in models.items()]
+    notes = _write_official(models, described, folder) if form == "official" else _WRITERS[form](described[0], folder)
+    return of_clip(described, form), notes
 
 
 def _system_error(error: BaseException) -> OSError | None:

@@ -17,7 +17,7 @@ from cosmos_ssl.interop.official import CLIP_VOCABULARY, MAX_SIZE, ForeignCheckp
 from cosmos_ssl.interop.openclip_settings import CONFIG as OPENCLIP
 
 CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _RENAMED = (
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding", "visual.conv1"),
@@ -55,7 +55,7 @@ def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
         raise CheckpointError(
             f"{folder} is a model of another kind than CLIPModel and timm's: its model_type is {told.get('model_type')}"
         )
-    weights = weights_of(folder, CONFIG, _WEIGHTS)
+    weights = weights_of(folder, CONFIG, WEIGHTS)
     pictures = read_json(path) if (path := folder / "preprocessor_config.json").is_file() else {}
     settings = _settings(vision, words, pictures, folder)
     return openclip.read_tensors(_as_openclip(read_tensor_file(weights)[0], folder), folder, settings, partial=partial)
@@ -139,7 +139,7 @@ _USUAL: Mapping[str, Any] = {
 
 def _read_timm(folder: Path, told: Mapping[str, Any]) -> ForeignCheckpoint:
     """A timm model as image tower alone, with the features that it feeds its classifier, which stays behind."""
-    content, _ = read_tensor_file(weights_of(folder, CONFIG, _WEIGHTS))
+    content, _ = read_tensor_file(weights_of(folder, CONFIG, WEIGHTS))
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     check_weights(tensors, folder)
     known = told.get("pretrained_cfg") or told

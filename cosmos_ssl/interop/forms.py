@@ -21,4 +21,9 @@ FORMS = {
     "huggingface": Form("Hugging Face CLIPModel", "transformers", "transformers"),
     "timm": Form("timm", "timm", "timm", "image-feature-extraction"),
     "official": Form("the official COSMOS program", "torch", "pytorch"),
+    "onnx": Form("ONNX", "torch", "onnx"),
+    "torch": Form("torch.export", "torch", "pytorch"),
 }
+PROGRAMS = ("onnx", "torch")
+"""Forms that hold what the towers compute, whatever their kind, and not weights by name: nothing is trained from them.
+"""

@@ -1,22 +1,27 @@
-"""The released checkpoints by name: fetched from the Hugging Face hub once, and checked against the hub's hash."""
+"""What is fetched from the Hugging Face hub: the released checkpoints by name, checked against the hub's hash, and the
+files of a repository.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.errors import CheckpointError, did_you_mean
+from cosmos_ssl.errors import CheckpointError, did_you_mean, listed
 from cosmos_ssl.files import written_whole
 
 REPOSITORY = "sankim2/cosmos"
 _DATA = ("cc3m", "cc12m", "yfcc15m", "merged30m", "pixelprose")
 RELEASED = tuple(f"cosmos_{tower}_{data}" for tower in ("vitb16", "vitb32") for data in _DATA)
 """Names of the released checkpoints; the file of each is ``NAME.pt``."""
+
+HUB = "hf-hub:"
+"""Before ``ORG/NAME``, or ``ORG/NAME@REVISION``."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERIFIED = ".sha256"
@@ -46,6 +51,63 @@ def released(checkpoint: str | Path) -> str | None:
             f"no released checkpoint is named '{name}'.{did_you_mean(name, RELEASED)} Released: {', '.join(RELEASED)}"
         )
     return name
+
+
+def fetch_repository(name: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+    """The folder of a repository, ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``, in the hub's cache.
+
+    Of its files, those are fetched that ``choose`` takes of all their names.
+
+    Without network what was fetched before serves. Raises CheckpointError, also where nothing is chosen.
+    """
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    which: dict[str, Any] = {"repo_id": repository, "revision": revision or "main"}
+    try:
+        files = [file.rfilename for file in api.model_info(**which).siblings or ()]
+    except Exception as error:  # the hub's client raises its own errors, its HTTP library's, and OSError
+        folder = _fetched_before(name, which, error)
+        if choose([path.name for path in folder.iterdir()]):
+            return folder
+        raise CheckpointError(_not_fetched(name, error)) from error
+    chosen = choose(files)
+    if not chosen:
+        raise CheckpointError(f"{name} holds no model that can be read: {listed(files, limit=8) or 'it is empty'}")
+    try:
+        return Path(api.snapshot_download(**which, allow_patterns=list(chosen)))
+    except Exception as error:
+        raise CheckpointError(_not_fetched(name, error)) from error
+
+
+def _fetched_before(name: str, which: Mapping[str, Any], error: Exception) -> Path:
+    """The folder of a repository as far as it was fetched, where the hub does not answer. Raises CheckpointError."""
+    from huggingface_hub import snapshot_download
+
+    if status_of(error) is None:  # the hub did not answer
+        with suppress(Exception):
+            return Path(snapshot_download(**which, allow_patterns=[], local_files_only=True))
+    raise CheckpointError(_not_fetched(name, error)) from error
+
+
+def _not_fetched(name: str, error: Exception) -> str:
+    if status_of(error) in (401, 403, 404):
+        return (
+            f"{name} cannot be fetched: the hub has no such repository or revision, or not for you. A private one "
+            "needs hf auth login, or HF_TOKEN"
+        )
+    return f"{name} cannot be fetched: {reason(error)}. Reach the hub once, or give a folder"
+
+
+def status_of(error: Exception) -> int | None:
+    """The status by which the hub refused; None where it did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def reason(error: Exception) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
 
 
 def fetch_released(name: str, *, cache_dir: Path | None = None, endpoint: str | None = None) -> Path:
@@ -97,9 +159,8 @@ def _cached(find: Callable[[], str], otherwise: str) -> Path:
 
 
 def _unreachable(name: str, url: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     return (
-        f"{name} is not in the cache and cannot be fetched: {reason}\n"
+        f"{name} is not in the cache and cannot be fetched: {reason(error)}\n"
         f"Without network: download {url} elsewhere, and give the path of the file as the checkpoint"
     )
 

@@ -194,15 +194,11 @@ def _write_tokenizer(model: ClipModel, folder: Path) -> None:
 
     CLIPProcessor reads ``tokenizer.json``, which cleans texts; CLIPTokenizer reads the tables, and cleans nothing.
     """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    pairs = SimpleTokenizer()
-    words = list(pairs.encoder)[:_START_ID]
-    vocabulary = {word: number for number, word in enumerate([*words, START, END])}
+    vocabulary, pairs = _byte_pairs()
     write_json(folder / "vocab.json", vocabulary, indent=None)
-    merges = "\n".join(" ".join(pair) for pair in pairs.bpe_ranks)
+    merges = "\n".join(" ".join(pair) for pair in pairs)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(_tokenizer(vocabulary, list(pairs.bpe_ranks)) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(clip_tokenizer() + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
@@ -216,10 +212,20 @@ def _write_tokenizer(model: ClipModel, folder: Path) -> None:
     )
 
 
-def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str:
+def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary, under transformers' names, and its merges in their order."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    pairs = SimpleTokenizer()
+    words = list(pairs.encoder)[:_START_ID]
+    return {word: number for number, word in enumerate([*words, START, END])}, list(pairs.bpe_ranks)
+
+
+def clip_tokenizer() -> str:
     """transformers' own way of CLIP's tokenizer as JSON, with the cleaning of texts before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+    vocabulary, merges = _byte_pairs()
     made = Tokenizer(models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>", fuse_unk=False))
     cleaning = [normalizers.Replace(Regex(found), meant) for found, meant in (*_ENTITIES, *_QUOTES, (r"\s+", " "))]
     made.normalizer = normalizers.Sequence([*cleaning, normalizers.NFC(), normalizers.Lowercase()])

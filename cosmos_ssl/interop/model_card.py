@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from cosmos_ssl import __version__
+from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.interop import huggingface, openclip, timm
 from cosmos_ssl.interop.clip import ClipModel
-from cosmos_ssl.interop.forms import FORMS
+from cosmos_ssl.interop.forms import FORMS, PROGRAMS
+from cosmos_ssl.interop.hub import HUB
+from cosmos_ssl.interop.programs.example import Inputs, example
+from cosmos_ssl.interop.programs.writing import SUFFIX, Written
+from cosmos_ssl.interop.recipe import without_places
+from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.pictures import BACKGROUND
 
 
@@ -26,29 +33,115 @@ class Origin:
     """What was measured of this very checkpoint."""
     licence: str = "other"
     """The hub's identifier of the terms that the weights are under, such as ``mit`` or ``cc-by-nc-4.0``."""
+    recipe: Mapping[str, Any] | None = None
+    """The resolved config of its run."""
+    history: Sequence[Mapping[str, Any]] = ()
+    """The rows of its run's ``metrics.jsonl``, up to this checkpoint."""
+    repository: str | None = None
+    """Its place on the hub, ``ORG/NAME``."""
 
 
-def card(models: Sequence[ClipModel], form: str, origin: Origin, notes: Sequence[str]) -> str:
-    """The README.md of an exported model, with the header that the hub reads."""
-    model = models[0]
-    roles = " and ".join(found.role for found in models)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What a card says of an exported model, whatever its towers and its form."""
+
+    form: str
+    roles: Sequence[str]
+    kind: str
+    """What it is, in a few words, without a full stop."""
+    sizes: Sequence[str]
+    """Rows of a table, and what else is to be known of its sizes."""
+    loading: str
+    """Lines that load and use the folder that they are run in."""
+    background: str | None
+    """What transparent pictures were put on; None without pictures."""
+    remarks: Sequence[str] = ()
+    """What the form does otherwise, beside what the export says."""
+
+
+def card(subject: Subject, origin: Origin, notes: Sequence[str], *, curves: str | None = None) -> str:
+    """The README.md of an exported model, with the header that the hub reads; ``curves`` names a picture beside it."""
+    form = subject.form
+    place = "In this folder; from elsewhere, its path stands in place of the dot:"
+    if form in PROGRAMS:
+        place = "In this folder, with a picture of yours in it; batches have any size, and features are unit vectors:"
     paragraphs = [
         _header(form, origin.licence),
         f"# {origin.name}",
-        f"{_kind(model, form)}, written for {FORMS[form].title} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) "
-        f"{__version__} from the {roles} of `{_place(origin.checkpoint)}`.",
-        "\n".join(_sizes(model, form)),
+        f"{subject.kind}, written for {FORMS[form].title} by [cosmos_ssl](https://arxiv.org/abs/2412.01814) "
+        f"{__version__} from the {' and '.join(subject.roles)} of `{_place(origin.checkpoint)}`.",
+        "\n".join(subject.sizes),
         "## Loading",
-        "In this folder; from elsewhere, its path stands in place of the dot:",
-        f"```python\n{_loading(model, form)}```",
-        *_transparency(model),
-        "\n".join(f"- {note}" for note in [*notes, *(huggingface.differences(model) if form == "huggingface" else ())]),
+        place,
+        f"```python\n{subject.loading}```",
+        _from_the_hub(form, origin.repository),
+        *([] if subject.background is None else _transparency(subject.background)),
+        "\n".join(f"- {note}" for note in [*notes, *subject.remarks]),
     ]
-    metrics = _metrics(models, origin)
+    metrics = _metrics(subject.roles, origin)
     if metrics:
         paragraphs += ["## Results", "At the end of its training run, on that run's own validation data:", metrics]
+    if curves is not None:
+        paragraphs += ["## Training", f"![What the run logged, by its step]({curves})"]
+    if origin.recipe is not None:
+        told = dump_yaml(without_places(origin.recipe))
+        paragraphs += ["## Recipe", f"<details><summary>The run's config</summary>\n\n```yaml\n{told}```\n\n</details>"]
     paragraphs += ["## Licence", _licence(origin.licence)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def of_clip(models: Sequence[ClipModel], form: str) -> Subject:
+    """A model with CLIP's towers, in a form that holds its weights."""
+    model = models[0]
+    return Subject(
+        form=form,
+        roles=[found.role for found in models],
+        kind=_kind(model, form),
+        sizes=_sizes(model, form),
+        loading=_loading(model, form),
+        background=model.background,
+        remarks=huggingface.differences(model) if form == "huggingface" else (),
+    )
+
+
+def of_programs(encoder: ModelEncoder, role: str, form: str, written: Written) -> Subject:
+    """A model whose towers were written as programs."""
+    tower = encoder.model.image
+    given = Inputs(
+        modalities=written.modalities,
+        pictures=None if tower is None else tower.spec,
+        context_length=encoder.spec.context_length,
+        tokenizer=written.tokenizer,
+    )
+    return Subject(
+        form=form,
+        roles=[role],
+        kind=f"The {' and the '.join(written.modalities)} tower of a vision-language model, as "
+        f"program{'s' if len(written.modalities) > 1 else ''}",
+        sizes=_program_sizes(encoder, form),
+        loading=example(form, given),
+        background=None if tower is None else encoder.spec.background,
+    )
+
+
+def _program_sizes(encoder: ModelEncoder, form: str) -> list[str]:
+    """Kinds, widths, inputs and outputs of both towers."""
+    inputs = {
+        "image": lambda spec: f"`pixels`, float32 [batch, 3, {spec.image_size}, {spec.image_size}]",
+        "text": lambda spec: f"`tokens`, int64 [batch, {encoder.spec.context_length}]",
+    }
+    rows = ["| file | tower | width | input |", "|---|---|---|---|"]
+    rows += [
+        f"| `{name}{SUFFIX[form]}` | {type(tower).__name__} | {tower.spec.width} | {inputs[name](tower.spec)} |"
+        for name, tower in encoder.model.towers.items()
+    ]
+    package, scale = FORMS[form].package, encoder.logit_scale
+    told = "" if scale is None else f" Cosines were multiplied by {scale:.4g} in training."
+    return [
+        *rows,
+        "",
+        f"The output, `features`, has {encoder.spec.embed_dim} numbers.{told} Written by {package} {version(package)}.",
+    ]
 
 
 def _place(checkpoint: str) -> str:
@@ -115,22 +208,30 @@ def official_file(model: ClipModel) -> str:
     return model.name.replace("/", "_") + ".pt"
 
 
-def _transparency(model: ClipModel) -> Sequence[str]:
+def _from_the_hub(form: str, repository: str | None) -> str:
+    """How one gets the folder, or the model at once, from its place on the hub."""
+    if repository is None:
+        return ""
+    call = "huggingface_hub.snapshot_download" if form in PROGRAMS else "cosmos_ssl.load"
+    what = "gives the path of this folder" if form in PROGRAMS else "loads the model"
+    return f'`{call}("{"" if form in PROGRAMS else HUB}{repository}")` {what}.'
+
+
+def _transparency(background: str) -> Sequence[str]:
     """That other libraries make transparent pictures black, and lines that open one as this model wants it."""
     return (
-        f"Put transparent pictures on {model.background}, as in training, before you preprocess them; libraries "
+        f"Put transparent pictures on {background}, as in training, before you preprocess them; libraries "
         "make them black:",
         "```python\nfrom PIL import Image\n\n"
         'clear = Image.open("picture.png").convert("RGBA")\n'
-        f'picture = Image.alpha_composite(Image.new("RGBA", clear.size, "{model.background}"), '
+        f'picture = Image.alpha_composite(Image.new("RGBA", clear.size, "{background}"), '
         'clear).convert("RGB")\n```',
     )
 
 
-def _metrics(models: Sequence[ClipModel], origin: Origin) -> str:
+def _metrics(roles: Sequence[str], origin: Origin) -> str:
     """Return what evaluators measured of the exported roles, as a table."""
-    roles = {model.role for model in models}
-    kept = {name: value for name, value in origin.metrics.items() if roles & set(name.split("/")[1:2])}
+    kept = {name: value for name, value in origin.metrics.items() if set(roles) & set(name.split("/")[1:2])}
     if not kept:
         return ""
     return "\n".join(

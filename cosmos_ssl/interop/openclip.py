@@ -21,6 +21,7 @@ from cosmos_ssl.interop.files import (
     write_json,
     write_safetensors,
 )
+from cosmos_ssl.interop.hub import HUB, reason
 from cosmos_ssl.interop.official import (
     NAMES,
     SIZES,
@@ -53,7 +54,7 @@ WEIGHTS = (
     "model.pth",
 )
 """Files of weights in a folder, in OpenCLIP's order of preference."""
-HUB, LOCAL = "hf-hub:", "local-dir:"
+LOCAL = "local-dir:"
 
 _SCALE = ("losses.clip.logit_scale", "logit_scale")
 _SIGLIP = (("losses.siglip.logit_scale", "logit_scale"), ("losses.siglip.logit_bias", "logit_bias"))
@@ -186,21 +187,19 @@ def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
 
 
 def fetch(name: str, *, partial: bool = False) -> ForeignCheckpoint:
-    """A published model, from the hub or where it was kept when last fetched.
+    """The published model ``MODEL/TAG``, from the hub or where it was kept when last fetched.
 
     Raises CheckpointError, also without network.
     """
-    if name.startswith(HUB):
-        from open_clip.pretrained import download_pretrained_from_hf
+    from open_clip.pretrained import download_pretrained
 
-        repository = name.removeprefix(HUB)
-        told = read_json(Path(_fetched(name, lambda: download_pretrained_from_hf(repository, filename=CONFIG))))
-        weights = Path(_fetched(name, lambda: download_pretrained_from_hf(repository)))
-    else:
-        from open_clip.pretrained import download_pretrained
-
-        known, told = published(name, partial=partial)  # before much is fetched
-        weights = Path(_fetched(name, lambda: download_pretrained(known)))
+    known, told = published(name, partial=partial)  # before much is fetched
+    try:
+        weights = Path(download_pretrained(known))
+    except Exception as error:  # the hub's client, sockets and files raise many kinds
+        raise CheckpointError(
+            f"{name} cannot be fetched: {reason(error)}. Reach the hub once, or give a folder with the model"
+        ) from error
     return read_tensors(read_tensor_file(weights)[0], name, told, partial=partial)
 
 
@@ -222,16 +221,6 @@ def published(name: str, *, partial: bool = False) -> tuple[dict[str, Any], dict
     told["model_cfg"]["quick_gelu"] = bool(told["model_cfg"].get("quick_gelu") or known.get("quick_gelu"))
     check(told, name, partial)
     return dict(known), told
-
-
-def _fetched(name: str, fetch: Any) -> str:
-    try:
-        return str(fetch())
-    except Exception as error:  # the hub's client, sockets and files raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name} cannot be fetched: {reason}. Reach the hub once, or give a folder with the model"
-        ) from error
 
 
 # ---------------------------------------------------------------------------- reading

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import cosmos_ssl
 from cosmos_ssl.build import Builder
@@ -42,6 +43,8 @@ def run(tmp_path: Path) -> Path:
         save_checkpoint(
             folder, Snapshot(step=step, tensors={"student": student, "teacher": teacher}, state={"step": step})
         )
+    rows = [{"step": step, "loss": 3.0 / step, "retrieval/student/image_to_text_R@1": step / 8} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     metrics = {"retrieval/student/image_to_text_R@1": 0.25, "retrieval/teacher/image_to_text_R@1": 0.5}
     (folder / "result.json").write_text(json.dumps({"step": 2, "metrics": metrics}))
     return folder
@@ -70,6 +73,23 @@ def test_a_golden_file_as_openclip(command: Command, tmp_path: Path) -> None:
     with torch.no_grad():
         images = model.encode_image(torch.cat([recorded["image.0"], recorded["image.1"]]), normalize=True)
     torch.testing.assert_close(images, recorded["teacher.image_features"], atol=1e-5, rtol=0)
+
+
+def test_the_card_of_a_run_has_its_recipe_and_its_curves(command: Command, run: Path, tmp_path: Path) -> None:
+    """The recipe reads back as a config, without this machine's folders."""
+    flags = ["--format", "timm", "--output", str(tmp_path / "out")]
+    assert command("export", "--checkpoint", str(run), *flags)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    found = re.search(r"^```yaml\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    assert found is not None and "output_dir" not in found[1] and str(tmp_path) not in card
+    (tmp_path / "again.yaml").write_text(found[1])
+    told, known = (load_config(path).config for path in (tmp_path / "again.yaml", run / "config.yaml"))
+    assert told.model == known.model and told.losses == known.losses
+    assert "(curves.png)" in card
+    with Image.open(tmp_path / "out" / "curves.png") as curves:
+        assert curves.size == (1280, 260)  # a panel of losses, one of retrieval
+    command("export", "--checkpoint", str(run / "checkpoints" / "step_00000001"), *flags[:3], str(tmp_path / "first"))
+    assert not (tmp_path / "first" / "curves.png").exists()  # one row is no curve
 
 
 def test_in_python(run: Path, tmp_path: Path) -> None:
@@ -153,7 +173,7 @@ def test_an_openclip_folder_comes_back(command: Command, run: Path, tmp_path: Pa
     [
         (["--checkpoint", str(GOLDEN), "--format", "openclip"], "say model.image.heads=.. and model.text.heads=.."),
         (["--checkpoint", "nowhere", "--format", "timm"], "nowhere is no run folder with a checkpoint"),
-        (["--checkpoint", str(GOLDEN), "--format", "onnx"], "invalid choice: 'onnx'"),
+        (["--checkpoint", str(GOLDEN), "--format", "onnxx"], "invalid choice: 'onnxx'"),
     ],
 )
 def test_mistakes(command: Command, tmp_path: Path, flags: list[str], message: str) -> None:

@@ -405,19 +405,6 @@ def test_another_kind_is_a_start_when_asked_for_in_part(theirs, tmp_path, caplog
 # ---------------------------------------------------------------------------- published ones
 
 
-def test_a_repository_of_the_hub(theirs, tmp_path, monkeypatch, pixels):
-    model, model_cfg = theirs
-    source = save(model, model_cfg, tmp_path / "hub")
-
-    def fetched(repository, filename=None):
-        assert repository == "someone/vit"
-        return str(source / (filename or WEIGHTS[0]))
-
-    monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", fetched)
-    encoder = cosmos_ssl.load("hf-hub:someone/vit")
-    assert_same_features(encoder, model, pixels(encoder), encoder.tokenize(["a"]))
-
-
 def test_a_published_name_without_network(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to host")

@@ -37,30 +37,30 @@ class HuggingFaceTokenizer(Tokenizer):
         if context_length < 3:
             raise ValueError(f"context_length: {context_length} leaves no room between the special tokens")
         self.context_length = context_length
-        self._tokenizer = _load(name)
+        self.library = _load(name)
         self._clean = None if clean is None else _cleaning(clean)
-        self._stripped = self._tokenizer.sep_token_id if strip_sep else None
-        if self._tokenizer.pad_token_id is None:
-            if self._tokenizer.eos_token_id is None:
+        self._stripped = self.library.sep_token_id if strip_sep else None
+        if self.library.pad_token_id is None:
+            if self.library.eos_token_id is None:
                 raise UserError(
                     f"name: the tokenizer '{name}' has neither a padding nor an end token. Name another one."
                 )
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"
-        self.pad_id = int(self._tokenizer.pad_token_id)
-        self.vocab_size = len(self._tokenizer)
+            self.library.pad_token = self.library.eos_token
+        self.library.padding_side = self.library.truncation_side = "right"
+        self.pad_id = int(self.library.pad_token_id)
+        self.vocab_size = len(self.library)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids int64 [n, S] and lengths int64 [n]; a text without any token counts one pad."""
         clean = list(texts) if self._clean is None else [self._clean(text) for text in texts]
-        batch = self._tokenizer(clean, padding="max_length", truncation=True, max_length=self.context_length)
+        batch = self.library(clean, padding="max_length", truncation=True, max_length=self.context_length)
         lengths = torch.tensor(batch["attention_mask"], dtype=torch.int64).sum(dim=1).clamp(min=1)
         ids = torch.tensor(batch["input_ids"], dtype=torch.int64)
         return ids if self._stripped is None else ids.masked_fill(ids == self._stripped, 0), lengths
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """The piece of text behind each id."""
-        return [str(self._tokenizer.decode([int(number)])).strip() for number in ids]
+        return [str(self.library.decode([int(number)])).strip() for number in ids]
 
 
 def _cleaning(kind: str) -> Callable[[str], str]:
