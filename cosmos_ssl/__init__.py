@@ -6,7 +6,7 @@
     evaluate(model, task, data=None, *, which=None, ...)                         the report of cosmos-ssl eval
     embed(model, data, output, *, what=None, ...)                                embeddings as Parquet or NumPy
     attend(model, images, texts=(), *, output, ...)                              a page of where words look in pictures
-    export(model, form, output, *, which=None, ...)                              a folder for another library
+    export(model, form, output=None, *, which=None, ...)                         a folder for others, or the hub
     Trainer(assembly, config, run_dir, *, device=None, console=None, writers=(), signals=None)
 
 They are imported when first used, so that ``import cosmos_ssl`` stays free of torch; ``help(cosmos_ssl.train)`` says
