@@ -80,7 +80,7 @@ class Routes:
         self._thumbnail = lru_cache(_KEPT)(self._drawn_small)
         folder = files("cosmos_ssl.search").joinpath("page")
         self._files = {path: Reply(kind, folder.joinpath(name).read_bytes()) for path, (name, kind) in _PAGE.items()}
-        row = r"(\d{1,9})"
+        row = "([0-9]{1,9})"
         self._table = [
             *(Route("GET", re.compile(re.escape(path)), 0, self._file(path)) for path in _PAGE),
             Route("GET", re.compile("/about"), 0, self._tell_about),
