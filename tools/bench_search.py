@@ -20,7 +20,7 @@ import torch
 from bench import Row, report, row
 from numpy.typing import NDArray
 
-from cosmos_ssl.search.nearest import ENGINES, Vectors, unit
+from cosmos_ssl.search.nearest import ENGINES, Vectors, as_vectors
 
 SIZES, WIDTH, TOP = (100_000, 1_000_000), 512, 50
 _BLOCK = 50_000
@@ -67,7 +67,7 @@ def measured(size: int, queries: int, engine: str) -> list[Row]:
         return (tensor @ torch.from_numpy(query[0])).topk(k)
 
     for way in (plain, lambda query: ours.top(query, k)):
-        way(unit(asked[:1]))
+        way(as_vectors(asked[:1]))
     slow, fast = seconds(plain, lambda query: ours.top(query, k), queries=asked)
     checked = asked[:3]
     shares = [

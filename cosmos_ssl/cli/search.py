@@ -10,7 +10,7 @@ from typing import Any
 from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, positive, reading
 from cosmos_ssl.cli.common import table
 from cosmos_ssl.cli.progress import stages
-from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 
 _PORT, _MOST, _PRINTED = 8321, 1000, 5
 
@@ -98,6 +98,8 @@ def _answer(arguments: argparse.Namespace, listener: Any) -> int:
     options = {name: getattr(arguments, name) for name in ("device", "overrides", "trust_code")}
     with reading(), stages() as progress:
         encoder, checkpoint = open_model(arguments.checkpoint, arguments.which, **options)
+        if arguments.words and "text" not in encoder.model.towers:
+            raise UserError("--text: this model has no text tower. Search by a picture: --image, or --serve")
         opening = Opening(
             engine=arguments.engine,
             texts=arguments.texts,
@@ -134,7 +136,8 @@ def _print(query: str, rows: list[dict[str, Any]]) -> None:
     first = [
         [f"{row['rank']}", f"{row['score']:.3f}", row["key"], (row["caption"] or "")[:80]] for row in rows[:_PRINTED]
     ]
-    print(table([["", "SCORE", "KEY", f"CAPTION   (of '{query}')"], *first]))
+    print(printable(query))
+    print(table([["", "SCORE", "KEY", "CAPTION"], *first], indent="  "))
 
 
 def _serve(listener: Any, searcher: Any, model: str, data: str, top: int) -> None:

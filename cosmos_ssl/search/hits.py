@@ -59,9 +59,13 @@ def write_hits(searcher: Searcher, answers: Sequence[Answer], folder: Path, *, s
     for answer in answers:
         page.section(answer.query)
         if answer.picture is not None:
-            page.figure(thumbnail(answer.picture), "the picture that was asked for").text("")
-        for hit in answer.hits:
-            _add(page, searcher, hit, next(left))
+            page.figure(thumbnail(answer.picture), "the picture that was asked for").text("")  # hits begin a row
+        own = [next(left) for _ in answer.hits]
+        if not searcher.index.has_pictures:
+            page.table([("rank", "score", "key"), *((row["rank"], row["score"], row["key"]) for row in own)])
+            continue
+        for hit, row in zip(answer.hits, own, strict=True):
+            _add(page, searcher, hit, row)
     with storage_faults(f"--output {folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / "hits.json") as file:

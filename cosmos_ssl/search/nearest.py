@@ -139,7 +139,7 @@ def ranked(vectors: Vectors, query: Vectors, rows: NDArray[np.int64], k: int) ->
     return Found(scores[order], rows[order])
 
 
-def unit(rows: Sequence[Any] | NDArray[Any]) -> Vectors:
+def as_vectors(rows: Sequence[Any] | NDArray[Any]) -> Vectors:
     """Rows as float32 [n, D], contiguous."""
     return np.ascontiguousarray(rows, dtype=np.float32)
 

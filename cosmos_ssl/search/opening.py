@@ -26,7 +26,7 @@ from cosmos_ssl.files import storage_faults
 from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.search.index import Index, Texts
-from cosmos_ssl.search.nearest import ENGINES, Vectors, unit
+from cosmos_ssl.search.nearest import ENGINES, Vectors, as_vectors
 
 _LOOKED_AT = 16  # samples that are looked at for captions
 _log = logging.getLogger("cosmos_ssl.search")
@@ -138,11 +138,19 @@ def _embedded(encoder: ModelEncoder, samples: WithSource, what: What, field: str
         name = digest([json.dumps(request.identity(encoder), sort_keys=True)])
     folder = cache_root() / "search"
     output = folder / f"{name}.{'npy' if what == 'image' else 'parquet'}"
+    damaged = output.exists() and not _is_ours(output)
     told = f"{'pictures' if what == 'image' else 'samples with texts'} embedded"
     with storage_faults(f"embeddings cannot be kept in {folder} (XDG_CACHE_HOME names another place)"):
         folder.mkdir(parents=True, exist_ok=True)
         with lock(output.with_suffix(".lock")):  # another search over the same waits, and finds them
-            _tell(embed(encoder, request, output, progress=lambda done, total: opening.progress(told, done, total)))
+            report = embed(
+                encoder,
+                request,
+                output,
+                overwrite=damaged,
+                progress=lambda done, total: opening.progress(told, done, total),
+            )
+    _tell(report)
     return output
 
 
@@ -168,7 +176,7 @@ def _read(file: Path) -> _Read:
 
 def _read_npy(file: Path, meta: Mapping[str, Any]) -> _Read:
     array = np.load(file, mmap_mode="r", allow_pickle=False)
-    vectors = array if array.dtype == np.float32 else unit(array)
+    vectors = array if array.dtype == np.float32 else as_vectors(array)
     lines = file.with_suffix(".keys.txt").read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if meta["job"]["what"] == "text":
         return _Read(vectors[:0], [], lines, vectors, meta)
@@ -180,7 +188,7 @@ def _read_parquet(file: Path, meta: Mapping[str, Any]) -> _Read:
 
     table = parquet.read_table(file, columns=["key", "modality", "text", "embedding"])
     column = table["embedding"].combine_chunks()
-    vectors = unit(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), column.type.list_size)
+    vectors = as_vectors(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), column.type.list_size)
     is_text = np.array(table["modality"].to_pylist()) == "text"
     keys = [key for key, text in zip(table["key"].to_pylist(), is_text, strict=True) if not text]
     texts = [text for text in table["text"].to_pylist() if text is not None]

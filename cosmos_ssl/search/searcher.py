@@ -16,7 +16,7 @@ from cosmos_ssl.evaluation.features import check_finite
 from cosmos_ssl.evaluation.pictures import overlay
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 from cosmos_ssl.search.index import Index
-from cosmos_ssl.search.nearest import Found, Vectors, unit
+from cosmos_ssl.search.nearest import Found, Vectors, as_vectors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +81,7 @@ class Searcher:
 
     def vector_of(self, row: int) -> Vectors:
         """The vector [1, D] of a picture of the index."""
-        return unit(self.index.nearest.vectors[row : row + 1])
+        return as_vectors(self.index.nearest.vectors[row : row + 1])
 
     def like(self, row: int, top: int) -> list[Hit]:
         """The pictures nearest to that of a row, without itself."""
@@ -120,7 +120,7 @@ class Searcher:
 
 def _vector(found: Tensor, what: str) -> Vectors:
     check_finite(found, what)
-    return unit(found.to("cpu", torch.float32).numpy())
+    return as_vectors(found.to("cpu", torch.float32).numpy())
 
 
 def _hits(found: Found) -> list[Hit]:

@@ -107,7 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         if len(hosts) != 1 or _name(hosts[0]) not in _NAMES:
             raise Refused(403, f"This page is at {cast(Server, self.server).address} alone.")
         origin = self.headers.get("Origin")
-        if origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
+        told = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Sec-Fetch-Mode", "navigate")
+        foreign = told[0] not in ("same-origin", "none") and told[1] != "navigate"  # a link to here may be followed
+        if foreign or (origin is not None and origin.lower() != f"http://{hosts[0].lower()}"):
             raise Refused(403, "Pages of other sites may not ask here.")
 
     def _body(self, route: Route) -> bytes:

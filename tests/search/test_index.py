@@ -180,7 +180,7 @@ def test_a_killed_search_goes_on(
         *(("a <b>red</b> circle", rank) for rank in (1, 2, 3)),
         *(("asked.png", rank) for rank in (1, 2, 3)),
     ]
-    assert said.splitlines()[1].split()[2] == rows[0]["key"] and rows[0]["file"].endswith("val-0000.tar")
+    assert said.splitlines()[2].split()[2] == rows[0]["key"] and rows[0]["file"].endswith("val-0000.tar")
     page = (tmp_path / "hits" / "index.html").read_text()
     assert page.count("<img ") == 7 and "<b>red" not in page and 'src="http' not in page
 

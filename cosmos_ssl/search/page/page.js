@@ -132,10 +132,10 @@ async function attend(event) {
     if (shown !== hit) return;
     $('one-picture').src = found.picture;
     $('one-picture').alt = `Where “${$('look-words').value}” looks in ${hit.key}`;
-    $('look-found').replaceChildren(...found.words.map(({word, weight}) => {
+    $('look-found').replaceChildren(...found.words.flatMap(({word, weight}) => {
       const made = element('span', {textContent: word, title: weight.toFixed(2)});
       made.style.setProperty('--w', weight);
-      return made;
+      return [made, ' '];
     }));
     $('look-told').textContent = 'In the picture, brighter is more; of the words, stronger is more.';
   } catch (fault) { $('look-told').textContent = fault.message; }
