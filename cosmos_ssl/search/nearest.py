@@ -83,7 +83,7 @@ class Faiss:
         least = self._index.search(queries, k)[0][:, -1]
         found = []
         for query, score in zip(queries, least, strict=True):
-            radius = np.float32(score - 2 * rounding(query, self._longest))
+            radius = np.float32(float(score) - 2 * rounding(query, self._longest))
             rows = self._index.range_search(query[None], np.nextafter(radius, np.float32(-np.inf)))[2]
             found.append(ranked(self.vectors, query, np.sort(rows), k))
         return found

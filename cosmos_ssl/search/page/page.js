@@ -173,8 +173,6 @@ addEventListener('drop', event => {
 ask('/about').then(found => {
   about = found;
   $('about').textContent = `${about.pictures.toLocaleString('en')} pictures of ${about.data}; ${about.model}`;
-  if (!about.words) {
-    $('ask').hidden = true;
-    tell('This model has no text tower: search by a picture.');
-  }
+  $('ask').hidden = !about.words;
+  tell(about.words ? 'Say in words what to look for, or give a picture.' : 'Give a picture: this model has no text tower.');
 }, fault => tell(fault.message, true));
