@@ -32,7 +32,7 @@ ORDER = [
     "data",
 ]
 ORDER += ["models", "evaluation", "interop", "engine", "build"]  # training ends here
-ORDER += ["shards", "cost", "testing", "cli"]
+ORDER += ["shards", "cost", "search", "testing", "cli"]
 QUICK = ("errors", "streams", "files", "pictures", "bounds", "marks", "liveness", "registry", "config", "identity")
 NO_TORCH = (*(f"cosmos_ssl.{unit}" for unit in QUICK), "cosmos_ssl_launch")
 PUBLIC = ("api", "functional", "models", "data", "evaluation", "testing")

@@ -34,6 +34,12 @@ def _no_progress(done: int, total: int) -> None:
     pass
 
 
+def _absolute(name: str) -> str:
+    """The name of data, or several that ``::`` joins, as it can be read from any folder."""
+    parts = (part if "://" in part else str(Path(part).expanduser().absolute()) for part in name.split("::"))
+    return "::".join(parts)
+
+
 def embed(
     model: str | Path | ModelEncoder,
     data: str | Path | Sequence[str | Path],
@@ -74,7 +80,12 @@ def embed(
             batch_size=batch_size,
             workers=workers or threads_of_this_process(),
             overrides=overrides,
-            about={"checkpoint": checkpoint, "which": which, "cosmos_ssl": __version__},
+            about={
+                "checkpoint": checkpoint,
+                "which": which,
+                "cosmos_ssl": __version__,
+                "data": list(map(_absolute, names)),
+            },
         )
         return embedding.embed(encoder, request, Path(output), overwrite=overwrite, progress=progress)
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "evaluate a trained or released checkpoint",
     "attend": "pictures of where words look in a picture, and the picture in words",
     "embed": "embeddings of pictures, shards or texts, as Parquet or NumPy",
+    "search": "pictures found by words or by pictures, as a page, as JSON, or served to a browser",
     "export": "write a trained model for OpenCLIP, Hugging Face, timm or the official program",
     "flops": "FLOPs, parameters and activation memory of a training step, side by side for several configs",
     "info": "versions, devices, attention backends and kernels, for bug reports",

@@ -157,7 +157,7 @@ def test_progress_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["attend", "embed"])
+@pytest.mark.parametrize("name", ["attend", "embed", "search"])
 def test_help_imports_no_torch(name: str) -> None:
     code = (
         "import sys\nfrom cosmos_ssl.cli import main\n"

@@ -44,6 +44,7 @@ COMMANDS = {
     "data check": ("data", "check", "DATA/a.tar", "--fix", "--output", "OUT"),
     "data show": ("data", "show", "DATA/a.tar", "--config", "quickstart", "--output", "OUT", "--samples", "2"),
     "embed": ("embed", *MODEL, "--data", "DATA/pictures", "--output", "OUT/e.npy"),
+    "search": ("search", *MODEL, "--data", "DATA/pictures", "--text", "a dog", "--output", "OUT"),
 }
 
 

@@ -14,8 +14,9 @@ TINY = {
     "bench_data": ["--samples", "128", "--pairs", "1"],
     "bench_loss": ["--times", "1"],
     "bench_eval": ["--images", "64"],
+    "bench_search": ["--sizes", "3000", "--queries", "3", "--engines", "plain", "faiss"],
 }
-EQUAL = ("difference", "collectives", "bytes moved")
+EQUAL = ("difference", "collectives", "bytes moved", "recall")
 
 
 @pytest.mark.slow
