@@ -109,7 +109,7 @@ def test_every_form_gives_the_same_samples(tmp_path: Path, form: str) -> None:
     assert copy.read(7) == data.read(7) and again.identity() == data.identity()
     whole = TableData(name)  # as evaluators read
     assert whole.read(1).captions["caption"] == ["A square. Number 1."]
-    assert int(whole.read(5).extras["cls"]) == 1
+    assert whole.read(5).extras == {"cls": 1}
     assert TableData(name, columns=Columns(caption_columns=("caption",))).read(0).captions == {
         "txt": ["A square. Number 0."]
     }
@@ -155,6 +155,10 @@ def test_bad_rows_are_bad_samples_that_name_their_row(tmp_path: Path, caplog: py
             data.read(row)
     assert time.monotonic() - began < 1, "what is not there is not asked for again and again"
     assert data.read(14).captions == {"caption": ["good again"]}
+    Path(name).write_text("path,caption,label\nimg/0.png,one,\nimg/1.png,two,cat\n")
+    assert [TableData(name).read(row).extras for row in (0, 1)] == [{}, {"cls": "cat"}]
+    with pytest.raises(BadSample, match="no label"):
+        TableData(name, columns=Columns(label_column="label")).read(0)
     strange = pa.array([b"img/0.png", b"img/1.png"]).view(pa.binary())
     texts = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"path": strange.cast(pa.string()), "caption": texts}), tmp_path / "u.parquet")

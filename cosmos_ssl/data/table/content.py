@@ -64,27 +64,27 @@ def look_into(rows: Rows, *, full_hash: bool, progress: OnProgress) -> tuple[dic
     done = 0
     with ThreadPoolExecutor(THREADS) as threads:  # files on a network file system are waited for
 
-        def of_parts(function: Callable[[int], _T], places: Sequence[int]) -> Iterator[list[_T]]:
+        def of_parts(function: Callable[[bytes | str | None], _T], places: Sequence[int]) -> Iterator[list[_T]]:
             nonlocal done
-            for start in range(0, len(places), _CHUNK):
-                yield list(threads.map(function, places[start : start + _CHUNK]))
+            for found in threads.map(lambda part: [function(rows.picture(row)) for row in part], _parts(places)):
                 done += 1
                 progress(min(done, total), total)
+                yield found
 
         now = time.time_ns()
         # marks first, so that what changes meanwhile is seen later
-        marks = [mark for part in of_parts(lambda row: _mark(rows.picture(row), now), marked) for mark in part]
+        marks = [mark for part in of_parts(lambda picture: _mark(picture, now), marked) for mark in part]
         for values in rows.values():
             found["values"].update("".join(f"{json.dumps(value, default=str)}\n" for value in values).encode())
             progress(min(done, total), total)
-        files = of_parts(lambda row: _size(rows.picture(row)), everything[: len(rows) * (not rows.embedded)])
+        files = of_parts(_size, everything[: len(rows) * (not rows.embedded)])
         for sizes in rows.sizes() if rows.embedded else (np.array(part, np.int64) for part in files):
             found["pictures"].update(sizes.tobytes())
-        for digests in of_parts(lambda row: _digest(rows.picture(row), _HEAD), spread(len(rows), _HASHED)):
+        for digests in of_parts(lambda picture: _digest(picture, _HEAD), spread(len(rows), _HASHED)):
             found["pictures"].update(b"".join(digests))
         if full_hash:
             found["full_pictures"] = hashlib.sha256()
-            for digests in of_parts(lambda row: _digest(rows.picture(row), None), everything):
+            for digests in of_parts(lambda picture: _digest(picture, None), everything):
                 found["full_pictures"].update(b"".join(digests))
     return {name: digest.hexdigest()[:16] for name, digest in found.items()}, np.array(marks, np.int64)
 
@@ -98,6 +98,10 @@ def is_unchanged(rows: Rows, marks: NDArray[np.int64]) -> bool:
             return all(now == was for now, was in zip(found, marks.tolist(), strict=True))
         except OSError:
             return False
+
+
+def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
 
 
 def _marked(rows: Rows, full_hash: bool) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.pictures import FILE_BYTES, MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
+_INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
 
 
@@ -54,10 +56,12 @@ class TableData(IndexedDataset):
             max_pixels,
         )
         self._index: TableIndex | None = None
+        self._labels_due = False
 
     def _found(self) -> tuple[list[Source], Chosen]:
         sources, told = find_sources(self.urls)
         wanted = with_defaults(told, self._wanted)
+        self._labels_due = bool(wanted.label_column)
         check_root(wanted)
         if wanted.image_root is not None:
             sources = [source._replace(root=Path(wanted.image_root).expanduser()) for source in sources]
@@ -183,9 +187,22 @@ class TableData(IndexedDataset):
             key, picture = self._key(index, key), self._file(picture, index)
         if len(picture) > FILE_BYTES:
             raise BadSample("too large", f"{len(picture):,} bytes in {rows.where(index)}")
-        captions, label = self._captions(index), rows.chosen.label
-        extras = {} if label is None else {"cls": rows.cell(index, label)}
+        captions, extras = self._captions(index), self._label(index)
         return Sample(key=key, image=picture, captions=captions, extras=extras, max_pixels=self._max_pixels)
+
+    def _label(self, index: int) -> Mapping[str, Any]:
+        """The class, a whole number where it is written as one; nothing where none is asked for and none is there."""
+        name = self.index.chosen.label
+        try:
+            value = None if name is None else self.index.cell(index, name)
+        except UnicodeDecodeError as error:
+            raise BadSample("not UTF-8", f"'{name}', {self.index.where(index)}") from error
+        text = value.strip() if isinstance(value, str) else None
+        if value is None or text == "":
+            if self._labels_due:
+                raise BadSample("no label", self.index.where(index))
+            return {}
+        return {"cls": value if text is None else int(text) if _INTEGER.fullmatch(text) else text}
 
     def _key(self, index: int, otherwise: str) -> str:
         value = self.index.cell(index, self.index.chosen.image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,8 @@ class Table(TableData):
             label_column=label_column,
             image_root=image_root,
         )
-        super().__init__(train_data, columns=columns, texts=texts, cache_dir=cache_dir, max_pixels=max_pixels)
+        own = replace(columns, label_column=label_column or "")  # what is not asked for is not looked for
+        super().__init__(train_data, columns=own, texts=texts, cache_dir=cache_dir, max_pixels=max_pixels)
         tables = validation_data is not None and is_table(validation_data)
         self.validation_data = columns.address(validation_data or "") if tables else validation_data
 
