@@ -1,5 +1,5 @@
-"""The Dockerfile, as far as it can be tried without a container: hadolint finds nothing, and its steps on the files that
-it copies, and no others, give the requirements of each device and the wheel.
+"""The Dockerfile, as far as it can be tried without a container: hadolint finds nothing, and its steps on the files
+that it copies, and no others, give the requirements of each device and the wheel.
 """
 
 from __future__ import annotations

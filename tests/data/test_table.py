@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from cosmos_ssl.api import BadSample, DataError
 from cosmos_ssl.cli import main
-from cosmos_ssl.data import TableData
+from cosmos_ssl.data import TableData, open_shards
 from cosmos_ssl.data.table import Columns, is_table
 from cosmos_ssl.evaluation.embedding_input import open_samples
 from cosmos_ssl.evaluation.samples import EvaluationData
@@ -299,6 +299,12 @@ def test_commands_read_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "a table can be made into shards by 'data prepare captions'" in capsys.readouterr().err
     assert main(["data", "stats", name]) == 0
     assert f"{ROWS} samples" in capsys.readouterr().out
+    lines, out = write(tmp_path, "jsonl"), tmp_path / "out"
+    columns = ["--image-column", "path", "--caption-columns", "caption,long_caption"]
+    made = ["data", "prepare", "captions", "--table", lines, *columns, "--images", str(tmp_path), "--output", str(out)]
+    assert main(made) == 0
+    samples = [open_shards(f"{out}/*.tar").read(n) for n in range(ROWS)]
+    assert sorted(len(sample.sentences()) for sample in samples) == [2] * 4 + [4] * 8
     page = tmp_path / "show"
     assert main(["data", "show", name, "--config", "quickstart", "--samples", "2", "--output", str(page)]) == 0
     assert (page / "index.html").is_file()

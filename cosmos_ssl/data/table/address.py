@@ -100,8 +100,6 @@ def find_sources(urls: str | Sequence[str]) -> tuple[list[Source], Columns]:
             found.append(Source(path, path.name, False, path.parent))
         else:
             raise DataError(f"data: {path} {'is no regular file' if path.exists() else 'does not exist'}")
-    if columns.image_root is not None:
-        found = [source._replace(root=Path(columns.image_root).expanduser()) for source in found]
     return found, columns
 
 
@@ -130,7 +128,7 @@ def _of_folder(folder: Path) -> list[Source]:
             f"{folder / (names[0] if names else 'train')}"
         )
     if not (folder / SAVED).is_file():
-        raise DataError(f"data: {folder} is no folder that save_to_disk wrote: it has no {SAVED}")
+        raise DataError(f"data: {folder} is no folder that save_to_disk wrote. Name its tables: {folder}/*.parquet")
     files = _read(folder / SAVED).get("_data_files")
     try:
         paths = [folder / Path(item["filename"]).name for item in files or ()]
