@@ -26,7 +26,7 @@ DOCUMENTS = sorted(
 ) + sorted((ROOT / "docs").rglob("*.md"))
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 # Programs that are not ours: only what they are pointed at is looked into.
-OTHERS = {"python3", "pip", "pre-commit", "ruff", "mypy", ".", "cd", "tar", "tensorboard"}
+OTHERS = {"python3", "pip", "pre-commit", "ruff", "mypy", ".", "cd", "tar", "tensorboard", "docker", "apptainer"}
 UNMARKED = "not (slow or slurm or browser or gpu)"
 
 

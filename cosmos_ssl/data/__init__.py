@@ -1,5 +1,6 @@
-"""The way of a sample to a batch, and nothing else: shards (``tar``, ``scan``, ``manifest``, ``dataset``) and folders
-of pictures by index, their order, the loader and its workers; bytes by ``storage``, what is kept by ``cache``.
+"""The way of a sample to a batch, and nothing else: shards (``tar``, ``scan``, ``manifest``, ``dataset``), folders
+of pictures and tables by index, their order, the loader and its workers; bytes by ``storage``, what is kept by
+``cache``.
 
 Imports the contract (``api``) and what stands before it; work on shards beside training is in ``cosmos_ssl.shards``.
 """
@@ -12,6 +13,7 @@ from cosmos_ssl.data.loader import LoadedBatch, Loader
 from cosmos_ssl.data.manifest import Manifest, load_manifest
 from cosmos_ssl.data.order import Order, sample_rng
 from cosmos_ssl.data.scan import expand
+from cosmos_ssl.data.table import TableData
 
 __all__ = [
     "BadSampleBudget",
@@ -22,6 +24,7 @@ __all__ = [
     "Order",
     "Replacement",
     "Shards",
+    "TableData",
     "caption_schema",
     "check_captions",
     "expand",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -69,6 +71,21 @@ def as_sentences(value: Any) -> list[str]:
     if isinstance(value, list):
         return [item for item in value if isinstance(item, str) and item.strip()]
     return []
+
+
+def written_list(text: str) -> list[Any] | None:
+    """The list of strings whose text this is, as JSON or Python writes it; None for another text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]") and text[1:-1].strip()[:1] in ('"', "'", "")):
+        return None
+    for read in (json.loads, literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return found
+    return None
 
 
 def caption_schema(name: str | None) -> Schema:

@@ -22,6 +22,8 @@ from cosmos_ssl.data.tar import BLOCK, Member, TarFault, members, sample_key
 from cosmos_ssl.errors import DataError
 
 LIST_EXTENSION = ".list"
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files in folders that Hugging Face's ``datasets`` wrote: in one of rows, and above several."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("json", "txt")
 _HEAD = 2048
@@ -134,6 +136,11 @@ def _glob(url: str) -> list[str]:
     if not matches:
         raise DataError(f"data: no file matches {url}")
     return matches
+
+
+def saved_folder(path: Path) -> bool:
+    """Return whether ``save_to_disk`` of Hugging Face's ``datasets`` wrote this folder: one split, or several."""
+    return (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()
 
 
 def folder_shards(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What embeddings are made of: a folder, files, the lines of a file, or shards."""
+"""What embeddings are made of: a folder, files, the lines of a file, tables, or shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from cosmos_ssl.api import DataError, Sample
 from cosmos_ssl.data.dataset import open_shards
 from cosmos_ssl.data.folder import EXTENSIONS, Folder, picture_folder, similar
+from cosmos_ssl.data.table import TableData, is_table
 from cosmos_ssl.evaluation.picture_files import PictureFile, PictureFiles
 from cosmos_ssl.evaluation.samples import Samples
 
@@ -79,13 +80,16 @@ def _refuse_odd(paths: Sequence[Path]) -> None:
 
 
 def open_samples(data: Sequence[str]) -> tuple[WithSource, What]:
-    """A folder of pictures, picture files, a text file (``.txt``) or shards; and what is embedded of them unless told.
+    """A folder of pictures, picture files, a text file (``.txt``), tables or shards; and what is embedded of them
+    unless told.
 
     Raises DataError where there is nothing to read, or kinds are mixed.
     """
     folder = picture_folder(data)
     if folder is not None:
         return Folder(folder), "image"
+    if is_table(data):
+        return TableData(data), "image"
     endings = {"pictures": tuple(f".{extension}" for extension in EXTENSIONS), "texts": (".txt",)}
     kinds = sorted(
         {next((kind for kind, ends in endings.items() if name.lower().endswith(ends)), "shards") for name in data}

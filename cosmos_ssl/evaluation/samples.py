@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
-from cosmos_ssl.data import Shards, expand, open_shards
+from cosmos_ssl.data import Shards, TableData, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
 from cosmos_ssl.data.scan import cores
-from cosmos_ssl.data.storage import stat
+from cosmos_ssl.data.storage import is_local, local_path, stat
+from cosmos_ssl.data.table import is_table, tables_of
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.functional import gather_objects, rank, world_size
 
@@ -70,12 +71,21 @@ class EvaluationData:
         self._numbered_by = numbered_by
 
     @cached_property
-    def samples(self) -> Shards | Folder:
-        """The shards or the folder. Raises DataError."""
+    def samples(self) -> Shards | Folder | TableData:
+        """The shards, the folder or the table. Raises DataError."""
+        if is_table(self.urls):
+            return TableData(self._table)
         folder = self._split
         if folder is None:
             return open_shards(self.urls)
         return Folder(folder, classes=None if self._numbered_by is None else self._numbered_by.class_names or None)
+
+    @property
+    def _table(self) -> str | Sequence[str]:
+        """The tables that are read: of a folder that was saved with its splits, one."""
+        name = self.urls if isinstance(self.urls, str) else "".join(self.urls[:1])
+        splits = splits_of(local_path(name)) if is_local(name) else None
+        return self.urls if splits is None else str(splits[0 if self.option == "train_data" else 1])
 
     @property
     def _split(self) -> Path | None:
@@ -87,7 +97,10 @@ class EvaluationData:
     @property
     def class_file(self) -> Path | None:
         """The file of class names beside the shards or in the folder (or above its split), if there is one."""
-        above = picture_folder(self.urls)
+        if is_table(self.urls):
+            above: Path | None = tables_of(self._table)[0].parent
+        else:
+            above = picture_folder(self.urls)
         places = [Path(expand(self.urls)[0]).parent] if above is None else dict.fromkeys((self._split or above, above))
         return next((path for place in places for name in CLASS_FILES if (path := place / name).is_file()), None)
 
@@ -108,9 +121,10 @@ class EvaluationData:
         seen: list[Sample] = []
         try:
             folder = picture_folder(self.urls)
-            local = [url for url in expand(self.urls) if "://" not in url] if folder is None else []
+            table = is_table(self.urls)
+            local = [url for url in expand(self.urls) if "://" not in url] if folder is None and not table else []
             missing = [url for url in local if not Path(url).exists()]
-            if not missing and (local or folder is not None):
+            if not missing and (local or folder is not None or table):
                 seen = self._few()
             for sample in seen if label is not None else ():
                 label_of(sample, label or "")

@@ -1,5 +1,5 @@
-"""A check of whole shards or of a folder: every sample read and decoded, what is wrong counted by shard or class folder
-and reason.
+"""A check of whole shards, a folder or tables: every sample read and decoded, what is wrong counted by shard, class
+folder or table, and reason.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cosmos_ssl.data.folder import Folder
 from cosmos_ssl.data.manifest import Manifest, Shard, told_sizes
 from cosmos_ssl.data.scan import expand, pool, scan
 from cosmos_ssl.data.storage import is_local, shard_name, stat
+from cosmos_ssl.data.table import TableData
 from cosmos_ssl.errors import BadSample, UserError
 from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.pictures import has_alpha, open_picture
@@ -39,7 +40,7 @@ _PICTURES = 512
 
 @dataclass(slots=True)
 class ShardReport:
-    """What was found in one shard or class folder."""
+    """What was found in one shard, class folder or table."""
 
     name: str
     samples: int = 0
@@ -124,13 +125,38 @@ def check_folder(
     for report, size in zip(reports, sizes, strict=True):
         start, end = end, end + size
         parts = (range(first, min(first + _PICTURES, end)) for first in range(start, end, _PICTURES))
-        jobs += [(report, (folder, part)) for part in parts]
+        jobs += [(report, (folder, part, folder.captions)) for part in parts]
     [pictures] = _check_all(_check_pictures, jobs, 1, len(folder) > _PICTURES, progress)
     for report, _, example in _named(pictures, reports):
         report.note(SAME_PICTURE, example)
     for report in reports:
         if report.samples == 0:
             report.add("empty", "no pictures")
+    return reports
+
+
+def check_table(
+    urls: str | Sequence[str], *, captions: str | None = None, max_pixels: int = 1 << 26, progress: OnProgress = alive
+) -> list[ShardReport]:
+    """Decode the picture of every row; one report for each table. Equal pictures are noted.
+
+    With ``captions``, ``all``, each row must have one. Raises DataError for tables that cannot be read, UserError for
+    other captions, OSError where storage fails.
+    """
+    if captions not in (None, "all"):
+        raise UserError(f"captions: columns of tables are named behind #caption_columns=: all, not {captions}")
+    table = TableData(urls, max_pixels=max_pixels)
+    reports, jobs, end = list[ShardReport](), list[tuple[ShardReport, tuple[Any, ...]]](), 0
+    for piece in table.index.pieces:
+        start, end = end, end + piece.rows
+        reports.append(report := ShardReport(piece.name))
+        parts = (range(first, min(first + _PICTURES, end)) for first in range(start, end, _PICTURES))
+        jobs += [(report, (table, part, captions is not None)) for part in parts]
+        if start == end:
+            report.add("empty", "no rows")
+    [pictures] = _check_all(_check_pictures, jobs, 1, len(table) > _PICTURES, progress)
+    for report, _, example in _named(pictures, reports):
+        report.note(SAME_PICTURE, example)
     return reports
 
 
@@ -184,11 +210,11 @@ def _named(pairs: NDArray[np.int64], reports: Sequence[ShardReport]) -> Iterator
         yield report, index, f"sample {index} is sample {first} of {first_report.name}"
 
 
-def _check_pictures(folder: Folder, indices: range) -> _Checked:
-    """Some pictures of one class."""
+def _check_pictures(folder: Folder | TableData, indices: range, captions: bool) -> _Checked:
+    """Some pictures of one class or table."""
     report, digests = ShardReport("", samples=len(indices)), np.zeros(len(indices), KEY)
     for place, index in enumerate(indices):
-        sample = _check_sample(folder, index, folder.captions, report)
+        sample = _check_sample(folder, index, captions, report)
         if sample is not None:
             digests[place] = digest(sample.image or b"")
     return report, digests
@@ -243,13 +269,15 @@ def _texts(shards: Shards, index: int) -> Mapping[str, Sequence[str]]:
         return {}
 
 
-def _check_sample(data: Shards | Folder, index: int, wants_caption: bool, report: ShardReport) -> Sample | None:
+def _check_sample(
+    data: Shards | Folder | TableData, index: int, wants_caption: bool, report: ShardReport
+) -> Sample | None:
     """The sample, None where it is bad."""
     key = f"sample {index}"
     try:
         sample = data.read(index)
         key = sample.key
-        if isinstance(data, Folder):
+        if not isinstance(data, Shards):
             report.size += len(sample.image or b"")
         pixels = sample.decode()
         if has_alpha(open_picture(sample.image or b"", max_pixels=sample.max_pixels, decode=False)):

@@ -17,6 +17,7 @@ from cosmos_ssl.data.captions import join_sentences, left_out
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.manifest import load_manifest
 from cosmos_ssl.data.scan import pool
+from cosmos_ssl.data.table import TableData, is_table
 from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.pictures import has_alpha, open_picture
 
@@ -128,12 +129,18 @@ def collect_stats(
     ``tokenizer`` should have room for texts longer than the model's, so that what it would cut is counted.
     Raises DataError, UserError for an unknown schema, OSError.
     """
-    manifest = load_manifest(urls)
-    shards = Shards(urls, caption_schema=captions, manifest=manifest, full=captions == "all")
-    total = len(manifest)
+    shards: Shards | TableData
+    if is_table(urls):
+        shards = TableData(urls)
+        sizes = [piece.size for piece in shards.index.pieces]
+    else:
+        manifest = load_manifest(urls)
+        shards = Shards(urls, caption_schema=captions, manifest=manifest, full=captions == "all")
+        sizes = [shard.size for shard in manifest.shards]
+    total = len(shards)
     looked_at = samples if 0 < samples < total else total
     chosen = np.linspace(0, total - 1, looked_at).astype(np.int64)
-    stats = DataStats(len(manifest.shards), total, sum(shard.size for shard in manifest.shards))
+    stats = DataStats(len(sizes), total, sum(sizes))
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     progress(0, len(chosen))
     with pool(len(chunks), processes=len(chunks) > 1) as executor:
@@ -143,7 +150,7 @@ def collect_stats(
     return stats
 
 
-def _look(shards: Shards, tokenizer: Tokenizer, indices: Sequence[int]) -> DataStats:
+def _look(shards: Shards | TableData, tokenizer: Tokenizer, indices: Sequence[int]) -> DataStats:
     stats = DataStats(looked_at=len(indices))
     texts: list[tuple[FieldStats, bool, str]] = []
     for index in indices:

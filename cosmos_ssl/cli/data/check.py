@@ -1,4 +1,4 @@
-"""``cosmos-ssl data check``: what is wrong with shards or a folder of pictures, and shards without it."""
+"""``cosmos-ssl data check``: what is wrong with shards, a folder of pictures or tables, and shards without it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from cosmos_ssl.shards.check import ShardReport
 
 _CAPTIONS = (
-    "captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt"
+    "captions that each sample must have: dreamlip, pixelprose, txt, json:KEY, all; of a folder: txt; of a table: all"
     " (default: those that 'data prepare' noted beside the shards)"
 )
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    check = add_command(commands, "check", "decode every sample; exit code 3 where faults were found", folder=True)
+    check = add_command(
+        commands, "check", "decode every sample; exit code 3 where faults were found", folder=True, table=True
+    )
     check.add_argument("--captions", metavar="SCHEMA", help=_CAPTIONS)
     fix = "write shards without the faults into a folder beside, NAME-fixed"
     check.add_argument("--fix", action="store_true", help=fix)
@@ -38,18 +40,21 @@ def add_parser(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.folder import picture_folder
-    from cosmos_ssl.shards.check import check_folder, check_shards
+    from cosmos_ssl.data.table import is_table
+    from cosmos_ssl.shards.check import check_folder, check_shards, check_table
 
     folder = picture_folder(arguments.urls)
-    noun = "shard" if folder is None else "folder"
-    if folder is not None and arguments.fix:
-        raise UserError(
-            "--fix: shards can be fixed; a folder of pictures can be made into shards by 'data prepare captions'"
-        )
-    captions = arguments.captions or (own_schema(arguments.urls) if folder is None else None)
-    with storage(), progress("shards checked" if folder is None else "parts checked") as told:
+    noun = "table" if is_table(arguments.urls) else "shard" if folder is None else "folder"
+    if noun != "shard" and arguments.fix:
+        what = "a folder of pictures" if folder is not None else "a table"
+        raise UserError(f"--fix: shards can be fixed; {what} can be made into shards by 'data prepare captions'")
+    captions = arguments.captions or (own_schema(arguments.urls) if noun == "shard" else None)
+    with storage(), progress("shards checked" if noun == "shard" else "parts checked") as told:
         options: dict[str, Any] = {"captions": captions, "max_pixels": arguments.max_pixels, "progress": told}
-        reports = check_shards(arguments.urls, **options) if folder is None else check_folder(folder, **options)
+        if folder is not None:
+            reports = check_folder(folder, **options)
+        else:
+            reports = (check_table if noun == "table" else check_shards)(arguments.urls, **options)
     faults, notes = Counter[str](), Counter[str]()
     for report in reports:
         faults.update(report.faults)

@@ -19,10 +19,17 @@ def storage() -> AbstractContextManager[None]:
     return storage_faults("data: storage fails")
 
 
-def add_command(commands: Any, name: str, purpose: str, *, folder: bool = False) -> argparse.ArgumentParser:
-    """A command on shards, or with ``folder`` on a folder of pictures, too."""
+def add_command(
+    commands: Any, name: str, purpose: str, *, folder: bool = False, table: bool = False
+) -> argparse.ArgumentParser:
+    """A command on shards, or with ``folder`` on a folder of pictures and with ``table`` on tables, too."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=purpose)
-    parser.add_argument("urls", nargs="+", metavar="URLS", help=URLS + "; or one folder of pictures" * folder)
+    parser.add_argument(
+        "urls",
+        nargs="+",
+        metavar="URLS",
+        help=URLS + "; or one folder of pictures" * folder + "; or tables" * table,
+    )
     return parser
 
 
@@ -55,6 +62,7 @@ def options_of(kind: Callable[..., T], arguments: argparse.Namespace, **others: 
 def own_schema(urls: list[str]) -> str | None:
     """The caption schema that 'data prepare' noted beside the shards."""
     from cosmos_ssl.data import expand
+    from cosmos_ssl.data.table import is_table
     from cosmos_ssl.shards.output import schema_beside
 
-    return schema_beside(expand(urls)[0])
+    return None if is_table(urls) else schema_beside(expand(urls)[0])

@@ -1,4 +1,4 @@
-"""``cosmos-ssl data index``: shards or a folder of pictures scanned once, so that runs start at once."""
+"""``cosmos-ssl data index``: shards, a folder of pictures or tables scanned once, so that runs start at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from cosmos_ssl.errors import EXIT_DONE
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    index = add_command(commands, "index", "scan shards or a folder once, so that runs start at once", folder=True)
+    index = add_command(
+        commands, "index", "scan shards, a folder or tables once, so that runs start at once", folder=True, table=True
+    )
     where = "where the manifest goes (default: beside the data, or the user's cache folder)"
     index.add_argument("--cache-dir", metavar="DIR", help=where)
     every_byte = "hash every byte, not some of each file: no change goes unseen from then on"
@@ -25,9 +27,13 @@ def add_parser(commands: Any) -> None:
 
 def _index(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.data.folder import picture_folder
+    from cosmos_ssl.data.table import is_table
 
     folder = picture_folder(arguments.urls)
-    report = _index_shards(arguments) if folder is None else _index_folder(folder, arguments)
+    if folder is not None:
+        report = _index_folder(folder, arguments)
+    else:
+        report = _index_table(arguments) if is_table(arguments.urls) else _index_shards(arguments)
     if arguments.json:
         write_json(arguments.json, report)
     return EXIT_DONE
@@ -55,6 +61,20 @@ def _index_folder(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
     _tell("index", index.path, Folder(folder, cache_dir=arguments.cache_dir).identity(), folder_notices(index))
     sizes = zip(index.classes, index.class_sizes().tolist(), strict=True)
     return {"samples": len(index), "by_class": [{"name": name, "samples": size} for name, size in sizes]}
+
+
+def _index_table(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cosmos_ssl.data.table import TableData, table_notices
+
+    data = TableData(arguments.urls, cache_dir=arguments.cache_dir)
+    with storage(), progress("parts indexed") as told:
+        index = data.load(full_hash=arguments.hash, progress=told)
+    image, captions, label = index.chosen
+    print(f"{len(index.pieces):,} tables, {len(index):,} rows")
+    print(f"columns: pictures {image}, captions {', '.join(captions) or 'none'}, labels {label or 'none'}")
+    _tell("index", index.path, data.identity(), table_notices(index))
+    tables = [{"name": piece.name, "samples": piece.rows, "bytes": piece.size} for piece in index.pieces]
+    return {"samples": len(index), "columns": index.chosen._asdict(), "by_table": tables}
 
 
 def _tell(what: str, path: Path | None, identity: Any, notices: list[str]) -> None:

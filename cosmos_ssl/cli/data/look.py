@@ -15,7 +15,7 @@ from cosmos_ssl.errors import EXIT_DONE, DataError, UserError
 
 if TYPE_CHECKING:
     from cosmos_ssl.api import Tokenizer
-    from cosmos_ssl.data import Shards
+    from cosmos_ssl.data import Shards, TableData
     from cosmos_ssl.evaluation.contact_sheet import SampleLook
 
 _ROOM = 2048
@@ -24,7 +24,7 @@ _ROOM = 2048
 
 def add_parser(commands: Any) -> None:
     """Add the two commands."""
-    stats = add_command(commands, "stats", "samples, image sizes, sentences and tokens of captions")
+    stats = add_command(commands, "stats", "samples, image sizes, sentences and tokens of captions", table=True)
     schemas = "dreamlip, pixelprose, txt, json:KEY, all (default: as noted beside the shards, else all)"
     stats.add_argument("--captions", metavar="SCHEMA", help=schemas)
     looked_at = "evenly spread samples to look at, 0: all (default: %(default)s)"
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     add_json(stats)
     stats.set_defaults(run=_stats)
 
-    show = add_command(commands, "show", "pictures and a page of the views that a config draws of samples")
+    show = add_command(commands, "show", "pictures and a page of the views that a config draws of samples", table=True)
     config = "a file, or the name of a config that comes with cosmos-ssl"
     show.add_argument("--config", required=True, metavar="CONFIG", help=config)
     show.add_argument("--output", type=Path, required=True, metavar="DIR", help="where index.html and the PNG files go")
@@ -146,10 +146,16 @@ def _show(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _open(urls: list[str], wanted: str | None) -> tuple[Shards, str | None, list[str]]:
+def _open(urls: list[str], wanted: str | None) -> tuple[Shards | TableData, str | None, list[str]]:
     """The shards by the schema of the config; where they have no captions by it, by their own, with a notice."""
     from cosmos_ssl.data import Shards
+    from cosmos_ssl.data.table import Columns, TableData, is_table
 
+    if is_table(urls):
+        captions = None if wanted is not None else ()
+        table = TableData(urls, columns=Columns(caption_columns=captions), texts=wanted is not None)
+        table.prepare()
+        return table, ", ".join(table.index.chosen.captions) or None, []
     shards = Shards(urls, caption_schema=wanted)
     if wanted is None:
         return shards, None, []

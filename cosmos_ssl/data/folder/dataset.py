@@ -16,7 +16,7 @@ from cosmos_ssl.api import BadSample, DataError, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder.index import FolderIndex, shown
 from cosmos_ssl.data.folder.scan import EXTENSIONS, TEXT_EXTENSION, check_is_folder, is_indexed, load_folder
-from cosmos_ssl.data.scan import folder_shards
+from cosmos_ssl.data.scan import folder_shards, saved_folder
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean, listed
 from cosmos_ssl.liveness import OnProgress
@@ -211,10 +211,11 @@ def folder_notices(index: FolderIndex) -> list[str]:
 
 
 def picture_folder(urls: str | Path | Sequence[str]) -> Path | None:
-    """The folder of pictures that ``urls`` names, or None where they name something else: shards, or folders that hold
-    shards and no picture. Raises DataError for several folders of pictures."""
+    """The folder of pictures that ``urls`` names, or None where they name something else: shards, tables, or folders
+    that hold shards and no picture. Raises DataError for several folders of pictures."""
     names = [str(urls)] if isinstance(urls, str | Path) else list(urls)
     folders = [local_path(name) for name in names if is_local(name) and local_path(name).is_dir()]
+    folders = [folder for folder in folders if not saved_folder(folder)]
     folders = [folder for folder in folders if not folder_shards(folder) or _has_picture(folder)]
     if folders and len(names) > 1:
         raise DataError(

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.data.cache import cache_root, lock
+from cosmos_ssl.data.table.files import URL_NAMES, OnRead, open_table
 from cosmos_ssl.errors import StorageError, UserError
 from cosmos_ssl.files import written_whole
 from cosmos_ssl.liveness import OnStage
-from cosmos_ssl.shards.prepare.tables import URL_NAMES, OnRead, find_tables, open_table, stamps
+from cosmos_ssl.shards.prepare.tables import find_tables, stamps
 
 _REQUIREMENT = "img2dataset>=1.45"
 _SHARD = 10_000

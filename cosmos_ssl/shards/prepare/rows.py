@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_ssl.data.table.files import IMAGE_NAMES, URL_NAMES, OnRead, Table, cell_or_bytes, open_table
 from cosmos_ssl.errors import BadSample, UserError
 from cosmos_ssl.files import written_whole
 from cosmos_ssl.shards.keys import KEY, hashed
-from cosmos_ssl.shards.prepare.tables import IMAGE_NAMES, URL_NAMES, OnRead, Table, open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,14 +142,6 @@ def _cells(column: pa.Array) -> list[Any]:
         return list(column.to_pylist())
     except UnicodeDecodeError:  # parquet files hold whatever their writer put there
         return [cell_or_bytes(cell) for cell in column]
-
-
-def cell_or_bytes(cell: pa.Scalar) -> Any:
-    """The value of a cell; bytes where it says that it is a string and is none."""
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError:
-        return b""
 
 
 class Rows:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from ast import literal_eval
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cosmos_ssl.data.captions import as_sentences
+from cosmos_ssl.data.captions import as_sentences, written_list
 
 _PUBLISHED = re.compile(r"\n|</s>|\.")
 _CAREFUL = re.compile(r"""\n|</s>|\.(?=["')\]]?(?:\s|$|</s>))""")
@@ -64,20 +62,6 @@ def sentences(value: Any, split: Callable[[str], list[str]]) -> tuple[list[str],
     writes it.
     """
     if isinstance(value, str):
-        listed = _written_list(value)
+        listed = written_list(value)
         return (split(value), False) if listed is None else (as_sentences(listed), True)
     return as_sentences(value), isinstance(value, list)
-
-
-def _written_list(text: str) -> list[Any] | None:
-    text = text.strip()
-    if not (text.startswith("[") and text.endswith("]") and text[1:-1].strip()[:1] in ('"', "'")):
-        return None
-    for read in (json.loads, literal_eval):
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(found, list) and all(isinstance(item, str) for item in found):
-            return found
-    return None

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_ssl.api import Aside, Location, Sample, Spec
+from cosmos_ssl.data.dealing import dealt_place, dealt_sizes
 from cosmos_ssl.data.folder import EXTENSIONS, Folder
 
 # The order shuffles whole shards and then, where there are more than loader.shuffle_samples, within windows of
@@ -54,24 +55,13 @@ class ImageFolder(Folder):
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """Pictures of each shard, int64 [shards]; at most ``DEALT``."""
-        rounds, larger = divmod(len(self), self._shards)
-        return np.where(np.arange(self._shards) < larger, rounds + 1, rounds).astype(np.int64)
-
-    @property
-    def _shards(self) -> int:
-        return -(-len(self) // DEALT)
+        return dealt_sizes(len(self), DEALT)
 
     def place(self, index: int) -> int:
         """Return where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt
         round by round.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
-        rounds, larger = divmod(len(self), self._shards)  # the first ones have one more
-        shard, card = divmod(index, rounds + 1)
-        if shard >= larger:
-            shard, card = divmod(index - larger, rounds)
-        return card * self._shards + shard
+        return dealt_place(index, len(self), DEALT)
 
     def read(self, index: int) -> Sample:
         """Sample ``index``; its key is its path from the folder. Raises OSError where storage fails, IndexError."""
