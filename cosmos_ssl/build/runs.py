@@ -23,6 +23,7 @@ from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.optim import Optimizer, trained
 from cosmos_ssl.engine.probe import Rows, measured
+from cosmos_ssl.engine.remote import url_fault
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
@@ -110,6 +111,9 @@ def check(loaded: LoadedConfig) -> Assembly:
             "xformers adds up gradients in an order that differs from run to run, which training.deterministic refuses"
         )
         raise ConfigError([loaded.fault("training.attention", f"{told}. Set it to auto, varlen or sdpa")])
+    copy_to = loaded.config.checkpoints.copy_to
+    if copy_to is not None and (refused := url_fault(copy_to, loaded.config.folder)) is not None:
+        raise ConfigError([loaded.fault("checkpoints.copy_to", refused)])
     builder = Builder(loaded)
     assembly = builder.assemble("check")
     builder.check_sizes(assembly)
