@@ -54,7 +54,7 @@ from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import News, Step, Update
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
-from cosmos_ssl.engine.watchdog import Watchdog
+from cosmos_ssl.engine.watchdog import Watchdog, watched_start
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
 from cosmos_ssl.files import checkpoint_folder, storage_faults
 from cosmos_ssl.functional import gather_objects
@@ -112,6 +112,8 @@ class Trainer:
         self.total_steps = total_steps(config, self.order)
         self.run: Run | None = None
         """The run under way."""
+        self.starting = ExitStack()
+        """A watchdog until that of the steps."""
         self.longer: Longer | None = None
         """On the first rank: what a run was that is longer now."""
 
@@ -130,6 +132,10 @@ class Trainer:
             stack.enter_context(lines(self.console))
             if not self._watching:
                 stack.enter_context(self.signals)
+            self.starting = stack.enter_context(ExitStack())
+            self.starting.enter_context(
+                watched_start(self.config.training.timeout_minutes, self.folder.log, self.world.rank)
+            )
             self.world.run_on_first(lambda: stack.enter_context(self.folder.locked()))
             stack.enter_context(as_run_errors())
             if self.config.checkpoints.copy_to is not None and self.keep:
@@ -137,6 +143,7 @@ class Trainer:
                     self.world.run_on_first(self._bring_back)
             result = self.world.run_on_first(self._finished)
             if result is not None:
+                self.starting.close()
                 if self.world.first:
                     self._copy_rest(result["step"])
                 log.info("run %s is finished (step %s)", self.folder.path, f"{result['step']:,}")
@@ -245,6 +252,7 @@ class Run:
         self.world.run_on_first(lambda: self._settle(fork))
         trainer.loader.check_limits()
         self.signals.at_once = not trainer.keep
+        trainer.starting.close()
         self.watchdog = stack.enter_context(
             Watchdog(self.config.training.timeout_minutes, self.folder.log, self._where)
         )
@@ -599,6 +607,8 @@ class Run:
             before = saved["ranks"]
             moved = f" on {self.world.size} ranks; it was saved on {before}" if before != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)
+        for notice in self.assembly.notices:
+            log.info("%s", notice)
         self._announce_precision(saved)
         if self.attention:
             log.info("attention: %s", self.attention)
