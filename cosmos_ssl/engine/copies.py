@@ -93,7 +93,9 @@ class Copies:
         failures = 0
         while True:
             with self._changed:
-                wait = min(RETRY_SECONDS[0] * 2 ** max(failures - 1, 0), RETRY_SECONDS[1]) if failures else None
+                wait = (
+                    min(RETRY_SECONDS[0] * 2 ** min(max(failures - 1, 0), 16), RETRY_SECONDS[1]) if failures else None
+                )
                 if self._leaving:  # the run waits
                     wait = min(wait or 0.0, max(self._ending - time.monotonic(), 0.0), RETRY_SECONDS[0])
                 if not self._asked:
@@ -140,7 +142,10 @@ class Copies:
     def _is_same(self, step: int, files: object) -> bool:
         """Whether a copy is of the checkpoint of that step here, or of one that is no longer here."""
         path = checkpoint_folder(self.run_dir, step) / MANIFEST
-        return not path.exists() or json.loads(path.read_bytes())["files"] == files
+        try:
+            return bool(json.loads(path.read_bytes())["files"] == files)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged here: the copy is the better one
+            return True
 
     def _left(self) -> list[int]:
         """What is still to be copied, the newest first."""

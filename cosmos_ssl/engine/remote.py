@@ -123,8 +123,11 @@ class Remote:
         """
         step = checkpoint_step(checkpoint)
         assert step is not None, checkpoint
-        told = (checkpoint / MANIFEST).read_bytes()
-        files = json.loads(told)["files"]
+        try:
+            told = (checkpoint / MANIFEST).read_bytes()
+            files = dict(json.loads(told)["files"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint / MANIFEST} is damaged") from error
 
         def put(system: Any, base: str) -> None:
             place = _folder(base, step)

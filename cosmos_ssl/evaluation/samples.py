@@ -143,8 +143,8 @@ class EvaluationData:
 
 
 class Sources:
-    """Sizes, times and contents of the files that samples are read from, as they were when each was first looked at; threads may
-    share one.
+    """Sizes, times and contents of the files that samples are read from, as they were when each was first looked at;
+    threads may share one.
 
     A part's own data set that is not ``FileBacked`` has none.
     """
