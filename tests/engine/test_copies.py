@@ -211,7 +211,7 @@ def test_a_damaged_copy_is_passed_over(saved, tmp_path, system):
     with pytest.raises(CheckpointError, match=r"teacher.safetensors has changed since it was written"):
         remote.send(saved / "checkpoints" / "step_00000008", saved)
     (saved / "checkpoints" / "step_00000008" / "manifest.json").write_bytes(b"{")
-    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged"):
         remote.send(saved / "checkpoints" / "step_00000008", saved)
     assert list(remote.whole()) == [10]
 
