@@ -18,6 +18,10 @@ EXIT_SAVED = 75
 EXIT_INTERRUPTED = 130
 
 
+STOOD_STILL = "nothing has happened"
+"""So begins what a process says that ends because it has stopped making progress."""
+
+
 class CosmosError(Exception):
     """Base of every error that is shown as its message alone; ``exit_code`` is what the process returns."""
 

@@ -23,6 +23,25 @@ def alive(done: int = 0, total: int = 0) -> None:
         listen()
 
 
+_doing: list[str] = []
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """While entered, ``place`` says what is done; it is a sign of life too."""
+    _doing.append(what)
+    alive()
+    try:
+        yield
+    finally:
+        _doing.remove(what)
+
+
+def place() -> str:
+    """What is done now, of the work before training starts."""
+    return _doing[-1] if _doing else "at the start"
+
+
 @contextmanager
 def on_alive(listen: Callable[[], None]) -> Iterator[None]:
     """While entered, ``listen`` is called by ``alive``."""

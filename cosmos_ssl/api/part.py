@@ -46,6 +46,10 @@ class Part:
     part_name: str = ""
     part_source: str = ""
 
+    def notice(self) -> str:
+        """One line that whoever starts a run should read of how this part is set; none by default."""
+        return ""
+
     def set_progress(self, progress: Progress) -> None:
         """Learn where the run is, before each step: towers, heads and augmenters (a worker: of the batch's step).
 

@@ -207,6 +207,9 @@ class Builder:
             raise ConfigError(unread)
         for told in plan.warnings if mode == "train" else ():
             log.warning("%s", told)
+        built: dict[str, Part] = {f"losses.{name}": loss for name, loss in losses.items()}
+        built |= {"teacher": teacher, **{f"heads.{name}": head for name, head in heads.items()}}
+        built |= {f"model.{modality}": tower for modality, tower in towers.items()}
         with watch():
             evaluators = self._evaluators(spec, towers, prepare=prepare)
         return Assembly(
@@ -227,6 +230,7 @@ class Builder:
             callbacks=self._callbacks(spec, model),
             frozen=model.freeze_unread(plan),
             start=start,
+            notices=_notices(built),
             parts={each.path: f"{each.record.name} ({each.record.source})" for each in self._all_chosen()},
             places=self.places,
         )
@@ -481,6 +485,16 @@ class Builder:
                     faults.append(self._option_fault(f"model.{modality}", error))
         if faults:
             raise ConfigError(faults)
+
+
+def _notices(parts: Mapping[str, Part]) -> list[str]:
+    """What parts have to say of how they are set, by their places in the config."""
+    found = []
+    for path, part in parts.items():
+        with blaming(part, path):
+            told = part.notice()
+        found += [f"{path}: {told}"] if told else []
+    return found
 
 
 class Offers(UserDict[str, ViewSpec]):

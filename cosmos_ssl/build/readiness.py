@@ -12,7 +12,7 @@ import torch
 
 from cosmos_ssl.api import IndexedDataset
 from cosmos_ssl.build.builder import PRETRAINED, Builder
-from cosmos_ssl.build.runs import claim, watched
+from cosmos_ssl.build.runs import claim, preparing, watched
 from cosmos_ssl.build.weights import start_from
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.ranks import check_ranks
@@ -28,6 +28,7 @@ from cosmos_ssl.errors import ConfigError, DataError
 from cosmos_ssl.files import storage_faults
 from cosmos_ssl.identity import Identity
 from cosmos_ssl.interop.foreign import is_remote
+from cosmos_ssl.liveness import doing
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.precision import DTYPES, resolve_precision
@@ -41,11 +42,14 @@ def make_ready(loaded: LoadedConfig, *, scan: bool = True, fork: str | None = No
     ``fork``: the run that it goes on from, which is noted in the folder. Raises UserError where something is missing or
     the folder is another run's, and, without ``scan``, where shards are not indexed yet.
     """
-    claim(loaded.config.folder)
-    builder = Builder(loaded)
-    if not scan:
-        _check_indexed(builder.assemble("check"))
-    _check_rest(builder, builder.assemble("prepare", watched=lambda: watched(loaded)), fork, prepared=True)
+    with watched(loaded):
+        with doing(f"claiming the run folder {loaded.config.folder}"):
+            claim(loaded.config.folder)
+        builder = Builder(loaded)
+        if not scan:
+            with preparing():
+                _check_indexed(builder.assemble("check"))
+        _check_rest(builder, builder.assemble("prepare", watched=preparing), fork, prepared=True)
     if fork is not None:
         ask_fork(RunFolder(loaded.config.folder), fork)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from cosmos_ssl.engine.fork import ask_fork
 from cosmos_ssl.engine.metrics import Writer
 from cosmos_ssl.engine.optim import Optimizer, trained
 from cosmos_ssl.engine.probe import Rows, measured
+from cosmos_ssl.engine.remote import url_fault
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
-from cosmos_ssl.engine.watchdog import Watchdog
+from cosmos_ssl.engine.watchdog import watched_start
 from cosmos_ssl.errors import ConfigError
 from cosmos_ssl.files import storage_faults
-from cosmos_ssl.liveness import on_alive
+from cosmos_ssl.liveness import doing
 from cosmos_ssl.registry import shown
 from cosmos_ssl.streams import steady_streams
 
@@ -110,6 +111,9 @@ def check(loaded: LoadedConfig) -> Assembly:
             "xformers adds up gradients in an order that differs from run to run, which training.deterministic refuses"
         )
         raise ConfigError([loaded.fault("training.attention", f"{told}. Set it to auto, varlen or sdpa")])
+    copy_to = loaded.config.checkpoints.copy_to
+    if copy_to is not None and (refused := url_fault(copy_to, loaded.config.folder)) is not None:
+        raise ConfigError([loaded.fault("checkpoints.copy_to", refused)])
     builder = Builder(loaded)
     assembly = builder.assemble("check")
     builder.check_sizes(assembly)
@@ -191,9 +195,11 @@ def _trainer(
     loaded: LoadedConfig, *, fork: str | Path | None, writers: Sequence[Writer] = (), signals: Signals | None = None
 ) -> Trainer:
     folder = loaded.config.folder
-    World().run_on_first(lambda: claim(folder, fork))  # said now rather than after the data is ready
-    assembly = Builder(loaded).assemble("train", watched=lambda: watched(loaded))
-    return Trainer(assembly, loaded.config, folder, writers=writers, signals=signals)
+    with watched(loaded):
+        with doing(f"claiming the run folder {folder}"):
+            World().run_on_first(lambda: claim(folder, fork))  # said now rather than after the data is ready
+        assembly = Builder(loaded).assemble("train", watched=preparing)
+        return Trainer(assembly, loaded.config, folder, writers=writers, signals=signals)
 
 
 def claim(folder: Path, fork: str | Path | None = None) -> None:
@@ -206,11 +212,12 @@ def claim(folder: Path, fork: str | Path | None = None) -> None:
 
 @contextmanager
 def watched(loaded: LoadedConfig) -> Iterator[None]:
-    """End this process where nothing is heard of the data's preparation for as long as of a step."""
+    """End this process where nothing is heard of the work before training for as long as of a step."""
     rank = World().rank
-    folder = RunFolder(loaded.config.folder, rank)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    minutes = loaded.config.training.timeout_minutes
-    watchdog = Watchdog(minutes, folder.log, lambda: f"rank {rank}, preparing the data")
-    with watchdog, on_alive(watchdog.alive):
+    with watched_start(loaded.config.training.timeout_minutes, RunFolder(loaded.config.folder, rank).log, rank):
         yield
+
+
+def preparing() -> AbstractContextManager[None]:
+    """What a watchdog says while data are looked at and indexed."""
+    return doing("preparing the data")

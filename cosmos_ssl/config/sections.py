@@ -212,6 +212,8 @@ class CheckpointsConfig(Section):
 
     One that is due by ``every_steps`` is always written: where an older one is still being written, the run waits.
     ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
+    ``copy_to``: an fsspec URL to which each is copied, such as ``s3://bucket/run``; a run whose folder has none as new
+    goes on from there.
     """
 
     every_minutes: Minutes | None = 30.0
@@ -219,6 +221,7 @@ class CheckpointsConfig(Section):
     keep_last: Count = 2
     keep_every_epochs: Count | None = None
     on_failure: Literal["continue", "stop"] = "continue"
+    copy_to: Annotated[str, Field(min_length=1)] | None = None
 
 
 class LoggingConfig(Section):

@@ -97,6 +97,8 @@ class Assembly:
     """Parameters that the plan never reaches."""
     start: str = ""
     """For people: what was taken over from ``model.pretrained``."""
+    notices: Sequence[str] = ()
+    """For people: what parts have to say of how they are set (``Part.notice``)."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Config path of each part -> name, distribution and version."""
     places: Callable[[], Mapping[str, str | None]] = dict

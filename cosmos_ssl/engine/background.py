@@ -1,15 +1,18 @@
-"""Writes checkpoints behind the training loop, and removes the old ones."""
+"""Writes checkpoints behind the training loop, has them copied elsewhere, and removes the old ones."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
 from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint
+from cosmos_ssl.engine.copies import Copies
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
@@ -47,8 +50,11 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._step = -1
         self._owed, self._begun = False, time.monotonic()
+        self.copies: Copies | None = None
         if writes:
             _set_aside(run_dir, newer_than=-1 if sound is None else sound)
+            if settings.copy_to is not None:
+                self.copies = Copies(run_dir, settings.copy_to, self._kept, self._prune)
 
     def due(self, step: int) -> bool:
         """Return whether to write after ``step``. One that is due by its step is never passed over, and waits for a
@@ -92,27 +98,45 @@ class CheckpointWriter:
         if self.sound != step:
             raise self.take_fault()
 
-    def close(self) -> None:
-        """Wait, and end the thread."""
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close(finished=kind is None)
+
+    def close(self, *, finished: bool = True) -> None:
+        """Wait, of copies where the run is ``finished``, and end the thread."""
         self._collect()
         self._thread.shutdown()
         if self._fault is not None:
             log.warning("%s", self.take_fault())
+        if self.copies is not None:
+            self.copies.close(finished=finished)
 
     def _write(self, snapshot: Snapshot) -> None:
         start = time.monotonic()
         save_checkpoint(self.run_dir, snapshot)
         self.seconds = time.monotonic() - start
         self.sound = snapshot.step
+        if self.copies is not None:
+            self.copies.prunes = snapshot.settled
         if snapshot.settled:
             self._prune()
+        if self.copies is not None:
+            self.copies.added()
 
     def _prune(self) -> None:
+        """Remove what the rules let go, but nothing that is still to be copied."""
         steps = [checkpoint_step(path) or 0 for path in checkpoint_folders(self.run_dir)]
-        kept = {step for step in steps if self._stays(step)} | set(steps[-self.settings.keep_last :]) | {self.sound}
-        for path in checkpoint_folders(self.run_dir):
-            if checkpoint_step(path) not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        kept = self._kept(steps) | {self.sound}
+        with nullcontext(set[int]()) if self.copies is None else self.copies.held(steps) as held:
+            for path in checkpoint_folders(self.run_dir):
+                if checkpoint_step(path) not in kept | held:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _kept(self, steps: Collection[int]) -> set[int]:
+        """Return those of the checkpoints of these steps that the rules keep."""
+        return {step for step in steps if self._stays(step)} | set(sorted(steps)[-self.settings.keep_last :])
 
     def _stays(self, step: int) -> bool:
         """Return whether the checkpoint of ``step`` is kept for good."""

@@ -47,13 +47,14 @@ from cosmos_ssl.engine.metrics import (
     names_from,
 )
 from cosmos_ssl.engine.prolong import Longer, plan_longer, stable_steps
+from cosmos_ssl.engine.remote import bring_back
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import News, Step, Update
 from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
-from cosmos_ssl.engine.watchdog import Watchdog
+from cosmos_ssl.engine.watchdog import Watchdog, watched_start
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
 from cosmos_ssl.files import checkpoint_folder, storage_faults
 from cosmos_ssl.functional import gather_objects
@@ -111,6 +112,8 @@ class Trainer:
         self.total_steps = total_steps(config, self.order)
         self.run: Run | None = None
         """The run under way."""
+        self.starting = ExitStack()
+        """A watchdog until that of the steps."""
         self.longer: Longer | None = None
         """On the first rank: what a run was that is longer now."""
 
@@ -129,10 +132,20 @@ class Trainer:
             stack.enter_context(lines(self.console))
             if not self._watching:
                 stack.enter_context(self.signals)
+            self.starting = stack.enter_context(ExitStack())
+            self.starting.enter_context(
+                watched_start(self.config.training.timeout_minutes, self.folder.log, self.world.rank)
+            )
             self.world.run_on_first(lambda: stack.enter_context(self.folder.locked()))
             stack.enter_context(as_run_errors())
+            if self.config.checkpoints.copy_to is not None and self.keep:
+                with self.folder.logged():
+                    self.world.run_on_first(self._bring_back)
             result = self.world.run_on_first(self._finished)
             if result is not None:
+                self.starting.close()
+                if self.world.first:
+                    self._copy_rest(result["step"])
                 log.info("run %s is finished (step %s)", self.folder.path, f"{result['step']:,}")
                 return dict(result["metrics"])
             with self.folder.logged():
@@ -153,6 +166,20 @@ class Trainer:
         given = (self.assembly, self.config, state, self.device)
         told = explain_shortage(error, *given, ranks=self.world.size, evaluating=evaluating)
         return told + dump_memory(self.device, place) if self.keep else told
+
+    def _bring_back(self) -> None:
+        """On the first rank: fetch a newer copy of this run's checkpoints. Raises UserError, StorageError."""
+        url, accept = self.config.checkpoints.copy_to, self.config.loader.changed_data == "accept"
+        assert url is not None
+        self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
+        bring_back(url, self.folder, self.identity, accept_data=accept)
+
+    def _copy_rest(self, step: int) -> None:
+        """On the first rank: copy what of a finished run is not copied yet."""
+        if self.config.checkpoints.copy_to is not None and self.keep:
+            stable = stable_steps(self.assembly, self.config, self.total_steps)[0]
+            given = (self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps)
+            CheckpointWriter(*given, sound=step, stable=stable).close()
 
     def _finished(self) -> dict[str, Any] | None:
         """On the first rank: the result where nothing is left to do. Raises UserError for another's folder."""
@@ -221,10 +248,11 @@ class Run:
             stable=stable_steps(self.assembly, self.config, self.total_steps)[0],
             writes=self.world.first and trainer.keep,
         )
-        stack.callback(self.checkpoints.close)
+        stack.push(self.checkpoints)
         self.world.run_on_first(lambda: self._settle(fork))
         trainer.loader.check_limits()
         self.signals.at_once = not trainer.keep
+        trainer.starting.close()
         self.watchdog = stack.enter_context(
             Watchdog(self.config.training.timeout_minutes, self.folder.log, self._where)
         )
@@ -579,6 +607,8 @@ class Run:
             before = saved["ranks"]
             moved = f" on {self.world.size} ranks; it was saved on {before}" if before != self.world.size else ""
             log.info("resuming %s%s.", self._place(), moved)
+        for notice in self.assembly.notices:
+            log.info("%s", notice)
         self._announce_precision(saved)
         if self.attention:
             log.info("attention: %s", self.attention)

@@ -24,6 +24,7 @@ from cosmos_ssl.data.storage import is_local, local_path, stat
 from cosmos_ssl.data.table import is_table, tables_of
 from cosmos_ssl.errors import did_you_mean
 from cosmos_ssl.functional import gather_objects, rank, world_size
+from cosmos_ssl.identity import fingerprint
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -156,8 +157,8 @@ class EvaluationData:
 
 
 class Sources:
-    """Sizes and times of the files that samples are read from, as they were when each was first looked at; threads may
-    share one.
+    """Sizes, times and contents of the files that samples are read from, as they were when each was first looked at;
+    threads may share one.
 
     A part's own data set that is not ``FileBacked`` has none.
     """
@@ -201,9 +202,10 @@ def _stamps(urls: Iterable[str]) -> Iterator[str]:
 
 
 def _stamp(url: str) -> str:
-    """Size and time of a file; nothing where there is none."""
+    """Size and time of a file, and of one of this machine a hash of its contents; nothing where there is none."""
     try:
-        return " ".join(map(str, stat(url)))
+        told = " ".join(map(str, stat(url)))
+        return f"{told} {fingerprint(str(local_path(url)))}" if is_local(url) else told
     except (OSError, DataError):
         return ""
 

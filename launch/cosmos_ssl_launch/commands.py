@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 from cosmos_ssl.files import read_object
-from cosmos_ssl_launch.requeue import NONE, newest_checkpoint, starts
-from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, job_state
+from cosmos_ssl_launch.job import log_file
+from cosmos_ssl_launch.requeue import NONE, OVER, newest_checkpoint, starts
+from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, active_jobs, job_state
 from cosmos_ssl_launch.slurm import cancel as cancel_job
 
 
@@ -19,10 +21,13 @@ def status(run: Path) -> int:
     submission = Submission.of(run)
     lines = [f"{'run':<12}{run}"]
     if submission is not None:
-        state = job_state(submission.job_id)
-        lines.append(f"{'job':<12}{submission.job_id}: {_words(state)}")
+        active = active_jobs(submission)
+        job = active[0][0] if active else _last_to_work(submission, run)
+        lines.append(f"{'job':<12}{job}: {_words(active[0][1] if active else job_state(job))}")
+        if submission.followers:
+            lines.append(f"{'chain':<12}{_chain(submission, run, active)}")
         lines.append(f"{'starts':<12}{len(starts(run))}")
-        lines.append(f"{'log':<12}{submission.log}")
+        lines.append(f"{'log':<12}{log_file(submission.folder, job)}")
     newest = newest_checkpoint(run)
     lines.append(f"{'checkpoint':<12}{newest if newest == NONE else run / 'checkpoints' / newest}")
     if row := _last_row(run / "metrics.jsonl"):
@@ -37,14 +42,16 @@ def status(run: Path) -> int:
 
 
 def cancel(run: Path) -> int:
-    """End the job of a run. It saves first, and is not started again."""
+    """End the job of a run, or what is left of its chain. It saves first, and is not started again."""
     check_run(run)
     submission = Submission.of(run)
-    state = None if submission is None else job_state(submission.job_id)
-    if submission is None or state is None or not state.is_active:
+    active = [] if submission is None else active_jobs(submission)
+    if not active:
         raise UserError(f"run folder {run} has no job that waits or runs")
-    cancel_job(submission.job_id)
-    print(f"job {submission.job_id} is cancelled; it saves first. To go on later: cosmos-launch resume {run}")
+    jobs = [job for job, _ in active]
+    cancel_job(*jobs)
+    rest = f", and of its chain {', '.join(jobs[1:])}" if jobs[1:] else ""
+    print(f"job {jobs[0]} is cancelled{rest}; it saves first. To go on later: cosmos-launch resume {run}")
     return EXIT_DONE
 
 
@@ -52,6 +59,26 @@ def check_run(run: Path) -> None:
     """Raise UserError unless ``run`` is the folder of a run."""
     if not any((run / name).exists() for name in ("config.yaml", QUEUED_CONFIG)):
         raise UserError(f"{run} is no run folder: it holds no config.yaml")
+
+
+def _last_to_work(submission: Submission, run: Path) -> str:
+    """The job of an ended chain that was the last to train: one start is noted of each."""
+    return (
+        submission.jobs[min(max(len(starts(run)), 1), len(submission.jobs)) - 1]
+        if submission.followers
+        else (submission.job_id)
+    )
+
+
+def _chain(submission: Submission, run: Path, active: Sequence[tuple[str, JobState]]) -> str:
+    """How far a chain is, in words."""
+    count, over = len(submission.jobs), run / OVER
+    why = over.read_text(encoding="utf-8", errors="replace").strip().partition(" ")[2] if over.exists() else ""
+    if not active:
+        return f"{count} jobs, none is left" + (f": {why}" if why else "")
+    number, waiting = submission.jobs.index(active[0][0]) + 1, [job for job, _ in active[1:]]
+    left = f"{len(waiting)} after it: {', '.join(waiting)}" if waiting else "the last"
+    return f"job {number} of {count}, {left}" + (f" (they end at once: {why})" if why else "")
 
 
 def _words(state: JobState | None) -> str:

@@ -18,7 +18,17 @@ from typing import Any
 
 from cosmos_ssl.cli.common import execute
 from cosmos_ssl.config import load_config
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_SAVED, EXIT_USER, StorageError, UserError
+from cosmos_ssl.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_LOST,
+    EXIT_SAVED,
+    EXIT_USER,
+    CosmosError,
+    StorageError,
+    UserError,
+    first_line,
+)
 from cosmos_ssl_launch.probe import show
 from cosmos_ssl_launch.requeue import may_restart, newest_checkpoint, note_end, note_start, starts
 
@@ -36,12 +46,13 @@ class SlurmRank:
     """Trains a resolved config as one rank of a SLURM job; submitit pickles and calls it.
 
     ``tree``: the config. ``limit``: restarts in a row without a new checkpoint after which the job ends. ``probe``: so
-    many steps are measured instead.
+    many steps are measured instead. ``chain``: as one of several jobs, none of which is requeued.
     """
 
     tree: dict[str, Any]
     limit: int
     probe: int | None = None
+    chain: bool = False
 
     def __call__(self) -> dict[str, float]:
         """Train; the final metrics. Any other end leaves with its exit code.
@@ -56,7 +67,7 @@ class SlurmRank:
             """Do what is left once all is saved, or before there is anything to save; the process's exit code."""
             if not first:
                 return EXIT_DONE
-            code = requeue() if number == signal.SIGUSR2 else EXIT_SAVED
+            code = requeue() if number == signal.SIGUSR2 and not self.chain else EXIT_SAVED
             note_end(run, code, "saved on a signal" if code == EXIT_SAVED else "not requeued")
             return code
 
@@ -64,8 +75,10 @@ class SlurmRank:
             signal.signal(number, lambda number, frame: os._exit(leaving(number)))
         _prepare_environment()
         metrics: dict[str, float] = {}
+        why = ""
 
         def train() -> int:
+            nonlocal why
             if first:
                 try:
                     note_start(run)
@@ -80,6 +93,9 @@ class SlurmRank:
                 if self.probe is not None:
                     return show(loaded, self.probe, leaving=leaving)
                 metrics.update(build.run(loaded, leaving=leaving))
+            except CosmosError as error:
+                why = f": {first_line(error)}"
+                raise
             finally:  # how it ends is settled; srun sends SIGTERM to all when one rank has left
                 for number in (signal.SIGUSR2, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)
@@ -91,7 +107,7 @@ class SlurmRank:
             note_end(run, EXIT_FAILED, f"rank {os.environ['SLURM_PROCID']}: {type(error).__name__}: {error}")
             raise
         if code in (EXIT_FAILED, EXIT_USER):
-            note_end(run, code, f"rank {os.environ['SLURM_PROCID']}")
+            note_end(run, code, f"rank {os.environ['SLURM_PROCID']}{why}")
         if code == EXIT_LOST:
             time.sleep(GRACE)
         if code != EXIT_DONE or not metrics:
@@ -103,6 +119,9 @@ class SlurmRank:
         from submitit.helpers import DelayedSubmission
 
         run = load_config(self.tree).config.folder
+        if self.chain:  # told to leave before ``leaving`` could be called
+            note_end(run, EXIT_SAVED, "it had not begun")
+            return None
         return DelayedSubmission(self) if may_restart(starts(run), newest_checkpoint(run), self.limit) else None
 
 

@@ -239,7 +239,10 @@ def _dry_run(loaded: Sequence[LoadedConfig], place: Profile, where: str, *, fork
     if place.kind == "local":
         print(f"this trains here, {where}, into {loaded[0].config.folder}")
     else:
-        print(f"this is given to sbatch:\n{batch_script(loaded, place, snapshot=snapshot)}", end="")
+        times = (
+            "" if place.chain is None else f" {place.chain} times, with --dependency=afterany:JOB from the second on"
+        )
+        print(f"this is given to sbatch{times}:\n{batch_script(loaded, place, snapshot=snapshot)}", end="")
     return EXIT_DONE
 
 

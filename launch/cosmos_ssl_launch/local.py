@@ -15,10 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, EXIT_USER
+from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, EXIT_USER, STOOD_STILL
 
 GRACE = 20.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
+
+STUCK = 10.0
+"""Seconds after which a rank that is killed and has not ended is left behind: it waits in the system (state D)."""
 
 PARENT = "COSMOS_LAUNCH_PARENT"
 """Names the process that has started a rank."""
@@ -55,7 +58,7 @@ def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
-                    process.wait()
+            _reap(ranks)
             for number, handler in before.items():
                 signal.signal(number, handler)
         return _outcome(codes, said, folder, began)
@@ -97,7 +100,8 @@ def rank_main() -> int:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     """The exit code of every rank, negative for a signal.
 
-    Once one has failed, the others have ``GRACE`` seconds left.
+    Once one has failed, the others have ``GRACE`` seconds left. One that even SIGKILL does not end counts as ended by
+    it.
     """
     deadline = float("inf")
     while any(process.poll() is None for process in ranks):
@@ -112,20 +116,37 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
                         file=sys.stderr,
                     )
                     process.kill()
-            deadline = float("inf")
+            _reap(ranks)
+            for rank, process in enumerate(ranks):
+                if process.returncode is None:
+                    told = f"rank {rank} (process {process.pid}) is not ended by SIGKILL: it waits in the system, as "
+                    print(f"{told}for storage that hangs. It is left behind", file=sys.stderr, flush=True)
+            break
         time.sleep(0.05)
-    return [process.returncode for process in ranks]
+    return [-signal.SIGKILL if process.returncode is None else process.returncode for process in ranks]
+
+
+def _reap(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for ranks that are killed, but not for ever."""
+    end = time.monotonic() + STUCK
+    while any(process.poll() is None for process in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _outcome(codes: Sequence[int], said: Sequence[IO[str]], folder: Path, began: float) -> int:
     """The code of the run; what the rank that decided it had to say is printed, unless it was the first, which prints
-    itself; and where the last collectives are of one that NCCL has ended.
+    itself; of ranks that stood still each is named; and where the last collectives are of one that NCCL has ended.
     """
     found = [EXIT_LOST if code < 0 else code for code in codes]
     worst = next((code for code in _TELLING if code in found), max(found))
     aborted = [code == -signal.SIGABRT for code in codes]  # as NCCL's watchdog does; what the others see is a lost rank
     rank = max((rank for rank, code in enumerate(found) if code == worst), key=aborted.__getitem__)
-    if worst != EXIT_DONE and (rank > 0 or aborted[0]):
+    stood = (
+        {} if worst != EXIT_LOST else {number: told for number in range(1, len(said)) if (told := _stood(said[number]))}
+    )
+    for number, told in stood.items():
+        print(f"rank {number}: {told}", file=sys.stderr)
+    if worst != EXIT_DONE and rank not in stood and (rank > 0 or aborted[0]):
         said[rank].seek(0)
         lines = said[rank].read().strip().splitlines()
         ended = f"by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"with exit code {codes[rank]}"
@@ -134,3 +155,9 @@ def _outcome(codes: Sequence[int], said: Sequence[IO[str]], folder: Path, began:
         told = f"; its last collectives are in {flights} (read by torch.distributed.flight_recorder)" if fresh else ""
         print(f"rank {rank} ended {ended}{told}" + (f": {lines[-1]}" if lines else ""), file=sys.stderr)
     return worst
+
+
+def _stood(said: IO[str]) -> str:
+    """Where a rank that stood still says that it stood."""
+    said.seek(0)
+    return next((line for line in said.read().splitlines() if line.startswith(STOOD_STILL)), "")

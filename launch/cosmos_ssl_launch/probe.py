@@ -109,7 +109,7 @@ def _on_slurm(loaded: LoadedConfig, place: SlurmProfile, steps: int, *, snapshot
     make_ready(loaded, scan=False)
     if snapshot:
         take_snapshot(loaded.config.folder, loaded.tree)
-    once = place.model_copy(update={"restarts_without_progress": 0})
+    once = place.model_copy(update={"restarts_without_progress": 0, "chain": None})
     [submission] = submit([loaded], once, snapshot=snapshot, probe=steps)
     print(
         f"probing {steps} steps as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks", flush=True

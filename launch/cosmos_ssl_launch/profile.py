@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from cosmos_ssl.config.source import COMMAND_LINE, Node, fault, merge, parse_overrides, read_file
@@ -95,6 +95,16 @@ class SlurmProfile(_Profile):
     """Further options of sbatch, by name."""
     restarts_without_progress: Annotated[int, Field(ge=0)] = 3
     """So many restarts in a row without a new checkpoint end a job."""
+    chain: Positive | None = None
+    """So many jobs of the run, one after the other, in the place of requeueing."""
+
+    @model_validator(mode="after")
+    def _not_both(self) -> SlurmProfile:
+        """Raise an error where jobs of a chain would be requeued too."""
+        if self.chain is not None and self.slurm.get("requeue", False) is not False:
+            wanted = "no slurm.requeue beside it: the jobs of a chain follow one another and are not requeued"
+            raise PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
+        return self
 
     @property
     def ranks(self) -> int:
@@ -154,6 +164,10 @@ def read_profile(name: str, values: Sequence[str] = ()) -> Profile:
         profile = model.model_validate(root.plain())
     except ValidationError as error:
         found = error.errors(include_url=False)
+        if whole := [one for one in found if not one["loc"]]:  # what two keys make together
+            origin = (root.at(["chain"]) or root).origin
+            faults.append(_fault(origin, "chain", f"expected {whole[0]['msg']}"))
+            found = []
         for key in dict.fromkeys(str(one["loc"][0]) for one in found):
             faults += _of_key(
                 root, model, key, [{**one, "loc": one["loc"][1:]} for one in found if one["loc"][0] == key]
@@ -168,6 +182,9 @@ def _of_key(root: Node, model: type[BaseModel], key: str, errors: Sequence[Mappi
     node = root.at([key]) or root
     if errors[0]["type"] == "extra_forbidden":
         known = list(model.model_fields)
+        if model is LocalProfile and key in SlurmProfile.model_fields:
+            told = f"unknown key. Accepts: {', '.join(known)}; {key} is of profiles of kind slurm"
+            return [_fault(node.origin, key, told)]
         return [_fault(node.origin, key, f"unknown key.{did_you_mean(key, known)} Accepts: {', '.join(known)}")]
     if key == "time":
         return [

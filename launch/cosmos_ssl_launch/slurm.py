@@ -21,7 +21,7 @@ from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOS
 from cosmos_ssl.files import read_object
 from cosmos_ssl_launch.job import SlurmRank, log_file
 from cosmos_ssl_launch.profile import SlurmProfile
-from cosmos_ssl_launch.requeue import after_srun, before_srun
+from cosmos_ssl_launch.requeue import OVER, STARTS, after_link, after_srun, before_link, before_srun
 from cosmos_ssl_launch.snapshot import CODE, drop_snapshot, take_snapshot
 
 SUBMISSION = "slurm/submission.json"
@@ -49,15 +49,24 @@ ACTIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job of one run: its id (``12_0`` in an array), the folder of its logs, the profile."""
+    """A job of one run: its id (``12_0`` in an array), the folder of its logs, the profile; in a chain the first of its
+    ``jobs``.
+    """
 
     job_id: str
     folder: Path
     profile: Mapping[str, Any]
+    followers: tuple[str, ...] = ()
+    """The other jobs of its chain, each of which waits for the one before."""
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The ids of all jobs of the run, in their order."""
+        return (self.job_id, *self.followers)
 
     @property
     def log(self) -> Path:
-        """The file with what the first rank prints."""
+        """The file with what the first rank of the first job prints."""
         return log_file(self.folder, self.job_id)
 
     @classmethod
@@ -68,14 +77,23 @@ class Submission:
             return None
         advice = "It tells the run's job: see that none is queued (squeue), and delete it"
         found = read_object(path, {"job": str, "folder": str, "profile": dict}, advice)
-        return cls(found["job"], Path(found["folder"]), found["profile"])
+        return cls(found["job"], Path(found["folder"]), found["profile"], tuple(found.get("followers", ())))
 
     def record(self, run: Path) -> None:
         """Leave a note of it in the run folder."""
         path = run / SUBMISSION
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            json.dumps({"job": self.job_id, "folder": str(self.folder), "profile": dict(self.profile)}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "job": self.job_id,
+                    "followers": self.followers,
+                    "folder": str(self.folder),
+                    "profile": dict(self.profile),
+                },
+                indent=1,
+            )
+            + "\n"
         )
 
 
@@ -99,8 +117,9 @@ def queue(
         take_snapshot(one.config.folder, one.tree) if snapshot else drop_snapshot(one.config.folder)
     submissions = submit(loaded, place, snapshot=snapshot)
     for one, submission in zip(loaded, submissions, strict=True):
+        chained = f", a chain with {', '.join(submission.followers)}" if submission.followers else ""
         print(
-            f"queued as job {submission.job_id}, on {place.nodes} x {place.tasks_per_node} ranks, into "
+            f"queued as job {submission.job_id}{chained}, on {place.nodes} x {place.tasks_per_node} ranks, into "
             f"{one.config.folder}"
         )
         print(f"  log     {submission.log} (the other ranks: {submission.job_id}_RANK_log.out)")
@@ -111,21 +130,16 @@ def queue(
     try:
         return show_log(submissions[0])
     except KeyboardInterrupt:
-        print(
-            f"job {submissions[0].job_id} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}",
-            file=sys.stderr,
-        )
+        jobs = ", ".join(submissions[0].jobs)
+        print(f"job {jobs} goes on. To end it: cosmos-launch cancel {loaded[0].config.folder}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def check_not_queued(run: Path) -> None:
     """Raise UserError where a job of this run folder waits or runs."""
     submission = Submission.of(run)
-    state = None if submission is None else job_state(submission.job_id)
-    if submission is not None and state is not None and state.is_active:
-        raise UserError(
-            f"run folder {run} has job {submission.job_id} ({state.name}). End it first: cosmos-launch cancel {run}"
-        )
+    for job, state in active_jobs(submission) if submission is not None else ():
+        raise UserError(f"run folder {run} has job {job} ({state.name}). End it first: cosmos-launch cancel {run}")
 
 
 # ---------------------------------------------------------------------------- submission
@@ -142,6 +156,8 @@ def submission_folder(runs: Sequence[Path]) -> Path:
 
 def batch_script(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: bool) -> str:
     """The script that would be given to sbatch."""
+    if profile.chain is not None and len(loaded) > 1:
+        return "\n".join(batch_script([one], profile, snapshot=snapshot) for one in loaded)
     executor = _executor(loaded, profile, submission_folder([one.config.folder for one in loaded]), snapshot=snapshot)
     if len(loaded) > 1:
         executor.parameters["map_count"] = len(loaded)
@@ -151,27 +167,65 @@ def batch_script(loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snaps
 def submit(
     loaded: Sequence[LoadedConfig], profile: SlurmProfile, *, snapshot: bool, probe: int | None = None
 ) -> list[Submission]:
-    """Queue the runs, several as one array, or so many steps of them. Raises UserError where SLURM is not there or
-    refuses.
-    """
-    from submitit.core.utils import environment_variables
-    from submitit.helpers import clean_env
+    """Queue the runs, several as one array, or so many steps of them; each as a chain where the profile says so.
 
+    Raises UserError where SLURM is not there or refuses.
+    """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
             "the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local"
         )
-    runs = [one.config.folder for one in loaded]
-    folder = submission_folder(runs)
+    if profile.chain is not None:
+        return [_submit_chain(one, profile, profile.chain, snapshot=snapshot) for one in loaded]
+    folder = submission_folder([one.config.folder for one in loaded])
     executor = _executor(loaded, profile, folder, snapshot=snapshot)
+    jobs = _given_to_sbatch(executor, [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded])
+    found = [Submission(job, folder, profile.model_dump()) for job in jobs]
+    for one, submission in zip(loaded, found, strict=True):
+        _record(submission, one)
+    return found
+
+
+def _submit_chain(loaded: LoadedConfig, profile: SlurmProfile, count: int, *, snapshot: bool) -> Submission:
+    """Queue one run as so many jobs, all or none of them. Raises UserError."""
+    run = loaded.config.folder
+    folder = submission_folder([run])
+    for name in (STARTS, OVER):  # of an earlier chain
+        (run / name).unlink(missing_ok=True)
+    jobs: list[str] = []
+    try:
+        while len(jobs) < count:
+            after = f"afterany:{jobs[-1]}" if jobs else None
+            executor = _executor([loaded], profile, folder, snapshot=snapshot, after=after)
+            jobs += _given_to_sbatch(executor, [SlurmRank(loaded.tree, profile.restarts_without_progress, chain=True)])
+            _record(Submission(jobs[0], folder, profile.model_dump(), tuple(jobs[1:])), loaded)
+    except BaseException as error:
+        if jobs:
+            cancel(*jobs)
+        if isinstance(error, UserError) and jobs:
+            told = f"{error} (job {len(jobs) + 1} of profile.chain={count}; those before it are cancelled)"
+            raise UserError(told) from error
+        raise
+    return Submission(jobs[0], folder, profile.model_dump(), tuple(jobs[1:]))
+
+
+def _record(submission: Submission, loaded: LoadedConfig) -> None:
+    submission.record(loaded.config.folder)
+    (loaded.config.folder / QUEUED_CONFIG).write_text(dump_yaml(loaded.tree), encoding="utf-8")
+
+
+def _given_to_sbatch(executor: Any, ranks: Sequence[SlurmRank]) -> list[str]:
+    """Call sbatch once; the ids of the jobs. Raises UserError where SLURM refuses."""
+    from submitit.core.utils import environment_variables
+    from submitit.helpers import clean_env
+
     configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with (
         clean_env(),
         environment_variables(**configuration),
     ):  # a job that is queued from within another inherits nothing of it
         try:
-            ranks = [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded]
-            jobs = executor.submit_array(ranks)
+            return [job.job_id for job in executor.submit_array(ranks)]
         except Exception as error:
             if "sbatch" not in str(error):
                 raise
@@ -181,15 +235,12 @@ def submit(
             raise UserError(
                 f"SLURM refused the job: {' '.join(line.removeprefix('sbatch: ') for line in said)}"
             ) from error
-    found = [Submission(job.job_id, folder, profile.model_dump()) for job in jobs]
-    for one, submission in zip(loaded, found, strict=True):
-        submission.record(one.config.folder)
-        (one.config.folder / QUEUED_CONFIG).write_text(dump_yaml(one.tree), encoding="utf-8")
-    return found
 
 
-def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Path, *, snapshot: bool) -> Any:
-    """Submitit's executor for these runs."""
+def _executor(
+    loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Path, *, snapshot: bool, after: str | None = None
+) -> Any:
+    """Submitit's executor for these runs; ``after``: what a job of a chain waits for."""
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):  # type: ignore[misc]
@@ -201,6 +252,7 @@ def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Pat
 
     runs = [one.config.folder for one in loaded]
     names = [one.config.name for one in loaded]
+    limit, chained = profile.restarts_without_progress, profile.chain is not None
     executor = Executor(folder, max_num_timeout=UNLIMITED, python=profile.python)
     srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if profile.cpus_per_task is not None:
@@ -214,12 +266,13 @@ def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Pat
         time=profile.time,
         signal_delay_s=profile.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*before_srun(runs), *_set_up(profile, snapshot)],
-        teardown=after_srun(profile.restarts_without_progress),
+        setup=[*before_srun(runs), *(before_link(limit) if chained else ()), *_set_up(profile, snapshot)],
+        teardown=after_link() if chained else after_srun(limit),
         srun_args=[*srun_args, *profile.srun_args],
         additional_parameters={
-            "requeue": True,
+            "no-requeue" if chained else "requeue": True,
             **{name: value for name, value in profile.slurm.items() if value is not False},
+            **({} if after is None else {"dependency": after}),
         },
         **values,
     )
@@ -277,6 +330,12 @@ def job_state(job_id: str) -> JobState | None:
     return parse_state(done.stdout)
 
 
+def active_jobs(submission: Submission) -> list[tuple[str, JobState]]:
+    """The jobs of a run that wait or run, in their order, with their states. Raises UserError."""
+    found = [(job, job_state(job)) for job in submission.jobs]
+    return [(job, state) for job, state in found if state is not None and state.is_active]
+
+
 def parse_state(text: str) -> JobState:
     """The first line of what ``scontrol -o show job`` prints."""
     values = dict(re.findall(r"(\w+)=(\S*)", text.partition("\n")[0]))
@@ -286,11 +345,13 @@ def parse_state(text: str) -> JobState:
     )
 
 
-def cancel(job_id: str) -> None:
-    """End a job. Raises UserError where SLURM refuses."""
-    done = _slurm("scancel", job_id)
+def cancel(*jobs: str) -> None:
+    """End a job, or those of a chain, the last first: none starts that is cancelled. Raises UserError where SLURM
+    refuses.
+    """
+    done = _slurm("scancel", *reversed(jobs))
     if done.returncode:
-        raise UserError(f"job {job_id} cannot be cancelled: {done.stderr.strip()}")
+        raise UserError(f"job {' and '.join(jobs)} cannot be cancelled: {done.stderr.strip()}")
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
@@ -301,20 +362,31 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def show_log(submission: Submission) -> int:
-    """Show what the first rank prints, through restarts, until the job ends; its exit code."""
+    """Show what the first rank prints, through restarts, until the job ends, in a chain the one that the others find
+    nothing left to do after; its exit code.
+    """
+    code = EXIT_DONE
+    for number, job in enumerate(submission.jobs):
+        code = _show_one(job, log_file(submission.folder, job))
+        if len(submission.jobs) > 1 and (submission.folder / Path(OVER).name).exists():
+            break
+        if submission.jobs[number + 1 :]:
+            print(f"job {job} of the chain has ended, the next is {submission.jobs[number + 1]}", flush=True)
+    return code
+
+
+def _show_one(job: str, log: Path) -> int:
     position = 0
     while True:
-        state = job_state(submission.job_id)  # asked first, so that what was printed before the end is shown
-        if submission.log.exists():
-            with submission.log.open("rb") as file:
+        state = job_state(job)  # asked first, so that what was printed before the end is shown
+        if log.exists():
+            with log.open("rb") as file:
                 file.seek(position)
                 text = file.read()
             position += len(text)
             print(text.decode(errors="replace"), end="", flush=True)
         if state is None:
-            raise UserError(
-                f"SLURM has forgotten job {submission.job_id}. See: cosmos-launch status, and {submission.log}"
-            )
+            raise UserError(f"SLURM has forgotten job {job}. See: cosmos-launch status, and {log}")
         if not state.is_active:
             return state.code
         time.sleep(2.0)

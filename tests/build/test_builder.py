@@ -207,7 +207,9 @@ def test_nothing_unread_stays_trainable_in_an_image_only_run():
     assert set(assembly.frozen) == {
         name for name, _ in assembly.model.named_parameters() if name.startswith("heads.cross.")
     }
-    assert check(load_config("quickstart")).frozen == []
+    assert check(load_config("quickstart")).frozen == [] == check(load_config("quickstart")).notices
+    [notice] = check(load_config("quickstart", ["losses.own={type: cross_modality_distillation}"])).notices
+    assert notice.startswith("losses.own: no head is given, so this is the ablation"), "a part may say something"
 
 
 def test_a_run_starts_from_trained_towers(trained, tmp_path, capsys):

@@ -133,6 +133,15 @@ def test_a_signal_during_start_up_leaves_at_once(start_tiny, tmp_path, number, c
     assert "nothing to save yet" in said and "Traceback" not in said
 
 
+def test_a_start_that_hangs_ends(start_tiny, tmp_path):
+    """Before the data are read, as where the file system hangs: it is said who, and where."""
+    process = start_tiny(tmp_path, stuck_start=True, training={"timeout_minutes": 0.02})
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 74, said
+    assert "(training.timeout_minutes): rank 0, at the start. Stacks of all threads are in" in said
+    assert "in identity" in (tmp_path / "log.txt").read_text()
+
+
 def test_a_second_ctrl_c_leaves_at_once(start_tiny, tmp_path):
     process = start_tiny(tmp_path, loader={"workers": 0}, befalls={0: {"loss": {2: "hang"}}}, **ENDLESS)
     process.wait_for("hangs")

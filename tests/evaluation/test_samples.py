@@ -11,6 +11,7 @@ from PIL import Image
 
 from cosmos_ssl.api import DataError
 from cosmos_ssl.data import Folder, open_shards
+from cosmos_ssl.evaluation import samples
 from cosmos_ssl.evaluation.features import Job, features_of
 from cosmos_ssl.evaluation.samples import EvaluationData, Sources, read_ahead
 
@@ -79,6 +80,16 @@ def test_sizes_and_times_of_files(folder, tmp_path):
         assert sources.stamp(inside) == before != Sources(data).stamp(inside), "as it was when it was first looked at"
     text.unlink()
     assert Sources(Folder(folder, captions=False)).stamp(1) == Sources(Folder(folder)).stamp(1)[:1]
+
+
+def test_contents_of_files_count(folder, monkeypatch):
+    """Another picture of the same name, size and times is another one."""
+    monkeypatch.setattr(samples, "stat", lambda url: (10, "then"))
+    file = folder / "a" / "1.png"
+    sources = Sources(Folder(folder))
+    before = sources.stamp(1)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert sources.changed() == [str(file)] and Sources(Folder(folder)).stamp(1) != before
 
 
 def test_reading_ahead():

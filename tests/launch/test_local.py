@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_ssl_launch.local import _outcome
+from cosmos_ssl_launch import local
+from cosmos_ssl_launch.local import _outcome, _wait
 
 
 @pytest.mark.parametrize("aborted", [0, 1])
@@ -25,3 +26,40 @@ def test_the_rank_that_nccl_has_ended_is_named_with_its_last_collectives(
     assert told.endswith("flight_recorder): terminate called\n" if aborted else "flight_recorder)\n")
     assert _outcome(codes, said, tmp_path, began + 1) == 74  # of an earlier start
     assert "collectives" not in capsys.readouterr().err
+
+
+def test_all_ranks_that_stood_still_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first has said so itself; one that has lost another is not one of them."""
+    stood = (
+        "nothing has happened for 30 min (training.timeout_minutes): rank {}, step {}. Stacks of all threads are in x"
+    )
+    said = [io.StringIO(), *(io.StringIO(f"a warning\n{stood.format(rank, 5 + rank)}\n") for rank in (1, 2))]
+    assert _outcome([74] * 4, [*said, io.StringIO("another rank was lost\n")], tmp_path, 0) == 74
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [f"rank {rank}: {stood.format(rank, 5 + rank)}" for rank in (1, 2)] and len(told) <= 3
+
+
+class Rank:
+    """Stands for a process; one with no code is in state D: it does not end though it is killed."""
+
+    pid = 7
+
+    def __init__(self, returncode: int | None) -> None:
+        self.returncode, self.killed = returncode, False
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_a_rank_that_cannot_be_ended_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "GRACE", 0.0)
+    monkeypatch.setattr(local, "STUCK", 0.1)
+    ranks = [Rank(1), Rank(None)]
+    assert _wait(ranks) == [1, -9] and ranks[1].killed
+    assert "rank 1 (process 7) is not ended by SIGKILL: it waits in the system" in capsys.readouterr().err
+    assert _outcome([1, -9], [io.StringIO(), io.StringIO()], Path(), 0) == 1

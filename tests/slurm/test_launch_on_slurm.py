@@ -62,7 +62,7 @@ class Runs:
         data = f"data.folder={self.folder}/scenes"
         done = self.launch("--config", "quickstart", "--profile", "two.yaml", f"name={name}", data, *RUN, *words)
         assert done.returncode == 0, done.stdout + done.stderr
-        match = re.match(r"queued as job (\S+), on 2 x 1 ranks, into runs/", done.stdout)
+        match = re.match(r"queued as job (\S+),( a chain with [\d, ]+,)? on 2 x 1 ranks, into runs/", done.stdout)
         assert match is not None, done.stdout
         return match[1]
 
@@ -225,6 +225,27 @@ def test_requeued_by_hand_then_cancelled_then_resumed(runs: Runs, undisturbed: l
     assert followed.returncode == 0 and f"step {STEPS} of {STEPS}" in followed.stdout, followed.stdout + followed.stderr
     assert runs.slurm.job(job)["JobState"] == "CANCELLED" and runs.slurm.job(job)["Restarts"] == "1"
     assert runs.rows("moved") == undisturbed
+
+
+def test_a_chain(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
+    """The time of the first job is nearly up: it saves and is not requeued, the second ends the run, the third has
+    nothing to do.
+    """
+    first = runs.queue("chained", "profile.chain=3")
+    jobs = [str(int(first) + number) for number in range(3)]
+    runs.wait_for_step("chained", 2)
+    status = runs.launch("status", "runs/chained").stdout
+    assert f"job         {first}: RUNNING\nchain       job 1 of 3, 2 after it: {', '.join(jobs[1:])}\n" in status
+    runs.slurm.run("scancel", "--signal=USR2", first)
+    for job in jobs[1:]:
+        assert runs.completes(job)["Restarts"] == "0"
+    ended = runs.slurm.job(first)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), ended
+    assert "of the chain ends at once: the run is finished" in runs.said()
+    assert not (runs.run("chained") / "slurm" / f"{jobs[2]}_1_log.out").exists()  # no rank was started
+    status = runs.launch("status", "runs/chained").stdout
+    assert "chain       3 jobs, none is left: the run is finished\n" in status
+    assert runs.rows("chained") == undisturbed
 
 
 def test_an_array_of_two_configs(runs: Runs) -> None:

@@ -36,6 +36,17 @@ class CrossModalityDistillation(Loss):
         self.head = head
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
+    def notice(self) -> str:
+        """Without a head it is not the method but an ablation of it."""
+        return (
+            ""
+            if self.head is not None
+            else (
+                "no head is given, so this is the ablation without a cross-attention head: the student's own features "
+                "stand in place of the cross features. For the method, name the head: head"
+            )
+        )
+
     def requires(self) -> list[Need]:
         """The head on the student, or its features of all views; the teacher's global features of all ranks."""
         own = [Need(modality="image", hidden=False), Need(modality="text", hidden=False)]

@@ -73,6 +73,8 @@ def test_without_a_head_the_students_own_features_of_all_views_are_distilled():
     drawn, teacher = draw(0), draw(1)
     leaves = [x.requires_grad_() for groups in drawn.values() for x in groups.values()]
     loss = double(CrossModalityDistillation(SPEC))
+    assert "ablation without a cross-attention head" in loss.notice()
+    assert not CrossModalityDistillation(SPEC, head="cross").notice()
     term = loss(context(drawn, teacher)).terms["distillation"]
     image, text = (torch.cat(list(groups.values())) for groups in drawn.values())
     log_scale = torch.tensor(math.log(20.0), dtype=torch.float64, requires_grad=True)
