@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from cosmos_ssl.cli.runs.reading import Run
 from cosmos_ssl.errors import BadSample
 from cosmos_ssl.pictures import open_rgb
 
-SIDE = 720
-"""Pixels of the longer side at most."""
+PIXELS = 640_000
+"""Of a picture at most."""
 BYTES = 12 << 20
 """Of all pictures of a page, before base64 adds a third."""
 _GUESS = 40_000  # bytes of a picture of that size
@@ -81,6 +82,7 @@ def _webp(path: Path) -> bytes | None:
         picture = open_rgb(path)
     except BadSample:
         return None
-    picture.thumbnail((SIDE, SIDE))
+    share = min(1.0, math.sqrt(PIXELS / (picture.width * picture.height)))
+    picture.thumbnail((max(1, int(picture.width * share)), max(1, int(picture.height * share))))
     picture.save(file := io.BytesIO(), "webp", quality=_QUALITY, method=2)
     return file.getvalue()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_ssl.cli.runs.gallery import Gallery
 from cosmos_ssl.cli.runs.reading import Run
-from cosmos_ssl.cli.runs.report import NOT_GIVEN, config_differences, metric_names, shown
+from cosmos_ssl.cli.runs.report import NOT_GIVEN, config_differences, metric_names, remarks, shown
 from cosmos_ssl.cli.runs.series import Series, lower_is_better, summary, thinned
 from cosmos_ssl.cli.runs.table import facts_shown, value_shown
 from cosmos_ssl.evaluation.document import document
@@ -32,8 +33,9 @@ hides.
 DASHES = ((), (8, 4), (2, 3), (10, 3, 2, 3), (16, 5))
 """Lengths of dashes and gaps in pixels, by which runs differ that share a colour."""
 
-_POINTS = 250_000  # buckets of all curves together
-_MOST, _LEAST = 500, 100
+_BUCKETS = 200_000  # of all curves together
+_MOST, _LEAST = 400, 100  # of a curve, which has two points in each
+_DRAWN = 12_000  # of all runs in one chart
 _WARNINGS = 200
 
 
@@ -121,11 +123,11 @@ def _switches() -> str:
     return '<p><button id="on">All on</button> <button id="off">All off</button></p>'
 
 
-def _head(name: str, first: str, shown: str = "") -> str:
-    """A column's head: a button that sorts, in the ``first`` direction at first."""
-    label = (shown or escape(name)).replace("/", "/<wbr>").replace(".", ".<wbr>")
+def _head(name: str, first: str, which: str = "") -> str:
+    """A column's head: a button that sorts, in the ``first`` direction at first. ``which`` of a metric's values."""
+    label = re.sub(r"([/.])(?=\w{3})", r"\1<wbr>", escape(name)) + (f" <small>{which}</small>" if which else "")
     return (
-        f'<th scope="col" aria-sort="none" data-key="{escape(name)}" data-first="{first}">'
+        f'<th scope="col" aria-sort="none" data-key="{escape(f"{name} {which}".strip())}" data-first="{first}">'
         f'<button type="button">{label}</button></th>'
     )
 
@@ -152,13 +154,12 @@ def _table(runs: Sequence[Run], metrics: Sequence[str]) -> str:
         heads += _head(name, "descending")
     for name in metrics:
         first = "ascending" if lower_is_better(name) else "descending"
-        heads += _head(f"{name} last", first, f"{escape(name)} <small>last</small>")
-        heads += _head(f"{name} best", first, f"{escape(name)} <small>best</small>")
+        heads += _head(name, first, "last") + _head(name, first, "best")
     rows = []
     for number, run in enumerate(runs):
         cells = (
             f'<th scope="row" data-v="{escape(run.name)}"><label><input type="checkbox" checked data-run="{number}">'
-            f"{_swatch(number)}<span>{escape(run.name)}</span></label></th>"
+            f'{_swatch(number)}<span class="name">{escape(run.name)}</span></label></th>'
             f'<td data-v="{run.state}"><span class="state {run.state}">{run.state}</span></td>'
         )
         values = (run.step, run.samples, run.hours, run.rate)
@@ -200,9 +201,7 @@ def _config_cell(value: Any) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    """Why runs stand as they do, and what of them could not be read."""
-    told = [(run.name, [*([f"{run.state}: {run.why}"] if run.why else []), *run.notes]) for run in runs]
-    lines = "".join(f"<li><b>{escape(name)}</b> {escape('; '.join(parts))}</li>" for name, parts in told if parts)
+    lines = "".join(f"<li><b>{escape(names)}</b> {escape(text)}</li>" for names, text in remarks(runs, warnings=False))
     return f'<ul class="notes">{lines}</ul>' if lines else ""
 
 
@@ -211,7 +210,7 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def _curves(runs: Sequence[Run], name: str, metrics: int) -> list[dict[str, str] | None]:
     """One metric's curve of each run, packed."""
-    buckets = max(_LEAST, min(_MOST, _POINTS // max(metrics * len(runs), 1)))
+    buckets = max(_LEAST, min(_MOST, _DRAWN // len(runs), _BUCKETS // (metrics * len(runs))))
     return [_packed(run.series[name], buckets) if name in run.series else None for run in runs]
 
 

@@ -26,6 +26,7 @@ LIVE = ("running", "queued")
 _RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
 _ENDED = "the run ended: "
 _MOST_STEPS = 2**32
+_INF = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +182,13 @@ def _rows(path: Path) -> _Rows:
                 continue
             step = found.step = row.pop("step")
             for name, value in row.items():
-                number = _number(value)
+                number = value if type(value) is float and -_INF < value < _INF else _number(value)
                 if number is None:
                     continue
-                if name not in found.series:
-                    found.series[name] = Series()
-                found.series[name].add(step, number)
+                series = found.series.get(name)
+                if series is None:
+                    series = found.series[name] = Series()
+                series.add(step, number)
     return found
 
 

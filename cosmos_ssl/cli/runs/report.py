@@ -134,6 +134,21 @@ def as_csv(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     return file.getvalue()
 
 
+def remarks(runs: Sequence[Run], *, warnings: bool = True) -> list[tuple[str, str]]:
+    """What is to be said beside the numbers: names of runs, and what is so of these.
+
+    Why they stand where they do, what of them could not be read, and how many ``warnings`` their logs hold.
+    """
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        count = sum(each.count for each in run.warnings)
+        told = [f"{run.state}: {run.why}"] if run.why else []
+        told += [f"{count:,} {'warning' if count == 1 else 'warnings'} in log.txt"] if count and warnings else []
+        for text in [*told, *run.notes]:
+            found.setdefault(" ".join(text.split()), []).append(run.name)
+    return [(listed(names, limit=8), text) for text, names in found.items()]
+
+
 def shown(value: Any) -> str:
     """A value of a config on one line."""
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

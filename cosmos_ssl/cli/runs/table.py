@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_ssl.cli.common import number
 from cosmos_ssl.cli.runs.reading import Run
-from cosmos_ssl.cli.runs.report import config_differences, shown
+from cosmos_ssl.cli.runs.report import config_differences, remarks, shown
 from cosmos_ssl.cli.runs.series import summary
 from cosmos_ssl.errors import printable
 
@@ -24,23 +24,12 @@ def runs_table(runs: Sequence[Run], metrics: Sequence[str]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    notes = [Text(line) for line in remarks(runs)]
+    notes = [Text(printable(f"{names}: {text}")) for names, text in remarks(runs)]
     differences = config_differences(runs)
     left_out = max(0, len(differences) - _MOST_KEYS)
     if left_out:
         notes.append(Text(f"{left_out:,} more keys differ; --html, --json and --csv have all"))
     return Group(_numbers(runs, metrics), *([_differences(runs, differences)] if differences else []), *notes)
-
-
-def remarks(runs: Sequence[Run]) -> list[str]:
-    """Why runs have ended, warnings of their logs, and what of them could not be read."""
-    lines = []
-    for run in runs:
-        count = sum(each.count for each in run.warnings)
-        told = [f"{run.state}: {run.why}" if run.why and run.state != "running" else "", *run.notes]
-        told.append(f"{count:,} {'warning' if count == 1 else 'warnings'} in log.txt" if count else "")
-        lines += [f"{run.name}: {'; '.join(filter(None, told))}"] if any(told) else []
-    return [printable(" ".join(line.split())) for line in lines]
 
 
 def _table(title: str) -> Table:

@@ -138,18 +138,17 @@ class Chart{
         points:{show:line.bold&&line.x.length<=40,size:6,stroke:line.run.colour,fill:line.run.colour}}))],
       hooks:{setCursor:[plot=>this.tell(plot)]},
     },uPlot.join(this.drawn.map(line=>[line.x,line.y])),this.place);
+    this.tell(this.plot);
   }
   width(){return Math.max(200,this.place.clientWidth)}
   resize(){if(this.plot&&this.plot.width!==this.width())this.plot.setSize({width:this.width(),height:300})}
-  tell(plot){  // the values nearest to the cursor
+  tell(plot){  // the values nearest to the cursor; without one, the last
     this.values.textContent='';
-    const left=plot.cursor.left;
-    if(left===undefined||left<0)return;
-    const x=plot.posToVal(left,'x'),near=[];
+    const left=plot.cursor.left,x=left===undefined||left<0?Infinity:plot.posToVal(left,'x'),near=[];
     for(const line of this.drawn)if(line.bold){
       let low=0,high=line.x.length-1;
       while(high-low>1){const mid=low+high>>1;line.x[mid]<x?low=mid:high=mid}
-      const n=x-line.x[low]<=line.x[high]-x?low:high;
+      const n=x<=(line.x[low]+line.x[high])/2?low:high;
       near.push([line.y[n],line,line.x[n]]);
     }
     near.sort((a,b)=>b[0]-a[0]);
@@ -172,7 +171,7 @@ const charts=[];
 function number(){charts.forEach((chart,n)=>{
   chart.select.setAttribute('aria-label','metric of chart '+(n+1));chart.remove.setAttribute('aria-label','remove chart '+(n+1));
 })}
-function add(metric){const chart=new Chart(metric);charts.push(chart);$('charts').append(chart.box);number();chart.draw();return chart}
+function add(metric){const chart=new Chart(metric);charts.push(chart);$('charts').append(chart.box);number();return chart}
 function draw(){
   for(const chart of charts)chart.draw();
   const out=data.runs.filter((run,n)=>isOn(n)&&unit(run)===null).map(run=>run.name);
@@ -242,7 +241,7 @@ if($('charts')){
   };
   $('add').onclick=()=>{
     const chart=add(data.metrics.find(name=>!charts.some(chart=>chart.metric===name))||data.metrics[0]);
-    state.charts=charts.map(chart=>chart.metric);keep();chart.select.focus();
+    chart.draw();state.charts=charts.map(chart=>chart.metric);keep();chart.select.focus();
   };
   for(const metric of state.charts)add(metric);
   new ResizeObserver(()=>{for(const chart of charts)chart.resize()}).observe($('charts'));
