@@ -185,9 +185,8 @@ def test_a_page_that_renews_itself_keeps_what_is_chosen(browser: Any, tmp_path: 
     browser.execute_script("window.before=1")
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 10).until(
-        lambda it: it.execute_script("return window.before===undefined&&window.charts!==0")
-    )
+    ready = "return window.before===undefined&&document.querySelector('.plot[data-runs]')!==null"
+    WebDriverWait(browser, 10).until(lambda it: it.execute_script(ready))
     assert drawn(browser) == 2
 
 
