@@ -18,7 +18,7 @@ from typing import Any
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, UserError
-from cosmos_ssl.files import read_object
+from cosmos_ssl.files import QUEUED_CONFIG, read_object
 from cosmos_ssl_launch.job import SlurmRank, log_file
 from cosmos_ssl_launch.profile import SlurmProfile
 from cosmos_ssl_launch.requeue import OVER, STARTS, after_link, after_srun, before_link, before_srun
@@ -26,9 +26,6 @@ from cosmos_ssl_launch.snapshot import CODE, drop_snapshot, take_snapshot
 
 SUBMISSION = "slurm/submission.json"
 """In the run folder: the job, the folder of its logs, the profile."""
-
-QUEUED_CONFIG = "slurm/config.yaml"
-"""In the run folder: the resolved config of its last job."""
 
 UNLIMITED = 1 << 30
 """Time-outs that submitit counts before it ends a job: ours alone (``requeue``) decides."""
