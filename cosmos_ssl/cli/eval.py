@@ -9,6 +9,7 @@ from typing import Any
 
 from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.place import add_place, carry_out
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.evaluation.task_names import ALL, ON_FEATURES, PURPOSES
@@ -23,8 +24,8 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="evaluate a trained or released checkpoint",
         description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given "
-        "again; under torchrun all ranks share the work. key=value overrides reach the model's config "
-        "(model.text.heads=4).",
+        "again; with several ranks (--profile, torchrun, srun) all share the work. "
+        "key=value overrides reach the model's config (model.text.heads=4).",
         epilog="tasks: "
         + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items())
         + f"; {ALL} (every known set in --data and the folders directly below it, in one table)",
@@ -78,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
         "--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision
     )
     add_json(parser)
+    add_place(parser)
     parser.set_defaults(run=_eval)
 
 
@@ -88,6 +90,11 @@ def _eval(arguments: argparse.Namespace) -> int:
         if not arguments.compare:
             raise UserError("--checkpoint: name what to evaluate, or several after --compare")
         arguments.checkpoint, *arguments.compare = arguments.compare
+    folder = Path(f"{arguments.json or 'eval'}.slurm")
+    return carry_out("eval", arguments, lambda: _on_this_rank(arguments), folder=folder)
+
+
+def _on_this_rank(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.evaluate import evaluate
     from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from cosmos_ssl.config.ranks import started_ranks
 from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
 from cosmos_ssl.functional.collective_time import collective_time
+from cosmos_ssl.functional.together import from_first
 
 T = TypeVar("T")
 
@@ -234,22 +235,10 @@ class World:
         return {"slowest_rank": all_seconds.index(most), "slowest_rank_lag": most / mean - 1}
 
     def run_on_first(self, make: Callable[[], T]) -> T:
-        """Return what ``make`` returns on the first rank, on all; an error of ours that it raises there is raised
-        on all.
+        """Return what ``make`` returns on the first rank, on all; an error of ours or of storage that it raises there
+        is raised on all.
         """
-        if self.size == 1:
-            return make()
-        told: list[Any] = [None, None]
-        error: BaseException | None = None
-        if self.first:
-            try:
-                told[0] = make()
-            except CosmosError as caught:
-                error = told[1] = caught
-        dist.broadcast_object_list(told)
-        if told[1] is not None:
-            raise error or told[1]
-        return cast(T, told[0])
+        return from_first(make)
 
 
 def pick_device(wanted: str) -> torch.device:

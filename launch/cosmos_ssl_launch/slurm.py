@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,21 @@ def submit(
     """Queue the runs, several as one array, or so many steps of them. Raises UserError where SLURM is not there or
     refuses.
     """
+    folder = submission_folder([one.config.folder for one in loaded])
+    executor = _executor(loaded, profile, folder, snapshot=snapshot)
+    ranks = [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded]
+    found = [Submission(job_id, folder, profile.model_dump()) for job_id in give(executor, ranks)]
+    for one, submission in zip(loaded, found, strict=True):
+        submission.record(one.config.folder)
+        (one.config.folder / QUEUED_CONFIG).write_text(dump_yaml(one.tree), encoding="utf-8")
+    return found
+
+
+def give(executor: Any, ranks: Sequence[Callable[[], object]]) -> list[str]:
+    """Queue what is called on each rank, several as one array; the ids of the jobs.
+
+    Raises UserError where SLURM is not there or refuses.
+    """
     from submitit.core.utils import environment_variables
     from submitit.helpers import clean_env
 
@@ -161,17 +176,13 @@ def submit(
         raise UserError(
             "the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local"
         )
-    runs = [one.config.folder for one in loaded]
-    folder = submission_folder(runs)
-    executor = _executor(loaded, profile, folder, snapshot=snapshot)
     configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with (
         clean_env(),
         environment_variables(**configuration),
     ):  # a job that is queued from within another inherits nothing of it
         try:
-            ranks = [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded]
-            jobs = executor.submit_array(ranks)
+            return [job.job_id for job in executor.submit_array(list(ranks))]
         except Exception as error:
             if "sbatch" not in str(error):
                 raise
@@ -181,15 +192,18 @@ def submit(
             raise UserError(
                 f"SLURM refused the job: {' '.join(line.removeprefix('sbatch: ') for line in said)}"
             ) from error
-    found = [Submission(job.job_id, folder, profile.model_dump()) for job in jobs]
-    for one, submission in zip(loaded, found, strict=True):
-        submission.record(one.config.folder)
-        (one.config.folder / QUEUED_CONFIG).write_text(dump_yaml(one.tree), encoding="utf-8")
-    return found
 
 
 def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Path, *, snapshot: bool) -> Any:
     """Submitit's executor for these runs."""
+    names = [one.config.name for one in loaded]
+    return executor_of([one.config.folder for one in loaded], names, profile, folder, snapshot=snapshot)
+
+
+def executor_of(
+    runs: Sequence[Path], names: Sequence[str], profile: SlurmProfile, folder: Path, *, snapshot: bool
+) -> Any:
+    """Submitit's executor for jobs of these names that belong to these folders; ``folder`` gets scripts and logs."""
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):  # type: ignore[misc]
@@ -199,8 +213,6 @@ def _executor(loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Pat
         def affinity(cls) -> int:
             return 2
 
-    runs = [one.config.folder for one in loaded]
-    names = [one.config.name for one in loaded]
     executor = Executor(folder, max_num_timeout=UNLIMITED, python=profile.python)
     srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if profile.cpus_per_task is not None:
