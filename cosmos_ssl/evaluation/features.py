@@ -23,11 +23,11 @@ from cosmos_ssl.evaluation.samples import (
     evenly_spread,
     items_of_all,
     read_ahead,
-    rows_of_all,
     share,
     threads_of_this_process,
 )
-from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.evaluation.sharded import Sharded
+from cosmos_ssl.functional import gather_objects, rank, world_size
 from cosmos_ssl.functional.together import turns
 from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.pictures import BACKGROUND
@@ -111,7 +111,22 @@ def features_of(
     name: str,
     background: str = BACKGROUND,
 ) -> tuple[Tensor, list[Any]]:
-    """Return what ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
+    """``sharded_features``, but with all rows on every rank."""
+    rows, notes = sharded_features(data, preprocess, compute, job, name=name, background=background)
+    return rows.whole(), notes
+
+
+def sharded_features(
+    data: Samples,
+    preprocess: Callable[[Tensor], Tensor],
+    compute: Compute,
+    job: Job,
+    *,
+    name: str,
+    background: str = BACKGROUND,
+) -> tuple[Sharded, list[Any]]:
+    """Return what ``compute`` makes of all samples, in order: rows on the host of the rank that has computed them, and
+    the notes of all.
 
     ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are
     put on ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is
@@ -141,16 +156,22 @@ def features_of(
     job.leave_out(bad, len(chosen), "pictures cannot be used")
     if not notes:
         raise DataError(f"{job.data}: not one picture can be used. Run: cosmos-ssl data check")
-    rows = rows_of_all([piece.rows for piece in found if piece.rows is not None])
+    rows = Sharded.gathered([piece.rows for piece in found if piece.rows is not None])
     check_finite(rows, "pictures")
     return rows, notes
 
 
-def check_finite(rows: Tensor, what: str) -> None:
-    """Raise UserError where one of the rows [n, ...] is not finite: nothing true comes of such features."""
-    finite = rows.isfinite()
-    if not finite.all():
-        wrong = len(rows) - int(finite.flatten(1).all(1).sum())
+def check_finite(rows: Tensor | Sharded, what: str) -> None:
+    """Raise UserError where one of the rows [n, ...] is not finite: nothing true comes of such features.
+
+    Of ``Sharded`` rows it is called by all ranks.
+    """
+    own = rows.own if isinstance(rows, Sharded) else rows
+    finite = own.isfinite()
+    wrong = 0 if finite.all() else len(own) - int(finite.flatten(1).all(1).sum())
+    if isinstance(rows, Sharded):
+        wrong = sum(gather_objects(wrong))
+    if wrong:
         told = f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers"
         raise UserError(f"{told}: its weights are damaged, or the precision is too low for them")
 
@@ -158,8 +179,15 @@ def check_finite(rows: Tensor, what: str) -> None:
 def text_features(
     encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
 ) -> Tensor:
-    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share
-    them.
+    """``sharded_texts``, but with all rows on every rank."""
+    return sharded_texts(encoder, texts, job, to_match=to_match, templates=templates).whole()
+
+
+def sharded_texts(
+    encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
+) -> Sharded:
+    """Strings -> unit features [n, D] on the host of the rank that has computed them; ``to_match``: what
+    ``encoder.match`` takes, [n, ...].
 
     With ``templates`` a string is put into each of them, and its row is the mean of theirs (which is no unit vector).
     """
@@ -175,7 +203,7 @@ def text_features(
     batches = _batches(texts, size)
     about = {"match": to_match, "templates": list(templates)}
     found = pieces(job, about, batches, 1, lambda batch: batch, compute, what="texts")
-    rows = rows_of_all([one.piece.rows for one in found if one.piece.rows is not None])
+    rows = Sharded.gathered([one.piece.rows for one in found if one.piece.rows is not None])
     check_finite(rows, "texts")
     return rows
 

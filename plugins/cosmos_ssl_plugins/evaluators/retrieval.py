@@ -64,7 +64,8 @@ class Retrieval(Evaluator):
         samples = [self.data.picture(found.places[n], encoder.spec.background) for n in shown]
         matches = []
         for picture, n in zip(samples, shown, strict=True):
-            scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
+            image = found.images.block(n, n + 1)
+            scores = torch.cat([encoder.match(image, block)[0].cpu() for _, block in found.encoded.blocks()])
             order = best_first(scores)
             rank = next(rank for rank, i in enumerate(order, 1) if owners[i] == n)
             lines = [(texts[i], float(scores[i]), owners[i] == n) for i in order[:BEST]]
