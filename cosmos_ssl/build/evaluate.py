@@ -121,6 +121,13 @@ def evaluate(
         return report
 
 
+def check_evaluation(models: Sequence[str], task: str, *, device: str = "auto", precision: str = "auto") -> None:
+    """Raise what ``evaluate`` would of what can be seen before a model is read; what is fetched is kept."""
+    _check(task, device, precision)
+    for model in models:
+        find_source(model)
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None

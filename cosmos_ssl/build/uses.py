@@ -18,6 +18,7 @@ from cosmos_ssl.evaluation import embedding
 from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
 from cosmos_ssl.evaluation.embedding_input import What, open_samples
+from cosmos_ssl.evaluation.embedding_output import check_output
 from cosmos_ssl.evaluation.samples import threads_of_this_process
 from cosmos_ssl.files import checkpoint_step, storage_faults
 from cosmos_ssl.functional import world_size
@@ -37,6 +38,19 @@ def rank_device(device: str) -> str:
     if started_ranks() > 1 and device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: each rank has a device of its own. Give auto, cpu or cuda")
     return device
+
+
+def check_embedding(model: str | Path, data: Sequence[str], output: Path, *, what: What | None = None) -> None:
+    """Raise what ``embed`` would of what can be seen before a model is read; what is fetched or indexed is kept."""
+    find_source(model)
+    check_output(output, _what(data, open_samples(data)[1], what))
+
+
+def _what(names: Sequence[str], usual: What, wanted: What | None) -> What:
+    """What is embedded of data that usually is ``usual``. Raises UserError for pictures of texts."""
+    if usual == "text" and wanted not in (None, "text"):
+        raise UserError(f"--what {wanted}: {names[0]} holds texts alone")
+    return wanted or usual
 
 
 def embed(
@@ -68,8 +82,7 @@ def embed(
     names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
     with joined_world(rank_device(device)), as_run_errors(), storage_faults("embed: storage fails"):
         samples, usual = open_samples(names)
-        if usual == "text" and what not in (None, "text"):
-            raise UserError(f"--what {what}: {names[0]} holds texts alone")
+        what = _what(names, usual, what)
         source: str | Path | Source | ModelEncoder = model
         if world_size() > 1 and not isinstance(model, ModelEncoder):
             device = str(pick_device(device))
@@ -78,7 +91,7 @@ def embed(
         encoder, checkpoint = open_model(source, which, device=device, overrides=overrides, trust_code=trust_code)
         request = embedding.Request(
             samples=samples,
-            what=what or usual,
+            what=what,
             texts=texts,
             dtype=dtype,
             batch_size=batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,14 @@ def add_parser(subparsers: Any) -> None:
 
 def _embed(arguments: argparse.Namespace) -> int:
     folder = arguments.output.with_name(f"{arguments.output.name}.slurm")
-    return carry_out("embed", arguments, lambda: _on_this_rank(arguments), folder=folder)
+    work, check = partial(_on_this_rank, arguments), partial(_check, arguments)
+    return carry_out("embed", arguments, work, folder=folder, check=check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from cosmos_ssl.build.uses import check_embedding
+
+    check_embedding(arguments.checkpoint, **options_of(arguments, check_embedding))
 
 
 def _on_this_rank(arguments: argparse.Namespace) -> int:

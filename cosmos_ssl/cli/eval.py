@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,15 @@ def _eval(arguments: argparse.Namespace) -> int:
             raise UserError("--checkpoint: name what to evaluate, or several after --compare")
         arguments.checkpoint, *arguments.compare = arguments.compare
     folder = Path(f"{arguments.json or 'eval'}.slurm")
-    return carry_out("eval", arguments, lambda: _on_this_rank(arguments), folder=folder)
+    work, check = partial(_on_this_rank, arguments), partial(_check, arguments)
+    return carry_out("eval", arguments, work, folder=folder, check=check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from cosmos_ssl.build.evaluate import check_evaluation
+
+    options = options_of(arguments, check_evaluation)
+    check_evaluation([arguments.checkpoint, *arguments.compare], **options)
 
 
 def _on_this_rank(arguments: argparse.Namespace) -> int:

@@ -33,11 +33,14 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def carry_out(command: str, arguments: argparse.Namespace, work: Callable[[], int], *, folder: Path) -> int:
+def carry_out(
+    command: str, arguments: argparse.Namespace, work: Callable[[], int], *, folder: Path, check: Callable[[], None]
+) -> int:
     """Do ``work`` here, or have the ranks of the profile do it, each by the same ``arguments.argv``; the exit code.
 
-    A world that is started already is joined, whatever the profile says. Files of a job on a cluster lie in ``folder``.
-    Raises UserError for a profile that cannot be used.
+    A world that is started already is joined, whatever the profile says. ``check`` raises before ranks are started what
+    they would all raise. Files of a job on a cluster lie in ``folder``. Raises UserError for a profile that cannot be
+    used.
     """
     from cosmos_ssl.config.ranks import started_ranks
 
@@ -46,13 +49,15 @@ def carry_out(command: str, arguments: argparse.Namespace, work: Callable[[], in
     profile = arguments.profile or os.environ.get(VARIABLE)
     if started_ranks() > 1 or "WORLD_SIZE" in os.environ or not (profile or values):
         return work()
-    code = _launcher()(
+    launcher = _launcher()
+    code = launcher(
         arguments.argv,
         profile or "local",
         values,
         name=f"cosmos-ssl {command}",
         folder=folder,
         checkpoint=arguments.checkpoint,
+        check=check,
         follow=arguments.follow,
         snapshot=not arguments.no_snapshot,
     )

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -85,17 +85,22 @@ def carry_out(
     name: str,
     folder: Path,
     checkpoint: str,
+    check: Callable[[], None],
     follow: bool,
     snapshot: bool,
 ) -> int | None:
     """Have ``cosmos-ssl`` with ``argv`` done by the ranks of a profile, with ``KEY=value`` over it; the exit code.
 
     None where this process is the only rank. On a cluster it is queued as ``name``, with its files, and a copy of the
-    code and of the parts of the run that ``checkpoint`` belongs to, in ``folder``. Raises UserError.
+    code and of the parts of the run that ``checkpoint`` belongs to, in ``folder``. Raises UserError, and what ``check``
+    raises, before anything is started.
     """
     place = read_profile(profile, values)
+    if place.ranks == 1 and not isinstance(place, SlurmProfile):
+        return None
+    check()
     if not isinstance(place, SlurmProfile):
-        return run_ranks(argv, place.ranks, folder, "cosmos_ssl.cli") if place.ranks > 1 else None
+        return run_ranks(argv, place.ranks, folder, "cosmos_ssl.cli")
     folder = folder.absolute()
     before = Submission.of(folder)
     state = None if before is None else job_state(before.job_id)
