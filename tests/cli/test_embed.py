@@ -197,7 +197,7 @@ def test_processes_of_a_profile_write_one_file_also_when_one_was_killed(
         patch.setenv("PYTHONPATH", f"{tmp_path}/site", prepend=os.pathsep)
         patch.setenv("WATCHED", f"{tmp_path}/many.npy.parts")
         assert main([*words("many.npy"), "profile.nproc=2"]) == 74
-    assert "rank 1 ended by SIGKILL" in capfd.readouterr().err
+    assert "another rank was lost" in capfd.readouterr().err
     there = len(list((tmp_path / "many.npy.parts").glob("*.pt")))
     assert 3 <= there < 24 and not (tmp_path / "many.npy").exists()
     (tmp_path / "two.yaml").write_text("kind: local\nnproc: 2\n")
