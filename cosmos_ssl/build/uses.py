@@ -11,7 +11,7 @@ from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
 from cosmos_ssl.config.ranks import started_ranks
-from cosmos_ssl.engine.distributed import as_run_errors, joined_world, pick_device
+from cosmos_ssl.engine.distributed import SHARING, as_run_errors, joined_world, pick_device
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import UserError
 from cosmos_ssl.evaluation import embedding
@@ -80,7 +80,7 @@ def embed(
     UserError for what cannot be used, and where ``output`` holds other embeddings (unless ``overwrite``); StorageError.
     """
     names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
-    with joined_world(rank_device(device)), as_run_errors(), storage_faults("embed: storage fails"):
+    with joined_world(rank_device(device), wait=SHARING), as_run_errors(), storage_faults("embed: storage fails"):
         samples, usual = open_samples(names)
         what = _what(names, usual, what)
         source: str | Path | Source | ModelEncoder = model

@@ -60,9 +60,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _on_this_rank(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.uses import embed, rank_device
-    from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
+    from cosmos_ssl.engine.distributed import SHARING, World, as_run_errors, joined_world
 
-    with joined_world(rank_device(arguments.device)), as_run_errors():
+    with joined_world(rank_device(arguments.device), wait=SHARING), as_run_errors():
         first = World().first
         with reading(shown=first), stages(shown=first) as told:
             report = embed(

@@ -59,17 +59,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="T",
         help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)",
     )
-    parser.add_argument(
-        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
-    )
-    parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
+    _add_training(parser)
     parser.add_argument(
         "--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training"
     )
     parser.add_argument("--max-samples", type=positive, metavar="N", help="only so many evenly spread samples")
-    parser.add_argument(
-        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
-    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read"
     )
@@ -82,6 +76,17 @@ def add_parser(subparsers: Any) -> None:
     add_json(parser)
     add_place(parser)
     parser.set_defaults(run=_eval)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of tasks that learn from features."""
+    parser.add_argument(
+        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
+    )
+    parser.add_argument(
+        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: so many evenly spread ones of them"
+    )
+    parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -105,9 +110,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _on_this_rank(arguments: argparse.Namespace) -> int:
     from cosmos_ssl.build.evaluate import evaluate
-    from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
+    from cosmos_ssl.engine.distributed import SHARING, World, as_run_errors, joined_world
 
-    with joined_world(arguments.device), as_run_errors():
+    with joined_world(arguments.device, wait=SHARING), as_run_errors():
         with reading(shown=World().first), stages(shown=World().first) as told:
             report = evaluate(
                 arguments.checkpoint,

@@ -34,6 +34,11 @@ STARTING = timedelta(minutes=30)
 RUNNING = timedelta(minutes=15)
 """How long it does from then on: longer than a save, or all attempts at a read of storage that stalls, take."""
 
+SHARING = timedelta(days=1)
+"""How long one that embeds or evaluates waits for another, whose share may take longer, above all where an earlier
+start has done more of its own; one that has died is noticed at once.
+"""
+
 LEAVING = timedelta(seconds=2)
 """How long a rank that has ended waits for the others to end."""
 
@@ -45,12 +50,13 @@ _FLIGHTS = "TORCH_FR_DUMP_TEMP_FILE" if _NEW_NAMES else "TORCH_NCCL_DEBUG_INFO_T
 
 
 @contextmanager
-def joined_world(device: str, folder: Path | None = None) -> Iterator[None]:
+def joined_world(device: str, folder: Path | None = None, *, wait: timedelta = STARTING) -> Iterator[None]:
     """Be a member of the started world while entered: gloo for host tensors, NCCL for those on CUDA devices.
 
-    What NCCL's flight recorder holds when ranks wait too long goes into ``folder``. One that fails leaves at once, all
-    others together. Raises UserError where the variables that tell of the world make no sense, or the ranks cannot have
-    a device each, StorageError where the others cannot be reached.
+    ``wait``: so long a rank waits for another once all have met. What NCCL's flight recorder holds when ranks wait too
+    long goes into ``folder``. One that fails leaves at once, all others together. Raises UserError where the variables
+    that tell of the world make no sense, or the ranks cannot have a device each, StorageError where the others cannot
+    be reached.
     """
     if started_ranks() == 1 or dist.is_initialized():
         yield
@@ -69,7 +75,7 @@ def joined_world(device: str, folder: Path | None = None) -> Iterator[None]:
             backend = "cpu:gloo,cuda:nccl"
             _record_flights(folder)
         group = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=own, world_size=size, timeout=STARTING)
+        dist.init_process_group(backend, store=group, rank=own, world_size=size, timeout=wait)
     except UserError:  # on all ranks; one of them keeps the store
         _leave_together(store, own, size)
         raise

@@ -21,7 +21,7 @@ from cosmos_ssl.evaluation.features import Bad, Job, check_finite, part_size, pi
 from cosmos_ssl.evaluation.samples import Sources
 from cosmos_ssl.files import storage_error
 from cosmos_ssl.functional import gather_objects, rank
-from cosmos_ssl.functional.together import from_first, patient_group
+from cosmos_ssl.functional.together import from_first
 from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.models.encoder import ModelEncoder
 
@@ -92,9 +92,8 @@ def embed(
         if request.what in (modality, "both") and modality not in encoder.model.towers:
             raise UserError(f"--what {request.what}: this model has no {modality} tower")
     store = FeatureStore(output.with_name(f"{output.name}.parts"), needed=True)
-    group = patient_group()  # a rank waits for the last piece of another, or while all is put together
-    with _alone(output, group):
-        identity = from_first(lambda: request.identity(encoder), group)
+    with _alone(output):
+        identity = from_first(lambda: request.identity(encoder))
         size = part_size(len(request.samples), request.batch_size)
         job = {**identity, "part_size": size}
 
@@ -103,13 +102,13 @@ def embed(
                 store.claim(job, overwrite=overwrite)
             return report
 
-        if (report := from_first(begin, group)) is not None:
+        if (report := from_first(begin)) is not None:
             return report
         _check_same_everywhere(encoder, request, store, job)
         own = _compute(encoder, request, store, identity, progress)
-        tallies = sorted(tally for theirs in gather_objects(own, group) for tally in theirs)
+        tallies = sorted(tally for theirs in gather_objects(own) for tally in theirs)
         report = _summed(tallies, len(request.samples), encoder.spec.embed_dim)
-        from_first(lambda: _put_together(request, output, store, identity, report, tallies), group)
+        from_first(lambda: _put_together(request, output, store, identity, report, tallies))
     return report
 
 
@@ -178,10 +177,10 @@ def _check_same_everywhere(
 
 
 @contextmanager
-def _alone(output: Path, group: Any) -> Iterator[None]:
+def _alone(output: Path) -> Iterator[None]:
     """Raise UserError on all ranks while another process writes the same output."""
     with ExitStack() as stack:
-        from_first(lambda: stack.enter_context(_locked(output)), group)
+        from_first(lambda: stack.enter_context(_locked(output)))
         yield
 
 

@@ -51,12 +51,12 @@ def all_max(x: Tensor) -> Tensor:
     return most
 
 
-def gather_objects(value: T, group: Any = None) -> list[T]:
-    """Return what each rank gives, in rank order, by way of pickle: for small things. ``group``: of all ranks."""
+def gather_objects(value: T) -> list[T]:
+    """Return what each rank gives, in rank order, by way of pickle: for small things."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value, group=group)
+    dist.all_gather_object(found, value)
     return found
 
 

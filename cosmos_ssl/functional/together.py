@@ -1,10 +1,9 @@
-"""What ranks do together beside losses: one does it for all, work is taken in turns, and waits that may be long."""
+"""What ranks do together beside losses: one does it for all, or each takes the next piece of the work."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -14,13 +13,12 @@ from cosmos_ssl.functional.collectives import rank, world_size
 
 T = TypeVar("T")
 
-_LONG = timedelta(days=30)
 _worlds_of_turns = itertools.count()
 
 
-def from_first(make: Callable[[], T], group: Any = None) -> T:
+def from_first(make: Callable[[], T]) -> T:
     """Return what ``make`` returns on the first rank, on all; an error of ours or of storage that it raises there is
-    raised on all. ``group``: of all ranks, such as ``patient_group`` makes.
+    raised on all.
     """
     if world_size() == 1:
         return make()
@@ -31,7 +29,7 @@ def from_first(make: Callable[[], T], group: Any = None) -> T:
             told[0] = make()
         except (CosmosError, OSError) as caught:
             error = told[1] = caught
-    dist.broadcast_object_list(told, group=group)
+    dist.broadcast_object_list(told)
     if told[1] is not None:
         raise error or told[1]
     return cast(T, told[0])
@@ -46,11 +44,3 @@ def turns(count: int) -> Iterator[int]:
         return iter(range(count))
     store, key = dist.distributed_c10d._get_default_store(), f"turns/{next(_worlds_of_turns)}"
     return itertools.takewhile(lambda number: number < count, (store.add(key, 1) - 1 for _ in itertools.count()))
-
-
-def patient_group() -> Any:
-    """A group of all ranks for host tensors in which one may wait for another for days; None of one rank.
-
-    A rank that has died is noticed at once: its connections are closed.
-    """
-    return None if world_size() == 1 else dist.new_group(backend="gloo", timeout=_LONG)
