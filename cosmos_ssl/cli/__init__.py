@@ -46,4 +46,5 @@ def _run(argv: Sequence[str]) -> int:
         else:
             subparsers.add_parser(name, help=purpose)
     arguments = parse(parser, argv)
+    arguments.argv = argv
     return int(arguments.run(arguments))

@@ -19,7 +19,13 @@ from cosmos_ssl.data.folder import picture_folder
 from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
-from cosmos_ssl.evaluation.classification import accuracy, accuracy_outcomes, class_vectors, load_templates
+from cosmos_ssl.evaluation.classification import (
+    accuracy_of,
+    accuracy_outcomes,
+    class_vectors,
+    load_templates,
+    outcomes_of,
+)
 from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe as fitted
@@ -41,7 +47,7 @@ from cosmos_ssl.evaluation.protocols import (
     encode_pictures,
     labelled_features,
     retrieve,
-    trained_scores,
+    trained_ahead,
 )
 from cosmos_ssl.evaluation.retrieval import fold_metrics, rank_outcomes
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
@@ -54,6 +60,7 @@ from cosmos_ssl.evaluation.segmentation import (
     segmentation_outcomes,
 )
 from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data
+from cosmos_ssl.evaluation.sharded import Sharded
 from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -141,7 +148,7 @@ def retrieval(options: Options, job: Job) -> Task:
         found = retrieve(encoder, data, job, texts=options.texts)
         owners, metrics = torch.tensor(found.owners), found.metrics
         if known is not None and known.name == _FOLDED and len(found.places) >= 2 * FOLD:
-            folds = fold_metrics(found.images, found.encoded, owners, FOLD, score=encoder.match)
+            folds = fold_metrics(found.images.whole(), found.encoded.whole(), owners, FOLD, score=encoder.match)
             metrics = metrics | {f"1k/{name}": value for name, value in folds.items()}
         return Found(metrics, len(found.places), rank_outcomes(found.ranks, owners), found.places)
 
@@ -185,8 +192,8 @@ def knn(options: Options, job: Job) -> Task:
 def linear_probe(options: Options, job: Job) -> Task:
     """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
 
-    def scores(train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
-        return fitted(train, labels, classes=classes)[0].scores(test)
+    def scores(train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        return fitted(train.whole(), labels, classes=classes)[0].scores(test)
 
     return _trained(options, scores, {})
 
@@ -214,8 +221,8 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
         name = f"{options.label} by name" if by_name else options.label
         known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
         test = labelled_features(encoder, data.samples, job, label, name=name)
-        said, labels = trained_scores(known, test, scores)
-        return Found(accuracy(said, labels), len(test.places), accuracy_outcomes(said, labels), test.places)
+        ahead, labels = trained_ahead(known, test, scores)
+        return Found(accuracy_of(ahead, labels), len(test.places), outcomes_of(ahead, labels), test.places)
 
     more = {"train_data": options.train_data, "max_train_samples": options.max_train_samples, "label": options.label}
     return Task(set_name=data.set_name, run=run, about={**about, **more})

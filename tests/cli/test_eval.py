@@ -483,6 +483,17 @@ def test_two_ranks_find_the_same(
     assert said == [out, ""] and (tmp_path / "e.json").exists()
 
 
+def test_processes_of_a_profile_find_the_same(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path
+) -> None:
+    """The nearest neighbours of rows that stay with the rank that has computed them."""
+    words = ["eval", "--checkpoint", str(trained[0]), "--task", "knn", "--data", shards, "--train-data", shards]
+    words += ["--max-train-samples", "30", "-k", "5", "--batch-size", "8", "--which", "student", "--json"]
+    assert command(*words, f"{tmp_path}/one.json")[0] == 0
+    assert command(*words, f"{tmp_path}/two.json", "profile.nproc=2")[0] == 0
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+
+
 def test_a_killed_evaluation_goes_on(
     command: Command, trained: tuple[Path, dict[str, float]], shards: str, cache: Path
 ) -> None:
