@@ -98,6 +98,8 @@ def carry_out(
     place = read_profile(profile, values)
     if place.ranks == 1 and not isinstance(place, SlurmProfile):
         return None
+    if isinstance(place, SlurmProfile) and place.chain is not None:
+        raise UserError("profile.chain is of training: what is embedded or evaluated stays, so give the command again")
     check()
     if not isinstance(place, SlurmProfile):
         return run_ranks(argv, place.ranks, folder, "cosmos_ssl.cli")
