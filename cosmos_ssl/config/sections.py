@@ -179,6 +179,16 @@ class ScheduleConfig(Part):
     final_lr: Strength = 0.0
 
 
+class RollbackConfig(Section):
+    """When a loss has risen for good: its median over the last ``patience`` steps lies above ``factor`` times the one
+    over the four times as many before. The run then goes back, ``most`` times at most.
+    """
+
+    factor: Annotated[float, Field(gt=1, le=1e6)] = 1.5
+    patience: Annotated[int, Field(ge=2, le=10_000)] = 100
+    most: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
 class TrainingConfig(Section):
     """The step. ``batch_size`` is global; ``trace_steps`` steps near the start are traced into ``RUN/trace``.
 
@@ -189,6 +199,7 @@ class TrainingConfig(Section):
     bits. ``kernels: auto`` computes photometric work and, in 16 bits, the transformer by Triton kernels where these run
     on a CUDA device; ``plain`` leaves both to PyTorch's. ``compile`` fuses what towers' blocks compute elementwise,
     once for all lengths; that it gains time is not yet measured on a card, so it is off unless asked for.
+    ``rollback``: whether a run goes back where its loss has risen.
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
@@ -203,6 +214,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     clip_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
     max_nonfinite_steps: Count = 20
+    rollback: RollbackConfig | None = None
     timeout_minutes: Minutes | None = 30.0
     trace_steps: Annotated[int, Field(ge=0, le=1024)] = 0
 

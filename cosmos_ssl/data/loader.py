@@ -212,7 +212,7 @@ class _Batches(TorchDataset["LoadedBatch | Failure"]):
         progress = Progress(step=step, total_steps=total, steps_per_epoch=per_epoch)
         for augmenter in self.augmenters.values():
             augmenter.set_progress(progress)
-        epoch, _ = self.order.epoch_of(step)
+        epoch, _ = self.order.epoch_of(self.order.place(step))
         indices = self.order.rank_batch(step, self.rank, self.world)
         positions = self.order.rank_positions(step, self.rank, self.world)
         collator = Collator(len(indices))

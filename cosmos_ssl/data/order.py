@@ -66,7 +66,9 @@ class Order:
         lanes: int | None = None,
         shuffle_samples: int = 262_144,
         seed: int,
+        skipped: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """``skipped``: see the attribute."""
         sizes = np.asarray(shard_sizes, np.int64)
         self.samples = int(sizes.sum())
         self.batch_size = batch_size
@@ -77,6 +79,10 @@ class Order:
                 f"data: {self.samples:,} samples do not fill one batch (training.batch_size: {batch_size:,}). "
                 "Give more or a smaller batch"
             )
+        self.skipped = tuple(skipped)
+        """(step, batches): from that step on the order is ahead by so many batches more, which no step takes. Steps and
+        epochs count updates all the same.
+        """
         self.lanes = lanes or default_lanes(batch_size)
         assert batch_size % self.lanes == 0, (batch_size, lanes)
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
@@ -94,12 +100,16 @@ class Order:
 
     def __reduce__(self) -> tuple[object, ...]:
         shuffled = self.samples if self._small else self._window * self.lanes
-        again = partial(Order, lanes=self.lanes, shuffle_samples=shuffled, seed=self.seed)
+        again = partial(Order, lanes=self.lanes, shuffle_samples=shuffled, seed=self.seed, skipped=self.skipped)
         return again, (self._sizes, self.batch_size)
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """Epoch of a step, and the number of the step within it."""
         return divmod(step, self.steps_per_epoch)
+
+    def place(self, step: int) -> int:
+        """The batch of the order, counted from its start, that ``step`` takes."""
+        return step + sum(batches for begin, batches in self.skipped if begin <= step)
 
     def step_after(self, before: Order, step: int) -> int:
         """The step at which as much of the same data is behind as after ``step`` steps of ``before``.
@@ -130,7 +140,7 @@ class Order:
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Sample indices of the global batch of ``step``, int64 [batch], lane after lane."""
-        epoch, step = self.epoch_of(step)
+        epoch, step = self.epoch_of(self.place(step))
         first = step * self._per_batch
         lanes = np.arange(self.lanes)[:, None] * self._lane_length
         if self._small:
@@ -147,7 +157,7 @@ class Order:
         A rank owns whole lanes, so its share is one span of the global batch.
         """
         share = self.batch_size // world
-        start = self.epoch_of(step)[1] * self.batch_size + rank * share
+        start = self.epoch_of(self.place(step))[1] * self.batch_size + rank * share
         return np.arange(start, start + share)
 
     def rank_batch(self, step: int, rank: int, world: int) -> NDArray[np.int64]:

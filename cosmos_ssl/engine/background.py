@@ -13,6 +13,7 @@ from pathlib import Path
 from cosmos_ssl.config import CheckpointsConfig
 from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint
 from cosmos_ssl.engine.copies import Copies
+from cosmos_ssl.engine.rollback import needed
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
@@ -31,10 +32,11 @@ class CheckpointWriter:
         *,
         sound: int | None,
         stable: int = 0,
+        reach: int = 0,
         writes: bool = True,
     ) -> None:
         """``sound`` is the step of the checkpoint that the run goes on from, ``stable`` the last from which it can be
-        prolonged, kept for good; without ``writes`` none is ever due.
+        prolonged, kept for good; without ``writes`` none is ever due. ``reach``: how many steps the run may go back.
         """
         self.run_dir = run_dir
         self.settings = settings
@@ -42,6 +44,7 @@ class CheckpointWriter:
         self.total_steps = total_steps
         self.sound = sound
         self.stable = stable
+        self.reach = reach
         self.writes = writes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.seconds = 0.0
@@ -98,6 +101,24 @@ class CheckpointWriter:
         if self.sound != step:
             raise self.take_fault()
 
+    def settle(self) -> None:
+        """Wait for what is being written; a failure is told later."""
+        self._collect()
+
+    def go_back(self, step: int) -> None:
+        """Remove what is newer than the sound checkpoint of ``step``, from which the run goes on. Raises OSError."""
+        with nullcontext() if self.copies is None else self.copies.held(()):
+            if self.copies is not None:
+                self.copies.go_back(step)
+            newer = [path for path in checkpoint_folders(self.run_dir) if (checkpoint_step(path) or 0) > step]
+            for path in reversed(newer):  # no name stays of one whose files are going
+                gone = path.with_name(f".{path.name}.tmp")
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        self.sound = step
+        self._owed, self._begun = False, time.monotonic()
+
     def __enter__(self) -> CheckpointWriter:
         return self
 
@@ -123,7 +144,7 @@ class CheckpointWriter:
         if snapshot.settled:
             self._prune()
         if self.copies is not None:
-            self.copies.added()
+            self.copies.added(snapshot.step)
 
     def _prune(self) -> None:
         """Remove what the rules let go, but nothing that is still to be copied."""
@@ -136,7 +157,8 @@ class CheckpointWriter:
 
     def _kept(self, steps: Collection[int]) -> set[int]:
         """Return those of the checkpoints of these steps that the rules keep."""
-        return {step for step in steps if self._stays(step)} | set(sorted(steps)[-self.settings.keep_last :])
+        last = set(sorted(steps)[-self.settings.keep_last :])
+        return {step for step in steps if self._stays(step)} | last | needed(list(steps), self.reach)
 
     def _stays(self, step: int) -> bool:
         """Return whether the checkpoint of ``step`` is kept for good."""

@@ -44,6 +44,8 @@ class Copies:
         self._changed = threading.Condition(self._lock)
         self._asked, self._ending, self._leaving, self._finished = True, float("inf"), False, False
         self._copied: set[int] | None = None  # not known yet
+        self._others: set[int] = set()  # copies that are no longer this run's: it has gone back, or was prolonged
+        self._turn = 0  # how often it has gone back meanwhile
         self._sick: set[int] = set()  # damaged here: not tried again
         self._busy: int | None = None
         self._told_full = False
@@ -64,11 +66,25 @@ class Copies:
                 log.warning(told, self.run_dir, WAITING, self.remote.url)
             yield {*extra[-WAITING:], *([] if self._busy is None else [self._busy])}
 
-    def added(self) -> None:
-        """Note that there is a new checkpoint."""
+    def added(self, step: int) -> None:
+        """Note that there is a new checkpoint of ``step``."""
         with self._changed:
+            self._forget(lambda other: other == step)
             self._asked = True
             self._changed.notify()
+
+    def go_back(self, step: int) -> None:
+        """Note that the run goes on from ``step``: what is copied of later ones is no longer its."""
+        with self._lock:
+            self._turn += 1
+            self._forget(lambda other: other > step)
+
+    def _forget(self, which: Callable[[int], bool]) -> None:
+        gone = set(filter(which, self._copied or ()))
+        self._others |= gone
+        if self._copied is not None:
+            self._copied -= gone
+        self._sick = {step for step in self._sick if not which(step)}
 
     def close(self, *, finished: bool) -> None:
         """Wait for what is left to be copied: where the run is ``finished`` until it is, else not for long."""
@@ -115,19 +131,26 @@ class Copies:
     def _copy_all(self) -> None:
         """Copy what is left, the newest first. Raises OSError."""
         if self._copied is None:
-            found = {step for step, files in self.remote.whole().items() if self._is_same(step, files)}
+            there = self.remote.whole()
+            newest = max((checkpoint_step(path) or 0 for path in checkpoint_folders(self.run_dir)), default=-1)
             with self._lock:
-                self._copied = found
+                self._copied = {step for step, files in there.items() if step <= newest and self._is_same(step, files)}
+                self._others = there.keys() - self._copied
         while (step := self._next()) is not None:
             try:
-                began = time.monotonic()
+                began, turn = time.monotonic(), self._turn
                 self.remote.send(checkpoint_folder(self.run_dir, step), self.run_dir)
                 with self._lock:
-                    self._copied.add(step)
+                    (self._copied if turn == self._turn else self._others).add(step)
+                    self._others -= self._copied
                     self._told_full = False
                 told = "the checkpoint of step %s is copied to %s (%.1f s)"
                 log.info(told, f"{step:,}", self.remote.url, time.monotonic() - began)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
+                if turn != self._turn:  # it was removed, since the run has gone back
+                    continue
+                if isinstance(error, OSError):
+                    raise
                 log.warning("%s; it is not copied", error)
                 self._sick.add(step)
             finally:
@@ -160,9 +183,11 @@ class Copies:
             return self._busy
 
     def _prune_there(self) -> None:
-        """Remove the copies that the rules let go."""
+        """Remove the copies that the rules let go, and those that are no longer this run's once it has a newer one."""
         assert self._copied is not None
-        for step in sorted(self._copied - self._kept(self._copied)):
+        others = {step for step in self._others if step < max(self._copied, default=-1)}
+        for step in sorted(self._copied - self._kept(self._copied) | others):
             self.remote.remove(step)
             with self._lock:
                 self._copied.discard(step)
+                self._others.discard(step)

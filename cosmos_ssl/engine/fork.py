@@ -18,6 +18,7 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import make_order, total_steps
 from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint, read_state
+from cosmos_ssl.engine.rollback import ahead
 from cosmos_ssl.engine.run_folder import RunFolder, write_text
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.files import checkpoint_step
@@ -33,6 +34,8 @@ class Fork:
     """The step of the checkpoint."""
     step: int
     """The step of this run that it stands for; another one where the batch size is another."""
+    skipped: int
+    """Batches of this run by which the order of samples is ahead of it (``engine.rollback``)."""
     changed: tuple[str, ...]
     """What of the identity differs, as ``optimizer.lr: 0.001 -> 0.01``."""
 
@@ -145,15 +148,18 @@ def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDA
             f"--fork: the data are not those of {run} ({', '.join(moved)}). To go on with these: "
             "loader.changed_data=accept"
         )
-    saved, order = read_state(checkpoint)["step"], make_order(config, shard_sizes)
-    step = _step(saved, theirs, shard_sizes, order, moved=bool(moved))
+    state, order = read_state(checkpoint), make_order(config, shard_sizes)
+    saved = state["step"]
+    step, place = (
+        _step(at, theirs, shard_sizes, order, moved=bool(moved)) for at in (saved, saved + ahead(state))
+    )
     end = total_steps(config, order)
     if step >= end:
         raise UserError(
             f"--fork: {run} stands at step {step:,}, and this run would end at {end:,}. Give more "
             "schedule.epochs or max_steps"
         )
-    return Fork(checkpoint=checkpoint, saved_step=saved, step=step, changed=(*changed, *moved))
+    return Fork(checkpoint=checkpoint, saved_step=saved, step=step, skipped=place - step, changed=(*changed, *moved))
 
 
 def _step(saved: int, theirs: Identity, shard_sizes: NDArray[np.int64], order: Order, *, moved: bool) -> int:

@@ -61,6 +61,10 @@ class JsonLines:
         self._file = LineFile(path)
         self.sync, self.close = self._file.sync, self._file.close
 
+    def cut(self, step: int) -> None:
+        """Drop the rows after ``step``."""
+        self._file.cut(lambda line: json.loads(line)["step"] <= step)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row."""
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -90,6 +94,18 @@ class Writers(api.Writer):
         self._reported = reported or {}
         for writer in self._writers:
             writer.call("start")
+
+    def go_back(self, run: api.RunInfo, reported: Mapping[int, frozenset[str]]) -> None:
+        """Go on from ``run.step``, before steps that were ``reported``: rows are cut, and parts that can drop what comes
+        again are started anew, as for a run that was cut off.
+        """
+        earlier = self._reported
+        self._kept = run.step
+        self._reported = {
+            step: reported.get(step, frozenset()) | earlier.get(step, frozenset()) for step in {*reported, *earlier}
+        }
+        for writer in self._writers:
+            writer.go_back(run)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Hand on to all, but nothing twice to those that append, or of the step that the run goes on from."""
@@ -133,6 +149,14 @@ class _Guarded:
     def _name(self) -> str:
         part = self._part
         return describe(part, f"logging.writers.{part.part_name}") if part else type(self._writer).__name__
+
+    def go_back(self, run: api.RunInfo) -> None:
+        if isinstance(self._writer, JsonLines):
+            self._writer.cut(run.step)
+        elif self._part is not None and not self.appends:
+            self.call("close")
+            self._run, self._started = run, False
+            self.call("start")
 
     def call(self, method: str, *given: Any) -> None:
         if self._failures == FAILURES or (method == "close" and not self._started):

@@ -228,6 +228,11 @@ class Optimizer:
         strangers = listed(sorted(key for key in tensors if key.rpartition(".")[0] not in self.names))
         if strangers:
             raise CheckpointError(f"the optimiser's state holds parameters that are not trained here: {strangers}")
+        self.torch.state.clear()
+        for name, group in self._groups.items():  # a run that goes back has counted since
+            for key in group.keys() - set(_SET):
+                del group[key]
+            group |= {key: value for key, value in self._made[name].items() if key not in _SET}
         groups = {id(p): group for group in self._groups.values() for p in group["params"]}
         for name, fields in told.items():
             parameter, group = self.names[name], groups[id(self.names[name])]

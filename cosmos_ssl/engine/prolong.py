@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from cosmos_ssl.api import Curve, Part
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly, total_steps
-from cosmos_ssl.engine.checkpoint import latest_checkpoint
+from cosmos_ssl.engine.checkpoint import MAX_STEP, latest_checkpoint
+from cosmos_ssl.engine.rollback import keep_records
 from cosmos_ssl.errors import CheckpointError, UserError, listed
 from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
@@ -38,11 +40,21 @@ class Longer:
         newest = latest_checkpoint(folder, self.stable)
         if newest is None:
             raise CheckpointError(f"{folder}: no sound checkpoint of its first {self.stable:,} steps is left")
+        keep_records(folder, self.stable)
         later = [path for path in checkpoint_folders(folder) if path > newest]
         told = f"; what it came to is kept as {listed([set_aside(path, 'shorter').name for path in later])}"
         steps = [f"{step:,}" for step in (self.before, self.now, checkpoint_step(newest) or 0)]
         log.info("the run of %s steps is prolonged to %s, from step %s on%s", *steps, told if later else "")
         return newest
+
+
+def same_until(before: Mapping[str, Any], assembly: Assembly, config: Config, order: Order) -> int:
+    """To which step a run of the config ``before``, which differs in length at most, is the same as one of ``config``."""
+    try:
+        old = total_steps(Config.model_validate_json(json.dumps(before)), order)
+    except ValidationError:  # of another version
+        return MAX_STEP
+    return stable_steps(assembly, config, old)[0] if old < total_steps(config, order) else MAX_STEP
 
 
 def stable_steps(assembly: Assembly, config: Config, total: int) -> tuple[int, str]:

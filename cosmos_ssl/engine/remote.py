@@ -17,11 +17,13 @@ import posixpath
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cosmos_ssl.data.storage import STILL_SECONDS, bounded
-from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint
+from cosmos_ssl.engine import rollback
+from cosmos_ssl.engine.checkpoint import MAX_STEP, find_fault, latest_checkpoint
 from cosmos_ssl.engine.run_folder import LENGTH, RunFolder
 from cosmos_ssl.errors import CheckpointError, CosmosError, StorageError, UserError, first_line, listed
 from cosmos_ssl.files import checkpoint_folder, checkpoint_step, written_whole
@@ -31,7 +33,7 @@ from cosmos_ssl.liveness import alive
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("identity.json", "id", "config.yaml", "versions.json", "fork.json", "metrics.jsonl")
+RUN_FILES = ("identity.json", "id", "config.yaml", "versions.json", "fork.json", "metrics.jsonl", rollback.FILE)
 """What of a run folder goes along with each checkpoint."""
 RESULT = "result.json"
 _CHUNK = 1 << 24
@@ -103,6 +105,14 @@ class Remote:
             raise CheckpointError(f"{self.url}: the files of the run at step {step:,} are not there in whole")
 
         return self._asked(look)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state of a copy. Raises CheckpointError."""
+        try:
+            found = json.loads(self._asked(lambda system, base: system.cat_file(f"{_folder(base, step)}/state.json")))
+        except ValueError as error:
+            raise CheckpointError(f"the copy of step {step:,} at {self.url} is damaged: state.json") from error
+        return {"step": step, **found}
 
     def _manifest(self, system: Any, place: str) -> Mapping[str, Any] | None:
         """The files of a folder by its manifest, None where it is not whole."""
@@ -190,8 +200,9 @@ class Remote:
 
     # ------------------------------------------------------------------ bringing back
 
-    def fetch(self, step: int, run: Path) -> None:
-        """Bring a checkpoint and the files of its run into a run folder: first these, and the checkpoint's name last.
+    def fetch(self, step: int, run: Path, *, alone: bool = False) -> None:
+        """Bring a checkpoint and, unless it comes ``alone``, the files of its run into a run folder: first these, and
+        the checkpoint's name last.
 
         Raises CheckpointError where the copy is not sound, and changes nothing then.
         """
@@ -218,7 +229,7 @@ class Remote:
             self._asked(get)
             if (fault := find_fault(temporary)) is not None:
                 raise CheckpointError(f"the copy of step {step:,} at {self.url} is damaged: {fault}")
-            files = {name: self.read(step, name) for name in (*RUN_FILES, RESULT)}
+            files = {} if alone else {name: self.read(step, name) for name in (*RUN_FILES, RESULT)}
             for name, content in files.items():
                 if content is not None:
                     with written_whole(run / name) as file:
@@ -271,10 +282,19 @@ def _chunks(file: Any) -> Iterator[bytes]:
 # ---------------------------------------------------------------------------- at the start of a run
 
 
-def bring_back(url: str, folder: RunFolder, mine: Identity, *, accept_data: bool = False) -> None:
-    """Fetch the newest sound copy at ``url`` where the locked ``folder`` has none as new; nothing where it has.
+def bring_back(
+    url: str,
+    folder: RunFolder,
+    mine: Identity,
+    *,
+    accept_data: bool = False,
+    same_until: Callable[[Mapping[str, Any]], int] = lambda _: MAX_STEP,
+    reach: int = 0,
+) -> None:
+    """Fetch the newest sound copy at ``url`` that this run can go on from, where the locked ``folder`` has none as new,
+    and what it may go back to by ``reach`` steps; nothing where it has.
 
-    Raises UserError where the copies are another run's, StorageError where they cannot be read and there is no
+    ``same_until``: to which step a run of another length, by its config, is this one. Raises UserError where the copies are another run's, StorageError where they cannot be read and there is no
     checkpoint here to go on from.
     """
     remote = Remote(url)
@@ -284,7 +304,11 @@ def bring_back(url: str, folder: RunFolder, mine: Identity, *, accept_data: bool
             _check_owner(remote, there[-1], folder, mine, accept_data)
             own = latest_checkpoint(folder.path)
             newer = -1 if own is None else checkpoint_step(own) or 0
-            _fetch_newest(remote, [step for step in there if step > newer], folder)
+            found = [step for step in there if step > newer]
+            steps = _own(remote, found, there, folder, same_until) or (found if own is None else [])
+            for step in sorted(rollback.needed(steps, reach) - set(steps[-1:])):
+                _fetch_newest(remote, [step], folder, alone=True)
+            _fetch_newest(remote, steps, folder)
     except OSError as error:
         told = f"checkpoints.copy_to: {url} cannot be read ({error.strerror or error})"
         if latest_checkpoint(folder.path) is None:
@@ -292,10 +316,32 @@ def bring_back(url: str, folder: RunFolder, mine: Identity, *, accept_data: bool
         log.warning("%s; the run goes on from its checkpoint here", told)
 
 
-def _fetch_newest(remote: Remote, steps: list[int], folder: RunFolder) -> None:
+def _own(
+    remote: Remote, steps: list[int], there: list[int], folder: RunFolder, same_until: Callable[[Mapping[str, Any]], int]
+) -> list[int]:
+    """Those of the copies that are of the way that the run has taken, as far as it is known: not those that it went
+    back from since, or that the end of a shorter run has shaped.
+    """
+    records = rollback.read_records(folder.path) or []
+    for step in there if steps else []:
+        with suppress(CheckpointError):
+            records += rollback.parsed(remote.read(step, rollback.FILE) or b"{}")
+    kept = []
+    for step in steps:
+        try:
+            told = json.loads(remote.read(step, "identity.json") or b"{}").get("config")
+            left = records and rollback.later_than(remote.state(step), records)
+        except (CheckpointError, ValueError):  # it is found to be damaged when it is fetched
+            told, left = None, False
+        if not left and (told is None or step <= same_until(told)):
+            kept.append(step)
+    return kept
+
+
+def _fetch_newest(remote: Remote, steps: list[int], folder: RunFolder, *, alone: bool = False) -> None:
     for step in reversed(steps):
         try:
-            remote.fetch(step, folder.path)
+            remote.fetch(step, folder.path, alone=alone)
         except CheckpointError as error:
             log.warning("%s; it is passed over", error)
             continue

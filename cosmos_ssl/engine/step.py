@@ -57,6 +57,8 @@ class Agreement:
 
     finite_loss: bool
     finite_gradient: bool
+    loss: float
+    """This rank's own, of which they do not agree."""
     news: News
 
     @property
@@ -130,16 +132,17 @@ class Step:
         faults = values - values != 0  # of what is not finite the difference is NaN
         if not faults.is_cuda:
             own = news()
+            own_loss = float(values[0])
             loss, gradient, *told = World().most([*faults.tolist(), *own.told])
         else:
-            answer = all_max(faults).to("cpu", non_blocking=True)
+            answer = torch.cat([all_max(faults), values[:1]]).to("cpu", non_blocking=True)
             known = torch.cuda.current_stream().record_event()
             told = World().most(news().told)
             known.synchronize()
-            loss, gradient = answer.tolist()
+            loss, gradient, own_loss = answer.tolist()
         signal, bad, unsaved, save = told
         agreed = News(signal=int(signal), bad_samples=int(bad), unsaved=bool(unsaved), save=bool(save))
-        return Agreement(finite_loss=not loss, finite_gradient=not gradient, news=agreed)
+        return Agreement(finite_loss=not loss, finite_gradient=not gradient, loss=own_loss, news=agreed)
 
     def move(self, progress: Progress) -> Mapping[str, float]:
         """Move teacher and weights in the order asked for, then run the hooks of the parts."""

@@ -46,8 +46,9 @@ from cosmos_ssl.engine.metrics import (
     metrics_at,
     names_from,
 )
-from cosmos_ssl.engine.prolong import Longer, plan_longer, stable_steps
+from cosmos_ssl.engine.prolong import Longer, plan_longer, same_until, stable_steps
 from cosmos_ssl.engine.remote import bring_back
+from cosmos_ssl.engine.rollback import Record, Rise, Rollback, read_records, write_records
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
@@ -56,7 +57,7 @@ from cosmos_ssl.engine.trace import traced
 from cosmos_ssl.engine.watch import Clock, Watch, lines
 from cosmos_ssl.engine.watchdog import Watchdog, watched_start
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError, UserError, listed
-from cosmos_ssl.files import checkpoint_folder, storage_faults
+from cosmos_ssl.files import checkpoint_folder, checkpoint_step, storage_faults
 from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.functional.kernels import explain_kernels
 from cosmos_ssl.identity import Identity
@@ -172,14 +173,17 @@ class Trainer:
         url, accept = self.config.checkpoints.copy_to, self.config.loader.changed_data == "accept"
         assert url is not None
         self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
-        bring_back(url, self.folder, self.identity, accept_data=accept)
+        given = {"same_until": lambda before: same_until(before, self.assembly, self.config, self.order)}
+        reach = Rollback(self.config.training.rollback, self.order).reach
+        bring_back(url, self.folder, self.identity, accept_data=accept, reach=reach, **given)
 
     def _copy_rest(self, step: int) -> None:
         """On the first rank: copy what of a finished run is not copied yet."""
         if self.config.checkpoints.copy_to is not None and self.keep:
             stable = stable_steps(self.assembly, self.config, self.total_steps)[0]
+            reach = Rollback(self.config.training.rollback, self.order).reach
             given = (self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps)
-            CheckpointWriter(*given, sound=step, stable=stable).close()
+            CheckpointWriter(*given, sound=step, stable=stable, reach=reach).close()
 
     def _finished(self) -> dict[str, Any] | None:
         """On the first rank: the result where nothing is left to do. Raises UserError for another's folder."""
@@ -227,8 +231,11 @@ class Run:
             self.callbacks.restore(source, saved)
         if source is None:
             share_start(self.state.replicas)
+        self.rollback = Rollback(self.config.training.rollback if trainer.keep else None, trainer.order)
+        self.rollback.restore(saved or {}, self.world.run_on_first(lambda: read_records(self.folder.path)))
         if fork is not None:
             self.state.step = fork.step
+            self.rollback.fork(fork.step, fork.skipped)
         reported: Mapping[int, frozenset[str]] = {}
         if self.world.first:
             reported = names_from(self.folder.metrics, self.state.step)
@@ -246,6 +253,7 @@ class Run:
             self.total_steps,
             sound=None if newest is None else self.state.step,
             stable=stable_steps(self.assembly, self.config, self.total_steps)[0],
+            reach=self.rollback.reach,
             writes=self.world.first and trainer.keep,
         )
         stack.push(self.checkpoints)
@@ -265,12 +273,18 @@ class Run:
         """The evaluator under way."""
         self.callbacks.call("start", self._context())
         self._keep()
+        if self.rollback.reach and source is None:
+            self.save_together()  # what the first steps may go back to
 
     def to_end(self) -> dict[str, float]:
         """Loop and finish; the final metrics. What ends the run between two steps finds it saved."""
         try:
-            self.evaluate()  # what a resumed run still owes
-            self.loop()
+            while True:
+                self.evaluate()  # what a resumed run still owes
+                self.loop()
+                if (rise := self.rollback.rise()) is None:
+                    break
+                self._go_back(rise)
             if self.state.step < self.total_steps:  # callbacks have ended it
                 self.evaluated = self._already_evaluated()
                 self._evaluate(self.state.step)
@@ -315,6 +329,7 @@ class Run:
                 if self.state.step == first:
                     be_impatient()
                 self._count(update.told.news, batch)
+                self.rollback.observe(update.told.loss)
                 self.between_steps = True
                 self.signals.ahead = f"{AHEAD} (a step takes about {time.monotonic() - began:.0f} s)"
                 self.log(update)
@@ -326,6 +341,35 @@ class Run:
                 if self._stops():
                     break
                 began = time.monotonic()
+
+    def _go_back(self, rise: Rise) -> None:
+        """Become what the run was at a checkpoint before the loss rose, with other samples ahead; all ranks together.
+
+        Raises TrainingError as ``Rollback.plan``.
+        """
+        self.between_steps = False  # nothing of what is between two states is saved
+        source, record = self.world.run_on_first(lambda: self._make_way(rise))
+        saved = self.state.restore(source)
+        self.callbacks.restore(source, saved)
+        self.callbacks.stop.clear()
+        self.rollback.restore(saved, self.rollback.records)
+        self.rollback.note(record)
+        if self.world.first:
+            run = self._run_info()
+            self.writers.go_back(run, names_from(self.folder.metrics, run.step))
+        self.evaluated, self.measured = self._already_evaluated(), self.world.run_on_first(self._measured)
+        self.clock = Clock(self.state.device, self.state.precision)
+        self.watchdog.alive()
+        self.between_steps = True
+
+    def _make_way(self, rise: Rise) -> tuple[Path, Record]:
+        """On the first rank: remove what is newer than the checkpoint to go back to, then write down that it is so."""
+        self.checkpoints.settle()
+        source, record = self.rollback.plan(rise, self.state.step, self.folder.path)
+        with storage_faults(f"{self.folder.path} cannot be written"):
+            self.checkpoints.go_back(checkpoint_step(source) or 0)
+            write_records(self.folder.path, [*self.rollback.records, record])
+        return source, record
 
     def _batches(self) -> Generator[LoadedBatch]:
         """The batches that are left, timing the wait for each."""
@@ -375,6 +419,7 @@ class Run:
         if not row.get("mfu", 1):  # not known
             del row["mfu"]
         row |= {"skipped_steps": self.state.counters.skipped, "bad_samples": self.state.budget.bad}
+        row |= self.rollback.numbers
         if self.state.scaler is not None:
             row["loss_scale"] = self.state.scaler.get_scale()
         self.measured |= row
@@ -416,6 +461,7 @@ class Run:
             "precision": self.state.precision,
             "identity": {"config": identity.digest(), "data": identity.data},
             "versions": versions(self.assembly.parts),
+            **self.rollback.state(),
         }
         self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
 
@@ -511,9 +557,11 @@ class Run:
         """The run's own file first, so that what it lacks nobody was given."""
         assembly, folder = self.assembly, self.folder
         parts = default_writers(assembly.spec, self.config.logging) | dict(assembly.writers)
-        step, config = self.state.step, self.config.model_dump()
-        run = RunInfo(folder=folder.path, name=self.config.name, id=folder.run_id(), step=step, config=config)
-        return Writers([JsonLines(folder.metrics), *parts.values(), *self.trainer.writers], run, reported)
+        return Writers([JsonLines(folder.metrics), *parts.values(), *self.trainer.writers], self._run_info(), reported)
+
+    def _run_info(self) -> RunInfo:
+        step, config, folder = self.state.step, self.config.model_dump(), self.folder
+        return RunInfo(folder=folder.path, name=self.config.name, id=folder.run_id(), step=step, config=config)
 
     def _measured(self) -> dict[str, float]:
         """On the first rank: the numbers since the epoch's end before this step."""
@@ -537,7 +585,9 @@ class Run:
         )
 
     def _stops(self) -> bool:
-        """Return whether callbacks ask for the end. Raises TrainingError where ranks do not agree."""
+        """Return whether the loss has risen, or callbacks ask for the end. Raises TrainingError where ranks do not agree."""
+        if self.rollback.rise() is not None:
+            return True
         step = self.state.step
         if not self.callbacks.parts or not step or step == self.total_steps or step % self.steps_per_epoch:
             return False
