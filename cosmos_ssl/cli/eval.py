@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)",
     )
     parser.add_argument(
-        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
+        "--train-data", metavar="PATH", help="knn, probes: shards or a folder (default: the set's training split)"
     )
     parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--max-samples", type=positive, metavar="N", help="only so many evenly spread samples")
     parser.add_argument(
-        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
+        "--max-train-samples", type=positive, metavar="N", help="knn, probes: likewise of the training samples"
     )
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read"

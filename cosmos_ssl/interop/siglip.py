@@ -83,7 +83,12 @@ def settings(vision: Mapping[str, Any], words: Mapping[str, Any], folder: Path) 
 
     Raises CheckpointError for an image tower that is none of the published sizes, and where no tokenizer lies beside.
     """
-    usual = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6}
+    usual: dict[str, Any] = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "layer_norm_eps": 1e-6,
+    }
     usual |= {"hidden_act": "gelu_pytorch_tanh"}
     vision, words = {**usual, "image_size": 224, "patch_size": 16, **vision}, {**usual, **words}
     sizes = [vision[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")]
