@@ -79,8 +79,8 @@ def labelled_tokens(
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size > _SHARE * there:
         raise UserError(
-            f"{job.data}: the patches of {count:,} pictures take {size / 2**30:,.1f} GiB, more than {_SHARE:.0%} of the "
-            f"memory ({there / 2**30:,.1f}). Give --max-train-samples or --max-samples"
+            f"{job.data}: the patches of {count:,} pictures take {size / 2**30:,.1f} GiB, more than {_SHARE:.0%} of "
+            f"the memory ({there / 2**30:,.1f}). Give --max-train-samples or --max-samples"
         )
 
     def encode(pixels: Tensor) -> Tensor:
