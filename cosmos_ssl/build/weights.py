@@ -25,7 +25,7 @@ from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.hub import checkpoint_path
 from cosmos_ssl.interop.matching import adapt, compare, load_matched
 from cosmos_ssl.interop.official import ROLES
-from cosmos_ssl.models.adapters import merged
+from cosmos_ssl.models.adapters import has_adapters, merged
 from cosmos_ssl.models.model import Model
 
 
@@ -126,10 +126,17 @@ def read_weights(source: Source, which: str, *, partial: bool = False) -> Weight
 
 
 def _plain(state: Mapping[str, Tensor], config: Path) -> Mapping[str, Tensor]:
-    """The tensors of a run without what a callback keeps for itself, and with adapters merged."""
+    """The tensors of a run without what a callback keeps for itself, and with adapters merged.
+
+    Raises CheckpointError where the config beside them does not tell of these.
+    """
     state = {name: x for name, x in state.items() if not name.startswith(KEPT)}
-    told = (read_file(config, []).plain().get("model") or {}).get("lora") if config.is_file() else None
-    return state if told is None else merged(state, LoraConfig.model_validate(told).alpha)
+    if not has_adapters(state):
+        return state
+    try:
+        return merged(state, LoraConfig.model_validate(read_file(config, []).plain()["model"]["lora"]).alpha)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{config} does not tell of the adapters (model.lora) that the weights hold") from error
 
 
 def roles_of(source: Source) -> tuple[Role, ...]:

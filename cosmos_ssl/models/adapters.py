@@ -5,7 +5,7 @@ they are merged, which are plain ones again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -85,6 +85,11 @@ def plain_name(name: str) -> str:
         if name.endswith(end):
             return f"{name.removesuffix(end)}.weight"
     return name.replace(_BASE, ".")
+
+
+def has_adapters(names: Iterable[str]) -> bool:
+    """Return whether any of a state's names is an adapter's."""
+    return any(name.endswith(_B) for name in names)
 
 
 def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cosmos_ssl
-from cosmos_ssl.errors import ConfigError
+from cosmos_ssl.errors import CheckpointError, ConfigError
 from cosmos_ssl.models import fused
 from cosmos_ssl.models.adapters import add_adapters, merged, plain_name
 from cosmos_ssl.models.transformer import Blocks, lay_out
@@ -153,6 +153,12 @@ def test_a_run_of_adapters(tmp_path: Path) -> None:
     cosmos_ssl.export(folder, "openclip", tmp_path / "exported")
     exported = cosmos_ssl.load(tmp_path / "exported").model.state_dict()
     assert torch.equal(exported[f"{name}.weight"], loaded["student"][f"{name}.weight"])
+
+    kept = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text("model: 3")
+    with pytest.raises(CheckpointError, match=r"config\.yaml does not tell of the adapters"):
+        cosmos_ssl.load(folder)
+    (folder / "config.yaml").write_text(kept)
 
     for path in (folder / "checkpoints/step_00000004", folder / "result.json"):
         path.rename(tmp_path / path.name)
