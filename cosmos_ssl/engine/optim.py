@@ -16,6 +16,7 @@ from cosmos_ssl import api
 from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Schedule, Tower, value_at
 from cosmos_ssl.config import Config, OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
+from cosmos_ssl.models.adapters import plain_name
 from cosmos_ssl.models.contract import Fault, blaming
 from cosmos_ssl.models.model import Model
 
@@ -67,7 +68,7 @@ def _layer_factors(model: Model, decay: float) -> Iterator[tuple[str, float]]:
                 "Leave it out"
             )
         for name, _ in tower.named_parameters():
-            yield f"{modality}.{name}", decay ** (tower.layer_count - tower.layer_of(name))
+            yield f"{modality}.{name}", decay ** (tower.layer_count - tower.layer_of(plain_name(name)))
 
 
 def _part_rules(model: Model) -> Iterator[ParameterRule]:

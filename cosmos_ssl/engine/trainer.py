@@ -590,11 +590,13 @@ class Run:
             log.info("%s, training goes on in %s.", fork, self._place())
         elif saved is None:
             size = sum(parameter.numel() for parameter in self.state.model.parameters())
+            trained = sum(parameter.numel() for parameter in self.state.optimizer.names.values())
             log.info(
-                "training %s (%s parameters) into %s: %s steps, %s an epoch, batch %s, %s on %s",
+                "training %s (%s parameters%s) into %s: %s steps, %s an epoch, batch %s, %s on %s",
                 *(
                     self.config.name,
                     f"{size:,}",
+                    f", {trained:,} of them trained" if trained < size else "",
                     self.folder.path,
                     f"{self.total_steps:,}",
                     f"{self.steps_per_epoch:,}",

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models import fused
+from cosmos_ssl.models.adapters import is_plain
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 Recomputed: TypeAlias = bool | Literal["alternate"]
@@ -78,6 +79,9 @@ class SelfAttention(nn.Module):
 
     def project_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, W] -> queries [R, H, d] of these rows alone, keys and values [T, H, d] of all."""
+        if not is_plain(self.qkv):  # which has no rows of its own for queries
+            q, k, v = self.project(x)
+            return take_rows(q, rows), k, v
         sizes = [x.shape[-1], 2 * x.shape[-1]]
         q_weight, kv_weight = self.qkv.weight.split_with_sizes(sizes)
         q_bias, kv_bias = self.qkv.bias.split_with_sizes(sizes)
@@ -258,7 +262,7 @@ class Block(nn.Module):
         """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
         H, d].
         """
-        if rows is None and self._fuses(x):
+        if rows is None and self._fuses(x, self.attn.qkv):
             return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
         if branch is not None and self._fuses(x):
             x, normed = fused.add_norm(x, branch, bias, self.norm1)
@@ -267,14 +271,15 @@ class Block(nn.Module):
             normed = self.norm1(x)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
-    def _fuses(self, x: Tensor) -> bool:
-        return self.kernels == "auto" and fused.usable(x)
+    def _fuses(self, x: Tensor, *maps: nn.Module) -> bool:
+        """Whether kernels serve rows like ``x``, and these linear maps, whose weights they read."""
+        return self.kernels == "auto" and is_plain(*maps) and fused.usable(x)
 
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        if self.mlp.activation != "gelu" or not self._fuses(x):
+        if self.mlp.activation != "gelu" or not self._fuses(x, proj, self.mlp.fc1, fc2):
             x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
             return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
         branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
