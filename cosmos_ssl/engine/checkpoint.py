@@ -332,4 +332,6 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: objec
     """Load ``tensors`` into ``module``. Raises CheckpointError as ``check_fit`` does."""
     check_fit(module, tensors, source)
     own = module.state_dict()
-    module.load_state_dict({name: laid_out(x, own[name]) if is_sharded(own[name]) else x for name, x in tensors.items()})
+    module.load_state_dict(
+        {name: laid_out(x, own[name]) if is_sharded(own[name]) else x for name, x in tensors.items()}
+    )

@@ -206,11 +206,10 @@ class Optimizer:
     @torch.no_grad()
     def _clip_parts(self, grads: Sequence[Tensor], max_norm: float | None) -> Tensor:
         """``clip``, by the formula of torch's, where ranks hold parts: squares of these are summed over ranks."""
-        norms = [
-            torch.nn.utils.get_total_norm([local(x) for x in grads if is_sharded(x) is parts]) for parts in (True, False)
-        ]
-        parts, whole = (norm.to(self.sharded[0].device, torch.float64).square() for norm in norms)
-        norm = (sum_of_parts(parts, self.sharded) + whole).sqrt().float()
+        kinds = [local(x) for x in grads if is_sharded(x)], [x for x in grads if not is_sharded(x)]
+        norms = (torch.nn.utils.get_total_norm(kind).to(self.sharded[0].device, torch.float64) for kind in kinds)
+        parts, others = (norm.square() for norm in norms)
+        norm = (sum_of_parts(parts, self.sharded) + others).sqrt().float()
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(x) for x in grads], factor)

@@ -9,32 +9,44 @@ averaged by ``exchange.GradientMean``, those of shards by PyTorch as backward go
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
+from cosmos_ssl.api import GroupFeatures
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import shards
+from cosmos_ssl.errors import UserError
 from cosmos_ssl.functional import is_sharded, local, world_size
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.precision import DTYPES
 from cosmos_ssl.models.transformer import Block
+
+_NEEDS = (2, 10)
+"""Version of torch: older ones keep no parameters whole, or know no sums in place of means."""
 
 
 class Sharding:
     """How the ranks of a run share weights, by its config."""
 
     def __init__(self, config: Config, device: torch.device, precision: str) -> None:
-        """Raises ConfigError where the ranks cannot be divided so."""
+        """Raises ConfigError where the ranks cannot be divided so, UserError where torch is too old."""
         self.device, self.precision = device, precision
         self.average_in = torch.bfloat16 if config.training.average_in == "bf16" else torch.float32
         ranks, self.shards = world_size(), shards(config, world_size())
         self.on = self.shards > 1
         """Whether any rank holds less than all."""
         if self.on:
+            if tuple(map(int, torch.__version__.split(".")[:2])) < _NEEDS:
+                needed = ".".join(map(str, _NEEDS))
+                raise UserError(f"training.parallel={config.training.parallel} needs torch {needed} or newer")
+            _register_features()
             from torch.distributed.device_mesh import init_device_mesh
 
             sizes = {"replicate": ranks // self.shards, "shard": self.shards}
@@ -68,9 +80,25 @@ class Sharding:
             cast(Any, module).set_force_sum_reduction_for_comms(True)
 
 
+@cache
+def _register_features() -> None:
+    """Have torch find the tensors in what towers return: by their gradients it sees a backward pass come. From 2.13 on
+    it looks into dataclasses by itself.
+    """
+    names = [each.name for each in fields(GroupFeatures)]
+
+    def flatten(features: GroupFeatures) -> tuple[list[Any], None]:
+        return [getattr(features, name) for name in names], None
+
+    def unflatten(values: Iterable[Any], _: object) -> GroupFeatures:
+        return GroupFeatures(**dict(zip(names, values, strict=True)))
+
+    register_pytree_node(GroupFeatures, flatten, unflatten)
+
+
 def blocks(tower: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a tower, the inner ones first: members of a list, or of a sequence, that are all of one class
-    and have parameters in modules of their own.
+    """The repeated blocks of a tower, the inner ones first: members of a list or sequence that are of one class and have
+    parameters in modules of their own.
     """
     found = []
     for module in tower.modules():
@@ -126,6 +154,6 @@ class Parts:
         for own, name, _, part in self._held:
             own[name] = part
 
-    def __exit__(self, *_: object) -> None:
-        for own, name, x, _ in self._held or ():
-            own[name] = x
+    def __exit__(self, *error: object) -> None:
+        for own, name, whole, _ in self._held or ():
+            own[name] = whole

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part (``training.parallel: fsdp`` or ``hsdp``), for parts that keep copies of weights.
+"""Tensors of which a rank holds a part (``training.parallel: fsdp`` or ``hsdp``), for those who keep copies of them.
 
 Such a tensor is a ``DTensor``: its shape is that of the whole. Every function here takes plain tensors, too.
 """
