@@ -225,7 +225,9 @@ class Optimizer:
         largest = torch.stack([torch.zeros((), device=self.sharded[0].device), *torch._foreach_norm(grads, torch.inf)])
         faulty = all_max((~largest.isfinite()).any().float())
         told = torch.where(faulty > 0, torch.inf, 0.0)  # by it a rank learns of another's
-        given = [SimpleNamespace(grad=grad) for grad in (*grads, told)]
+        given = [torch.empty_like(grad) for grad in (*grads, told)]
+        for each, grad in zip(given, (*grads, told), strict=True):
+            each.grad = grad
         scaler.unscale_(cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[{"params": given}])))
 
     def step(self) -> None:
