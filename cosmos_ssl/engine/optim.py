@@ -23,6 +23,10 @@ from cosmos_ssl.models.contract import Fault, blaming
 from cosmos_ssl.models.model import Model
 
 
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "Lion", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop")
+"""Optimisers that move each number by its own gradients alone, so that ranks may each move a part."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What the rules say of one parameter."""
@@ -172,6 +176,11 @@ class Optimizer:
                 raise Fault(f"made a {type(self.torch).__name__}, expected a torch.optim.Optimizer")
             if [group.get("params") for group in self.torch.param_groups] != [group["params"] for group in groups]:
                 raise Fault("has other groups than it was given")
+        if self.sharded and (name := type(self.torch).__name__) not in ELEMENTWISE:
+            raise UserError(
+                f"optimizer: {name} moves a weight by what others of its matrix are, of which ranks hold parts alone: take "
+                f"training.parallel=replicate, or one of {', '.join(ELEMENTWISE)}"
+            )
         made = iter(self.torch.param_groups)
         self._groups = {next(iter(named)): [next(made) for _ in _alike(named.values())] for named in grouped.values()}
         """By the name of the first parameter; two where it has sharded parameters and whole ones."""

@@ -97,8 +97,8 @@ def _register_features() -> None:
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a tower, the inner ones first: members of a list or sequence, of one class, with parameters
-    in modules of their own.
+    """The repeated blocks of a tower, the inner ones first: members of a list, of one class, with parameters in modules of
+    their own.
     """
     found = []
     for module in tower.modules():

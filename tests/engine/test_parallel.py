@@ -52,6 +52,11 @@ def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path,
     assert name == same and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_an_optimiser_of_whole_matrices_is_refused(ranks, finished, tmp_path):
+    codes, said = finished(ranks(tmp_path, 2, training=FSDP, optimizer={"type": "timm", "name": "lamb"}))
+    assert codes == [2, 2] and "optimizer: Lamb moves a weight by what others" in said[0], said
+
+
 @pytest.mark.slow
 def test_a_signal_within_an_evaluation_finds_the_run_saved(ranks, finished, rows, tmp_path):
     """Ranks call the model unequally often there. The evaluation comes again, and all goes on as if nothing was."""
