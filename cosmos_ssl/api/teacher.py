@@ -35,8 +35,8 @@ part asks of the role ``teacher``, in evaluation mode and without gradients.
 
 What must hold: ``model`` shares no tensor with the student and takes no gradients; ``update`` moves nothing but the
 teacher, each number by those at its place (where ranks share weights, the models hold this rank's part of each
-parameter then), and returns numbers, which are logged as ``teacher/NAME``. What it remembers lies in buffers: they go into
-checkpoints with ``model``. ``cosmos_ssl.testing.check_teacher`` tries all this.
+parameter then), and returns numbers, which are logged as ``teacher/NAME``. What it remembers lies in buffers: they go
+into checkpoints with ``model``. ``cosmos_ssl.testing.check_teacher`` tries all this.
 """
 
 from __future__ import annotations

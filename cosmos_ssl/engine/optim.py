@@ -22,7 +22,6 @@ from cosmos_ssl.functional.placement import sum_of_parts
 from cosmos_ssl.models.contract import Fault, blaming
 from cosmos_ssl.models.model import Model
 
-
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "Lion", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop")
 """Optimisers that move each number by its own gradients alone, so that ranks may each move a part."""
 
@@ -178,8 +177,8 @@ class Optimizer:
                 raise Fault("has other groups than it was given")
         if self.sharded and (name := type(self.torch).__name__) not in ELEMENTWISE:
             raise UserError(
-                f"optimizer: {name} moves a weight by what others of its matrix are, of which ranks hold parts alone: take "
-                f"training.parallel=replicate, or one of {', '.join(ELEMENTWISE)}"
+                f"optimizer: {name} moves a weight by what others of its matrix are, of which ranks hold parts alone. "
+                f"Take training.parallel=replicate, or one of {', '.join(ELEMENTWISE)}"
             )
         made = iter(self.torch.param_groups)
         self._groups = {next(iter(named)): [next(made) for _ in _alike(named.values())] for named in grouped.values()}

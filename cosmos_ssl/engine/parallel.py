@@ -97,7 +97,7 @@ def _register_features() -> None:
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a tower, the inner ones first: members of a list, of one class, with parameters in modules of
+    """The repeated blocks of a tower, inner ones first: members of a list, of one class, with parameters in modules of
     their own.
     """
     found = []

@@ -167,9 +167,10 @@ def test_a_run_goes_on_in_any_kind_on_any_number_of_ranks(in_ranks, rows, tmp_pa
         assert row == pytest.approx(same, rel=1e-5), f"step {row['step']}"
     (name, last), (same, expected) = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
     assert name == same
-    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-6)
+    # keys' biases have no gradient but rounding, which Adam scales up
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=2e-5)
     averages = (load_tensors(checkpoint_folders(tmp_path / run)[-1], "average") for run in ("cut", "whole"))
-    torch.testing.assert_close(*averages, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*averages, rtol=1e-4, atol=2e-5)
     _, fsdp, hsdp, _ = found
     for rank in fsdp:
         for what in ("parameters", "optimiser state", "teacher"):
