@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import UserDict
-from collections.abc import Callable, Iterable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -205,6 +205,9 @@ class TrainingConfig(Section):
     bits. ``kernels: auto`` computes photometric work and, in 16 bits, the transformer by Triton kernels where these run
     on a CUDA device; ``plain`` leaves both to PyTorch's. ``compile`` fuses what towers' blocks compute elementwise,
     once for all lengths; that it gains time is not yet measured on a card, so it is off unless asked for.
+    ``parallel``: every rank holds all of student, teacher and optimiser (``replicate``); or all ranks share one copy of
+    the towers and of what is held for them (``fsdp``), or each ``parallel_shards`` ranks do (``hsdp``; by default those
+    of a node).
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
@@ -214,6 +217,8 @@ class TrainingConfig(Section):
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     kernels: Literal["auto", "plain"] = "auto"
     compile: bool = False
+    parallel: Literal["replicate", "fsdp", "hsdp"] = "replicate"
+    parallel_shards: Count | None = None
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0

@@ -232,6 +232,8 @@ class Block(nn.Module):
         """``training.kernels``."""
         self.recompute = False
         """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
+        self.sharded = False
+        """Whether ranks share its weights, which are there while it is called alone, cast to what it computes in."""
         self.norm1 = nn.LayerNorm(width, norm_eps)
         self.attn = SelfAttention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
@@ -254,7 +256,8 @@ class Block(nn.Module):
         if self.training and self.drop_path:
             share, drawn = 1 - self.drop_path, torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype)
             factors = drawn.bernoulli_(share).div_(share)[packing.sequence_of_query]
-        return self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+        x, branch, bias = self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+        return x, branch, bias.clone() if self.sharded and bias is not None else bias
 
     def before_attention(
         self, x: Tensor, branch: Tensor | None, bias: Tensor | None, rows: Tensor | None
@@ -312,7 +315,7 @@ def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Stream:
     """What a block leaves; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come
     one block after the other, and are averaged over ranks meanwhile.
     """
-    with _cast(block, dtype if torch.is_grad_enabled() else None):
+    with _cast(block, dtype if torch.is_grad_enabled() and not block.sharded else None):
         return cast(Stream, block(*arguments))
 
 
@@ -379,7 +382,8 @@ class Blocks(nn.ModuleList):
         """
         device, last = x.device.type, len(self) - 1
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False), _cast(self, None if torch.is_grad_enabled() else dtype):
+        narrow = None if torch.is_grad_enabled() or any(block.sharded for block in self) else dtype
+        with torch.autocast(device, enabled=False), _cast(self, narrow):
             stream: Stream = (x if dtype is None else x.to(dtype), None, None)
             for i, block in enumerate(self):
                 ends = i == last
