@@ -21,7 +21,7 @@ from cosmos_ssl.registry import shown
 _LOADER = ("workers", "prefetch", "error_budget", "changed_data")
 _TRAINING = (
     *("micro_batch_size", "attention", "kernels", "compile", "deterministic", "device"),
-    *("max_nonfinite_steps", "rollback", "timeout_minutes", "trace_steps"),
+    *("max_nonfinite_steps", "rollback", "timeout_minutes", "trace_steps", "parallel", "parallel_shards"),
 )
 _ASIDE = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),

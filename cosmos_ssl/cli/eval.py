@@ -81,10 +81,10 @@ def add_parser(subparsers: Any) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     """Add the flags of tasks that learn from features."""
     parser.add_argument(
-        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
+        "--train-data", metavar="PATH", help="knn, probes: shards or a folder (default: the set's training split)"
     )
     parser.add_argument(
-        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: so many evenly spread ones of them"
+        "--max-train-samples", type=positive, metavar="N", help="knn, probes: so many evenly spread ones of them"
     )
     parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
 

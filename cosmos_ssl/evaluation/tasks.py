@@ -16,6 +16,8 @@ from torch import Tensor
 from cosmos_ssl.api import DataError, Encoder, Modality, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.evaluation.attentive_probe import attentive_probe as pooled
+from cosmos_ssl.evaluation.attentive_probe import labelled_tokens, scores_of
 from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
@@ -42,6 +44,7 @@ from cosmos_ssl.evaluation.pairs import (
 )
 from cosmos_ssl.evaluation.picture_files import PictureFiles
 from cosmos_ssl.evaluation.protocols import (
+    Labelled,
     Scores,
     classify,
     encode_pictures,
@@ -87,7 +90,7 @@ class Options:
     templates: str | Sequence[str] | None = None
     """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is the set's own, else ``simple``."""
     train_data: str | None = None
-    """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
+    """Training samples of ``knn`` and the probes; None is the training split of a known set."""
     max_train_samples: int | None = None
     """So many evenly spread training samples; None is all."""
     k: int = 20
@@ -198,8 +201,26 @@ def linear_probe(options: Options, job: Job) -> Task:
     return _trained(options, scores, {})
 
 
-def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
-    """A task on the tower's features before the projection: ``scores`` of test features from training features."""
+def attentive_probe(options: Options, job: Job) -> Task:
+    """A learned pooling of frozen patch tokens, and a linear classifier (``attentive_probe``). Raises DataError."""
+
+    def read(encoder: Encoder, *given: Any, **named: Any) -> Labelled:
+        device.append(encoder.device)
+        return labelled_tokens(encoder, *given, **named)
+
+    def scores(train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        return scores_of(pooled(train.whole(), labels, classes=classes, device=device[-1])[0], test)
+
+    device: list[torch.device] = []
+    return _trained(options, scores, {}, read)
+
+
+def _trained(
+    options: Options, scores: Scores, about: Mapping[str, Any], read: Callable[..., Labelled] = labelled_features
+) -> Task:
+    """A task on what ``read`` gives, the tower's features before the projection: ``scores`` of test features from
+    training features.
+    """
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
         given = find_class_data(options.train_data)
@@ -219,8 +240,8 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
 
     def run(encoder: Encoder, job: Job) -> Found:
         name = f"{options.label} by name" if by_name else options.label
-        known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
-        test = labelled_features(encoder, data.samples, job, label, name=name)
+        known = read(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
+        test = read(encoder, data.samples, job, label, name=name)
         ahead, labels = trained_ahead(known, test, scores)
         return Found(accuracy_of(ahead, labels), len(test.places), outcomes_of(ahead, labels), test.places)
 

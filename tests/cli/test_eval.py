@@ -212,7 +212,7 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
                 Image.new("RGB", (32, 32), (abs(shade - n),) * 3).save(path)
     report = tmp_path / "e.json"
     words = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path / "test"), "--json", str(report))
-    for task in ("knn", "linear_probe"):
+    for task in ("knn", "linear_probe", "attentive_probe"):
         code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
         assert code == 0, err
         assert json.loads(report.read_text())["metrics"]["student/top1"] == 1

@@ -327,6 +327,20 @@ def make_trainer(run_dir, config=None, console=None, writers=(), **options) -> T
     )
 
 
+def raise_loss(trainer, batches, seen=None, factor=4.0):
+    """Let the loss be so many times as large on these batches of the order, noting in ``seen`` each that is taken."""
+    loss, order = trainer.assembly.model.loss("match"), trainer.order
+    forward = loss.forward
+
+    def scaled(ctx):
+        out, place = forward(ctx), order.place(ctx.progress.step)
+        if seen is not None:
+            seen.append(place)
+        return LossOutput(terms={"pull": out.terms["pull"] * (factor if place in batches else 1)}, metrics=out.metrics)
+
+    loss.forward = scaled
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = json.loads(sys.argv[2])
@@ -337,6 +351,7 @@ if __name__ == "__main__":
     Match.poison = faults.pop("poison", {})
     Match.part_source = Average.part_source = Noise.part_source = "tests"
     WIDTH = options.pop("width", WIDTH)
+    raised = options.pop("raised", ())
     parts = {"evaluators": {"mean": Mean(options.pop("evaluation_seconds", 0.0))}, "bad": options.pop("bad", ())}
     if options.pop("shake", False):
         parts["callbacks"] = {"shake": Shake()}
@@ -348,6 +363,7 @@ if __name__ == "__main__":
         with joined_world("cpu"):
             console = Console(quiet="RANK" in os.environ and os.environ["RANK"] != "0")
             trainer = make_trainer(Path(sys.argv[1]), make_config(**options), console, **parts)
+            raise_loss(trainer, raised)
             if befall("start", 0) == "drift":
                 drift(trainer.assembly.model)
             trainer.train()
