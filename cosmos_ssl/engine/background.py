@@ -107,6 +107,8 @@ class CheckpointWriter:
 
     def go_back(self, step: int) -> None:
         """Remove what is newer than the sound checkpoint of ``step``, from which the run goes on. Raises OSError."""
+        if isinstance(self._fault, TrainingError):  # of the way that is left
+            self._fault = None
         with nullcontext() if self.copies is None else self.copies.held(()):
             if self.copies is not None:
                 self.copies.go_back(step)

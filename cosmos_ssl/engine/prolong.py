@@ -49,7 +49,7 @@ class Longer:
 
 
 def same_until(before: Mapping[str, Any], assembly: Assembly, config: Config, order: Order) -> int:
-    """To which step a run of the config ``before``, which differs in length at most, is the same as one of ``config``."""
+    """To which step a run of the config ``before`` is the same as one of ``config``, but for the length alike."""
     try:
         old = total_steps(Config.model_validate_json(json.dumps(before)), order)
     except ValidationError:  # of another version

@@ -294,8 +294,8 @@ def bring_back(
     """Fetch the newest sound copy at ``url`` that this run can go on from, where the locked ``folder`` has none as new,
     and what it may go back to by ``reach`` steps; nothing where it has.
 
-    ``same_until``: to which step a run of another length, by its config, is this one. Raises UserError where the copies are another run's, StorageError where they cannot be read and there is no
-    checkpoint here to go on from.
+    ``same_until``: to which step a run of another length, by its config, is this one. Raises UserError where the copies
+    are another run's, StorageError where they cannot be read and there is no checkpoint here to go on from.
     """
     remote = Remote(url)
     try:

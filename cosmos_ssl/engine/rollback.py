@@ -58,6 +58,11 @@ class Record:
     level: float | None = None
 
 
+def reach_of(settings: RollbackConfig | None) -> int:
+    """How many steps back a checkpoint must be, at the least; 0 where none is needed."""
+    return BACK * settings.patience if settings else 0
+
+
 class Rollback:
     """Watches a run's loss, and keeps what its order of samples has passed over. All ranks come to the same."""
 
@@ -70,8 +75,8 @@ class Rollback:
 
     @property
     def reach(self) -> int:
-        """How many steps back a checkpoint must be, at the least; 0 where none is needed."""
-        return BACK * self.settings.patience if self.settings else 0
+        """As ``reach_of``."""
+        return reach_of(self.settings)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -188,7 +193,7 @@ def _told(saved: Mapping[str, Any]) -> tuple[list[float], list[Record]]:
 
 
 def ahead(saved: Mapping[str, Any]) -> int:
-    """How many batches the order of samples is ahead of the step of a checkpoint, by its state. Raises CheckpointError."""
+    """How many batches the order of samples is ahead of a checkpoint's step, by its state. Raises CheckpointError."""
     return sum(batches for at, batches in _skipped(_told(saved)[1]) if at <= saved["step"])
 
 
@@ -197,8 +202,8 @@ def _record(told: Mapping[str, Any]) -> Record:
     record = Record(**told)
     for field in fields(record):
         value = getattr(record, field.name)
-        number = isinstance(value, int | float) if field.name in ("loss", "level") else type(value) is int and value >= 0
-        if not number and not (value is None and field.name in ("loss", "level")):
+        measured = field.name in ("loss", "level")
+        if not (isinstance(value, float | int | None) if measured else type(value) is int and value >= 0):
             raise TypeError(f"{field.name} is {str(value)[:40]}")
     return record
 
@@ -227,7 +232,7 @@ def write_records(run_dir: Path, records: Sequence[Record]) -> None:
 
 
 def keep_records(run_dir: Path, last: int) -> None:
-    """Forget what was found after step ``last``: the run goes on from there as another one. Raises UserError, OSError."""
+    """Forget what was found after step ``last``, from where a run goes on as a longer one. Raises UserError, OSError."""
     records = read_records(run_dir) or []
     kept = [record for record in records if record.found <= last]
     if kept != records:

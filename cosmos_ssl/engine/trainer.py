@@ -48,7 +48,7 @@ from cosmos_ssl.engine.metrics import (
 )
 from cosmos_ssl.engine.prolong import Longer, plan_longer, same_until, stable_steps
 from cosmos_ssl.engine.remote import bring_back
-from cosmos_ssl.engine.rollback import Record, Rise, Rollback, read_records, write_records
+from cosmos_ssl.engine.rollback import Record, Rise, Rollback, reach_of, read_records, write_records
 from cosmos_ssl.engine.run_folder import RunFolder, versions
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
@@ -173,15 +173,20 @@ class Trainer:
         url, accept = self.config.checkpoints.copy_to, self.config.loader.changed_data == "accept"
         assert url is not None
         self.folder.check_identity(self.identity, accept_data=accept, longer=self._plan_longer)
-        given = {"same_until": lambda before: same_until(before, self.assembly, self.config, self.order)}
-        reach = Rollback(self.config.training.rollback, self.order).reach
-        bring_back(url, self.folder, self.identity, accept_data=accept, reach=reach, **given)
+        bring_back(
+            url,
+            self.folder,
+            self.identity,
+            accept_data=accept,
+            same_until=lambda before: same_until(before, self.assembly, self.config, self.order),
+            reach=reach_of(self.config.training.rollback),
+        )
 
     def _copy_rest(self, step: int) -> None:
         """On the first rank: copy what of a finished run is not copied yet."""
         if self.config.checkpoints.copy_to is not None and self.keep:
             stable = stable_steps(self.assembly, self.config, self.total_steps)[0]
-            reach = Rollback(self.config.training.rollback, self.order).reach
+            reach = reach_of(self.config.training.rollback)
             given = (self.folder.path, self.config.checkpoints, self.steps_per_epoch, self.total_steps)
             CheckpointWriter(*given, sound=step, stable=stable, reach=reach).close()
 
@@ -614,7 +619,10 @@ class Run:
         )
 
     def _stops(self) -> bool:
-        """Return whether the loss has risen, or callbacks ask for the end. Raises TrainingError where ranks do not agree."""
+        """Return whether the loss has risen, or callbacks ask for the end.
+
+        Raises TrainingError where ranks do not agree on the latter.
+        """
         if self.rollback.rise() is not None:
             return True
         step = self.state.step
