@@ -150,9 +150,7 @@ def plan_fork(checkpoint: Path, mine: Identity, config: Config, shard_sizes: NDA
         )
     state, order = read_state(checkpoint), make_order(config, shard_sizes)
     saved = state["step"]
-    step, place = (
-        _step(at, theirs, shard_sizes, order, moved=bool(moved)) for at in (saved, saved + ahead(state))
-    )
+    step, place = (_step(at, theirs, shard_sizes, order, moved=bool(moved)) for at in (saved, saved + ahead(state)))
     end = total_steps(config, order)
     if step >= end:
         raise UserError(

@@ -96,8 +96,8 @@ class Writers(api.Writer):
             writer.call("start")
 
     def go_back(self, run: api.RunInfo, reported: Mapping[int, frozenset[str]]) -> None:
-        """Go on from ``run.step``, before steps that were ``reported``: rows are cut, and parts that can drop what comes
-        again are started anew, as for a run that was cut off.
+        """Go on from ``run.step``, before steps that were ``reported``: rows are cut, and parts that can drop what
+        comes again are started anew, as for a run that was cut off.
         """
         earlier = self._reported
         self._kept = run.step

@@ -317,7 +317,11 @@ def bring_back(
 
 
 def _own(
-    remote: Remote, steps: list[int], there: list[int], folder: RunFolder, same_until: Callable[[Mapping[str, Any]], int]
+    remote: Remote,
+    steps: list[int],
+    there: list[int],
+    folder: RunFolder,
+    same_until: Callable[[Mapping[str, Any]], int],
 ) -> list[int]:
     """Those of the copies that are of the way that the run has taken, as far as it is known: not those that it went
     back from since, or that the end of a shorter run has shaped.

@@ -123,10 +123,11 @@ class Rollback:
                 f"{told}, after the run has gone back {self.count:,} times, as often as training.rollback.most allows. "
                 "A lower learning rate (optimizer.lr) or clipped gradients (training.clip_grad_norm) may hold it"
             )
-        at = step - self.reach
+        # not to before what was passed over last: until there all is as it was, and checkpoints of before may be gone
+        at = max([step - self.reach, *(begin for begin, _ in self.order.skipped if begin <= step)])
         source = latest_checkpoint(run_dir, at)
         if source is None:
-            raise TrainingError(f"{told}, and {run_dir} has no sound checkpoint of its first {at:,} steps to go back to")
+            raise TrainingError(f"{told}, and {run_dir} has no sound checkpoint of its first {at:,} steps for that")
         kept = [(begin, ahead) for begin, ahead in self.order.skipped if begin <= at]
         batches = self.order.place(step) - at - sum(ahead for _, ahead in kept)
         loss = rise.loss if math.isfinite(rise.loss) else None
@@ -138,8 +139,8 @@ class Rollback:
         self.take([*self.records, record])
         loss = "not finite" if record.loss is None else f"{record.loss:.4g}"
         log.warning(
-            "the loss has risen: over the last %s steps its median is %s, before it was %s. The run goes back from step "
-            "%s; from step %s on the samples of %s batches are passed over (rollback %s of at most %s)",
+            "the loss has risen: over the last %s steps its median is %s, before it was %s. The run goes back from "
+            "step %s; from step %s on the samples of %s batches are passed over (rollback %s of at most %s)",
             *(f"{self.settings.patience:,}", loss, f"{record.level:.4g}", f"{record.found:,}", f"{record.at:,}"),
             *(f"{record.batches:,}", f"{self.count:,}", f"{self.settings.most:,}"),
         )
@@ -232,7 +233,7 @@ def write_records(run_dir: Path, records: Sequence[Record]) -> None:
 
 
 def keep_records(run_dir: Path, last: int) -> None:
-    """Forget what was found after step ``last``, from where a run goes on as a longer one. Raises UserError, OSError."""
+    """Forget what was found after step ``last``: a longer run goes on from there. Raises UserError, OSError."""
     records = read_records(run_dir) or []
     kept = [record for record in records if record.found <= last]
     if kept != records:
