@@ -26,7 +26,7 @@ def test_one_rank_of_1024(monkeypatch, tmp_path):
     assert found["step: collectives"] == 7
     expected = {
         "step: gathered features": (2 + 4) * others * width * 4,  # two image views, four features of the teacher
-        "step: gradients of the features": 2 * others * width * 4,  # of the student's alone
+        "step: gradients of the features": (2 + 4) * others * width * 4,  # gathered together, so returned together
         "step: sums of exponentials": 2 * (8 * 2 + 16 * 4) * others * 8,  # float64, by pairs of views
         "step: agreement": 2 * (2 * 4 + 4 * 8) * 1023 / 1024 - 1,  # rounded down to whole bytes
     }
