@@ -148,6 +148,7 @@ class LineFile:
                 return False
 
         left = list(filter(kept, self.lines()))
+        self._waiting = b"".join(filter(kept, self._waiting.splitlines(keepends=True)))
         os.close(self._handle)
         with written_whole(self.path) as file:
             file.writelines(left)

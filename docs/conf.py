@@ -15,7 +15,7 @@ author = "the contributors"
 project_copyright = author
 version = release = cosmos_ssl.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "**.ipynb", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"cosmos_ssl {version}"
 html_static_path: list[str] = []
@@ -31,6 +31,7 @@ autodoc_preserve_defaults = True
 _PAGES = {
     "launch/README.md": "/clusters.md",
     "cosmos_ssl/evaluation/README.md": "/evaluating.md",
+    "cosmos_ssl/interop/README.md": "/forms.md",
     "configs/README.md": "/configs.md",
     "plugins/README.md": "/parts/built_in.md",
     "CONTRIBUTING.md": "/how.md",

@@ -153,7 +153,7 @@ def _touched(tensor: Tensor) -> int:
 def sent(func: Any, args: Sequence[Any]) -> int:
     """Bytes that this rank sends in a collective, in a ring."""
     name = func._schema.name.partition("::")[2]
-    sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)]
+    sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
     largest, ranks = max(sizes, default=0), world_size()
     return round(largest * (ranks - 1) / ranks * (2 if "allreduce" in name else 1))
 

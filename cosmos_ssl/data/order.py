@@ -18,6 +18,7 @@ from cosmos_ssl.config.sections import default_lanes
 from cosmos_ssl.errors import DataError, UserError
 
 _SHARDS, _WHOLE, _WINDOWS, _SAMPLE, _REPLACE, _STEP = range(6)  # one stream of random numbers for each use
+_DRAWS = 4  # of Philox for each count of its lowest word
 
 
 def _philox(use: int, seed: int, *counter: int) -> np.random.Philox:
@@ -26,9 +27,11 @@ def _philox(use: int, seed: int, *counter: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, use], np.uint64), counter=np.array(words, np.uint64))
 
 
-def _permutations(bits: np.random.Philox, rows: int, size: int) -> NDArray[np.int64]:
-    """Independent permutations of ``size`` numbers, int64 [rows, size]."""
-    numbers: NDArray[np.uint64] = bits.random_raw(rows * size).reshape(rows, size)
+def _permutations(bits: np.random.Philox, rows: range, size: int) -> NDArray[np.int64]:
+    """Independent permutations of ``size`` numbers, int64 [rows, size]; a row is the same whichever are asked for."""
+    bits.advance(rows.start * size // _DRAWS)
+    bits.random_raw(rows.start * size % _DRAWS)
+    numbers: NDArray[np.uint64] = bits.random_raw(len(rows) * size).reshape(len(rows), size)
     return np.argsort(numbers, axis=1, kind="stable")
 
 
@@ -94,7 +97,7 @@ class Order:
         # caches of the instance: a method's lru_cache would keep every instance alive
         self._laid_out = lru_cache(maxsize=2)(self._lay_out)
         self._whole_order = lru_cache(maxsize=2)(
-            lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), 1, self.samples)[0]
+            lambda epoch: _permutations(_philox(_WHOLE, seed, epoch), range(1), self.samples)[0]
         )
         self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
 
@@ -140,16 +143,7 @@ class Order:
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Sample indices of the global batch of ``step``, int64 [batch], lane after lane."""
-        epoch, step = self.epoch_of(self.place(step))
-        first = step * self._per_batch
-        lanes = np.arange(self.lanes)[:, None] * self._lane_length
-        if self._small:
-            places = lanes + np.arange(first, first + self._per_batch)
-            whole: NDArray[np.int64] = self._whole_order(epoch)[places.ravel()]
-            return whole
-        window = first // self._window
-        inside = self._window_order(epoch, window)[:, first - window * self._window :][:, : self._per_batch]
-        return self._resolve(epoch, (lanes + window * self._window + inside).ravel())
+        return self._taken(step, range(self.lanes))
 
     def rank_positions(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
         """Positions within the epoch of the samples that ``rank`` takes in ``step``: int64 [batch / world].
@@ -161,19 +155,32 @@ class Order:
         return np.arange(start, start + share)
 
     def rank_batch(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
-        """The sample indices at ``rank_positions``."""
-        share = self.batch_size // world
-        return self.batch(step)[rank * share : (rank + 1) * share]
+        """The sample indices at ``rank_positions``. What it takes to find them does not grow with ``world``."""
+        share = self.lanes // world
+        return self._taken(step, range(rank * share, (rank + 1) * share))
+
+    def _taken(self, step: int, lanes: range) -> NDArray[np.int64]:
+        """The samples that these lanes give to a step."""
+        epoch, step = self.epoch_of(self.place(step))
+        first = step * self._per_batch
+        starts = np.array(lanes)[:, None] * self._lane_length
+        if self._small:
+            places = starts + np.arange(first, first + self._per_batch)
+            whole: NDArray[np.int64] = self._whole_order(epoch)[places.ravel()]
+            return whole
+        window = first // self._window
+        inside = self._window_order(epoch, window, lanes)[:, first - window * self._window :][:, : self._per_batch]
+        return self._resolve(epoch, (starts + window * self._window + inside).ravel())
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's order of shards, and where each of them ends in the sequence."""
-        order = _permutations(_philox(_SHARDS, self.seed, epoch), 1, len(self._sizes))[0]
+        order = _permutations(_philox(_SHARDS, self.seed, epoch), range(1), len(self._sizes))[0]
         return order, np.cumsum(self._sizes[order])
 
-    def _shuffle_window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """A permutation of one window for each lane, int64 [lanes, samples of the window]."""
+    def _shuffle_window(self, epoch: int, window: int, lanes: range) -> NDArray[np.int64]:
+        """A permutation of one window for each of the lanes, int64 [lanes, samples of the window]."""
         size = min(self._window, self._lane_length - window * self._window)
-        return _permutations(_philox(_WINDOWS, self.seed, epoch, window), self.lanes, size)
+        return _permutations(_philox(_WINDOWS, self.seed, epoch, window), lanes, size)
 
     def _resolve(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples at these places of the epoch's sequence of shards."""

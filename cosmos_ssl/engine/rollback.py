@@ -107,7 +107,7 @@ class Rollback:
         before, last = before[np.isfinite(before)], np.where(np.isfinite(last), last, math.inf)
         if not len(before):
             return None
-        level, loss = float(np.median(before)), float(np.sort(last)[(len(last) - 1) // 2])  # half of them are as high
+        level, loss = float(np.median(before)), float(np.sort(last)[(len(last) - 1) // 2])  # more than half are as high
         threshold = max(level + (self.settings.factor - 1) * abs(level), float(np.quantile(before, _USUAL)))
         return Rise(loss=loss, level=level) if loss > threshold else None
 

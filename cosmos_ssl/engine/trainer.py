@@ -251,16 +251,7 @@ class Run:
         self._announce(saved, fork)
         self.writers = self._make_writers(reported) if self.world.first else Writers([])
         stack.callback(self.writers.close)
-        self.checkpoints = CheckpointWriter(
-            self.folder.path,
-            self.config.checkpoints,
-            self.steps_per_epoch,
-            self.total_steps,
-            sound=None if newest is None else self.state.step,
-            stable=stable_steps(self.assembly, self.config, self.total_steps)[0],
-            reach=self.rollback.reach,
-            writes=self.world.first and trainer.keep,
-        )
+        self.checkpoints = self._make_checkpoints(None if newest is None else self.state.step)
         stack.push(self.checkpoints)
         self._settle(fork)
         trainer.loader.check_limits()
@@ -586,6 +577,19 @@ class Run:
             self._save_missing()
             self.world.run_on_first(self._wait)
         self.world.run_on_first(lambda: self.folder.record(self.config, self.assembly.parts))
+
+    def _make_checkpoints(self, sound: int | None) -> CheckpointWriter:
+        """Return what writes them; ``sound``: the step of the one that the run goes on from."""
+        return CheckpointWriter(
+            self.folder.path,
+            self.config.checkpoints,
+            self.steps_per_epoch,
+            self.total_steps,
+            sound=sound,
+            stable=stable_steps(self.assembly, self.config, self.total_steps)[0],
+            reach=self.rollback.reach,
+            writes=self.world.first and self.trainer.keep,
+        )
 
     def _make_writers(self, reported: Mapping[int, frozenset[str]]) -> Writers:
         """The run's own file first, so that what it lacks nobody was given."""

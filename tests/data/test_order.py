@@ -43,10 +43,10 @@ def test_the_tail_that_is_dropped_changes() -> None:
 
 @pytest.mark.parametrize("shuffle_samples", [100, 10_000])
 def test_ranks_share_one_global_order(shuffle_samples: int) -> None:
-    order = Order(SIZES, 48, lanes=12, shuffle_samples=shuffle_samples, seed=1)
+    order = Order(SIZES, 36, lanes=12, shuffle_samples=shuffle_samples, seed=1)  # 3 of a lane: no multiple of 4
     for step in (0, 5, order.steps_per_epoch, 3 * order.steps_per_epoch + 7):
         whole, places = order.batch(step), order.rank_positions(step, 0, 1)
-        assert places[0] == step % order.steps_per_epoch * 48
+        assert places[0] == step % order.steps_per_epoch * 36
         for world in (1, 2, 3, 4, 6, 12):
             assert np.array_equal(np.concatenate([order.rank_batch(step, r, world) for r in range(world)]), whole)
             assert np.array_equal(np.concatenate([order.rank_positions(step, r, world) for r in range(world)]), places)

@@ -56,8 +56,9 @@ def test_when_a_loss_has_risen():
     assert seen(drift) is None
 
 
-def test_an_order_with_batches_left_out():
-    order, plain = (Order([13, 30], 4, lanes=2, seed=5) for _ in range(2))
+@pytest.mark.parametrize("shuffled", [8, 100])
+def test_an_order_with_batches_left_out(shuffled):
+    order, plain = (Order([13, 30], 4, lanes=2, shuffle_samples=shuffled, seed=5) for _ in range(2))
     order.skipped = ((3, 4), (12, 1))
     places = [*range(3), *range(7, 16), *range(17, 25)]
     again = order.__reduce__()
@@ -65,6 +66,7 @@ def test_an_order_with_batches_left_out():
         assert [each.place(step) for step in range(20)] == places
         for step, place in enumerate(places):
             assert each.batch(step).tolist() == plain.batch(place).tolist()
+            assert each.rank_batch(step, 1, 2).tolist() == plain.rank_batch(place, 1, 2).tolist()
             assert each.rank_positions(step, 1, 2).tolist() == plain.rank_positions(place, 1, 2).tolist()
 
 
@@ -240,8 +242,11 @@ class Removing:
     sync = close = lambda self: None
 
 
-def test_ranks_go_back_together(ranks, finished, tmp_path, rows):
-    codes, said = finished(ranks(tmp_path, 2, **sections(), raised=[22, 23]))
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_ranks_go_back_together(ranks, finished, tmp_path, rows, kind):
+    own = sections()
+    own["training"]["parallel"] = kind
+    codes, said = finished(ranks(tmp_path, 2, **own, raised=[22, 23]))
     assert codes == [0, 0] and "goes back from step 24; from step 18 on the samples of 6 batches" in said[0], said
     assert "goes back from step 24;" in (tmp_path / "log.rank1.txt").read_text()
     assert [row["rollbacks"] for row in rows(tmp_path) if "loss" in row] == [0.0] * 16 + [1.0] * 14
