@@ -148,7 +148,7 @@ class LineFile:
                 return False
 
         left = list(filter(kept, self.lines()))
-        self._waiting = b"".join(filter(kept, self._waiting.splitlines(keepends=True)))
+        self._waiting = b"".join(line for line in self._waiting.splitlines(keepends=True) if kept(line))
         os.close(self._handle)
         with written_whole(self.path) as file:
             file.writelines(left)
