@@ -50,7 +50,8 @@ def url_fault(url: str, run_dir: Path) -> str | None:
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:  # the protocol's own package is missing, or nobody knows it
-        return f"{url}: {str(error).splitlines()[0]}"
+        ours = ". Run: pip install 'cosmos-ssl[s3]'" if protocol in ("s3", "s3a") else ""
+        return f"{url}: {str(error).splitlines()[0]}{ours}"
     if not path.strip("/"):
         return f"{url} names no folder. Give one, such as s3://bucket/folder"
     if kind.protocol == "file" or "file" in kind.protocol:

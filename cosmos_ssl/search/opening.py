@@ -74,7 +74,7 @@ def open_index(
     """
     if "image" not in encoder.model.towers:
         raise UserError("search finds pictures, and this model has no image tower")
-    file = _embeddings(data)
+    file, read = _embeddings(data), None
     if file is not None:
         read = _read(file)
         _check_model(encoder, read, file)
@@ -85,10 +85,12 @@ def open_index(
         samples, kind = open_samples(data)
         if kind == "text":
             raise DataError(f"data: {data[0]} holds texts; name a folder of pictures, shards or a file of embeddings")
+    field = None if samples is None else _caption_field(samples, opening.texts)
+    if read is None:
+        assert samples is not None
         read = _read(_embedded(encoder, samples, "image", "txt", opening))
     if not len(read.keys):
         raise UserError(f"data: {file} holds no embeddings of pictures. Run: cosmos-ssl embed --what image")
-    field = None if samples is None else _caption_field(samples, opening.texts)
     engine = ENGINES[opening.engine]
     texts = None
     if read.said is not None:

@@ -74,8 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer."""
         try:
             self._check_origin()
-            path = urlsplit(self.path).path
-            route, groups = cast(Server, self.server).routes.find(self.command, path)
+            route, groups = cast(Server, self.server).routes.find(self.command, _path(self.path))
             reply, status = answer(route, groups, self._body(route)), 200
         except Refused as error:
             reply, status = _sentence(str(error)), error.status
@@ -139,6 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sentence(text: str) -> Reply:
     return Reply("application/json", json.dumps({"error": text}).encode())
+
+
+def _path(target: str) -> str:
+    """The path that a request names. Raises Refused where its target is no address."""
+    try:
+        return urlsplit(target).path
+    except ValueError as error:
+        raise Refused(400, "This is no address.") from error
 
 
 def _name(host: str) -> str:
