@@ -130,8 +130,8 @@ def _answer(arguments: argparse.Namespace, listener: Any) -> int:
     if answers:
         subtitle = f"{model}; {len(index):,} pictures of {' '.join(arguments.data)}"
         rows = write_hits(searcher, answers, arguments.output, subtitle=subtitle)
-        for answer in answers:
-            _print(answer.query, [row for row in rows if row["query"] == answer.query][: len(answer.hits)])
+        for answer, own in zip(answers, rows, strict=True):
+            _print(answer.query, own)
         print(arguments.output / "index.html")
     if listener is not None:
         _serve(listener, searcher, model, " ".join(arguments.data), arguments.top)

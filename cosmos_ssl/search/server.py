@@ -112,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(403, "Pages of other sites may not ask here.")
 
     def _body(self, route: Route) -> bytes:
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
+        length, *more = self.headers.get_all("Content-Length") or ["0"]
+        if "Transfer-Encoding" in self.headers or more or not (length.isascii() and length.isdecimal()):
             raise Refused(400, "Say how many bytes are sent (Content-Length).")
         if len(length) > 12 or int(length) > route.most:
             raise Refused(413, f"This is too much: at most {route.most:,} bytes are taken.")

@@ -146,6 +146,7 @@ def test_other_sites_and_names_are_refused(server: Server) -> None:
         (b"POST /picture HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (PICTURE_BYTES + 1), 413),
         (b"POST /picture HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999999999999999\r\n\r\n", 413),
         (b"POST /picture HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /words HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nContent-Length: 2\r\n\r\n{}", 400),
         (b"POST /picture HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         (b"POST /words HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf", 400),
         (b"GET /about HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", 403),
