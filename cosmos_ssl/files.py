@@ -213,6 +213,27 @@ def read_object(path: Path, keys: Mapping[str, type], advice: str) -> dict[str, 
     return found
 
 
+QUEUED_CONFIG = "slurm/config.yaml"
+"""In the run folder: the resolved config of its last job on a cluster, there before the run has written its own."""
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return whether a folder is that of a run, begun or queued."""
+    return any((path / name).is_file() for name in ("config.yaml", QUEUED_CONFIG))
+
+
+def metrics_row(line: bytes, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any] | None:
+    """The row that a line of metrics.jsonl is; None for what is no row, such as a line that is half written.
+
+    ``parse``: a faster reader of JSON, where many rows are read.
+    """
+    try:
+        row = parse(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def set_aside(path: Path, why: str = "damaged") -> Path:
     """Rename a file or folder to ``NAME.WHY``, in place of an older one of that name."""
     aside = path.with_name(f"{path.name}.{why}")

@@ -21,7 +21,7 @@ from cosmos_ssl.registry import shown
 _LOADER = ("workers", "prefetch", "error_budget", "changed_data")
 _TRAINING = (
     *("micro_batch_size", "attention", "kernels", "compile", "deterministic", "device"),
-    *("max_nonfinite_steps", "timeout_minutes", "trace_steps"),
+    *("max_nonfinite_steps", "timeout_minutes", "trace_steps", "parallel", "parallel_shards"),
 )
 _ASIDE = (
     *("name", "output_dir", "profile", "evaluators", "checkpoints", "logging"),
@@ -74,8 +74,8 @@ class Identity:
             elif path not in new or path not in old:
                 new.pop(path, None)
                 old.pop(path, None)
-        then = dict(_leaves(_counted(_complete(before.config), old)))
-        now = dict(_leaves(_counted(_complete(self.config), new)))
+        then = dict(leaves(_counted(_complete(before.config), old)))
+        now = dict(leaves(_counted(_complete(self.config), new)))
         changes = []
         for path in dict.fromkeys((*then, *now)):
             was, is_now = then.get(path, _ABSENT), now.get(path, _ABSENT)
@@ -89,7 +89,7 @@ class Identity:
 
         What is known at one of the two times alone is no difference.
         """
-        then, now = dict(_leaves(before.data)), dict(_leaves(self.data))
+        then, now = dict(leaves(before.data)), dict(leaves(self.data))
         return [_change(f"data, {key}", then[key], now[key]) for key in then if key in now and now[key] != then[key]]
 
     def begun_as(self, before: Identity) -> Identity:
@@ -156,11 +156,12 @@ def _counted(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[
     return kept
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree by key path (``optimizer.lr``); lists and empty tables are values."""
     for key, value in tree.items():
         inner = f"{path}.{key}" if path else key
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, inner)
+            yield from leaves(value, inner)
         else:
             yield inner, value
 

@@ -49,12 +49,14 @@ What resume demands: what a callback remembers is in ``state_dict``, by plain va
 goes on from a checkpoint has the state of that step. Plain attributes of modules are in no checkpoint: set them by
 ``ctx.progress`` alone, in ``start`` too. Checkpoints are taken before the evaluations of their step; ``at_epoch`` comes
 again, with the same numbers, where a run goes on from one. Tensors lie in the checkpoint as ``NAME.safetensors``, and
-where they are a whole model's, ``cosmos_ssl.load(run, which=NAME)`` and ``--which NAME`` take them.
+where they are a whole model's, ``cosmos_ssl.load(run, which=NAME)`` and ``--which NAME`` take them; those whose names
+begin with ``own.`` (``KEPT``) are the callback's alone.
 
-What ranks demand: each rank does the same. Random numbers come from torch's generators, which are seeded before each
-hook by seed and step, alike on all ranks; ``ctx.metrics`` are the same numbers on all. A checksum of model and states
-over ranks is taken at checkpoints: parameters that differ end the run, states are warned of.
-``cosmos_ssl.testing.check_callback`` tries all this but the ranks.
+What ranks demand: each rank does the same. Where they share weights (``training.parallel``) parameters of towers are
+``DTensor``s: ``cosmos_ssl.functional`` has ``local``, ``whole`` and ``laid_out`` for them. Random numbers come from
+torch's generators, which are seeded before each hook by seed and step, alike on all ranks; ``ctx.metrics`` are the
+same numbers on all. A checksum of model and states over ranks is taken at checkpoints: parameters that differ end the
+run, states are warned of. ``cosmos_ssl.testing.check_callback`` tries all this but the ranks.
 """
 
 from __future__ import annotations
@@ -69,6 +71,9 @@ from torch import Tensor, nn
 
 from cosmos_ssl.api.part import ParameterRule, Part, Progress
 from cosmos_ssl.api.writer import Writer
+
+KEPT = "own."
+"""How names of tensors in a callback's state begin that are no part of a model."""
 
 
 def _not_asked(*_: str) -> None:

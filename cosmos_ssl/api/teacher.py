@@ -34,8 +34,9 @@ goes on then loads its checkpoint), ``update`` once a step that is not skipped. 
 part asks of the role ``teacher``, in evaluation mode and without gradients.
 
 What must hold: ``model`` shares no tensor with the student and takes no gradients; ``update`` moves nothing but the
-teacher and returns numbers, which are logged as ``teacher/NAME``. What it remembers lies in buffers: they go into
-checkpoints with ``model``. ``cosmos_ssl.testing.check_teacher`` tries all this.
+teacher, each number by those at its place (where ranks share weights, the models hold this rank's part of each
+parameter then), and returns numbers, which are logged as ``teacher/NAME``. What it remembers lies in buffers: they go
+into checkpoints with ``model``. ``cosmos_ssl.testing.check_teacher`` tries all this.
 """
 
 from __future__ import annotations

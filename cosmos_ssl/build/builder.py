@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -38,6 +39,7 @@ from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
 from cosmos_ssl.errors import ConfigError, CosmosError, DataError, PluginError, first_line
 from cosmos_ssl.identity import fingerprint
 from cosmos_ssl.marks import Mark
+from cosmos_ssl.models.adapters import add_adapters
 from cosmos_ssl.models.contract import blaming, checked_offers, checked_sizes, checked_tower, checked_widths
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.plan import make_plan
@@ -190,21 +192,14 @@ class Builder:
         start = ""
         if config.model.pretrained is not None and mode == "train":
             start = start_from(model, config.model)
+        with place():
+            self._adapt(model)
         teacher: Teacher = self._make("teacher", spec)
         moving = self._layer({"optimizer": "optimizer", "schedule": "schedule"}, spec)
         heads = {name: model.head(name) for name in model.heads}
         losses = {name: model.loss(name) for name in model.losses}
         plan = make_plan(spec, towers, heads, losses)
-        unread = [
-            self.loaded.fault(
-                f"augmenters.{modality}",
-                f"nothing reads its views: give model.{modality}, or augmenters.{modality}: null",
-            )
-            for modality in augmenters
-            if modality not in towers and modality not in plan.views
-        ]
-        if unread:
-            raise ConfigError(unread)
+        self._check_read(modality for modality in augmenters if modality not in towers and modality not in plan.views)
         for told in plan.warnings if mode == "train" else ():
             log.warning("%s", told)
         built: dict[str, Part] = {f"losses.{name}": loss for name, loss in losses.items()}
@@ -218,7 +213,7 @@ class Builder:
             tokenizer=tokenizer,
             augmenters=augmenters,
             model=model,
-            build_model=lambda: self._model(self._towers(spec)[0], spec, losses=False)[0],
+            build_model=lambda: self._adapt(self._model(self._towers(spec)[0], spec, losses=False)[0]),
             teacher=teacher,
             update_when=config.teacher.update_when,
             plan=plan,
@@ -267,6 +262,13 @@ class Builder:
     def held_out(self) -> str | None:
         """Ask the data set for its held-out data (``Dataset.validation_data``), without a look at either."""
         return self._dataset(self.for_views()[1], prepare=False)[1].validation_data
+
+    def _check_read(self, unread: Iterable[str]) -> None:
+        """Raise ConfigError where there are augmenters whose views nothing reads."""
+        told = "nothing reads its views: give model.{0}, or augmenters.{0}: null"
+        faults = [self.loaded.fault(f"augmenters.{modality}", told.format(modality)) for modality in unread]
+        if faults:
+            raise ConfigError(faults)
 
     # ------------------------------------------------------------------ one part
 
@@ -374,6 +376,29 @@ class Builder:
         paths = {name: f"losses.{name}" for name in self.config.losses if losses}
         made: dict[str, Loss] = self._layer(paths, spec)
         return Model(towers, heads, made, spec.embed_dim), spec
+
+    def _adapt(self, model: Model) -> Model:
+        """The model, with the adapters of ``model.lora``, if any. Raises ConfigError."""
+        lora = self.config.model.lora
+        if lora is None:
+            return model
+        if find_spec("peft") is None:
+            raise ConfigError(
+                [self.loaded.fault("model.lora", "needs Hugging Face's peft. Run: pip install 'cosmos-ssl[lora]'")]
+            )
+        try:
+            add_adapters({str(modality): tower for modality, tower in model.towers.items()}, **lora.model_dump())
+        except ValueError as error:
+            option, _, told = str(error).partition(": ")
+            raise ConfigError([self.loaded.fault(f"model.lora.{option}", told)]) from error
+        return model
+
+    def unadapted(self, assembly: Assembly) -> Model:
+        """The model without adapters, which ``model.pretrained`` is of; on the meta device where there are any."""
+        if self.config.model.lora is None:
+            return assembly.model
+        with meta_device():
+            return self._model(self._towers(assembly.spec)[0], assembly.spec)[0]
 
     def make_evaluators(self, spec: Spec) -> dict[str, Evaluator]:
         """Build the evaluators, which have looked at no data yet. Raises ConfigError."""

@@ -17,7 +17,7 @@ from cosmos_ssl.build.reading import load
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import LoadedConfig, load_config
 from cosmos_ssl.data.cache import cache_root
-from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world, pick_device
+from cosmos_ssl.engine.distributed import SHARING, World, as_run_errors, joined_world, pick_device
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.evaluation.comparison import comparison
 from cosmos_ssl.evaluation.feature_store import FeatureStore
@@ -108,7 +108,7 @@ def evaluate(
         name = str(source) if source.folder is not None else str(model)
         return _run(roles, name, task, own, settings, partial(_store, source, overrides))
 
-    with joined_world(device), as_run_errors():
+    with joined_world(device, wait=SHARING), as_run_errors():
         found = [done(one) for one in (model, *compare)]
         report, *others = [one.report for one in found]
         if compare:
@@ -119,6 +119,13 @@ def evaluate(
                 "comparison": [row._asdict() | {"set": row.set or report.get("set", "")} for row in rows],
             }
         return report
+
+
+def check_evaluation(models: Sequence[str], task: str, *, device: str = "auto", precision: str = "auto") -> None:
+    """Raise what ``evaluate`` would of what can be seen before a model is read; what is fetched is kept."""
+    _check(task, device, precision)
+    for model in models:
+        find_source(model)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _check_rest(builder: Builder, assembly: Assembly, fork: str | None, *, prepa
     fetched = {path: what for path, what in places.items() if what is not None and is_remote(what)}
     with _no_copies():
         if config.model.pretrained is not None and not any(path.startswith(PRETRAINED) for path in fetched):
-            start_from(assembly.model, config.model)
+            start_from(builder.unadapted(assembly), config.model)
     with blaming(assembly.teacher, "teacher"):
         if not any(path.startswith("teacher.") for path in fetched):
             assembly.teacher.prepare()

@@ -56,7 +56,7 @@ def load(
 
 
 def open_model(
-    model: str | Path | ModelEncoder,
+    model: str | Path | Source | ModelEncoder,
     which: str = "student",
     *,
     device: str = "auto",

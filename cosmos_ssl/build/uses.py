@@ -13,6 +13,8 @@ from cosmos_ssl import __version__
 from cosmos_ssl.build.reading import load, open_model
 from cosmos_ssl.build.weights import Source, find_source, roles_of
 from cosmos_ssl.config import load_config
+from cosmos_ssl.config.ranks import started_ranks
+from cosmos_ssl.engine.distributed import SHARING, as_run_errors, joined_world, pick_device
 from cosmos_ssl.engine.metrics import read_rows
 from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.errors import UserError
@@ -20,8 +22,11 @@ from cosmos_ssl.evaluation import embedding
 from cosmos_ssl.evaluation.attending import draw_page, opened_pictures, pair
 from cosmos_ssl.evaluation.attention_maps import has_attention
 from cosmos_ssl.evaluation.embedding_input import What, open_samples
+from cosmos_ssl.evaluation.embedding_output import check_output
 from cosmos_ssl.evaluation.samples import threads_of_this_process
 from cosmos_ssl.files import checkpoint_step, storage_faults
+from cosmos_ssl.functional import world_size
+from cosmos_ssl.functional.together import from_first
 from cosmos_ssl.interop.export import export as write_form
 from cosmos_ssl.interop.forms import FORMS
 from cosmos_ssl.interop.model_card import Origin
@@ -38,6 +43,26 @@ def _absolute(name: str) -> str:
     """The name of data, or several that ``::`` joins, as it can be read from any folder."""
     parts = (part if "://" in part else str(Path(part).expanduser().absolute()) for part in name.split("::"))
     return "::".join(parts)
+
+
+def rank_device(device: str) -> str:
+    """The device as ranks are asked for it. Raises UserError where several would have the same one."""
+    if started_ranks() > 1 and device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: each rank has a device of its own. Give auto, cpu or cuda")
+    return device
+
+
+def check_embedding(model: str | Path, data: Sequence[str], output: Path, *, what: What | None = None) -> None:
+    """Raise what ``embed`` would of what can be seen before a model is read; what is fetched or indexed is kept."""
+    find_source(model)
+    check_output(output, _what(data, open_samples(data)[1], what))
+
+
+def _what(names: Sequence[str], usual: What, wanted: What | None) -> What:
+    """What is embedded of data that usually is ``usual``. Raises UserError for pictures of texts."""
+    if usual == "text" and wanted not in (None, "text"):
+        raise UserError(f"--what {wanted}: {names[0]} holds texts alone")
+    return wanted or usual
 
 
 def embed(
@@ -63,18 +88,22 @@ def embed(
     ``model`` is what ``evaluate`` takes; ``output`` ends in ``.parquet``, or in ``.npy`` (with its ``.keys.txt`` and
     ``.meta.json``). ``what`` is ``image``, ``text`` or ``both`` (None: ``text`` of a text file, else ``image``),
     ``texts`` the captions of shards: ``txt``, or a field of the JSON. The same call again continues what was
-    interrupted. Raises UserError for what cannot be used, and where ``output`` holds other embeddings (unless
-    ``overwrite``); StorageError.
+    interrupted. Under torchrun or srun all ranks share the work, and all return when the file is there. Raises
+    UserError for what cannot be used, and where ``output`` holds other embeddings (unless ``overwrite``); StorageError.
     """
     names = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
-    with storage_faults("embed: storage fails"):
+    with joined_world(rank_device(device), wait=SHARING), as_run_errors(), storage_faults("embed: storage fails"):
         samples, usual = open_samples(names)
-        if usual == "text" and what not in (None, "text"):
-            raise UserError(f"--what {what}: {names[0]} holds texts alone")
-        encoder, checkpoint = open_model(model, which, device=device, overrides=overrides, trust_code=trust_code)
+        what = _what(names, usual, what)
+        source: str | Path | Source | ModelEncoder = model
+        if world_size() > 1 and not isinstance(model, ModelEncoder):
+            device = str(pick_device(device))
+            found = from_first(lambda: find_source(model))  # one rank fetches; all read the same checkpoint
+            source = found if found.folder is not None else find_source(model)
+        encoder, checkpoint = open_model(source, which, device=device, overrides=overrides, trust_code=trust_code)
         request = embedding.Request(
             samples=samples,
-            what=what or usual,
+            what=what,
             texts=texts,
             dtype=dtype,
             batch_size=batch_size,

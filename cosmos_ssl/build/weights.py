@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.api import Role
+from cosmos_ssl.api.callback import KEPT
 from cosmos_ssl.config import LoadedConfig
-from cosmos_ssl.config.sections import ModelConfig
+from cosmos_ssl.config.sections import LoraConfig, ModelConfig
 from cosmos_ssl.config.source import read_file
 from cosmos_ssl.engine.checkpoint import TENSORS, find_fault, is_checkpoint, latest_checkpoint, load_tensors
 from cosmos_ssl.errors import CheckpointError, did_you_mean
@@ -24,6 +25,7 @@ from cosmos_ssl.interop.foreign import foreign_roles, is_foreign, read_foreign
 from cosmos_ssl.interop.hub import checkpoint_path
 from cosmos_ssl.interop.matching import adapt, compare, load_matched
 from cosmos_ssl.interop.official import ROLES
+from cosmos_ssl.models.adapters import has_adapters, merged
 from cosmos_ssl.models.model import Model
 
 
@@ -116,10 +118,25 @@ def read_weights(source: Source, which: str, *, partial: bool = False) -> Weight
         if which == "teacher":  # which has no losses: what an encoder or an export tells of them is the student's
             student = load_tensors(source.folder, "student")
             state = {name: x for name, x in student.items() if name.startswith("losses.")} | state
-        return Weights(source=source, config=source.run / "config.yaml", state=state)
+        config = source.run / "config.yaml"
+        return Weights(source=source, config=config, state=_plain(state, config))
     foreign = read_foreign(source.name, which, partial=partial)
     assert foreign is not None, "found before"
     return Weights(source=source, config=foreign.config, state=foreign.state, left_out=foreign.unexpected)
+
+
+def _plain(state: Mapping[str, Tensor], config: Path) -> Mapping[str, Tensor]:
+    """The tensors of a run without what a callback keeps for itself, and with adapters merged.
+
+    Raises CheckpointError where the config beside them does not tell of these.
+    """
+    state = {name: x for name, x in state.items() if not name.startswith(KEPT)}
+    if not has_adapters(state):
+        return state
+    try:
+        return merged(state, LoraConfig.model_validate(read_file(config, []).plain()["model"]["lora"]).alpha)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{config} does not tell of the adapters (model.lora) that the weights hold") from error
 
 
 def roles_of(source: Source) -> tuple[Role, ...]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "plugins": "list the parts that are installed, show one, check all",
     "config": "check, show, list or copy configs; JSON Schema for editors",
     "data": "index, check and make training data",
+    "runs": "runs side by side: a table, and a page of their curves, configs and pictures",
     "eval": "evaluate a trained or released checkpoint",
     "attend": "pictures of where words look in a picture, and the picture in words",
     "embed": "embeddings of pictures, shards or texts, as Parquet or NumPy",
@@ -45,4 +46,5 @@ def _run(argv: Sequence[str]) -> int:
         else:
             subparsers.add_parser(name, help=purpose)
     arguments = parse(parser, argv)
+    arguments.argv = argv
     return int(arguments.run(arguments))

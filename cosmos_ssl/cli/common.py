@@ -124,8 +124,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a report, whole or not at all unless a device or a pipe stands there. Raises UserError or StorageError."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    with storage_faults(f"--json {path}: cannot be written"):
+    write_report("--json", path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_report(option: str, path: Path, text: str) -> None:
+    """Write what ``option`` asks for, as ``write_json`` does."""
+    with storage_faults(f"{option} {path}: cannot be written"):
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return

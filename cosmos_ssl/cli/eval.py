@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.place import add_place, carry_out
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.evaluation.task_names import ALL, ON_FEATURES, PURPOSES
@@ -23,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="evaluate a trained or released checkpoint",
         description="Evaluate a checkpoint. An evaluation that was interrupted goes on when the same command is given "
-        "again; under torchrun all ranks share the work. key=value overrides reach the model's config "
-        "(model.text.heads=4).",
+        "again; with several ranks (--profile, torchrun, srun) all share the work. "
+        "key=value overrides reach the model's config (model.text.heads=4).",
         epilog="tasks: "
         + "; ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items())
         + f"; {ALL} (every known set in --data and the folders directly below it, in one table)",
@@ -57,17 +59,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="T",
         help="openai, simple, openclip_simple, or one with {} (default: the set's own, else simple)",
     )
-    parser.add_argument(
-        "--train-data", metavar="PATH", help="knn, linear_probe: shards or a folder (default: the set's training split)"
-    )
-    parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
+    _add_training(parser)
     parser.add_argument(
         "--no-csa", dest="csa", action="store_false", help="segmentation: the last block attends as in training"
     )
     parser.add_argument("--max-samples", type=positive, metavar="N", help="only so many evenly spread samples")
-    parser.add_argument(
-        "--max-train-samples", type=positive, metavar="N", help="knn, linear_probe: likewise of the training samples"
-    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out samples that are missing or cannot be read"
     )
@@ -78,7 +74,19 @@ def add_parser(subparsers: Any) -> None:
         "--precision", type=lambda text: _SHORT.get(text, text), choices=_PRECISIONS, default="auto", help=precision
     )
     add_json(parser)
+    add_place(parser)
     parser.set_defaults(run=_eval)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of tasks that learn from features."""
+    parser.add_argument(
+        "--train-data", metavar="PATH", help="knn, probes: shards or a folder (default: the set's training split)"
+    )
+    parser.add_argument(
+        "--max-train-samples", type=positive, metavar="N", help="knn, probes: so many evenly spread ones of them"
+    )
+    parser.add_argument("-k", type=positive, metavar="N", help="knn: neighbours (default: 20)")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -88,10 +96,23 @@ def _eval(arguments: argparse.Namespace) -> int:
         if not arguments.compare:
             raise UserError("--checkpoint: name what to evaluate, or several after --compare")
         arguments.checkpoint, *arguments.compare = arguments.compare
-    from cosmos_ssl.build.evaluate import evaluate
-    from cosmos_ssl.engine.distributed import World, as_run_errors, joined_world
+    folder = Path(f"{arguments.json or 'eval'}.slurm")
+    work, check = partial(_on_this_rank, arguments), partial(_check, arguments)
+    return carry_out("eval", arguments, work, folder=folder, check=check)
 
-    with joined_world(arguments.device), as_run_errors():
+
+def _check(arguments: argparse.Namespace) -> None:
+    from cosmos_ssl.build.evaluate import check_evaluation
+
+    options = options_of(arguments, check_evaluation)
+    check_evaluation([arguments.checkpoint, *arguments.compare], **options)
+
+
+def _on_this_rank(arguments: argparse.Namespace) -> int:
+    from cosmos_ssl.build.evaluate import evaluate
+    from cosmos_ssl.engine.distributed import SHARING, World, as_run_errors, joined_world
+
+    with joined_world(arguments.device, wait=SHARING), as_run_errors():
         with reading(shown=World().first), stages(shown=World().first) as told:
             report = evaluate(
                 arguments.checkpoint,

@@ -68,8 +68,46 @@ def possible_ranks(config: Config) -> list[int]:
     return [ranks for ranks in range(1, config.lanes + 1) if config.lanes % ranks == 0 and batch // ranks % micro == 0]
 
 
+def shards(config: Config, ranks: int) -> int:
+    """How many of ``ranks`` share one copy of the weights (``training.parallel``); 1 where each holds all.
+
+    Raises ConfigError where that cannot be.
+    """
+    kind, given = config.training.parallel, config.training.parallel_shards
+    if given is not None and kind != "hsdp":
+        raise ConfigError(
+            [
+                f"training.parallel_shards: with training.parallel={kind} "
+                f"{'all ranks share one copy' if kind == 'fsdp' else 'no rank shares its copy'}. "
+                "Leave it out, or set training.parallel=hsdp"
+            ]
+        )
+    if kind != "replicate" and config.training.compile:
+        raise ConfigError(
+            [
+                f"training.compile: not with training.parallel={kind}, which lays the weights of a block anew around "
+                "each of its calls, while compiled code expects them where they were. Leave one out"
+            ]
+        )
+    if kind == "replicate" or ranks == 1:
+        return 1
+    if kind == "fsdp":
+        return ranks
+    found = given or _number("LOCAL_WORLD_SIZE", 1) or ranks // (_number("SLURM_JOB_NUM_NODES", 1) or 1)
+    if found > ranks or ranks % found:
+        possible = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ConfigError(
+            [
+                f"training.parallel_shards: {ranks} ranks cannot be divided into copies of {found} ranks each. "
+                f"Possible: {possible}."
+            ]
+        )
+    return found
+
+
 def check_ranks(config: Config, ranks: int) -> None:
-    """Raise ConfigError, with the possible numbers, unless ``ranks`` can share the batch."""
+    """Raise ConfigError, with the possible numbers, unless ``ranks`` can share the batch and the weights."""
+    shards(config, ranks)
     possible = possible_ranks(config)
     if ranks not in possible:
         micro = config.training.micro_batch_size

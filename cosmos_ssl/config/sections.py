@@ -103,6 +103,21 @@ class PretrainedConfig(Section):
         return self.source if self.parts is None else {"from": self.source, "parts": list(self.parts)}
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the towers' linear maps (LoRA, arXiv 2106.09685), by peft; the towers' own weights rest.
+
+    A map's output has ``alpha`` / ``rank`` B A x added, A and B of this rank. ``dropout``: share of x that A does not
+    see in training. ``match``: patterns of the maps that get one, over full names such as ``image.blocks.0.attn.qkv``.
+    ``train``: patterns of towers' parameters that are trained beside them.
+    """
+
+    rank: Size = 16
+    alpha: Strength = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    match: Annotated[list[str], Field(min_length=1)] = ["*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2"]
+    train: list[str] = []
+
+
 class ModelConfig(Section):
     """The towers, and what they start from. ``pretrained_partial``: of ``pretrained`` take what fits.
 
@@ -114,6 +129,7 @@ class ModelConfig(Section):
     text: Part | None = None
     pretrained: PretrainedConfig | None = None
     pretrained_partial: bool = False
+    lora: LoraConfig | None = None
     background: Colour = BACKGROUND
 
 
@@ -189,6 +205,9 @@ class TrainingConfig(Section):
     bits. ``kernels: auto`` computes photometric work and, in 16 bits, the transformer by Triton kernels where these run
     on a CUDA device; ``plain`` leaves both to PyTorch's. ``compile`` fuses what towers' blocks compute elementwise,
     once for all lengths; that it gains time is not yet measured on a card, so it is off unless asked for.
+    ``parallel``: every rank holds all of student, teacher and optimiser (``replicate``); or all ranks share one copy of
+    the towers and of what is held for them (``fsdp``), or each ``parallel_shards`` ranks do (``hsdp``; by default those
+    of a node).
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
@@ -198,6 +217,8 @@ class TrainingConfig(Section):
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     kernels: Literal["auto", "plain"] = "auto"
     compile: bool = False
+    parallel: Literal["replicate", "fsdp", "hsdp"] = "replicate"
+    parallel_shards: Count | None = None
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0

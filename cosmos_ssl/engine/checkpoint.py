@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cosmos_ssl.api import Role
 from cosmos_ssl.errors import CheckpointError, TrainingError, listed
 from cosmos_ssl.files import checkpoint_folder, checkpoint_folders, checkpoint_step
+from cosmos_ssl.functional import is_sharded, laid_out, rank, whole
 from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors, same_kind
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,18 @@ class Snapshot:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies in host memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Contiguous copies in host memory.
+
+    A collective where some are sharded: these are put together one after the other, and none but the first rank keeps
+    what it gets.
+    """
+    shared = any(map(is_sharded, tensors.values()))
+    copies = {}
+    for name, tensor in tensors.items():
+        found = whole(tensor)
+        if not shared or rank() == 0:
+            copies[name] = found.to("cpu", copy=True).contiguous()
+    return copies
 
 
 # ---------------------------------------------------------------------------- writing
@@ -320,4 +331,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
     """Load ``tensors`` into ``module``. Raises CheckpointError as ``check_fit`` does."""
     check_fit(module, tensors, source)
-    module.load_state_dict(tensors)
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: laid_out(x, own[name]) if is_sharded(own[name]) else x for name, x in tensors.items()}
+    )

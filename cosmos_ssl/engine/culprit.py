@@ -38,18 +38,19 @@ def find_culprit(
 @torch.no_grad()
 def _find_part(forward: Forward, batch: Batch, progress: Progress, size: int) -> str:
     """The part before the losses whose output is not finite, for a message; empty where there is none."""
+    found = ""
     for number, start in enumerate(range(0, len(batch), size)):
         forward.seed(progress, number)
         part = forward.augment(batch.slice(start, start + size))
-        # both in full: heads may wait for other ranks
+        # all in full: heads may wait for other ranks, and so do towers of which ranks hold parts
         encoded = (("the teacher's ", forward.teacher(part)), ("", forward.student(part)))
         if not all(_finite(group.pixels) for group in part.image.values()):
-            return describe(forward.assembly.augmenters["image"], "augmenters.image")
+            found = found or describe(forward.assembly.augmenters["image"], "augmenters.image")
         for whose, features in encoded:
             place = _unsound(features) if features is not None else None
             if place is not None:
-                return whose + forward.assembly.model.parts().get(place, place)
-    return ""
+                found = found or whose + forward.assembly.model.parts().get(place, place)
+    return found
 
 
 def _unsound(features: Features) -> str | None:

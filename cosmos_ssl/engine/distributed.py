@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from cosmos_ssl.config.ranks import started_ranks
 from cosmos_ssl.errors import EXIT_LOST, CosmosError, StorageError, TrainingError, UserError, is_lost_rank
 from cosmos_ssl.functional import gather_objects, rank, world_size
 from cosmos_ssl.functional.collective_time import collective_time
+from cosmos_ssl.functional.together import from_first
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ STARTING = timedelta(minutes=30)
 
 RUNNING = timedelta(minutes=15)
 """How long it does from then on: longer than a save, or all attempts at a read of storage that stalls, take."""
+
+SHARING = timedelta(days=1)
+"""How long one that embeds or evaluates waits for another, whose share may take longer, above all where an earlier
+start has done more of its own; one that has died is noticed at once.
+"""
 
 LEAVING = timedelta(seconds=2)
 """How long a rank that has ended waits for the others to end."""
@@ -44,12 +50,13 @@ _FLIGHTS = "TORCH_FR_DUMP_TEMP_FILE" if _NEW_NAMES else "TORCH_NCCL_DEBUG_INFO_T
 
 
 @contextmanager
-def joined_world(device: str, folder: Path | None = None) -> Iterator[None]:
+def joined_world(device: str, folder: Path | None = None, *, wait: timedelta = STARTING) -> Iterator[None]:
     """Be a member of the started world while entered: gloo for host tensors, NCCL for those on CUDA devices.
 
-    What NCCL's flight recorder holds when ranks wait too long goes into ``folder``. One that fails leaves at once, all
-    others together. Raises UserError where the variables that tell of the world make no sense, or the ranks cannot have
-    a device each, StorageError where the others cannot be reached.
+    ``wait``: so long a rank waits for another once all have met. What NCCL's flight recorder holds when ranks wait too
+    long goes into ``folder``. One that fails leaves at once, all others together. Raises UserError where the variables
+    that tell of the world make no sense, or the ranks cannot have a device each, StorageError where the others cannot
+    be reached.
     """
     if started_ranks() == 1 or dist.is_initialized():
         yield
@@ -68,7 +75,7 @@ def joined_world(device: str, folder: Path | None = None) -> Iterator[None]:
             backend = "cpu:gloo,cuda:nccl"
             _record_flights(folder)
         group = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=own, world_size=size, timeout=STARTING)
+        dist.init_process_group(backend, store=group, rank=own, world_size=size, timeout=wait)
     except UserError:  # on all ranks; one of them keeps the store
         _leave_together(store, own, size)
         raise
@@ -234,22 +241,10 @@ class World:
         return {"slowest_rank": all_seconds.index(most), "slowest_rank_lag": most / mean - 1}
 
     def run_on_first(self, make: Callable[[], T]) -> T:
-        """Return what ``make`` returns on the first rank, on all; an error of ours that it raises there is raised
-        on all.
+        """Return what ``make`` returns on the first rank, on all; an error of ours or of storage that it raises there
+        is raised on all.
         """
-        if self.size == 1:
-            return make()
-        told: list[Any] = [None, None]
-        error: BaseException | None = None
-        if self.first:
-            try:
-                told[0] = make()
-            except CosmosError as caught:
-                error = told[1] = caught
-        dist.broadcast_object_list(told)
-        if told[1] is not None:
-            raise error or told[1]
-        return cast(T, told[0])
+        return from_first(make)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -12,6 +12,8 @@ from torch.profiler import record_function
 
 from cosmos_ssl.api import Evaluation, Loss
 from cosmos_ssl.engine.assembly import Assembly, ScheduledEvaluator
+from cosmos_ssl.engine.parallel import gathered
+from cosmos_ssl.functional import whole
 from cosmos_ssl.models.contract import blaming, checked_evaluation
 from cosmos_ssl.models.encoder import ModelEncoder
 from cosmos_ssl.models.model import Model
@@ -56,7 +58,7 @@ def evaluate(
         encoder.alive = alive
         torch.manual_seed(assembly.spec.seed)  # an evaluation draws the same numbers whenever it runs
         evaluator = assembly.evaluators[name].evaluator
-        with _standing_in(model, weights), blaming(evaluator, f"evaluators.{name}"):
+        with gathered(model), _standing_in(model, weights), blaming(evaluator, f"evaluators.{name}"):
             found = checked_evaluation(evaluator.evaluate(encoder, pictures=pictures))
         metrics |= {f"{name}/{role}/{metric}": float(value) for metric, value in found.metrics.items()}
         drawn |= {f"{name}/{role}/{picture}": value for picture, value in found.pictures.items()}
@@ -94,7 +96,7 @@ def _standing_in(model: Model, weights: Mapping[str, Tensor]) -> Iterator[None]:
     own = {name: x.data for name, x in held.items()}
     try:
         for name, x in held.items():
-            x.data = weights[name]
+            x.data = whole(weights[name])
         yield
     finally:
         for name, x in held.items():

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cosmos_ssl.api import ALL, Features, GroupFeatures, Hidden, Kind, Modality, Need, Role
 from cosmos_ssl.api.views import map_tensors, tensors_in
 from cosmos_ssl.errors import TrainingError, listed
-from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, world_size
+from cosmos_ssl.functional import all_max, all_sum, gather_many, gather_objects, is_sharded, local, world_size
 from cosmos_ssl.functional.collective_time import collective_time
+from cosmos_ssl.functional.placement import sum_of_parts
 from cosmos_ssl.models.plan import Plan
 
 BUCKET = 25 << 20
@@ -140,24 +141,30 @@ def _aligned(grads: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def share_start(replicas: Mapping[str, Tensor]) -> None:
-    """Take the first rank's values: what is drawn follows from the instructions that a CPU has, too."""
+    """Take the first rank's values: what is drawn follows from the instructions that a CPU has, too.
+
+    Not of what is sharded: it was shared before.
+    """
     for tensor in replicas.values() if world_size() > 1 else ():
-        given = tensor.contiguous()
-        dist.broadcast(given, 0)
-        tensor.copy_(given)
+        if not is_sharded(tensor):
+            given = tensor.contiguous()
+            dist.broadcast(given, 0)
+            tensor.copy_(given)
 
 
 def check_replicas(replicas: Mapping[str, Tensor], owner: Callable[[str], str]) -> None:
     """Raise TrainingError unless these tensors are the same on all ranks, to the bit: with the first parameter that is
-    not, else buffer, its ``owner``, and on which rank.
+    not, else buffer, its ``owner``, and on which rank. Of what is sharded every copy must be the same.
 
     A collective: all ranks call it.
     """
     if world_size() == 1 or not replicas:
         return
     # the sum of a tensor's bits, read as whole numbers; the largest of ~x is that of the least x
-    bits = [x.detach().reshape(-1).view(_BITS[x.element_size()]) for x in replicas.values()]
+    bits = [local(x).reshape(-1).view(_BITS[x.element_size()]) for x in replicas.values()]
     own = torch.stack([x.sum(dtype=torch.int64) for x in bits])
+    if sharded := {place: x for place, x in enumerate(replicas.values()) if is_sharded(x)}:
+        own[list(sharded)] = sum_of_parts(own[list(sharded)], list(sharded.values()))
     most, least = all_max(torch.stack([own, ~own]))
     names = list(replicas)
     differing = [names[place] for place in (most != ~least).nonzero().flatten().tolist()]

@@ -6,11 +6,12 @@ import inspect
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cosmos_ssl.config import Config
 from cosmos_ssl.engine.accumulate import refuse_accumulation
@@ -18,6 +19,7 @@ from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.cards import USABLE
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import PluginError, TrainingError, first_line
+from cosmos_ssl.functional import local
 
 _SIGNS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Failed to CUDA calloc")
 _GIB = 2**30
@@ -51,11 +53,16 @@ def owners(state: RunState) -> dict[str, int]:
     """Bytes of all that a run holds between two steps, by what they are."""
     models = {role: [*model.parameters(), *model.buffers()] for role, model in state.models.items()}
     return {
-        "parameters": sum(x.nbytes for x in models["student"]),
-        "gradients": sum(x.grad.nbytes for x in models["student"] if x.grad is not None),
-        "optimiser state": sum(x.nbytes for x in state.optimizer.tensors().values()),
-        "teacher": sum(x.nbytes for x in models.get("teacher", [])),
+        "parameters": _held(models["student"]),
+        "gradients": _held(x.grad for x in models["student"] if x.grad is not None),
+        "optimiser state": _held(state.optimizer.tensors().values()),
+        "teacher": _held(models.get("teacher", [])),
     }
+
+
+def _held(tensors: Iterable[Tensor]) -> int:
+    """Bytes that this rank holds of them."""
+    return sum(local(x).nbytes for x in tensors)
 
 
 def peak_and_room(device: torch.device) -> tuple[int, int]:
@@ -131,7 +138,7 @@ def _checkpointing(assembly: Assembly, config: Config) -> list[str]:
     found = []
     for modality, tower in assembly.model.towers.items():
         part = getattr(config.model, modality)
-        offered = "grad_checkpointing" in inspect.signature(type(tower)).parameters
+        offered = "grad_checkpointing" in inspect.signature(type(tower).__init__).parameters
         if offered and not (part and part.options.get("grad_checkpointing")):
             found.append(f"model.{modality}.grad_checkpointing=true")
     return found

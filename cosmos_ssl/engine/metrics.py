@@ -14,7 +14,7 @@ from torch import Tensor
 from cosmos_ssl import api, registry
 from cosmos_ssl.api.part import describe
 from cosmos_ssl.config.sections import LoggingConfig
-from cosmos_ssl.files import LineFile, set_aside, written_whole
+from cosmos_ssl.files import LineFile, metrics_row, set_aside, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -204,12 +204,4 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         return
     with path.open("rb") as file:
         for line in file:
-            yield line, _row(line) if line.endswith(b"\n") else None
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+            yield line, metrics_row(line) if line.endswith(b"\n") else None

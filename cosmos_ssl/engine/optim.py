@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +17,14 @@ from cosmos_ssl import api
 from cosmos_ssl.api import Head, LayeredTower, Loss, ParameterRule, Progress, Schedule, Tower, value_at
 from cosmos_ssl.config import Config, OptimizerConfig, ScheduleConfig
 from cosmos_ssl.errors import CheckpointError, UserError, did_you_mean, listed
+from cosmos_ssl.functional import all_max, is_sharded, laid_out, local
+from cosmos_ssl.functional.placement import sum_of_parts
+from cosmos_ssl.models.adapters import plain_name
 from cosmos_ssl.models.contract import Fault, blaming
 from cosmos_ssl.models.model import Model
+
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "Lion", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop")
+"""Optimisers that move each number by its own gradients alone, so that ranks may each move a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +74,7 @@ def _layer_factors(model: Model, decay: float) -> Iterator[tuple[str, float]]:
                 "Leave it out"
             )
         for name, _ in tower.named_parameters():
-            yield f"{modality}.{name}", decay ** (tower.layer_count - tower.layer_of(name))
+            yield f"{modality}.{name}", decay ** (tower.layer_count - tower.layer_of(plain_name(name)))
 
 
 def _part_rules(model: Model) -> Iterator[ParameterRule]:
@@ -133,6 +140,8 @@ class Optimizer:
         config = sections.optimizer
         self.lr = 0.0
         grouped: dict[tuple[float, float, float], dict[str, Tensor]] = {}
+        self.sharded: list[Tensor] = []
+        """Parameters of which this rank holds a part."""
         self.names: dict[str, Tensor] = {}
         rules = trained(model, config)
         for name, parameter in model.named_parameters():
@@ -143,17 +152,20 @@ class Optimizer:
             self.names[name] = parameter
             decay = rule.weight_decay_scale if parameter.dim() >= 2 else 0.0
             grouped.setdefault((rule.lr_scale, decay, rule.frozen_epochs), {})[name] = parameter
+            if is_sharded(parameter):
+                self.sharded.append(parameter)
         decays = value_at(config.weight_decay, Progress(step=0, total_steps=1))
         groups: list[dict[str, Any]] = [
             {
-                "params": list(parameters.values()),
+                "params": parameters,
                 "lr": config.lr * lr_scale,
                 "weight_decay": decays * decay,
                 "lr_scale": lr_scale,
                 "weight_decay_scale": decay,
                 "frozen_epochs": frozen,
             }
-            for (lr_scale, decay, frozen), parameters in grouped.items()
+            for (lr_scale, decay, frozen), named in grouped.items()
+            for parameters in _alike(named.values())
         ]
         with blaming(part, "optimizer"):
             try:
@@ -164,11 +176,15 @@ class Optimizer:
                 raise Fault(f"made a {type(self.torch).__name__}, expected a torch.optim.Optimizer")
             if [group.get("params") for group in self.torch.param_groups] != [group["params"] for group in groups]:
                 raise Fault("has other groups than it was given")
-        self._groups = dict(
-            zip((next(iter(names)) for names in grouped.values()), self.torch.param_groups, strict=True)
-        )
-        """By the name of the first parameter."""
-        self._made = {name: dict(group) for name, group in self._groups.items()}
+        if self.sharded and (name := type(self.torch).__name__) not in ELEMENTWISE:
+            raise UserError(
+                f"optimizer: {name} moves a weight by what others of its matrix are, of which ranks hold parts alone. "
+                f"Take training.parallel=replicate, or one of {', '.join(ELEMENTWISE)}"
+            )
+        made = iter(self.torch.param_groups)
+        self._groups = {next(iter(named)): [next(made) for _ in _alike(named.values())] for named in grouped.values()}
+        """By the name of the first parameter; two where it has sharded parameters and whole ones."""
+        self._made = {name: dict(groups[0]) for name, groups in self._groups.items()}
 
     def set(self, progress: Progress) -> None:
         """Set learning rate and weight decay of the step under way."""
@@ -189,10 +205,39 @@ class Optimizer:
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradients down to ``max_norm``, if given; the norm they had, a scalar."""
         parameters = [p for p in self.names.values() if p.grad is not None]
+        if self.sharded:
+            return self._clip_parts([p.grad for p in parameters if p.grad is not None], max_norm)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+    @torch.no_grad()
+    def _clip_parts(self, grads: Sequence[Tensor], max_norm: float | None) -> Tensor:
+        """``clip``, by the formula of torch's, where ranks hold parts: squares of these are summed over ranks."""
+        kinds = [local(x) for x in grads if is_sharded(x)], [x for x in grads if not is_sharded(x)]
+        norms = (torch.nn.utils.get_total_norm(kind).to(self.sharded[0].device, torch.float64) for kind in kinds)
+        parts, others = (norm.square() for norm in norms)
+        norm = (sum_of_parts(parts, self.sharded) + others).sqrt().float()
+        if max_norm is not None:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(x) for x in grads], factor)
+        return norm
+
+    @torch.no_grad()
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide the gradients by the scale of the loss; all ranks note it where any gradient is not finite."""
+        if not self.sharded:
+            scaler.unscale_(self.torch)
+            return
+        grads = [part for p in self.names.values() if p.grad is not None and (part := local(p.grad)).numel()]
+        largest = torch.stack([torch.zeros((), device=self.sharded[0].device), *torch._foreach_norm(grads, torch.inf)])
+        faulty = all_max((~largest.isfinite()).any().float())
+        told = torch.where(faulty > 0, torch.inf, 0.0)  # by it a rank learns of another's
+        given = [torch.empty_like(grad) for grad in (*grads, told)]
+        for each, grad in zip(given, (*grads, told), strict=True):
+            each.grad = grad
+        scaler.unscale_(cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[{"params": given}])))
 
     def step(self) -> None:
         """Move the parameters."""
@@ -211,7 +256,7 @@ class Optimizer:
             for name, parameter in self.names.items():
                 for key, value in self.torch.state.get(parameter, {}).items():
                     found |= {f"{name}.{field}": each for field, each in _fields(key, value, parameter.device)}
-            for name, group in self._groups.items():
+            for name, (group, *_) in self._groups.items():
                 made = self._made[name]
                 for key, value in group.items():
                     new = isinstance(value, Tensor) or (isinstance(value, int | float) and made.get(key) != value)
@@ -228,10 +273,12 @@ class Optimizer:
         strangers = listed(sorted(key for key in tensors if key.rpartition(".")[0] not in self.names))
         if strangers:
             raise CheckpointError(f"the optimiser's state holds parameters that are not trained here: {strangers}")
-        groups = {id(p): group for group in self._groups.values() for p in group["params"]}
+        of = {id(p): groups for groups in self._groups.values() for group in groups for p in group["params"]}
         for name, fields in told.items():
-            parameter, group = self.names[name], groups[id(self.names[name])]
-            _put(group, {key[:-1]: value for key, value in fields.items() if key.endswith("@")}, parameter, group)
+            parameter, groups = self.names[name], of[id(self.names[name])]
+            group = groups[0]
+            for each in groups:
+                _put(each, {key[:-1]: value for key, value in fields.items() if key.endswith("@")}, parameter, each)
             own = {key: value for key, value in fields.items() if not key.endswith("@")}
             if not own:
                 continue
@@ -241,6 +288,14 @@ class Optimizer:
                 raise CheckpointError(f"the optimiser's state of {name} is incomplete or of another shape")
             self.torch.state[parameter] = {}
             _put(self.torch.state[parameter], own, parameter, group)
+
+
+def _alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters as one list, or as two where some are sharded: no kernel takes both together."""
+    kinds: dict[bool, list[Tensor]] = {}
+    for parameter in parameters:
+        kinds.setdefault(is_sharded(parameter), []).append(parameter)
+    return list(kinds.values())
 
 
 _SET = ("params", "lr", "weight_decay", "lr_scale", "weight_decay_scale", "frozen_epochs")
@@ -275,7 +330,9 @@ def _put(state: dict[str, Any], fields: Mapping[str, Tensor], parameter: Tensor,
         if found["host"] or (key == "step" and value.dim() == 0 and not on_device):
             home = torch.device("cpu")
         own: Any = value.item() if found["number"] else value.to(home, copy=True)
-        if value.dim() and value.shape == parameter.shape:  # in the parameter's order in memory
+        if value.dim() and is_sharded(parameter):
+            own = laid_out(value, parameter)
+        elif value.dim() and value.shape == parameter.shape:  # in the parameter's order in memory
             own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         if found["index"] is None:
             state[key] = own

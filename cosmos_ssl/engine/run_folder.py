@@ -9,6 +9,8 @@ import os
 import platform
 import secrets
 import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -40,6 +42,12 @@ LIBRARIES = (
 )
 """Libraries that shape results, by the names of their distributions."""
 _held: set[Path] = set()
+
+_DARWIN = sys.platform == "darwin"
+_FLOCK = struct.Struct("@qqihh" if _DARWIN else "@hhqqi4x")
+"""C's ``struct flock``: type, whence, start, length, process on Linux; on macOS the first two come last."""
+_WANTED = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if _DARWIN else (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_TYPE = 3 if _DARWIN else 0
 
 
 class _LogFile(logging.FileHandler):
@@ -107,6 +115,19 @@ class RunFolder:
                 return
         if (fault := folder_fault(self.path)) is not None:
             raise self._unwritable(fault)
+
+    def holder(self) -> str | None:
+        """Who holds the folder (``process 12 on node3``), or None. It asks the kernel; nothing is locked meanwhile.
+
+        Raises OSError where the storage has no locks, or the lock's file cannot be read.
+        """
+        if self.path.resolve() in _held:
+            return "this very process"
+        with suppress(FileNotFoundError), (self.path / ".lock").open("rb") as file:
+            asked = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(*_WANTED))
+            if _FLOCK.unpack(asked)[_TYPE] != fcntl.F_UNLCK:
+                return file.read(200).decode(errors="replace").strip() or "an unknown process"
+        return None
 
     def _unwritable(self, why: str) -> UserError:
         return UserError(f"output_dir: {self.path} cannot be written: {why}. Give another output_dir")

@@ -22,6 +22,8 @@ _WATCHED = {
     signal.SIGINT: ("Ctrl-C", EXIT_INTERRUPTED),
 }
 
+CAUSES = tuple(cause for cause, _ in _WATCHED.values())
+"""What the message of ``Interrupted`` begins by."""
 
 AHEAD = "the step under way ends first, then all is saved"
 """What a signal has to wait for."""

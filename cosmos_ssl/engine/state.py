@@ -17,7 +17,9 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_role, load_tensors, read_state, to_host
+from cosmos_ssl.engine.exchange import share_start
 from cosmos_ssl.engine.optim import Optimizer
+from cosmos_ssl.engine.parallel import Parts, Sharding
 from cosmos_ssl.errors import CheckpointError, UserError
 from cosmos_ssl.models.contract import blaming
 from cosmos_ssl.models.model import Model
@@ -54,6 +56,12 @@ class RunState:
         with blaming(self.teacher, "teacher"):
             assembly.start_teacher()
         self.teacher.to(device)
+        self.sharding = Sharding(config, device, precision)
+        if self.sharding.on:
+            share_start(self.replicas)
+        for each in self.models.values():
+            self.sharding.share(each)
+        self.parts = Parts(*self.models.values())
         self.optimizer = Optimizer(self.model, config, device, assembly.optimizer, assembly.schedule)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
         self.budget = BadSampleBudget(config.loader.error_budget)
@@ -87,7 +95,10 @@ class RunState:
 
     @record_function("checkpoint")
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
-        """A copy in host memory; ``about`` goes into the state as it is."""
+        """A copy in host memory; ``about`` goes into the state as it is.
+
+        A collective where ranks share weights; of these only the first rank's copy holds anything.
+        """
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
         tensors: dict[str, Any] = {role: model.state_dict() for role, model in self.models.items()}
         tensors["optimizer"] = self.optimizer.tensors() | own

@@ -24,7 +24,7 @@ from cosmos_ssl.engine.exchange import GradientMean, RunningStatistics
 from cosmos_ssl.engine.forward import Batch, Forward, Result
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.errors import TrainingError, listed
-from cosmos_ssl.functional import all_max, world_size
+from cosmos_ssl.functional import all_max, is_sharded, world_size
 from cosmos_ssl.models.contract import blaming, checked_moves
 from cosmos_ssl.models.model import buffers_of
 from cosmos_ssl.models.precision import coarse_products
@@ -114,7 +114,7 @@ class Step:
         """Unscale the gradients, drop those of frozen parameters, and clip; the norm that they had."""
         optimizer, scaler = self.state.optimizer, self.state.scaler
         if scaler is not None:
-            scaler.unscale_(optimizer.torch)
+            optimizer.unscale(scaler)
         optimizer.drop_frozen(progress)
         return optimizer.clip(self.training.clip_grad_norm)
 
@@ -156,8 +156,8 @@ class Step:
 
     @record_function("teacher update")
     def move_teacher(self, progress: Progress) -> Mapping[str, float]:
-        """Let the teacher follow the student."""
-        with blaming(self.assembly.teacher, "teacher"):
+        """Let the teacher follow the student; where ranks share weights each moves its part."""
+        with blaming(self.assembly.teacher, "teacher"), self.state.parts:
             return checked_moves(self.assembly.teacher.update(self.assembly.followed, progress))
 
     def skip(self, told: Agreement, result: Result, batch: Batch, progress: Progress) -> Mapping[str, float]:
@@ -215,7 +215,10 @@ class Gradients:
         self._buffers = buffers_of(self.model)
         self._before = [torch.empty_like(buffer) for buffer in self._buffers()]
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
-        self._mean = GradientMean(trained, average_in) if world_size() > 1 else None
+        whole = [parameter for parameter in trained if not is_sharded(parameter)]
+        self._mean = GradientMean(whole, average_in) if world_size() > 1 and whole else None
+        if self._mean is not None and len(whole) < len(trained):
+            self._mean.on = False  # once, at the end: on the way there are the collectives of shards
         self._statistics = RunningStatistics(self.model)
         if micro_batch_size is not None:
             refuse_accumulation(assembly)

@@ -249,7 +249,7 @@ class Run:
             writes=self.world.first and trainer.keep,
         )
         stack.push(self.checkpoints)
-        self.world.run_on_first(lambda: self._settle(fork))
+        self._settle(fork)
         trainer.loader.check_limits()
         self.signals.at_once = not trainer.keep
         trainer.starting.close()
@@ -278,7 +278,7 @@ class Run:
             raise
         except Exception:
             if self.between_steps:
-                self.save_now()
+                self.save_alone()
             raise
         self.save_together()
         return self.finish()
@@ -349,7 +349,7 @@ class Run:
     def _leave(self, signal: int, *, together: bool) -> NoReturn:
         """Save, and raise Interrupted; ``together`` where all ranks leave at this step."""
         # what started the ranks ends all when one leaves: not before the first has saved
-        self.save_together() if together else self.save_now()
+        self.save_together() if together else self.save_alone()
         cause = Interrupted(signal).cause
         raise Interrupted(signal, f"{cause}: saved {self._place()}. The same command goes on from there.") from None
 
@@ -396,8 +396,7 @@ class Run:
             log.warning("%s; training goes on", fault)
         if news.save:
             self._before_checkpoint()
-            if self.world.first:
-                self._save()
+            self._save()
 
     def _before_checkpoint(self) -> None:
         """On all ranks, before one is taken. Raises TrainingError where they do not stand at the same."""
@@ -406,10 +405,17 @@ class Run:
         check_replicas(own | theirs, lambda name: (self.callbacks if name in theirs else self.state).owner(name))
 
     def _save(self) -> None:
-        """Hand a snapshot to the writer."""
-        self.writers.sync()
+        """Hand a snapshot to the writer, on the first rank; of what ranks share all of them take it together."""
+        if self.world.first:
+            self.writers.sync()
+            self.checkpoints.write(self.callbacks.added(self.state.snapshot(self._about())))
+        elif self.state.sharding.on:
+            self.callbacks.added(self.state.snapshot({}))
+
+    def _about(self) -> dict[str, Any]:
+        """On the first rank: what a checkpoint says of the run."""
         identity = self.trainer.identity
-        about = {
+        return {
             "samples": self.state.step * self.config.training.batch_size,
             "epoch": self.state.step / self.steps_per_epoch,
             "ranks": self.world.size,
@@ -417,19 +423,35 @@ class Run:
             "identity": {"config": identity.digest(), "data": identity.data},
             "versions": versions(self.assembly.parts),
         }
-        self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
 
     def save_together(self) -> None:
         """Save where all ranks stand. Raises StorageError, TrainingError where they do not stand at the same."""
         self._before_checkpoint()
-        self.world.run_on_first(self.save_now)
+        self._save_missing()
+        self.world.run_on_first(self._wait)
 
-    def save_now(self) -> None:
-        """Save where the run stands and wait for it, on the first rank. Raises StorageError."""
+    def _save_missing(self) -> None:
+        """Begin the checkpoint of this step, unless there is one, all ranks together."""
+        if self.world.run_on_first(lambda: self.checkpoints.writes and not self.checkpoints.has(self.state.step)):
+            self._save()
+
+    def _wait(self) -> None:
+        """On the first rank: wait for the checkpoint of this step. Raises StorageError."""
         if self.checkpoints.writes:
-            if not self.checkpoints.has(self.state.step):
-                self._save()
             self.checkpoints.wait(self.state.step)
+
+    def save_alone(self) -> None:
+        """Save where the run stands and wait for it, on the first rank, while the others may be gone: without them it
+        cannot where ranks share weights, and the run goes on from the last checkpoint. Raises StorageError.
+        """
+        if not self.checkpoints.writes:
+            return
+        if not self.checkpoints.has(self.state.step):
+            if self.state.sharding.on:
+                log.warning("step %s is not saved, which takes all ranks", f"{self.state.step:,}")
+                return
+            self._save()
+        self._wait()
 
     def evaluate(self) -> None:
         """Run the evaluators that are due and have not run at this step, then the callbacks. Raises Interrupted."""
@@ -443,9 +465,15 @@ class Run:
     def _evaluate(self, last: int) -> None:
         """Run the evaluators that are due where the run ends at step ``last``."""
         step = self.state.step
-        for name in due(self.assembly.evaluators, step, self.steps_per_epoch, last):
-            if name in self.evaluated:
-                continue
+        names = [
+            name
+            for name in due(self.assembly.evaluators, step, self.steps_per_epoch, last)
+            if name not in self.evaluated
+        ]
+        if names and self.state.sharding.on:  # a signal that reaches one rank within finds it saved
+            self._before_checkpoint()
+            self._save_missing()
+        for name in names:
             start, ahead = time.monotonic(), self.signals.ahead
             self.signals.ahead = "the evaluation ends after the batch under way, then all is saved"
             with self.clock.paused(), collected_at_will():
@@ -501,11 +529,12 @@ class Run:
         return plan_fork(checkpoint, self.trainer.identity, self.config, self.trainer.dataset.shard_sizes)
 
     def _settle(self, fork: Fork | None) -> None:
-        """On the first rank: make the folder this run's; what was taken over from another run is kept here too."""
+        """Make the folder this run's; what was taken over from another run is kept here too."""
         if fork is not None:
-            note_fork(self.folder, fork)
-            self.save_now()
-        self.folder.record(self.config, self.assembly.parts)
+            self.world.run_on_first(lambda: note_fork(self.folder, fork))
+            self._save_missing()
+            self.world.run_on_first(self._wait)
+        self.world.run_on_first(lambda: self.folder.record(self.config, self.assembly.parts))
 
     def _make_writers(self, reported: Mapping[int, frozenset[str]]) -> Writers:
         """The run's own file first, so that what it lacks nobody was given."""
@@ -590,11 +619,13 @@ class Run:
             log.info("%s, training goes on in %s.", fork, self._place())
         elif saved is None:
             size = sum(parameter.numel() for parameter in self.state.model.parameters())
+            trained = sum(parameter.numel() for parameter in self.state.optimizer.names.values())
             log.info(
-                "training %s (%s parameters) into %s: %s steps, %s an epoch, batch %s, %s on %s",
+                "training %s (%s parameters%s) into %s: %s steps, %s an epoch, batch %s, %s on %s",
                 *(
                     self.config.name,
                     f"{size:,}",
+                    f", {trained:,} of them trained" if trained < size else "",
                     self.folder.path,
                     f"{self.total_steps:,}",
                     f"{self.steps_per_epoch:,}",

@@ -77,7 +77,11 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     score, as those of published figures do (``torch.topk``): of equal scores, such as those of equal names, the earlier
     class comes first. Among scores of minus infinity, which tell that a class was not found, the right one comes last.
     """
-    ahead = _ahead(scores, labels)
+    return accuracy_of(ahead_of(scores, labels), labels)
+
+
+def accuracy_of(ahead: Tensor, labels: Tensor) -> dict[str, float]:
+    """The same of what ``ahead_of`` returns, int64 [N]."""
     hit = ahead < 1
     per_class = torch.stack([hit[labels == label].double().mean() for label in labels.unique()]).mean()
     return {
@@ -89,7 +93,12 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 def accuracy_outcomes(scores: Tensor, labels: Tensor) -> dict[str, Outcome]:
     """The same as outcomes of the N pictures."""
-    ahead, units = _ahead(scores, labels), torch.arange(len(labels))
+    return outcomes_of(ahead_of(scores, labels), labels)
+
+
+def outcomes_of(ahead: Tensor, labels: Tensor) -> dict[str, Outcome]:
+    """The same of what ``ahead_of`` returns, int64 [N]."""
+    units = torch.arange(len(labels))
     one, classes = torch.ones_like(units), labels.unique(return_inverse=True)[1]
     return {
         "top1": Outcome(units, ahead < 1, one),
@@ -98,7 +107,7 @@ def accuracy_outcomes(scores: Tensor, labels: Tensor) -> dict[str, Outcome]:
     }
 
 
-def _ahead(scores: Tensor, labels: Tensor) -> Tensor:
+def ahead_of(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes stand before the right one, int64 [N]; all where it is none of them."""
     known = (labels >= 0) & (labels < scores.shape[1])
     place = labels.clamp(0, scores.shape[1] - 1)[:, None]

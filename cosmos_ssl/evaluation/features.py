@@ -23,11 +23,12 @@ from cosmos_ssl.evaluation.samples import (
     evenly_spread,
     items_of_all,
     read_ahead,
-    rows_of_all,
     share,
     threads_of_this_process,
 )
-from cosmos_ssl.functional import rank, world_size
+from cosmos_ssl.evaluation.sharded import Sharded
+from cosmos_ssl.functional import gather_objects, rank, world_size
+from cosmos_ssl.functional.together import turns
 from cosmos_ssl.liveness import OnStage
 from cosmos_ssl.pictures import BACKGROUND
 
@@ -57,6 +58,17 @@ class Bad(NamedTuple):
     place: int
     key: str
     reason: str
+
+
+class Made(NamedTuple):
+    """A piece that this rank has made or found."""
+
+    number: int
+    """Of all pieces, in the order of the items."""
+    name: str
+    piece: Piece
+    held: bool
+    """The store held it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +111,22 @@ def features_of(
     name: str,
     background: str = BACKGROUND,
 ) -> tuple[Tensor, list[Any]]:
-    """Return what ``compute`` makes of all samples, in order, on every rank: rows on the host, and notes.
+    """``sharded_features``, but with all rows on every rank."""
+    rows, notes = sharded_features(data, preprocess, compute, job, name=name, background=background)
+    return rows.whole(), notes
+
+
+def sharded_features(
+    data: Samples,
+    preprocess: Callable[[Tensor], Tensor],
+    compute: Compute,
+    job: Job,
+    *,
+    name: str,
+    background: str = BACKGROUND,
+) -> tuple[Sharded, list[Any]]:
+    """Return what ``compute`` makes of all samples, in order: rows on the host of the rank that has computed them, and
+    the notes of all.
 
     ``preprocess`` takes uint8 [3, H, W] and works in threads; ``name`` tells what is computed; transparent pictures are
     put on ``background``. Raises DataError for samples that cannot be used (unless they may be missing), where none is
@@ -120,7 +147,7 @@ def features_of(
     stamp = sources.stamp if job.store.folder is not None else _no_stamp
     about = {"name": name, "background": background, "data": data.identity()}
     size = _batch_size(len(chosen), job.batch_size)
-    found = [piece for _, piece, _ in pieces(job, about, chosen, size, load, compute, what="pictures", stamp=stamp)]
+    found = [one.piece for one in pieces(job, about, chosen, size, load, compute, what="pictures", stamp=stamp)]
     if changed := items_of_all(sources.changed()):
         told = f"{job.data}: {len(changed):,} files were changed while they were evaluated on ({listed(changed)})"
         raise DataError(f"{told}. Run the same command again")
@@ -129,16 +156,22 @@ def features_of(
     job.leave_out(bad, len(chosen), "pictures cannot be used")
     if not notes:
         raise DataError(f"{job.data}: not one picture can be used. Run: cosmos-ssl data check")
-    rows = rows_of_all([piece.rows for piece in found if piece.rows is not None])
+    rows = Sharded.gathered([piece.rows for piece in found if piece.rows is not None])
     check_finite(rows, "pictures")
     return rows, notes
 
 
-def check_finite(rows: Tensor, what: str) -> None:
-    """Raise UserError where one of the rows [n, ...] is not finite: nothing true comes of such features."""
-    finite = rows.isfinite()
-    if not finite.all():
-        wrong = len(rows) - int(finite.flatten(1).all(1).sum())
+def check_finite(rows: Tensor | Sharded, what: str) -> None:
+    """Raise UserError where one of the rows [n, ...] is not finite: nothing true comes of such features.
+
+    Of ``Sharded`` rows it is called by all ranks.
+    """
+    own = rows.own if isinstance(rows, Sharded) else rows
+    finite = own.isfinite()
+    wrong = 0 if finite.all() else len(own) - int(finite.flatten(1).all(1).sum())
+    if isinstance(rows, Sharded):
+        wrong = sum(gather_objects(wrong))
+    if wrong:
         told = f"the model's features of {wrong:,} of {len(rows):,} {what} are not finite numbers"
         raise UserError(f"{told}: its weights are damaged, or the precision is too low for them")
 
@@ -146,8 +179,15 @@ def check_finite(rows: Tensor, what: str) -> None:
 def text_features(
     encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
 ) -> Tensor:
-    """Strings -> unit features [n, D] on the host; ``to_match``: what ``encoder.match`` takes, [n, ...]. Ranks share
-    them.
+    """``sharded_texts``, but with all rows on every rank."""
+    return sharded_texts(encoder, texts, job, to_match=to_match, templates=templates).whole()
+
+
+def sharded_texts(
+    encoder: Encoder, texts: Sequence[str], job: Job, *, to_match: bool = False, templates: Sequence[str] = ("{}",)
+) -> Sharded:
+    """Strings -> unit features [n, D] on the host of the rank that has computed them; ``to_match``: what
+    ``encoder.match`` takes, [n, ...].
 
     With ``templates`` a string is put into each of them, and its row is the mean of theirs (which is no unit vector).
     """
@@ -163,7 +203,7 @@ def text_features(
     batches = _batches(texts, size)
     about = {"match": to_match, "templates": list(templates)}
     found = pieces(job, about, batches, 1, lambda batch: batch, compute, what="texts")
-    rows = rows_of_all([piece.rows for _, piece, _ in found if piece.rows is not None])
+    rows = Sharded.gathered([one.piece.rows for one in found if one.piece.rows is not None])
     check_finite(rows, "texts")
     return rows
 
@@ -187,24 +227,26 @@ def pieces(
     *,
     what: str,
     stamp: Callable[[Any], list[str]] = _no_stamp,
-) -> Iterator[tuple[str, Piece, bool]]:
-    """What ``compute`` makes of this rank's share of ``items``, ``size`` at a time, or the store holds of it: the name
-    of each piece, the piece, and whether it was held. ``load`` works in threads.
+    in_turns: bool = False,
+) -> Iterator[Made]:
+    """What ``compute`` makes of this rank's share of ``items``, ``size`` at a time, or the store holds of it.
 
-    What is held is good while the ``stamp`` of each item is what it was before the item was read, and no sample that
-    was bad can be used.
+    ``load`` works in threads. What is held is good while the ``stamp`` of each item is what it was before the item was
+    read, and no sample that was bad can be used. Shares are in rank order, or, ``in_turns``, what each rank is ready
+    for next.
     """
-    own = share(_batches(items, part_size(len(items), size)))
-    done, total, all_about = 0, sum(len(_batches(part, size)) for part in own), digest(about)
+    every = _batches(items, part_size(len(items), size))
+    own = range(len(every)) if in_turns else share(range(len(every)))
+    done, total, all_about = 0, sum(len(_batches(every[number], size)) for number in own), digest(about)
 
-    def to_load() -> Iterator[tuple[tuple[Sequence[Any], str, Piece | None], Sequence[Any]]]:
-        for part in own:
-            name = digest([all_about, list(part)])
+    def to_load() -> Iterator[tuple[tuple[int, str, Piece | None], Sequence[Any]]]:
+        for number in turns(len(every)) if in_turns else own:
+            name = digest([all_about, list(every[number])])
             kept = job.store.get(name)
-            if kept is not None and kept.stamps == [stamp(item) for item in part]:
-                yield (part, name, kept), [place for place, _, _ in kept.bad]
+            if kept is not None and kept.stamps == [stamp(item) for item in every[number]]:
+                yield (number, name, kept), [place for place, _, _ in kept.bad]
             else:
-                yield from (((part, name, None), batch) for batch in _batches(part, size))
+                yield from (((number, name, None), batch) for batch in _batches(every[number], size))
 
     def stamped(item: Any) -> tuple[list[str], T | Bad]:
         return stamp(item), load(item)
@@ -217,7 +259,8 @@ def pieces(
 
     made: list[Piece] = []
     with closing(read_ahead(to_load(), stamped, job.workers or threads_of_this_process())) as loaded:
-        for (part, name, kept), read in loaded:
+        for (number, name, kept), read in loaded:
+            part = every[number]
             if kept is None:
                 made.append(computed(read))
                 if sum(len(piece.stamps) for piece in made) < len(part):
@@ -229,7 +272,7 @@ def pieces(
                 job.store.put(name, kept)
             done += len(_batches(part, size))
             job.progress(what, done, total)
-            yield name, kept, not made
+            yield Made(number, name, kept, not made)
             made = []
 
 

@@ -5,7 +5,6 @@ through by keys.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Sequence
 from html import escape
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cosmos_ssl.evaluation.document import document
 from cosmos_ssl.files import written_whole
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -79,7 +79,6 @@ class Page:
 
     def html(self) -> str:
         """The whole page."""
-        policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{_digest(_SCRIPT)}'"
         options = "".join(
             f'<option value="{n}">{n}. {_text(title)}</option>' for n, (title, _) in enumerate(self._sections, 1)
         )
@@ -87,17 +86,14 @@ class Page:
             f'<section id="s{n}"><h2>{_text(title)}</h2>{"".join(parts)}</section>'
             for n, (title, parts) in enumerate(self._sections, 1)
         )
-        return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{_text(self.title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+        body = (
             f"<header><h1>{_text(self.title)}</h1>{''.join(self._top)}</header>\n"
             '<nav hidden><button id="back" title="left arrow">&#8592;</button><select '
             f'aria-label="section">{options}</select>'
             f'<button id="next" title="right arrow">&#8594;</button><button id="all" title="key a">all</button></nav>\n'
-            f"<main>{sections}</main>\n<script>{_SCRIPT}</script>\n</body></html>\n"
+            f"<main>{sections}</main>"
         )
+        return document(self.title, body, style=_STYLE, scripts=[_SCRIPT])
 
     def write(self, path: Path) -> None:
         """Write the page; it is never there by half. Raises OSError."""
@@ -115,11 +111,6 @@ def _text(value: object) -> str:
 
 def _cell(value: object) -> str:
     return f'<td class="number">{value}</td>' if isinstance(value, int | float) else f"<td>{_text(value)}</td>"
-
-
-def _digest(script: str) -> str:
-    """The only script that the page may run: even a string that was not escaped could bring in no other."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int]]:
@@ -144,21 +135,12 @@ def _encoded(picture: Tensor | bytes | Path) -> tuple[str, bytes, tuple[int, int
 
 
 _STYLE = """
-:root{color-scheme:light dark;--ground:#fbfbfa;--card:#fff;--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e0;--mark:234 88 12}
-@media (prefers-color-scheme:dark){
-:root{--ground:#141416;--card:#1d1d20;--ink:#ececee;--soft:#a0a0a8;--line:#34343a;--mark:251 146 60}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:78rem;padding:1.5rem;background:var(--ground);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:1.5rem;margin:0}
 h2{font-size:1.15rem;margin:0 0 .25rem;flex-basis:100%}
 p{margin:.25rem 0;flex-basis:100%;white-space:pre-line}
 .subtitle,figcaption,caption{color:var(--soft);font-size:.875rem;text-align:left;white-space:pre-line}
 nav{position:sticky;top:0;z-index:1;display:flex;gap:.5rem;padding:.75rem 0;background:var(--ground)}
 nav[hidden]{display:none}
 select{flex:0 1 40rem;min-width:0}
-button,select{font:inherit;color:inherit;
-background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.25rem .75rem}
 section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;margin:1rem 0;padding:1.25rem;
 background:var(--card);border:1px solid var(--line);border-radius:.75rem;overflow-wrap:anywhere;scroll-margin-top:4rem}
 body.one section:not(.shown){display:none}

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cosmos_ssl.api import DataError, Encoder, Sample
 from cosmos_ssl.errors import listed
-from cosmos_ssl.evaluation.classification import accuracy, class_vectors
-from cosmos_ssl.evaluation.features import Job, Loaded, digest, features_of, numbered, text_features
+from cosmos_ssl.evaluation.classification import accuracy, accuracy_of, ahead_of, class_vectors
+from cosmos_ssl.evaluation.features import Job, Loaded, digest, numbered, sharded_features, sharded_texts
 from cosmos_ssl.evaluation.naming import spoken
-from cosmos_ssl.evaluation.retrieval import rank_metrics, retrieval_ranks
+from cosmos_ssl.evaluation.retrieval import rank_metrics, sharded_ranks
 from cosmos_ssl.evaluation.samples import Samples, label_of, no_texts
+from cosmos_ssl.evaluation.sharded import Sharded
 from cosmos_ssl.functional import rank
 
 _log = logging.getLogger("cosmos_ssl.evaluation")
@@ -34,8 +35,23 @@ def encode_pictures(
     *,
     name: str,
 ) -> tuple[Tensor, list[int], list[Any]]:
-    """Return what ``encode`` makes of all pictures that can be used, [N, ...] on the host; the place of each in the
-    data, and its ``note``. ``name`` tells what is encoded and noted. Raises DataError as ``features_of`` does.
+    """``sharded_pictures``, but with all rows on every rank."""
+    rows, places, noted = sharded_pictures(encoder, data, job, encode, note, name=name)
+    return rows.whole(), places, noted
+
+
+def sharded_pictures(
+    encoder: Encoder,
+    data: Samples,
+    job: Job,
+    encode: Callable[[Tensor], Tensor],
+    note: Callable[[Sample], Any],
+    *,
+    name: str,
+) -> tuple[Sharded, list[int], list[Any]]:
+    """Return what ``encode`` makes of all pictures that can be used, [N, ...] on the host of the rank that has computed
+    it; the place of each in the data, and its ``note``. ``name`` tells what is encoded and noted. Raises DataError as
+    ``sharded_features`` does.
     """
 
     def compute(loaded: Sequence[Loaded]) -> tuple[Tensor, list[Any]]:
@@ -43,15 +59,18 @@ def encode_pictures(
         return encode(torch.stack([one.pixels for one in loaded])), notes
 
     background = encoder.spec.background
-    rows, notes = features_of(data, encoder.preprocess, compute, job, name=name, background=background)
+    rows, notes = sharded_features(data, encoder.preprocess, compute, job, name=name, background=background)
     return rows, [place for place, _ in notes], [noted for _, noted in notes]
 
 
 class Scores(Protocol):
     """What learns to classify features."""
 
-    def __call__(self, train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
-        """Training features [N, W] with labels int64 [N], and other features [n, W] -> scores [n, C] of the latter."""
+    def __call__(self, train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        """Training features [N, W] with labels int64 [N], and other features [n, W] -> scores [n, C] of the latter.
+
+        Called by all ranks, each with other features of its own.
+        """
         ...
 
 
@@ -59,15 +78,15 @@ class Retrieved(NamedTuple):
     """Pictures and texts as ``Encoder.match`` takes them, on its device, and how well they find one another."""
 
     metrics: dict[str, float]
-    images: Tensor
-    encoded: Tensor
+    images: Sharded
+    encoded: Sharded
     texts: list[str]
     owners: list[int]
     """The picture of each text."""
     places: list[int]
     """Where each picture lies in the data."""
     ranks: tuple[Tensor, Tensor]
-    """As ``retrieval_ranks`` has them."""
+    """As ``retrieval_ranks`` has them, of all on every rank."""
 
 
 def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -> Retrieved:
@@ -84,7 +103,7 @@ def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -
         ]
         return encoder.match_image(torch.stack(pixels)) if pixels else None, notes
 
-    rows, notes = features_of(
+    rows, notes = sharded_features(
         data, encoder.preprocess, compute, job, name=f"match_image {texts}", background=encoder.spec.background
     )
     told = [(place, own) for place, _, own, _ in notes if own]
@@ -94,8 +113,8 @@ def retrieve(encoder: Encoder, data: Samples, job: Job, *, texts: str = "txt") -
     job.leave_out([key for _, key, own, _ in notes if not own], len(notes), f"samples have no texts '{texts}'")
     found = [text for _, own in told for text in own]
     owners = [number for number, (_, own) in enumerate(told) for _ in own]
-    images, encoded = rows.to(encoder.device), text_features(encoder, found, job, to_match=True).to(encoder.device)
-    ranks = retrieval_ranks(images, encoded, torch.tensor(owners), score=encoder.match)
+    images, encoded = rows.to(encoder.device), sharded_texts(encoder, found, job, to_match=True).to(encoder.device)
+    ranks = sharded_ranks(images, encoded, torch.tensor(owners), score=encoder.match)
     return Retrieved(rank_metrics(ranks), images, encoded, found, owners, [place for place, _ in told], ranks)
 
 
@@ -143,7 +162,7 @@ def classify(
 class Labelled(NamedTuple):
     """The tower's features before the projection [N, W], on the encoder's device."""
 
-    rows: Tensor
+    rows: Sharded
     labels: list[Hashable]
     places: list[int]
     """Where each picture lies in the data."""
@@ -156,20 +175,21 @@ def labelled_features(
 
     Raises DataError.
     """
-    rows, places, labels = encode_pictures(
+    rows, places, labels = sharded_pictures(
         encoder, data, job, encoder.image_features, label, name=f"image_features {name}"
     )
     return Labelled(rows.to(encoder.device), labels, places)
 
 
 def trained_accuracy(train: Labelled, test: Labelled, scores: Scores) -> dict[str, float]:
-    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``. Raises DataError (``trained_scores``)."""
-    return accuracy(*trained_scores(train, test, scores))
+    """``accuracy`` on ``test`` of what ``scores`` learns from ``train``. Raises DataError (``trained_ahead``)."""
+    return accuracy_of(*trained_ahead(train, test, scores))
 
 
-def trained_scores(train: Labelled, test: Labelled, scores: Scores) -> tuple[Tensor, Tensor]:
-    """What ``scores`` learns from ``train`` and says of ``test``, [N, C] on the host, and the labels int64 [N]: -1 for
-    one that is not among those of ``train`` and cannot be found.
+def trained_ahead(train: Labelled, test: Labelled, scores: Scores) -> tuple[Tensor, Tensor]:
+    """How many classes stand before the right one in what ``scores`` learns from ``train`` and says of ``test``, int64
+    [N] on the host (``ahead_of``), and the labels int64 [N]: -1 for one that is not among those of ``train`` and cannot
+    be found.
 
     Raises DataError where none of the labels is; that some are not is logged.
     """
@@ -183,6 +203,8 @@ def trained_scores(train: Labelled, test: Labelled, scores: Scores) -> tuple[Ten
             raise DataError(f"{told}, which are {listed(map(repr, numbers))}")
         if rank() == 0:
             _log.warning("%s, and their samples cannot be found", told)
-    known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.device)
-    found = scores(train.rows, known, test.rows, classes=len(numbers)).cpu()
-    return found, torch.tensor([numbers.get(label, -1) for label in test.labels])
+    known = torch.tensor([numbers[label] for label in train.labels], device=train.rows.own.device)
+    labels = torch.tensor([numbers.get(label, -1) for label in test.labels])
+    found = scores(train.rows, known, test.rows.own, classes=len(numbers)).cpu()
+    ahead = ahead_of(found, labels[slice(*test.rows.bounds)])
+    return Sharded(ahead, test.rows.ends).whole(), labels

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.evaluation.bootstrap import Outcome
+from cosmos_ssl.evaluation.sharded import Sharded
+from cosmos_ssl.functional import all_sum
 
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images [n, ...] and texts [m, ...] -> scores [n, m]."""
@@ -20,6 +22,7 @@ Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _WAYS = ("image_to_text", "text_to_image")
 _ROWS = 248  # images of one tile; below 256, so that a count fits a byte
 _COLUMNS = 4096  # texts of one tile, at most
+_BLOCK = 16  # such tiles of a block of texts that travels
 
 
 def dot(images: Tensor, texts: Tensor) -> Tensor:
@@ -81,32 +84,61 @@ def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor, *, score: Sco
     Every score is computed once, in tiles, so memory does not grow with N x M.
     Raises ValueError where an image has no text.
     """
-    owners = owners.to(images.device)
+    order = owners.argsort(stable=True).to(images.device)
+    found = sharded_ranks(Sharded(images), Sharded(texts[order]), owners.sort(stable=True).values, score=score)
+    return found[0], torch.empty_like(found[1]).index_copy_(0, order, found[1])
+
+
+@torch.no_grad()
+def sharded_ranks(images: Sharded, texts: Sharded, owners: Tensor, *, score: Score = dot) -> tuple[Tensor, Tensor]:
+    """``retrieval_ranks`` of images and texts that ranks share, by the same tiles; called by all ranks, of which each
+    gets the ranks of all.
+
+    ``texts`` stand in the order of their images: ``owners`` int [M] rise. Each rank keeps its images; their texts, and
+    then all texts block by block, travel. Beside its share a rank holds a block and 16 bytes for each image and text.
+    Raises ValueError where an image has no text.
+    """
+    device = images.own.device
+    owners = owners.to(device)
     counts = torch.bincount(owners, minlength=len(images))
     if len(counts) != len(images) or not counts.all():
         raise ValueError(f"each of the {len(images)} images needs a text of its own, and no text another image")
-    order = owners.argsort(stable=True)
-    texts, owners = texts[order], owners[order]
-    rows = [(start, min(start + _ROWS, len(images))) for start in range(0, len(images), _ROWS)]
     ends = [0, *(int(end) for end in counts.cumsum(0).tolist())]
-    columns = [(ends[start], ends[stop]) for start, stop in rows]
+    rows = [(start, min(start + _ROWS, len(images))) for start in range(0, len(images), _ROWS)]
+    if images.shared:  # whole tiles, each with all texts of its images
+        size = len(images.ends) - 1
+        borders = [min(len(rows) * at // size * _ROWS, len(images)) for at in range(size + 1)]
+        images, texts = images.moved(borders), texts.moved([ends[border] for border in borders])
+    (r_first, r_last), (c_first, _) = images.bounds, texts.bounds
+    tiles = [(r0, r1, ends[r0], ends[r1]) for r0, r1 in rows if r_first <= r0 < r_last]
 
-    best, true = images.new_empty(len(images)), images.new_empty(len(texts))
-    image_ranks, text_ranks = torch.full_like(counts, len(texts) - 1), torch.full_like(owners, len(images) - 1)
-    for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):  # tiles that hold the right answers
-        scores = score(images[r0:r1], texts[c0:c1])
-        best[r0:r1], true[c0:c1], *beaten = _own_tile(scores, owners[c0:c1] - r0)
-        image_ranks[r0:r1] -= beaten[0]
-        text_ranks[c0:c1] -= beaten[1]
-    for (r0, r1), (c0, c1) in zip(rows, columns, strict=True):
-        for start, stop, later in ((0, c0, False), (c1, len(texts), True)):  # texts of earlier images, of later ones
-            for k0 in range(start, stop, _COLUMNS):
-                k1 = min(k0 + _COLUMNS, stop)
-                scores = score(images[r0:r1], texts[k0:k1])
-                # the stable order: at equal scores the later text loses, and the later image
-                image_ranks[r0:r1] -= _counts(scores, best[r0:r1, None], equal=later, dim=1)
-                text_ranks[k0:k1] -= _counts(scores, true[k0:k1], equal=not later, dim=0)
-    return image_ranks, torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
+    own, best, true = images.own, images.own.new_empty(r_last - r_first), texts.own.new_empty(len(texts.own))
+    texts_beaten = torch.zeros(r_last - r_first, dtype=torch.long, device=device)
+    images_beaten = torch.zeros(len(texts), dtype=torch.long, device=device)
+    for r0, r1, c0, c1 in tiles:  # tiles that hold the right answers
+        at, of = slice(r0 - r_first, r1 - r_first), slice(c0 - c_first, c1 - c_first)
+        scores = score(own[at], texts.own[of])
+        best[at], true[of], texts_beaten[at], images_beaten[c0:c1] = _own_tile(scores, owners[c0:c1] - r0)
+    true = Sharded(true, texts.ends).whole()
+    step = _BLOCK * _COLUMNS
+    for first, block in texts.blocks(step, beyond=_COLUMNS):
+        for r0, r1, c0, c1 in tiles:
+            at = slice(r0 - r_first, r1 - r_first)
+            for start, stop, later in (
+                (0, c0, False),
+                (c1, len(texts), True),
+            ):  # texts of earlier images, of later ones
+                begun = start + max(0, -(-(first - start) // _COLUMNS)) * _COLUMNS
+                for k0 in range(begun, min(stop, first + step) if texts.shared else stop, _COLUMNS):
+                    k1 = min(k0 + _COLUMNS, stop)
+                    scores = score(own[at], block[k0 - first : k1 - first])
+                    # the stable order: at equal scores the later text loses, and the later image
+                    texts_beaten[at] += _counts(scores, best[at, None], equal=later, dim=1)
+                    images_beaten[k0:k1] += _counts(scores, true[k0:k1], equal=not later, dim=0)
+    if images.shared:
+        images_beaten = all_sum(images_beaten.cpu()).to(device)
+    image_ranks = len(texts) - 1 - Sharded(texts_beaten, images.ends).whole()
+    return image_ranks, len(images) - 1 - images_beaten
 
 
 def best_first(scores: Tensor) -> list[int]:

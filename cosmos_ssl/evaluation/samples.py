@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
@@ -246,12 +245,6 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def items_of_all(items: Sequence[T]) -> list[T]:
     """Return what all ranks have found in their shares, in order."""
     return [item for theirs in gather_objects(list(items)) for item in theirs]
-
-
-def rows_of_all(parts: Sequence[Tensor]) -> Tensor:
-    """The rows [n, ...] on the host that all ranks have computed, in order; some ranks may have none."""
-    found = [rows for rows in gather_objects(torch.cat(list(parts)) if parts else None) if rows is not None]
-    return torch.cat(found) if found else torch.empty(0)
 
 
 def check_set(wanted: str | None, sets: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ PURPOSES = {
     "torchvision's readers, a folder a class, shards with labels",
     "knn": "nearest neighbours on frozen features, of the same data and its training split",
     "linear_probe": "logistic regression on frozen features, likewise",
+    "attentive_probe": "a learned pooling of frozen patches and a linear classifier, likewise",
     "segmentation": "zero-shot, by SCLIP's protocol: VOC, Context, COCO, Cityscapes, ADE20K, shards with mask.png",
     "mmvp": "MMVP-VLM: which of two pictures a text is of (Questions.csv)",
     "sugarcrepe": "which of two texts a picture is of (add_att.json ..., COCO's val2017/)",
@@ -20,5 +21,5 @@ PURPOSES = {
 """Task -> what it is for."""
 ALL = "all"
 """Every task that there is data for."""
-ON_FEATURES = ("knn", "linear_probe")
+ON_FEATURES = ("knn", "linear_probe", "attentive_probe")
 """Those that read no text, and of which nothing is published: what is published of a set is zero-shot."""

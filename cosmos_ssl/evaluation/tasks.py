@@ -16,10 +16,18 @@ from torch import Tensor
 from cosmos_ssl.api import DataError, Encoder, Modality, Sample, UserError
 from cosmos_ssl.data import Folder
 from cosmos_ssl.data.folder import picture_folder
+from cosmos_ssl.evaluation.attentive_probe import attentive_probe as pooled
+from cosmos_ssl.evaluation.attentive_probe import labelled_tokens, scores_of
 from cosmos_ssl.evaluation.bootstrap import Outcome
 from cosmos_ssl.evaluation.caption_sets import find_caption_set
 from cosmos_ssl.evaluation.class_sets import find_class_data
-from cosmos_ssl.evaluation.classification import accuracy, accuracy_outcomes, class_vectors, load_templates
+from cosmos_ssl.evaluation.classification import (
+    accuracy_of,
+    accuracy_outcomes,
+    class_vectors,
+    load_templates,
+    outcomes_of,
+)
 from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe as fitted
@@ -36,12 +44,13 @@ from cosmos_ssl.evaluation.pairs import (
 )
 from cosmos_ssl.evaluation.picture_files import PictureFiles
 from cosmos_ssl.evaluation.protocols import (
+    Labelled,
     Scores,
     classify,
     encode_pictures,
     labelled_features,
     retrieve,
-    trained_scores,
+    trained_ahead,
 )
 from cosmos_ssl.evaluation.retrieval import fold_metrics, rank_outcomes
 from cosmos_ssl.evaluation.samples import EvaluationData, Samples, class_of
@@ -54,6 +63,7 @@ from cosmos_ssl.evaluation.segmentation import (
     segmentation_outcomes,
 )
 from cosmos_ssl.evaluation.segmentation_sets import find_segmentation_data
+from cosmos_ssl.evaluation.sharded import Sharded
 from cosmos_ssl.evaluation.task_names import ON_FEATURES, PURPOSES
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.encoder import ModelEncoder
@@ -80,7 +90,7 @@ class Options:
     templates: str | Sequence[str] | None = None
     """``openai``, ``simple``, ``openclip_simple``, or templates with ``{}``; None is the set's own, else ``simple``."""
     train_data: str | None = None
-    """Training samples of ``knn`` and ``linear_probe``; None is the training split of a known set."""
+    """Training samples of ``knn`` and the probes; None is the training split of a known set."""
     max_train_samples: int | None = None
     """So many evenly spread training samples; None is all."""
     k: int = 20
@@ -141,7 +151,7 @@ def retrieval(options: Options, job: Job) -> Task:
         found = retrieve(encoder, data, job, texts=options.texts)
         owners, metrics = torch.tensor(found.owners), found.metrics
         if known is not None and known.name == _FOLDED and len(found.places) >= 2 * FOLD:
-            folds = fold_metrics(found.images, found.encoded, owners, FOLD, score=encoder.match)
+            folds = fold_metrics(found.images.whole(), found.encoded.whole(), owners, FOLD, score=encoder.match)
             metrics = metrics | {f"1k/{name}": value for name, value in folds.items()}
         return Found(metrics, len(found.places), rank_outcomes(found.ranks, owners), found.places)
 
@@ -185,14 +195,32 @@ def knn(options: Options, job: Job) -> Task:
 def linear_probe(options: Options, job: Job) -> Task:
     """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
 
-    def scores(train: Tensor, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
-        return fitted(train, labels, classes=classes)[0].scores(test)
+    def scores(train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        return fitted(train.whole(), labels, classes=classes)[0].scores(test)
 
     return _trained(options, scores, {})
 
 
-def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task:
-    """A task on the tower's features before the projection: ``scores`` of test features from training features."""
+def attentive_probe(options: Options, job: Job) -> Task:
+    """A learned pooling of frozen patch tokens, and a linear classifier (``attentive_probe``). Raises DataError."""
+
+    def read(encoder: Encoder, *given: Any, **named: Any) -> Labelled:
+        device.append(encoder.device)
+        return labelled_tokens(encoder, *given, **named)
+
+    def scores(train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
+        return scores_of(pooled(train.whole(), labels, classes=classes, device=device[-1])[0], test)
+
+    device: list[torch.device] = []
+    return _trained(options, scores, {}, read)
+
+
+def _trained(
+    options: Options, scores: Scores, about: Mapping[str, Any], read: Callable[..., Labelled] = labelled_features
+) -> Task:
+    """A task on what ``read`` gives, the tower's features before the projection: ``scores`` of test features from
+    training features.
+    """
     data = find_class_data(options.data, wanted=options.set_name)
     if options.train_data is not None:
         given = find_class_data(options.train_data)
@@ -212,10 +240,10 @@ def _trained(options: Options, scores: Scores, about: Mapping[str, Any]) -> Task
 
     def run(encoder: Encoder, job: Job) -> Found:
         name = f"{options.label} by name" if by_name else options.label
-        known = labelled_features(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
-        test = labelled_features(encoder, data.samples, job, label, name=name)
-        said, labels = trained_scores(known, test, scores)
-        return Found(accuracy(said, labels), len(test.places), accuracy_outcomes(said, labels), test.places)
+        known = read(encoder, train, replace(job, max_samples=options.max_train_samples), label, name=name)
+        test = read(encoder, data.samples, job, label, name=name)
+        ahead, labels = trained_ahead(known, test, scores)
+        return Found(accuracy_of(ahead, labels), len(test.places), outcomes_of(ahead, labels), test.places)
 
     more = {"train_data": options.train_data, "max_train_samples": options.max_train_samples, "label": options.label}
     return Task(set_name=data.set_name, run=run, about={**about, **more})

@@ -52,7 +52,7 @@ def all_max(x: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return what each rank gives, in rank order, by way of pickle: for small things and for evaluations."""
+    """Return what each rank gives, in rank order, by way of pickle: for small things."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()

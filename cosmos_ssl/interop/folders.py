@@ -1,4 +1,4 @@
-"""Folders with a ``config.json``: Hugging Face's CLIPModel, and models of timm, as they are on the hub."""
+"""Folders with a ``config.json``, as on the hub: Hugging Face's CLIPModel and SiglipModel, and models of timm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cosmos_ssl.errors import CheckpointError
-from cosmos_ssl.interop import openclip
+from cosmos_ssl.interop import openclip, siglip
 from cosmos_ssl.interop.files import check_weights, read_json, read_tensor_file, weights_of
 from cosmos_ssl.interop.huggingface import ACTIVATIONS
 from cosmos_ssl.interop.official import CLIP_VOCABULARY, MAX_SIZE, ForeignCheckpoint
@@ -46,30 +46,53 @@ def is_folder(path: Path) -> bool:
 
 
 def read_folder(folder: Path, *, partial: bool = False) -> ForeignCheckpoint:
-    """The model in a folder with ``config.json``. Raises CheckpointError for others than CLIPModel and timm's."""
+    """The model in a folder with ``config.json``. Raises CheckpointError for others than those."""
     told = read_json(folder / CONFIG)
     if "architecture" in told:
         return _read_timm(folder, told)
     vision, words = [told.get(name) or {} for name in ("vision_config", "text_config")]
-    if told.get("model_type") != "clip" or not isinstance(vision, dict) or not isinstance(words, dict):
+    kind = told.get("model_type")
+    if kind not in ("clip", "siglip") or not isinstance(vision, dict) or not isinstance(words, dict):
         raise CheckpointError(
-            f"{folder} is a model of another kind than CLIPModel and timm's: its model_type is {told.get('model_type')}"
+            f"{folder} is a model of another kind than CLIPModel, SiglipModel and timm's: its model_type is {kind}"
         )
     weights = weights_of(folder, CONFIG, WEIGHTS)
     pictures = read_json(path) if (path := folder / "preprocessor_config.json").is_file() else {}
-    settings = _settings(vision, words, pictures, folder)
-    return openclip.read_tensors(_as_openclip(read_tensor_file(weights)[0], folder), folder, settings, partial=partial)
+    model = (_settings if kind == "clip" else siglip.settings)(vision, words, folder)
+    settings = {"model_cfg": model, "preprocess_cfg": _preprocessing(pictures)}
+    tensors = _tensors(read_tensor_file(weights)[0], folder)
+    if kind == "clip":
+        return openclip.read_tensors(_as_openclip(tensors), folder, settings, partial=partial)
+    found = openclip.read_tensors(siglip.as_openclip(tensors), folder, settings, partial=partial)
+    found.config["model"]["image"]["activation"] = "gelu_tanh"  # of which OpenCLIP tells for texts alone
+    return found
+
+
+def _tensors(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """The tensors of a model of transformers'. Raises CheckpointError."""
+    tensors = {name: value for name, value in content.items() if not name.endswith("position_ids")}
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{source} holds no model of transformers': not all in its file are tensors")
+    check_weights(tensors, source)
+    return tensors
+
+
+def _preprocessing(pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``preprocessor_config.json`` as OpenCLIP has it."""
+    size = pictures.get("size")
+    squash = isinstance(size, dict) and "shortest_edge" not in size and not pictures.get("do_center_crop")
+    return {
+        **{name: value for name in ("mean", "std") if (value := pictures.get(f"image_{name}"))},
+        "resize_mode": "squash" if squash else "shortest",
+        "interpolation": {"2": "bilinear", "3": "bicubic"}.get(str(pictures.get("resample", 3)), "another"),
+    }
 
 
 # ---------------------------------------------------------------------------- CLIPModel
 
 
-def _as_openclip(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+def _as_openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CLIPModel's tensors by OpenCLIP's names."""
-    tensors = {name: value for name, value in content.items() if not name.endswith("position_ids")}
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{source} holds no CLIPModel: not all in its file are tensors")
-    check_weights(tensors, source)
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         ours = name
@@ -83,10 +106,11 @@ def _as_openclip(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     return found
 
 
-def _settings(
-    image: Mapping[str, Any], text: Mapping[str, Any], pictures: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Return what CLIPModel's configuration means, as an OpenCLIP config has it. Raises CheckpointError."""
+def _settings(image: Mapping[str, Any], text: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what CLIPModel's configuration means, as an OpenCLIP config has it (``model_cfg``).
+
+    Raises CheckpointError.
+    """
     vision, words = {**_USUAL, **image}, {**_USUAL, "hidden_size": 512, "num_attention_heads": 8, **text}
     names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     activations = [names.get(str(tower["hidden_act"])) for tower in (vision, words)]
@@ -101,26 +125,17 @@ def _settings(
         for tower, kind in zip((vision, words), activations, strict=True)
     ]
     other = words.get("vocab_size", CLIP_VOCABULARY) != CLIP_VOCABULARY and (folder / "tokenizer.json").is_file()
-    size = pictures.get("size")
-    squash = isinstance(size, dict) and "shortest_edge" not in size and not pictures.get("do_center_crop")
     return {
-        "model_cfg": {
-            "quick_gelu": "quick_gelu" in activations,
-            "vision_cfg": {
-                "image_size": vision.get("image_size", 224),
-                "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-                **blocks[0],
-            },
-            "text_cfg": {
-                "heads": words["num_attention_heads"],
-                **({"hf_tokenizer_name": str(folder)} if other else {}),
-                **blocks[1],
-            },
+        "quick_gelu": "quick_gelu" in activations,
+        "vision_cfg": {
+            "image_size": vision.get("image_size", 224),
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            **blocks[0],
         },
-        "preprocess_cfg": {
-            **{name: value for name in ("mean", "std") if (value := pictures.get(f"image_{name}"))},
-            "resize_mode": "squash" if squash else "shortest",
-            "interpolation": {"2": "bilinear", "3": "bicubic"}.get(str(pictures.get("resample", 3)), "another"),
+        "text_cfg": {
+            "heads": words["num_attention_heads"],
+            **({"hf_tokenizer_name": str(folder)} if other else {}),
+            **blocks[1],
         },
     }
 

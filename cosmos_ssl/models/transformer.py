@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models import fused
+from cosmos_ssl.models.adapters import is_plain
 from cosmos_ssl.models.attention import Ints, Packing, packed_attention, take_rows
 
 Recomputed: TypeAlias = bool | Literal["alternate"]
@@ -78,6 +79,9 @@ class SelfAttention(nn.Module):
 
     def project_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, W] -> queries [R, H, d] of these rows alone, keys and values [T, H, d] of all."""
+        if not is_plain(self.qkv):  # which has no rows of its own for queries
+            q, k, v = self.project(x)
+            return take_rows(q, rows), k, v
         sizes = [x.shape[-1], 2 * x.shape[-1]]
         q_weight, kv_weight = self.qkv.weight.split_with_sizes(sizes)
         q_bias, kv_bias = self.qkv.bias.split_with_sizes(sizes)
@@ -228,6 +232,8 @@ class Block(nn.Module):
         """``training.kernels``."""
         self.recompute = False
         """Whether the backward pass computes all of it again, so that nothing but its input is kept."""
+        self.sharded = False
+        """Whether ranks share its weights, which are there while it is called alone, cast to what it computes in."""
         self.norm1 = nn.LayerNorm(width, norm_eps)
         self.attn = SelfAttention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
@@ -250,7 +256,8 @@ class Block(nn.Module):
         if self.training and self.drop_path:
             share, drawn = 1 - self.drop_path, torch.empty(len(packing.lengths), 2, 1, device=x.device, dtype=x.dtype)
             factors = drawn.bernoulli_(share).div_(share)[packing.sequence_of_query]
-        return self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+        x, branch, bias = self.after_attention(x if rows is None else take_rows(x, rows), attended.flatten(1), factors)
+        return x, branch, bias.clone() if self.sharded and bias is not None else bias
 
     def before_attention(
         self, x: Tensor, branch: Tensor | None, bias: Tensor | None, rows: Tensor | None
@@ -258,7 +265,7 @@ class Block(nn.Module):
         """The sum so far [T, W], and queries, keys and values [T, H, d]; with ``rows`` the queries of these alone, [R,
         H, d].
         """
-        if rows is None and self._fuses(x):
+        if rows is None and self._fuses(x, self.attn.qkv):
             return fused.norm_project(x, branch, bias, self.norm1, self.attn.qkv, self.attn.heads)
         if branch is not None and self._fuses(x):
             x, normed = fused.add_norm(x, branch, bias, self.norm1)
@@ -267,14 +274,15 @@ class Block(nn.Module):
             normed = self.norm1(x)
         return x, *(self.attn.project(normed) if rows is None else self.attn.project_rows(normed, rows))
 
-    def _fuses(self, x: Tensor) -> bool:
-        return self.kernels == "auto" and fused.usable(x)
+    def _fuses(self, x: Tensor, *maps: nn.Module) -> bool:
+        """Whether kernels serve rows like ``x``, and these linear maps, whose weights they read."""
+        return self.kernels == "auto" and is_plain(*maps) and fused.usable(x)
 
     def after_attention(self, x: Tensor, attended: Tensor, factors: Tensor | None) -> Stream:
         """What follows attention, [R, W]; ``factors`` [R, 2, 1] of both branches, from drop path."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
-        if self.mlp.activation != "gelu" or not self._fuses(x):
+        if self.mlp.activation != "gelu" or not self._fuses(x, proj, self.mlp.fc1, fc2):
             x = joined(x, *_scaled(self.ls1, first, proj(attended), None))
             return x, *_scaled(self.ls2, second, self.mlp(self.norm2(x)), None)
         branch, bias = _scaled(self.ls1, first, attended @ proj.weight.t(), proj.bias)
@@ -307,7 +315,7 @@ def _run(block: Block, dtype: torch.dtype | None, *arguments: Any) -> Stream:
     """What a block leaves; while gradients are kept, its weights are cast to ``dtype`` by itself, so that theirs come
     one block after the other, and are averaged over ranks meanwhile.
     """
-    with _cast(block, dtype if torch.is_grad_enabled() else None):
+    with _cast(block, dtype if torch.is_grad_enabled() and not block.sharded else None):
         return cast(Stream, block(*arguments))
 
 
@@ -374,7 +382,8 @@ class Blocks(nn.ModuleList):
         """
         device, last = x.device.type, len(self) - 1
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False), _cast(self, None if torch.is_grad_enabled() else dtype):
+        narrow = None if torch.is_grad_enabled() or any(block.sharded for block in self) else dtype
+        with torch.autocast(device, enabled=False), _cast(self, narrow):
             stream: Stream = (x if dtype is None else x.to(dtype), None, None)
             for i, block in enumerate(self):
                 ends = i == last

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
-from cosmos_ssl.files import read_object
+from cosmos_ssl.files import is_run_folder, metrics_row, read_object
 from cosmos_ssl_launch.job import log_file
 from cosmos_ssl_launch.requeue import NONE, OVER, newest_checkpoint, starts
-from cosmos_ssl_launch.slurm import QUEUED_CONFIG, JobState, Submission, active_jobs, job_state
+from cosmos_ssl_launch.slurm import JobState, Submission, active_jobs, job_state
 from cosmos_ssl_launch.slurm import cancel as cancel_job
 
 
@@ -57,7 +56,7 @@ def cancel(run: Path) -> int:
 
 def check_run(run: Path) -> None:
     """Raise UserError unless ``run`` is the folder of a run."""
-    if not any((run / name).exists() for name in ("config.yaml", QUEUED_CONFIG)):
+    if not is_run_folder(run):
         raise UserError(f"{run} is no run folder: it holds no config.yaml")
 
 
@@ -95,12 +94,5 @@ def _last_row(path: Path) -> dict[str, Any]:
         return {}
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # cut off, or being written
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            return row
-    return {}
+        lines = file.read().splitlines()
+    return next((row for line in reversed(lines) if (row := metrics_row(line)) is not None), {})

@@ -61,7 +61,7 @@ class SlurmRank:
         """
         loaded = load_config(self.tree)
         run, first = loaded.config.folder, os.environ["SLURM_PROCID"] == "0"
-        requeue = _requeue_by_submitit(signal.getsignal(signal.SIGUSR2))
+        requeue = requeue_by_submitit(signal.getsignal(signal.SIGUSR2))
 
         def leaving(number: int) -> int:
             """Do what is left once all is saved, or before there is anything to save; the process's exit code."""
@@ -73,7 +73,7 @@ class SlurmRank:
 
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os._exit(leaving(number)))
-        _prepare_environment()
+        prepare_environment()
         metrics: dict[str, float] = {}
         why = ""
 
@@ -129,7 +129,7 @@ Job = SlurmRank
 """The name in jobs that an earlier version has queued."""
 
 
-def _requeue_by_submitit(handler: Any) -> Callable[[], int]:
+def requeue_by_submitit(handler: Any) -> Callable[[], int]:
     """Requeue the job by submitit's handler of SIGUSR2, which was in place when the job was called; the exit code."""
 
     def requeue() -> int:
@@ -169,7 +169,7 @@ def is_requeued_by_slurm(job_id: str) -> bool:
     return by_partition and "REQUEUE" in shown("partition", job["Partition"]).get("PreemptMode", "")
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Threads, and where the ranks meet. A restart meets at another port, since the old one may still be taken."""
     from submitit.helpers import TorchDistributedEnvironment
 

@@ -253,8 +253,9 @@ def resume(
     from tempfile import TemporaryDirectory
 
     from cosmos_ssl.config.source import dump_yaml
+    from cosmos_ssl.files import QUEUED_CONFIG
     from cosmos_ssl_launch.commands import check_run
-    from cosmos_ssl_launch.slurm import QUEUED_CONFIG, Submission, check_not_queued
+    from cosmos_ssl_launch.slurm import Submission, check_not_queued
 
     check_run(run)
     check_not_queued(run)

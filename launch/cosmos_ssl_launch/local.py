@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -30,9 +31,9 @@ _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
 
 
-def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
-    """Run ``cosmos-launch`` with these arguments as ``count`` ranks of one world, which train into ``folder``; the
-    run's exit code.
+def run_ranks(arguments: Sequence[str], count: int, folder: Path, program: str = "cosmos_ssl_launch") -> int:
+    """Run ``cosmos-launch``, or the ``main`` of another module, with these arguments as ``count`` ranks of one world,
+    which train into ``folder``; the run's exit code.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -52,7 +53,7 @@ def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
         ]
         try:
             for rank in range(count):
-                ranks.append(_start(arguments, rank, count, store.port, said[rank] if rank else None))
+                ranks.append(_start(program, arguments, rank, count, store.port, said[rank] if rank else None))
             codes = _wait(ranks)
         finally:
             for process in ranks:
@@ -64,7 +65,9 @@ def run_ranks(arguments: Sequence[str], count: int, folder: Path) -> int:
         return _outcome(codes, said, folder, began)
 
 
-def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None) -> subprocess.Popen[bytes]:
+def _start(
+    program: str, arguments: Sequence[str], rank: int, count: int, port: int, said: IO[str] | None
+) -> subprocess.Popen[bytes]:
     """One rank.
 
     It has a process group of its own, so that a terminal's Ctrl-C reaches it once, by way of this process.
@@ -82,19 +85,18 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, said: IO[
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     code = "import sys; from cosmos_ssl_launch.local import rank_main; sys.exit(rank_main())"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=environment, stdout=said, stderr=said, process_group=0
+        [sys.executable, "-c", code, program, *arguments], env=environment, stdout=said, stderr=said, process_group=0
     )
 
 
 def rank_main() -> int:
-    """Run ``cosmos-launch`` as one rank, bound to the life of the process that started it."""
-    from cosmos_ssl_launch import main
-
+    """Run a program as one rank, bound to the life of the process that started it."""
+    program = sys.argv.pop(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[PARENT]):  # it died before the call above
             return EXIT_LOST
-    return main()
+    return int(import_module(program).main())
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:

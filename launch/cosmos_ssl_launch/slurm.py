@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_SAVED, UserError
-from cosmos_ssl.files import read_object
+from cosmos_ssl.files import QUEUED_CONFIG, read_object
 from cosmos_ssl_launch.job import SlurmRank, log_file
 from cosmos_ssl_launch.profile import SlurmProfile
 from cosmos_ssl_launch.requeue import OVER, STARTS, after_link, after_srun, before_link, before_srun
@@ -26,9 +26,6 @@ from cosmos_ssl_launch.snapshot import CODE, drop_snapshot, take_snapshot
 
 SUBMISSION = "slurm/submission.json"
 """In the run folder: the job, the folder of its logs, the profile."""
-
-QUEUED_CONFIG = "slurm/config.yaml"
-"""In the run folder: the resolved config of its last job."""
 
 UNLIMITED = 1 << 30
 """Time-outs that submitit counts before it ends a job: ours alone (``requeue``) decides."""
@@ -171,15 +168,11 @@ def submit(
 
     Raises UserError where SLURM is not there or refuses.
     """
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError(
-            "the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local"
-        )
     if profile.chain is not None:
         return [_submit_chain(one, profile, profile.chain, snapshot=snapshot) for one in loaded]
     folder = submission_folder([one.config.folder for one in loaded])
     executor = _executor(loaded, profile, folder, snapshot=snapshot)
-    jobs = _given_to_sbatch(executor, [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded])
+    jobs = give(executor, [SlurmRank(one.tree, profile.restarts_without_progress, probe) for one in loaded])
     found = [Submission(job, folder, profile.model_dump()) for job in jobs]
     for one, submission in zip(loaded, found, strict=True):
         _record(submission, one)
@@ -197,7 +190,7 @@ def _submit_chain(loaded: LoadedConfig, profile: SlurmProfile, count: int, *, sn
         while len(jobs) < count:
             after = f"afterany:{jobs[-1]}" if jobs else None
             executor = _executor([loaded], profile, folder, snapshot=snapshot, after=after)
-            jobs += _given_to_sbatch(executor, [SlurmRank(loaded.tree, profile.restarts_without_progress, chain=True)])
+            jobs += give(executor, [SlurmRank(loaded.tree, profile.restarts_without_progress, chain=True)])
             _record(Submission(jobs[0], folder, profile.model_dump(), tuple(jobs[1:])), loaded)
     except BaseException as error:
         if jobs:
@@ -214,18 +207,25 @@ def _record(submission: Submission, loaded: LoadedConfig) -> None:
     (loaded.config.folder / QUEUED_CONFIG).write_text(dump_yaml(loaded.tree), encoding="utf-8")
 
 
-def _given_to_sbatch(executor: Any, ranks: Sequence[SlurmRank]) -> list[str]:
-    """Call sbatch once; the ids of the jobs. Raises UserError where SLURM refuses."""
+def give(executor: Any, ranks: Sequence[Callable[[], object]]) -> list[str]:
+    """Queue what is called on each rank, several as one array; the ids of the jobs.
+
+    Raises UserError where SLURM is not there or refuses.
+    """
     from submitit.core.utils import environment_variables
     from submitit.helpers import clean_env
 
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError(
+            "the profile is for SLURM, and sbatch and srun are not found here. Use a login node, or --profile local"
+        )
     configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with (
         clean_env(),
         environment_variables(**configuration),
     ):  # a job that is queued from within another inherits nothing of it
         try:
-            return [job.job_id for job in executor.submit_array(ranks)]
+            return [job.job_id for job in executor.submit_array(list(ranks))]
         except Exception as error:
             if "sbatch" not in str(error):
                 raise
@@ -241,6 +241,23 @@ def _executor(
     loaded: Sequence[LoadedConfig], profile: SlurmProfile, folder: Path, *, snapshot: bool, after: str | None = None
 ) -> Any:
     """Submitit's executor for these runs; ``after``: what a job of a chain waits for."""
+    names = [one.config.name for one in loaded]
+    return executor_of([one.config.folder for one in loaded], names, profile, folder, snapshot=snapshot, after=after)
+
+
+def executor_of(
+    runs: Sequence[Path],
+    names: Sequence[str],
+    profile: SlurmProfile,
+    folder: Path,
+    *,
+    snapshot: bool,
+    after: str | None = None,
+) -> Any:
+    """Submitit's executor for jobs of these names that belong to these folders; ``folder`` gets scripts and logs.
+
+    ``after``: the dependency of a job of a chain.
+    """
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):  # type: ignore[misc]
@@ -250,8 +267,6 @@ def _executor(
         def affinity(cls) -> int:
             return 2
 
-    runs = [one.config.folder for one in loaded]
-    names = [one.config.name for one in loaded]
     limit, chained = profile.restarts_without_progress, profile.chain is not None
     executor = Executor(folder, max_num_timeout=UNLIMITED, python=profile.python)
     srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]

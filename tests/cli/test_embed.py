@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import cosmos_ssl
+from cosmos_ssl.cli import main
 from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import UserError
 
@@ -166,3 +167,56 @@ def test_help_imports_no_torch(name: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set() 0\n") and "--checkpoint C" in done.stdout
+
+
+DYING = """
+import os, pathlib
+if os.environ.get("RANK") == "1":
+    from cosmos_ssl.models.encoder import ModelEncoder
+    encode, output = ModelEncoder.encode_image, pathlib.Path(os.environ["WATCHED"])
+    def watched(self, pixels):
+        if len(list(output.glob("*.pt"))) >= 3:
+            os.kill(os.getpid(), 9)
+        return encode(self, pixels)
+    ModelEncoder.encode_image = watched
+"""
+
+
+def test_processes_of_a_profile_write_one_file_also_when_one_was_killed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def words(out: str) -> list[str]:
+        data = f"{run.parent}/scenes/val-*.tar"
+        return ["embed", "--checkpoint", str(run), "--data", data, "--output", f"{tmp_path}/{out}", "--batch-size", "1"]
+
+    assert main(words("one.npy")) == 0
+    capfd.readouterr()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DYING)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}/site", prepend=os.pathsep)
+        patch.setenv("WATCHED", f"{tmp_path}/many.npy.parts")
+        assert main([*words("many.npy"), "profile.nproc=2"]) == 74
+    assert "another rank was lost" in capfd.readouterr().err
+    there = len(list((tmp_path / "many.npy.parts").glob("*.pt")))
+    assert 3 <= there < 24 and not (tmp_path / "many.npy").exists()
+    (tmp_path / "two.yaml").write_text("kind: local\nnproc: 2\n")
+    assert main([*words("many.npy"), "--profile", f"{tmp_path}/two.yaml"]) == 0
+    said = capfd.readouterr()
+    assert f"{there} of 24 samples had been embedded before" in said.err
+    assert said.out == f"24 embeddings of 32 numbers in {tmp_path}/many.npy\n", "the first rank speaks for all"
+    for ending in ("npy", "keys.txt", "meta.json"):
+        assert (tmp_path / f"many.{ending}").read_bytes() == (tmp_path / f"one.{ending}").read_bytes()
+
+
+def test_what_a_profile_cannot_be_used_for_is_told_before_ranks_start(command: Command, run: Path) -> None:
+    base = ("embed", "--checkpoint", str(run), "--data", f"{run.parent}/scenes/val-*.tar", "--output")
+    for words, told in (
+        (("e.npy", "--profile", "slrum"), "no profile 'slrum': there is no such file. Did you mean 'slurm'?"),
+        (("e.npy", "profile.nprocs=2"), "command line  profile.nprocs: unknown key. Did you mean 'nproc'?"),
+        (("e.csv", "profile.nproc=2"), "--output e.csv: write to a file that ends in"),
+    ):
+        code, _, err = command(*base, *words)
+        assert code == 2 and err.startswith(told) and err.count("\n") == 1
+    code, _, err = command("eval", "--checkpoint", "runs/none", "--task", "knn", "--data", "x", "profile.nproc=2")
+    assert code == 2 and err.startswith("runs/none is no run folder")

@@ -212,7 +212,7 @@ def test_a_folder_of_classes(command: Command, trained: tuple[Path, dict[str, fl
                 Image.new("RGB", (32, 32), (abs(shade - n),) * 3).save(path)
     report = tmp_path / "e.json"
     words = ("eval", "--checkpoint", str(trained[0]), "--data", str(tmp_path / "test"), "--json", str(report))
-    for task in ("knn", "linear_probe"):
+    for task in ("knn", "linear_probe", "attentive_probe"):
         code, _, err = command(*words, "--task", task, "--train-data", str(tmp_path / "train"), "-k", "3")
         assert code == 0, err
         assert json.loads(report.read_text())["metrics"]["student/top1"] == 1
@@ -481,6 +481,17 @@ def test_two_ranks_find_the_same(
     said = [rank.communicate(timeout=90)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert said == [out, ""] and (tmp_path / "e.json").exists()
+
+
+def test_processes_of_a_profile_find_the_same(
+    command: Command, trained: tuple[Path, dict[str, float]], shards: str, tmp_path: Path
+) -> None:
+    """The nearest neighbours of rows that stay with the rank that has computed them."""
+    words = ["eval", "--checkpoint", str(trained[0]), "--task", "knn", "--data", shards, "--train-data", shards]
+    words += ["--max-train-samples", "30", "-k", "5", "--batch-size", "8", "--which", "student", "--json"]
+    assert command(*words, f"{tmp_path}/one.json")[0] == 0
+    assert command(*words, f"{tmp_path}/two.json", "profile.nproc=2")[0] == 0
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
 
 
 def test_a_killed_evaluation_goes_on(

@@ -43,6 +43,7 @@ COMMANDS = {
     ),
     "data check": ("data", "check", "DATA/a.tar", "--fix", "--output", "OUT"),
     "data show": ("data", "show", "DATA/a.tar", "--config", "quickstart", "--output", "OUT", "--samples", "2"),
+    "runs": ("runs", "DATA/run", "--html", "OLD"),
     "embed": ("embed", *MODEL, "--data", "DATA/pictures", "--output", "OUT/e.npy"),
     "search": ("search", *MODEL, "--data", "DATA/pictures", "--text", "a dog", "--output", "OUT"),
 }
@@ -50,9 +51,11 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard with a fault, indexed; pictures; a table of them."""
+    """A shard with a fault, indexed; pictures; a table of them; a run folder."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "pictures").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("name: a\n")
     with tarfile.open(folder / "a.tar", "w") as tar:
         for number in range(8):
             file = io.BytesIO()

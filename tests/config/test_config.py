@@ -15,7 +15,7 @@ import pytest
 
 from cosmos_ssl import registry
 from cosmos_ssl.config import Config, LoadedConfig, load_config
-from cosmos_ssl.config.ranks import check_ranks, possible_ranks
+from cosmos_ssl.config.ranks import check_ranks, possible_ranks, shards
 from cosmos_ssl.config.sections import EvaluatorPart, LossPart, OptimizerConfig, Part, ScheduleConfig, TeacherPart
 from cosmos_ssl.config.source import MAX_BYTES, dump_yaml, find_config, packaged_configs, parse_overrides, parse_yaml
 from cosmos_ssl.errors import ConfigError, PluginError, UserError
@@ -638,6 +638,37 @@ def test_impossible_ranks_are_refused_with_the_possible_ones() -> None:
     )
     assert str(caught.value) == wanted
     check_ranks(config_of(), 8)
+
+
+@pytest.mark.parametrize(
+    ("training", "told", "wanted"),
+    [
+        ({}, {}, 1),
+        ({"parallel": "fsdp"}, {}, 8),
+        ({"parallel": "hsdp", "parallel_shards": 4}, {}, 4),
+        ({"parallel": "hsdp"}, {"LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"parallel": "hsdp"}, {"SLURM_JOB_NUM_NODES": "4"}, 2),
+        ({"parallel": "hsdp"}, {}, 8),
+        ({"parallel": "hsdp", "parallel_shards": 3}, {}, "8 ranks cannot be divided into copies of 3 ranks each"),
+        ({"parallel": "fsdp", "parallel_shards": 4}, {}, "training.parallel_shards: with training.parallel=fsdp all "),
+        ({"parallel_shards": 4}, {}, "training.parallel_shards: with training.parallel=replicate no rank shares"),
+        ({"parallel": "hsdp", "compile": True}, {}, "training.compile: not with training.parallel=hsdp"),
+    ],
+)
+def test_ranks_that_share_one_copy(
+    monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], told: dict[str, str], wanted: int | str
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    config = config_of(training=training)
+    if isinstance(wanted, int):
+        assert shards(config, 8) == wanted and shards(config, 1) == 1
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_ranks(config, 8)
+    assert wanted in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_reserved_keys_are_the_fields_of_a_part() -> None:

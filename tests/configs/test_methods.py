@@ -22,28 +22,8 @@ from cosmos_ssl.config.sections import LossPart
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ABLATIONS = sorted((CONFIGS / "cosmos" / "ablations").glob("*.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
-STEPS = 3
+STEPS = 3  # as conftest.py has it
 Shrink = Callable[[Config], list[str]]
-RUN = ["loader.workers=0", "evaluators=null", "logging={every_steps: 1, tensorboard: false}"]
-RUN += [
-    "training.batch_size=8",
-    "training.precision=fp32",
-    "training.device=cpu",
-    f"schedule.max_steps={STEPS}",
-    "schedule.warmup_steps=1",
-]
-
-
-@pytest.fixture
-def shrink(small: Shrink, scenes: Path) -> Shrink:
-    """Overrides that make a run of a config small; pictures without captions where it reads no text."""
-
-    def overrides(config: Config) -> list[str]:
-        schema = "null" if config.augmenters.text is None else "dreamlip"
-        sizes = "train_samples: 24, validation_samples: 8, image_size: 48"
-        return [*RUN, f"data={{type: scenes, {sizes}, caption_schema: {schema}, folder: '{scenes}'}}", *small(config)]
-
-    return overrides
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -57,12 +37,6 @@ def weight(loss: LossPart, step: int) -> float:
     """Of a loss in a logged step: what moves does so for the last 20 %, one step of three."""
     moves = loss.loss_weight
     return moves if isinstance(moves, float) else moves.end if step == STEPS else moves.start
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the scenes lie that all runs here read."""
-    return tmp_path_factory.mktemp("scenes")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +101,7 @@ def test_methods_and_ablations_are_there() -> None:
         *("superclass", "clipa"),
         *("dreamlip",),
         *("siglip2", "tips"),
+        *("finetune_clip", "lora_clip", "cosmos_from_clip", "continue_dinov2"),
     }
     assert {path.stem for path in ABLATIONS} == {
         "no_cross_attention",

@@ -3,6 +3,10 @@
 import io
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -22,6 +26,18 @@ def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
             pass
     with RunFolder(tmp_path / "a").locked():
         pass
+
+
+def test_who_holds_a_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert folder.holder() is None and not folder.path.exists()
+    with folder.locked():
+        assert folder.holder() == "this very process"
+        code = "import sys; from cosmos_ssl.engine.run_folder import *; print(RunFolder(Path(sys.argv[1])).holder())"
+        command = [sys.executable, "-c", code, str(folder.path)]
+        asked = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+        assert asked == [f"process {os.getpid()} on {socket.gethostname()}\n"] * 2, "asking does not end the lock"
+    assert folder.holder() is None
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

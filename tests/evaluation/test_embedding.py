@@ -460,3 +460,56 @@ def test_nothing_of_somebody_elses_is_removed(encoder: ModelEncoder, shards: str
     for path in parts.iterdir():
         path.unlink()
     assert embed(encoder, job(shards), out).rows == 6, "an empty one is that of a job that was killed as it began"
+
+
+def _ranks_embed(rank: int, world: int, path: str, data: str, out: str, stop: int, results: Any) -> None:
+    """As a rank of a world; the second is killed when it has done ``stop`` samples (0: never)."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+
+    def progress(done: int, total: int) -> None:
+        if stop and rank == 1 and done >= stop:
+            os._exit(9)
+
+    encoder = make(int(stop < 0 and rank))  # below 0: with other weights
+    try:
+        report = embed(encoder, job(data, batch_size=1), Path(out), progress=progress)
+        results[rank] = report.samples, report.rows, dict(report.bad), report.kept
+    except UserError as error:
+        Path(f"{out}.said").write_text(str(error))
+        raise
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.npy"])
+def test_ranks_write_what_one_process_writes_also_after_a_kill(
+    encoder: ModelEncoder, shards: str, tmp_path: Path, name: str, in_ranks: Callable[..., dict[Any, Any]]
+) -> None:
+    def written(folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+
+    for folder in ("one", "two", "killed", "resumed"):
+        (tmp_path / folder).mkdir()
+    embed(encoder, job(shards, batch_size=1), tmp_path / "one" / name)
+    whole = (7, 6, {"undecodable": (1, "001")})
+    assert in_ranks(_ranks_embed, 2, shards, str(tmp_path / "two" / name), 0) == dict.fromkeys(range(2), (*whole, 0))
+    assert written("two") == written("one") and len(written("one")) == (1 if name == "e.parquet" else 3)
+
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        in_ranks(_ranks_embed, 2, shards, str(tmp_path / "killed" / name), 2)
+    there = list((tmp_path / "killed" / f"{name}.parts").glob("*.pt"))
+    assert there and not (tmp_path / "killed" / name).exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "resumed", dirs_exist_ok=True)
+    report = embed(encoder, job(shards, batch_size=1), tmp_path / "killed" / name)
+    assert report.kept == len(there), "by one process"
+    found = in_ranks(_ranks_embed, 3, shards, str(tmp_path / "resumed" / name), 0)
+    assert found == {n: (*whole, len(there)) for n in range(3)}, "by three"
+    assert written("killed") == written("resumed") == written("one")
+
+
+def test_ranks_that_read_other_weights_are_named(
+    shards: str, tmp_path: Path, in_ranks: Callable[..., dict[Any, Any]]
+) -> None:
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException):
+        in_ranks(_ranks_embed, 2, shards, str(tmp_path / "e.npy"), -1)
+    said = (tmp_path / "e.npy.said").read_text()
+    assert said.startswith("rank 1 (") and "has other weights than the first rank" in said

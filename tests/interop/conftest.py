@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
@@ -69,3 +72,24 @@ def words() -> Callable[[ModelEncoder], torch.Tensor]:
         return ids
 
     return words
+
+
+@pytest.fixture
+def write_tokenizer() -> Callable[[Path], None]:
+    """Write into a folder: words by white space between a start and an end, pads last, as XLM-V has them."""
+
+    def write(folder: Path) -> None:
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
+        words = [*special, "a", "red", "heart", "two", "blue", "stars"]
+        tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            **dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True)),
+            sep_token="</s>",
+        ).save_pretrained(folder)
+
+    return write

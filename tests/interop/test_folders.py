@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 import cosmos_ssl
 from cosmos_ssl.api import Spec, TowerSpec
@@ -50,13 +50,60 @@ def test_clip_model(clip, act):
     assert ours.spec.image.mean == (0.5,) * 3 and ours.spec.image.std == (0.25,) * 3
 
 
+def test_siglip_model(tmp_path, write_tokenizer):
+    """Of a published size, on timm's tower; others, and settings that no SigLIP has, are refused."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 32,
+        "image_size": 256,
+    }
+    words = {"vocab_size": 12, "hidden_size": 768, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = SiglipModel(SiglipConfig(vision_config=vision, text_config=words)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    folder = tmp_path / "siglip"
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        cosmos_ssl.load(folder)
+    write_tokenizer(folder)
+    pictures = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 256, "width": 256}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    ours = cosmos_ssl.load(folder)
+    pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    ids = ours.tokenize(["a red heart", "Two blue stars!"])
+    with torch.no_grad():
+        theirs = model(input_ids=ids, pixel_values=pixels)
+    torch.testing.assert_close(ours.encode_image(pixels), theirs.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.encode_text(ids), theirs.text_embeds, atol=1e-5, rtol=0)
+    loss = ours.model.losses["siglip"]
+    logits = ours.encode_image(pixels) @ ours.encode_text(ids).T * loss.logit_scale.exp() + loss.logit_bias
+    torch.testing.assert_close(logits, theirs.logits_per_image, atol=1e-4, rtol=1e-4)
+    assert ours.spec.image.resize == "squash" and ours.spec.image.mean == (0.5,) * 3
+    told = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        (
+            {"hidden_size": 64},
+            r"timm has no SigLIP tower of its sizes \(width, layers, heads, patch \[64, 12, 12, 32\]",
+        ),
+        ({"image_size": []}, r"timm has no SigLIP tower of its sizes .* pictures of \[\]"),
+        ({"hidden_act": "gelu"}, r"another kind than SigLIP: vision_config\.hidden_act: gelu"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**told, "vision_config": {**told["vision_config"], **change}}))
+        with pytest.raises(CheckpointError, match=message):
+            cosmos_ssl.load(folder)
+
+
 def test_other_models_are_refused(clip, tmp_path):
     _, folder = clip("gelu")
     with pytest.raises(CheckpointError, match="is a model of Hugging Face or timm, which has no teacher"):
         cosmos_ssl.load(folder, "teacher")
     told = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"model_type": "siglip"}, "another kind than CLIPModel and timm's: its model_type is siglip"),
+        ({"model_type": "blip"}, "another kind than CLIPModel, SiglipModel and timm's: its model_type is blip"),
         ({"text_config": {**told["text_config"], "hidden_act": "quick_gelu"}}, "activations are gelu and quick_gelu"),
         ({"vision_config": {**told["vision_config"], "num_attention_heads": 0}}, "has no sizes"),
     ):

@@ -8,8 +8,6 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 import cosmos_ssl
 
@@ -129,22 +127,6 @@ def test_architectures(kind, tmp_path, record_property):
     torch.testing.assert_close(prepare(picture), ours.preprocess(picture), atol=1e-5, rtol=0)
 
 
-def write_tokenizer(folder):
-    """Words by white space between a start and an end, pads last, as XLM-V's tokenizer has them."""
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    words = [*special, "a", "red", "heart", "two", "blue", "stars"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True)),
-        sep_token="</s>",
-    ).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("words", "kwargs"),
     [
@@ -153,7 +135,7 @@ def write_tokenizer(folder):
     ],
     ids=["worldwide", "CLIPA"],
 )
-def test_models_with_a_tokenizer_of_their_own(tmp_path, words, kwargs):
+def test_models_with_a_tokenizer_of_their_own(tmp_path, words, kwargs, write_tokenizer):
     """Ids and features are OpenCLIP's, of strings too long and of punctuation."""
     model, cfg, _ = build("ViT")
     own = {"hf_tokenizer_name": "someone/words", "tokenizer_kwargs": kwargs, "vocab_size": 10, **words}

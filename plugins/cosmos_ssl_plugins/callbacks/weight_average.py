@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Callback, CallbackContext, Count, Share, Spec, Whole
+from cosmos_ssl.functional import laid_out, local
 
 
 class WeightAverage(Callback):
@@ -42,8 +43,8 @@ class WeightAverage(Callback):
     def start(self, ctx: CallbackContext) -> None:
         """Put what was loaded where the model is."""
         if self.count:
-            device = next(ctx.model.parameters()).device
-            self.average = {name: value.to(device) for name, value in self.average.items()}
+            own = ctx.model.state_dict()
+            self.average = {name: laid_out(value, own[name]) for name, value in self.average.items()}
             self._walk(ctx.model)
 
     def _walk(self, model: nn.Module) -> None:
@@ -61,7 +62,7 @@ class WeightAverage(Callback):
             self.average = {name: value.detach().clone() for name, value in ctx.model.state_dict().items()}
             self._walk(ctx.model)
             return
-        own, theirs = self._walked
+        own, theirs = ([local(x) for x in each] for each in self._walked)
         torch._foreach_lerp_(own, theirs, 1 / self.count if self.decay is None else 1 - self.decay)
         for name, buffer in ctx.model.named_buffers():
             if name in self.average:

@@ -6,14 +6,16 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from cosmos_ssl.api import Count, Encoder, Evaluation, Evaluator, Few, Modality, Size, Spec, Temperature, normalise
+from cosmos_ssl.api import Count, Encoder, Evaluation, Evaluator, Few, Modality, Size, Spec, Temperature
 from cosmos_ssl.evaluation.features import Job
-from cosmos_ssl.evaluation.knn import knn_scores
+from cosmos_ssl.evaluation.knn import knn_scores, neighbours
 from cosmos_ssl.evaluation.pictures import draw_neighbours
 from cosmos_ssl.evaluation.protocols import Labelled, labelled_features, trained_accuracy
 from cosmos_ssl.evaluation.samples import EvaluationData, class_of, evenly_spread
+from cosmos_ssl.functional import gather_objects
 
 SHOWN, NEAREST = 6, 6
 
@@ -67,6 +69,11 @@ class KNearestNeighbours(Evaluator):
         train = self._features(encoder, self.train_data, self.train_job)
         test = self._features(encoder, self.data, self.job)
         metrics = trained_accuracy(train, test, partial(knn_scores, k=self.k, temperature=self.temperature))
+        if not any(gather_objects(pictures)):
+            return Evaluation(metrics=metrics)
+        shown = evenly_spread(len(test.rows), SHOWN)  # rows of all ranks, whichever of them draws
+        few = torch.cat([test.rows.block(n, n + 1) for n in shown])
+        places = neighbours(train.rows, few, min(NEAREST, len(train.rows)))[1].tolist()
         if not pictures:
             return Evaluation(metrics=metrics)
 
@@ -74,9 +81,7 @@ class KNearestNeighbours(Evaluator):
             return data.picture(of.places[number], encoder.spec.background)
 
         rows = []
-        for n in evenly_spread(len(test.rows), SHOWN):
-            cosines = normalise(train.rows) @ normalise(test.rows[n])
-            near = cosines.topk(min(NEAREST, len(cosines))).indices.tolist()
+        for n, near in zip(shown, places, strict=True):
             found = [(picture(self.train_data, train, i), train.labels[i] == test.labels[n]) for i in near]
             rows.append((picture(self.data, test, n), found))
         return Evaluation(metrics=metrics, pictures={"neighbours": draw_neighbours(rows)})

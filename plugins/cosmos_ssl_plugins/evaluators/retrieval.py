@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from cosmos_ssl.evaluation.pictures import Match, draw_attention, draw_matches
 from cosmos_ssl.evaluation.protocols import Retrieved, retrieve
 from cosmos_ssl.evaluation.retrieval import best_first
 from cosmos_ssl.evaluation.samples import EvaluationData, evenly_spread
+from cosmos_ssl.functional import gather_objects
 from cosmos_ssl.models.encoder import ModelEncoder, resize_crop
 
 SHOWN, SHOWN_ATTENTION, BEST = 8, 4, 3
@@ -55,19 +58,28 @@ class Retrieval(Evaluator):
         Raises DataError.
         """
         found = retrieve(encoder, self.data.samples, self.job, texts=self.texts)
-        return Evaluation(metrics=found.metrics, pictures=self._draw(encoder, found) if pictures else {})
+        if not any(gather_objects(pictures)):
+            return Evaluation(metrics=found.metrics)
+        shown = evenly_spread(len(found.places), SHOWN)  # rows of all ranks, whichever of them draws
+        few = [found.images.block(n, n + 1) for n in shown]
+        blocks = ([encoder.match(image, texts)[0].cpu() for image in few] for _, texts in found.encoded.blocks())
+        scores = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+        drawn = self._draw(encoder, found, shown, scores) if pictures else {}
+        return Evaluation(metrics=found.metrics, pictures=drawn)
 
-    def _draw(self, encoder: Encoder, found: Retrieved) -> dict[str, Tensor]:
-        """The best texts of a few pictures; and, where a head of the model can say, where it looks."""
+    def _draw(
+        self, encoder: Encoder, found: Retrieved, shown: Sequence[int], scores: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The best texts of the pictures ``shown``, of which each scores all texts; and, where a head of the model can
+        say, where it looks.
+        """
         texts, owners = found.texts, found.owners
-        shown = evenly_spread(len(found.places), SHOWN)
         samples = [self.data.picture(found.places[n], encoder.spec.background) for n in shown]
         matches = []
-        for picture, n in zip(samples, shown, strict=True):
-            scores = encoder.match(found.images[n : n + 1], found.encoded)[0].cpu()
-            order = best_first(scores)
+        for picture, n, own in zip(samples, shown, scores, strict=True):
+            order = best_first(own)
             rank = next(rank for rank, i in enumerate(order, 1) if owners[i] == n)
-            lines = [(texts[i], float(scores[i]), owners[i] == n) for i in order[:BEST]]
+            lines = [(texts[i], float(own[i]), owners[i] == n) for i in order[:BEST]]
             note = f"own text at rank {rank}: {texts[order[rank - 1]]}"
             matches.append(Match(picture=picture, found=lines, note=note))
         drawn = {"matches": draw_matches(matches)}

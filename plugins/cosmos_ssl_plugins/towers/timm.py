@@ -41,6 +41,8 @@ class TimmImage(Tower):
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
     ``mask_token``: a learned token for hidden patches (masked image modelling).
     ``pooling``: timm's, such as ``map`` for SigLIP's attention pooling; None is the model's own.
+    ``activation``: of the MLPs, for vision transformers: GELU or that by tanh (SigLIP as Hugging Face has it); None is
+    the model's own.
     ``projection_bias``: the projection adds a bias.
     ``projection_hidden``: width of a layer with GELU before the projection; None is no such layer.
     ``mean``, ``std``: by which the channels of pictures are normalised; None is the model's own.
@@ -65,6 +67,7 @@ class TimmImage(Tower):
         grad_checkpointing: bool = False,
         mask_token: bool = False,
         pooling: Literal["token", "avg", "avgmax", "max", "map"] | None = None,
+        activation: Literal["gelu", "gelu_tanh"] | None = None,
         projection_bias: bool = False,
         projection_hidden: Size | None = None,
         mean: tuple[Share, Share, Share] | None = None,
@@ -76,6 +79,7 @@ class TimmImage(Tower):
         self.model_name = model
         options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
         options |= {} if pooling is None else {"global_pool": pooling}
+        options |= {} if activation is None else {"act_layer": activation}
         # a plan built on the meta device only asks for shapes
         fetch = pretrained and torch.get_default_device().type != "meta"
         self.model, self.dynamic = _create(model, fetch, options, image_size)

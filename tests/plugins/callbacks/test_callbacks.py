@@ -20,6 +20,7 @@ from cosmos_ssl.testing import check_callback, example_spec, small_run
 from cosmos_ssl_plugins.callbacks.schedule_value import ScheduleValue
 from cosmos_ssl_plugins.callbacks.watching import EarlyStopping
 from cosmos_ssl_plugins.callbacks.weight_average import WeightAverage
+from cosmos_ssl_plugins.callbacks.wise_ft import WiseFT
 from cosmos_ssl_plugins.schedules.ways import Linear
 
 
@@ -32,6 +33,7 @@ from cosmos_ssl_plugins.schedules.ways import Linear
         ("unfreeze", {"match": "image.*", "step": 3}),
         ("weight_average", {"decay": 0.5}),
         ("weight_average", {"decay": None, "begin": 1, "every_steps": 2}),
+        ("wise_ft", {"alpha": 0.25, "evaluate": True}),
     ],
 )
 def test_contract(name: str, options: dict[str, Any]) -> None:
@@ -50,6 +52,20 @@ def test_the_average_is_its_formula(decay: float | None, expected: float) -> Non
         torch.nn.init.constant_(model.weight, float(step))
         average.after_step(context(model, step))
     assert average.average["weight"].item() == pytest.approx(expected)
+
+
+def test_the_mix_is_its_formula() -> None:
+    """Also where a run goes on. Of an adapter's two factors the second is mixed, which makes their product the mix."""
+    model = torch.nn.ModuleDict({"map": torch.nn.Linear(1, 1), "lora_A": torch.nn.Linear(1, 1)})
+    part, later = (WiseFT(example_spec(), alpha=0.25, evaluate=True) for _ in range(2))
+    for value in (2.0, 6.0):
+        for module in model.values():
+            torch.nn.init.constant_(module.weight, value)
+        part.start(context(model, 0))
+    later.load_state_dict(part.state_dict())
+    later.start(context(model, 5))
+    for found in (part.evaluated(), later.evaluated()):
+        assert (found["map.weight"], found["lora_A.weight"]) == (0.75 * 2 + 0.25 * 6, 6) and len(found) == 4
 
 
 def test_better_is_by_more_than_min_delta() -> None:

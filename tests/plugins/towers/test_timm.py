@@ -63,6 +63,41 @@ def test_families_encode_views_of_several_sizes(name: str, options: dict[str, An
     assert tower.layer_of("projection") == tower.layer_count
 
 
+# those that public weights are of: DINOv2 with registers, DINOv3, MAE, SigLIP (the family's smallest, by its pooling)
+PUBLIC: list[tuple[str, dict[str, Any]]] = [
+    ("vit_small_patch14_reg4_dinov2", {"image_size": 56}),
+    ("vit_small_patch16_dinov3", {"image_size": 64}),
+    ("vit_tiny_patch16_224", {"image_size": 64, "pooling": "avg"}),
+    ("vit_tiny_patch16_224", {"image_size": 64, "pooling": "map", "activation": "gelu_tanh"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PUBLIC, ids=["DINOv2", "DINOv3", "MAE", "SigLIP"])
+@torch.no_grad()
+def test_what_goes_on_from_public_weights(name: str, options: dict[str, Any]) -> None:
+    """One parameter more, behind which pixels are not seen; drop path by depth; rates by depth; other patch counts."""
+    tower = TimmImage(SPEC, model=name, mask_token=True, drop_path=0.3, **options).eval()
+    plain = TimmImage(SPEC, model=name, **options)
+    assert {n for n, _ in tower.named_parameters()} - {n for n, _ in plain.named_parameters()} == {"mask_token"}
+    size, patch = tower.spec.image_size, tower.spec.patch_size
+    masks = torch.zeros(1, 1, (size // patch) ** 2, dtype=torch.bool)
+    masks[..., 1::3] = True
+    pixels = torch.randn(1, 1, 3, size, size)
+    under = masks.view(size // patch, -1).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    seen = [pixels, torch.where(under, torch.randn_like(pixels), pixels), torch.where(under, pixels, pixels + 1)]
+    plan = {"x": GroupPlan(views=(0,), tokens=(0,), hide_masked=True, masked_tokens=True)}
+    found = [tower({"x": ImageGroup(pixels=x, params=torch.zeros(1, 1, 0), masks=masks)}, plan)["x"] for x in seen]
+    torch.testing.assert_close(found[0].tokens, found[1].tokens)
+    torch.testing.assert_close(found[0].masked_tokens, found[0].tokens[masks])
+    assert not torch.allclose(found[0].tokens, found[2].tokens)
+    rates = [block.drop_path1.drop_prob for block in tower.model.blocks if hasattr(block.drop_path1, "drop_prob")]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.3)
+    depths = [tower.layer_of(f"model.blocks.{n}.norm1.weight") for n in range(len(tower.model.blocks))]
+    assert depths == sorted(set(depths)) and tower.layer_of("mask_token") == 0 < depths[0]
+    local = tower({"x": group(1, 1, 2 * patch)}, {"x": GroupPlan(views=(0,), tokens=(0,))})["x"]
+    assert local.tokens.shape == (1, 1, 4, tower.spec.width) and local.pooled.isfinite().all()
+
+
 def test_one_size_alone_is_said() -> None:
     tower = TimmImage(SPEC, model="cait_xxs24_224", image_size=32)
     assert not tower.dynamic
