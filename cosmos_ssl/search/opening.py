@@ -144,7 +144,7 @@ def _embedded(encoder: ModelEncoder, samples: WithSource, what: What, field: str
     told = f"{'pictures' if what == 'image' else 'samples with texts'} embedded"
     with storage_faults(f"embeddings cannot be kept in {folder} (XDG_CACHE_HOME names another place)"):
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(output.with_suffix(".lock")):  # another search over the same waits, and finds them
+        with lock(output.with_suffix(".lock"), _tell_of_another):  # which waits too, and finds them
             report = embed(
                 encoder,
                 request,
@@ -154,6 +154,10 @@ def _embedded(encoder: ModelEncoder, samples: WithSource, what: What, field: str
             )
     _tell(report)
     return output
+
+
+def _tell_of_another() -> None:
+    _log.warning("another search embeds the same data; this one waits for it")
 
 
 def _tell(report: Report) -> None:
