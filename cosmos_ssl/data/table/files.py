@@ -165,9 +165,8 @@ class CsvTable(Table):
         places = [self.columns.index(name) for name in columns]
         with self.path.open("rb", buffering=1 << 20) as file:
             file.readline()
-            for batch in _in_batches(([row[p] for p in places] for row in self._parsed(file)), columns):
-                told(file.tell())
-                yield batch
+            rows = ([row[p] for p in places] for row in self._parsed(file))
+            yield from _in_batches(rows, columns, file, told)
 
     def _parsed(self, file: BinaryIO) -> Iterator[list[str] | list[None]]:
         back, number = deque[bytes](), 1  # lines that are read again; the number of the last one, the head's at first
@@ -221,9 +220,7 @@ class JsonLinesTable(Table):
     def _batches(self, columns: Sequence[str], told: OnRead) -> Iterator[pa.RecordBatch]:
         with self.path.open("rb", buffering=1 << 20) as file:
             rows = ([_text(row.get(name)) for name in columns] for row in self._parsed(file))
-            for batch in _in_batches(rows, columns):
-                told(file.tell())
-                yield batch
+            yield from _in_batches(rows, columns, file, told)
 
     def _parsed(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for line in _lines(file):
@@ -235,11 +232,15 @@ class JsonLinesTable(Table):
                 yield row or {}
 
 
-def _in_batches(rows: Iterator[list[str | None]], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Rows of strings as batches of columns."""
+def _in_batches(
+    rows: Iterator[list[str | None]], columns: Sequence[str], file: BinaryIO, told: OnRead
+) -> Iterator[pa.RecordBatch]:
+    """Rows of strings, which are read from ``file``, as batches of columns."""
     import pyarrow as pa
 
     while found := list(islice(rows, BATCH_ROWS)):
+        if len(found) == BATCH_ROWS:
+            told(file.tell())
         cells = [pa.array(column, pa.string()) for column in zip(*found, strict=True)]
         yield pa.record_batch(cells, names=list(columns))
 
