@@ -1,12 +1,15 @@
 # An image that trains, for the CPU or for NVIDIA cards:
 #   docker build --build-arg DEVICE=cpu -t cosmos-ssl:cpu .
 #   docker build --build-arg DEVICE=cuda12 -t cosmos-ssl:cuda12 .
-# CUDA's libraries come with PyTorch's wheels; the driver is the host's. How it is run says launch/README.md.
+# CUDA's libraries come with PyTorch's wheels; the driver is the host's. For DEVICE=cpu, too, unless PIP_OPTIONS says where
+# smaller ones are: it is given to pip as it stands, such as --extra-index-url and the index of wheels for the CPU that
+# PyTorch's installation page names. How the image is run says launch/README.md.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS build
 # cpu, or the name of an extra in pyproject.toml: cuda12, cuda13
 ARG DEVICE=cpu
+ARG PIP_OPTIONS=
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN python -m venv /opt/venv
 WORKDIR /build
@@ -18,9 +21,8 @@ RUN python -c "import os, tomllib; \
     extras = {'cpu': [], **project['optional-dependencies']}; \
     print('\n'.join(project['dependencies'] + extras[os.environ['DEVICE']]))" > requirements.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
-    index=(); \
-    if [ "$DEVICE" = cpu ]; then index=(--extra-index-url https://download.pytorch.org/whl/cpu); fi; \
-    /opt/venv/bin/pip install "${index[@]}" -r requirements.txt
+    read -ra options <<< "$PIP_OPTIONS"; \
+    /opt/venv/bin/pip install "${options[@]}" -r requirements.txt
 
 COPY README.md LICENSE ./
 COPY cosmos_ssl cosmos_ssl

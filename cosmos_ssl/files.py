@@ -49,6 +49,16 @@ def storage_error(error: OSError, what: str) -> CosmosError:
     return kind(f"{what}: {error.strerror or str(error) or type(error).__name__}{place}")
 
 
+def folder_fault(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which need not be there yet; None where something can, as far as can be
+    told without making it. Raises OSError for a path that the system refuses.
+    """
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        return f"{above} is no folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else "Permission denied"
+
+
 _SEAL = 16
 """Bytes of the hash that a sealed file ends by."""
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import multiprocessing
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos_ssl import registry
+from cosmos_ssl.cli import main
 from cosmos_ssl.config import Config
 from cosmos_ssl.data import storage
 
+LOADED = re.compile(r"^the (student|teacher) of .+: [\d,]+ of [\d,]+ tensors.*\n", re.MULTILINE)
+
+Command = Callable[..., tuple[int, str, str]]
 Install = Callable[..., Path]
 
 multiprocessing.set_forkserver_preload(["pytest", "torch", "cosmos_ssl.testing"])  # what ranks would take seconds for
@@ -39,6 +44,24 @@ def in_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[Any
             return dict(results)
 
     return run
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """``command("plugins", "list")``, in this process as a user would run it, returns exit code, standard output, and
+    standard error without the line of each load.
+    """
+
+    def command(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main(argv)
+        except SystemExit as left:  # argparse's way
+            code = left.code if isinstance(left.code, int) else 1
+        out, err = capsys.readouterr()
+        return code, out, LOADED.sub("", err)
+
+    return command
 
 
 @pytest.fixture

@@ -207,7 +207,13 @@ def test_the_repository_speaks_of_the_project_alone() -> None:
     places = "|".join(("work", "home", "root", "tmp", "Users", "mnt"))
     hosts = "|".join(
         rf"{host}\.{end}"
-        for host, end in (("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "com"))
+        for host, end in (
+            ("pypi", "org"),
+            ("pythonhosted", "org"),
+            ("anaconda", "org"),
+            ("npmjs", "com"),
+            ("pytorch", "org/whl"),
+        )
     )
     foreign = re.compile(rf"(?<![\w.~}}$)\]])/({places})/\w|{hosts}".encode())
     faults = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from cosmos_ssl.data import load_manifest
+from cosmos_ssl.data import cache, load_manifest
 from cosmos_ssl.data.cache import lock
 from cosmos_ssl.data.folder.scan import load_folder
 from cosmos_ssl.data.scenes import SceneOptions, write_scenes
@@ -48,15 +48,17 @@ def test_every_shard_of_scenes(beats: list[None], tmp_path: Path) -> None:
     assert len(beats) >= 3
 
 
-def test_who_waits_for_another(beats: list[None], tmp_path: Path) -> None:
+def test_who_waits_for_another(beats: list[None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait() -> None:
-        with lock(tmp_path / "x.lock"):
+        with lock(tmp_path / "x.lock", lambda: told.append(None)):
             got.set()
 
+    monkeypatch.setattr(cache, "_WAIT_SECONDS", 0.01)
+    told: list[None] = []
     got, waiting = threading.Event(), threading.Thread(target=wait)
     with FileLock(tmp_path / "x.lock"):
         waiting.start()
-        while not beats:
+        while len(beats) < 3 or not told:
             assert not got.wait(0.01)
     waiting.join(10)
-    assert got.is_set()
+    assert got.is_set() and len(told) == 1

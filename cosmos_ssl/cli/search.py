@@ -11,8 +11,10 @@ from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, positive, rea
 from cosmos_ssl.cli.common import table
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
+from cosmos_ssl.files import folder_fault, storage_faults
 
-_PORT, _MOST, _PRINTED = 8321, 1000, 5
+_PORT, _MOST = 8321, 1000
+_PRINTED, _SHOWN = 5, 80  # hits of a query that are printed, and letters of a text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -74,11 +76,16 @@ def _search(arguments: argparse.Namespace) -> int:
         raise UserError("--text, --image or --serve: say what to look for, such as --text 'a red heart'")
     if not all(text.strip() for text in arguments.words):
         raise UserError("--text: an empty text finds nothing. Say what to look for, such as --text 'a red heart'")
-    listener = None
+    listener = None  # it and the folder are looked at before minutes are spent on embedding
+    if arguments.words or arguments.images:
+        what = f"--output {arguments.output}: cannot be written"
+        with storage_faults(what):
+            if (fault := folder_fault(arguments.output)) is not None:
+                raise UserError(f"{what}: {fault}")
     if arguments.serve is not None:
         from cosmos_ssl.search.server import listen
 
-        listener = listen(arguments.serve)  # before minutes are spent on embedding
+        listener = listen(arguments.serve)
     try:
         return _answer(arguments, listener)
     finally:
@@ -123,8 +130,8 @@ def _answer(arguments: argparse.Namespace, listener: Any) -> int:
     if answers:
         subtitle = f"{model}; {len(index):,} pictures of {' '.join(arguments.data)}"
         rows = write_hits(searcher, answers, arguments.output, subtitle=subtitle)
-        for answer in answers:
-            _print(answer.query, [row for row in rows if row["query"] == answer.query][: len(answer.hits)])
+        for answer, own in zip(answers, rows, strict=True):
+            _print(answer.query, own)
         print(arguments.output / "index.html")
     if listener is not None:
         _serve(listener, searcher, model, " ".join(arguments.data), arguments.top)
@@ -134,9 +141,10 @@ def _answer(arguments: argparse.Namespace, listener: Any) -> int:
 def _print(query: str, rows: list[dict[str, Any]]) -> None:
     """The first hits of a query."""
     first = [
-        [f"{row['rank']}", f"{row['score']:.3f}", row["key"], (row["caption"] or "")[:80]] for row in rows[:_PRINTED]
+        [f"{row['rank']}", f"{row['score']:.3f}", row["key"], (row["caption"] or "")[:_SHOWN]]
+        for row in rows[:_PRINTED]
     ]
-    print(printable(query))
+    print(printable(query[:_SHOWN]))
     print(table([["", "SCORE", "KEY", "CAPTION"], *first], indent="  "))
 
 

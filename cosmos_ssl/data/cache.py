@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,7 @@ class _Index(Protocol):
 
 
 _T = TypeVar("_T", bound=_Index)
+_WAIT_SECONDS = 5.0  # for a lock, before it is said again that this process lives
 
 
 def cache_root() -> Path:
@@ -37,8 +38,11 @@ def digest(lines: Iterable[str], between: str = "\n") -> str:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that work is done once; where the file system has no locks it may be done twice."""
+def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock file, so that work is done once; where the file system has no locks it may be done twice.
+
+    ``waiting`` is called once, where another process has held it for some seconds.
+    """
     from filelock import FileLock, Timeout
 
     held = FileLock(path)
@@ -46,8 +50,12 @@ def lock(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not held.is_locked:
             alive()  # whoever holds it is watched over itself
-            with suppress(Timeout):
-                held.acquire(timeout=5)
+            try:
+                held.acquire(timeout=_WAIT_SECONDS)
+            except Timeout:
+                if waiting is not None:
+                    waiting()
+                    waiting = None
     except (OSError, NotImplementedError):  # no permission, a full disk; a Lustre without flock
         yield
         return

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cosmos_ssl.engine.remote import MANIFEST, RESULT, Remote
+from cosmos_ssl.engine.signals import has_come
 from cosmos_ssl.errors import CheckpointError
 from cosmos_ssl.files import checkpoint_folder, checkpoint_folders, checkpoint_step
 
@@ -87,15 +88,18 @@ class Copies:
         self._sick = {step for step in self._sick if not which(step)}
 
     def close(self, *, finished: bool) -> None:
-        """Wait for what is left to be copied: where the run is ``finished`` until it is, else not for long."""
+        """Wait for what is left to be copied: where the run is ``finished`` until it is or a signal comes, else not for
+        long.
+        """
         with self._changed:
             self._ending = time.monotonic() + (END_SECONDS if finished else LEAVE_SECONDS)
             self._leaving, self._asked, self._finished = True, True, finished
             self._changed.notify()
         self._thread.join(1.0 if finished else LEAVE_SECONDS)
         if finished and self._thread.is_alive():
-            log.info("waiting for the copies at %s", self.remote.url)
-            self._thread.join()
+            log.info("waiting for the copies at %s, at most %.0f min", self.remote.url, END_SECONDS / 60)
+            while self._thread.is_alive() and not has_come("the wait for the copies ends"):
+                self._thread.join(0.1)
         with self._lock:
             left = self._left()
         if left or self._thread.is_alive():

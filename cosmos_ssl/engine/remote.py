@@ -52,7 +52,10 @@ def url_fault(url: str, run_dir: Path) -> str | None:
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:  # the protocol's own package is missing, or nobody knows it
-        return f"{url}: {str(error).splitlines()[0]}"
+        ours = ". Run: pip install 'cosmos-ssl[s3]'" if protocol in ("s3", "s3a") else ""
+        return f"{url}: {str(error).splitlines()[0]}{ours}"
+    if not _removes(kind):
+        return f"{url}: files can be read there alone. Give a folder or an object store, such as s3://bucket/folder"
     if not path.strip("/"):
         return f"{url} names no folder. Give one, such as s3://bucket/folder"
     if kind.protocol == "file" or "file" in kind.protocol:
@@ -60,6 +63,15 @@ def url_fault(url: str, run_dir: Path) -> str | None:
         if there == run or there.is_relative_to(run):
             return f"{url} lies in the run folder {run_dir} itself. Give another place"
     return None
+
+
+def _removes(kind: Any) -> bool:
+    """Whether a kind of file system can remove files, which those that are only read from cannot."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    bases, names = (AbstractFileSystem, AsyncFileSystem), ("rm", "_rm", "rm_file", "_rm_file")
+    return any(getattr(kind, name, None) not in [getattr(base, name, None) for base in bases] for name in names)
 
 
 class Remote:

@@ -21,7 +21,7 @@ from typing import Any
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.source import dump_yaml
 from cosmos_ssl.errors import UserError, listed, printable
-from cosmos_ssl.files import read_object, set_aside, written_whole
+from cosmos_ssl.files import folder_fault, read_object, set_aside, written_whole
 from cosmos_ssl.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,8 @@ class RunFolder:
         if self.path.exists():
             with self.locked():
                 return
-        above = next(folder for folder in self.path.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise self._unwritable("Permission denied" if above.is_dir() else f"{above} is no folder")
+        if (fault := folder_fault(self.path)) is not None:
+            raise self._unwritable(fault)
 
     def holder(self) -> str | None:
         """Who holds the folder (``process 12 on node3``), or None. It asks the kernel; nothing is locked meanwhile.

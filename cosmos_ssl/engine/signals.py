@@ -60,6 +60,7 @@ class Signals:
         self._old_descriptor = -1
 
     def __enter__(self) -> Signals:
+        _entered.append(self)
         if threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -71,6 +72,7 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set outside Python
         if self._pipe[1] >= 0:
@@ -106,6 +108,16 @@ class Signals:
             # in a thread, since the log may wait: for storage that is lost, or for what the main thread is in the midst
             # of
             threading.Thread(target=log.info, args=(text,), kwargs={"extra": {"file_only": True}}, daemon=True).start()
+
+
+_entered: list[Signals] = []
+
+
+def has_come(ahead: str) -> bool:
+    """Return whether a signal has come to this process; ``ahead`` is what is said where one comes from now on."""
+    for signals in _entered:
+        signals.ahead = ahead
+    return any(signals.received is not None for signals in _entered)
 
 
 def _say(text: str) -> None:

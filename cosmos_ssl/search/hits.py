@@ -32,35 +32,29 @@ class Answer:
     """The picture that was asked for."""
 
 
-def rows_of(searcher: Searcher, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """A table of all hits: query, rank (from 1), score, key, file and caption of each."""
+def rows_of(searcher: Searcher, answer: Answer) -> list[dict[str, Any]]:
+    """The hits of a query: query, rank (from 1), score, key, file and caption of each."""
     rows = []
-    for answer in answers:
-        for rank, hit in enumerate(answer.hits, 1):
-            entry = searcher.index.entry(hit.row)
-            rows.append(
-                {
-                    "query": answer.query,
-                    "rank": rank,
-                    "score": round(hit.score, 6),
-                    "key": entry.key,
-                    "file": entry.file,
-                    "caption": entry.caption,
-                }
-            )
+    for rank, hit in enumerate(answer.hits, 1):
+        entry = searcher.index.entry(hit.row)
+        told = {"key": entry.key, "file": entry.file, "caption": entry.caption}
+        rows.append({"query": answer.query, "rank": rank, "score": round(hit.score, 6), **told})
     return rows
 
 
-def write_hits(searcher: Searcher, answers: Sequence[Answer], folder: Path, *, subtitle: str) -> list[dict[str, Any]]:
-    """Write the page and ``hits.json`` into ``folder``; its rows. Raises UserError where it cannot, StorageError."""
-    rows = rows_of(searcher, answers)
+def write_hits(
+    searcher: Searcher, answers: Sequence[Answer], folder: Path, *, subtitle: str
+) -> list[list[dict[str, Any]]]:
+    """Write the page and ``hits.json``, the rows of all queries, into ``folder``; the rows of each query.
+
+    Raises UserError where it cannot, StorageError.
+    """
+    rows = [rows_of(searcher, answer) for answer in answers]
     page = Page("Search", subtitle)
-    left = iter(rows)
-    for answer in answers:
+    for answer, own in zip(answers, rows, strict=True):
         page.section(answer.query)
         if answer.picture is not None:
             page.figure(thumbnail(answer.picture), "the picture that was asked for").text("")  # hits begin a row
-        own = [next(left) for _ in answer.hits]
         if not searcher.index.has_pictures:
             page.table([("rank", "score", "key"), *((row["rank"], row["score"], row["key"]) for row in own)])
             continue
@@ -69,7 +63,8 @@ def write_hits(searcher: Searcher, answers: Sequence[Answer], folder: Path, *, s
     with storage_faults(f"--output {folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / "hits.json") as file:
-            file.write((json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            table = json.dumps([row for own in rows for row in own], indent=2, ensure_ascii=False)
+            file.write(f"{table}\n".encode("utf-8", "replace"))
         page.write(folder / "index.html")
     return rows
 

@@ -74,7 +74,7 @@ def open_index(
     """
     if "image" not in encoder.model.towers:
         raise UserError("search finds pictures, and this model has no image tower")
-    file = _embeddings(data)
+    file, read = _embeddings(data), None
     if file is not None:
         read = _read(file)
         _check_model(encoder, read, file)
@@ -85,10 +85,12 @@ def open_index(
         samples, kind = open_samples(data)
         if kind == "text":
             raise DataError(f"data: {data[0]} holds texts; name a folder of pictures, shards or a file of embeddings")
+    field = None if samples is None else _caption_field(samples, opening.texts)
+    if read is None:
+        assert samples is not None
         read = _read(_embedded(encoder, samples, "image", "txt", opening))
     if not len(read.keys):
         raise UserError(f"data: {file} holds no embeddings of pictures. Run: cosmos-ssl embed --what image")
-    field = None if samples is None else _caption_field(samples, opening.texts)
     engine = ENGINES[opening.engine]
     texts = None
     if read.said is not None:
@@ -142,7 +144,7 @@ def _embedded(encoder: ModelEncoder, samples: WithSource, what: What, field: str
     told = f"{'pictures' if what == 'image' else 'samples with texts'} embedded"
     with storage_faults(f"embeddings cannot be kept in {folder} (XDG_CACHE_HOME names another place)"):
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(output.with_suffix(".lock")):  # another search over the same waits, and finds them
+        with lock(output.with_suffix(".lock"), _tell_of_another):  # which waits too, and finds them
             report = embed(
                 encoder,
                 request,
@@ -152,6 +154,10 @@ def _embedded(encoder: ModelEncoder, samples: WithSource, what: What, field: str
             )
     _tell(report)
     return output
+
+
+def _tell_of_another() -> None:
+    _log.warning("another search embeds the same data; this one waits for it")
 
 
 def _tell(report: Report) -> None:

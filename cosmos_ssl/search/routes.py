@@ -100,7 +100,7 @@ class Routes:
             if route.method == ("GET" if method == "HEAD" else method):
                 return route, groups
         if there:
-            raise Refused(405, f"{there[0][0].path.pattern} is asked by {there[0][0].method} alone.")
+            raise Refused(405, f"{path} is asked by {there[0][0].method} alone.")
         raise Refused(404, "There is nothing here.")
 
     # ------------------------------------------------------------------ answers

@@ -74,8 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer."""
         try:
             self._check_origin()
-            path = urlsplit(self.path).path
-            route, groups = cast(Server, self.server).routes.find(self.command, path)
+            route, groups = cast(Server, self.server).routes.find(self.command, _path(self.path))
             reply, status = answer(route, groups, self._body(route)), 200
         except Refused as error:
             reply, status = _sentence(str(error)), error.status
@@ -113,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(403, "Pages of other sites may not ask here.")
 
     def _body(self, route: Route) -> bytes:
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
+        length, *more = self.headers.get_all("Content-Length") or ["0"]
+        if "Transfer-Encoding" in self.headers or more or not (length.isascii() and length.isdecimal()):
             raise Refused(400, "Say how many bytes are sent (Content-Length).")
         if len(length) > 12 or int(length) > route.most:
             raise Refused(413, f"This is too much: at most {route.most:,} bytes are taken.")
@@ -139,6 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sentence(text: str) -> Reply:
     return Reply("application/json", json.dumps({"error": text}).encode())
+
+
+def _path(target: str) -> str:
+    """The path that a request names. Raises Refused where its target is no address."""
+    try:
+        return urlsplit(target).path
+    except ValueError as error:
+        raise Refused(400, "This is no address.") from error
 
 
 def _name(host: str) -> str:

@@ -61,12 +61,8 @@ def check_run(run: Path) -> None:
 
 
 def _last_to_work(submission: Submission, run: Path) -> str:
-    """The job of an ended chain that was the last to train: one start is noted of each."""
-    return (
-        submission.jobs[min(max(len(starts(run)), 1), len(submission.jobs)) - 1]
-        if submission.followers
-        else (submission.job_id)
-    )
+    """The job that was the last to train, in an ended chain too: one start is noted of each."""
+    return submission.jobs[min(max(len(starts(run)), 1), len(submission.jobs)) - 1]
 
 
 def _chain(submission: Submission, run: Path, active: Sequence[tuple[str, JobState]]) -> str:

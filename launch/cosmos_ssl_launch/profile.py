@@ -95,7 +95,7 @@ class SlurmProfile(_Profile):
     """Further options of sbatch, by name."""
     restarts_without_progress: Annotated[int, Field(ge=0)] = 3
     """So many restarts in a row without a new checkpoint end a job."""
-    chain: Positive | None = None
+    chain: Annotated[int, Field(gt=0, le=1000)] | None = None
     """So many jobs of the run, one after the other, in the place of requeueing."""
 
     @model_validator(mode="after")

@@ -308,7 +308,7 @@ def test_other_captions_are_other_data_where_captions_are_read(tmp_path: Path) -
 def test_what_is_not_looked_at_is_hashed_where_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, most in {"_MARKED": 3, "_HASHED": 2, "_CHUNK": 2}.items():
+    for name, most in {"MARKED": 3, "HASHED": 2, "CHUNK": 2}.items():
         monkeypatch.setattr(folder_content, name, most)
     root = write(tmp_path / "many", *(f"{n}.bmp" for n in range(7)), "1.txt")
     before = Folder(root).identity()

@@ -241,6 +241,15 @@ def test_mistakes(tmp_path: Path) -> None:
     fails(r"none.csv: no CSV file", urls=f"{tmp_path}/none.csv")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no parquet")
     fails(r"bad.parquet: no parquet file", urls=f"{tmp_path}/bad.parquet")
+    parquet.write_table(
+        pa.Table.from_arrays([pa.array(["x"])] * 3, names=["path", "path", "caption"]), tmp_path / "two.parquet"
+    )
+    fails(r"two.parquet: 2 columns are called 'path'", urls=f"{tmp_path}/two.parquet")
+    none = [{"bytes": None, "path": None}] * 2
+    parquet.write_table(pa.table({"image": none, "caption": ["a", "b"]}), tmp_path / "nulls.parquet")
+    fails(r"no pictures in any of 2 rows \(column: image\)", urls=f"{tmp_path}/nulls.parquet")
+    (tmp_path / "long.csv").write_text(f"path,caption\n{'x' * 300},a\n")
+    fails(r"not one of 1 pictures is there, such as .*/x+ \(row 1 of long.csv\)", urls=f"{tmp_path}/long.csv")
     (tmp_path / "bad.jsonl").write_text("no json\n")
     fails(r"bad.jsonl: none of its first lines is a JSON object", urls=f"{tmp_path}/bad.jsonl")
     (tmp_path / "odd.csv").write_text("a,b\n1,2\n")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -16,6 +17,7 @@ from cosmos_ssl.engine import copies as copies_module
 from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint
 from cosmos_ssl.engine.copies import Copies
 from cosmos_ssl.engine.remote import Remote, url_fault
+from cosmos_ssl.engine.signals import Signals
 from cosmos_ssl.errors import CheckpointError, StorageError, UserError
 from cosmos_ssl.files import checkpoint_folders
 
@@ -216,13 +218,18 @@ def test_a_damaged_copy_is_passed_over(saved, tmp_path, system):
     assert list(remote.whole()) == [10]
 
 
-def test_a_run_that_is_told_to_leave_does_not_wait_long(saved, system, monkeypatch, caplog):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_is_told_to_leave_does_not_wait_long(saved, system, monkeypatch, caplog, finished):
+    """Nor one that is finished, and waits for its copies."""
     monkeypatch.setattr(copies_module, "LEAVE_SECONDS", 0.05)
     stuck = threading.Event()
     monkeypatch.setattr(Remote, "send", lambda *_: stuck.wait(30))
     copies = Copies(saved, "memory://b", lambda steps: set(steps), lambda: None)
     began = time.monotonic()
-    copies.close(finished=False)
+    with Signals() as signals:
+        threading.Timer(0.1, lambda: setattr(signals, "received", signal.SIGTERM)).start()
+        copies.close(finished=finished)
+    assert not finished or signals.ahead == "the wait for the copies ends"
     assert time.monotonic() - began < 5 and "not all checkpoints are copied to memory://b (step 10" in caplog.text
     stuck.set()
 
@@ -232,7 +239,10 @@ def test_a_run_that_is_told_to_leave_does_not_wait_long(saved, system, monkeypat
     [
         ("s4://bucket/run", "Protocol not known: s4"),
         ("abfs://bucket/run", "Install adlfs"),
+        ("s3://bucket/run", "Run: pip install 'cosmos-ssl[s3]'"),
         ("simplecache::s3://bucket/run", "is a chain of URLs"),
+        ("https://example.com/run", "can be read there alone"),
+        ("zip://run", "can be read there alone"),
         ("memory://", "names no folder"),
         ("runs/a/copies", "lies in the run folder"),
         ("memory://b/run", None),
@@ -241,5 +251,6 @@ def test_a_run_that_is_told_to_leave_does_not_wait_long(saved, system, monkeypat
 )
 def test_urls(url, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     fault = url_fault(url, tmp_path / "runs" / "a")
     assert fault is None if message is None else message in fault and "\n" not in fault

@@ -142,6 +142,7 @@ def test_status_cancel_and_follow_speak_of_the_chain(
     ("words", "message"),
     [
         (["slurm", "chain=0"], "profile.chain: "),
+        (["slurm", "chain=1000000000"], "profile.chain: expected less than or equal to 1000, got 1000000000"),
         (["local", "chain=2"], "profile.chain: unknown key. Accepts: kind, nproc; chain is of profiles of kind slurm"),
         (["slurm", "chain=2", "slurm={requeue: true}"], "profile.chain: expected no slurm.requeue beside it"),
     ],

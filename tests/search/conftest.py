@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import cosmos_ssl
-from cosmos_ssl.cli import main
 from cosmos_ssl.search.opening import Opening, open_index
 from cosmos_ssl.search.routes import About, Routes
 from cosmos_ssl.search.searcher import Searcher
@@ -26,18 +25,6 @@ TINY = {
     "evaluators": None,
     "logging": {"tensorboard": False},
 }
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``command("search", ...)`` returns exit code, standard output, and standard error."""
-
-    def command(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(argv)
-        return code, *capsys.readouterr()
-
-    return command
 
 
 @pytest.fixture(scope="session")

@@ -200,14 +200,21 @@ def test_a_killed_search_goes_on(
         (["--data", "{d}", "--image", "{t}/bad.npy"], "--image {t}/bad.npy: no picture that can be read"),
         (
             ["--data", "{d}", "--text", "x", "--output", "{t}/a.txt"],
-            "--output {t}/a.txt: cannot be written: File exists",
+            "--output {t}/a.txt: cannot be written: {t}/a.txt is no folder",
         ),
         (["--data", "{t}/teacher.npy", "--text", "x"], "data: {t}/teacher.npy holds embeddings of {r}/checkpoints/"),
     ],
 )
 def test_bad_input(
-    command: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path, words: list[str], message: str
+    command: Callable[..., tuple[int, str, str]],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
 ) -> None:
+    """It is found before anything is embedded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("a\n")
     (tmp_path / "bad.npy").write_bytes(b"no array")
     data = f"{run.parent}/scenes/val-0000.tar"
@@ -218,7 +225,7 @@ def test_bad_input(
     code, _, err = command(*argv, *(word.format(**places) for word in words))
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith(message.format(**places)), err
-    assert not (tmp_path / "hits").exists()
+    assert not (tmp_path / "hits").exists() and not [*(tmp_path / "cache").rglob("*.npy")]
 
 
 def test_texts_alone_are_no_pictures(run: Path, tmp_path: Path) -> None:

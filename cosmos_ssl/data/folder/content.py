@@ -26,11 +26,12 @@ from cosmos_ssl.liveness import OnProgress
 THREADS = 16
 YOUNG = 2_000_000_000
 """Nanoseconds: what was changed so shortly before it was looked at may change again without another time."""
-_MARKED, _HASHED = 1 << 14, 1 << 12
-"""Pictures of a folder that are looked at each time it is opened, and that are hashed when it is indexed."""
-_HEAD = 1 << 16
+MARKED, HASHED = 1 << 14, 1 << 12
+"""Pictures that are looked at each time their folder or table is opened, and that are hashed when it is indexed."""
+HEAD = 1 << 16
 """Bytes of a picture that are hashed."""
-_CHUNK = 1024
+CHUNK = 1024
+"""Pictures that a thread is given at once."""
 _T = TypeVar("_T")
 
 
@@ -50,13 +51,13 @@ def look_into(
     """
     texts, everything = index.notes.texts > 0, range(len(index))
     whole = everything[: len(index) * full_hash]
-    marked, hashed = spread(len(index), len(index) if full_hash else _MARKED), spread(len(index), _HASHED)
-    total, done = sum(-(-len(places) // _CHUNK) for places in (marked, everything, hashed, whole)), 0
+    marked, hashed = spread(len(index), len(index) if full_hash else MARKED), spread(len(index), HASHED)
+    total, done = sum(-(-len(places) // CHUNK) for places in (marked, everything, hashed, whole)), 0
 
     def of_parts(function: Callable[[list[bytes]], _T], places: Sequence[int]) -> Iterator[_T]:
         nonlocal done
         look = lambda part: retrying(lambda: function(index.paths(part, root + b"/")), os.fsdecode(root))  # noqa: E731
-        for found in threads.map(look, _parts(places)):
+        for found in threads.map(look, in_chunks(places)):
             done += 1
             progress(done, total)
             yield found
@@ -67,7 +68,7 @@ def look_into(
         marks = list(of_parts(partial(_marks, texts=texts, now=time.time_ns()), marked))
         for sizes in of_parts(_sizes, everything):
             hashes["pictures"].update(sizes)
-        for before, places, length in (("", hashed, _HEAD), ("full_", whole, -1)):
+        for before, places, length in (("", hashed, HEAD), ("full_", whole, -1)):
             for own, theirs in of_parts(partial(_digests, texts=texts, length=length), places):
                 hashes[f"{before}pictures"].update(own)
                 hashes[f"{before}captions"].update(theirs)
@@ -89,11 +90,12 @@ def is_unchanged(root: bytes, index: FolderIndex) -> bool:
             return False
 
     with ThreadPoolExecutor(THREADS) as threads:
-        return all(threads.map(same, _parts(range(len(places)))))
+        return all(threads.map(same, in_chunks(range(len(places)))))
 
 
-def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
+def in_chunks(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Places in pieces of ``CHUNK``."""
+    return (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
 
 
 def _sizes(paths: Sequence[bytes]) -> bytes:

@@ -74,10 +74,10 @@ def similar(path: Path) -> str:
     an empty string.
     """
     path = path.absolute()
-    missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
     try:
+        missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
         return did_you_mean(missing.name, sorted(p.name for p in missing.parent.iterdir()))
-    except OSError:  # a folder that cannot be listed
+    except OSError:  # a folder that cannot be listed, a name that is too long
         return ""
 
 

@@ -7,30 +7,25 @@ size and times; a picture that is not there has one, too.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_ssl.data.folder.content import THREADS, YOUNG, mark_of
+from cosmos_ssl.data.folder.content import CHUNK, HASHED, HEAD, MARKED, THREADS, YOUNG, in_chunks, mark_of
 from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
-from cosmos_ssl.errors import BadSample
 from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.pictures import read_regular
 
-_MARKED, _HASHED = 1 << 14, 1 << 12
-"""Rows whose pictures are looked at each time a table is opened, and that are hashed when it is indexed."""
-_HEAD = 1 << 16
-"""Bytes of a picture that are hashed."""
-_CHUNK = 1024
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)  # the last one: a NUL in a path
 _T = TypeVar("_T")
 
 
@@ -60,13 +55,13 @@ def look_into(rows: Rows, *, full_hash: bool, progress: OnProgress) -> tuple[dic
     """
     everything, found = range(len(rows)), {"values": hashlib.sha256(), "pictures": hashlib.sha256()}
     marked = _marked(rows, full_hash)
-    total = 2 + sum(-(-len(places) // _CHUNK) for places in (marked, everything, everything[: len(rows) * full_hash]))
+    total = 2 + sum(-(-len(places) // CHUNK) for places in (marked, everything, everything[: len(rows) * full_hash]))
     done = 0
     with ThreadPoolExecutor(THREADS) as threads:  # files on a network file system are waited for
 
         def of_parts(function: Callable[[bytes | str | None], _T], places: Sequence[int]) -> Iterator[list[_T]]:
             nonlocal done
-            for found in threads.map(lambda part: [function(rows.picture(row)) for row in part], _parts(places)):
+            for found in threads.map(lambda part: [function(rows.picture(row)) for row in part], in_chunks(places)):
                 done += 1
                 progress(min(done, total), total)
                 yield found
@@ -80,7 +75,7 @@ def look_into(rows: Rows, *, full_hash: bool, progress: OnProgress) -> tuple[dic
         files = of_parts(_size, everything[: len(rows) * (not rows.embedded)])
         for sizes in rows.sizes() if rows.embedded else (np.array(part, np.int64) for part in files):
             found["pictures"].update(sizes.tobytes())
-        for digests in of_parts(lambda picture: _digest(picture, _HEAD), spread(len(rows), _HASHED)):
+        for digests in of_parts(lambda picture: _digest(picture, HEAD), spread(len(rows), HASHED)):
             found["pictures"].update(b"".join(digests))
         if full_hash:
             found["full_pictures"] = hashlib.sha256()
@@ -100,20 +95,26 @@ def is_unchanged(rows: Rows, marks: NDArray[np.int64]) -> bool:
             return False
 
 
-def _parts(places: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
+def names_nothing(error: OSError | ValueError) -> bool:
+    """Return whether there is no such file, nor can be: no failure of storage that another attempt may mend."""
+    if isinstance(error, ValueError):  # a NUL in a path; BadSample
+        return True
+    never = (errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or error.errno in never
 
 
 def _marked(rows: Rows, full_hash: bool) -> Sequence[int]:
-    return range(0) if rows.embedded else spread(len(rows), len(rows) if full_hash else _MARKED)
+    return range(0) if rows.embedded else spread(len(rows), len(rows) if full_hash else MARKED)
 
 
 def _stat(path: str) -> os.stat_result | None:
     def look() -> os.stat_result | None:
         try:
             return os.stat(path)  # noqa: PTH116
-        except _MISSING:
-            return None
+        except (OSError, ValueError) as error:
+            if names_nothing(error):
+                return None
+            raise
 
     return retrying(look, path)
 
@@ -144,17 +145,17 @@ def _digest(picture: bytes | str | None, length: int | None) -> bytes:
 def _file(path: str, length: int | None) -> bytes:
     def read() -> bytes:
         try:
-            return read_head(path, length)
-        except (*_MISSING, BadSample):
-            return b""
+            return _head(path, length)
+        except (OSError, ValueError) as error:
+            if names_nothing(error):
+                return b""
+            raise
 
     return retrying(read, path)
 
 
-def read_head(path: str, length: int | None) -> bytes:
+def _head(path: str, length: int | None) -> bytes:
     """The first bytes of a regular file, or all; nothing of a pipe, which would be waited for without end."""
-    from pathlib import Path
-
     if length is None:
         return read_regular(Path(path))
     if not os.path.isfile(path):  # noqa: PTH113

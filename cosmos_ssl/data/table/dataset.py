@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from cosmos_ssl.data.folder.scan import similar
 from cosmos_ssl.data.scan import spread
 from cosmos_ssl.data.storage import retrying
 from cosmos_ssl.data.table.address import Columns, Source, check_root, find_sources, split_address, with_defaults
+from cosmos_ssl.data.table.content import names_nothing
 from cosmos_ssl.data.table.index import TableIndex, is_indexed, load_table
 from cosmos_ssl.data.table.rows import Chosen, choose
 from cosmos_ssl.errors import listed
@@ -25,6 +27,7 @@ from cosmos_ssl.liveness import OnProgress
 from cosmos_ssl.pictures import FILE_BYTES, MAX_PIXELS, read_regular
 
 _LOOK_SAMPLES = 256
+_SHOWN = 200  # letters of a path that is none
 _INTEGER = re.compile(r"-?\d{1,18}")
 _log = logging.getLogger("cosmos_ssl.data")
 
@@ -115,15 +118,13 @@ class TableData(IndexedDataset):
         index = self.index
         places = spread(len(index), min(len(index), _LOOK_SAMPLES))
         pictures = [index.picture(place) for place in places]
-        files = [path for path in pictures if isinstance(path, str)]
-        if (
-            files
-            and len(files) == len(pictures)
-            and not any(Path(path).is_file() for path in files if "\0" not in path)
-        ):
-            first = pictures.index(files[0])
+        if not any(isinstance(it, bytes) or (it is not None and os.path.isfile(it)) for it in pictures):  # noqa: PTH113
+            files = [path for path in pictures if isinstance(path, str)]
+            if not files:
+                raise DataError(f"data: no pictures in any of {len(places):,} rows (column: {index.chosen.image})")
+            first = index.where(places[pictures.index(files[0])])
             raise DataError(
-                f"data: not one of {len(files):,} pictures is there, such as {files[0]} ({index.where(places[first])})."
+                f"data: not one of {len(files):,} pictures is there, such as {files[0][:_SHOWN]} ({first})."
                 f"{similar(Path(files[0]))} image_root names the folder that paths start from"
             )
         if not index.chosen.captions:
@@ -212,12 +213,11 @@ class TableData(IndexedDataset):
         def read() -> bytes:
             try:
                 return read_regular(Path(path))
-            except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-                if isinstance(error, BadSample):
+            except (OSError, ValueError) as error:
+                if isinstance(error, BadSample) or not names_nothing(error):
                     raise
-                raise BadSample("missing picture", f"{path}, {self.index.where(index)}") from error
-            except IsADirectoryError as error:
-                raise BadSample("no regular file", f"{path}, {self.index.where(index)}") from error
+                reason = "no regular file" if isinstance(error, IsADirectoryError) else "missing picture"
+                raise BadSample(reason, f"{path}, {self.index.where(index)}") from error
 
         return retrying(read, path)
 

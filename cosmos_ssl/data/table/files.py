@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -56,7 +57,16 @@ class Table:
         self.examples: dict[str, list[str]] = {}
 
     def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
-        """The named columns in batches; CSV gives strings, parquet what it holds."""
+        """The named columns in batches; CSV gives strings, parquet what it holds.
+
+        Raises DataError where a name is that of several columns or the file is damaged, OSError where storage fails.
+        """
+        for name in columns:
+            if (count := self.columns.count(name)) > 1:
+                raise DataError(f"{self.path}: {count} columns are called '{name}'")
+        return self._batches(columns, told)
+
+    def _batches(self, columns: Sequence[str], told: OnRead) -> Iterator[pa.RecordBatch]:
         raise NotImplementedError
 
     def fault(self, reason: str, where: str) -> None:
@@ -98,8 +108,7 @@ class ParquetTable(Table):
             raise UserError(f"{path}: no parquet file: {str(error).partition('.')[0]}") from error
         super().__init__(path, self._file.schema_arrow.names)
 
-    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
-        """Raises DataError where the file is damaged."""
+    def _batches(self, columns: Sequence[str], told: OnRead) -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
 
         size, total = self.path.stat().st_size, max(self._file.metadata.num_rows, 1)
@@ -119,7 +128,8 @@ def holds_pictures(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
+        place = kind.get_field_index("bytes")
+        return place >= 0 and (pa.types.is_null(kind.field(place).type) or holds_pictures(kind.field(place).type))
     return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary))
 
 
@@ -151,28 +161,12 @@ class CsvTable(Table):
             raise UserError(f"{path}: no CSV file: its first line names no columns")
         super().__init__(path, columns)
 
-    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
-        """Raises OSError where storage fails."""
-        import pyarrow as pa
-
+    def _batches(self, columns: Sequence[str], told: OnRead) -> Iterator[pa.RecordBatch]:
         places = [self.columns.index(name) for name in columns]
-        found: list[list[str] | list[None]] = []
-
-        def batch() -> pa.RecordBatch:
-            return pa.record_batch(
-                [pa.array([row[p] for row in found], pa.string()) for p in places], names=list(columns)
-            )
-
         with self.path.open("rb", buffering=1 << 20) as file:
             file.readline()
-            for row in self._parsed(file):
-                found.append(row)
-                if len(found) == BATCH_ROWS:
-                    told(file.tell())
-                    yield batch()
-                    found.clear()
-            if found:
-                yield batch()
+            rows = ([row[p] for p in places] for row in self._parsed(file))
+            yield from _in_batches(rows, columns, file, told)
 
     def _parsed(self, file: BinaryIO) -> Iterator[list[str] | list[None]]:
         back, number = deque[bytes](), 1  # lines that are read again; the number of the last one, the head's at first
@@ -223,30 +217,32 @@ class JsonLinesTable(Table):
             raise UserError(f"{path}: none of its first lines is a JSON object")
         super().__init__(path, list(columns))
 
-    def batches(self, columns: Sequence[str], told: OnRead = lambda read: None) -> Iterator[pa.RecordBatch]:
-        """Strings, and texts of what is none. Raises OSError where storage fails."""
-        import pyarrow as pa
-
-        found: list[list[str | None]] = []
-
-        def batch() -> pa.RecordBatch:
-            cells = [pa.array([row[place] for row in found], pa.string()) for place in range(len(columns))]
-            return pa.record_batch(cells, names=list(columns))
-
+    def _batches(self, columns: Sequence[str], told: OnRead) -> Iterator[pa.RecordBatch]:
         with self.path.open("rb", buffering=1 << 20) as file:
-            for line in _lines(file):
-                self.rows += 1
-                row = _object(line)
-                if row is None:
-                    self.fault("no JSON object", f"{self.path.name} row {self.rows:,}")
-                if row is not None or self.keeps_faults:
-                    found.append([_text(row.get(name)) if row is not None else None for name in columns])
-                if len(found) == BATCH_ROWS:
-                    told(file.tell())
-                    yield batch()
-                    found.clear()
-            if found:
-                yield batch()
+            rows = ([_text(row.get(name)) for name in columns] for row in self._parsed(file))
+            yield from _in_batches(rows, columns, file, told)
+
+    def _parsed(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
+        for line in _lines(file):
+            self.rows += 1
+            row = _object(line)
+            if row is None:
+                self.fault("no JSON object", f"{self.path.name} row {self.rows:,}")
+            if row is not None or self.keeps_faults:
+                yield row or {}
+
+
+def _in_batches(
+    rows: Iterator[list[str | None]], columns: Sequence[str], file: BinaryIO, told: OnRead
+) -> Iterator[pa.RecordBatch]:
+    """Rows of strings, which are read from ``file``, as batches of columns."""
+    import pyarrow as pa
+
+    while found := list(islice(rows, BATCH_ROWS)):
+        if len(found) == BATCH_ROWS:
+            told(file.tell())
+        cells = [pa.array(column, pa.string()) for column in zip(*found, strict=True)]
+        yield pa.record_batch(cells, names=list(columns))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

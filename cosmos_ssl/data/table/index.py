@@ -128,6 +128,8 @@ class TableIndex:
         for number, piece in enumerate(self.pieces):
             for chunk in self.columns(number)[self.chosen.image].chunks if piece.rows else ():
                 found = compute.struct_field(chunk, "bytes") if pa.types.is_struct(chunk.type) else chunk
+                if pa.types.is_null(found.type):  # paths alone
+                    found = found.cast(pa.binary())
                 lengths = compute.fill_null(compute.cast(compute.binary_length(found), pa.int64()), -1)
                 yield lengths.to_numpy(zero_copy_only=False)
 

@@ -132,7 +132,11 @@ def mapped(path: Path, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
 
     reader = _open(path)
     try:
-        table = reader.read_all().select(list(names))
+        table = reader.read_all()
+        for name in names:
+            if (count := table.column_names.count(name)) > 1:
+                raise DataError(f"data: {path}: {count} columns are called '{name}'")
+        table = table.select(list(names))
         table.validate()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data: {path} is damaged: {str(error).splitlines()[0]}") from error
