@@ -293,9 +293,7 @@ def test_sizes_of_published_models(name, monkeypatch):
     assert ours.spec.image.image_size == theirs.visual.image_size[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["RN50", "RN50x64-quickgelu", "coca_ViT-B-32", "coca_base", "nllb-clip-base-siglip"]
-)
+@pytest.mark.parametrize("name", ["RN50", "RN50x64-quickgelu", "coca_ViT-B-32", "coca_base", "nllb-clip-base-siglip"])
 def test_published_models_of_another_kind(name):
     with pytest.raises(CheckpointError, match=f"{name} is a model of another kind"):
         read_tensors({"visual.proj": torch.ones(1)}, name, {"model_cfg": open_clip.get_model_config(name)})
