@@ -159,7 +159,9 @@ class Reader:
             pass  # the YAML says the same
         for path in (folder.config, folder.path / QUEUED_CONFIG):
             try:
-                found = self._once(path, lambda p: parse_yaml(p.read_text("utf-8", "replace"), str(p), []).plain(), notes)
+                found = self._once(
+                    path, lambda p: parse_yaml(p.read_text("utf-8", "replace"), str(p), []).plain(), notes
+                )
             except UserError as error:
                 notes.append(str(error).partition("\n")[0])
                 continue
