@@ -195,22 +195,23 @@ def _config(state: Mapping[str, Tensor], path: Path, sizes: object) -> dict[str,
 def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = None) -> dict[str, Any]:
     """The sections ``model`` and ``tokenizer`` of a config, with the sizes of CLIP's towers read from their tensors.
 
-    A state without an image tower of CLIP's has no ``image`` there. ``sizes``: what no tensor tells, as our exports do
+    A state without an image tower of CLIP's has no ``image`` there, one whose text tower is a ``text.model`` of another
+    library no ``text``. ``sizes``: what no tensor tells, as our exports do
     (``SIZES``); without it the config has no heads, and pictures of whole patches. Raises CheckpointError, naming
     ``source``, where a tensor is missing or of no such tower.
     """
+    text: dict[str, Any] = {}
+    tokenizer: dict[str, Any] = {}
     try:
         image = _image(state) if "image.patch_embed.weight" in state else {}
-        places, width = state["text.position_embedding"].shape
         embed_dim = state["image.projection"].shape[-1]
-        vocabulary = len(state["text.token_embedding.weight"])
-        if not all((embed_dim, places, width, vocabulary)):
+        if not any(name.startswith("text.model.") for name in state):
+            text, tokenizer["context_length"] = _text(state)
+            tokenizer["type"] = "clip"
+        if not embed_dim:
             raise ValueError("one of them is empty")
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{source}: the sizes of the model cannot be told from its tensors ({error})") from error
-    text: dict[str, Any] = {"type": "clip_text", "width": width, "layers": _layers(state, "text")}
-    if vocabulary != CLIP_VOCABULARY:
-        text["vocab_size"] = vocabulary
     for name, tower in (("image", image), ("text", text)):
         hidden = len(state.get(f"{name}.blocks.0.mlp.fc1.weight", range(0)))
         if tower and hidden not in (0, 4 * tower["width"]):
@@ -218,10 +219,18 @@ def clip_config(state: Mapping[str, Tensor], source: object, sizes: object = Non
         tower |= _told(sizes, name, source)
     if image:
         _check_grid(state, image, source)
-    return {
-        "model": {"embed_dim": embed_dim, **({"image": image} if image else {}), "text": text},
-        "tokenizer": {"type": "clip", "context_length": places},
-    }
+    towers = {name: tower for name, tower in (("image", image), ("text", text)) if tower}
+    return {"model": {"embed_dim": embed_dim, **towers}, "tokenizer": tokenizer}
+
+
+def _text(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """The sizes of a text tower, and the tokens of a text. Raises ValueError and such where they cannot be told."""
+    places, width = state["text.position_embedding"].shape
+    vocabulary = len(state["text.token_embedding.weight"])
+    if not all((places, width, vocabulary)):
+        raise ValueError("one of them is empty")
+    vocab_size = {} if vocabulary == CLIP_VOCABULARY else {"vocab_size": vocabulary}
+    return {"type": "clip_text", "width": width, "layers": _layers(state, "text"), **vocab_size}, places
 
 
 def _image(state: Mapping[str, Tensor]) -> dict[str, Any]:

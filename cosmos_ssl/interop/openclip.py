@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cosmos_ssl.errors import CheckpointError, listed
-from cosmos_ssl.interop import openclip_timm
+from cosmos_ssl.interop import openclip_huggingface, openclip_timm
 from cosmos_ssl.interop.clip import ClipModel, TowerSizes, refuse
 from cosmos_ssl.interop.files import (
     check_weights,
@@ -261,15 +261,19 @@ def read_tensors(
     trunk = told.get("model_cfg", {}).get("vision_cfg", {})
     if trunk.get("timm_model_name"):
         image, tensors = openclip_timm.take(tensors, told["model_cfg"], source)
+    text: dict[str, Tensor] = {}
+    if told.get("model_cfg", {}).get("text_cfg", {}).get("hf_model_name"):
+        text, tensors = openclip_huggingface.take(tensors, source)
     pre_norm = any(theirs in tensors for _, theirs in _PRE_NORM)
     scales = _SIGLIP if "logit_bias" in tensors else (_SCALE,)
-    towers = [pair for pair in _TOWERS if not (image and pair[0].startswith("image."))]
+    foreign = tuple(f"{name}." for name, taken in (("image", image), ("text", text)) if taken)
+    towers = [pair for pair in _TOWERS if not pair[0].startswith(foreign)]
     names += [*(pair for pair in towers if pre_norm or pair not in _PRE_NORM), *scales]
     scaled = [modality for modality, pairs in _LAYER_SCALES.items() if pairs[0][1].replace("#", "0") in tensors]
     names += [pair for modality in scaled for pair in _LAYER_SCALES[modality]]
     what = f"{source} is no model of CLIP's towers"
     state, missing, unexpected = take(tensors, names, what, "has no place", idle=_BUFFERS, partial=partial)
-    state |= image
+    state |= image | text
     check_weights(state, source)
     state |= {ours: state[ours].flatten()[0] for ours, _ in scales if ours in state and state[ours].numel() == 1}
     config = _config(state, source, told, sizes)
@@ -307,9 +311,11 @@ def _config(state: Mapping[str, Tensor], source: str | Path, told: Mapping[str, 
     config = clip_config(state, source, sizes)
     model = told.get("model_cfg", {})
     vision, words = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    image, text = config["model"].get("image"), config["model"]["text"]
+    image, text = config["model"].get("image"), config["model"].setdefault("text", {})
     size = side(vision.get("image_size", 224))
-    if model:
+    if words.get("hf_model_name"):
+        config["model"]["text"], config["tokenizer"]["context_length"] = openclip_huggingface.tower(state, words)
+    elif model:
         text["heads"] = words.get("heads", 8)
     if image is not None and model:
         image["heads"] = image["width"] // vision.get("head_width", 64)

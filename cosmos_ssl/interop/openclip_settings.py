@@ -32,6 +32,7 @@ _READ = frozenset(
 )
 _READ |= {"ls_init_value", "no_ln_pre", "final_ln_after_pool", "no_causal_mask", "proj_bias", "norm_kwargs"}
 _READ |= {"act_kwargs", "timm_model_name", "timm_proj_bias", "hf_tokenizer_name", "tokenizer_kwargs", "eos_id"}
+_READ |= {"hf_model_name"}
 _VALUES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "vision_cfg": {
         "pool_type": ("tok", "avg"),
@@ -43,6 +44,8 @@ _VALUES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "text_cfg": {
         "pool_type": ("argmax", "eos", "first", "last"),
         "proj_type": ("linear", "none"),
+        "hf_pooler_type": ("mean_pooler", "cls_last_hidden_state_pooler"),
+        "hf_proj_type": ("mlp", "linear"),
         "block_type": ("default",),
     },
 }
@@ -60,7 +63,7 @@ _IDLE = frozenset(
         "timm_drop_path",
     )
 )
-_IDLE |= {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
+_IDLE |= {"hf_model_pretrained"}
 """Settings that act in training, or with others that are refused."""
 _CLEAN = ("lower", "whitespace", "canonicalize")
 _PICTURES: Mapping[str, Mapping[str, str]] = {
@@ -88,9 +91,9 @@ def image_options(told: Mapping[str, Any]) -> dict[str, Any]:
 def text_options(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the model's own settings tell of a text tower: activation, norms, mask and pooling."""
     model = told.get("model_cfg", {})
-    if not model:
-        return {}
     words = model.get("text_cfg", {})
+    if not model or words.get("hf_model_name"):
+        return {}
     pooling = words["pool_type"] if words.get("pool_type") in ("first", "last") else "end"
     return {**_block(model, words), "causal": not words.get("no_causal_mask"), "pooling": pooling}
 
@@ -183,7 +186,8 @@ def _bent(told: Mapping[str, Any]) -> Iterator[str]:
         value = towers[key].get(name, 1)
         if type(value) is not int or not 0 < value < MAX_SIZE:
             yield f"{key}.{name}: {value}"
-    for key, name in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_tokenizer_name")):
+    names = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_tokenizer_name"), ("text_cfg", "hf_model_name"))
+    for key, name in names:
         if not isinstance(towers[key].get(name) or "", str):
             yield f"{key}.{name}: {towers[key][name]}"
     for key in towers:
@@ -217,6 +221,10 @@ def _faults(model: Mapping[str, Any], pictures: Mapping[str, Any]) -> Iterator[s
             yield f"vision_cfg.{key}: {vision[key]}"
     if ":" in (vision.get("timm_model_name") or ""):
         yield f"vision_cfg.timm_model_name: {vision['timm_model_name']} (fetched by timm)"
+    if words.get("hf_model_name") and not words.get("hf_tokenizer_name"):
+        yield f"text_cfg.hf_model_name: {words['hf_model_name']} (without its hf_tokenizer_name)"
+    if words.get("hf_model_name") and words.get("hf_pooler_type", "mean_pooler") is None:
+        yield "text_cfg.hf_pooler_type: None"
     if words.get("pool_type") == "first" and not words.get("no_causal_mask"):
         yield "text_cfg.pool_type: first (of causal texts)"
     tokens = words.get("tokenizer_kwargs") or {}

@@ -26,6 +26,14 @@ STUCK = 10.0
 
 PARENT = "COSMOS_LAUNCH_PARENT"
 """Names the process that has started a rank."""
+_RANK = f"""
+import sys
+try:
+    from cosmos_ssl_launch.local import rank_main
+    sys.exit(rank_main())
+except KeyboardInterrupt:  # while it imports, or a second one
+    sys.exit({EXIT_INTERRUPTED})
+"""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _TELLING = (EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SAVED, EXIT_LOST)
 """Of several exit codes the first one here is the run's: a lost rank is what the others see of one that failed."""
@@ -83,9 +91,8 @@ def _start(
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    code = "import sys; from cosmos_ssl_launch.local import rank_main; sys.exit(rank_main())"
     return subprocess.Popen(
-        [sys.executable, "-c", code, program, *arguments], env=environment, stdout=said, stderr=said, process_group=0
+        [sys.executable, "-c", _RANK, program, *arguments], env=environment, stdout=said, stderr=said, process_group=0
     )
 
 
@@ -106,7 +113,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     it.
     """
     deadline = float("inf")
-    while any(process.poll() is None for process in ranks):
+    while None in [process.poll() for process in ranks]:  # all are asked: the first may wait for one that has ended
         failed = [p.returncode for p in ranks if p.returncode not in (None, EXIT_DONE, EXIT_SAVED, EXIT_INTERRUPTED)]
         if failed:
             deadline = min(deadline, time.monotonic() + GRACE)
@@ -131,7 +138,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 def _reap(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait for ranks that are killed, but not for ever."""
     end = time.monotonic() + STUCK
-    while any(process.poll() is None for process in ranks) and time.monotonic() < end:
+    while None in [process.poll() for process in ranks] and time.monotonic() < end:
         time.sleep(0.05)
 
 
@@ -148,7 +155,7 @@ def _outcome(codes: Sequence[int], said: Sequence[IO[str]], folder: Path, began:
     )
     for number, told in stood.items():
         print(f"rank {number}: {told}", file=sys.stderr)
-    if worst != EXIT_DONE and rank not in stood and (rank > 0 or aborted[0]):
+    if worst != EXIT_DONE and rank not in stood and (rank > 0 or codes[0] < 0):
         said[rank].seek(0)
         lines = said[rank].read().strip().splitlines()
         ended = f"by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"with exit code {codes[rank]}"

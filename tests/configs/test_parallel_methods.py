@@ -42,7 +42,9 @@ def train(rank: int, world: int, store: str, runs: Mapping[str, tuple[str, list[
 def test_the_losses_of_every_method_are_those_of_one_rank(
     small: Callable[[Config], list[str]], in_ranks: Callable[..., dict[Any, Any]], tmp_path: Path
 ) -> None:
-    """``fsdp`` on two ranks, of three methods ``hsdp`` on two copies of two ranks each."""
+    """``fsdp`` on two ranks, of four methods ``hsdp`` on two copies of two ranks each: one of these sets features apart
+    by the logarithm of their distances, which is held to one rank where these are not as small as rounding.
+    """
 
     def runs(kind: str, methods: set[str], *own: str) -> dict[str, tuple[str, list[str]]]:
         found = {}
@@ -56,13 +58,17 @@ def test_the_losses_of_every_method_are_those_of_one_rank(
         return found
 
     expected: dict[str, Any] = {}
+    apart = ("model.image.layer_scale=1.0", "model.image.drop_path=0.0")
     train(0, 1, "", runs("one", METHODS.keys() - DRAWN), expected)
+    train(0, 1, "", {"one apart": runs("apart", {"dinov2"}, *apart)["apart dinov2"]}, expected)
     shared = runs("fsdp", set(METHODS), "training.parallel=fsdp")
     found = in_ranks(train, 2, {**runs("one", DRAWN), **shared})
     copies = ("training.parallel=hsdp", "training.parallel_shards=2")
-    found |= in_ranks(train, 4, runs("hsdp", {"cosmos", "silc", "lit"}, *copies))
+    four = runs("hsdp", {"cosmos", "silc", "lit"}, *copies)
+    four["hsdp apart"] = runs("hsdp", {"dinov2"}, *copies, *apart)["hsdp dinov2"]
+    found |= in_ranks(train, 4, four)
     expected |= {name: rows for name, rows in found.items() if name.startswith("one ")}
-    assert len(found) == len(METHODS) + len(DRAWN) + 3
+    assert len(found) == len(METHODS) + len(DRAWN) + 4
     for name, rows in found.items():
         for row, same in zip(rows, expected[f"one {name.partition(' ')[2]}"], strict=True):
             assert row == pytest.approx(same, rel=1e-5), name

@@ -5,6 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
+import transformers
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from safetensors.torch import save_file
@@ -82,14 +83,17 @@ def build(kind: str):
     plain = {} if "timm_model_name" in vision else VIT
     timm = TIMM if "timm_model_name" in vision else {}
     cfg = {"embed_dim": 48, "vision_cfg": {**plain, **timm, **vision}, "text_cfg": {**TEXT, **words}, **more}
+    sizes = {key: value for key, value in cfg.items() if key != "custom_text"}
+    return random_model(CustomTextCLIP if cfg.get("custom_text") else CLIP, sizes), cfg, pictures
+
+
+def random_model(kind, sizes):
     torch.manual_seed(0)
-    model = (CustomTextCLIP if cfg.get("custom_text") else CLIP)(
-        **{key: value for key, value in cfg.items() if key != "custom_text"}
-    ).eval()
+    model = kind(**sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases that start at zero, too
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model, cfg, pictures
+    return model
 
 
 def save(model, cfg, pictures, folder):
@@ -152,3 +156,32 @@ def test_models_with_a_tokenizer_of_their_own(tmp_path, words, kwargs, write_tok
         theirs = model.encode_text(ids, normalize=True)
     torch.testing.assert_close(ours.encode_text(texts), theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.encode_text(ids), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "width"),
+    [
+        ("xlm-roberta", {}, 64),
+        ("roberta", {"hf_proj_type": "linear", "hf_pooler_type": "cls_last_hidden_state_pooler"}, 64),
+        ("bert", {"hf_proj_type": None, "hf_pooler_type": "mean_pooler"}, 48),
+    ],
+)
+def test_text_towers_of_hugging_face(kind, words, width, tmp_path, write_tokenizer):
+    """Two maps, one or none behind them; the config of the tower lies in a folder."""
+    sizes = {"vocab_size": 10, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 96, "max_position_embeddings": 40, "pad_token_id": 1}
+    transformers.AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path / "text")
+    tokens = {"hf_tokenizer_name": "someone/words", "context_length": 24}
+    text = {"hf_model_name": str(tmp_path / "text"), "hf_model_pretrained": False, **tokens, **words}
+    model = random_model(CustomTextCLIP, {"embed_dim": 48, "vision_cfg": VIT, "text_cfg": text})
+    cfg = {"embed_dim": 48, "vision_cfg": VIT, "text_cfg": text, "custom_text": True}
+    folder = save(model, cfg, {}, tmp_path / "model")
+    write_tokenizer(folder)
+    ours = cosmos_ssl.load(folder)
+    texts = ["a red heart", "two, blue stars", "", "a " * 40]
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}", context_length=24)(texts)
+    assert torch.equal(ours.tokenize(texts), ids)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs = model.encode_text(ids, normalize=True), model.encode_image(pixels, normalize=True)
+    torch.testing.assert_close((ours.encode_text(ids), ours.encode_image(pixels)), theirs, atol=1e-5, rtol=0)

@@ -40,26 +40,32 @@ def test_all_ranks_that_stood_still_are_named(tmp_path: Path, capsys: pytest.Cap
 
 
 class Rank:
-    """Stands for a process; one with no code is in state D: it does not end though it is killed."""
+    """Stands for a process, whose code is known once it was asked for; one without is in state D: nothing ends it."""
 
     pid = 7
 
-    def __init__(self, returncode: int | None) -> None:
-        self.returncode, self.killed = returncode, False
+    def __init__(self, code: int | None) -> None:
+        self.code, self.killed = code, False
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        return self.returncode
+        self.returncode = self.code
+        return self.code
 
     def kill(self) -> None:
         self.killed = True
 
 
+@pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_cannot_be_ended_is_left_behind(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stuck: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also the first one, which waits for others: that another has failed is seen all the same."""
     monkeypatch.setattr(local, "GRACE", 0.0)
     monkeypatch.setattr(local, "STUCK", 0.1)
-    ranks = [Rank(1), Rank(None)]
-    assert _wait(ranks) == [1, -9] and ranks[1].killed
-    assert "rank 1 (process 7) is not ended by SIGKILL: it waits in the system" in capsys.readouterr().err
+    ranks = [Rank(1), Rank(1)]
+    ranks[stuck].code = None
+    codes = _wait(ranks)
+    assert codes[stuck] == -9 and codes[1 - stuck] == 1 and ranks[stuck].killed
+    assert f"rank {stuck} (process 7) is not ended by SIGKILL: it waits" in capsys.readouterr().err
     assert _outcome([1, -9], [io.StringIO(), io.StringIO()], Path(), 0) == 1

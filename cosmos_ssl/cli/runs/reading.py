@@ -101,11 +101,11 @@ class Reader:
         self._known: dict[Path, tuple[tuple[int, int], Any]] = {}
 
     def read(self, path: Path, name: str) -> Run:
-        """The run in a folder. Raises OSError where storage fails."""
+        """The run in a folder; what of it storage does not give is left out and noted."""
         folder, notes = RunFolder(path), list[str]()
         held = _holder(folder)
-        rows: _Rows = self._once(folder.metrics, _rows) or _Rows()
-        log: _Log = self._once(folder.log, _log) or _Log()
+        rows: _Rows = self._once(folder.metrics, _rows, notes) or _Rows()
+        log: _Log = self._once(folder.log, _log, notes) or _Log()
         config = self._config(folder, notes)
         result = _result(folder, notes)
         state, why = held or _ended(folder, result, log)
@@ -135,15 +135,18 @@ class Reader:
             notes=notes,
         )
 
-    def _once(self, path: Path, read: Any) -> Any:
-        """What ``read`` makes of a file; None where it is not there."""
+    def _once(self, path: Path, read: Any, notes: list[str]) -> Any:
+        """What ``read`` makes of a file; None where it is not there, or cannot be read, which is noted."""
         try:
             found = path.stat()
+            stamp = found.st_mtime_ns, found.st_size
+            if path not in self._known or self._known[path][0] != stamp:
+                self._known[path] = stamp, read(path)
         except FileNotFoundError:
             return None
-        stamp = found.st_mtime_ns, found.st_size
-        if path not in self._known or self._known[path][0] != stamp:
-            self._known[path] = stamp, read(path)
+        except OSError as error:
+            notes.append(f"{path.name} cannot be read: {error.strerror}")
+            return None
         return self._known[path][1]
 
     def _config(self, folder: RunFolder, notes: list[str]) -> dict[str, Any]:
@@ -156,7 +159,9 @@ class Reader:
             pass  # the YAML says the same
         for path in (folder.config, folder.path / QUEUED_CONFIG):
             try:
-                found = self._once(path, lambda p: parse_yaml(p.read_text("utf-8", "replace"), str(p), []).plain())
+                found = self._once(
+                    path, lambda p: parse_yaml(p.read_text("utf-8", "replace"), str(p), []).plain(), notes
+                )
             except UserError as error:
                 notes.append(str(error).partition("\n")[0])
                 continue

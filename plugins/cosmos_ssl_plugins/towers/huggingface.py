@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosmos_ssl.api import GroupFeatures, GroupPlan, Location, Modality, Spec, TextGroup, Tower, TowerSpec, UserError
+from cosmos_ssl.api import (
+    GroupFeatures,
+    GroupPlan,
+    Location,
+    Modality,
+    Size,
+    Spec,
+    TextGroup,
+    Tower,
+    TowerSpec,
+    UserError,
+)
 from cosmos_ssl.models.transformer import pick_views
 
 
@@ -27,6 +38,7 @@ class HuggingFaceText(Tower):
     ``architecture``: the kind of a model that needs no hub, such as ``bert``.
     ``config``: values of its configuration, such as ``{hidden_size: 256}``; of a ``model``, those to change.
     ``pooling``: the first token's feature (``cls``) or the mean over the text.
+    ``projection_hidden``: width of a layer with GELU, without bias, before the projection; None is no such layer.
     ``mask_token``: a learned token for hidden words (masked language modelling).
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need.
 
@@ -45,6 +57,7 @@ class HuggingFaceText(Tower):
         architecture: str | None = None,
         config: dict[str, Any] | None = None,
         pooling: Literal["cls", "mean"] = "cls",
+        projection_hidden: Size | None = None,
         mask_token: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -74,7 +87,10 @@ class HuggingFaceText(Tower):
         self.spec = TowerSpec(width=width)
         self.layer_count = int(known.num_hidden_layers) + 1
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
-        self.projection = nn.Parameter(nn.init.normal_(torch.empty(width, spec.embed_dim), std=width**-0.5))
+        hidden = None if projection_hidden is None else nn.Linear(width, projection_hidden, bias=False)
+        self.projection_hidden = hidden
+        inner = projection_hidden or width
+        self.projection = nn.Parameter(nn.init.normal_(torch.empty(inner, spec.embed_dim), std=inner**-0.5))
 
     def forward(self, groups: Mapping[str, TextGroup], plan: Mapping[str, GroupPlan]) -> dict[str, GroupFeatures]:
         """Encode the views in ``plan``; token ids int64 [V, B, S] with their lengths [V, B].
@@ -108,17 +124,21 @@ class HuggingFaceText(Tower):
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
-            projected=pooled @ self.projection if wanted.projected else None,
+            projected=self._project(pooled) if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
             masked_tokens=out[masks.to(ids.device)] if wanted.masked_tokens and masks is not None else None,
         )
 
+    def _project(self, pooled: Tensor) -> Tensor:
+        inner = pooled if self.projection_hidden is None else F.gelu(self.projection_hidden(pooled))
+        return inner @ self.projection
+
     def unread(self, plan: Mapping[str, GroupPlan]) -> Sequence[str]:
         """The projection and the mask token, where no group reads them."""
         projected = any(wanted.projected for wanted in plan.values())
         hides = self.mask_token is None or any(wanted.hide_masked for wanted in plan.values())
-        return (*(() if projected else ("projection",)), *(() if hides else ("mask_token",)))
+        return (*(() if projected else ("projection*",)), *(() if hides else ("mask_token",)))
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: 0 embeddings, 1 .. layers, ``layer_count`` what follows them."""

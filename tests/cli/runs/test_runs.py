@@ -108,6 +108,11 @@ def test_damaged_folders_are_told_and_read_on(tmp_path: Path, written: Written, 
     (folder / "config.yaml").write_text("a: [")
     code, out, err = command("runs", str(folder))
     assert (code, err) == (0, "") and "result.json is damaged" in out and "not valid YAML" in out
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    written(tmp_path / "b", [{"step": 1, "loss": 2.5}])
+    code, out, _ = command("runs", str(tmp_path))
+    assert code == 0 and "2.5" in out and "a: metrics.jsonl cannot be read: Is a directory" in out, "others are shown"
 
 
 def test_the_table_and_the_reports(two: list[str], tmp_path: Path, command: Command) -> None:
