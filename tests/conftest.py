@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -29,7 +30,18 @@ LOADED = re.compile(r"^the (student|teacher) of .+: [\d,]+ of [\d,]+ tensors.*\n
 Command = Callable[..., tuple[int, str, str]]
 Install = Callable[..., Path]
 
-multiprocessing.set_forkserver_preload(["pytest", "torch", "cosmos_ssl.testing"])  # what ranks would take seconds for
+# what ranks would take seconds for
+multiprocessing.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "cosmos_ssl.testing"])
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is not looked through by the collection of garbage that every run begins with."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cosmos_ssl.streams import steady_streams
 from cosmos_ssl.testing.examples import small_config
+from cosmos_ssl_launch import main
 
 
 def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,14 +43,16 @@ def test_other_streams_are_left_alone(monkeypatch: pytest.MonkeyPatch, closed: o
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_goes_on_when_its_reader_has_gone(tmp_path: Path, ranks: int) -> None:
+def test_a_run_goes_on_when_its_reader_has_gone(tmp_path: Path, ranks: int, capfd: pytest.CaptureFixture[str]) -> None:
     """As with ``cosmos-launch ... 2>&1 | head -n 1``; then the same command again finds it finished."""
     config = tmp_path / "x.yaml"
     config.write_text(yaml.safe_dump(small_config(str(tmp_path), 3, {"extends": "quickstart"})))
-    command = [str(Path(sys.executable).with_name("cosmos-launch")), "--config", str(config), f"profile.nproc={ranks}"]
+    argv = ["--config", str(config), f"profile.nproc={ranks}"]
+    command = [str(Path(sys.executable).with_name("cosmos-launch")), *argv]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None and process.stdout.readline().startswith(b"training here, in ")
     process.stdout.close()
     assert process.wait(timeout=100) == 0
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    assert "is finished (step 3)" in again.stdout and not again.stderr
+    assert main(argv) == 0
+    again = capfd.readouterr()
+    assert "is finished (step 3)" in again.out and not again.err

@@ -16,24 +16,25 @@ def collected_on_schedule() -> Iterator[Callable[[int], None]]:
     so far.
 
     It collects after the first call and every ``EVERY`` steps. What is there after the first stays out of it: the
-    model, and all modules.
+    model, and all modules; unless the caller has frozen what it holds, which stays frozen, and that alone.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, theirs = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
-    frozen = False
+    first = True
 
     def stepped(step: int) -> None:
-        nonlocal frozen
-        if not frozen or step % EVERY == 0:
+        nonlocal first
+        if first or step % EVERY == 0:
             gc.collect()
-        if not frozen:
+        if first and not theirs:
             gc.freeze()
-            frozen = True
+        first = False
 
     try:
         yield stepped
     finally:
-        gc.unfreeze()
+        if not theirs:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -39,24 +39,6 @@ def weight(loss: LossPart, step: int) -> float:
     return moves if isinstance(moves, float) else moves.end if step == STEPS else moves.start
 
 
-@pytest.mark.parametrize(
-    "path", [*METHODS, *ABLATIONS], ids=lambda path: str(path.relative_to(CONFIGS).with_suffix(""))
-)
-def test_trains(path: Path, shrink: Shrink, tmp_path: Path) -> None:
-    config = load_config(path).config
-    metrics = cosmos_ssl.train(path, [*shrink(config), f"output_dir={tmp_path}/run"])
-    logged = rows(tmp_path / "run")
-    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
-    terms = {"loss", *(f"loss/{name}" for name in config.losses)}
-    assert terms <= metrics.keys() and all(terms <= row.keys() for row in logged)
-    assert all(math.isfinite(value) for row in logged for value in row.values() if isinstance(value, float))
-    for row in logged:
-        total = sum(weight(part, row["step"]) * row[f"loss/{name}"] for name, part in config.losses.items())
-        assert row["loss"] == pytest.approx(total, rel=1e-5)
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
-    assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
-
-
 STILL = {
     "silc": "heads.dino.mlp.last_layer.*",  # in its first epoch
     "simdinov2": "image.projection",
@@ -70,6 +52,30 @@ STILL = {
 """What the third step of a method does not move, and nothing else."""
 
 
+def check_rows(config: Config, logged: list[dict[str, Any]], metrics: dict[str, float]) -> None:
+    """All steps, all losses, finite, and their weighted sum."""
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    terms = {"loss", *(f"loss/{name}" for name in config.losses)}
+    assert terms <= metrics.keys() and all(terms <= row.keys() for row in logged)
+    assert all(math.isfinite(value) for row in logged for value in row.values() if isinstance(value, float))
+    for row in logged:
+        total = sum(weight(part, row["step"]) * row[f"loss/{name}"] for name, part in config.losses.items())
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in (*METHODS, *ABLATIONS) if path.stem not in STILL],  # those are trained below
+    ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")),
+)
+def test_trains(path: Path, shrink: Shrink, tmp_path: Path) -> None:
+    config = load_config(path).config
+    metrics = cosmos_ssl.train(path, [*shrink(config), f"output_dir={tmp_path}/run"])
+    check_rows(config, rows(tmp_path / "run"), metrics)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert (checkpoint / "teacher.safetensors").exists() == (config.teacher.type != "none")
+
+
 @pytest.mark.parametrize("name", STILL)
 def test_resumes_to_the_same_numbers(
     name: str, shrink: Shrink, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -78,13 +84,16 @@ def test_resumes_to_the_same_numbers(
     step.
     """
     path, run = CONFIGS / "methods" / f"{name}.yaml", tmp_path / "run"
-    overrides = [*shrink(load_config(path).config), f"output_dir={run}", "checkpoints.every_steps=2"]
-    cosmos_ssl.train(path, overrides)
+    config = load_config(path).config
+    overrides = [*shrink(config), f"output_dir={run}", "checkpoints.every_steps=2"]
+    metrics = cosmos_ssl.train(path, overrides)
     before = rows(run)
+    check_rows(config, before, metrics)
     last = run / "checkpoints" / f"step_{STEPS:08d}"
     ends = [load_file(folder / "student.safetensors") for folder in sorted(last.parent.glob("step_*"))]
     still = {part for part in ends[0] if torch.equal(ends[0][part], ends[1][part])}
     assert still == set(fnmatch.filter(ends[0], STILL[name]))
+    assert (last / "teacher.safetensors").exists() == (config.teacher.type != "none")
     shutil.rmtree(last)
     (run / "result.json").unlink()
     assert [folder.name for folder in last.parent.iterdir()] == ["step_00000002"]

@@ -99,7 +99,8 @@ def test_nothing_of_a_recipe_is_uncounted(path: Path) -> None:
     cost = measure(loaded)
     assert not cost.uncounted and not cost.difference
     assert cost.flops["total"] == pytest.approx(sum(value for stage, value in cost.flops.items() if stage != "total"))
-    least = 0.5 if path.stem in ("lit", "dino_txt", "lora_clip") else 1.5  # little goes back to what rests
+    # nothing goes back through a locked tower, and beside adapters no weight has a gradient
+    least = 0.5 if path.stem in ("lit", "dino_txt", "lora_clip") else 1.5
     assert cost.flops["student_backward"] > least * cost.flops["student"] > 0
     assert (cost.flops["teacher"] > 0) == (cost.parameters["teacher"] > 0) == (
         loaded.config.teacher.type != "none"

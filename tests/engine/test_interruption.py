@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -18,11 +19,12 @@ OPERATIONS = {"open", "write", "fsync", "mkdir", "rename", "replace", "unlink", 
 SAVING = ("engine/checkpoint.py", "engine/background.py")
 
 
-def train_and_die(tiny, run_dir, kill_at):
+def train_and_die(tiny, run_dir, kill_at=None, kept=None):
     """Train in a forked child that kills itself before file operation ``kill_at`` of its checkpoints; the names of the
     operations it began.
 
-    Of the many writes of a file two count: the one that begins it, and one that finds it half written.
+    Of the many writes of a file two count: the one that begins it, and one that finds it half written. ``kept``: a
+    folder for what the run's folder held before each operation, which is what a kill would leave there.
     """
     told = run_dir.with_suffix(".operations")
     child = os.fork()
@@ -37,6 +39,8 @@ def train_and_die(tiny, run_dir, kill_at):
             if len(writes) <= 2:
                 tell.write(f"{name}\n".encode())
                 watch.begun += 1
+                if kept is not None:
+                    shutil.copytree(run_dir, kept / str(watch.begun))
                 if watch.begun == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -62,9 +66,11 @@ def is_saving(frame):
 def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
     """Before every single operation: what was given its name is sound, and the same command goes on to the same
     numbers.
+
+    One run leaves what a kill before each would; that a kill leaves it is seen below, and here of one.
     """
     tiny.make_trainer(tmp_path / "whole", tiny.make_config(**SHORT)).train()
-    whole = train_and_die(tiny, tmp_path / "watched", None)
+    whole = train_and_die(tiny, tmp_path / "watched", kept=tmp_path / "kept")
     assert set(whole) >= {"open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"}
     named = whole.index("rename")
     assert whole[:named].count("open") == whole[:named].count("fsync") and whole[named + 1 :][:2] == [
@@ -72,14 +78,21 @@ def test_killed_at_any_stage_of_a_checkpoint(tiny, rows, tmp_path):
         "fsync",
     ]  # for a power cut
     assert rows(tmp_path / "watched") == rows(tmp_path / "whole")
+    at = len(whole) // 2
+    assert train_and_die(tiny, tmp_path / "killed", at) == whole[:at]
+    assert checkpoints(tmp_path / "killed") == checkpoints(tmp_path / "kept" / str(at))
     for kill_at in range(1, len(whole) + 1):
-        run_dir = tmp_path / f"cut{kill_at}"
-        begun = train_and_die(tiny, run_dir, kill_at)
-        assert begun == whole[:kill_at]
+        run_dir, begun = tmp_path / "kept" / str(kill_at), whole[:kill_at]
         saved = latest_checkpoint(run_dir)
         assert (saved and saved.name) == (None, "step_00000002", "step_00000004")[begun[:-1].count("rename")], begun
         tiny.make_trainer(run_dir, tiny.make_config(**SHORT)).train()
         assert rows(run_dir) == rows(tmp_path / "whole"), begun
+
+
+def checkpoints(run_dir):
+    """What lies in a run's folder of checkpoints: name -> size."""
+    folder = run_dir / "checkpoints"
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def test_killed_again_and_again(tiny, rows, tmp_path):

@@ -68,7 +68,8 @@ def steps_of(found):
     return sorted(int(name.partition("#")[2]) for name in found if name.startswith("ProfilerStep#"))
 
 
-def test_the_steps_after_the_first_four_are_traced_by_stage(tiny, tmp_path):
+def test_the_steps_after_the_first_four_are_traced_by_stage(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "WIDTH", 600)  # so that products are a share that can be told
     said = train(tiny, tmp_path, 3)
     found = regions(tmp_path)
     assert steps_of(found) == [4, 5, 6]
