@@ -19,6 +19,7 @@ from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
+from cosmos_ssl.functional import local
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.precision import DTYPES
 
@@ -102,7 +103,7 @@ def count_step(
             peaks.append(max(found.peaks[stage] for stage in _GROWING))
         state.model.zero_grad(set_to_none=True)
         idle = count.live
-        peaks[0] += sum(moment.nbytes for moment in state.optimizer.tensors().values())
+        peaks[0] += sum(local(moment).nbytes for moment in state.optimizer.tensors().values())
     per_sample = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else (peaks[1] - idle) / samples
     return CardStep(
         samples=samples,

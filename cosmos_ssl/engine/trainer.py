@@ -408,9 +408,11 @@ class Run:
         """Hand a snapshot to the writer, on the first rank; of what ranks share all of them take it together."""
         if self.world.first:
             self.writers.sync()
-            self.checkpoints.write(self.callbacks.added(self.state.snapshot(self._about())))
-        elif self.state.sharding.on:
-            self.callbacks.added(self.state.snapshot({}))
+        if self.state.sharding.on:
+            self.checkpoints.prepare(self.state.step)
+        if self.world.first or self.state.sharding.on:
+            about = self._about() if self.world.first else {}
+            self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
 
     def _about(self) -> dict[str, Any]:
         """On the first rank: what a checkpoint says of the run."""
@@ -446,6 +448,7 @@ class Run:
         """
         if not self.checkpoints.writes:
             return
+        self.checkpoints.leave()
         if not self.checkpoints.has(self.state.step):
             if self.state.sharding.on:
                 log.warning("step %s is not saved, which takes all ranks", f"{self.state.step:,}")
