@@ -56,10 +56,11 @@ class Sharding:
 
     def split(self, files: int | Literal["auto"]) -> Split:
         """How checkpoints are shared out to files. A collective."""
-        if not self.on:
-            return Split(files, memory=host_memory())
+        ranks = world_size() if self.on else 1
+        if ranks == 1 or files != "auto":
+            return Split(files, ranks, host_memory())
         least = -all_max(torch.tensor(-host_memory(), dtype=torch.int64, device=self.device))
-        return Split(files, ranks=world_size(), memory=int(least))
+        return Split(files, ranks, int(least))
 
     def share(self, model: Model) -> None:
         """Leave this rank its part of each tower, of weights that are the same on all ranks."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -35,25 +36,33 @@ class Shares:
     def tell(self, rank: int, number: int, *, files: Mapping[str, Any], fault: BaseException | None = None) -> None:
         """Tell the first rank which files are written, with sizes and hashes, or why they are not."""
         told = {"files": files, "fault": fault and str(fault), "finite": not isinstance(fault, TrainingError)}
-        self._store().set(self._key(rank, number), json.dumps(told))
+        with suppress(RuntimeError):  # nobody listens any more: the first rank has gone
+            self._store().set(self._key(rank, number), json.dumps(told))
 
     def hear(self, ranks: Collection[int], number: int) -> dict[str, Any]:
         """On the first rank: wait for what these tell; all their files. Raises OSError, TrainingError as they did."""
         files: dict[str, Any] = {}
         for rank in sorted(ranks):
-            key = self._key(rank, number)
-            while not self._store().check([key]):
-                if self._leaving is not None and time.monotonic() - self._leaving > LEAVE_SECONDS:
-                    raise OSError(errno.EIO, f"rank {rank} has not written its files")
-                time.sleep(_LOOK_SECONDS)
-            told = json.loads(self._store().get(key))
-            self._store().delete_key(key)
+            told = self._told(rank, number)
             if not told["finite"]:
                 raise TrainingError(told["fault"])
             if told["fault"]:
                 raise OSError(errno.EIO, f"rank {rank}: {told['fault']}")
             files |= told["files"]
         return files
+
+    def _told(self, rank: int, number: int) -> dict[str, Any]:
+        key = self._key(rank, number)
+        try:
+            while not self._store().check([key]):
+                if self._leaving is not None and time.monotonic() - self._leaving > LEAVE_SECONDS:
+                    raise OSError(errno.EIO, f"rank {rank} has not written its files")
+                time.sleep(_LOOK_SECONDS)
+            told: dict[str, Any] = json.loads(self._store().get(key))
+            self._store().delete_key(key)
+        except RuntimeError as error:  # of the store
+            raise OSError(errno.EIO, f"rank {rank} cannot be heard of") from error
+        return told
 
     def _key(self, rank: int, number: int) -> str:
         return f"checkpoint/{self._world}/{number}/{rank}"
