@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.weights import add_batches, add_checkpoint, positive, reading
 from cosmos_ssl.cli.common import table
 from cosmos_ssl.cli.progress import stages
+from cosmos_ssl.cli.weights import add_batches, add_checkpoint, positive, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 
 _PORT, _MOST, _PRINTED = 8321, 1000, 5

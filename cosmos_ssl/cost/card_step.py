@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def count_step(
         attention = resolve_backend(training.attention, DEVICE, DTYPES[precision] or torch.float32)
         state = RunState(assembly, config, DEVICE, precision)
         state.model.train()
+        gc.collect()  # what was whole before it was shared out
         step = Step(assembly, state, training)
         for number, size in enumerate(sizes):  # the first one also makes moments, and looks closely
             views = map_tensors(make_batch(assembly, size, caption_tokens), count.pin)

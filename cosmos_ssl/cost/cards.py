@@ -1,8 +1,8 @@
 """What a counted step would take on a named card: an estimate, by its peak rates and the share of them that is reached.
 
 Each operation takes as long as its products, its bytes, or its launches, whichever is longest; operations run one after
-the other, collectives of weights and gradients beside the passes, and the copy of a batch beside the step before. The host launches one
-kernel after the other, too.
+the other, collectives of weights and gradients beside the passes, and the copy of a batch beside the step before. The
+host launches one kernel after the other, too.
 """
 
 from __future__ import annotations

@@ -207,6 +207,8 @@ class Count(TorchDispatchMode):
     # ------------------------------------------------------------------ one operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # of a DTensor: what it does to this rank's part comes here by itself
         kwargs = kwargs or {}
         name = _name(func)
         if func._schema.name.startswith("profiler::"):

@@ -61,7 +61,7 @@ class Snapshot:
     """Names of the tensors that may hold infinities, such as masks; none may hold NaN."""
     settled: bool = True
     """False where the last update was left out as not finite: older checkpoints stay beside this one."""
-    split: Split = Split()
+    split: Split = field(default_factory=Split)
     files: Mapping[str, Sequence[File]] = field(default_factory=dict)
     """By role; one that is not there lies in one file, and is here as a whole."""
 
@@ -123,9 +123,7 @@ def _temporary(final: Path) -> Path:
     return final.with_name(f".{final.name}.tmp")
 
 
-def save_checkpoint(
-    run_dir: Path, snapshot: Snapshot, hear: Callable[[], Mapping[str, Any]] | None = None
-) -> Path:
+def save_checkpoint(run_dir: Path, snapshot: Snapshot, hear: Callable[[], Mapping[str, Any]] | None = None) -> Path:
     """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name.
 
     Where other ranks write files of it, in a folder that was begun before, ``hear`` waits for what they tell of these.

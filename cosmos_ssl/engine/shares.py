@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cosmos_ssl.errors import TrainingError
 
 LEAVE_SECONDS = 20.0
-"""A run that is told to leave, or fails, waits for so long for a rank that may be gone."""
+"""A run that fails waits for so long for ranks that may be gone."""
 _LOOK_SECONDS = 0.05
 _worlds = itertools.count()
 

@@ -277,6 +277,7 @@ class Run:
         except (Interrupted, TrainingError):
             raise
         except Exception:
+            self.checkpoints.leave()  # other ranks may be gone
             if self.between_steps:
                 self.save_alone()
             raise
@@ -448,7 +449,6 @@ class Run:
         """
         if not self.checkpoints.writes:
             return
-        self.checkpoints.leave()
         if not self.checkpoints.has(self.state.step):
             if self.state.sharding.on:
                 log.warning("step %s is not saved, which takes all ranks", f"{self.state.step:,}")

@@ -17,7 +17,16 @@ GIB = 2**30
 
 def kernel(stage: str, **given: int | str) -> Kernel:
     """One operation; ``given`` is what it does."""
-    plain = {"name": "x", "launches": 1, "bytes": 0, "flops": 0, "precision": "half", "sent": 0, "span": 0, "carried": 0}
+    plain = {
+        "name": "x",
+        "launches": 1,
+        "bytes": 0,
+        "flops": 0,
+        "precision": "half",
+        "sent": 0,
+        "span": 0,
+        "carried": 0,
+    }
     return Kernel(stage=stage, **plain | given)  # type: ignore[arg-type]
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cosmos_ssl.config import CheckpointsConfig
-from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine import shares
+from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import (
     Snapshot,
     begin_checkpoint,
