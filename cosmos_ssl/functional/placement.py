@@ -54,8 +54,8 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
             parts, number = own.chunk(mesh.size(dim), placement.dim), mesh.get_local_rank(dim)
             own = parts[number] if number < len(parts) else own.narrow(placement.dim, 0, 0)
     own = own.to(like.device, copy=True)
-    shape = {"shape": x.shape, "stride": x.stride()}
-    return cast(Tensor, DTensor.from_local(own, mesh, placements, run_check=False, **shape))
+    found = DTensor.from_local(own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return cast(Tensor, found)
 
 
 def sum_of_parts(x: Tensor, sharded: Sequence[Tensor]) -> Tensor:

@@ -162,7 +162,7 @@ def test_ranks_that_share_weights_hold_and_send_their_part(run: Run, on_device: 
     found = {kind: run(on_device.step, COSMOS, [*sizes, *how], 6, 8) for kind, how in kinds.items()}
     whole, shared = found["replicate"], found["hsdp"]
     assert not shared.found.uncounted and shared.found.waits.total() == whole.found.waits.total()
-    assert shared.state < 0.7 * whole.state and shared.per_sample == pytest.approx(whole.per_sample, rel=0.2)
+    assert shared.state < 0.7 * whole.state and shared.peak < whole.peak
     spans = {kind: {(k.stage, k.span) for k in step.found.kernels if k.sent} for kind, step in found.items()}
     passes = {("teacher forward", 4), ("student forward", 4), ("backward", 4)}
     assert passes <= spans["hsdp"] and not passes & spans["replicate"]
