@@ -16,7 +16,8 @@ from cosmos_ssl.api.callback import KEPT
 from cosmos_ssl.config import LoadedConfig
 from cosmos_ssl.config.sections import LoraConfig, ModelConfig
 from cosmos_ssl.config.source import read_file
-from cosmos_ssl.engine.checkpoint import TENSORS, find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.engine.checkpoint import find_fault, is_checkpoint, latest_checkpoint, load_tensors
+from cosmos_ssl.engine.layout import roles_in
 from cosmos_ssl.errors import CheckpointError, did_you_mean
 from cosmos_ssl.files import checkpoint_folders
 from cosmos_ssl.interop.attention_heads import assume_heads, other_kinds, told_heads
@@ -110,10 +111,10 @@ def read_weights(source: Source, which: str, *, partial: bool = False) -> Weight
     Their values stay in the file until they are used. Raises CheckpointError.
     """
     if source.folder is not None and source.run is not None:
-        there = [file.stem for file in source.folder.glob(f"*{TENSORS}") if file.stem != "optimizer"]
+        there = [role for role in roles_in(source.folder) if role != "optimizer"]
         if which not in there:
             hint = did_you_mean(which, there)
-            raise CheckpointError(f"{source} holds no {which}.{hint} It holds {', '.join(sorted(there))}")
+            raise CheckpointError(f"{source} holds no {which}.{hint} It holds {', '.join(there)}")
         state = load_tensors(source.folder, which)
         if which == "teacher":  # which has no losses: what an encoder or an export tells of them is the student's
             student = load_tensors(source.folder, "student")
@@ -143,7 +144,7 @@ def roles_of(source: Source) -> tuple[Role, ...]:
     """The roles that are there. Raises CheckpointError."""
     if source.folder is None:
         return foreign_roles(source.name) or ()
-    return tuple(role for role in ROLES if (source.folder / f"{role}.safetensors").exists())
+    return tuple(role for role in ROLES if role in roles_in(source.folder))
 
 
 def start_from(model: Model, config: ModelConfig) -> str:

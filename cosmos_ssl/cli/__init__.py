@@ -20,6 +20,7 @@ COMMANDS = {
     "embed": "embeddings of pictures, shards or texts, as Parquet or NumPy",
     "search": "pictures found by words or by pictures, as a page, as JSON, or served to a browser",
     "export": "write a trained model for OpenCLIP, Hugging Face, timm or the official program",
+    "checkpoint": "write a checkpoint in several files with one file a role",
     "flops": "FLOPs, parameters and activation memory of a training step, side by side for several configs",
     "info": "versions, devices, attention backends and kernels, for bug reports",
 }

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_checkpoint, options_of, reading
+from cosmos_ssl.cli.weights import add_checkpoint, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError
 
 

@@ -1,75 +1,40 @@
-"""What commands that read weights share: ``--checkpoint``, ``--which``, ``--device``, and overrides of its config."""
+"""``cosmos-ssl checkpoint``: checkpoints of runs as files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
-
-def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add ``--checkpoint`` and ``--trust-code``, and let overrides stand anywhere on the command line."""
-    theirs = "a model of OpenCLIP, Hugging Face or timm"
-    kinds = f"a run folder, one of its checkpoints, an official file, a released name, or {theirs}"
-    parser.add_argument("--checkpoint", required=required, metavar="C", help=kinds)
-    add_trust_code(parser)
-    parser.set_defaults(overrides=[])
+from cosmos_ssl.errors import EXIT_DONE, UserError
+from cosmos_ssl.files import storage_faults
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add these flags, and those of one role on a device."""
-    add_source(parser)
-    parser.add_argument(
-        "--which",
-        default="student",
-        metavar="ROLE",
-        help="whose weights: student, teacher, or a callback's name (default: %(default)s)",
+def add_parser(subparsers: Any) -> None:
+    """Add the command and those below it."""
+    parser = subparsers.add_parser("checkpoint")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    merge = commands.add_parser(
+        "merge",
+        help="write one file a role",
+        description="Writes a checkpoint whose roles lie in several files (checkpoints.shards) with one file a role, "
+        "into a run folder of its own. Tensors go through memory one by one.",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ... (default: %(default)s)"
-    )
-    parser.epilog = (
-        "key.sub=value arguments override the checkpoint's config, such as model.text.heads=4, and may stand anywhere."
-    )
+    merge.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder (its newest), or one of its checkpoints")
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new run folder")
+    merge.set_defaults(run=_merge)
 
 
-def add_batches(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of how samples are gone through."""
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=positive, metavar="N", help="threads that decode (default: one a core, at most 8)"
-    )
+def _merge(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} is there already, and not empty. Give a new folder")
+    from cosmos_ssl.build.weights import find_source
+    from cosmos_ssl.engine.merging import merge
 
-
-def options_of(arguments: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments that a function of ``cosmos_ssl`` takes by their names."""
-    return {name: value for name, value in vars(arguments).items() if name in signature(function).parameters}
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
-    return int(text)
-
-
-def add_trust_code(parser: argparse.ArgumentParser) -> None:
-    """The flag of all commands that build a model from a run's own config."""
-    words = (
-        "also import the code that the run's config names as python:MODULE.CLASS; without it parts of "
-        "installed packages alone are used"
-    )
-    parser.add_argument("--trust-code", action="store_true", help=words)
-
-
-@contextmanager
-def reading(*, shown: bool = True) -> Iterator[None]:
-    """Show on stderr what is logged of weights that are read: what was taken, what was passed over, what is assumed."""
-    from rich.console import Console
-
-    from cosmos_ssl.engine.watch import lines
-
-    with lines(Console(stderr=True, quiet=not shown)):
-        yield
+    source = find_source(arguments.checkpoint)
+    if source.folder is None:
+        raise UserError(f"{source} is no checkpoint of a run")
+    with storage_faults(f"{output} cannot be written"):
+        print(merge(source.folder, output))
+    return EXIT_DONE

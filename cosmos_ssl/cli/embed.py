@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, options_of, reading
 from cosmos_ssl.cli.place import add_place, carry_out
 from cosmos_ssl.cli.progress import stages
+from cosmos_ssl.cli.weights import add_batches, add_checkpoint, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE
 
 if TYPE_CHECKING:

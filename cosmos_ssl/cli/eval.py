@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.cli.common import add_json, table, write_json
 from cosmos_ssl.cli.place import add_place, carry_out
 from cosmos_ssl.cli.progress import stages
+from cosmos_ssl.cli.weights import add_batches, add_source, options_of, positive, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.evaluation.task_names import ALL, ON_FEATURES, PURPOSES
 

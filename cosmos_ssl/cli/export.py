@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_source, options_of, reading
+from cosmos_ssl.cli.weights import add_source, options_of, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.interop.forms import FORMS
 

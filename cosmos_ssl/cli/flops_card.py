@@ -57,9 +57,12 @@ def _counted(
     """In the process with the device: the step of a config, and the samples of its data set if it is indexed here."""
     from cosmos_ssl.build import Builder
     from cosmos_ssl.cost.card_step import count_step
+    from cosmos_ssl.cost.cards import NODE
 
     fixed = ["evaluators=null", f"training.batch_size={samples * ranks}", "loader.lanes=null"]
     loaded = load_config(config, [*overrides, *fixed])
+    if loaded.config.training.parallel == "hsdp" and loaded.config.training.parallel_shards is None:
+        loaded = load_config(config, [*overrides, *fixed, f"training.parallel_shards={min(NODE, ranks)}"])
     assembly = Builder(loaded).assemble("measure")
     options: dict[str, Any] = {"samples": samples, "caption_tokens": caption_tokens, "ranks": ranks}
     return count_step(assembly, loaded.config, **options), _indexed(assembly)

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.checkpoint import add_batches, add_checkpoint, positive, reading
 from cosmos_ssl.cli.common import table
 from cosmos_ssl.cli.progress import stages
+from cosmos_ssl.cli.weights import add_batches, add_checkpoint, positive, reading
 from cosmos_ssl.errors import EXIT_DONE, UserError, printable
 from cosmos_ssl.files import folder_fault, storage_faults
 

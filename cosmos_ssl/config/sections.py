@@ -246,7 +246,8 @@ class CheckpointsConfig(Section):
     One that is due by ``every_steps`` is always written: where an older one is still being written, the run waits.
     ``on_failure``: what a run does when one cannot be written (a full disk): go on with the older one, or end.
     ``copy_to``: an fsspec URL to which each is copied, such as ``s3://bucket/run``; a run whose folder has none as new
-    goes on from there.
+    goes on from there. ``shards``: so many files a role, with an index beside them; of ranks that share weights each
+    then writes its own. ``auto``: several of 4 GiB where a role has more than 32, or where a host could not hold all.
     """
 
     every_minutes: Minutes | None = 30.0
@@ -255,6 +256,7 @@ class CheckpointsConfig(Section):
     keep_every_epochs: Count | None = None
     on_failure: Literal["continue", "stop"] = "continue"
     copy_to: Annotated[str, Field(min_length=1)] | None = None
+    shards: Annotated[int, Field(gt=0, le=9_999)] | Literal["auto"] = 1
 
 
 class LoggingConfig(Section):

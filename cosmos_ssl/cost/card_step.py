@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cosmos_ssl.engine.ahead import on_device
 from cosmos_ssl.engine.assembly import Assembly
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
+from cosmos_ssl.functional import local
 from cosmos_ssl.models.attention import resolve_backend
 from cosmos_ssl.models.precision import DTYPES
 
@@ -91,6 +93,7 @@ def count_step(
         attention = resolve_backend(training.attention, DEVICE, DTYPES[precision] or torch.float32)
         state = RunState(assembly, config, DEVICE, precision)
         state.model.train()
+        gc.collect()  # what was whole before it was shared out
         step = Step(assembly, state, training)
         for number, size in enumerate(sizes):  # the first one also makes moments, and looks closely
             views = map_tensors(make_batch(assembly, size, caption_tokens), count.pin)
@@ -102,7 +105,7 @@ def count_step(
             peaks.append(max(found.peaks[stage] for stage in _GROWING))
         state.model.zero_grad(set_to_none=True)
         idle = count.live
-        peaks[0] += sum(moment.nbytes for moment in state.optimizer.tensors().values())
+        peaks[0] += sum(local(moment).nbytes for moment in state.optimizer.tensors().values())
     per_sample = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else (peaks[1] - idle) / samples
     return CardStep(
         samples=samples,

@@ -1,8 +1,8 @@
 """What a counted step would take on a named card: an estimate, by its peak rates and the share of them that is reached.
 
 Each operation takes as long as its products, its bytes, or its launches, whichever is longest; operations run one after
-the other, collectives beside the backward pass, and the copy of a batch beside the step before. The host launches one
-kernel after the other, too.
+the other, collectives of weights and gradients beside the passes, and the copy of a batch beside the step before. The
+host launches one kernel after the other, too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ LAUNCH_SECONDS = 6e-6
 """What PyTorch takes on the host for a launch."""
 NODE = 8
 """Cards of a node; with more ranks, collectives run at the network's rate."""
+_BESIDE = ("teacher forward", "student forward", "backward")
+"""Stages that collectives run beside: of gradients, and of the weights that the next block takes."""
 LOADER_SECONDS = 3.9e-3
 """Of one core for a sample's eight views and captions of COSMOS (tools/bench_data.py)."""
 ASSUMPTIONS = (
     f"Assumed: products reach {PRODUCTS:.0%} of the card's peak, memory {MEMORY:.0%}; an operation takes the longer of",
     f"both, and at least {1e6 * KERNEL_SECONDS:g} us a kernel, one after the other; a launch takes the host "
     f"{1e6 * LAUNCH_SECONDS:g} us;",
-    f"collectives reach {LINKS:.0%} of NVLink up to {NODE} ranks, of the network beyond, beside the backward pass;",
+    f"collectives reach {LINKS:.0%} of NVLink within {NODE} ranks, of the network beyond, beside the passes;",
     "a batch is copied beside the step before;",
     f"tensors fill {USABLE:.0%} of the memory. MFU is of the products that run. A core of the loader makes the",
     "eight views of a sample of COSMOS, and its tokens.",
@@ -84,11 +86,10 @@ def estimate(step: CardStep, card: Card) -> Estimate:
     kernels: dict[str, list[tuple[Kernel, int]]] = defaultdict(list)
     for kernel, count in step.found.kernels.items():
         kernels[kernel.stage].append((kernel, count))
-    link = (card.link if step.ranks <= NODE else card.network) * LINKS * 1e9
     stages = []
     for name in (name for name in STAGES if kernels[name]):
         computing = sum(count * _seconds(kernel, card) for kernel, count in kernels[name])
-        sending = sum(count * kernel.sent for kernel, count in kernels[name]) / link
+        sending = sum(count * _sending(kernel, card) for kernel, count in kernels[name])
         stages.append(
             Stage(
                 name=name,
@@ -96,7 +97,7 @@ def estimate(step: CardStep, card: Card) -> Estimate:
                 gigabytes=sum(count * kernel.bytes for kernel, count in kernels[name]) / 1e9,
                 teraflops=sum(count * kernel.flops for kernel, count in kernels[name]) / 1e12,
                 peak_gib=step.found.peaks[name] / 2**30,
-                ms=1e3 * (max(computing, sending) if name == "backward" else computing + sending),
+                ms=1e3 * (max(computing, sending) if name in _BESIDE else computing + sending),
             )
         )
     launches, teraflops = sum(stage.launches for stage in stages), sum(stage.teraflops for stage in stages)
@@ -121,6 +122,11 @@ def estimate(step: CardStep, card: Card) -> Estimate:
         loader_cores=rate * LOADER_SECONDS,
         stages=tuple(stages),
     )
+
+
+def _sending(kernel: Kernel, card: Card) -> float:
+    """Return what a collective takes on its links: ranks of a node are neighbours."""
+    return kernel.sent / ((card.link if kernel.span <= NODE else card.network) * LINKS * 1e9)
 
 
 def _seconds(kernel: Kernel, card: Card) -> float:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos_ssl.cost.flops import is_free
-from cosmos_ssl.cost.kernels import is_collective, is_view, launches, moved, sent, written
+from cosmos_ssl.cost.kernels import is_collective, is_view, launches, moved, sent, talking, written
 from cosmos_ssl.functional.products import formulas
 
 aten = torch.ops.aten
@@ -63,6 +63,8 @@ class Kernel(NamedTuple):
     """Of its products: ``half``, ``tf32`` or ``float``."""
     sent: int
     """Bytes to other ranks."""
+    span: int
+    """From the first to the last of the ranks that it talks to, both counted; 0 where it talks to none."""
     carried: int
     """Bytes from or to the host."""
 
@@ -94,10 +96,11 @@ class Found:
 class _Storage:
     """Memory of the device: a number for an address, and its bytes as far as they are known."""
 
-    __slots__ = ("known", "number")
+    __slots__ = ("bytes", "known", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.bytes = 0
         self.known: Tensor | None = None
 
 
@@ -145,6 +148,7 @@ class Count(TorchDispatchMode):
             (FakeTensor, "data_ptr", lambda tensor: self.address(tensor)),
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
             (F, "scaled_dot_product_attention", _attention),
+            (torch.UntypedStorage, "resize_", lambda storage, size: self._resize(storage, size)),
         ):
             self._stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, answer)
@@ -203,6 +207,8 @@ class Count(TorchDispatchMode):
     # ------------------------------------------------------------------ one operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # of a DTensor: what it does to this rank's part comes here by itself
         kwargs = kwargs or {}
         name = _name(func)
         if func._schema.name.startswith("profiler::"):
@@ -311,14 +317,26 @@ class Count(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._storages:
                     self._storages[storage._cdata] = _Storage(next(self._numbers))
-                    size = -(-storage.nbytes() // _BLOCK) * _BLOCK
-                    self.live += size
-                    self._note_memory()
-                    weakref.finalize(storage, self._free, storage._cdata, size).atexit = False
+                    self._hold(storage)
+                    weakref.finalize(storage, self._free, storage._cdata).atexit = False
 
-    def _free(self, storage: int, size: int) -> None:
-        self.live -= size
-        self._storages.pop(storage, None)
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        """Count the memory of a storage, in whole blocks, as it is now."""
+        held = self._storages[storage._cdata]
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        self.live += size - held.bytes
+        held.bytes = size
+        self._note_memory()
+
+    def _free(self, storage: int) -> None:
+        self.live -= self._storages.pop(storage).bytes
+
+    def _resize(self, storage: torch.UntypedStorage, size: int) -> Any:
+        """``resize_`` of a storage, by which ``fully_shard`` frees what it has gathered: no operation tells of it."""
+        found = _resize(storage, size)
+        if storage._cdata in self._storages:
+            self._hold(storage)
+        return found
 
     def address(self, tensor: Tensor) -> int:
         """A number for where a tensor lies, like that of ``data_ptr``."""
@@ -375,6 +393,7 @@ class Count(TorchDispatchMode):
     def _add(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
         size = moved(func, args, kwargs, out)
         collective = is_collective(func)
+        ranks = sorted(talking(args)) if collective else []
         if not size and not collective:
             return  # nothing to do, nothing launched
         formula, flops = self._formulas.get(func._overloadpacket), 0
@@ -390,6 +409,7 @@ class Count(TorchDispatchMode):
             flops=flops,
             precision=_precision(tensors),
             sent=sent(func, args) if collective else 0,
+            span=ranks[-1] - ranks[0] + 1 if ranks else 0,
             carried=size if _name(func) in _COPIES and len({x.device.type for x in (*tensors, out)}) > 1 else 0,
         )
         self.found.kernels[kernel] += 1
@@ -427,6 +447,7 @@ def _attention(
 
 
 _sdpa = F.scaled_dot_product_attention
+_resize = torch.UntypedStorage.resize_
 
 
 def _name(func: Any) -> str:

@@ -65,7 +65,7 @@ def is_free(operation: str) -> bool:
     if space == "prim":
         return not name.startswith(("PythonOp", "Call", "Loop", "If"))
     if space != "aten":
-        return space in ("prims", "c10d", "_c10d_functional", "profiler", "cosmos_ssl")
+        return space in ("prims", "c10d", "_c10d_functional", "fsdp", "profiler", "cosmos_ssl")
     if name.startswith(("_foreach", "_fused_adam", "_amp_")):
         return True
     base = (

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -153,9 +155,17 @@ def _touched(tensor: Tensor) -> int:
 def sent(func: Any, args: Sequence[Any]) -> int:
     """Bytes that this rank sends in a collective, in a ring."""
     name = func._schema.name.partition("::")[2]
-    sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
-    largest, ranks = max(sizes, default=0), world_size()
+    sizes = [sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
+    largest, ranks = max(sizes, default=0), len(talking(args))
     return round(largest * (ranks - 1) / ranks * (2 if "allreduce" in name else 1))
+
+
+def talking(args: Sequence[Any]) -> list[int]:
+    """The ranks that take part in a collective."""
+    for group in tree_leaves(args):
+        if isinstance(group, torch.ScriptObject) and "ProcessGroup" in str(group._type()):
+            return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+    return list(range(world_size()))
 
 
 def is_collective(func: Any) -> bool:

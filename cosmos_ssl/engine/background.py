@@ -8,14 +8,17 @@ import time
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from cosmos_ssl.config import CheckpointsConfig
-from cosmos_ssl.engine.checkpoint import Snapshot, save_checkpoint
+from cosmos_ssl.engine.checkpoint import Snapshot, begin_checkpoint, save_checkpoint, save_share
 from cosmos_ssl.engine.copies import Copies
 from cosmos_ssl.engine.rollback import needed
+from cosmos_ssl.engine.shares import Shares
 from cosmos_ssl.errors import CosmosError, StorageError, TrainingError
 from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
+from cosmos_ssl.functional import rank
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ class CheckpointWriter:
         writes: bool = True,
     ) -> None:
         """``sound`` is the step of the checkpoint that the run goes on from, ``stable`` the last from which it can be
-        prolonged, kept for good; without ``writes`` none is ever due. ``reach``: how many steps the run may go back.
+        prolonged, kept for good; without ``writes`` none is ever due: other ranks write their files of the first's.
+        ``reach``: how many steps the run may go back.
         """
         self.run_dir = run_dir
         self.settings = settings
@@ -54,6 +58,7 @@ class CheckpointWriter:
         self._step = -1
         self._owed, self._begun = False, time.monotonic()
         self.copies: Copies | None = None
+        self._shares, self._number = Shares(), 0
         if writes:
             _set_aside(run_dir, newer_than=-1 if sound is None else sound)
             if settings.copy_to is not None:
@@ -88,12 +93,31 @@ class CheckpointWriter:
         """Return whether the checkpoint of ``step`` is written or being written."""
         return self.sound == step or (self._writing is not None and self._step == step)
 
+    def prepare(self, step: int) -> None:
+        """Before ranks that share weights take a snapshot, on all: wait for a write that is under way, so that none
+        holds two copies, and make the folder that several may write in.
+        """
+        self._collect()
+        self._number += 1
+        if self.writes:
+            try:
+                begin_checkpoint(self.run_dir, step)
+            except OSError as error:  # which writing there will tell
+                log.debug("%s", error)
+
     def write(self, snapshot: Snapshot) -> None:
         """Start writing; waits only for one that is still under way."""
         self._collect()
         self._step = snapshot.step
         self._owed, self._begun = False, time.monotonic()
-        self._writing = self._thread.submit(self._write, snapshot)
+        if self.writes:
+            self._writing = self._thread.submit(self._write, snapshot)
+        elif rank() in snapshot.others:
+            self._writing = self._thread.submit(self._write_share, snapshot, self._number)
+
+    def leave(self) -> None:
+        """Wait no longer for ranks that may be gone."""
+        self._shares.leave()
 
     def wait(self, step: int) -> None:
         """Wait for what is being written. Raises ``take_fault`` unless the checkpoint of ``step`` is on the disk."""
@@ -129,6 +153,8 @@ class CheckpointWriter:
 
     def close(self, *, finished: bool = True) -> None:
         """Wait, of copies where the run is ``finished``, and end the thread."""
+        if not finished:
+            self.leave()
         self._collect()
         self._thread.shutdown()
         if self._fault is not None:
@@ -138,7 +164,8 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         start = time.monotonic()
-        save_checkpoint(self.run_dir, snapshot)
+        others, number = snapshot.others, self._number
+        save_checkpoint(self.run_dir, snapshot, partial(self._shares.hear, others, number) if others else None)
         self.seconds = time.monotonic() - start
         self.sound = snapshot.step
         if self.copies is not None:
@@ -147,6 +174,13 @@ class CheckpointWriter:
             self._prune()
         if self.copies is not None:
             self.copies.added(snapshot.step)
+
+    def _write_share(self, snapshot: Snapshot, number: int) -> None:
+        """On another rank than the first: write its files and tell it so."""
+        try:
+            self._shares.tell(rank(), number, files=save_share(self.run_dir, snapshot))
+        except (OSError, TrainingError) as error:
+            self._shares.tell(rank(), number, files={}, fault=error)
 
     def _prune(self) -> None:
         """Remove what the rules let go, but nothing that is still to be copied."""

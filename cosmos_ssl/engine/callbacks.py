@@ -19,7 +19,8 @@ from cosmos_ssl.api.part import describe
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.sections import RuleConfig
 from cosmos_ssl.data.order import step_seed
-from cosmos_ssl.engine.checkpoint import TENSORS, Snapshot, load_tensors, to_host
+from cosmos_ssl.engine.checkpoint import Snapshot, load_tensors, to_files
+from cosmos_ssl.engine.layout import roles_in
 from cosmos_ssl.errors import CheckpointError, listed
 from cosmos_ssl.models.contract import blaming
 
@@ -113,16 +114,18 @@ class Callbacks:
         if not self.parts:
             return snapshot
         states = self._states()
-        tensors = {name: to_host(tensors) for name, (tensors, _) in states.items() if tensors}
-        buffers = {key for each in tensors.values() for key in each}
+        own = {name: tensors for name, (tensors, _) in states.items() if tensors}
+        buffers = {key for each in own.values() for key in each}
+        tensors, files = to_files(own, snapshot.split)
         plain = {
             name: json.loads(json.dumps(each)) for name, (_, each) in states.items()
         }  # theirs may change meanwhile
-        own = {"told": dict(self.told), "keep": list(self.keep), "states": plain}
+        told = {"told": dict(self.told), "keep": list(self.keep), "states": plain}
         return replace(
             snapshot,
             tensors={**snapshot.tensors, **tensors},
-            state={**snapshot.state, "callbacks": own},
+            files={**snapshot.files, **files},
+            state={**snapshot.state, "callbacks": told},
             buffers={*snapshot.buffers, *buffers},
         )
 
@@ -131,7 +134,7 @@ class Callbacks:
         found = saved.get("callbacks") or {"told": {}, "keep": [], "states": {}}
         self.told, self.keep = dict(found["told"]), [name for name in found["keep"] if name in self.parts]
         for name in self.parts.keys() & found["states"].keys():
-            tensors = load_tensors(path, name) if (path / f"{name}{TENSORS}").exists() else {}
+            tensors = load_tensors(path, name) if name in roles_in(path) else {}
             try:
                 self.parts[name].load_state_dict({**found["states"][name], **tensors})
             except (LookupError, TypeError, ValueError) as error:

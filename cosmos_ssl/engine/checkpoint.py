@@ -1,7 +1,8 @@
 """Checkpoints on disk: a folder of tensors, state and a manifest, written so that no crash leaves half a one.
 
 ``checkpoints/step_00001000/`` holds ``student.safetensors``, ``teacher.safetensors`` where there is a teacher,
-``optimizer.safetensors``, ``state.json`` and, last, ``manifest.json`` with sizes and SHA-256 hashes.
+``optimizer.safetensors``, ``state.json`` and, last, ``manifest.json`` with sizes and SHA-256 hashes. A role may lie in
+several files (``layout``), which several ranks write.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_ssl.api import Role
+from cosmos_ssl.engine.layout import INDEX, TENSORS, File, Split, files_of, index, role_of
 from cosmos_ssl.errors import CheckpointError, TrainingError, listed
 from cosmos_ssl.files import checkpoint_folder, checkpoint_folders, checkpoint_step
 from cosmos_ssl.functional import is_sharded, laid_out, rank, whole
@@ -30,7 +32,6 @@ from cosmos_ssl.interop.files import find_nonfinite, read_json, read_safetensors
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-TENSORS = ".safetensors"
 MAX_STEP = 1 << 48
 _CHUNK = 1 << 24
 _FILE = re.compile(r"[\w-][\w.-]*")
@@ -60,56 +61,128 @@ class Snapshot:
     """Names of the tensors that may hold infinities, such as masks; none may hold NaN."""
     settled: bool = True
     """False where the last update was left out as not finite: older checkpoints stay beside this one."""
+    split: Split = field(default_factory=Split)
+    files: Mapping[str, Sequence[File]] = field(default_factory=dict)
+    """By role; one that is not there lies in one file, and is here as a whole."""
+
+    @property
+    def others(self) -> set[int]:
+        """The ranks that write files of it beside the first."""
+        return {file.rank for files in self.files.values() for file in files} - {0}
+
+    def contents(self, role: str) -> Sequence[tuple[str, Mapping[str, Tensor]]]:
+        """The files of a role that this rank writes, by name, with their tensors."""
+        own, files = self.tensors[role], self.files.get(role)
+        if files is None:
+            return [(f"{role}{TENSORS}", own)]
+        return [(file.name, {name: own[name] for name in file.tensors}) for file in files if file.rank == rank()]
+
+    def bytes(self) -> int:
+        """All that all ranks write of tensors."""
+        held = (sum(x.nbytes for x in own.values()) for role, own in self.tensors.items() if role not in self.files)
+        return sum(held) + sum(file.bytes for files in self.files.values() for file in files)
 
 
-def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies in host memory.
+def to_host(tensors: Mapping[str, Tensor], kept: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Contiguous copies in host memory, of those that are ``kept``.
 
-    A collective where some are sharded: these are put together one after the other, and none but the first rank keeps
-    what it gets.
+    A collective where some are sharded: these are put together one after the other, on ranks that do not keep them too.
     """
-    shared = any(map(is_sharded, tensors.values()))
     copies = {}
     for name, tensor in tensors.items():
-        found = whole(tensor)
-        if not shared or rank() == 0:
+        keeps = kept is None or name in kept
+        found = whole(tensor) if keeps or is_sharded(tensor) else tensor
+        if keeps:
             copies[name] = found.to("cpu", copy=True).contiguous()
     return copies
+
+
+def to_files(
+    roles: Mapping[str, Mapping[str, Tensor]], split: Split
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[File]]]:
+    """Copies in host memory of the tensors that this rank writes, by role, and who writes what. As ``to_host``."""
+    files = split.files({role: {name: x.nbytes for name, x in own.items()} for role, own in roles.items()})
+    own = {role: {name for file in files[role] if file.rank == rank() for name in file.tensors} for role in roles}
+    return {role: to_host(tensors, own[role]) for role, tensors in roles.items()}, files
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def save_checkpoint(run_dir: Path, snapshot: Snapshot) -> Path:
+def begin_checkpoint(run_dir: Path, step: int) -> Path:
+    """Make the empty folder, of a temporary name, in which a checkpoint is written. Raises OSError."""
+    final = checkpoint_folder(run_dir, step)
+    final.parent.mkdir(exist_ok=True)
+    temporary = _temporary(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.name}.tmp")
+
+
+def save_checkpoint(run_dir: Path, snapshot: Snapshot, hear: Callable[[], Mapping[str, Any]] | None = None) -> Path:
     """Write ``snapshot`` under a temporary name, flush it to the disk, give it its name.
 
+    Where other ranks write files of it, in a folder that was begun before, ``hear`` waits for what they tell of these.
     Raises OSError, and before it writes anything also where the disk has no room; TrainingError where a tensor is not
     finite.
     """
-    _check_finite(snapshot)
     final = checkpoint_folder(run_dir, snapshot.step)
-    parent = final.parent
-    parent.mkdir(exist_ok=True)
-    temporary = parent / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    _check_room(parent, snapshot)
-    temporary.mkdir()
+    temporary = _temporary(final)
+    final.parent.mkdir(exist_ok=True)
     try:
-        files = {
-            f"{name}.safetensors": _write(temporary / f"{name}.safetensors", _safetensors(tensors, name))
-            for name, tensors in snapshot.tensors.items()
-        }
+        _check_finite(snapshot)
+        if hear is None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _check_room(final.parent, snapshot)
+        if hear is None:
+            begin_checkpoint(run_dir, snapshot.step)
+        files = _write_tensors(temporary, snapshot)
+        if hear is not None:
+            files |= _seen(temporary, hear())
+        for role, pieces in snapshot.files.items():
+            if len(pieces) > 1:
+                files[f"{role}{INDEX}"] = _write(temporary / f"{role}{INDEX}", _json(index(list(pieces))))
         files["state.json"] = _write(temporary / "state.json", _json({"format": FORMAT, **snapshot.state}))
         _write(temporary / "manifest.json", _json({"format": FORMAT, "files": files}))
         _sync_folder(temporary)
         if final.exists():  # a damaged one of this step: a sound one is never written again
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync_folder(parent)
-    except OSError:
+        _sync_folder(final.parent)
+    except (OSError, TrainingError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def save_share(run_dir: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write this rank's files of a checkpoint that the first rank has begun; their sizes and hashes.
+
+    Raises OSError; TrainingError where a tensor is not finite.
+    """
+    _check_finite(snapshot)
+    return _write_tensors(_temporary(checkpoint_folder(run_dir, snapshot.step)), snapshot)
+
+
+def _write_tensors(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write this rank's files of tensors."""
+    return {
+        name: _write(folder / name, _safetensors(tensors, role))
+        for role in snapshot.tensors
+        for name, tensors in snapshot.contents(role)
+    }
+
+
+def _seen(folder: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What other ranks tell of their files, if these are seen here. Raises OSError."""
+    for name, entry in told.items():
+        if not (folder / name).exists() or (folder / name).stat().st_size != entry["bytes"]:
+            raise OSError(errno.EIO, "another rank has written it, and it is not seen here", str(folder / name))
+    return told
 
 
 def _check_finite(snapshot: Snapshot) -> None:
@@ -121,8 +194,7 @@ def _check_finite(snapshot: Snapshot) -> None:
 
 
 def _check_room(folder: Path, snapshot: Snapshot) -> None:
-    needed = sum(x.numel() * x.element_size() for tensors in snapshot.tensors.values() for x in tensors.values())
-    free = shutil.disk_usage(folder).free
+    needed, free = snapshot.bytes(), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free", str(folder))
 
@@ -221,11 +293,11 @@ def find_fault(path: Path) -> str | None:
                 if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                     return f"{name} has changed since it was written"
         read_state(path)
-        tensors = {name: load_tensors(path, name.removesuffix(TENSORS)) for name in files if name.endswith(TENSORS)}
-        trained = {name.rpartition(".")[0] for name in tensors.get(f"optimizer{TENSORS}", ())}
-        for name, found in tensors.items():
+        tensors = {role: load_tensors(path, role) for name in files if (role := role_of(name)) is not None}
+        trained = {name.rpartition(".")[0] for name in tensors.get("optimizer", ())}
+        for role, found in tensors.items():
             if sick := find_nonfinite(found, buffers=found.keys() - trained):
-                return f"{name} holds a NaN or an infinity ({sick})"
+                return f"{role}{TENSORS} holds a NaN or an infinity ({sick})"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except CheckpointError as error:
@@ -245,7 +317,9 @@ def _manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
     if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in told):
         raise CheckpointError("manifest.json cannot be used: it tells no files with their sizes and hashes")
     assert isinstance(files, dict)
-    unnamed = {"state.json", f"student{TENSORS}", *(found.name for found in path.glob(f"*{TENSORS}"))} - files.keys()
+    there = {found.name for pattern in (f"*{TENSORS}", f"*{INDEX}") for found in path.glob(pattern)}
+    student = f"student{INDEX if f'student{INDEX}' in files else TENSORS}"
+    unnamed = {"state.json", student, *there} - files.keys()
     if unnamed:
         raise CheckpointError(f"manifest.json cannot be used: it does not tell of {min(unnamed)}")
     for name in files:
@@ -286,17 +360,21 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, role: Role | str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint folder, ``student``, ``teacher`` or ``optimizer``, in host memory.
+    """The tensors of one role of a checkpoint folder, ``student``, ``teacher``, ``optimizer`` or a callback's name, in
+    whichever form it lies there. They stay in their files until they are used, each by itself.
 
-    Raises CheckpointError where the file is missing, unreadable or of another role.
+    Raises CheckpointError where a file is missing, unreadable, of another role, or does not hold what its index tells.
     """
-    file = path / f"{role}{TENSORS}"
-    if not file.exists():
-        there = ", ".join(sorted(found.stem for found in path.glob(f"*{TENSORS}"))) or "no tensors at all"
-        raise CheckpointError(f"{path} holds no {role}. It holds {there}")
-    metadata, tensors = read_safetensors(file)
-    if metadata.get("role") != role:
-        raise CheckpointError(f"{file} says that it holds the {metadata.get('role')}, not the {role}")
+    tensors: dict[str, Tensor] = {}
+    for file, names in files_of(path, role).items():
+        if not file.exists():
+            raise CheckpointError(f"{path}/{file.name} is missing")
+        metadata, found = read_safetensors(file)
+        if metadata.get("role") != role:
+            raise CheckpointError(f"{file} says that it holds the {metadata.get('role')}, not the {role}")
+        if names is not None and names != found.keys():
+            raise CheckpointError(f"{file} holds other tensors than {role}{INDEX} tells")
+        tensors |= found
     return tensors
 
 

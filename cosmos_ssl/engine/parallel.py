@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.utils._pytree import register_pytree_node
 from cosmos_ssl.api import GroupFeatures
 from cosmos_ssl.config import Config
 from cosmos_ssl.config.ranks import shards
+from cosmos_ssl.engine.layout import Split, host_memory
 from cosmos_ssl.errors import UserError
-from cosmos_ssl.functional import is_sharded, local, world_size
+from cosmos_ssl.functional import all_max, is_sharded, local, world_size
 from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.precision import DTYPES
 from cosmos_ssl.models.transformer import Block
@@ -52,6 +53,14 @@ class Sharding:
             sizes = {"replicate": ranks // self.shards, "shard": self.shards}
             sizes = sizes if sizes["replicate"] > 1 else {"shard": ranks}
             self.mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def split(self, files: int | Literal["auto"]) -> Split:
+        """How checkpoints are shared out to files. A collective."""
+        ranks = world_size() if self.on else 1
+        if ranks == 1 or files != "auto":
+            return Split(files, ranks, host_memory())
+        least = -all_max(torch.tensor(-host_memory(), dtype=torch.int64, device=self.device))
+        return Split(files, ranks, int(least))
 
     def share(self, model: Model) -> None:
         """Leave this rank its part of each tower, of weights that are the same on all ranks."""

@@ -16,7 +16,7 @@ from cosmos_ssl.api.part import describe
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.budget import BadSampleBudget
 from cosmos_ssl.engine.assembly import Assembly
-from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_role, load_tensors, read_state, to_host
+from cosmos_ssl.engine.checkpoint import Snapshot, load_exactly, load_role, load_tensors, read_state, to_files
 from cosmos_ssl.engine.exchange import share_start
 from cosmos_ssl.engine.optim import Optimizer
 from cosmos_ssl.engine.parallel import Parts, Sharding
@@ -62,6 +62,7 @@ class RunState:
         for each in self.models.values():
             self.sharding.share(each)
         self.parts = Parts(*self.models.values())
+        self.split = self.sharding.split(config.checkpoints.shards)
         self.optimizer = Optimizer(self.model, config, device, assembly.optimizer, assembly.schedule)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp_fp16" else None
         self.budget = BadSampleBudget(config.loader.error_budget)
@@ -97,7 +98,7 @@ class RunState:
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """A copy in host memory; ``about`` goes into the state as it is.
 
-        A collective where ranks share weights; of these only the first rank's copy holds anything.
+        A collective where ranks share weights; each rank's copy holds what it writes.
         """
         own = {f"{_TEACHER}{name}": value for name, value in self._teacher_extras().items()}
         tensors: dict[str, Any] = {role: model.state_dict() for role, model in self.models.items()}
@@ -110,10 +111,13 @@ class RunState:
             "counters": asdict(self.counters),
             "bad_samples": self.budget.state_dict(),
         }
+        copies, files = to_files(tensors, self.split)
         return Snapshot(
             step=self.step,
-            tensors={name: to_host(each) for name, each in tensors.items()},
+            tensors=copies,
             state=state,
+            split=self.split,
+            files=files,
             buffers=buffers | own.keys(),
             settled=not self.counters.nonfinite_in_a_row,
         )

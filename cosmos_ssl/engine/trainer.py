@@ -287,6 +287,7 @@ class Run:
         except (Interrupted, TrainingError):
             raise
         except Exception:
+            self.checkpoints.leave()  # other ranks may be gone
             if self.between_steps:
                 self.save_alone()
             raise
@@ -449,9 +450,11 @@ class Run:
         """Hand a snapshot to the writer, on the first rank; of what ranks share all of them take it together."""
         if self.world.first:
             self.writers.sync()
-            self.checkpoints.write(self.callbacks.added(self.state.snapshot(self._about())))
-        elif self.state.sharding.on:
-            self.callbacks.added(self.state.snapshot({}))
+        if self.state.sharding.on:
+            self.checkpoints.prepare(self.state.step)
+        if self.world.first or self.state.sharding.on:
+            about = self._about() if self.world.first else {}
+            self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
 
     def _about(self) -> dict[str, Any]:
         """On the first rank: what a checkpoint says of the run."""

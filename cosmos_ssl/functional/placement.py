@@ -39,17 +39,23 @@ def whole(x: Tensor) -> Tensor:
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same on all ranks, in the way that ``like`` lies: on its device, and of a sharded one this
-    rank's part, or all of it where the shapes differ. A copy.
+    rank's part, or all of it where the shapes differ. A copy, of which no more is read than is kept.
     """
     if not is_sharded(like):
         return x.detach().to(like.device, copy=True)
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = cast(Any, like).device_mesh, cast(Any, like).placements
     if x.shape != like.shape:
         placements = [Replicate()] * mesh.ndim
-    own = x.detach().to(like.device, copy=True)
-    return cast(Tensor, distribute_tensor(own, mesh, placements, src_data_rank=None))
+    own = x.detach()
+    for dim, placement in enumerate(placements):
+        if placement.is_shard():
+            parts, number = own.chunk(mesh.size(dim), placement.dim), mesh.get_local_rank(dim)
+            own = parts[number] if number < len(parts) else own.narrow(placement.dim, 0, 0)
+    own = own.to(like.device, copy=True)
+    found = DTensor.from_local(own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return cast(Tensor, found)
 
 
 def sum_of_parts(x: Tensor, sharded: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ PUBLISHED = {
 }
 
 
+# OpenCLIP's model configs: embed_dim; of the image tower width, layers, heads and width of the MLP; of the text tower
+# width, layers and heads.
+UNTRIED = {
+    "vitl14_merged30m": (768, (1024, 24, 16, 4096), (768, 12, 12)),
+    "vitg14_merged30m": (1024, (1408, 40, 16, 6144), (1024, 24, 16)),
+}
+
+
 def recipe(name: str) -> Config:
     return load_config(CONFIGS / "cosmos" / f"{name}.yaml").config
 
@@ -59,7 +68,21 @@ def test_builds(path: Path) -> None:
 
 
 def test_the_ten_recipes_are_there() -> None:
-    assert {path.stem for path in (CONFIGS / "cosmos").glob("*.yaml")} == set(PUBLISHED)
+    assert {path.stem for path in (CONFIGS / "cosmos").glob("*.yaml")} == PUBLISHED.keys() | UNTRIED.keys()
+
+
+@pytest.mark.parametrize("name", UNTRIED)
+def test_the_larger_recipes_have_the_towers_of_openclip_and_share_weights(name: str) -> None:
+    config, model = recipe(name), check(load_config(CONFIGS / "cosmos" / f"{name}.yaml")).model
+    embed, (width, layers, heads, hidden), text = UNTRIED[name]
+    assert config.model.embed_dim == embed and config.training.parallel == "hsdp"
+    blocks: dict[str, Any] = {tower: model.get_submodule(f"{tower}.blocks") for tower in ("image", "text")}
+    shapes = {tuple(x.shape) for x in blocks["image"][0].parameters()}
+    assert (len(blocks["image"]), blocks["image"][0].attn.heads) == (layers, heads) and (hidden, width) in shapes
+    assert (len(blocks["text"]), blocks["text"][0].attn.heads) == text[1:]
+    assert blocks["text"][0].norm1.weight.shape == text[:1]
+    header = (CONFIGS / "cosmos" / f"{name}.yaml").read_text()
+    assert "untried at scale" in header and f"cosmos-launch --config cosmos/{name}.yaml" in header
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

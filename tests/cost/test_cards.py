@@ -17,7 +17,16 @@ GIB = 2**30
 
 def kernel(stage: str, **given: int | str) -> Kernel:
     """One operation; ``given`` is what it does."""
-    plain = {"name": "x", "launches": 1, "bytes": 0, "flops": 0, "precision": "half", "sent": 0, "carried": 0}
+    plain = {
+        "name": "x",
+        "launches": 1,
+        "bytes": 0,
+        "flops": 0,
+        "precision": "half",
+        "sent": 0,
+        "span": 0,
+        "carried": 0,
+    }
     return Kernel(stage=stage, **plain | given)  # type: ignore[arg-type]
 
 
@@ -67,7 +76,8 @@ def test_the_host_launches_one_kernel_after_the_other() -> None:
 def test_collectives_run_beside_the_backward_pass_alone(ranks: int, rate: float) -> None:
     sent = int(rate * LINKS * 1e9)
     busy = kernel("backward", bytes=int(3.35e12 * MEMORY))
-    found = estimate(step({busy: 3, kernel("backward", sent=sent): 2, kernel("losses", sent=sent): 1}, ranks), H100)
+    given = {"sent": sent, "span": ranks}
+    found = estimate(step({busy: 3, kernel("backward", **given): 2, kernel("losses", **given): 1}, ranks), H100)
     assert {stage.name: stage.ms for stage in found.stages} == pytest.approx(
         {"losses": 1000, "backward": 3000}, rel=1e-5
     )

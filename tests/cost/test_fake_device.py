@@ -155,6 +155,27 @@ def test_encoders_and_checkpoints(run: Run, on_device: ModuleType, small: Small)
     assert launches.keys() == on_device.ENCODERS.keys() and min(launches.values()) > 0
 
 
+def test_ranks_that_share_weights_hold_and_send_their_part(run: Run, on_device: ModuleType, small: Small) -> None:
+    """Of 8 ranks, 4 of which share a copy: what lies between steps; weights gathered before each pass and let go."""
+    sizes = small(load_config(COSMOS).config)
+    kinds = {"replicate": [], "hsdp": ["training.parallel=hsdp", "training.parallel_shards=4"]}
+    found = {kind: run(on_device.step, COSMOS, [*sizes, *how], 6, 8) for kind, how in kinds.items()}
+    whole, shared = found["replicate"], found["hsdp"]
+    assert not shared.found.uncounted and shared.found.waits.total() == whole.found.waits.total()
+    assert shared.state < 0.7 * whole.state and shared.peak < whole.peak
+    spans = {kind: {(k.stage, k.span) for k in step.found.kernels if k.sent} for kind, step in found.items()}
+    passes = {("teacher forward", 4), ("student forward", 4), ("backward", 4)}
+    assert passes <= spans["hsdp"] and not passes & spans["replicate"]
+
+
+@pytest.mark.slow
+def test_the_largest_recipe_fits_a_card(run: Run, on_device: ModuleType) -> None:
+    """ViT-g/14, 32 samples a rank on 64 ranks, 8 of which share a copy."""
+    path = str(CONFIGS / "cosmos" / "vitg14_merged30m.yaml")
+    step = run(on_device.step, path, ["training.parallel_shards=8"], 32, 64)
+    assert not step.found.uncounted and step.peak < 70 * 2**30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 64])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

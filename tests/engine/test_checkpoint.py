@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cosmos_ssl.config import CheckpointsConfig
+from cosmos_ssl.engine import shares
 from cosmos_ssl.engine.background import CheckpointWriter
 from cosmos_ssl.engine.checkpoint import (
     Snapshot,
+    begin_checkpoint,
     checkpoint_folders,
     find_fault,
     latest_checkpoint,
@@ -25,7 +27,9 @@ from cosmos_ssl.engine.checkpoint import (
     load_tensors,
     read_state,
     save_checkpoint,
+    to_files,
 )
+from cosmos_ssl.engine.layout import LARGE, PIECE, Split, files_of, roles_in
 from cosmos_ssl.errors import CheckpointError, StorageError, TrainingError
 
 TENSORS = {
@@ -71,6 +75,76 @@ def test_what_is_written_is_read_and_is_true_safetensors(tmp_path):
         )
     assert read_state(path)["step"] == 12
     assert find_fault(path) is None
+
+
+def in_files(step, split):
+    tensors, files = to_files(snapshot(step).tensors, split)
+    return replace(snapshot(step), tensors=tensors, files=files)
+
+
+def test_several_files_a_role(tmp_path):
+    """As Hugging Face's libraries name them; read as one, and what is not as the index tells is seen."""
+    path = save_checkpoint(tmp_path, in_files(1, Split(3)))
+    assert find_fault(path) is None and roles_in(path) == ["optimizer", "student"]
+    names = [f"student-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert [file.name for file in files_of(path, "student")] == names
+    assert (path / "optimizer.safetensors").exists(), "a single tensor"
+    where = json.loads((path / "student.safetensors.index.json").read_text())
+    assert where["metadata"]["total_size"] == sum(x.nbytes for x in TENSORS.values())
+    assert all(name in load_file(path / file) for name, file in where["weight_map"].items())
+    found = load_tensors(path, "student")
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    for change, told in (
+        ({"a": "../x-00001-of-00003.safetensors"}, "is no file of the student"),
+        ({"a": "optimizer-00001-of-00003.safetensors"}, "is no file of the student"),
+        ({"a": names[2]}, "holds other tensors than student.safetensors.index.json tells"),
+        ({"b": "student-00009-of-00003.safetensors"}, "student-00009-of-00003.safetensors is missing"),
+    ):
+        index = {**where, "weight_map": where["weight_map"] | change}
+        (path / "student.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=told):
+            load_tensors(path, "student")
+        assert "student.safetensors.index.json has" in find_fault(path)
+
+
+def test_who_writes_which_file():
+    """Evenly over ranks and hosts; by themselves large roles lie in several files, and all that no host can hold."""
+    sizes = {f"{n:02}": PIECE // 2 for n in range(20)}
+    roles = {"student": sizes, "optimizer": {f"{key}.m": 2 * size for key, size in sizes.items()}, "count": {"n": 8}}
+    one = Split(1, ranks=64).files(roles)
+    assert [[file.rank for file in files] for files in one.values()] == [[0], [0], [0]]
+    many = Split(4, ranks=3).files(roles)
+    assert [[file.rank for file in files] for files in many.values()] == [[0, 0, 0, 1], [1, 1, 2, 2], [2]]
+    for role, files in many.items():
+        assert sorted(name for file in files for name in file.tensors) == sorted(roles[role])
+        assert max(file.bytes for file in files) - min(file.bytes for file in files) <= 2 * PIECE // 2
+    auto = {memory: Split("auto", ranks=64, memory=memory).files(roles) for memory in (1 << 60, 4 * LARGE)}
+    assert [len(files) for files in auto[1 << 60].values()] == [10, 20, 1], "40 GiB and 80, and a number"
+    assert [len(files) for files in auto[4 * LARGE].values()] == [10, 20, 1]
+
+
+def test_a_rank_that_never_tells_of_its_files_leaves_the_one_before(tmp_path, monkeypatch):
+    """The folder is begun, a file is there, and the rank is gone; one that tells of a fault ends it at once."""
+    monkeypatch.setattr(shares, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(shares.Shares, "_store", lambda self: store)
+    store = torch.distributed.HashStore()
+    save_checkpoint(tmp_path, snapshot(1))
+    telling = shares.Shares()
+    for number, (fault, error, message) in enumerate(
+        (
+            (None, OSError, "rank 1 has not written its files"),
+            (OSError(28, "No space left"), OSError, "rank 1: .*No space left"),
+            (TrainingError("a of the student is not finite"), TrainingError, "^a of the student is not finite$"),
+        )
+    ):
+        begin_checkpoint(tmp_path, 2)
+        if fault is not None:
+            telling.tell(1, number, files={}, fault=fault)
+        else:
+            telling.leave()
+        with pytest.raises(error, match=message):
+            save_checkpoint(tmp_path, in_files(2, Split(2, ranks=2)), lambda at=number: telling.hear([1], at))
+        assert names(tmp_path) == ["step_00000001"] and latest_checkpoint(tmp_path).name == "step_00000001"
 
 
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, caplog):

@@ -13,8 +13,8 @@ from cosmos_ssl.engine.checkpoint import checkpoint_folders, latest_checkpoint
 
 SHORT = {
     "schedule": {"max_steps": 4},
-    "checkpoints": {"every_steps": 2, "keep_last": 1},
-}  # two saves; the second removes the first
+    "checkpoints": {"every_steps": 2, "keep_last": 1, "shards": 2},
+}  # two saves, in two files a role; the second removes the first
 OPERATIONS = {"open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"}
 SAVING = ("engine/checkpoint.py", "engine/background.py")
 

@@ -34,9 +34,9 @@ def tensors(run_dir):
 @pytest.mark.parametrize(("world", "kind"), [(2, FSDP), pytest.param(4, HSDP, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path, world, kind):
     """To the last bit; one rank draws other weights at its start: all take the first one's. A step is skipped, as its
-    loss is not finite on one rank.
+    loss is not finite on one rank. Checkpoints lie in several files, which the ranks write.
     """
-    options = {"training": kind | {"clip_grad_norm": 0.5}}
+    options = {"training": kind | {"clip_grad_norm": 0.5}, "checkpoints": {"every_steps": 2, "shards": 3}}
     poison, start = {"poison": {2: "loss"}}, {"start": {0: "drift"}}
     last = str(world - 1)
     codes, said = finished(ranks(tmp_path / "whole", world, befalls={last: poison}, **options))
@@ -50,6 +50,20 @@ def test_killed_and_resumed_equals_never_killed(ranks, finished, rows, tmp_path,
     assert [row["skipped_steps"] for row in rows(tmp_path / "whole") if "loss" in row][-1] == 1
     (name, found), (same, expected) = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
     assert name == same and all(torch.equal(found[key], expected[key]) for key in expected)
+    files = {path.name for path in checkpoint_folders(tmp_path / "cut")[-1].glob("teacher*")}
+    assert files == {f"teacher-0000{n}-of-00003.safetensors" for n in (1, 2, 3)} | {"teacher.safetensors.index.json"}
+
+
+def test_a_rank_that_fails_alone_between_steps_does_not_save(ranks, finished, rows, tmp_path):
+    """The others may be gone, and saving takes all: the run goes on from the checkpoint before."""
+    options = {"training": FSDP, "checkpoints": {"every_steps": 2}, "loader": {"workers": 0}}
+    codes, said = finished(ranks(tmp_path / "cut", 2, befalls={"0": {"crop": {7: "raise"}}}, **options))
+    assert codes == [1, 74] and "step  3 of 10" in said[0] and "no crop any more" in said[0], said
+    assert tensors(tmp_path / "cut")[0] == "step_00000002"
+    for run in ("cut", "whole"):
+        codes, said = finished(ranks(tmp_path / run, 2, **options))
+        assert codes == [0, 0], said
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_an_optimiser_of_whole_matrices_is_refused(ranks, finished, tmp_path):
@@ -110,7 +124,9 @@ def stage(rank, world, store, folder, data, training, stop, results):
     os.environ.pop("WORLD_SIZE", None)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    trainer = cosmos_ssl.make_trainer({**CONFIG, "output_dir": folder, "data": data, "training": TRAINING | training})
+    files = {"shards": 3 if "parallel" in training else 1}
+    config = {**CONFIG, "output_dir": folder, "data": data, "training": TRAINING | training, "checkpoints": files}
+    trainer = cosmos_ssl.make_trainer(config)
     batches = trainer.loader.batches
 
     def until_told(start, end):
