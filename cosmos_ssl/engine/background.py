@@ -98,6 +98,7 @@ class CheckpointWriter:
         holds two copies, and make the folder that several may write in.
         """
         self._collect()
+        self._shares.join()
         self._number += 1
         if self.writes:
             try:

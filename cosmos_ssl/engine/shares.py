@@ -23,11 +23,16 @@ _worlds = itertools.count()
 
 
 class Shares:
-    """Made by all ranks together; ``number`` is that of the checkpoint, the same on all."""
+    """``number`` is that of the checkpoint, the same on all ranks."""
 
     def __init__(self) -> None:
-        self._world = next(_worlds)
+        self._world: int | None = None
         self._leaving: float | None = None
+
+    def join(self) -> None:
+        """On all ranks together, before any tells or hears."""
+        if self._world is None:
+            self._world = next(_worlds)
 
     def leave(self) -> None:
         """Wait at most ``LEAVE_SECONDS`` from now on."""
