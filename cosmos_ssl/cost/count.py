@@ -434,7 +434,7 @@ def _attention(
     memory-efficient kernel, which takes a mask as what is added.
     """
     if not isinstance(q, FakeTensor):
-        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if q.dtype in HALF and attn_mask is None:
         return cast(Tensor, aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0])
     if attn_mask is not None:

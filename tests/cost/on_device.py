@@ -16,6 +16,7 @@ from cosmos_ssl.config import load_config
 from cosmos_ssl.cost.card_step import CardStep, count_step
 from cosmos_ssl.cost.count import DEVICE, Count, Found
 from cosmos_ssl.engine.checkpoint import to_host
+from cosmos_ssl.interop.programs.towers import on_host, plain_tower
 from cosmos_ssl.models.encoder import ModelEncoder
 
 Row = tuple[str, int, int, int]
@@ -177,7 +178,18 @@ ENCODERS: dict[str, Callable[[ModelEncoder, Tensor, Tensor], Any]] = {
     "dense": lambda encoder, pixels, tokens: encoder.dense(pixels, csa=True),
     "cross_attention": lambda encoder, pixels, tokens: encoder.cross_attention(pixels, tokens),
     "snapshot": lambda encoder, pixels, tokens: to_host(encoder.model.state_dict()),
+    "export": lambda encoder, pixels, tokens: encoded_on_the_host(encoder, tokens),
 }
+
+
+def encoded_on_the_host(encoder: ModelEncoder, tokens: Tensor) -> None:
+    """What a program is made of: plain towers in host memory, of a model that lies on the device."""
+    host = on_host(encoder)
+    assert {x.device.type for x in (*host.model.parameters(), *host.model.buffers())} == {"cpu"}
+    assert {x.device.type for x in encoder.model.parameters()} == {"cuda"}
+    side = encoder.model.image.spec.image_size
+    for modality, given in (("image", torch.zeros(3, 3, side, side)), ("text", tokens.cpu())):
+        assert plain_tower(host, modality)(given).device.type == "cpu"
 
 
 def encoders(config: str, overrides: Sequence[str]) -> dict[str, int]:
