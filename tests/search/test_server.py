@@ -201,6 +201,7 @@ def test_the_command_serves_until_it_is_interrupted(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listener = listen(0)
     monkeypatch.setattr("cosmos_ssl.search.server.listen", lambda port: listener)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
     seen: list[Any] = []
 
     def ask_and_interrupt() -> None:
@@ -214,7 +215,10 @@ def test_the_command_serves_until_it_is_interrupted(
     thread.start()
     argv = ["search", "--checkpoint", str(run), "--data", f"{run.parent}/scenes/val-0000.tar", "--serve", "0"]
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    code, said, err = command(*argv, "--output", str(tmp_path / "hits"))
+    try:
+        code, said, err = command(*argv, "--output", str(tmp_path / "hits"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert (code, said) == (0, f"{address} (Ctrl-C ends it)\n") and err.endswith("ended\n"), err
     assert seen[0]["texts"] is True and not (tmp_path / "hits").exists()
