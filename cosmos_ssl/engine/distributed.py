@@ -39,7 +39,7 @@ SHARING = timedelta(days=1)
 start has done more of its own; one that has died is noticed at once.
 """
 
-LEAVING = timedelta(seconds=2)
+LEAVING = timedelta(seconds=4)
 """How long a rank that has ended waits for the others to end."""
 
 ABORTING = 5.0
