@@ -29,6 +29,16 @@ LOADED = re.compile(r"^the (student|teacher) of .+: [\d,]+ of [\d,]+ tensors.*\n
 
 Command = Callable[..., tuple[int, str, str]]
 Install = Callable[..., Path]
+ONE_STEP = {
+    "extends": "quickstart",
+    "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
+    "data": {"train_samples": 16, "validation_samples": 24},
+    "loader": {"workers": 0},
+    "schedule": {"max_steps": 1, "warmup_steps": 1},
+    "training": {"batch_size": 8},
+    "evaluators": None,
+    "logging": {"tensorboard": False},
+}
 
 # what ranks would take seconds for
 multiprocessing.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "cosmos_ssl.testing"])
@@ -152,6 +162,18 @@ def varlen_on_cpu() -> None:
 
     varlen._varlen_attn.register_kernel("cpu", forward)
     varlen._varlen_attn_backward.register_kernel("cpu", backward)
+
+
+@pytest.fixture(scope="session")
+def one_step_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step, to be read; its data, 16 and 24 scenes, are ``../scenes``."""
+    import cosmos_ssl
+
+    folder = tmp_path_factory.mktemp("one_step")
+    config = folder / "tiny.yaml"
+    config.write_text(json.dumps(ONE_STEP))
+    cosmos_ssl.train(config, [f"output_dir={folder}/run", f"data.folder={folder}/scenes"])
+    return folder / "run"
 
 
 # pages in a real browser

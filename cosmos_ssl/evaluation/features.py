@@ -102,20 +102,6 @@ class Job:
             _log.warning("%s; left out", told)
 
 
-def features_of(
-    data: Samples,
-    preprocess: Callable[[Tensor], Tensor],
-    compute: Compute,
-    job: Job,
-    *,
-    name: str,
-    background: str = BACKGROUND,
-) -> tuple[Tensor, list[Any]]:
-    """``sharded_features``, but with all rows on every rank."""
-    rows, notes = sharded_features(data, preprocess, compute, job, name=name, background=background)
-    return rows.whole(), notes
-
-
 def sharded_features(
     data: Samples,
     preprocess: Callable[[Tensor], Tensor],

@@ -26,20 +26,6 @@ from cosmos_ssl.functional import rank
 _log = logging.getLogger("cosmos_ssl.evaluation")
 
 
-def encode_pictures(
-    encoder: Encoder,
-    data: Samples,
-    job: Job,
-    encode: Callable[[Tensor], Tensor],
-    note: Callable[[Sample], Any],
-    *,
-    name: str,
-) -> tuple[Tensor, list[int], list[Any]]:
-    """``sharded_pictures``, but with all rows on every rank."""
-    rows, places, noted = sharded_pictures(encoder, data, job, encode, note, name=name)
-    return rows.whole(), places, noted
-
-
 def sharded_pictures(
     encoder: Encoder,
     data: Samples,
@@ -149,10 +135,10 @@ def classify(
 
     distinct = list(dict.fromkeys(names))  # equal names have the very same score
     vectors = class_vectors(encoder, distinct, templates, job).cpu()
-    images, places, labels = encode_pictures(
+    rows, places, labels = sharded_pictures(
         encoder, data, job, encoder.encode_image, number, name=f"encode_image {label} {digest(list(names))}"
     )
-    scores = images @ vectors.T
+    scores = rows.whole() @ vectors.T
     if len(distinct) < len(names):
         place = {name: number for number, name in enumerate(distinct)}
         scores = scores[:, [place[name] for name in names]]

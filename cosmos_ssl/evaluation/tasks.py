@@ -28,7 +28,7 @@ from cosmos_ssl.evaluation.classification import (
     load_templates,
     outcomes_of,
 )
-from cosmos_ssl.evaluation.features import Job, Loaded, features_of, numbered, text_features
+from cosmos_ssl.evaluation.features import Job, Loaded, numbered, sharded_features, text_features
 from cosmos_ssl.evaluation.knn import knn_scores
 from cosmos_ssl.evaluation.linear_probe import linear_probe as fitted
 from cosmos_ssl.evaluation.naming import repeated
@@ -47,9 +47,9 @@ from cosmos_ssl.evaluation.protocols import (
     Labelled,
     Scores,
     classify,
-    encode_pictures,
     labelled_features,
     retrieve,
+    sharded_pictures,
     trained_ahead,
 )
 from cosmos_ssl.evaluation.retrieval import fold_metrics, rank_outcomes
@@ -290,7 +290,7 @@ def segmentation(options: Options, job: Job) -> Task:
             ]
 
         few = replace(job, batch_size=min(job.batch_size, 16))  # whole pictures wait for their turn
-        rows, keys = features_of(
+        found, keys = sharded_features(
             data,
             lambda picture: picture,
             compute,
@@ -298,6 +298,7 @@ def segmentation(options: Options, job: Job) -> Task:
             name=f"segmentation {protocol} {names} {templates}",
             background=encoder.spec.background,
         )
+        rows = found.whole()
         return Found(segmentation_metrics(rows.sum(0)), len(keys), segmentation_outcomes(rows), keys)
 
     return Task(set_name=data.set_name, run=run, about={"templates": options.templates or "openai", "csa": options.csa})
@@ -313,9 +314,10 @@ def _pairs(read: Callable[[Path, Job], PairSet]) -> Callable[[Options, Job], Tas
         data = read(folder, job).complete(job)
 
         def run(encoder: Encoder, job: Job) -> Found:
-            images, _, keys = encode_pictures(
+            pictures, _, keys = sharded_pictures(
                 encoder, data.samples(), job, encoder.match_image, lambda sample: sample.key, name="match_image"
             )
+            images = pictures.whole()
             usable = data.without(set(data.pictures) - set(keys))
             texts = list(dict.fromkeys(text for example in usable.examples for text in example.texts))
             encoded = text_features(encoder, texts, job, to_match=True)

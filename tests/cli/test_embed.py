@@ -21,26 +21,12 @@ from cosmos_ssl.cli.progress import progress
 from cosmos_ssl.errors import UserError
 
 Command = Callable[..., tuple[int, str, str]]
-TINY = {
-    "extends": "quickstart",
-    "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
-    "data": {"train_samples": 16, "validation_samples": 24},
-    "loader": {"workers": 0},
-    "schedule": {"max_steps": 1, "warmup_steps": 1},
-    "training": {"batch_size": 8},
-    "evaluators": None,
-    "logging": {"tensorboard": False},
-}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def run(one_step_run: Path) -> Path:
     """The folder of a run of one step; its data is ``../scenes``."""
-    folder = tmp_path_factory.mktemp("embed")
-    config = folder / "tiny.yaml"
-    config.write_text(json.dumps(TINY))
-    cosmos_ssl.train(config, [f"output_dir={folder}/run", f"data.folder={folder}/scenes"])
-    return folder / "run"
+    return one_step_run
 
 
 def test_shards(command: Command, run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cosmos_ssl.engine.garbage import collected_on_schedule
 
 @pytest.fixture
 def unfrozen() -> Iterator[None]:
-    """As a program of its own finds it; this session has frozen what it imports."""
+    """As a program of its own finds it; the tests' has frozen what it imports."""
     gc.unfreeze()
     yield
     gc.freeze()

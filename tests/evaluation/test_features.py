@@ -14,7 +14,7 @@ from PIL import Image
 from cosmos_ssl.api import BadSample, DataError, Sample, UserError
 from cosmos_ssl.evaluation import features
 from cosmos_ssl.evaluation.feature_store import FeatureStore
-from cosmos_ssl.evaluation.features import Job, digest, features_of, text_features, weights_digest
+from cosmos_ssl.evaluation.features import Job, digest, sharded_features, text_features, weights_digest
 
 
 class Grey(Sample):
@@ -49,7 +49,8 @@ def compute(loaded):
 
 
 def run(data, job, compute=compute):
-    return features_of(data, lambda picture: picture.float(), compute, job, name="grey")
+    rows, notes = sharded_features(data, lambda picture: picture.float(), compute, job, name="grey")
+    return rows.whole(), notes
 
 
 def test_rows_and_notes_are_in_order():
@@ -65,8 +66,8 @@ def test_transparent_pictures_are_put_on_the_models_background():
             return Sample(key=str(index), image=file.getvalue())
 
     for options, shade in (({}, 255), ({"background": "#030303"}, 3)):
-        rows, _ = features_of(Clear(2), lambda picture: picture.float(), compute, Job(), name="grey", **options)
-        assert rows.unique().tolist() == [shade]
+        rows, _ = sharded_features(Clear(2), lambda picture: picture.float(), compute, Job(), name="grey", **options)
+        assert rows.whole().unique().tolist() == [shade]
 
 
 def test_evenly_spread_samples():

@@ -12,7 +12,7 @@ from PIL import Image
 from cosmos_ssl.api import DataError
 from cosmos_ssl.data import Folder, open_shards
 from cosmos_ssl.evaluation import samples
-from cosmos_ssl.evaluation.features import Job, features_of
+from cosmos_ssl.evaluation.features import Job, sharded_features
 from cosmos_ssl.evaluation.samples import EvaluationData, Sources, read_ahead
 
 
@@ -37,7 +37,8 @@ def read(data, **options):
         ]
 
     job = Job(allow_missing=True, data=data.name, **options)
-    return features_of(data.samples, lambda picture: picture[0, 0, :1].float(), compute, job, name="grey")
+    rows, notes = sharded_features(data.samples, lambda picture: picture[0, 0, :1].float(), compute, job, name="grey")
+    return rows.whole(), notes
 
 
 def test_pictures_of_a_folder_are_sorted(folder, caplog):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,26 +14,11 @@ from cosmos_ssl.search.routes import About, Routes
 from cosmos_ssl.search.searcher import Searcher
 from cosmos_ssl.search.server import Server, listen
 
-TINY = {
-    "extends": "quickstart",
-    "model": {"image": {"layers": 1, "width": 64}, "text": {"layers": 1, "width": 64, "heads": 2}, "embed_dim": 32},
-    "data": {"train_samples": 16, "validation_samples": 24},
-    "loader": {"workers": 0},
-    "schedule": {"max_steps": 1, "warmup_steps": 1},
-    "training": {"batch_size": 8},
-    "evaluators": None,
-    "logging": {"tensorboard": False},
-}
-
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(one_step_run: Path) -> Path:
     """The folder of a run of one step; its data is ``../scenes``."""
-    folder = tmp_path_factory.mktemp("search")
-    config = folder / "tiny.yaml"
-    config.write_text(json.dumps(TINY))
-    cosmos_ssl.train(config, [f"output_dir={folder}/run", f"data.folder={folder}/scenes"])
-    return folder / "run"
+    return one_step_run
 
 
 @pytest.fixture(scope="session")

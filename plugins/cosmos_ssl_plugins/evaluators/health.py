@@ -11,7 +11,7 @@ from torch import Tensor
 from cosmos_ssl.api import Count, DataError, Encoder, Evaluation, Evaluator, Few, Modality, Sample, Share, Size, Spec
 from cosmos_ssl.evaluation.features import Job, text_features
 from cosmos_ssl.evaluation.health import alignment, effective_rank, match_entropy, uniformity
-from cosmos_ssl.evaluation.protocols import encode_pictures
+from cosmos_ssl.evaluation.protocols import sharded_pictures
 from cosmos_ssl.evaluation.samples import EvaluationData
 from cosmos_ssl.functional import rank
 
@@ -67,8 +67,8 @@ class Health(Evaluator):
         def first(sample: Sample) -> str | None:
             return next(iter(sample.captions.get(self.texts, ())), None) if self.with_text else ""
 
-        rows, _, texts = encode_pictures(encoder, self.data.samples, self.job, encode, first, name="health")
-        rows = rows[[text is not None for text in texts]].float()
+        found, _, texts = sharded_pictures(encoder, self.data.samples, self.job, encode, first, name="health")
+        rows = found.whole()[[text is not None for text in texts]].float()
         if len(rows) < 2:
             raise DataError(f"{self.data.name}: {len(rows)} samples can be used, health is of two at least")
         width = rows.shape[1] - encoder.spec.embed_dim * (1 if self.with_text else 2)
