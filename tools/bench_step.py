@@ -40,7 +40,7 @@ from cosmos_ssl.engine.step import Step
 
 MEAN_LENGTH = 19.5
 BATCHES = 4
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, list[str]]] = {
     "vitb16": ("cosmos/vitb16_cc3m.yaml", []),
     "vitb32": ("cosmos/vitb32_cc3m.yaml", []),
     "clip": ("methods/clip.yaml", []),
@@ -59,7 +59,7 @@ class Work:
     """One variant on one batch: our step and the plain one, from the same weights."""
 
     def __init__(self, variant: str, samples: int, device: torch.device, overrides: Sequence[str] = ()) -> None:
-        config, own = VARIANTS[variant]
+        config, own = VARIANTS.get(variant, (variant, []))
         settings = [
             "evaluators=null",
             f"training.batch_size={samples}",
@@ -272,7 +272,8 @@ def measure_compiled(
 def main() -> int:
     """Print a table; exit 1 where losses differ."""
     parser = argparse.ArgumentParser(description="Benchmark of a whole training step.")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    names = f"{', '.join(VARIANTS)}, or recipes of your own (default: these)"
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=names)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -61,7 +61,7 @@ def test_every_method_has_as_many_trials(tools):
     for recipe in RECIPES:
         axes = tools.tuning.Axes.of(SimpleNamespace(recipe=recipe, overrides=()))
         first = axes.first()
-        trials = [*first, *axes.second(first[1])]
+        trials = [*first, *axes.second(dict(zip(first, (1.0, 3.0, 2.0), strict=True)))]
         assert len(trials) == len(set(trials)) == tools.tuning.TRIALS
         load_config(f"compare/{recipe}.yaml", trials[-1])  # each is a config
         learns = any(len(trial) == 2 and trial[1].startswith("teacher.momentum_teacher=") for trial in trials)
@@ -72,9 +72,18 @@ def test_the_best_value_of_each_setting_is_taken(tools):
     axes = tools.tuning.Axes(rate=1.0, others={"crops": [[1, 1], [2, 2]], "momentum": [0.9, 0.8, 0.7]})
     low, own, high = axes.first()
     found = {low: 1.0, own: 5.0, high: 4.0}
-    crops, *momenta = axes.second(own)
-    assert axes.together(found | {crops: 4.9, momenta[0]: 5.5, momenta[1]: 5.2}) == [*own, momenta[0][1]]
-    assert axes.together(found | {crops: 5.1, momenta[0]: 4.0, momenta[1]: 4.5}) == [*own, crops[1]]
+    further, crops, *momenta = axes.second(found)
+    assert [trial[0] for trial in (crops, *momenta)] == [*own] * 3
+    scored = found | {further: 4.5}
+    assert axes.together(scored | {crops: 4.9, momenta[0]: 5.5, momenta[1]: 5.2}) == [*own, momenta[0][1]]
+    assert axes.together(scored | {crops: 5.1, momenta[0]: 4.0, momenta[1]: 4.5}) == [*own, crops[1]]
+    assert axes.together(found | {further: 5.1, crops: 4.9, momenta[0]: 4.0, momenta[1]: 4.5}) == [*further]
+
+
+@pytest.mark.parametrize(("scores", "times"), [((1, 3, 2), 1.4), ((2, 3, 1), 0.7), ((1, 2, 3), 4), ((3, 2, 1), 0.25)])
+def test_the_fourth_rate_lies_where_the_best_may_be(tools, scores, times):
+    axes = tools.tuning.Axes(rate=1.0, others={})
+    assert axes.second(dict(zip(axes.first(), scores, strict=True))) == axes.rates(times)
 
 
 def test_an_equal_cost_is_one_in_whole_epochs(tools):

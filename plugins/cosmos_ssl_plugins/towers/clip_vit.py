@@ -31,7 +31,7 @@ from cosmos_ssl.api import (
     Whole,
 )
 from cosmos_ssl.functional import upload
-from cosmos_ssl.models.attention import Ints, put_rows, take_rows
+from cosmos_ssl.models.attention import put_rows, take_rows
 from cosmos_ssl.models.transformer import (
     Activation,
     Blocks,
@@ -42,6 +42,7 @@ from cosmos_ssl.models.transformer import (
     layer_of,
     pick_views,
 )
+from cosmos_ssl_plugins.towers.reads import Read
 
 _CLIP = TowerSpec(width=1)
 
@@ -175,7 +176,7 @@ class ClipViT(Tower):
             x = self._embed(pixels.flatten(0, 1), *hidden)
             if self.training and self.patch_dropout:
                 x = self._drop_patches(x)
-            read = _Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks)
+            read = Read(wanted, pixels.shape[1], x.shape[1], self.prefix, start, masks)
             rows = x.flatten(0, 1)
             parts.append(rows if read.kept is None else take_rows(rows, *upload(rows.device, read.kept)))
             reads.append(read)
@@ -275,7 +276,7 @@ class ClipViT(Tower):
             grid = across @ (down @ table[1:].view(self.grid, -1)).view(rows, self.grid, -1)  # [rows, columns, W]
             return torch.cat([table[:1], grid.flatten(0, 1)])
 
-    def _lay_out(self, reads: Sequence[_Read], total: int, device: torch.device) -> Layout:
+    def _lay_out(self, reads: Sequence[Read], total: int, device: torch.device) -> Layout:
         keep = np.zeros(total, bool)
         for read in reads:
             keep[read.patches.ravel() if self.mean_pooling else read.pooled] = True
@@ -288,7 +289,7 @@ class ClipViT(Tower):
         """Features behind the last LayerNorm, where it comes after the mean."""
         return self.norm(features) if self.norm_after_pool else features
 
-    def _features(self, out: Tensor, layout: Layout, read: _Read) -> GroupFeatures:
+    def _features(self, out: Tensor, layout: Layout, read: Read) -> GroupFeatures:
         wanted, batch = read.wanted, read.batch
         if self.mean_pooling:
             rows = take_rows(out, layout.rows(read.patches.ravel()))
@@ -322,38 +323,3 @@ def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
     resized = F.interpolate(unit, scale_factor=((target + 0.1) / source, 1.0), mode="bicubic")
     assert resized.shape[2] == target
     return resized[0, :, :, 0].t()
-
-
-class _Read:
-    """The packed rows of one group that are read: class tokens, all patches, those of its token views, masked
-    ones.
-
-    ``kept`` are the rows of all its images laid end to end that are encoded, ``places`` those of the tokens among all
-    tokens of the token views; None is all of them, and in order.
-    """
-
-    def __init__(
-        self, wanted: GroupPlan, batch: int, length: int, prefix: int, start: int, masks: Tensor | None
-    ) -> None:
-        self.wanted, self.batch, self.count = wanted, batch, length - prefix
-        images = len(wanted.views) * batch
-        self.lengths: Ints = np.full(images, length)
-        self.kept: Ints | None = None
-        self.places: Ints | None = None
-        hidden = None if masks is None else masks.cpu().numpy()  # [V, B, N]
-        if not wanted.drop_masked or hidden is None:
-            self.pooled: Ints = start + length * np.arange(images)
-            self.patches: Ints = self.pooled.reshape(-1, batch, 1) + np.arange(prefix, length)  # [V, B, N]
-            self.tokens: Ints = self.patches[wanted.token_places].ravel()
-            self.masked: Ints = self.patches[hidden] if wanted.masked_tokens else self.patches[:0].ravel()
-            return
-        kept = np.ones((len(wanted.views), batch, length), bool)
-        kept[:, :, prefix:] = ~hidden
-        self.kept = np.flatnonzero(kept)
-        self.lengths = kept.sum(2).ravel()
-        packed = start + np.cumsum(kept).reshape(kept.shape) - 1  # where each kept row lies
-        self.pooled = packed[:, :, 0].ravel()
-        seen = kept[wanted.token_places, :, prefix:]
-        self.tokens = packed[wanted.token_places, :, prefix:][seen]
-        self.masked = self.pooled[:0]
-        self.places = np.flatnonzero(seen)

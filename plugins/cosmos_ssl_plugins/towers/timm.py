@@ -1,4 +1,6 @@
-"""Models of timm as image towers, run as they are: one pass for each view group."""
+"""Models of timm as image towers: plain vision transformers in one packed pass over all views, others as they are, one
+pass for each view group.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +29,10 @@ from cosmos_ssl.api import (
     ViewSpec,
 )
 from cosmos_ssl.functional import upload
-from cosmos_ssl.models.transformer import pick_views, project
+from cosmos_ssl.models.attention import take_rows
+from cosmos_ssl.models.transformer import Layout, pick_views, project
+from cosmos_ssl_plugins.towers.packed_timm import embed, encode_rows, lay_out_reads, pack_blocks, pools_class_token
+from cosmos_ssl_plugins.towers.reads import Read
 
 
 class TimmImage(Tower):
@@ -90,6 +96,7 @@ class TimmImage(Tower):
                 "vit_base_patch16_224"
             )
         self.capabilities = frozenset(("tokens",) * patches + ("masks",) * mask_token)
+        self.packs = pack_blocks(self.model)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
         width, known = int(self.model.num_features), self.model.pretrained_cfg
@@ -107,6 +114,7 @@ class TimmImage(Tower):
         inner = projection_hidden or width
         self.projection = nn.Parameter(nn.init.normal_(torch.empty(inner, spec.embed_dim), std=inner**-0.5))
         self.projection_bias = nn.Parameter(torch.zeros(spec.embed_dim)) if projection_bias else None
+        self.attention = spec.attention
         self._depths = _depths(self.model)
         self.layer_count = max(self._depths.values()) + 1
 
@@ -128,21 +136,70 @@ class TimmImage(Tower):
 
         Raises UserError for a size that the model cannot take.
         """
+        if self.packs and plan:
+            return self._encode_packed(groups, plan)
         return {name: self._encode(groups[name], wanted) for name, wanted in plan.items()}
 
-    def _encode(self, group: ImageGroup, wanted: GroupPlan) -> GroupFeatures:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model as timm has it, one pass for each view group: what packs rows plans on the host."""
+        self.packs = False
+        super().compile(*args, **kwargs)
+
+    def _encode_packed(
+        self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]
+    ) -> dict[str, GroupFeatures]:
+        parts, reads, start = [], [], 0
+        for name, wanted in plan.items():
+            pixels, masks, hidden = self._picked(groups[name], wanted)
+            with self._hiding(hidden):
+                x = embed(self.model, pixels.flatten(0, 1))
+            reads.append(Read(wanted, pixels.shape[1], x.shape[1], self.model.num_prefix_tokens, start, masks))
+            parts.append(x.flatten(0, 1))
+            start += len(parts[-1])
+        packed = torch.cat(parts)
+        alone = pools_class_token(self.model)
+        layout = lay_out_reads(reads, start, pooled_alone=alone, device=packed.device, backend=self.attention)
+        out = encode_rows(self.model, packed, layout)
+        return {name: self._features(out, layout, read, alone) for name, read in zip(plan, reads, strict=True)}
+
+    def _features(self, out: Tensor, layout: Layout, read: Read, alone: bool) -> GroupFeatures:
+        """What a group's plan asks for, of the rows that the last block answered."""
+        wanted, shape = read.wanted, (len(read.wanted.views), read.batch)
+        rows = read.pooled[:, None] + np.arange(1 if alone else read.lengths[0])
+        images = take_rows(out, layout.rows(rows.ravel())).view(*rows.shape, -1)
+        pooled = self.model.forward_head(images, pre_logits=True).view(*shape, -1)
+        tokens = None
+        if wanted.tokens:
+            tokens = take_rows(out, layout.rows(read.tokens)).view(len(wanted.tokens), read.batch, read.count, -1)
+        return GroupFeatures(
+            views=wanted.views,
+            pooled=pooled,
+            projected=self._project(pooled) if wanted.projected else None,
+            tokens=tokens,
+            token_views=wanted.tokens,
+            masked_tokens=take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None,
+        )
+
+    def _picked(self, group: ImageGroup, wanted: GroupPlan) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Pixels [V, B, 3, H, W] of the views, their masks [V, B, N] on the host, and on the device where those hide.
+
+        Raises UserError for a size that the model cannot take.
+        """
         pixels = pick_views(group.pixels, wanted.views)
-        views, batch, _, height, width = pixels.shape
+        height, width = pixels.shape[-2:]
         size = self.spec.image_size
         if not self.dynamic and (height, width) != (size, size):
             raise UserError(
                 f"model: timm's '{self.model_name}' takes images of {size}x{size} alone, not {height}x{width}"
             )
-        hidden = rows = None
-        if group.masks is not None:
-            masks = pick_views(group.masks, wanted.views)  # on the host, where nothing waits for their places
-            hidden, rows = upload(pixels.device, masks, masks.flatten().nonzero().flatten())
-        with self._hiding(hidden if wanted.hide_masked else None):
+        masks = group.masks if wanted.hide_masked or wanted.masked_tokens else None
+        masks = None if masks is None else pick_views(masks, wanted.views)
+        return pixels, masks, upload(pixels.device, masks)[0] if masks is not None and wanted.hide_masked else None
+
+    def _encode(self, group: ImageGroup, wanted: GroupPlan) -> GroupFeatures:
+        pixels, masks, hidden = self._picked(group, wanted)
+        views, batch = pixels.shape[:2]
+        with self._hiding(hidden):
             out = self.model.forward_features(pixels.flatten(0, 1))
         pooled = self.model.forward_head(out, pre_logits=True).view(views, batch, -1)
         tokens = masked = None
@@ -150,7 +207,10 @@ class TimmImage(Tower):
             patches = out[:, self.model.num_prefix_tokens :]
             patches = patches.view(views, batch, *patches.shape[1:])
             tokens = pick_views(patches, wanted.token_places) if wanted.tokens else None
-            masked = patches.flatten(0, 2)[rows] if wanted.masked_tokens else None
+            if wanted.masked_tokens:
+                assert masks is not None
+                (rows,) = upload(pixels.device, masks.flatten().nonzero().flatten())
+                masked = patches.flatten(0, 2)[rows]
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,70 @@ def test_what_goes_on_from_public_weights(name: str, options: dict[str, Any]) ->
     assert depths == sorted(set(depths)) and tower.layer_of("mask_token") == 0 < depths[0]
     local = tower({"x": group(1, 1, 2 * patch)}, {"x": GroupPlan(views=(0,), tokens=(0,))})["x"]
     assert local.tokens.shape == (1, 1, 4, tower.spec.width) and local.pooled.isfinite().all()
+
+
+PACKED: list[tuple[str, dict[str, Any]]] = [
+    ("vit_small_patch14_reg4_dinov2", {"image_size": 28}),
+    ("vit_tiny_patch16_224", {"image_size": 32}),
+    ("vit_tiny_patch16_224", {"image_size": 32, "pooling": "avg"}),
+    ("vit_tiny_patch16_224", {"image_size": 32, "pooling": "map", "activation": "gelu_tanh"}),
+    ("test_vit", {"image_size": 32, "grad_checkpointing": True}),
+]
+PLANS = {
+    "class tokens alone": {"global": GroupPlan(views=(0, 1)), "local": GroupPlan(views=(1, 0), projected=False)},
+    "tokens and masks": {
+        "global": GroupPlan(views=(0, 1), tokens=(1,), hide_masked=True, masked_tokens=True),
+        "local": GroupPlan(views=(1,), tokens=(1,)),
+    },
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("name", "options"), PACKED, ids=["DINOv2", "ViT", "MAE", "SigLIP", "checkpointed"])
+def test_packed_views_are_what_timm_makes_of_each_group(
+    name: str, options: dict[str, Any], plan: dict[str, GroupPlan]
+) -> None:
+    """Features and gradients; what timm has no plain blocks for is left as it is."""
+    tower = TimmImage(SPEC, model=name, mask_token=True, **options)
+    assert tower.packs
+    patch = tower.spec.patch_size
+    groups = {"global": group(2, 2, 2 * patch), "local": group(2, 2, patch)}
+    masks = torch.rand(2, 2, 4) < 0.5
+    masks[0, 0, 0] = True
+    groups["global"] = replace(groups["global"], masks=masks)
+    found = {}
+    for tower.packs in (True, False):
+        tower.zero_grad()
+        features = tower(groups, plan)
+        fields = ("pooled", "projected", "tokens", "masked_tokens")
+        tensors = {f"{key}.{field}": getattr(each, field) for key, each in features.items() for field in fields}
+        tensors = {key: value for key, value in tensors.items() if value is not None}
+        sum(
+            (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in tensors.values()
+        ).backward()
+        grads = {key: parameter.grad for key, parameter in tower.named_parameters() if parameter.grad is not None}
+        found[tower.packs] = tensors | grads
+    assert len(found[True]) > 20
+    torch.testing.assert_close(found[True], found[False], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "resnet18"])
+def test_other_blocks_are_left_to_timm(name: str) -> None:
+    assert not TimmImage(SPEC, model=name).packs
+
+
+def test_a_packed_branch_is_dropped_for_whole_images() -> None:
+    """Of a tower whose only block drops both branches of an image, or none: what is left of it is its input."""
+    tower = TimmImage(SPEC, model="test_vit", image_size=32, drop_path=0.5)
+    tower.model.blocks = torch.nn.Sequential(tower.model.blocks[-1])
+    tower.model.norm = torch.nn.Identity()
+    x = ImageGroup(pixels=torch.randn(1, 1, 3, 32, 32).expand(1, 64, 3, 32, 32), params=torch.zeros(1, 64, 0))
+    plan = {"x": GroupPlan(views=(0,), tokens=(0,))}
+    tokens = tower({"x": x}, plan)["x"].tokens[0].flatten(1)
+    kinds = torch.unique((tokens * 1e4).round(), dim=0)
+    assert len(kinds) == 4  # both branches, either, none
+    tower.eval()
+    assert len(torch.unique((tower({"x": x}, plan)["x"].tokens[0].flatten(1) * 1e4).round(), dim=0)) == 1
 
 
 def test_one_size_alone_is_said() -> None:
