@@ -23,6 +23,7 @@ LABELS = {
     "clip_multi_crop": "CLIP + multi-crop",
     "silc": "SILC",
     "cosmos": "COSMOS",
+    "cosmos_fast": "COSMOS, one global view",
 }
 """Recipes of configs/compare/, and what tables call them."""
 FIGURES = {
