@@ -24,15 +24,17 @@ A loss in full::
             return LossOutput(terms={"spread": distance.clamp_min(self.floor)}, metrics={"distance": distance.detach()})
 
 A config then says ``losses: {spread: {type: spread, loss_weight: 0.1, floor: 0.2}}``; ``loss_weight`` (default 1; a
-``Curve`` moves it over the run) is the engine's. The keyword-only arguments are the options: typed, with a line in the
-docstring, bounded by types such as ``Strength``, ``Share`` or ``Temperature``; raise ValueError for what makes no
-sense. ``spec`` is the model around it: ``embed_dim``, ``batch_size`` (of all ranks), ``image_views["global"].views``,
-``heads[NAME]`` (widths of a head's outputs), ``has_teacher``, ``epochs``. ``cosmos_ssl.api.part`` has the rest of both.
+``Curve`` moves it over the run, and the loss is not called while it is 0) is the engine's. The keyword-only arguments
+are the options: typed, with a line in the docstring, bounded by types such as ``Strength``, ``Share`` or
+``Temperature``; raise ValueError for what makes no sense. ``spec`` is the model around it: ``embed_dim``,
+``batch_size`` (of all ranks), ``image_views["global"].views``, ``heads[NAME]`` (widths of a head's outputs),
+``has_teacher``, ``epochs``. ``cosmos_ssl.api.part`` has the rest of both.
 
-When: ``requires()`` once, as the model is built. Towers and heads compute what some part asked for, and nothing else;
-what is not on offer is refused by name before training. In each step the student, and the teacher without gradients,
-have run before ``forward(ctx)`` is called: once, with the whole batch of this rank, also where that is encoded in
-micro-batches. ``after_step()`` follows when the optimiser has moved.
+When: ``requires()`` as the model is built, and for each set of losses that rest: it says the same each time. Towers and
+heads compute what some part asked for, and nothing else; what is not on offer is refused by name before training. In
+each step the student, and the teacher without gradients, have run before ``forward(ctx)`` is called: once, with the
+whole batch of this rank, also where that is encoded in micro-batches. ``after_step()`` follows when the optimiser has
+moved.
 
 A group with masks can be read in several forms, each of which is encoded beside the others. I-JEPA's loss compares what
 a head predicts with what the teacher, which sees all, has at the masked patches; MAE's head reads the patches that were

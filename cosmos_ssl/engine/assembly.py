@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,19 @@ from cosmos_ssl.api import (
     Evaluator,
     Modality,
     Optimizer,
+    Progress,
     Schedule,
     Spec,
     Teacher,
     Tokenizer,
+    Tower,
     Writer,
 )
 from cosmos_ssl.config import Config
 from cosmos_ssl.data.loader import Loader
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.models.model import Model
-from cosmos_ssl.models.plan import Plan
+from cosmos_ssl.models.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,25 @@ class Assembly:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "followed", self.model.with_losses({}))
+
+    def resting(self, progress: Progress) -> frozenset[str]:
+        """Losses whose weight moves and is 0 at this step: nothing is computed for them.
+
+        All are computed at a run's first step, where faults of parts are found, and where all would rest.
+        """
+        found = {
+            name for name, weight in self.loss_weights.items() if isinstance(weight, Curve) and not weight.at(progress)
+        }
+        return frozenset(found if progress.step and len(found) < len(self.loss_weights) else ())
+
+    def plan_without(self, resting: frozenset[str]) -> Plan:
+        """What a step computes while these losses rest."""
+        if not resting:
+            return self.plan
+        heads = {name: self.model.head(name) for name in self.model.heads}
+        losses = {name: self.model.loss(name) for name in self.model.losses}
+        towers = cast(Mapping[Modality, Tower], self.model.towers)
+        return make_plan(self.spec, towers, heads, losses, resting=resting)
 
     def start_teacher(self) -> None:
         """Start the teacher from the student as it is."""

@@ -23,7 +23,7 @@ def find_culprit(
     """
     parts = forward.assembly.model.parts()
     values = {
-        place: result.logs[place.replace("losses.", "loss/", 1)] for place in parts if place.startswith("losses.")
+        place: result.logs[log] for place in parts if (log := place.replace("losses.", "loss/", 1)) in result.logs
     }
     losses = ", ".join(parts[place] for place, value in values.items() if not value.isfinite())
     found = gather_objects((_find_part(forward, batch, progress, size), losses, batch.keys))

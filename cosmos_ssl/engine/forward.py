@@ -20,6 +20,7 @@ from cosmos_ssl.engine.exchange import gather_features, moments
 from cosmos_ssl.functional import rank
 from cosmos_ssl.models.contract import blaming, checked_pixels, untouched
 from cosmos_ssl.models.model import Model
+from cosmos_ssl.models.plan import Plan
 from cosmos_ssl.models.precision import DTYPES
 
 Batch: TypeAlias = CroppedViews | Views
@@ -45,8 +46,10 @@ class Forward:
         self.assembly = assembly
         self.device = device or torch.device("cpu")
         self.dtype = DTYPES[precision]
-        self.proven = False
-        """Whether a step has ended: what parts do is watched most closely in the first."""
+        self.resting: frozenset[str] = frozenset()
+        """Losses that have no part in this step."""
+        self._plans = {self.resting: assembly.plan}
+        self._proven: set[frozenset[str]] = set()
 
     @property
     def _models(self) -> list[Model]:
@@ -54,13 +57,34 @@ class Forward:
         teacher = self.assembly.teacher
         return [self.assembly.model, *([cast(Model, teacher.model)] if teacher.present else [])]
 
+    @property
+    def plan(self) -> Plan:
+        """What this step computes."""
+        return self._plans[self.resting]
+
+    @property
+    def proven(self) -> bool:
+        """Whether a step of this plan has ended: what parts do is watched most closely in the first."""
+        return self.resting in self._proven
+
+    def prove(self) -> None:
+        """A step of this plan has ended."""
+        self._proven.add(self.resting)
+
+    def rest(self, resting: frozenset[str]) -> None:
+        """Compute nothing for these losses from now on."""
+        self.resting = resting
+        if resting not in self._plans:
+            self._plans[resting] = self.assembly.plan_without(resting)
+
     def watch(self) -> None:
         """Have parts refused, until a step has ended, that change what they are given."""
         for model in self._models:
             model.strict = not self.proven
 
     def tell(self, progress: Progress) -> None:
-        """Let towers, heads and augmenters know where the run is."""
+        """Let towers, heads and augmenters know where the run is, and which losses rest there."""
+        self.rest(self.assembly.resting(progress))
         for model in self._models:
             model.set_progress(progress)
         for modality, augmenter in self.assembly.augmenters.items():
@@ -80,25 +104,30 @@ class Forward:
         image = {}
         if batch.image:
             augmenter = self.assembly.augmenters["image"]
+            read = {name for name in batch.image if not self.resting or self.plan.reads("image", name)}
             with blaming(augmenter, "augmenters.image"), nullcontext() if self.proven else untouched(batch.image):
-                image = {name: checked_pixels(group, augmenter.finish(group)) for name, group in batch.image.items()}
+                image = {
+                    name: checked_pixels(group, augmenter.finish(group))
+                    for name, group in batch.image.items()
+                    if name in read
+                }
         return Views(keys=batch.keys, image=image, text=batch.text, extras=batch.extras)
 
     @torch.no_grad()
     @record_function("teacher forward")
     def teacher(self, views: Views) -> Features | None:
         """Return what the plan wants of the teacher, if it wants anything."""
-        if self.assembly.plan.teacher is None:
+        if self.plan.teacher is None:
             return None
         model = cast(Model, self.assembly.teacher.model)
         with self._autocast():
-            return model.encode(views, self.assembly.plan.teacher)
+            return model.encode(views, self.plan.teacher)
 
     @record_function("student forward")
     def student(self, views: Views) -> Features:
         """The student's towers and heads."""
         with self._autocast():
-            return self.assembly.model.encode(views, self.assembly.plan.student)
+            return self.assembly.model.encode(views, self.plan.student)
 
     @record_function("losses")
     def losses(self, views: Views, student: Features, teacher: Features | None, progress: Progress) -> Result:
@@ -107,12 +136,12 @@ class Forward:
             views=views,
             student=student,
             teacher=teacher,
-            gathered=gather_features(self.assembly.plan, student, teacher),
+            gathered=gather_features(self.plan, student, teacher),
             progress=progress,
             head=self._call_head,
         )
-        outputs = self.assembly.model.compute_losses(context, self.assembly.plan.student)
-        weights = {name: value_at(weight, progress) for name, weight in self.assembly.loss_weights.items()}
+        outputs = self.assembly.model.compute_losses(context, self.plan.student, self.resting)
+        weights = {name: value_at(self.assembly.loss_weights[name], progress) for name in outputs}
         zero = torch.zeros((), device=self.device)
         total = torch.stack([weights[name] * sum(o.terms.values(), zero) for name, o in outputs.items()]).sum()
         if torch.is_grad_enabled() and not (self.proven and total.requires_grad):

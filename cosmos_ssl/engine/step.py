@@ -233,8 +233,11 @@ class Gradients:
         with coarse_products(self.forward.device, self.forward.dtype):
             teacher = self.forward.teacher(views)
             result = self.backward(views, teacher, progress)
-        if not self.forward.proven:
+        if self.forward.resting:
+            self._fill()
+        elif not self.forward.proven:
             self._check_reached()
+        self.forward.prove()
         if self._mean is not None:
             with record_function("gradient mean"):
                 self._mean.finish()
@@ -266,6 +269,12 @@ class Gradients:
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def _fill(self) -> None:
+        """Give zeros to trained parameters that losses at rest alone would reach: they fade as by a weight of 0."""
+        for parameter in self._parameters:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def restore_buffers(self) -> None:
         """Undo what the last step moved in buffers."""
         if self._before:
@@ -281,4 +290,3 @@ class Gradients:
                 f"{', '.join(owners)}: no gradient reaches {listed(missed, limit=1)}. Let a loss read what they "
                 f"compute, or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
             )
-        self.forward.proven = True

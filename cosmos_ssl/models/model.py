@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -153,10 +153,12 @@ class Model(nn.Module):
         features = replace(features, forms={**features.forms, **forms})
         return replace(features, image=shown) if modality == "image" else replace(features, text=shown)
 
-    def compute_losses(self, context: StepContext, plan: RolePlan) -> dict[str, LossOutput]:
-        """Phase two: every loss once; ``plan`` is the student's."""
+    def compute_losses(
+        self, context: StepContext, plan: RolePlan, resting: Collection[str] = ()
+    ) -> dict[str, LossOutput]:
+        """Phase two: every loss once, but for those that rest; ``plan`` is the student's."""
         outputs = {}
-        for name in self.losses:
+        for name in [name for name in self.losses if name not in resting]:
             given = (context.views, context.student, context.teacher, context.gathered)
             place = f"losses.{name}"
             gathered = {**context.gathered, "student": plan.shown(place, context.gathered["student"])}

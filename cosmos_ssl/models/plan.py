@@ -84,6 +84,12 @@ class Plan:
     warnings: Sequence[str] = ()
     """What the authors of parts should know of who hides what from whom."""
 
+    def reads(self, modality: Modality, group: str) -> bool:
+        """Whether anybody reads the group, encoded or as it is."""
+        roles = [self.student, *([] if self.teacher is None else [self.teacher])]
+        encoded = {role.form(modality, entry)[0] for role in roles for entry in role.of(modality)}
+        return modality in self.views or group in encoded
+
 
 def make_plan(
     spec: Spec,
@@ -91,11 +97,35 @@ def make_plan(
     heads: Mapping[str, Head],
     losses: Mapping[str, Loss],
     extra: Iterable[Need] = (),
+    resting: Collection[str] = (),
 ) -> Plan:
     """Expand every need of the losses, and of the heads they read, into what each role computes.
 
+    ``resting``: losses that are left out. What one of them hides from others stays hidden.
+
     Raises PluginError where a need is not on offer, naming who asked and what there is.
     """
+    needs, running = _ask(spec, heads, losses, extra)
+    veiled = _veiled(needs["student"], spec)
+    if resting:
+        needs, running = _ask(spec, heads, {n: loss for n, loss in losses.items() if n not in resting}, extra)
+    plans = {role: _role_plan(spec, towers, heads, needs[role], running[role], veiled) for role in needs}
+    return Plan(
+        student=plans["student"],
+        teacher=plans["teacher"] if needs["teacher"] else None,
+        views={
+            each.need.modality
+            for each in (*needs["student"], *needs["teacher"])
+            if each.need.kind == "views" and each.need.modality is not None
+        },
+        warnings=_warnings(needs["student"], spec, veiled),
+    )
+
+
+def _ask(
+    spec: Spec, heads: Mapping[str, Head], losses: Mapping[str, Loss], extra: Iterable[Need]
+) -> tuple[dict[Role, list[_Asked]], dict[Role, dict[str, set[str]]]]:
+    """All that is asked of each role, and which outputs of which heads are."""
     needs: dict[Role, list[_Asked]] = {"student": [], "teacher": []}
     running: dict[Role, dict[str, set[str]]] = {"student": {}, "teacher": {}}
 
@@ -123,19 +153,7 @@ def make_plan(
             add(f"losses.{name}", loss, need, list(heads))
     for need in extra:
         add("the caller", None, need, list(heads))
-
-    veiled = _veiled(needs["student"], spec)
-    plans = {role: _role_plan(spec, towers, heads, needs[role], running[role], veiled) for role in needs}
-    return Plan(
-        student=plans["student"],
-        teacher=plans["teacher"] if needs["teacher"] else None,
-        views={
-            each.need.modality
-            for each in (*needs["student"], *needs["teacher"])
-            if each.need.kind == "views" and each.need.modality is not None
-        },
-        warnings=_warnings(needs["student"], spec, veiled),
-    )
+    return needs, running
 
 
 def _groups(need: Need, spec: Spec) -> list[str]:

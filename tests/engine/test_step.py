@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_ssl.api import (
+    Curve,
     Head,
     ImageGroup,
     Loss,
@@ -171,6 +172,40 @@ def test_total_is_the_weighted_sum_and_every_parameter_gets_a_gradient():
         )
     assert all(p.grad is not None for p in assembly.model.parameters())
     assert all(p.grad is None for p in assembly.teacher.parameters())
+
+
+class FromStepFive:
+    """A schedule."""
+
+    def left(self, progress):
+        return float(progress.step < 5)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (3, 0.0), (7, 0.5)])
+def test_a_loss_rests_while_its_weight_is_zero(size, step, weight, monkeypatch):
+    """What it alone reads is not encoded, but at the first step; gradients are those of its weight."""
+    encoded = set()
+    encode = Model.encode
+
+    def told(self, views, plan):
+        encoded.update(("student" if self is assembly.model else "teacher", group) for group in plan.image)
+        return encode(self, views, plan)
+
+    monkeypatch.setattr(Model, "encode", told)
+    curve = Curve[float](type="step", start=0.0, end=0.5).follow(FromStepFive())
+    assembly = replace(assemble(), loss_weights={"clip": 1.0, "distill": curve})
+    result = Gradients(assembly, micro_batch_size=size)(batch(), Progress(step=step, total_steps=10))
+    rests = step == 3
+    everything = {("student", "global"), ("student", "local"), ("teacher", "global")}
+    assert encoded == ({("student", "global")} if rests else everything)
+    assert ("loss/distill" in result.logs) == (not rests)
+
+    whole = replace(assemble(), loss_weights={"clip": 1.0, "distill": weight})
+    expected = Gradients(whole, micro_batch_size=size)(batch(), PROGRESS)
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(gradients(assembly.model), gradients(whole.model))
+    assert (gradients(assembly.model)["heads.cross.image_tokens.weight"] == 0).all() == (weight == 0)
 
 
 def _rank_step(rank, world, path, micro_batch_size, results):

@@ -73,7 +73,10 @@ def test_who_does_not_say_sees_what_a_reader_of_masked_patches_sees_that_does_no
         torch.testing.assert_close(found, expected)
     assert not torch.isclose(whole, hidden)
     assert torch.equal(terms([MASKED])["loss/l0"], terms([HIDDEN])["loss/l0"])
-    assert list(assembly([MASKED], [UNSAID]).plan.student.image) == ["global"]  # one pass, as before
+    made = assembly([MASKED], [UNSAID])
+    assert list(made.plan.student.image) == ["global"]  # one pass, as before
+    rest = made.plan_without(frozenset({"l0"})).student.image
+    assert rest == {"global": GroupPlan(views=(0, 1), hide_masked=True)}  # still hidden while who hides it rests
 
 
 def test_what_is_gathered_has_its_form() -> None:
