@@ -93,8 +93,9 @@ def measure_step(
     samples: int = 2,
     caption_tokens: float | None = None,
     device: torch.device | None = None,
+    resting: frozenset[str] = frozenset(),
 ) -> StepCost:
-    """Run one step of ``assembly`` on made-up samples and count.
+    """Run one step of ``assembly`` on made-up samples, in which the losses ``resting`` have no part, and count.
 
     Forward passes are traced by fvcore, backward passes counted as they run by PyTorch's ``FlopCounterMode``. All
     samples have captions of the same lengths, so that what towers cost a sample does not depend on ``samples``; a loss
@@ -108,6 +109,7 @@ def measure_step(
     state = RunState(assembly, config, device)
     precision = resolve_precision(config.training.precision, device) if device.type == "cuda" else "fp32"
     forward = Forward(assembly, precision=precision, device=device)
+    forward.rest(resting)
     views = make_views(assembly, samples, caption_tokens).to(device)
     progress = Progress(step=0, total_steps=1)
     flops: dict[str, dict[str, int]] = {}
@@ -126,7 +128,7 @@ def measure_step(
         return kept[0] if kept else None
 
     teacher = traced(
-        "teacher", state.models["teacher"] if assembly.plan.teacher else None, lambda: forward.teacher(views)
+        "teacher", state.models["teacher"] if forward.plan.teacher else None, lambda: forward.teacher(views)
     )
     student = traced("encode", state.model, lambda: forward.student(views))
     # a trace has what its outputs need
