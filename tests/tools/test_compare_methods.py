@@ -33,7 +33,7 @@ def tools():
         sys.path.remove(str(TOOL.parent))
 
 
-RECIPES = ("cosmos", "clip", "siglip", "clip_multi_crop", "silc")
+RECIPES = ("cosmos", "cosmos_fast", "clip", "siglip", "clip_texts", "clip_multi_crop", "silc")
 
 
 def test_runs_differ_by_the_method_and_its_learning_rate_alone():
@@ -47,11 +47,28 @@ def test_runs_differ_by_the_method_and_its_learning_rate_alone():
         assert config.teacher.options == cosmos.teacher.options
         assert config.teacher.update_when == f"{moved}_optimizer_step"
         views = config.augmenters.image.options, config.augmenters.text.options
-        if name not in ("clip", "siglip"):
-            assert views[0] | {"local_crops_number": 2} == cosmos.augmenters.image.options
+        if name not in ("clip", "siglip", "clip_texts"):
+            assert views[0] | {"global_crops_number": 2, "local_crops_number": 2} == cosmos.augmenters.image.options
         assert views[1] | {"num_sampled_captions": 4} == cosmos.augmenters.text.options
     losses = [[loss.type for loss in config.losses.values()] for config in configs.values()]
-    assert losses == [["clip", "cross_modality_distillation"], ["clip"], ["siglip"], ["clip"], ["clip", "dino"]]
+    both = ["clip", "cross_modality_distillation"]
+    assert losses == [both, both, ["clip"], ["siglip"], ["clip"], ["clip"], ["clip", "dino"]]
+
+
+def test_what_a_method_costs_is_the_mean_over_its_run(tools):
+    """A distillation that begins half-way costs what COSMOS does for 4 steps of 8, and for the first."""
+
+    def flops(recipe, *own):
+        small = ("model.image.width=64", "model.image.layers=1", "data.train_samples=256", "schedule.epochs=4")
+        return tools.plan.make_method("x", "X", recipe, (*small, *own)).flops
+
+    from_half, always, never = (
+        flops("cosmos_fast"),
+        flops("cosmos_fast", "losses.distill.loss_weight=1.0"),
+        flops("clip_texts"),
+    )
+    assert from_half == pytest.approx((5 * always + 3 * never) / 8, rel=1e-3)
+    assert always > 1.5 * never
 
 
 # ---------------------------------------------------------------------------- settings
@@ -65,7 +82,7 @@ def test_every_method_has_as_many_trials(tools):
         assert len(trials) == len(set(trials)) == tools.tuning.TRIALS
         load_config(f"compare/{recipe}.yaml", trials[-1])  # each is a config
         learns = any(len(trial) == 2 and trial[1].startswith("teacher.momentum_teacher=") for trial in trials)
-        assert learns == (recipe in ("silc", "cosmos"))
+        assert learns == (recipe in ("silc", "cosmos", "cosmos_fast"))
 
 
 def test_the_best_value_of_each_setting_is_taken(tools):
