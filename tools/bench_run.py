@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whole runs, and the time that the plain way would take for the first of them: python tools/bench_run.py KEY=VALUE ...
+"""Whole runs beside the time that the plain way would take for one: python tools/bench_run.py KEY=VALUE ...
 
 How soon does a recipe reach what another reaches? Each of ``--configs`` is trained by a process of its own, from start
 to last evaluation, on all cores: once in the order given, then once more in reverse with the next seed. Around them,
-before the first and after the last, the plain way of ``baseline.py`` makes some steps of the first recipe; its time for
-as many samples as that recipe trains on counts neither loading nor evaluation, which a run's time does.
+before the first and after the last, the plain way of ``baseline.py`` makes some steps of the recipe ``--plain``; its
+time for as many samples as that recipe trains on counts neither loading nor evaluation, which a run's time does.
 
 ``KEY=VALUE`` is given to all runs: which data, mostly. Figures are the means of both runs.
 """
@@ -25,9 +25,12 @@ from pathlib import Path
 from bench import Row, report, row
 from bench_step import Side
 
+from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
+from cosmos_ssl.engine.assembly import make_order, total_steps
 
-CONFIGS = ("compare/pictures.yaml", "compare/pictures_fast.yaml")
+PLAIN = "compare/pictures.yaml"
+CONFIGS = (PLAIN, "compare/pictures_fast.yaml")
 FIGURES = {
     "student mean rank": "retrieval/student/image_to_text_mean_rank",
     "student R@1": "retrieval/student/image_to_text_R@1",
@@ -41,7 +44,6 @@ class Outcome:
     """What a run has reached, and when."""
 
     seconds: float
-    samples: int
     figures: dict[str, float]
 
 
@@ -55,27 +57,40 @@ def train(config: str, folder: Path, overrides: Sequence[str]) -> Outcome:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = {key: value for line in rows for key, value in line.items()}
-    batch = load_config(folder / "config.yaml").config.training.batch_size
-    return Outcome(
-        seconds=seconds,
-        samples=int(last["step"]) * batch,
-        figures={name: last[key] for name, key in FIGURES.items()},
-    )
+    return Outcome(seconds=seconds, figures={name: last[key] for name, key in FIGURES.items()})
 
 
-def plain_speed(config: str, steps: int, overrides: Sequence[str]) -> float:
-    """Samples a second of the plain way, on batches of the recipe's size."""
-    batch = load_config(config, overrides).config.training.batch_size
-    side = Side("plain", ["--variants", config, "--samples", str(batch), *overrides])
-    side.ask("step")  # the first one makes what the others use again
-    seconds = statistics.median(side.ask("step")[0] for _ in range(steps))
-    side.close()
-    return batch / seconds
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """The plain way of a recipe."""
+
+    config: str
+    batch: int
+    samples: int
+    """Of the whole run."""
+
+    @classmethod
+    def of(cls, config: str, overrides: Sequence[str]) -> Plain:
+        """Read the recipe and index its data."""
+        loaded = load_config(config, overrides)
+        dataset = Builder(loaded).assemble("train").dataset
+        assert dataset is not None
+        batch = loaded.config.training.batch_size
+        steps = total_steps(loaded.config, make_order(loaded.config, dataset.shard_sizes))
+        return cls(config=config, batch=batch, samples=steps * batch)
+
+    def speed(self, steps: int, overrides: Sequence[str]) -> float:
+        """Samples a second, by the median of some steps."""
+        side = Side("plain", ["--variants", self.config, "--samples", str(self.batch), *overrides])
+        side.ask("step")  # the first one makes what the others use again
+        seconds = statistics.median(side.ask("step")[0] for _ in range(steps))
+        side.close()
+        return self.batch / seconds
 
 
-def measure(configs: Sequence[str], output: Path, steps: int, overrides: Sequence[str]) -> list[Row]:
+def measure(plain: Plain, configs: Sequence[str], output: Path, steps: int, overrides: Sequence[str]) -> list[Row]:
     """The rows of all runs."""
-    speeds = [plain_speed(configs[0], steps, overrides)]
+    speeds = [plain.speed(steps, overrides)]
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     for seed, order in enumerate((configs, configs[::-1])):
         for config in order:
@@ -83,13 +98,13 @@ def measure(configs: Sequence[str], output: Path, steps: int, overrides: Sequenc
             outcome = train(config, output / f"{name}_{seed}", [*overrides, f"training.seed={seed}"])
             print(f"{name}, seed {seed}: {outcome}", file=sys.stderr)
             outcomes[name].append(outcome)
-    speeds.append(plain_speed(configs[0], steps, overrides))
+    speeds.append(plain.speed(steps, overrides))
     speed = statistics.fmean(speeds)
-    plain = outcomes[Path(configs[0]).stem][0].samples / speed
-    rows = [row("plain: samples a second", speed, "1/s"), row("plain: time of its steps", plain, "s")]
+    whole = plain.samples / speed
+    rows = [row("plain: samples a second", speed, "1/s"), row("plain: time of its steps", whole, "s")]
     for name, found in outcomes.items():
         seconds = statistics.fmean(outcome.seconds for outcome in found)
-        rows += [row(f"{name}: time", seconds, "s"), row(f"{name}: time of plain", seconds / plain, "of plain")]
+        rows += [row(f"{name}: time", seconds, "s"), row(f"{name}: time of plain", seconds / whole, "of plain")]
         rows += [
             row(f"{name}: {figure}", statistics.fmean(outcome.figures[figure] for outcome in found))
             for figure in FIGURES
@@ -100,7 +115,8 @@ def measure(configs: Sequence[str], output: Path, steps: int, overrides: Sequenc
 def main() -> int:
     """Print a table."""
     parser = argparse.ArgumentParser(description="Benchmark of whole runs.")
-    parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE", help=f"default: {' '.join(CONFIGS)}")
+    parser.add_argument("--plain", default=PLAIN, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_run"), metavar="DIR", help="of the runs, new")
     parser.add_argument("--steps", type=int, default=6, help="of the plain way, before and after (default: 6)")
     parser.add_argument("--json", type=Path)
@@ -108,7 +124,9 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists: a run that goes on is no measurement")
-    report(measure(arguments.configs, arguments.output, arguments.steps, arguments.overrides), arguments.json)
+    plain = Plain.of(arguments.plain, arguments.overrides)
+    rows = measure(plain, arguments.configs, arguments.output, arguments.steps, arguments.overrides)
+    report(rows, arguments.json)
     return 0
 
 

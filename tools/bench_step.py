@@ -61,12 +61,11 @@ class Work:
     def __init__(self, variant: str, samples: int, device: torch.device, overrides: Sequence[str] = ()) -> None:
         config, own = VARIANTS.get(variant, (variant, []))
         settings = [
-            "evaluators=null",
             f"training.batch_size={samples}",
             "training.precision=fp32",
             "schedule.warmup_steps=0",
         ]
-        self.loaded = load_config(config, [*own, *settings, *overrides])
+        self.loaded = load_config(config, [*own, *settings, *overrides, "evaluators=null"])
         self.device = device
         self.assembly = Builder(self.loaded).assemble("measure")
         self.views = self._batch(samples).to(device)

@@ -13,6 +13,11 @@ TINY = {
     "bench_step": ["--tiny", "--samples", "2", "--pairs", "1"],
     "bench_data": ["--samples", "128", "--pairs", "1"],
     "bench_loss": ["--times", "1"],
+    "bench_run": [
+        *("--configs", "compare/cosmos.yaml", "--plain", "compare/cosmos.yaml", "--steps", "1", "model.embed_dim=32"),
+        *("model.image.width=64", "model.image.layers=1", "model.text.width=32", "model.text.layers=1"),
+        *("data.train_samples=64", "data.validation_samples=32", "training.batch_size=32", "schedule.epochs=2"),
+    ],
     "bench_eval": ["--images", "64"],
     "bench_search": ["--sizes", "3000", "--queries", "3", "--engines", "plain", "faiss"],
 }
@@ -25,8 +30,9 @@ EQUAL = ("difference", "collectives", "bytes moved", "recall")
 )
 def test_runs_in_a_tiny_form(name, more, tmp_path):
     command = [sys.executable, str(TOOLS / f"{name}.py"), *TINY[name], *more, "--json", str(tmp_path / "rows.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
