@@ -48,7 +48,14 @@ def test_runs_differ_by_the_method_and_its_learning_rate_alone():
         assert config.teacher.update_when == f"{moved}_optimizer_step"
         views = config.augmenters.image.options, config.augmenters.text.options
         if name not in ("clip", "siglip", "clip_texts"):
-            assert views[0] | {"global_crops_number": 2, "local_crops_number": 2} == cosmos.augmenters.image.options
+            differs = ["local_crops_number"]
+            if name == "cosmos_fast":
+                differs = ["global_crops_number", "color_jitter_prob", "gaussian_blur_probs"]
+            found, expected = (
+                {key: value for key, value in options.items() if key not in differs}
+                for options in (views[0], cosmos.augmenters.image.options)
+            )
+            assert found == expected
         assert views[1] | {"num_sampled_captions": 4} == cosmos.augmenters.text.options
     losses = [[loss.type for loss in config.losses.values()] for config in configs.values()]
     both = ["clip", "cross_modality_distillation"]
@@ -62,11 +69,9 @@ def test_what_a_method_costs_is_the_mean_over_its_run(tools):
         small = ("model.image.width=64", "model.image.layers=1", "data.train_samples=256", "schedule.epochs=4")
         return tools.plan.make_method("x", "X", recipe, (*small, *own)).flops
 
-    from_half, always, never = (
-        flops("cosmos_fast"),
-        flops("cosmos_fast", "losses.distill.loss_weight=1.0"),
-        flops("clip_texts"),
-    )
+    half = "{type: warmup_stable_decay, decay: at_once, decay_share: 0.5, start: 0.0, end: 1.0}"
+    from_half, always = (flops("cosmos_fast", f"losses.distill.loss_weight={weight}") for weight in (half, 1.0))
+    never = flops("clip_texts")
     assert from_half == pytest.approx((5 * always + 3 * never) / 8, rel=1e-3)
     assert always > 1.5 * never
 
