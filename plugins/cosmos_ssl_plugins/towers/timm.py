@@ -171,13 +171,17 @@ class TimmImage(Tower):
         tokens = None
         if wanted.tokens:
             tokens = take_rows(out, layout.rows(read.tokens)).view(len(wanted.tokens), read.batch, read.count, -1)
+        masked = take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None
+        return self._given(wanted, pooled, tokens, masked)
+
+    def _given(self, wanted: GroupPlan, pooled: Tensor, tokens: Tensor | None, masked: Tensor | None) -> GroupFeatures:
         return GroupFeatures(
             views=wanted.views,
             pooled=pooled,
             projected=self._project(pooled) if wanted.projected else None,
             tokens=tokens,
             token_views=wanted.tokens,
-            masked_tokens=take_rows(out, layout.rows(read.masked)) if wanted.masked_tokens else None,
+            masked_tokens=masked,
         )
 
     def _picked(self, group: ImageGroup, wanted: GroupPlan) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -211,14 +215,7 @@ class TimmImage(Tower):
                 assert masks is not None
                 (rows,) = upload(pixels.device, masks.flatten().nonzero().flatten())
                 masked = patches.flatten(0, 2)[rows]
-        return GroupFeatures(
-            views=wanted.views,
-            pooled=pooled,
-            projected=self._project(pooled) if wanted.projected else None,
-            tokens=tokens,
-            token_views=wanted.tokens,
-            masked_tokens=masked,
-        )
+        return self._given(wanted, pooled, tokens, masked)
 
     def _hiding(self, masks: Tensor | None) -> Any:
         """While entered, patches that ``masks`` [V, B, N] marks are the mask token, as soon as they are embedded."""
