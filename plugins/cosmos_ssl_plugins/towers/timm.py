@@ -136,14 +136,9 @@ class TimmImage(Tower):
 
         Raises UserError for a size that the model cannot take.
         """
-        if self.packs and plan:
+        if self.packs and plan and not torch.compiler.is_compiling():  # what packs rows plans on the host
             return self._encode_packed(groups, plan)
         return {name: self._encode(groups[name], wanted) for name, wanted in plan.items()}
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model as timm has it, one pass for each view group: what packs rows plans on the host."""
-        self.packs = False
-        super().compile(*args, **kwargs)
 
     def _encode_packed(
         self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]

@@ -163,6 +163,15 @@ def test_a_packed_branch_is_dropped_for_whole_images() -> None:
     assert len(torch.unique((tower({"x": x}, plan)["x"].tokens[0].flatten(1) * 1e4).round(), dim=0)) == 1
 
 
+def test_a_compiled_model_is_called_group_by_group() -> None:
+    tower = TimmImage(SPEC, model="test_vit", image_size=32)
+    groups, plan = {"x": group(1, 2, 32)}, {"x": GroupPlan(views=(0,), tokens=(0,))}
+    expected = tower(groups, plan)["x"]
+    tower.compile(backend="eager", fullgraph=False)
+    found = tower(groups, plan)["x"]
+    torch.testing.assert_close([found.projected, found.tokens], [expected.projected, expected.tokens])
+
+
 def test_one_size_alone_is_said() -> None:
     tower = TimmImage(SPEC, model="cait_xxs24_224", image_size=32)
     assert not tower.dynamic
