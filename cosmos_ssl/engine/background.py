@@ -93,13 +93,16 @@ class CheckpointWriter:
         """Return whether the checkpoint of ``step`` is written or being written."""
         return self.sound == step or (self._writing is not None and self._step == step)
 
-    def prepare(self, step: int) -> None:
+    def prepare(self) -> None:
         """Before ranks that share weights take a snapshot, on all: wait for a write that is under way, so that none
-        holds two copies, and make the folder that several may write in.
+        holds two copies.
         """
         self._collect()
         self._shares.join()
         self._number += 1
+
+    def begin(self, step: int) -> None:
+        """On the first rank, before any writes: make the folder that several may write in."""
         if self.writes:
             try:
                 begin_checkpoint(self.run_dir, step)

@@ -451,7 +451,9 @@ class Run:
         if self.world.first:
             self.writers.sync()
         if self.state.sharding.on:
-            self.checkpoints.prepare(self.state.step)
+            self.checkpoints.prepare()
+            # with it all ranks wait until the folder is there: those of another copy of the weights take no part below
+            self.world.run_on_first(lambda: self.checkpoints.begin(self.state.step))
         if self.world.first or self.state.sharding.on:
             about = self._about() if self.world.first else {}
             self.checkpoints.write(self.callbacks.added(self.state.snapshot(about)))
