@@ -34,7 +34,9 @@ class PackedBlock(Block):  # type: ignore[misc]  # timm has no types
         # norms leave autocast's precision, which kernels want of all three
         q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
         attended = packed_attention(q, k, v, packing).flatten(1)
-        x = x + _drop(self.drop_path1, self.ls1(attn.proj_drop(attn.proj(attn.norm(attended)))), packing)
+        if hasattr(attn, "norm"):  # not in timm before 1.0.16
+            attended = attn.norm(attended)
+        x = x + _drop(self.drop_path1, self.ls1(attn.proj_drop(attn.proj(attended))), packing)
         return x + _drop(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), packing)
 
 

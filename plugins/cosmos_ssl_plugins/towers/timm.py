@@ -31,7 +31,6 @@ from cosmos_ssl.api import (
 from cosmos_ssl.functional import upload
 from cosmos_ssl.models.attention import take_rows
 from cosmos_ssl.models.transformer import Layout, pick_views, project
-from cosmos_ssl_plugins.towers.packed_timm import embed, encode_rows, lay_out_reads, pack_blocks, pools_class_token
 from cosmos_ssl_plugins.towers.reads import Read
 
 
@@ -81,6 +80,10 @@ class TimmImage(Tower):
         resize: Literal["crop", "squash"] = "crop",
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     ) -> None:
+        from cosmos_ssl_plugins.towers import (
+            packed_timm,
+        )  # timm takes seconds, which those who only ask for options save
+
         super().__init__()
         self.model_name = model
         options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
@@ -96,7 +99,7 @@ class TimmImage(Tower):
                 "vit_base_patch16_224"
             )
         self.capabilities = frozenset(("tokens",) * patches + ("masks",) * mask_token)
-        self.packs = pack_blocks(self.model)
+        self.packs = packed_timm.pack_blocks(self.model)
         if grad_checkpointing:
             self.model.set_grad_checkpointing()
         width, known = int(self.model.num_features), self.model.pretrained_cfg
@@ -143,18 +146,22 @@ class TimmImage(Tower):
     def _encode_packed(
         self, groups: Mapping[str, ImageGroup], plan: Mapping[str, GroupPlan]
     ) -> dict[str, GroupFeatures]:
+        from cosmos_ssl_plugins.towers import packed_timm
+
         parts, reads, start = [], [], 0
         for name, wanted in plan.items():
             pixels, masks, hidden = self._picked(groups[name], wanted)
             with self._hiding(hidden):
-                x = embed(self.model, pixels.flatten(0, 1))
+                x = packed_timm.embed(self.model, pixels.flatten(0, 1))
             reads.append(Read(wanted, pixels.shape[1], x.shape[1], self.model.num_prefix_tokens, start, masks))
             parts.append(x.flatten(0, 1))
             start += len(parts[-1])
         packed = torch.cat(parts)
-        alone = pools_class_token(self.model)
-        layout = lay_out_reads(reads, start, pooled_alone=alone, device=packed.device, backend=self.attention)
-        out = encode_rows(self.model, packed, layout)
+        alone = packed_timm.pools_class_token(self.model)
+        layout = packed_timm.lay_out_reads(
+            reads, start, pooled_alone=alone, device=packed.device, backend=self.attention
+        )
+        out = packed_timm.encode_rows(self.model, packed, layout)
         return {name: self._features(out, layout, read, alone) for name, read in zip(plan, reads, strict=True)}
 
     def _features(self, out: Tensor, layout: Layout, read: Read, alone: bool) -> GroupFeatures:

@@ -150,7 +150,7 @@ def test_other_blocks_are_left_to_timm(name: str) -> None:
 
 
 def test_a_packed_branch_is_dropped_for_whole_images() -> None:
-    """Of a tower whose only block drops both branches of an image, or none: what is left of it is its input."""
+    """Of a tower of one block that drops either branch of half of the images: each is one of four, patch by patch."""
     tower = TimmImage(SPEC, model="test_vit", image_size=32, drop_path=0.5)
     tower.model.blocks = torch.nn.Sequential(tower.model.blocks[-1])
     tower.model.norm = torch.nn.Identity()
