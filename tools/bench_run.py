@@ -28,6 +28,7 @@ from bench_step import Side
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
 from cosmos_ssl.engine.assembly import make_order, total_steps
+from cosmos_ssl.errors import CosmosError
 
 PLAIN = "compare/pictures.yaml"
 CONFIGS = (PLAIN, "compare/pictures_fast.yaml")
@@ -49,7 +50,8 @@ class Outcome:
 
 def train(config: str, folder: Path, overrides: Sequence[str]) -> Outcome:
     """One run, from the start of its process to its end. Raises SystemExit where it fails."""
-    command = ["cosmos-launch", "--config", config, f"output_dir={folder}", *overrides]
+    program = Path(sys.executable).with_name("cosmos-launch")
+    command = [str(program), "--config", config, f"output_dir={folder}", *overrides]
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     seconds = time.perf_counter() - began
@@ -124,7 +126,12 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists: a run that goes on is no measurement")
-    plain = Plain.of(arguments.plain, arguments.overrides)
+    if len({Path(config).stem for config in arguments.configs}) < len(arguments.configs):
+        parser.error("--configs: give files of different names, by which runs are called")
+    try:
+        plain = Plain.of(arguments.plain, arguments.overrides)
+    except CosmosError as error:
+        raise SystemExit(str(error)) from error
     rows = measure(plain, arguments.configs, arguments.output, arguments.steps, arguments.overrides)
     report(rows, arguments.json)
     return 0

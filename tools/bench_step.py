@@ -34,9 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cosmos_ssl.api import ImageGroup, Progress, TextGroup, Views
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
+from cosmos_ssl.config.source import find_config
 from cosmos_ssl.engine.distributed import keep_freed_memory
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import Step
+from cosmos_ssl.errors import UserError
 
 MEAN_LENGTH = 19.5
 BATCHES = 4
@@ -283,6 +285,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value for the configs")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
+    try:
+        for name in arguments.variants:
+            find_config(VARIANTS.get(name, (name, []))[0])
+    except UserError as error:
+        parser.error(f"--variants: {error}")
     overrides = [*(TINY if arguments.tiny else []), *arguments.overrides]
     if arguments.side:
         answer(arguments.variants[0], arguments.samples, arguments.side, device, overrides)

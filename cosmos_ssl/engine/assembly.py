@@ -123,8 +123,6 @@ class Assembly:
 
     def plan_without(self, resting: frozenset[str]) -> Plan:
         """What a step computes while these losses rest."""
-        if not resting:
-            return self.plan
         heads = {name: self.model.head(name) for name in self.model.heads}
         losses = {name: self.model.loss(name) for name in self.model.losses}
         towers = cast(Mapping[Modality, Tower], self.model.towers)
