@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Whole runs beside the time that the plain way would take for one: python tools/bench_run.py KEY=VALUE ...
 
-How soon does a recipe reach what another reaches? Each of ``--configs`` is trained by a process of its own, from start
-to last evaluation, on all cores: once in the order given, then once more in reverse with the next seed. Around them,
-before the first and after the last, the plain way of ``baseline.py`` makes some steps of the recipe ``--plain``; its
-time for as many samples as that recipe trains on counts neither loading nor evaluation, which a run's time does.
+How soon does a recipe reach what another reaches? Each of ``--configs`` is trained from start to last evaluation by a
+command of its own, on all cores, which ``--nproc`` ranks share: once in the order given, then once more in reverse with
+the next seed. Around them, before the first and after the last, the plain way of ``baseline.py`` makes some steps of
+the recipe ``--plain`` in one process; its time for as many samples as that recipe trains on counts neither loading nor
+evaluation, which a run's time does.
 
 ``KEY=VALUE`` is given to all runs: which data, mostly. Figures are the means of both runs.
 """
@@ -49,7 +50,7 @@ class Outcome:
 
 
 def train(config: str, folder: Path, overrides: Sequence[str]) -> Outcome:
-    """One run, from the start of its process to its end. Raises SystemExit where it fails."""
+    """One run, from the start of its command to its end. Raises SystemExit where it fails."""
     program = Path(sys.executable).with_name("cosmos-launch")
     command = [str(program), "--config", config, f"output_dir={folder}", *overrides]
     began = time.perf_counter()
@@ -90,14 +91,17 @@ class Plain:
         return self.batch / seconds
 
 
-def measure(plain: Plain, configs: Sequence[str], output: Path, steps: int, overrides: Sequence[str]) -> list[Row]:
+def measure(
+    plain: Plain, configs: Sequence[str], output: Path, *, steps: int, nproc: int, overrides: Sequence[str]
+) -> list[Row]:
     """The rows of all runs."""
     speeds = [plain.speed(steps, overrides)]
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     for seed, order in enumerate((configs, configs[::-1])):
         for config in order:
             name = Path(config).stem
-            outcome = train(config, output / f"{name}_{seed}", [*overrides, f"training.seed={seed}"])
+            given = [*overrides, f"training.seed={seed}", f"profile.nproc={nproc}"]
+            outcome = train(config, output / f"{name}_{seed}", given)
             print(f"{name}, seed {seed}: {outcome}", file=sys.stderr)
             outcomes[name].append(outcome)
     speeds.append(plain.speed(steps, overrides))
@@ -120,6 +124,7 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE", help=f"default: {' '.join(CONFIGS)}")
     parser.add_argument("--plain", default=PLAIN, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_run"), metavar="DIR", help="of the runs, new")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="of the plain way, before and after (default: 6)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
@@ -132,7 +137,14 @@ def main() -> int:
         plain = Plain.of(arguments.plain, arguments.overrides)
     except CosmosError as error:
         raise SystemExit(str(error)) from error
-    rows = measure(plain, arguments.configs, arguments.output, arguments.steps, arguments.overrides)
+    rows = measure(
+        plain,
+        arguments.configs,
+        arguments.output,
+        steps=arguments.steps,
+        nproc=arguments.nproc,
+        overrides=arguments.overrides,
+    )
     report(rows, arguments.json)
     return 0
 
