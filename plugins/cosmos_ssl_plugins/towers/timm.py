@@ -80,9 +80,8 @@ class TimmImage(Tower):
         resize: Literal["crop", "squash"] = "crop",
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     ) -> None:
-        from cosmos_ssl_plugins.towers import (
-            packed_timm,
-        )  # timm takes seconds, which those who only ask for options save
+        # timm takes seconds, which those who only ask for options save
+        from cosmos_ssl_plugins.towers import packed_timm
 
         super().__init__()
         self.model_name = model
