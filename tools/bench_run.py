@@ -129,6 +129,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
     arguments = parser.parse_intermixed_args()
+    if arguments.nproc < 1:
+        parser.error("--nproc: give at least 1")
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists: a run that goes on is no measurement")
     if len({Path(config).stem for config in arguments.configs}) < len(arguments.configs):
