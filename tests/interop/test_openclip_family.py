@@ -106,7 +106,7 @@ def save(model, cfg, pictures, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_architectures(kind, tmp_path, record_property):
-    """Unit features to 1e-5 of OpenCLIP's, pictures as it prepares them; the table in the README is of these rows."""
+    """Unit features to 1e-5 of OpenCLIP's, pictures as it prepares them. interop/README.md has a table of it."""
     model, cfg, pictures = build(kind)
     ours = cosmos_ssl.load(save(model, cfg, pictures, tmp_path / "model"))
     size = ours.spec.image.image_size
