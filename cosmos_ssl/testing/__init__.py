@@ -14,6 +14,9 @@
 
 A check builds the part into a small model with towers, heads, losses and a teacher (``example_config``), and runs it as
 training would. What breaks the contract is an AssertionError that names the part.
+
+If cosmos-ssl and your package offer components of one name, the name means yours here, with a warning. A class always
+means itself.
 """
 
 from cosmos_ssl.testing.checks import (

@@ -49,6 +49,7 @@ from cosmos_ssl.testing.examples import (
     example_spec,
     reader,
     small_config,
+    unshadowed,
 )
 from cosmos_ssl.testing.model import ModelCheck, expect
 from cosmos_ssl.testing.moving import hold_optimizer, hold_schedule
@@ -318,7 +319,7 @@ def _checking(group: str, part: str | type[Any]) -> Iterator[type[Any]]:
     """The class of a part, whose options must be in order too; what goes wrong names the part."""
     name = part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
     try:
-        record = registry.find(group, part if isinstance(part, str) else registry.class_name(part))
+        record = registry.find(group, unshadowed(group, part) if isinstance(part, str) else registry.class_name(part))
         name = str(record) if record.distribution != registry.CODE else name
         cls = registry.load(record)
         yield cls

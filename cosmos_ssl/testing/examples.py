@@ -6,14 +6,16 @@ Shape letters as in ``cosmos_ssl.api.views``.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cosmos_ssl import registry
 from cosmos_ssl.api import (
     ALL,
     Augmenter,
@@ -39,9 +41,11 @@ from cosmos_ssl.api import (
 )
 from cosmos_ssl.api.views import map_tensors
 from cosmos_ssl.build import Builder
-from cosmos_ssl.config import LoadedConfig, load_config
+from cosmos_ssl.config import LoadedConfig, load_config, part_paths
+from cosmos_ssl.config.loading import NAMED_BY_TYPE
 from cosmos_ssl.config.source import from_plain, merge
 from cosmos_ssl.engine.assembly import Assembly
+from cosmos_ssl.errors import PluginError
 
 SAMPLES = 6
 PROGRESS = Progress(step=3, total_steps=10, steps_per_epoch=5)
@@ -377,10 +381,43 @@ def small_config(folder: str, steps: int, changes: Mapping[str, Any] | None) -> 
     return _merged(tree, changes)
 
 
+def unshadowed(group: str, name: str) -> str:
+    """Return the name of the component that the tests of a package mean by ``name``.
+
+    In a config, a name without a package means cosmos-ssl's own component if there is one. Here it means the other
+    package's, so that a new version of cosmos-ssl with a component of that name does not change what a test tests. A
+    warning names both.
+
+    Raises:
+        PluginError: If several other packages offer the name.
+    """
+    records = [record for record in registry.records() if (record.group, record.name) == (group, name)]
+    others = [record for record in records if not record.own]
+    own = next((record for record in records if record.own), None)
+    if own is None or not others:
+        return name
+    qualified = " or ".join(f"'{record.qualified}'" for record in others)
+    if len(others) > 1:
+        sources = " and ".join(record.source for record in records)
+        raise PluginError(f"{group}/{name} is offered by {sources}. Write {qualified}")
+    warnings.warn(
+        f"{group}/{name} is offered by {others[0].source} and {own.source}. The one of {others[0].distribution} is "
+        f"tested. In a config the name means the one of {own.distribution}. Write {qualified}",
+        stacklevel=2,
+    )
+    return others[0].qualified
+
+
 def _merged(tree: Mapping[str, Any], *changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """Mappings merged by key; a part of another ``type`` replaces the one before it."""
     root = from_plain(tree, "example")
     for change in changes:
-        root = merge(root, from_plain(change or {}, "config"))
+        named = from_plain(change or {}, "config").plain()
+        for path, group, keys in part_paths(named):
+            section, _, key = path.rpartition(".")
+            name = keys.get("type", key if section in NAMED_BY_TYPE else None)
+            if isinstance(name, str) and (meant := unshadowed(group, name)) != name:
+                cast(dict[str, Any], keys)["type"] = meant
+        root = merge(root, from_plain(named, "config"))
     plain: dict[str, Any] = root.plain()
     return plain

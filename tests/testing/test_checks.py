@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -789,6 +790,29 @@ def test_faults_are_found_and_named(check: Callable[[type[Any]], None], cls: typ
         check(cls)
     message = str(caught.value)
     assert words in message and f"{cls.__module__}:{cls.__qualname__}" in message, message
+
+
+def test_a_name_that_cosmos_ssl_offers_too_means_the_component_of_the_package(install: Callable[..., Path]) -> None:
+    source = "from cosmos_ssl.api import Loss, LossOutput, Need\nclass Mine(Loss):\n"
+    source += (
+        "    def __init__(self, spec): super().__init__()\n    def requires(self): return [Need(modality='image')]\n"
+    )
+    source += "    def forward(self, ctx): return LossOutput(terms={'x': ctx.no_such_thing})\n"
+    install("my-losses", "0.3.1", entries={"losses/clip": "my_losses:Mine"}, modules={"my_losses": source})
+    mine = registry.load(registry.find("losses", "my-losses:clip"))
+    for part in ("clip", "my-losses:clip", mine):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises((AssertionError, AttributeError), match="no_such_thing"):
+                testing.check_loss(part)
+        found = [str(each.message) for each in caught if "my-losses 0.3.1 and cosmos-ssl" in str(each.message)]
+        assert bool(found) == (part == "clip") and all("Write 'my-losses:clip'" in text for text in found)
+    with pytest.warns(UserWarning, match="my-losses:clip"):
+        tree = testing.example_config({"losses": {"new": {"type": "clip"}}}).tree
+    assert {name: loss["type"] for name, loss in tree["losses"].items()} == {"clip": "clip", "new": "my-losses:clip"}
+    install("their-losses", entries={"losses/clip": "my_losses:Mine"})
+    with pytest.raises(AssertionError, match="Write 'my-losses:clip' or 'their-losses:clip'"):
+        testing.check_loss("clip")
 
 
 def test_errors_of_a_part_keep_their_kind_and_are_named() -> None:
