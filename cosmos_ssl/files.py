@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_ssl.errors import CosmosError, StorageError, UserError
+from cosmos_ssl.errors import CheckpointError, CosmosError, StorageError, UserError
 
 _REFUSED = frozenset(
     getattr(errno, name)
@@ -216,6 +216,28 @@ def read_object(path: Path, keys: Mapping[str, type], advice: str) -> dict[str, 
 
 QUEUED_CONFIG = "slurm/config.yaml"
 """In the run folder: the resolved config of its last job on a cluster, there before the run has written its own."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.]+:/")  # two letters at least: C:/ is a drive of Windows
+
+
+def run_path(given: str | Path) -> Path:
+    """Return the local path of a run directory or of a checkpoint.
+
+    Args:
+        given: The path as the user wrote it. ``~`` is the home directory.
+
+    Raises:
+        CheckpointError: If ``given`` is a URL. The message shows it as it was written.
+    """
+    path = Path(given).expanduser()
+    if _URL.match(str(given)) and not path.exists():
+        url = given if isinstance(given, str) else str(given).replace(":/", "://", 1)  # Path merges the slashes
+        raise CheckpointError(
+            f"{url} is a URL. Checkpoints and run directories are read and written on local storage only. "
+            "Copy it to a local directory first, and give the path of that directory"
+        )
+    return path
 
 
 def is_run_folder(path: Path) -> bool:

@@ -28,8 +28,8 @@ from cosmos_ssl.engine.run_folder import RunFolder
 from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.engine.trainer import Trainer
 from cosmos_ssl.engine.watchdog import watched_start
-from cosmos_ssl.errors import ConfigError
-from cosmos_ssl.files import storage_faults
+from cosmos_ssl.errors import CheckpointError, ConfigError
+from cosmos_ssl.files import run_path, storage_faults
 from cosmos_ssl.liveness import doing
 from cosmos_ssl.registry import shown
 from cosmos_ssl.streams import steady_streams
@@ -134,6 +134,16 @@ def _check_names(loaded: LoadedConfig) -> None:
         for key, text in (("name", name), ("output_dir", folder or ""))
         if any(unicodedata.category(letter) == "Cc" for letter in text)
     ]
+    try:
+        run_path(loaded.config.folder)
+    except CheckpointError:
+        faults.append(
+            loaded.fault(
+                "output_dir",
+                f"{folder} is a URL. Set a local directory, and checkpoints.copy_to to the URL that checkpoints are "
+                "copied to",
+            )
+        )
     if folder is None and (name in ("", ".", "..") or "/" in name):
         faults.append(
             loaded.fault("name", f"{shown(name)} is no name of one folder in runs/. Give another name, or output_dir")

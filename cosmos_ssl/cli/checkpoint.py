@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cosmos_ssl.cli.common import run_argument
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.files import storage_faults
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         "into a run folder of its own. Tensors go through memory one by one.",
     )
     merge.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder (its newest), or one of its checkpoints")
-    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new run folder")
+    merge.add_argument("--output", type=run_argument, required=True, metavar="DIR", help="a new run folder")
     merge.set_defaults(run=_merge)
 
 

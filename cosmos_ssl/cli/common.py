@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CosmosError, printable
-from cosmos_ssl.files import storage_error, storage_faults, written_whole
+from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CheckpointError, CosmosError, printable
+from cosmos_ssl.files import run_path, storage_error, storage_faults, written_whole
 from cosmos_ssl.streams import steady_streams
 
 DEBUG = "--debug"
@@ -115,6 +115,14 @@ def number_table(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[f
     """Print rows of numbers under their heads."""
     cells = [[text, *map(number, values)] for text, values in rows.items()]
     print("\n" + table([[title, *heads], *cells], align=">"), end="")
+
+
+def run_argument(text: str) -> Path:
+    """Convert the text of an argument that names a run directory. For ``add_argument(type=...)``."""
+    try:
+        return run_path(text)
+    except CheckpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from cosmos_ssl.engine.checkpoint import find_fault, latest_checkpoint, read_sta
 from cosmos_ssl.engine.rollback import ahead
 from cosmos_ssl.engine.run_folder import RunFolder, write_text
 from cosmos_ssl.errors import CheckpointError, UserError
-from cosmos_ssl.files import checkpoint_step
+from cosmos_ssl.files import checkpoint_step, run_path
 from cosmos_ssl.identity import Identity
 
 
@@ -68,7 +68,7 @@ def fork_source(folder: RunFolder, source: str | Path) -> Path | None:
     ``source`` is a run folder (its newest sound checkpoint) or one of its checkpoints. Raises UserError where the
     folder is that of the source or of another run, CheckpointError where there is no sound checkpoint.
     """
-    path = Path(source).expanduser().resolve()
+    path = run_path(source).resolve()
     named = checkpoint_step(path) is not None
     run = path.parent.parent if named else path
     if run == folder.path.resolve():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_ssl.errors import CheckpointError, did_you_mean, listed
-from cosmos_ssl.files import written_whole
+from cosmos_ssl.files import run_path, written_whole
 
 REPOSITORY = "sankim2/cosmos"
 _DATA = ("cc3m", "cc12m", "yfcc15m", "merged30m", "pixelprose")
@@ -31,11 +31,11 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     """The path that ``checkpoint`` names; of a released name (with or without ``.pt``) that of its file, fetched where
     needed.
 
-    What exists here is never looked for on the hub. Raises CheckpointError as ``fetch_released`` does, and for what
-    looks like a released name and is none.
+    What exists here is never looked for on the hub. Raises CheckpointError as ``fetch_released`` and ``run_path`` do,
+    and for what looks like a released name and is none.
     """
     name = released(checkpoint)
-    return Path(checkpoint).expanduser() if name is None else fetch_released(name)
+    return run_path(checkpoint) if name is None else fetch_released(name)
 
 
 def released(checkpoint: str | Path) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_ssl.cli.common import DEBUG, execute, parse
+from cosmos_ssl.cli.common import DEBUG, execute, parse, run_argument
 from cosmos_ssl.errors import EXIT_DONE, UserError
 from cosmos_ssl.streams import steady_streams
 from cosmos_ssl_launch.local import run_ranks
@@ -119,7 +119,7 @@ def run_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in _COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("run", type=Path, metavar="RUN_FOLDER")
+        command.add_argument("run", type=run_argument, metavar="RUN_FOLDER")
         if name == "resume":
             _add_place(command)
     return parser

@@ -1,14 +1,18 @@
-"""``cosmos-ssl checkpoint``: one file a role of several."""
+"""``cosmos-ssl checkpoint``: one file a role of several. Paths of checkpoints and runs that are URLs."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cosmos_ssl.build.weights import find_source, read_weights, roles_of
 from cosmos_ssl.cli import main
 from cosmos_ssl.engine.checkpoint import Snapshot, find_fault, load_tensors, save_checkpoint, to_files
 from cosmos_ssl.engine.layout import Split
+from cosmos_ssl.errors import CheckpointError
+from cosmos_ssl_launch import main as launch
 
 
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,3 +40,49 @@ def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     assert main(["checkpoint", "merge", str(run), "--output", str(output)]) == 2
     assert "is there already, and not empty" in capsys.readouterr().err
+
+
+URL = "s3://bucket//run/a"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["eval", "--checkpoint", URL, "--task", "knn", "--data", "."],
+        ["eval", "--compare", URL, URL, "--task", "knn", "--data", "."],
+        ["embed", "--checkpoint", URL, "--data", ".", "--output", "o.npy"],
+        ["attend", "--checkpoint", URL, "--image", "1.png", "--text", "x", "--output", "o"],
+        ["search", "--checkpoint", URL, "--data", ".", "--text", "x", "--output", "o"],
+        ["export", "--checkpoint", URL, "--format", "openclip", "--output", "o"],
+        ["checkpoint", "merge", URL, "--output", "o"],
+        ["checkpoint", "merge", "a", "--output", URL],
+        ["runs", URL],
+        ["cosmos-launch", "status", URL],
+        ["cosmos-launch", "resume", URL],
+        ["cosmos-launch", "cancel", URL],
+        ["cosmos-launch", "--dry-run", "--config", "quickstart", "--fork", URL],
+        ["cosmos-launch", "--dry-run", "--config", "quickstart", f"model.pretrained={URL}"],
+        ["cosmos-launch", "--dry-run", "--config", "quickstart", f"teacher={{type: frozen, checkpoint: {URL}}}"],
+        ["cosmos-launch", "--dry-run", "--config", "quickstart", f"output_dir={URL}"],
+    ],
+    ids=lambda argv: " ".join(word.split("=")[0] for word in argv if word != URL)[:60],
+)
+def test_a_url_is_shown_as_it_was_typed(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until checkpoints are read from remote storage, the message says what to do."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    monkeypatch.chdir(tmp_path)
+    call = partial(launch, argv[1:]) if argv[0] == "cosmos-launch" else partial(main, argv)
+    try:
+        code = call()
+    except SystemExit as error:  # of argparse
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2 and f"{URL} is a URL" in err and ("Copy it to a local" in err or "Set a local" in err), err
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_a_url_in_a_path_object_keeps_its_slashes() -> None:
+    with pytest.raises(CheckpointError, match=r"^s3://bucket/a is a URL"):
+        find_source(Path("s3://bucket/a"))

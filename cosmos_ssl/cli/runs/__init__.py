@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.common import write_json, write_report
+from cosmos_ssl.cli.common import run_argument, write_json, write_report
 from cosmos_ssl.errors import EXIT_DONE, UserError, listed, printable
 from cosmos_ssl.files import storage_faults
 
@@ -38,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
         "finished, stopped (by a callback), interrupted (by a signal or without a word; the same command goes on), "
         "failed.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=run_argument, help="run folders, or folders that hold some"
+    )
     facts = "a metric (by its best), or name, state, step, samples, hours, samples_per_second or mfu"
     parser.add_argument("--sort", metavar="KEY", help=f"the best first: {facts}")
     parser.add_argument("--reverse", action="store_true", help="the worst first")
