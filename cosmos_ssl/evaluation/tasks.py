@@ -196,7 +196,7 @@ def linear_probe(options: Options, job: Job) -> Task:
     """A linear classifier of frozen features (``linear_probe``). Raises DataError."""
 
     def scores(train: Sharded, labels: Tensor, test: Tensor, /, *, classes: int) -> Tensor:
-        return fitted(train.whole(), labels, classes=classes)[0].scores(test)
+        return fitted(train, labels, classes=classes)[0].scores(test)
 
     return _trained(options, scores, {})
 

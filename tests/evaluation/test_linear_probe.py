@@ -1,12 +1,16 @@
-"""Logistic regression against scikit-learn, the choice of the penalty, and features of any scale."""
+"""Logistic regression against scikit-learn, the choice of the penalty, features of any scale, and several ranks."""
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cosmos_ssl.api import DataError
 from cosmos_ssl.evaluation import linear_probe as module
 from cosmos_ssl.evaluation.linear_probe import fit_logistic, linear_probe
+from cosmos_ssl.evaluation.sharded import Sharded
 
 
 def some(count=120, width=5, classes=4, spread=1.0, seed=0):
@@ -79,3 +83,45 @@ def test_a_start_saves_steps():
     torch.testing.assert_close(one.weight, near.weight, atol=1e-5, rtol=0)
     far = fit_logistic(x, y, classes=4, penalty=0.1, steps=1)
     assert (far.weight - near.weight).abs().max() > 0.01
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(x.nbytes for x in tree_leaves(output) if isinstance(x, torch.Tensor))])
+        return output
+
+
+def probe_on_rank(rank, world_size, path, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    x, y = some(count=2000, width=40, spread=3.0)
+    half = len(x) // world_size
+    shard = Sharded(x[rank * half : (rank + 1) * half], [n * half for n in range(world_size + 1)])
+    calls, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (calls.append(tensor.numel()), all_reduce(tensor))[1]
+    with LargestTensor() as largest:
+        probe, penalty = linear_probe(shard, y, classes=4)
+    whole = linear_probe(x, y, classes=4)[0]  # rows that every rank holds are split among them
+    test = some(count=500, width=40, spread=3.0, seed=0)
+    accuracy = (probe.scores(test[0]).argmax(1) == test[1]).double().mean().item()
+    results[rank] = (*map(torch.Tensor.numpy, (*probe, *whole)), penalty, accuracy, largest.bytes / x.nbytes, calls)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_fit_what_one_fits_on_half_of_the_rows_each(in_ranks):
+    [(weight, bias, *_, penalty, accuracy, share, _)] = in_ranks(probe_on_rank, 1).values()
+    assert share == pytest.approx(1, rel=0.01)
+    gradient = weight.size + bias.size + 1
+    for found_weight, found_bias, from_whole, *_, found, reached, share, calls in in_ranks(probe_on_rank, 2).values():
+        np.testing.assert_allclose(found_weight, weight, atol=1e-5)
+        np.testing.assert_allclose(found_bias, bias, atol=1e-5)
+        np.testing.assert_allclose(from_whole, weight, atol=1e-5)
+        assert (found, reached) == (penalty, accuracy)
+        assert share <= 0.51
+        others = sum(size != gradient for size in calls)  # of two probes
+        assert others <= 2 * (3 + 2 * len(module.PENALTIES)), "one all-reduce per closure"
