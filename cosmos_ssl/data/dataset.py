@@ -19,7 +19,7 @@ from cosmos_ssl.data.cache import cache_root, digest
 from cosmos_ssl.data.captions import caption_schema as schema_named
 from cosmos_ssl.data.captions import check_captions, text_fault
 from cosmos_ssl.data.manifest import Manifest, check_shards_exist, is_indexed, load_manifest, notices
-from cosmos_ssl.data.scan import IMAGE_EXTENSIONS
+from cosmos_ssl.data.scan import IMAGE_EXTENSIONS, spread
 from cosmos_ssl.data.storage import BlockCache, Reader
 from cosmos_ssl.data.tar import TarFault, members_in, sample_key
 from cosmos_ssl.liveness import OnProgress
@@ -100,9 +100,9 @@ class Shards(IndexedDataset):
         """Shard, JSON and text of a few samples of each shard (of evenly spread ones, where there are very many)."""
         sizes = self.manifest.sizes
         filled = np.flatnonzero(sizes)
-        chosen = filled[np.linspace(0, len(filled) - 1, min(len(filled), _LOOK_SHARDS)).astype(int)]
+        chosen = filled[list(spread(len(filled), _LOOK_SHARDS))]
         starts = np.cumsum(sizes) - sizes
-        inside = {s: np.unique(np.linspace(0, sizes[s] - 1, _LOOK_SAMPLES).astype(int)) for s in chosen.tolist()}
+        inside = {s: spread(int(sizes[s]), _LOOK_SAMPLES) for s in chosen.tolist()}
         indices = [int(starts[s] + i) for s, places in inside.items() for i in places]
         with ThreadPoolExecutor(16) as threads:
             for index, found in zip(indices, threads.map(self._members, indices), strict=True):

@@ -12,13 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from cosmos_ssl.api import BadSample, DataError, FileBacked, Sample, UserError
 from cosmos_ssl.data import Shards, TableData, expand, open_shards
 from cosmos_ssl.data.folder import Folder, picture_folder, similar, splits_of
-from cosmos_ssl.data.scan import cores
+from cosmos_ssl.data.scan import cores, spread
 from cosmos_ssl.data.storage import is_local, local_path, stat
 from cosmos_ssl.data.table import is_table, tables_of
 from cosmos_ssl.errors import did_you_mean
@@ -232,9 +231,7 @@ def threads_of_this_process() -> int:
 
 def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:
     """The places of ``wanted`` among ``count`` samples; None, or more than there are, is all."""
-    if wanted is None or wanted >= count:
-        return range(count)
-    return list(map(int, np.linspace(0, count - 1, wanted).round()))
+    return spread(count, count if wanted is None else wanted)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

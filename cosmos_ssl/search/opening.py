@@ -17,6 +17,7 @@ import numpy as np
 
 from cosmos_ssl.api import BadSample, DataError, UserError
 from cosmos_ssl.data.cache import cache_root, digest, lock
+from cosmos_ssl.data.scan import spread
 from cosmos_ssl.evaluation.embedding import Report, Request, embed
 from cosmos_ssl.evaluation.embedding_input import What, WithSource, open_samples
 from cosmos_ssl.evaluation.embedding_output import FORMATS, read_meta
@@ -235,8 +236,7 @@ def _samples_of(read: _Read, pictures: Sequence[str] | None) -> WithSource | Non
 def _caption_field(samples: WithSource, wanted: str | None) -> str | None:
     """The field of the captions; None where there are none. Raises DataError without the ``wanted`` one."""
     seen: dict[str, None] = {}
-    places = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), _LOOKED_AT)).astype(int)).tolist()
-    for place in places:
+    for place in spread(len(samples), _LOOKED_AT):
         try:
             captions = samples.read(place).captions
         except BadSample:

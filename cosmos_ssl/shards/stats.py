@@ -16,7 +16,7 @@ from cosmos_ssl.api import BadSample, Tokenizer
 from cosmos_ssl.data.captions import join_sentences, left_out
 from cosmos_ssl.data.dataset import Shards
 from cosmos_ssl.data.manifest import load_manifest
-from cosmos_ssl.data.scan import pool
+from cosmos_ssl.data.scan import pool, spread
 from cosmos_ssl.data.table import TableData, is_table
 from cosmos_ssl.liveness import OnProgress, alive
 from cosmos_ssl.pictures import has_alpha, open_picture
@@ -139,7 +139,7 @@ def collect_stats(
         sizes = [shard.size for shard in manifest.shards]
     total = len(shards)
     looked_at = samples if 0 < samples < total else total
-    chosen = np.linspace(0, total - 1, looked_at).astype(np.int64)
+    chosen = spread(total, looked_at)
     stats = DataStats(len(sizes), total, sum(sizes))
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     progress(0, len(chosen))

@@ -16,7 +16,7 @@ from cosmos_ssl.api import BadSample, DataError, IndexedDataset, Sample
 from cosmos_ssl.data.captions import caption_schema
 from cosmos_ssl.data.folder.index import FolderIndex, shown
 from cosmos_ssl.data.folder.scan import EXTENSIONS, TEXT_EXTENSION, check_is_folder, is_indexed, load_folder
-from cosmos_ssl.data.scan import folder_shards, saved_folder
+from cosmos_ssl.data.scan import folder_shards, saved_folder, spread
 from cosmos_ssl.data.storage import is_local, local_path, retrying
 from cosmos_ssl.errors import did_you_mean, listed
 from cosmos_ssl.liveness import OnProgress
@@ -117,7 +117,7 @@ class Folder(IndexedDataset):
     def _look(self) -> None:
         """Raise DataError where not one of some evenly spread pictures has a caption."""
         count = len(self.index)
-        places = np.unique(np.linspace(0, count - 1, min(count, _LOOK_SAMPLES)).astype(int)).tolist()
+        places = spread(count, _LOOK_SAMPLES)
         if not self.index.notes.texts or not any(self._caption(self._path(place)[0]) for place in places):
             name = self._path(0)[0].with_suffix(f".{TEXT_EXTENSION}")
             raise DataError(f"data: no captions beside the pictures: looked for those of {len(places)}, such as {name}")

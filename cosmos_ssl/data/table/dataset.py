@@ -116,7 +116,7 @@ class TableData(IndexedDataset):
     def _look(self) -> None:
         """Raise DataError where not one of some evenly spread rows has a picture, or none a caption."""
         index = self.index
-        places = spread(len(index), min(len(index), _LOOK_SAMPLES))
+        places = spread(len(index), _LOOK_SAMPLES)
         pictures = [index.picture(place) for place in places]
         if not any(isinstance(it, bytes) or (it is not None and os.path.isfile(it)) for it in pictures):  # noqa: PTH113
             files = [path for path in pictures if isinstance(path, str)]

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
-
-from cosmos_ssl.api import Aside, Location, Sample, Spec
-from cosmos_ssl.data.dealing import dealt_place, dealt_sizes
+from cosmos_ssl.api import Aside, Location, Spec
 from cosmos_ssl.data.folder import EXTENSIONS, Folder
-
-# The order shuffles whole shards and then, where there are more than loader.shuffle_samples, within windows of
-# neighbours. Sorted pictures as one shard, or class folders as shards, would give each lane one class at a time:
-# batches of as many classes as there are lanes, in the first case the same in every epoch. So the pictures are dealt
-# out like cards into many small shards, each with pictures from all over the list. Nothing is lost by it: a picture is
-# a file of its own and costs one random read in any order. (For disks and file systems that need long reads there are
-# tar shards.)
-DEALT = 64
-"""Pictures in a shard."""
+from cosmos_ssl.data.round_robin import RoundRobinShards
 
 
-class ImageFolder(Folder):
+class ImageFolder(RoundRobinShards, Folder):
     """Pictures below a folder: one folder a class, at any depth, or all in one.
 
     ``train_data`` is the folder. The folders directly below are the classes, whatever lies between them and their
@@ -51,26 +37,3 @@ class ImageFolder(Folder):
             max_pixels=max_pixels,
         )
         self.validation_data = validation_data
-
-    @property
-    def shard_sizes(self) -> NDArray[np.int64]:
-        """Pictures of each shard, int64 [shards]; at most ``DEALT``."""
-        return dealt_sizes(len(self), DEALT)
-
-    def place(self, index: int) -> int:
-        """Return where sample ``index`` stands among the sorted pictures: card ``index % size`` of its shard, dealt
-        round by round.
-        """
-        return dealt_place(index, len(self), DEALT)
-
-    def read(self, index: int) -> Sample:
-        """Sample ``index``; its key is its path from the folder. Raises OSError where storage fails, IndexError."""
-        return super().read(self.place(index))
-
-    def sources(self, index: int) -> Sequence[str]:
-        """The files that sample ``index`` is read from."""
-        return super().sources(self.place(index))
-
-    def describe(self, index: int) -> str:
-        """The folder that holds sample ``index``."""
-        return super().describe(self.place(index))

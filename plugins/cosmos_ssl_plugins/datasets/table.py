@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cosmos_ssl.api import Aside, Location, Sample, Spec
-from cosmos_ssl.data.dealing import dealt_place, dealt_sizes
+from cosmos_ssl.api import Aside, Location, Spec
+from cosmos_ssl.data.round_robin import RoundRobinShards
 from cosmos_ssl.data.table import Columns, TableData, is_table
 
-DEALT = 64
-"""Rows in a shard."""
 
-
-class Table(TableData):
+class Table(RoundRobinShards, TableData):
     """Rows of Parquet, CSV, TSV or JSON-lines files, or of a folder that Hugging Face's ``save_to_disk`` wrote.
 
     ``train_data`` names the tables (braces, ``*``, ``::`` between several).
@@ -59,26 +52,7 @@ class Table(TableData):
         tables = validation_data is not None and is_table(validation_data)
         self.validation_data = columns.address(validation_data or "") if tables else validation_data
 
-    @property
-    def shard_sizes(self) -> NDArray[np.int64]:
-        """Rows of each shard, int64 [shards]; at most ``DEALT``."""
-        return dealt_sizes(len(self), DEALT)
-
     def place(self, index: int) -> int:
-        """Where sample ``index`` stands in the tables: files of pictures are dealt like cards, each being one read in
-        any order; pictures in the table are read with their neighbours.
-        """
-        place = dealt_place(index, len(self), DEALT)
+        """Where sample ``index`` stands in the tables: pictures in the table itself are read with their neighbors."""
+        place = super().place(index)
         return index if self.index.embedded else place
-
-    def read(self, index: int) -> Sample:
-        """Sample ``index``. Raises as ``TableData`` does."""
-        return super().read(self.place(index))
-
-    def sources(self, index: int) -> Sequence[str]:
-        """The files that sample ``index`` is read from."""
-        return super().sources(self.place(index))
-
-    def describe(self, index: int) -> str:
-        """The table that holds sample ``index``."""
-        return super().describe(self.place(index))

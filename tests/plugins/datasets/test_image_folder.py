@@ -1,4 +1,4 @@
-"""Image folders as training data: how samples are dealt into shards, captions where texts are trained on, and whole
+"""Image folders as training data: how samples are assigned to shards, captions where texts are trained on, and whole
 runs.
 """
 
@@ -22,7 +22,6 @@ import cosmos_ssl
 from cosmos_ssl.api import DataError, Loss, LossOutput, Need, Spec, StepContext, ViewSpec
 from cosmos_ssl.data import Order
 from cosmos_ssl.errors import ConfigError, UserError
-from cosmos_ssl_plugins.datasets import image_folder
 from cosmos_ssl_plugins.datasets.image_folder import ImageFolder
 
 SPEC = Spec(embed_dim=8, image_views={"global": ViewSpec(views=1, size=8)})
@@ -65,8 +64,8 @@ def test_it_is_registered() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9, 16, 17, 23, 24, 63])
-def test_every_picture_is_dealt_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(image_folder, "DEALT", 8)
+def test_every_picture_is_in_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(ImageFolder, "max_shard_size", 8)
     data = ImageFolder(SPEC, train_data=named(tmp_path / "data", 1, count))
     sizes = data.shard_sizes
     assert sizes.sum() == count and sizes.max() <= 8 and len(sizes) == -(-count // 8)

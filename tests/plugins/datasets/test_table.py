@@ -1,4 +1,4 @@
-"""Tables as training data: how rows are dealt, which captions are read, and whole runs."""
+"""Tables as training data: how rows are assigned to shards, which captions are read, and whole runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_part(tmp_path: Path) -> None:
     data.prepare()
     assert data.shard_sizes.tolist() == [44, 43, 43]
     assert sorted(data.read(i).key for i in range(130)) == sorted(f"{n}.png" for n in range(130))
-    assert [data.read(i).key for i in (0, 1, 43)] == ["0.png", "3.png", "129.png"], "files are dealt like cards"
+    assert [data.read(i).key for i in (0, 1, 43)] == ["0.png", "3.png", "129.png"], "every third file of the list"
     assert data.read(1).captions == {"caption": ["picture 3"], "long": ["number 3", "of 130"]}
     assert (
         data.validation_data == f"{tmp_path}/v.jsonl#image_column=file&caption_columns=caption,long&image_root={root}"
