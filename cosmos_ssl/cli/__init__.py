@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from cosmos_ssl import __version__
-from cosmos_ssl.cli.common import DEBUG, execute, parse
+from cosmos_ssl.cli.common import DEBUG, execute, parse, stdout_for_reports
 
 COMMANDS = {
     "plugins": "list the parts that are installed, show one, check all",
@@ -34,7 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    called = next((text for text in argv if not text.startswith("-")), None)
+    called = next((text for text in argv if not text.startswith("-")), "")
+    arguments = parse(command_parser([called]), argv)
+    arguments.argv = argv
+    with stdout_for_reports(arguments):
+        return int(arguments.run(arguments))
+
+
+def command_parser(called: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Return the parser of ``cosmos-ssl``. Only the commands in ``called`` are imported and get their arguments."""
     parser = argparse.ArgumentParser(
         prog="cosmos-ssl",
         description="Parts, configs and data of cosmos-ssl. Training is started by cosmos-launch.",
@@ -42,10 +50,8 @@ def _run(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"cosmos-ssl {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, purpose in COMMANDS.items():
-        if name == called:
+        if name in called:
             import_module(f"cosmos_ssl.cli.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=purpose)
-    arguments = parse(parser, argv)
-    arguments.argv = argv
-    return int(arguments.run(arguments))
+    return parser

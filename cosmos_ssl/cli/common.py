@@ -8,9 +8,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cosmos_ssl.errors import EXIT_FAILED, EXIT_INTERRUPTED, CheckpointError, CosmosError, printable
 from cosmos_ssl.files import run_path, storage_error, storage_faults, written_whole
@@ -127,16 +129,51 @@ def run_argument(text: str) -> Path:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add the flag of all commands that report something."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, as JSON")
+    words = "also write the report there, as JSON; - is standard output, and all else then goes to standard error"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=words)
+
+
+STDOUT = Path("-")
+"""The file name that stands for standard output in options that write a report."""
+_report_stream: ContextVar[TextIO | None] = ContextVar("report_stream", default=None)
+
+
+def reports_to_stdout(arguments: argparse.Namespace) -> bool:
+    """Return whether a command writes a report to standard output."""
+    return any(getattr(arguments, option, None) == STDOUT for option in ("json", "csv", "html"))
+
+
+@contextmanager
+def stdout_for_reports(arguments: argparse.Namespace) -> Iterator[None]:
+    """If a report goes to standard output, send everything else that is printed there to standard error."""
+    if not reports_to_stdout(arguments):
+        yield
+        return
+    token = _report_stream.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _report_stream.reset(token)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a report, whole or not at all unless a device or a pipe stands there. Raises UserError or StorageError."""
+    """Write a report to a file, a device or a pipe, or to standard output if ``path`` is ``-``.
+
+    A file is written whole or not at all.
+
+    Raises:
+        UserError: If nothing can be written there.
+        StorageError: If the storage fails.
+    """
     write_report("--json", path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def write_report(option: str, path: Path, text: str) -> None:
     """Write what ``option`` asks for, as ``write_json`` does."""
+    if path == STDOUT:
+        print(text, end="", file=_report_stream.get() or sys.stdout, flush=True)
+        return
     with storage_faults(f"{option} {path}: cannot be written"):
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")

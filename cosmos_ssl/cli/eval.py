@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cosmos_ssl.cli.common import add_json, table, write_json
+from cosmos_ssl.cli.common import add_json, reports_to_stdout, table, write_json
 from cosmos_ssl.cli.place import add_place, carry_out
 from cosmos_ssl.cli.progress import stages
 from cosmos_ssl.cli.weights import add_batches, add_source, options_of, positive, reading
@@ -96,7 +96,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         if not arguments.compare:
             raise UserError("--checkpoint: name what to evaluate, or several after --compare")
         arguments.checkpoint, *arguments.compare = arguments.compare
-    folder = Path(f"{arguments.json or 'eval'}.slurm")
+    folder = Path(f"{arguments.json if arguments.json and not reports_to_stdout(arguments) else 'eval'}.slurm")
     work, check = partial(_on_this_rank, arguments), partial(_check, arguments)
     return carry_out("eval", arguments, work, folder=folder, check=check)
 

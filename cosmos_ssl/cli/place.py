@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
+from cosmos_ssl.cli.common import reports_to_stdout
 from cosmos_ssl.errors import UserError
 
 PREFIX = "profile."
@@ -56,6 +57,7 @@ def carry_out(
         values,
         name=f"cosmos-ssl {command}",
         folder=folder,
+        to_stdout=reports_to_stdout(arguments),
         checkpoint=arguments.checkpoint,
         check=check,
         follow=arguments.follow,

@@ -85,6 +85,7 @@ def carry_out(
     name: str,
     folder: Path,
     checkpoint: str,
+    to_stdout: bool = False,
     check: Callable[[], None],
     follow: bool,
     snapshot: bool,
@@ -92,14 +93,16 @@ def carry_out(
     """Have ``cosmos-ssl`` with ``argv`` done by the ranks of a profile, with ``KEY=value`` over it; the exit code.
 
     None where this process is the only rank. On a cluster it is queued as ``name``, with its files, and a copy of the
-    code and of the parts of the run that ``checkpoint`` belongs to, in ``folder``. Raises UserError, and what ``check``
-    raises, before anything is started.
+    code and of the parts of the run that ``checkpoint`` belongs to, in ``folder``. ``to_stdout``: the command writes a
+    report to standard output. Raises UserError, and what ``check`` raises, before anything is started.
     """
     place = read_profile(profile, values)
     if place.ranks == 1 and not isinstance(place, SlurmProfile):
         return None
     if isinstance(place, SlurmProfile) and place.chain is not None:
         raise UserError("profile.chain is of training: what is embedded or evaluated stays, so give the command again")
+    if isinstance(place, SlurmProfile) and to_stdout:
+        raise UserError("--json -: a job on a cluster has no standard output here. Give a file")
     check()
     if not isinstance(place, SlurmProfile):
         return run_ranks(argv, place.ranks, folder, "cosmos_ssl.cli")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_ssl.cli.common import run_argument, write_json, write_report
+from cosmos_ssl.cli.common import STDOUT, add_json, reports_to_stdout, run_argument, write_json, write_report
 from cosmos_ssl.errors import EXIT_DONE, UserError, listed, printable
 from cosmos_ssl.files import storage_faults
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cosmos_ssl.cli.runs.reading import Reader, Run
 
 _PERIOD = 10.0
-_STDOUT = "-"
 _WIDE = 10_000  # characters: what reads a pipe has no width
 
 
@@ -48,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--metrics", action="append", metavar="PATTERN", help=patterns)
     html = "write a page: curves, config differences, pictures and warnings; one file that needs nothing else"
     parser.add_argument("--html", type=Path, metavar="FILE", help=html)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write an object a run; - is standard output")
+    add_json(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line a run; - is standard output")
     flops = "count what a sample costs by each run's config (takes seconds), for curves over FLOPs"
     parser.add_argument("--flops", action="store_true", help=flops)
@@ -81,20 +80,20 @@ def _runs(arguments: argparse.Namespace) -> int:
     if arguments.watch is None:
         runs, metrics = _read(arguments, reader, flops)
         _write(arguments, runs, metrics, gallery, refresh=None)
-        if not _to_stdout(arguments):
+        if not reports_to_stdout(arguments):
             _console().print(_shown(arguments, runs, metrics))
         return EXIT_DONE
     return _watch(arguments, reader, gallery, flops)
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if _STDOUT in (str(arguments.json), str(arguments.csv)) and arguments.watch is not None:
+    if reports_to_stdout(arguments) and arguments.watch is not None:
         raise UserError("--watch renews files and the table: give --json and --csv a file")
-    if str(arguments.json) == str(arguments.csv) == _STDOUT:
-        raise UserError("--json and --csv cannot both go to standard output")
+    if [arguments.json, arguments.csv, arguments.html].count(STDOUT) > 1:
+        raise UserError("--json, --csv and --html cannot both go to standard output")
     for option in ("html", "json", "csv"):
         path: Path | None = getattr(arguments, option)
-        if path is not None and str(path) != _STDOUT and not path.absolute().parent.is_dir():
+        if path is not None and path != STDOUT and not path.absolute().parent.is_dir():
             raise UserError(f"--{option} {path}: the folder {path.absolute().parent} is not there")
 
 
@@ -133,24 +132,9 @@ def _write(
         write_report("--html", arguments.html, runs_page(runs, shown, gallery, sort=arguments.sort, refresh=refresh))
     every = metric_names(runs) if metrics is None else metrics
     if arguments.json:
-        _to(arguments.json, "json", as_json(runs, every))
+        write_json(arguments.json, as_json(runs, every))
     if arguments.csv:
-        _to(arguments.csv, "csv", as_csv(runs, every))
-
-
-def _to(path: Path, kind: str, value: Any) -> None:
-    if str(path) == _STDOUT:
-        import json
-
-        print(json.dumps(value, indent=2) if kind == "json" else value, end="\n" if kind == "json" else "")
-    elif kind == "json":
-        write_json(path, value)
-    else:
-        write_report("--csv", path, value)
-
-
-def _to_stdout(arguments: argparse.Namespace) -> bool:
-    return _STDOUT in (str(arguments.json), str(arguments.csv))
+        write_report("--csv", arguments.csv, as_csv(runs, every))
 
 
 def _console() -> Any:
