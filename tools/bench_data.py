@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""From tar shards of 640 x 427 JPEGs to a batch, beside the plain way: python tools/bench_data.py [--json FILE].
+"""Compare loading from shards of 640 x 427 JPEGs with a plain implementation: python tools/bench_data.py [--json FILE].
 
-The plain way decodes with PIL, cuts and changes colours with torchvision's transforms on PIL pictures, turns views
-into floats in the worker and tokenises caption by caption. Ours leaves uint8 views and tokens to the trainer, and does
-the photometric work batched; ``whole`` counts that work too, on the same core. One thread, paired runs, medians.
-The last rows read the same shards from a source that takes 5 ms a request.
+The plain implementation decodes with PIL, crops and changes colors with torchvision's transforms on PIL images, turns
+views into floats in the worker and tokenizes caption by caption. Ours leaves uint8 views and tokens to the trainer, and
+does the photometric work in batches. ``whole`` includes that work, on the same core. It uses one thread and reports
+medians of paired runs. The last rows read the same shards from a source that takes 5 ms per request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import fsspec
 import numpy as np
 import open_clip
 import torch
-from bench import Row, report, row
+from bench import MIN_SECONDS, Row, make_duration_row, make_ratio_row, make_row, report
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as tv
@@ -136,11 +136,11 @@ class Plain:
         return [torch.stack(views) for views in zip(*(views for views, _ in samples), strict=True)]
 
 
-# ---------------------------------------------------------------------------- the source that takes its time
+# ---------------------------------------------------------------------------- the source with latency
 
 
 class Late(LocalFileSystem):  # type: ignore[misc]
-    """The local file system behind 5 ms a request; counts requests and bytes over all processes."""
+    """The local file system with a latency of 5 ms; counts requests and bytes of all processes."""
 
     protocol = "late"
     cachable = False
@@ -155,8 +155,13 @@ class Late(LocalFileSystem):  # type: ignore[misc]
         return data
 
 
-def loader(assembly: Assembly, shards: Shards, workers: int) -> Loader:
-    """Ours, over a data set."""
+def make_assembly() -> Assembly:
+    """Return the augmenters and the tokenizer of COSMOS, among its other parts."""
+    return Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble("check")
+
+
+def make_loader(assembly: Assembly, shards: Shards, workers: int) -> Loader:
+    """Return our loader over a dataset."""
     order = Order(shards.shard_sizes, BATCH, lanes=4, shuffle_samples=1 << 18, seed=0)
     parts = {
         "image": assembly.augmenters["image"],
@@ -166,8 +171,11 @@ def loader(assembly: Assembly, shards: Shards, workers: int) -> Loader:
     return Loader(shards, order, **parts, workers=workers)  # type: ignore[arg-type]
 
 
-def rate(batches: Iterator[Any]) -> float:
-    """Samples a second of all batches after the first, which waits for the workers to start."""
+def measure_rate(batches: Iterator[Any]) -> float:
+    """Return the samples per second of all batches after the first, which waits for the workers to start.
+
+    The rate is 0 if there is no second batch.
+    """
     next(batches)
     start, count = time.perf_counter(), 0
     for _ in batches:
@@ -175,63 +183,81 @@ def rate(batches: Iterator[Any]) -> float:
     return count / (time.perf_counter() - start)
 
 
-# ---------------------------------------------------------------------------- the figures
+# ---------------------------------------------------------------------------- what is measured
 
 
-def measure_cpu(assembly: Assembly, shards: Shards, pairs: int) -> list[Row]:
-    """Worker side and whole, one thread, in milliseconds a sample."""
+def make_loading(assembly: Assembly, shards: Shards) -> tuple[Callable[[int], Any], Callable[[Any], object]]:
+    """Return our two stages: one loads the batch of a step, one does the photometric work on it."""
+    own = make_loader(assembly, shards, workers=0)
+    augmenter = assembly.augmenters["image"]
+
+    def load(step: int) -> Any:
+        (batch,) = own.batches(step, step + 1)
+        return batch
+
+    def augment(batch: Any) -> None:
+        for group in batch.views.image.values():
+            augmenter.finish(group)
+
+    return load, augment
+
+
+def measure_cpu(
+    shards: Shards, load: Callable[[int], Any], augment: Callable[[Any], object], pairs: int, batch_size: int = BATCH
+) -> list[Row]:
+    """Measure the worker's part and the whole, on one thread."""
     plain = Plain(shards)
-    own = loader(assembly, shards, workers=0)
-    steps = len(shards) // BATCH
+    steps = len(shards) // batch_size
     times: dict[str, list[float]] = {"plain": [], "worker": [], "whole": []}
     plain.batch(range(2))
     for number in range(pairs):
         start = time.perf_counter()
-        plain.batch(range(BATCH))
+        plain.batch(range(batch_size))
         times["plain"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        (batch,) = own.batches(number % steps, number % steps + 1)
+        batch = load(number % steps)
         times["worker"].append(time.perf_counter() - start)
-        for group in batch.views.image.values():
-            assembly.augmenters["image"].finish(group)
+        augment(batch)
         times["whole"].append(time.perf_counter() - start)
     rows = []
     for title, name, goal in (("worker side", "worker", 4), ("whole, with photometric work", "whole", 1.9)):
-        ratio = statistics.median(a / b for a, b in zip(times["plain"], times[name], strict=True))
-        rows.append(row(title, ratio, "x plain", least=goal))
+        sides = times["plain"], times[name]
+        rows.append(make_ratio_row(title, *sides, "x plain", at_least=goal, sides_more_than=MIN_SECONDS * batch_size))
     return rows + [
-        row(f"{name}, time", 1e3 * statistics.median(found) / BATCH, "ms a sample") for name, found in times.items()
+        make_duration_row(f"{name}, time", statistics.median(seconds) / batch_size, "ms a sample")
+        for name, seconds in times.items()
     ]
 
 
-def measure_source(assembly: Assembly, pattern: str, folder: Path, pairs: int) -> list[Row]:
-    """Rates with two workers from the local disk and from the late source."""
+def measure_source(
+    assembly: Assembly, pattern: str, folder: Path, pairs: int, *, protocol: str = "late://", workers: int = 2
+) -> list[Row]:
+    """Measure the rates from the local disk and from the source with latency."""
     fsspec.register_implementation("late", Late, clobber=True)
     rates: tuple[list[float], list[float]] = ([], [])
     samples = 0
     for number in range(pairs):
-        sources = pattern, f"late://{pattern}"
-        for source, found in zip(sources, rates, strict=True):
-            shards = Shards(source, caption_schema="dreamlip", cache_dir=str(folder / f"cache{number}"))
+        cache = folder / f"cache{number}"
+        for source, measured in zip((pattern, f"{protocol}{pattern}"), rates, strict=True):
+            shards = Shards(source, caption_schema="dreamlip", cache_dir=str(cache))
             shards.prepare()
-            if source.startswith("late"):
-                shutil.rmtree(folder / f"cache{number}" / "blocks")  # what the look at captions has fetched
-                (folder / f"cache{number}" / "blocks").mkdir()
-                Late.requests.value = Late.bytes.value = 0
+            shutil.rmtree(cache / "blocks", ignore_errors=True)  # what reading the first captions has fetched
+            (cache / "blocks").mkdir(parents=True)
+            Late.requests.value = Late.bytes.value = 0
             samples = len(shards) // BATCH * BATCH
-            found.append(rate(loader(assembly, shards, workers=2).batches(0, len(shards) // BATCH)))
-    ratio = statistics.median(b / a for a, b in zip(*rates, strict=True))
+            batches = make_loader(assembly, shards, workers=workers).batches(0, len(shards) // BATCH)
+            measured.append(measure_rate(batches))
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     return [
-        row("late source", ratio, "of the local rate", least=0.8),
-        row("late source, requests", Late.requests.value / samples, "a sample"),
-        row("late source, bytes", Late.bytes.value / size, "of the shards"),
-        row("local rate, 2 workers", statistics.median(rates[0]), "samples/s"),
+        make_ratio_row("late source", rates[1], rates[0], "of the local rate", at_least=0.8),
+        make_ratio_row("late source, requests", Late.requests.value, samples, "a sample"),
+        make_ratio_row("late source, bytes", Late.bytes.value, size, "of the shards", at_least=0.5),
+        make_row("local rate, 2 workers", statistics.median(rates[0]), "samples/s"),
     ]
 
 
 def main() -> int:
-    """Print a table."""
+    """Print a table; exit with 1 if a row fails."""
     parser = argparse.ArgumentParser(description="Benchmark of the way from shards to batches.")
     parser.add_argument("--samples", type=int, default=640)
     parser.add_argument("--pairs", type=int, default=5)
@@ -241,17 +267,16 @@ def main() -> int:
     threads = torch.get_num_threads()
     try:
         pattern = write_shards(folder, arguments.samples, 4)
-        assembly = Builder(load_config("cosmos/vitb16_cc3m.yaml", ["evaluators=null"])).assemble("check")
+        assembly = make_assembly()
         shards = Shards(pattern, caption_schema="dreamlip")
         shards.prepare()
         torch.set_num_threads(1)
-        rows = measure_cpu(assembly, shards, arguments.pairs)
+        rows = measure_cpu(shards, *make_loading(assembly, shards), arguments.pairs)
         rows += measure_source(assembly, pattern, folder, max(1, arguments.pairs // 2))
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(folder, ignore_errors=True)
-    report(rows, arguments.json)
-    return 0
+    return report(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed and memory of ``cosmos-ssl data prepare`` beside a plain loop that does the same with a dictionary.
+"""Compare ``cosmos-ssl data prepare`` with a plain loop that does the same with a dictionary.
 
 python tools/bench_prepare.py [--rows N] [--folder DIR] [--json FILE] makes captions and shards as img2dataset writes
 them, for 100,000 rows and for a million. Memory is what all processes hold between them, without mapped files.
@@ -18,11 +18,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from bench import Row, report, row
+from bench import MIN_SECONDS, Row, make_ratio_row, make_row, report
 from PIL import Image
 
 from cosmos_ssl.data.captions import DREAMLIP_FIELDS
@@ -135,8 +135,8 @@ def private_bytes(parent: int) -> int:
     return total
 
 
-def prepare(table: Path, images: Path, output: Path, workers: int, *, watched: bool = False) -> tuple[float, int]:
-    """Seconds of the command, and the peak of its memory where it is ``watched``."""
+def prepare(table: Path, images: Path, output: Path, workers: int, *, watched: bool = False) -> tuple[float, int, int]:
+    """Run the command; return its seconds, the peak of its memory if it is ``watched``, and the rows written."""
     shutil.rmtree(output, ignore_errors=True)
     given = ["--table", table, "--images", images, "--output", output, "--workers", workers]
     start, peak = time.monotonic(), 0
@@ -147,15 +147,16 @@ def prepare(table: Path, images: Path, output: Path, workers: int, *, watched: b
         time.sleep(0.2)
     if process.wait():
         raise SystemExit(process.returncode)
-    return time.monotonic() - start, peak
+    seconds = time.monotonic() - start
+    return seconds, peak, sum(json.loads((output / "sizes.json").read_text()).values())
 
 
-def size(folder: Path) -> int:
+def measure_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.tar"))
 
 
-def joins(rows: int) -> tuple[float, float]:
-    """Rows a second of the join by dealt files and of one by an SQLite table, both from names to pairs, on disk."""
+def measure_joins(rows: int) -> tuple[float, float]:
+    """Return the seconds of the join by dealt files and of one by an SQLite table, both from names, on disk."""
     names = [url(number).encode() for number in range(rows)]
     order = np.random.default_rng(0).permutation(rows).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +164,7 @@ def joins(rows: int) -> tuple[float, float]:
         keys = (hashed(names[at : at + 8192]) for at in range(0, rows, 8192))
         other = (hashed([names[i] for i in order[at : at + 8192]]) for at in range(0, rows, 8192))
         found = join(Path(folder), keys, other)
-        dealt = rows / (time.monotonic() - start)
+        dealt = time.monotonic() - start
         assert found.tolist() == order
         start = time.monotonic()
         base = sqlite3.connect(f"{folder}/base")
@@ -175,7 +176,7 @@ def joins(rows: int) -> tuple[float, float]:
         for at in range(0, rows, 8192):
             for key in _digests([names[i] for i in order[at : at + 8192]]):
                 base.execute("SELECT number FROM rows WHERE key = ?", (key,)).fetchone()
-        sqlite = rows / (time.monotonic() - start)
+        sqlite = time.monotonic() - start
         base.close()
     return dealt, sqlite
 
@@ -186,7 +187,8 @@ def _digests(names: list[bytes]) -> Iterator[bytes]:
     return (blake2b(name, digest_size=16).digest() for name in names)
 
 
-def main() -> None:
+def main() -> int:
+    """Print a table; exit with 1 if a row fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where data are made and kept (default: a temporary folder)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the large table (default: %(default)s)")
@@ -198,37 +200,45 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the lines there, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        report(list(measure(arguments.folder or Path(temporary), arguments)), arguments.json)
+        return report(list(measure(arguments.folder or Path(temporary), arguments)), arguments.json)
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
-    """The figures one after another."""
+def measure(
+    folder: Path, arguments: argparse.Namespace, prepare: Callable[..., tuple[float, int, int]] = prepare
+) -> Iterator[Row]:
+    """Yield the rows one after another."""
     small, large, out = arguments.small_rows, arguments.rows, folder / "out"
     table, images = make(folder / f"{small}-{arguments.side}", small, arguments.side)
     shutil.rmtree(folder / "plain", ignore_errors=True)
     start = time.monotonic()
-    written = plain_loop(table, images, folder / "plain")
+    expected = plain_loop(table, images, folder / "plain")
     plain = time.monotonic() - start
-    yield row("plain loop", small / plain, "rows/s")
-    yield row("plain loop, written", size(folder / "plain") / plain / MB, "MB/s")
-    seconds, _ = prepare(table, images, out, arguments.workers)
-    assert sum(json.loads((out / "sizes.json").read_text()).values()) == written
-    yield row(f"prepare, {arguments.workers} processes", small / seconds, "rows/s")
-    yield row(f"prepare, {arguments.workers} processes, written", size(out) / seconds / MB, "MB/s")
-    yield row("prepare / plain loop", plain / seconds, "times", least=2)
+    yield make_rate_row("plain loop", small, plain)
+    yield make_rate_row("plain loop, written", measure_size(folder / "plain") / MB, plain, "MB/s")
+    seconds, _, written = prepare(table, images, out, arguments.workers)
+    name = f"prepare, {arguments.workers} processes"
+    yield make_ratio_row(f"{name}, rows written", written, expected, "of the plain loop", at_least=1, at_most=1)
+    yield make_rate_row(name, small, seconds)
+    yield make_rate_row(f"{name}, written", measure_size(out) / MB, seconds, "MB/s")
+    yield make_ratio_row("prepare / plain loop", plain, seconds, "times", at_least=2, sides_more_than=MIN_SECONDS)
     peaks = []
     for count in (small, large):
         table, images = make(folder / f"{count}-16", count, 16)
-        seconds, peak = prepare(table, images, out, arguments.workers, watched=True)
+        seconds, peak, _ = prepare(table, images, out, arguments.workers, watched=True)
         peaks.append(peak / MB)
-        yield row(f"tiny pictures, {count:,} rows", count / seconds, "rows/s")
-        yield row(f"private memory, {count:,} rows", peak / MB, "MB")
-    yield row("growth of that memory", peaks[1] - peaks[0], "MB", most=64)
-    dealt, sqlite = joins(large)
-    yield row(f"join by dealt files, {large:,} rows", dealt, "rows/s")
-    yield row(f"join by SQLite, {large:,} rows", sqlite, "rows/s")
-    yield row("dealt files / SQLite", dealt / sqlite, "times", least=1)
+        yield make_rate_row(f"tiny pictures, {count:,} rows", count, seconds)
+        yield make_row(f"private memory, {count:,} rows", peak / MB, "MB", more_than=1)
+    yield make_row("growth of that memory", peaks[1] - peaks[0], "MB", at_most=64, more_than=None, sides=peaks)
+    dealt, sqlite = measure_joins(large)
+    yield make_rate_row(f"join by dealt files, {large:,} rows", large, dealt)
+    yield make_rate_row(f"join by SQLite, {large:,} rows", large, sqlite)
+    yield make_ratio_row("dealt files / SQLite", sqlite, dealt, "times", at_least=1, sides_more_than=MIN_SECONDS)
+
+
+def make_rate_row(name: str, count: float, seconds: float, unit: str = "rows/s") -> Row:
+    """Return the row of a rate."""
+    return make_ratio_row(name, count, seconds, unit, sides_more_than=MIN_SECONDS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

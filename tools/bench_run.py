@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Whole runs beside the time that the plain way would take for one: python tools/bench_run.py KEY=VALUE ...
+"""Compare whole runs with the time of a plain implementation: python tools/bench_run.py KEY=VALUE ...
 
-How soon does a recipe reach what another reaches? Each of ``--configs`` is trained from start to last evaluation by a
-command of its own, on all cores, which ``--nproc`` ranks share: once in the order given, then once more in reverse with
-the next seed. Around them, before the first and after the last, the plain way of ``baseline.py`` makes some steps of
-the recipe ``--plain`` in one process; its time for as many samples as that recipe trains on counts neither loading nor
-evaluation, which a run's time does.
+Each of ``--configs`` is trained from start to last evaluation by its own command. It uses all cores, which ``--nproc``
+ranks share. The configs run once in the given order, then once in reverse with the next seed. Before the first and
+after the last, the plain implementation of ``baseline.py`` runs some steps of the recipe ``--plain`` in one process.
+The plain time is that for all samples of this recipe. It includes neither loading nor evaluation, which the time of a
+run does.
 
-``KEY=VALUE`` is given to all runs: which data, mostly. Figures are the means of both runs.
+``KEY=VALUE`` applies to all runs, for example to select the data. Results are the means of both runs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import Row, report, row
-from bench_step import Side
+from bench import Row, make_duration_row, make_ratio_row, make_row, report
+from bench_step import StepProcess
 
 from cosmos_ssl.build import Builder
 from cosmos_ssl.config import load_config
@@ -33,24 +33,27 @@ from cosmos_ssl.errors import CosmosError
 
 PLAIN = "compare/pictures.yaml"
 CONFIGS = (PLAIN, "compare/pictures_fast.yaml")
-FIGURES = {
+METRICS = {
     "student mean rank": "retrieval/student/image_to_text_mean_rank",
     "student R@1": "retrieval/student/image_to_text_R@1",
     "teacher mean rank": "retrieval/teacher/image_to_text_mean_rank",
 }
-"""Of the last evaluation, and their keys in ``metrics.jsonl``."""
+"""Metrics of the last evaluation, and their keys in ``metrics.jsonl``."""
+MIN_RUN_SECONDS = 1.0
+"""A run imports PyTorch, trains and evaluates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run has reached, and when."""
+    """The duration of a run, its steps and its last metrics."""
 
     seconds: float
-    figures: dict[str, float]
+    steps: int
+    metrics: dict[str, float]
 
 
 def train(config: str, folder: Path, overrides: Sequence[str]) -> Outcome:
-    """One run, from the start of its command to its end. Raises SystemExit where it fails."""
+    """Train once, from the start of the command to its end. Raises SystemExit if it fails."""
     program = Path(sys.executable).with_name("cosmos-launch")
     command = [str(program), "--config", config, f"output_dir={folder}", *overrides]
     began = time.perf_counter()
@@ -60,17 +63,17 @@ def train(config: str, folder: Path, overrides: Sequence[str]) -> Outcome:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = {key: value for line in rows for key, value in line.items()}
-    return Outcome(seconds=seconds, figures={name: last[key] for name, key in FIGURES.items()})
+    return Outcome(seconds=seconds, steps=last["step"], metrics={name: last[key] for name, key in METRICS.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """The plain way of a recipe."""
+    """The plain implementation of a recipe."""
 
     config: str
     batch: int
     samples: int
-    """Of the whole run."""
+    """Samples of the whole run."""
 
     @classmethod
     def of(cls, config: str, overrides: Sequence[str]) -> Plain:
@@ -82,44 +85,53 @@ class Plain:
         steps = total_steps(loaded.config, make_order(loaded.config, dataset.shard_sizes))
         return cls(config=config, batch=batch, samples=steps * batch)
 
-    def speed(self, steps: int, overrides: Sequence[str]) -> float:
-        """Samples a second, by the median of some steps."""
-        side = Side("plain", ["--variants", self.config, "--samples", str(self.batch), *overrides])
-        side.ask("step")  # the first one makes what the others use again
-        seconds = statistics.median(side.ask("step")[0] for _ in range(steps))
-        side.close()
-        return self.batch / seconds
+    def measure_seconds(self, steps: int, overrides: Sequence[str]) -> float:
+        """Return the median time of some steps."""
+        process = StepProcess("plain", ["--variants", self.config, "--samples", str(self.batch), *overrides])
+        process.request("step")  # the first one allocates what the others use again
+        seconds: float = statistics.median(process.request("step")[0] for _ in range(steps))
+        process.close()
+        return seconds
 
 
 def measure(
-    plain: Plain, configs: Sequence[str], output: Path, *, steps: int, nproc: int, overrides: Sequence[str]
+    plain: Plain,
+    configs: Sequence[str],
+    output: Path,
+    *,
+    steps: int,
+    nproc: int,
+    overrides: Sequence[str],
+    train: Callable[[str, Path, Sequence[str]], Outcome] = train,
 ) -> list[Row]:
-    """The rows of all runs."""
-    speeds = [plain.speed(steps, overrides)]
+    """Return the rows of all runs."""
+    step_seconds = [plain.measure_seconds(steps, overrides)]
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     for seed, order in enumerate((configs, configs[::-1])):
         for config in order:
             name = Path(config).stem
-            given = [*overrides, f"training.seed={seed}", f"profile.nproc={nproc}"]
-            outcome = train(config, output / f"{name}_{seed}", given)
+            own = [*overrides, f"training.seed={seed}", f"profile.nproc={nproc}"]
+            outcome = train(config, output / f"{name}_{seed}", own)
             print(f"{name}, seed {seed}: {outcome}", file=sys.stderr)
             outcomes[name].append(outcome)
-    speeds.append(plain.speed(steps, overrides))
-    speed = statistics.fmean(speeds)
+    step_seconds.append(plain.measure_seconds(steps, overrides))
+    speed = statistics.fmean(plain.batch / seconds for seconds in step_seconds)
     whole = plain.samples / speed
-    rows = [row("plain: samples a second", speed, "1/s"), row("plain: time of its steps", whole, "s")]
-    for name, found in outcomes.items():
-        seconds = statistics.fmean(outcome.seconds for outcome in found)
-        rows += [row(f"{name}: time", seconds, "s"), row(f"{name}: time of plain", seconds / whole, "of plain")]
-        rows += [
-            row(f"{name}: {figure}", statistics.fmean(outcome.figures[figure] for outcome in found))
-            for figure in FIGURES
-        ]
+    rows = [make_row("plain: samples a second", speed, "1/s"), make_duration_row("plain: time of its steps", whole)]
+    for name, results in outcomes.items():
+        seconds = statistics.fmean(outcome.seconds for outcome in results)
+        rows.append(make_duration_row(f"{name}: time", seconds, more_than=MIN_RUN_SECONDS))
+        rows.append(make_ratio_row(f"{name}: time of plain", seconds, whole, "of plain"))
+        rows.append(make_row(f"{name}: steps", min(outcome.steps for outcome in results)))
+        for metric in METRICS:
+            value = statistics.fmean(outcome.metrics[metric] for outcome in results)
+            bounds = {"at_least": 1.0} if "rank" in metric else {"more_than": None}  # a recall may be 0
+            rows.append(make_row(f"{name}: {metric}", value, **bounds))
     return rows
 
 
 def main() -> int:
-    """Print a table."""
+    """Print a table; exit with 1 if a row fails."""
     parser = argparse.ArgumentParser(description="Benchmark of whole runs.")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE", help=f"default: {' '.join(CONFIGS)}")
     parser.add_argument("--plain", default=PLAIN, metavar="FILE", help="default: %(default)s")
@@ -147,8 +159,7 @@ def main() -> int:
         nproc=arguments.nproc,
         overrides=arguments.overrides,
     )
-    report(rows, arguments.json)
-    return 0
+    return report(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A whole training step beside the plain way of doing it: python tools/bench_step.py [--json FILE].
+"""Compare a whole training step with a plain implementation: python tools/bench_step.py [--json FILE].
 
-Both train the same model from the same weights on the same synthetic batch, each in a process of its own, with the
-settings of memory and threads that belong to its way; they take turns, and speed is the median ratio of paired steps.
-Memory is the peak of each process. FLOPs: every matrix product at 2 m n k, attention's two and their backward passes
-included (causal ones in full), forward and backward of student and teacher.
+Both train the same model from the same weights on the same synthetic batch. Each runs in its own process with its own
+memory and thread settings. They take turns, and speed is the median ratio of paired steps. Memory is the peak of each
+process. FLOPs are those of forward and backward of student and teacher: each matrix product counts 2 m n k, those of
+attention too (causal ones in full).
 
-``--compile`` measures our step with ``training.compile`` beside our step without it, on batches of changing caption
-lengths; the time that compiling takes is that of the first steps beyond what such steps take later.
+``--compile`` compares our step with and without ``training.compile``, on batches of changing caption lengths. The time
+to compile is that of the first steps beyond what such steps take later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from typing import Any
 
 import torch
 from baseline import PlainCosmos, PlainStep
-from bench import Row, report, resident_peak, row
+from bench import (
+    MIN_SECONDS,
+    Row,
+    get_peak_memory,
+    make_difference_row,
+    make_duration_row,
+    make_ratio_row,
+    make_row,
+    report,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -148,8 +157,8 @@ class Work:
         return Views(keys=[str(n) for n in range(samples)], image=image, text=text)
 
 
-def flops(step: Callable[[], Any]) -> float:
-    """FLOPs of one step."""
+def count_flops(step: Callable[[], Any]) -> float:
+    """Return the FLOPs of one step."""
     cpu = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
@@ -166,14 +175,27 @@ def flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def synchronised(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-class Side:
-    """One way of the step, in a process that does what it is told by lines of its input."""
+def respond(request: str, step: Callable[[], dict[str, Tensor]], device: torch.device) -> Any:
+    """Run a ``step`` (returns seconds and losses), count its ``flops``, or return the ``peak`` of memory."""
+    if request == "step":
+        synchronize(device)
+        start = time.perf_counter()
+        losses = step()
+        synchronize(device)
+        return time.perf_counter() - start, {name: float(loss) for name, loss in losses.items()}
+    if request == "flops":
+        return count_flops(step)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else get_peak_memory()
+
+
+class StepProcess:
+    """One implementation of the step, in a process that responds to requests on its standard input."""
 
     def __init__(self, side: str, options: Sequence[str]) -> None:
         command = [sys.executable, __file__, "--side", side, *options]
@@ -182,96 +204,73 @@ class Side:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, what: str) -> Any:
-        """Have it do ``step``, ``flops`` or ``peak``; what it answers."""
+    def request(self, request: str) -> Any:
+        """Send a request and return the response. Raises SystemExit if the process ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(what, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
+        print(request, file=self.process.stdin, flush=True)
+        response = self.process.stdout.readline()
+        if not response:
             raise SystemExit(f"the process ended: {self.process.args}")
-        return json.loads(answer)
+        return json.loads(response)
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.process.communicate()
 
 
-def answer(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
-    """The loop of a side's process."""
+def run_requests(variant: str, samples: int, side: str, device: torch.device, overrides: Sequence[str]) -> None:
+    """Respond to the requests on standard input, in the process of a side."""
     if device.type == "cpu" and side != "plain":
         keep_freed_memory()  # as the trainer does
     own = ["training.compile=true"] if side == "compiled" else []
     step = getattr(Work(variant, samples, device, [*overrides, *own]), side)()
     for line in sys.stdin:
-        if line.strip() == "step":
-            synchronised(device)
-            start = time.perf_counter()
-            losses = step()
-            synchronised(device)
-            found: Any = time.perf_counter() - start, {name: float(loss) for name, loss in losses.items()}
-        elif line.strip() == "flops":
-            found = flops(step)
-        else:
-            found = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
-        print(json.dumps(found), flush=True)
+        print(json.dumps(respond(line.strip(), step, device)), flush=True)
 
 
-def measure(variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]) -> list[Row]:
-    """The rows of one variant."""
-    options = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
-    sides = Side("plain", options), Side("ours", options)
-    first = [side.ask("step")[1] for side in sides]
-    difference = max(abs(first[0][name] - first[1][name]) for name in first[0])
-    times = [[side.ask("step")[0] for side in sides] for _ in range(pairs)]
-    memory = [side.ask("peak") for side in sides]
-    counted = [side.ask("flops") for side in sides]
-    for side in sides:
-        side.close()
-    ratio = statistics.median(plain / ours for plain, ours in times)
-    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
-    bound = float if variant == "vitb16" and not overrides else lambda _: None  # the others are reported
+def measure(variant: str, samples: int, pairs: int, sides: Sequence[StepProcess], *, goals: bool) -> list[Row]:
+    """Return the rows of one variant; ``sides`` are the plain step and ours, ``goals`` whether speed and cost have
+    bounds.
+    """
+    first = [side.request("step")[1] for side in sides]
+    plain, ours = zip(*([side.request("step")[0] for side in sides] for _ in range(pairs)), strict=True)
+    memory = [side.request("peak") for side in sides]
+    flops = [side.request("flops") for side in sides]
+    bound = float if goals else lambda _: None
+    least = {"sides_more_than": MIN_SECONDS}
+    rates = [
+        make_ratio_row(f"{variant}: samples a second{name}", samples, statistics.median(seconds), "1/s", **least)
+        for name, seconds in ((", plain", plain), ("", ours))
+    ]
     return [
-        row(f"{variant}: speed", ratio, "x plain", least=bound(1.6)),
-        row(f"{variant}: samples a second, plain", samples / seconds[0], "1/s"),
-        row(f"{variant}: samples a second", samples / seconds[1], "1/s"),
-        row(f"{variant}: FLOPs", counted[1] / counted[0], "of plain", most=bound(0.77)),
-        row(f"{variant}: FLOPs a sample", counted[1] / samples / 1e9, "GFLOP"),
-        row(f"{variant}: peak memory", memory[1] / memory[0], "of plain", most=bound(0.75)),
-        row(f"{variant}: peak memory, absolute", memory[1] / 2**30, "GiB"),
-        row(f"{variant}: largest difference of losses", difference, most=1e-5),
+        make_ratio_row(f"{variant}: speed", plain, ours, "x plain", at_least=bound(1.6), **least),
+        *rates,
+        make_ratio_row(f"{variant}: FLOPs", flops[1], flops[0], "of plain", at_most=bound(0.77)),
+        make_row(f"{variant}: FLOPs a sample", flops[1] / samples / 1e9, "GFLOP"),
+        make_ratio_row(f"{variant}: peak memory", memory[1], memory[0], "of plain", at_most=bound(0.75)),
+        make_row(f"{variant}: peak memory, absolute", memory[1] / 2**30, "GiB"),
+        make_difference_row(f"{variant}: largest difference of losses", *first, at_most=1e-5),
     ]
 
 
-def measure_compiled(
-    variant: str, samples: int, pairs: int, device: torch.device, overrides: Sequence[str]
-) -> list[Row]:
-    """The rows of one variant, compiled beside not."""
-    options = ["--variants", variant, "--samples", str(samples), "--device", device.type, *overrides]
-    with TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what an earlier run compiled does not count
-        sides = Side("eager", options), Side("compiled", options)
-        first = [[side.ask("step") for side in sides] for _ in range(BATCHES)]
-        times = [[side.ask("step")[0] for side in sides] for _ in range(pairs)]
-        memory = [side.ask("peak") for side in sides]
-        for side in sides:
-            side.close()
-    (_, eager), (_, compiled) = first[0]
-    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
+def measure_compiled(variant: str, samples: int, pairs: int, sides: Sequence[StepProcess]) -> list[Row]:
+    """Return the rows of one variant; ``sides`` are our step as it is and compiled."""
+    first = [[side.request("step") for side in sides] for _ in range(BATCHES)]
+    eager, compiled = zip(*([side.request("step")[0] for side in sides] for _ in range(pairs)), strict=True)
+    memory = [side.request("peak") for side in sides]
+    compiling = sum(step[1][0] for step in first) - BATCHES * statistics.median(compiled)
+    losses = [step[1] for step in first[0]]
     return [
-        row(f"{variant}: compiled step", statistics.median(compiled / eager for eager, compiled in times), "of eager"),
-        row(f"{variant}: eager step", seconds[0], "s"),
-        row(f"{variant}: compiling", sum(step[1][0] for step in first) - BATCHES * seconds[1], "s"),
-        row(f"{variant}: peak memory, compiled", memory[1] / memory[0], "of eager"),
-        row(
-            f"{variant}: largest difference of losses",
-            max(abs(eager[name] - compiled[name]) for name in eager),
-            most=1e-5,
-        ),
+        make_ratio_row(f"{variant}: compiled step", compiled, eager, "of eager", sides_more_than=MIN_SECONDS),
+        make_duration_row(f"{variant}: eager step", statistics.median(eager)),
+        make_duration_row(f"{variant}: compiling", compiling, more_than=1),
+        make_ratio_row(f"{variant}: peak memory, compiled", memory[1], memory[0], "of eager"),
+        make_difference_row(f"{variant}: largest difference of losses", *losses, at_most=1e-5),
     ]
 
 
 def main() -> int:
-    """Print a table; exit 1 where losses differ."""
+    """Print a table; exit with 1 if a row fails."""
     parser = argparse.ArgumentParser(description="Benchmark of a whole training step.")
     names = f"{', '.join(VARIANTS)}, or recipes of your own (default: these)"
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=names)
@@ -292,16 +291,23 @@ def main() -> int:
         parser.error(f"--variants: {error}")
     overrides = [*(TINY if arguments.tiny else []), *arguments.overrides]
     if arguments.side:
-        answer(arguments.variants[0], arguments.samples, arguments.side, device, overrides)
+        run_requests(arguments.variants[0], arguments.samples, arguments.side, device, overrides)
         return 0
-    measured = measure_compiled if arguments.compile else measure
-    rows = [
-        line
-        for variant in arguments.variants
-        for line in measured(variant, arguments.samples, arguments.pairs, device, overrides)
-    ]
-    report(rows, arguments.json)
-    return int(any(not line["ok"] for line in rows if "difference" in line["name"]))
+    rows = []
+    with TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what an earlier run compiled does not count
+        for variant in arguments.variants:
+            options = ["--variants", variant, "--samples", str(arguments.samples), "--device", device.type, *overrides]
+            pair = ("eager", "compiled") if arguments.compile else ("plain", "ours")
+            sides = [StepProcess(name, options) for name in pair]
+            counts = (variant, arguments.samples, arguments.pairs, sides)
+            if arguments.compile:
+                rows += measure_compiled(*counts)
+            else:
+                rows += measure(*counts, goals=variant == "vitb16" and not overrides)  # the others are only reported
+            for side in sides:
+                side.close()
+    return report(rows, arguments.json)
 
 
 if __name__ == "__main__":

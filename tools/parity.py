@@ -2,8 +2,10 @@
 """Compare our parts with recorded values of the official program: python tools/parity.py DIR.
 
 DIR holds ``meta.json`` (sizes, optimiser), ``official_checkpoint.pt`` (start weights) and ``golden.safetensors``
-(inputs and outputs). The model is rebuilt through a config and trained by the engine's own step. One line a recorded
-quantity: name, largest absolute difference, limit, ok or FAIL. Exit 1 on any FAIL, 2 where DIR cannot be used.
+(inputs and outputs). The model is rebuilt through a config and trained by the engine's own step. It prints one line per
+recorded quantity: name, largest absolute difference, limit, ok or FAIL. A quantity that is empty, or zero on both
+sides, compares nothing and fails. The program exits with 1 if a line fails or there is none, with 2 if DIR cannot be
+used.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ TRAJECTORY = 1e-4  # losses and gradient norm of a step that builds on others, t
 LR = 1e-6  # times the recorded value
 AFTER = 1e-4  # features after the trajectory
 GLOBAL_TEXTS = 2
+NOTHING = "(empty or zero on both sides)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,20 +215,23 @@ def compare(recording: Recording) -> Iterator[Line]:
     for name, value in (at_these_weights(recording) | dense(recording)).items():
         if name in recording.values:
             compared.add(name)
-            yield _line(name, value, recording.values[name], _limit(name, recording.values[name]))
+            yield compare_tensors(name, value, recording.values[name], _limit(name, recording.values[name]))
     if "trajectory" in recording.values:
         compared.add("trajectory")
         yield from _trajectory(recording)
         found = {f"final.{name}": value for name, value in at_these_weights(recording).items()}
         for name in sorted(found.keys() & recording.values.keys()):
             compared.add(name)
-            yield _line(name, found[name], recording.values[name], _limit(name, recording.values[name]))
+            yield compare_tensors(name, found[name], recording.values[name], _limit(name, recording.values[name]))
     for name in sorted(recording.values.keys() - compared - recording.inputs):
         yield Line(f"{name} (not known here)", torch.nan, 0)
 
 
 def _trajectory(recording: Recording) -> Iterator[Line]:
     rows, without = train(recording)
+    for index, column in enumerate(recording.meta["trajectory_columns"]):
+        if not (recording.values["trajectory"][:, index].any() or any(row[column] for row in rows)):
+            yield Line(f"trajectory.{column} {NOTHING}", torch.nan, 0)  # a single step may have a learning rate of 0
     for number, (row, recorded) in enumerate(zip(rows, recording.values["trajectory"].tolist(), strict=True)):
         for column, value in zip(recording.meta["trajectory_columns"], recorded, strict=True):
             share = {"lr": LR, "distill_loss": TRAJECTORY, "clip_loss": TRAJECTORY, "grad_norm": TRAJECTORY}.get(column)
@@ -237,7 +243,7 @@ def _trajectory(recording: Recording) -> Iterator[Line]:
 
 
 def _limit(name: str, recorded: Tensor) -> float:
-    greatest = float(recorded.abs().max())
+    greatest = float(recorded.abs().max()) if recorded.numel() else 0.0
     if name.startswith("final."):
         return TRAJECTORY * greatest if ".loss." in name else AFTER
     if name.startswith("dense."):
@@ -245,9 +251,11 @@ def _limit(name: str, recorded: Tensor) -> float:
     return LOSSES if name.startswith("loss.") else FEATURES
 
 
-def _line(name: str, value: Tensor, recorded: Tensor, limit: float) -> Line:
+def compare_tensors(name: str, value: Tensor, recorded: Tensor, limit: float) -> Line:
     if recorded.shape != value.shape:
         return Line(f"{name} {list(value.shape)}, not {list(recorded.shape)}", torch.nan, limit)
+    if not (value.any() or recorded.any()):
+        return Line(f"{name} {NOTHING}", torch.nan, limit)
     return Line(name, (value.double() - recorded.double()).abs().max().item(), limit)
 
 
@@ -270,7 +278,9 @@ def main() -> int:
         print(f"parity: {folder}/meta.json lacks {error}", file=sys.stderr)
         return UserError.exit_code
     print(f"{count - failed} of {count} recorded quantities agree" + (f", {failed} do not" if failed else ""))
-    return 1 if failed else 0
+    if not count:
+        print(f"parity: {folder} has no recorded quantities, so nothing was compared", file=sys.stderr)
+    return 1 if failed or not count else 0
 
 
 if __name__ == "__main__":

@@ -241,6 +241,15 @@ def test_spread_over_seeds(tools):
     assert [cell.strip() for cell in line.split("|")[2:-1]] == ["30.0", "-", "48.0 (40.0 to 54.0)"]
 
 
+def test_a_run_that_measured_nothing_is_refused(tools):
+    figures = {f"{role}/{name}": 2.0 for role in tools.plan.ROLES for name in tools.plan.RANKS} | {"speed": 9.0}
+    method = SimpleNamespace(key="clip", samples=64, flops=1e9)
+    tools.report.require_measured(method, [figures])
+    for runs in ([], [{}], [figures, figures | {"speed": 0.0}], [dict.fromkeys(figures, 0.0)]):
+        with pytest.raises(SystemExit, match="clip measured nothing"):
+            tools.report.require_measured(method, runs)
+
+
 @pytest.mark.slow
 def test_all_runs_in_a_tiny_form_and_goes_on(tmp_path, shards):
     def compare(*words):

@@ -113,6 +113,23 @@ def test_a_value_that_is_not_known_fails(run, copy):
     assert (code, next(line for line in lines if line.endswith("FAIL")).split()[0]) == (1, "student.other")
 
 
+def test_what_compares_nothing_fails(run, tool, copy, monkeypatch):
+    name = "student.image_features"
+
+    def remove(values):
+        for other in set(values) - {"texts"}:
+            if not other.startswith("image."):
+                del values[other]
+
+    folder = copy(lambda values: values[name].zero_())
+    monkeypatch.setattr(tool, "at_these_weights", lambda recording: {name: torch.zeros_like(recording.values[name])})
+    monkeypatch.setattr(tool, "dense", lambda recording: {})
+    assert any(line.startswith(f"{name} {tool.NOTHING}") and line.endswith("FAIL") for line in run(folder)[1])
+    monkeypatch.setattr(tool, "at_these_weights", lambda recording: {})
+    assert run(copy(remove))[::2] == (1, f"parity: {folder} has no recorded quantities, so nothing was compared\n")
+    assert not tool.compare_tensors("empty", torch.zeros(0), torch.zeros(0), 1.0).ok
+
+
 def test_folders_that_cannot_be_used(run, copy, tmp_path):
     code, _, err = run(tmp_path)
     assert code == 2

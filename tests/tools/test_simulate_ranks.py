@@ -15,10 +15,13 @@ def test_one_rank_of_1024(monkeypatch, tmp_path):
     simulate_ranks = importlib.import_module("simulate_ranks")
     options = ["--tiny", "--ranks", "8", "1024", "--samples", "8", "--shards", "200"]
     monkeypatch.setattr(sys, "argv", ["simulate_ranks.py", *options, "--json", str(tmp_path / "rows.json")])
-    simulate_ranks.main()
+    code = simulate_ranks.main()
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert code == int(not all(row["ok"] for row in rows.values()))
     timed = ("order: to a step far in", "order: each further step", "step: host")
     assert all(row["ok"] for name, row in rows.items() if not name.startswith(timed))
+    nothing = simulate_ranks.judged({ranks: dict.fromkeys(simulate_ranks.FIGURES, 0.0) for ranks in (8, 1024)})
+    assert {row["name"].rpartition(",")[0] for row in nothing if row["ok"]} == {"order: samples of others"}
     found = {name.removesuffix(", 1024"): row["value"] for name, row in rows.items() if name.endswith(", 1024")}
     others, width = 8 * 1023, 64
     assert found["order: samples of others"] == 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from comparison.plan import FIGURES, RANKS, Method, Run
+from comparison.plan import FIGURES, RANKS, ROLES, Method, Run
 
 
 class Row(TypedDict):
@@ -22,16 +22,28 @@ class Row(TypedDict):
 
 
 def gathered(runs: Sequence[Run], compared: Sequence[Method]) -> list[Row]:
-    """Every figure of every method and role over the seeds, and what each method costs."""
+    """Return every figure of every method and role over the seeds, and the cost of each method."""
     rows = []
     for method in compared:
         own = [run.figures for run in runs if run.method == method]
+        require_measured(method, own)
         units = {name: "" if name.partition("/")[2] in RANKS else "%" for name in own[0] if name != "speed"}
         rows += [row(f"{method.key}/{name}", [each[name] for each in own], unit) for name, unit in units.items()]
         rows.append(row(f"{method.key}/samples", [method.samples], "samples"))
         rows.append(row(f"{method.key}/flops", [method.flops / 1e9], "GFLOP a sample"))
         rows.append(row(f"{method.key}/minutes", [method.samples / each["speed"] / 60 for each in own], "min"))
     return rows
+
+
+def require_measured(method: Method, runs: Sequence[Mapping[str, float]]) -> None:
+    """Raise SystemExit unless all runs trained and retrieved; the best possible mean rank is 1."""
+    values = [("runs", len(runs), 1.0), ("samples", method.samples, 1.0), ("flops", method.flops, 1.0)]
+    for figures in runs:
+        values.append(("speed", figures.get("speed", 0.0), 1e-3))
+        names = [f"{role}/{name}" for role in ROLES for name in RANKS]
+        values += [(name, figures.get(name, 0.0), 1.0) for name in names]
+    if missing := sorted({name for name, value, least in values if not value >= least}):
+        raise SystemExit(f"{method.key} measured nothing: {', '.join(missing)}. Delete its runs and repeat")
 
 
 def row(name: str, values: Sequence[float], unit: str) -> Row:
