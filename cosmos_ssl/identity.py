@@ -150,6 +150,8 @@ def _counted(tree: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[
         loader["lanes"] = default_lanes(training["batch_size"])
     if (schedule := kept.get("schedule") or {}).get("type") == "cosine":  # the only one once, and not written down
         del schedule["type"]
+    if isinstance(rules := (kept.get("optimizer") or {}).get("rules"), dict):  # their names change nothing
+        kept["optimizer"]["rules"] = [*rules.values()]
     pretrained = (kept.get("model") or {}).get("pretrained")
     if isinstance(pretrained, str) and "model.pretrained" not in places:
         kept["model"]["pretrained"] = PurePosixPath(pretrained).name

@@ -108,6 +108,13 @@ def test_a_tree_of_an_older_version_counts_with_the_defaults() -> None:
     assert not now.config_changes(Identity(config=older, data={}))
 
 
+def test_names_of_rules_do_not_count() -> None:
+    listed = identity("optimizer.rules=[{match: 'image.*', lr_scale: 2}, {match: 'text.*', frozen: true}]")
+    named = identity("optimizer.rules={a: {match: 'image.*', lr_scale: 2}, b: {match: 'text.*', frozen: true}}")
+    turned = identity("optimizer.rules={b: {match: 'text.*', frozen: true}, a: {match: 'image.*', lr_scale: 2}}")
+    assert not named.config_changes(listed) and turned.config_changes(listed)
+
+
 # ---------------------------------------------------------------------------- places
 
 OUTSIDE = """\

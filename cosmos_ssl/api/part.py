@@ -167,6 +167,8 @@ class ParameterRule:
     match: str
     lr_scale: float | None = None
     weight_decay_scale: float | None = None
+    decay_1d: bool | None = None
+    """Whether parameters with fewer than two dimensions decay, too."""
     frozen_epochs: float | None = None
     """No update before this epoch; ``math.inf`` freezes for good and saves the backward pass."""
 

@@ -135,7 +135,8 @@ def _plain(state: Mapping[str, Tensor], config: Path) -> Mapping[str, Tensor]:
     if not has_adapters(state):
         return state
     try:
-        return merged(state, LoraConfig.model_validate(read_file(config, []).plain()["model"]["lora"]).alpha)
+        lora = LoraConfig.model_validate(read_file(config, []).plain()["model"]["lora"])
+        return merged(state, lora.alpha, rslora=lora.rslora)
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{config} does not tell of the adapters (model.lora) that the weights hold") from error
 

@@ -175,11 +175,11 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 def _needless_nulls(root: Node) -> Found:
     """Nulls in the place of named parts that are not there: most likely another name was meant."""
     found: Found = []
-    for section, group in NAMED_GROUPS.items():
+    nouns = {section: registry.GROUPS[group].noun for section, group in NAMED_GROUPS.items()}
+    for section, noun in {**nouns, "optimizer.rules": "rule"}.items():
         named = root.at(section.split("."))
         nodes = named.value if named is not None and isinstance(named.value, dict) else {}
         there = [name for name, node in nodes.items() if node.value is not None or node.removes]
-        noun = registry.GROUPS[group].noun
         found += [
             ([*section.split("."), name], f"there is no {noun} of this name to remove.{did_you_mean(name, there)}")
             for name in nodes
@@ -215,6 +215,8 @@ def _path(tree: Any, error: Mapping[str, Any]) -> tuple[str | int, ...]:
     """The keys that lead to an error, without those steps of pydantic's that name a branch of a union."""
     path: list[str | int] = []
     for number, step in enumerate(error["loc"], 1):
+        if isinstance(tree, list) and str(step).isdigit():
+            step = int(step)
         inside = step in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(step, int)
         if inside or (number == len(error["loc"]) and error["type"] in ("missing", "extra_forbidden")):
             path.append(step)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from cosmos_ssl.bounds import Count, Curve, Few, Share, Size, Strength, Whole
@@ -107,12 +107,14 @@ class LoraConfig(Section):
     """Low-rank adapters on the towers' linear maps (LoRA, arXiv 2106.09685), by peft; the towers' own weights rest.
 
     A map's output has ``alpha`` / ``rank`` B A x added, A and B of this rank. ``dropout``: share of x that A does not
-    see in training. ``match``: patterns of the maps that get one, over full names such as ``image.blocks.0.attn.qkv``.
-    ``train``: patterns of towers' parameters that are trained beside them.
+    see in training. ``rslora``: ``alpha`` / sqrt(``rank``) is the factor instead (rsLoRA, arXiv 2312.03732). ``match``:
+    patterns of the maps that get one, over full names such as ``image.blocks.0.attn.qkv``. ``train``: patterns of
+    towers' parameters that are trained beside them.
     """
 
     rank: Size = 16
     alpha: Strength = 16.0
+    rslora: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     match: Annotated[list[str], Field(min_length=1)] = ["*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2"]
     train: list[str] = []
@@ -156,24 +158,38 @@ class LoaderConfig(Section):
 
 
 class RuleConfig(Section):
-    """A parameter rule: ``match`` is an fnmatch pattern over full names (``image.blocks.0.*``)."""
+    """A parameter rule: ``match`` is an fnmatch pattern over full names (``image.blocks.0.*``).
+
+    A later rule overrides the keys that it gives. ``lr_scale`` and ``weight_decay_scale`` multiply the run's learning
+    rate and weight decay. ``decay_1d``: parameters with fewer than two dimensions decay, too. ``frozen_epochs``: no
+    update before this epoch. ``frozen``: none at all.
+    """
 
     match: str
     lr_scale: Strength | None = None
     weight_decay_scale: Strength | None = None
+    decay_1d: bool | None = None
     frozen: bool = False
     frozen_epochs: Strength | None = None
 
 
+def _by_name(rules: Any) -> Any:
+    """A list of rules, as configs before version 0.2 have it, by number."""
+    return {str(number): rule for number, rule in enumerate(rules)} if isinstance(rules, list) else rules
+
+
 class OptimizerConfig(Part):
-    """What is the engine's of an optimiser: learning rate, and decay of parameters with two dimensions or more."""
+    """What is the engine's of an optimiser: learning rate, and decay of parameters with two dimensions or more.
+
+    ``rules``: parameter rules by name. They apply in this order.
+    """
 
     type: str = "adamw"
     lr: Annotated[float, Field(gt=0, le=1000)] = 5e-4
     weight_decay: Strength | Curve[Strength] = 0.5
     weight_decay_end: Strength | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    rules: list[RuleConfig] = []
+    rules: Annotated[dict[str, RuleConfig], BeforeValidator(_by_name)] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -186,12 +202,16 @@ class OptimizerConfig(Part):
 
 
 class ScheduleConfig(Part):
-    """The run's length, and its learning rate: a linear warm-up, then the schedule's way to ``final_lr``."""
+    """The run's length, and its learning rate: a linear warm-up, then the schedule's way to ``final_lr``.
+
+    The warm-up starts at ``warmup_start_lr``.
+    """
 
     type: str = "cosine"
     epochs: Count = 32
     max_steps: Count | None = None
     warmup_steps: Whole = 2000
+    warmup_start_lr: Strength = 0.0
     final_lr: Strength = 0.0
 
 
@@ -218,7 +238,8 @@ class TrainingConfig(Section):
     ``parallel``: every rank holds all of student, teacher and optimiser (``replicate``); or all ranks share one copy of
     the towers and of what is held for them (``fsdp``), or each ``parallel_shards`` ranks do (``hsdp``; by default those
     of a node).
-    ``rollback``: whether a run goes back where its loss has risen.
+    ``clip_grad_norm``: largest norm of the gradients. ``clip_grad_per``: of the whole ``model``, of each ``module``
+    (towers, heads and losses) or of each ``parameter``. ``rollback``: whether a run goes back where its loss has risen.
     """
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 1024
@@ -234,6 +255,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     clip_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    clip_grad_per: Literal["model", "module", "parameter"] = "model"
     max_nonfinite_steps: Count = 20
     rollback: RollbackConfig | None = None
     timeout_minutes: Minutes | None = 30.0

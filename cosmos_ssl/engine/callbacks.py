@@ -50,17 +50,18 @@ class Callbacks:
 
     def with_rules(self, config: Config) -> Config:
         """The config with the callbacks' rules on parameters behind its own."""
-        rules = [
-            RuleConfig(
+        rules = {
+            f"callbacks.{name}.{number}": RuleConfig(
                 match=rule.match,
                 lr_scale=rule.lr_scale,
                 weight_decay_scale=rule.weight_decay_scale,
+                decay_1d=rule.decay_1d,
                 frozen_epochs=rule.frozen_epochs,
             )
-            for part in self.parts.values()
-            for rule in part.parameter_rules()
-        ]
-        optimizer = config.optimizer.model_copy(update={"rules": [*config.optimizer.rules, *rules]})
+            for name, part in self.parts.items()
+            for number, rule in enumerate(part.parameter_rules())
+        }
+        optimizer = config.optimizer.model_copy(update={"rules": config.optimizer.rules | rules})
         return config.model_copy(update={"optimizer": optimizer}) if rules else config
 
     def has(self, hook: str) -> bool:

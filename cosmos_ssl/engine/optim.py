@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,6 +33,7 @@ class Setting:
 
     lr_scale: float = 1.0
     weight_decay_scale: float = 1.0
+    decay_1d: bool = False
     frozen_epochs: float = 0.0
 
 
@@ -49,7 +50,7 @@ def settings(model: Model, config: OptimizerConfig) -> dict[str, Setting]:
         setting = Setting()
         for rule in rules:
             if fnmatchcase(name, rule.match):
-                given = {key: getattr(rule, key) for key in ("lr_scale", "weight_decay_scale", "frozen_epochs")}
+                given = {each.name: getattr(rule, each.name) for each in fields(Setting)}
                 setting = replace(setting, **{key: value for key, value in given.items() if value is not None})
         found[name] = replace(setting, lr_scale=setting.lr_scale * depth.get(name, 1.0))
     return found
@@ -90,24 +91,30 @@ def _part_rules(model: Model) -> Iterator[ParameterRule]:
 
 
 def _config_rules(config: OptimizerConfig, names: Sequence[str]) -> Iterator[ParameterRule]:
-    for number, rule in enumerate(config.rules):
+    for key, rule in config.rules.items():
         if not any(fnmatchcase(name, rule.match) for name in names):
+            place = key if "." in key else f"optimizer.rules.{key}.match"
             raise UserError(
-                f"optimizer.rules.{number}.match: '{rule.match}' matches no parameter."
+                f"{place}: '{rule.match}' matches no parameter."
                 f"{did_you_mean(rule.match, names)} Names look like {', '.join(names[:3])}"
             )
         yield ParameterRule(
             match=rule.match,
             lr_scale=rule.lr_scale,
             weight_decay_scale=rule.weight_decay_scale,
+            decay_1d=rule.decay_1d,
             frozen_epochs=math.inf if rule.frozen else rule.frozen_epochs,
         )
 
 
 def learning_rate(lr: float, config: ScheduleConfig, schedule: Schedule, progress: Progress) -> float:
-    """Linear warm-up, lr (step + 1) / warmup, then the schedule's way to ``final_lr``. Raises PluginError."""
+    """The learning rate of a step: a linear warm-up, then the schedule's way to ``final_lr``. Raises PluginError.
+
+    Warm-up: start + (lr - start) (step + 1) / warmup.
+    """
     if progress.step < config.warmup_steps:
-        return lr * (progress.step + 1) / config.warmup_steps
+        start = config.warmup_start_lr
+        return start + (lr - start) * (progress.step + 1) / config.warmup_steps
     with blaming(schedule, "schedule"):
         left = schedule.left(progress, config.warmup_steps)
         if not 0 <= left <= 1:
@@ -150,7 +157,7 @@ class Optimizer:
                 parameter.requires_grad_(False)
                 continue
             self.names[name] = parameter
-            decay = rule.weight_decay_scale if parameter.dim() >= 2 else 0.0
+            decay = rule.weight_decay_scale if parameter.dim() >= 2 or rule.decay_1d else 0.0
             grouped.setdefault((rule.lr_scale, decay, rule.frozen_epochs), {})[name] = parameter
             if is_sharded(parameter):
                 self.sharded.append(parameter)
@@ -202,27 +209,35 @@ class Optimizer:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        """Scale the gradients down to ``max_norm``, if given; the norm they had, a scalar."""
-        parameters = [p for p in self.names.values() if p.grad is not None]
-        if self.sharded:
-            return self._clip_parts([p.grad for p in parameters if p.grad is not None], max_norm)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-
     @torch.no_grad()
-    def _clip_parts(self, grads: Sequence[Tensor], max_norm: float | None) -> Tensor:
-        """``clip``, by the formula of torch's, where ranks hold parts: squares of these are summed over ranks."""
-        kinds = [local(x) for x in grads if is_sharded(x)], [x for x in grads if not is_sharded(x)]
-        norms = (torch.nn.utils.get_total_norm(kind).to(self.sharded[0].device, torch.float64) for kind in kinds)
-        parts, others = (norm.square() for norm in norms)
-        norm = (sum_of_parts(parts, self.sharded) + others).sqrt().float()
-        if max_norm is not None:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(x) for x in grads], factor)
-        return norm
+    def clip(self) -> Tensor:
+        """Scale the gradients down to ``training.clip_grad_norm``, if given. Returns the norm they had, a scalar.
+
+        By ``training.clip_grad_per``, the norm is that of all gradients, of a module's or of a parameter's.
+        """
+        training = self.sections.training
+        grads: dict[str, list[Tensor]] = {}
+        for name, parameter in self.names.items():
+            if parameter.grad is not None:
+                grads.setdefault(_clipped_as(name, training.clip_grad_per), []).append(parameter.grad)
+        norms = self._norms([*grads.values()])
+        if training.clip_grad_norm is not None:
+            for group, norm in zip(grads.values(), norms, strict=True):
+                factor = (training.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([local(x) for x in group], factor)
+        return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+    def _norms(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The norm of each list of gradients; of sharded ones, squares are summed over ranks."""
+        total = torch.nn.utils.get_total_norm
+        if not self.sharded:
+            return [total(group) for group in grads]
+
+        def squares(sharded: bool) -> Tensor:
+            kinds = ([local(x) for x in group if is_sharded(x) is sharded] for group in grads)
+            return torch.stack([total(kind).to(self.sharded[0].device, torch.float64) for kind in kinds]).square()
+
+        return [*(sum_of_parts(squares(True), self.sharded) + squares(False)).sqrt().float()]
 
     @torch.no_grad()
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
@@ -261,8 +276,8 @@ class Optimizer:
                 for key, value in group.items():
                     new = isinstance(value, Tensor) or (isinstance(value, int | float) and made.get(key) != value)
                     if new and key not in _SET:
-                        fields = _fields(key, value, self.names[name].device)
-                        found |= {f"{name}.{field}@": each for field, each in fields}
+                        values = _fields(key, value, self.names[name].device)
+                        found |= {f"{name}.{field}@": each for field, each in values}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -280,12 +295,12 @@ class Optimizer:
                     del group[key]
                 group |= {key: value for key, value in self._made[name].items() if key not in _SET}
         of = {id(p): groups for groups in self._groups.values() for group in groups for p in group["params"]}
-        for name, fields in told.items():
+        for name, values in told.items():
             parameter, groups = self.names[name], of[id(self.names[name])]
             group = groups[0]
             for each in groups:
-                _put(each, {key[:-1]: value for key, value in fields.items() if key.endswith("@")}, parameter, each)
-            own = {key: value for key, value in fields.items() if not key.endswith("@")}
+                _put(each, {key[:-1]: value for key, value in values.items() if key.endswith("@")}, parameter, each)
+            own = {key: value for key, value in values.items() if not key.endswith("@")}
             if not own:
                 continue
             known = self.part.state
@@ -294,6 +309,14 @@ class Optimizer:
                 raise CheckpointError(f"the optimiser's state of {name} is incomplete or of another shape")
             self.torch.state[parameter] = {}
             _put(self.torch.state[parameter], own, parameter, group)
+
+
+def _clipped_as(name: str, per: str) -> str:
+    """The key of the gradients that are clipped together with this parameter's."""
+    if per == "parameter":
+        return name
+    tower = name.partition(".")[0]
+    return "" if per == "model" else tower if tower in ("image", "text") else ".".join(name.split(".")[:2])
 
 
 def _alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -118,7 +118,7 @@ class Step:
         if scaler is not None:
             optimizer.unscale(scaler)
         optimizer.drop_frozen(progress)
-        return optimizer.clip(self.training.clip_grad_norm)
+        return optimizer.clip()
 
     @record_function("agree")
     def agree(self, result: Result, norm: Tensor, news: Callable[[], News]) -> Agreement:
@@ -288,5 +288,5 @@ class Gradients:
             owners = [told for prefix, told in parts if any(name.startswith(f"{prefix}.") for name in missed)]
             raise PluginError(
                 f"{', '.join(owners)}: no gradient reaches {listed(missed, limit=1)}. Let a loss read what they "
-                f"compute, or freeze them: optimizer.rules: [{{match: '{missed[0]}', frozen: true}}]"
+                f"compute, or freeze them: optimizer.rules: {{rest: {{match: '{missed[0]}', frozen: true}}}}"
             )

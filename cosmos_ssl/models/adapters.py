@@ -4,9 +4,11 @@ they are merged, which are plain ones again.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +26,18 @@ def add_adapters(
     *,
     rank: int,
     alpha: float,
+    rslora: bool = False,
     dropout: float = 0.0,
     match: Sequence[str],
     train: Sequence[str] = (),
 ) -> list[str]:
     """Put an adapter beside every linear map of ``towers`` that one of the patterns ``match`` takes in; their names.
 
-    A map x -> W x + b becomes x -> W x + b + alpha / rank B A dropout(x), with A [rank, in] drawn and B [out, rank] at
-    zero, so that nothing changes until a first step. Of the towers, adapters and the parameters that ``train`` takes in
-    need gradients from then on. Patterns are fnmatch's over full names: ``image.blocks.0.attn.qkv``. Raises ValueError,
-    which begins with the option, for a pattern that takes in nothing or what cannot be adapted.
+    A map x -> W x + b becomes x -> W x + b + s B A dropout(x), with A [rank, in] drawn and B [out, rank] at zero, so
+    that nothing changes until a first step. s is alpha / rank, or alpha / sqrt(rank) by ``rslora``. Of the towers,
+    adapters and the parameters that ``train`` takes in need gradients from then on. Patterns are fnmatch's over full
+    names: ``image.blocks.0.attn.qkv``. Raises ValueError, which begins with the option, for a pattern that takes in
+    nothing or what cannot be adapted.
     """
     maps = {name: why for prefix, tower in towers.items() for name, why in _linear_maps(tower, prefix)}
     weights = [f"{prefix}.{name}" for prefix, tower in towers.items() for name, _ in tower.named_parameters()]
@@ -51,7 +55,7 @@ def add_adapters(
             parameter.requires_grad_(f"{prefix}.{name}" in beside)
         own = [name.removeprefix(f"{prefix}.") for name in chosen if name.startswith(f"{prefix}.")]
         if own:
-            _inject(tower, own, rank=rank, alpha=alpha, dropout=dropout)
+            _inject(tower, own, r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout)
     return chosen
 
 
@@ -67,13 +71,12 @@ def _linear_maps(tower: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
         yield f"{prefix}.{name}", f"{type(parent).__name__} reads its weight past it" if reads else ""
 
 
-def _inject(tower: nn.Module, names: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
+def _inject(tower: nn.Module, names: Sequence[str], **options: Any) -> None:
     import peft
 
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="|".join(map(re.escape, names))
-    )  # a string is matched as a whole
+    whole = "|".join(map(re.escape, names))  # a string is matched as a whole
+    config = peft.LoraConfig(target_modules=whole, **options)
     peft.inject_adapter_in_model(config, tower)
     for parameter in trained:  # which peft freezes with all others
         parameter.requires_grad_(True)
@@ -92,8 +95,8 @@ def has_adapters(names: Iterable[str]) -> bool:
     return any(name.endswith(_B) for name in names)
 
 
-def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A state by the names that it has without adapters, W + alpha / rank B A in the place of each W and its A and B.
+def merged(state: Mapping[str, Tensor], alpha: float, *, rslora: bool = False) -> dict[str, Tensor]:
+    """A state by the names that it has without adapters, W + s B A in the place of each W and its A and B.
 
     Products are summed in float32 and rounded once to the weight's precision.
     """
@@ -101,6 +104,6 @@ def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     for name, b in state.items():
         if name.endswith(_B):
             a, weight = state[name.removesuffix(_B) + _A], found[plain_name(name)]
-            change = torch.mm(b.float(), a.float()) * (alpha / len(a))
+            change = torch.mm(b.float(), a.float()) * (alpha / (math.sqrt(len(a)) if rslora else len(a)))
             found[plain_name(name)] = (weight.float() + change).to(weight.dtype)
     return found

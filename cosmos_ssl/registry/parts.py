@@ -44,7 +44,7 @@ GROUPS: Mapping[str, Group] = {
     "datasets": Group("data set", "Dataset"),
     "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
     "optimizers": Group("optimiser", "Optimizer", ("type", *_OPTIMIZER)),
-    "schedules": Group("schedule", "Schedule", ("type", "epochs", "max_steps", "warmup_steps", "final_lr")),
+    "schedules": Group("schedule", "Schedule", ("type", "epochs", "max_steps", "warmup_steps", "warmup_start_lr", "final_lr")),
     "writers": Group("writer", "Writer"),
     "callbacks": Group("callback", "Callback"),
 }

@@ -418,6 +418,14 @@ def test_faults_of_overrides_say_command_line(load: Load) -> None:
             "x.yaml:5  optimizer.rules.1.macth: unknown key. Did you mean 'match'?",
         ),
         (
+            "optimizer:\n  rules:\n    a: {match: a}\n    b: {macth: b}",
+            "x.yaml:5  optimizer.rules.b.macth: unknown key. Did you mean 'match'?",
+        ),
+        (
+            "optimizer: {rules: {stem: null}}",
+            "x.yaml:2  optimizer.rules.stem: there is no rule of this name to remove.",
+        ),
+        (
             "losses:\n  clip: {type: clpi}",
             "x.yaml:3  losses.clip.type: no loss named 'clpi'. Did you mean 'clip'?\n" + " " * 10 + "Available: ",
         ),

@@ -11,7 +11,7 @@ from torch import nn
 
 from cosmos_ssl import api
 from cosmos_ssl.api import Curve, Progress, Spec
-from cosmos_ssl.config import Config, OptimizerConfig, RuleConfig, ScheduleConfig
+from cosmos_ssl.config import Config, OptimizerConfig, RuleConfig, ScheduleConfig, TrainingConfig
 from cosmos_ssl.engine.optim import Optimizer, learning_rate, settings, weight_decay
 from cosmos_ssl.errors import CheckpointError, PluginError, UserError
 from cosmos_ssl.models.model import Model
@@ -31,8 +31,12 @@ def model(tiny):
     return Model({"image": tiny.Flat()}, {}, {"match": tiny.Match()})
 
 
-def optimizer_for(model, part=None, **options):
-    sections = Config(optimizer=OptimizerConfig(**options), schedule=ScheduleConfig(epochs=1, warmup_steps=0))
+def optimizer_for(model, part=None, training=None, **options):
+    sections = Config(
+        optimizer=OptimizerConfig(**options),
+        schedule=ScheduleConfig(epochs=1, warmup_steps=0),
+        training=TrainingConfig(**training or {}),
+    )
     return Optimizer(model, sections, CPU, part or AdamW(SPEC), Cosine(SPEC))
 
 
@@ -60,6 +64,8 @@ def test_final_lr_and_weight_decay_are_approached_by_a_cosine():
     schedule = ScheduleConfig(warmup_steps=0, final_lr=0.1)
     assert learning_rate(1.0, schedule, Cosine(SPEC), at(5, 10)) == pytest.approx(0.55)
     assert [weight_decay(config, at(step, 10)) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
+    warm = ScheduleConfig(warmup_steps=4, warmup_start_lr=0.2)
+    assert [learning_rate(1.0, warm, Cosine(SPEC), at(step, 10)) for step in (0, 3, 4)] == pytest.approx([0.4, 1, 1])
     assert weight_decay(OptimizerConfig(weight_decay=0.5), at(7, 10)) == 0.5
     falling = OptimizerConfig(weight_decay={"type": "linear", "start": 0.4, "end": 0.0})
     falling.weight_decay.follow(Linear(SPEC))
@@ -78,13 +84,14 @@ def test_a_cosine_has_the_bits_that_it_had_before_it_was_a_part(step):
     assert Curve(type="cosine", start=start, end=end).follow(cosine).at(at(step, total)) == momentum
 
 
-def test_only_matrices_decay(model):
-    optimizer = optimizer_for(model, lr=1.0, weight_decay=0.5)
+def test_only_matrices_decay_unless_a_rule_says_otherwise(model):
+    rules = {"stem": RuleConfig(match="image.stem.*", decay_1d=True)}
+    optimizer = optimizer_for(model, lr=1.0, weight_decay=0.5, rules=rules)
     optimizer.set(Progress(step=0, total_steps=10))
     decays = {id(p): group["weight_decay"] for group in optimizer.torch.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
         "image.stem.weight": 0.5,
-        "image.stem.bias": 0.0,
+        "image.stem.bias": 0.5,
         "image.projection.weight": 0.5,
         "image.projection.bias": 0.0,
         "losses.match.scale": 0.0,
@@ -92,11 +99,11 @@ def test_only_matrices_decay(model):
 
 
 def test_rules_of_parts_config_and_depth_meet(model):
-    rules = [
-        RuleConfig(match="image.*", weight_decay_scale=0.1),
-        RuleConfig(match="image.stem.*", lr_scale=0.25, frozen_epochs=1.5),
-        RuleConfig(match="losses.match.scale", frozen=True),
-    ]
+    rules = {
+        "towers": RuleConfig(match="image.*", weight_decay_scale=0.1),
+        "stem": RuleConfig(match="image.stem.*", lr_scale=0.25, frozen_epochs=1.5),
+        "scale": RuleConfig(match="losses.match.scale", frozen=True),
+    }
     found = settings(model, OptimizerConfig(layer_decay=0.5, rules=rules))
     stem, projection = found["image.stem.bias"], found["image.projection.weight"]
     assert stem.lr_scale == 0.25 * 0.5**2  # the config's rule beats the part's, depth multiplies
@@ -109,10 +116,10 @@ def test_rules_of_parts_config_and_depth_meet(model):
 def test_a_rule_without_a_parameter_is_named(model):
     with pytest.raises(
         UserError,
-        match=r"optimizer\.rules\.0\.match: 'image\.stem\.wieght' matches no parameter\. Did you mean "
+        match=r"optimizer\.rules\.stem\.match: 'image\.stem\.wieght' matches no parameter\. Did you mean "
         r"'image\.stem\.weight'",
     ):
-        settings(model, OptimizerConfig(rules=[RuleConfig(match="image.stem.wieght")]))
+        settings(model, OptimizerConfig(rules={"stem": RuleConfig(match="image.stem.wieght")}))
 
 
 def test_layer_decay_wants_a_tower_that_tells_its_layers(model):
@@ -123,7 +130,10 @@ def test_layer_decay_wants_a_tower_that_tells_its_layers(model):
 
 
 def test_frozen_parameters_do_not_move(model):
-    rules = [RuleConfig(match="image.stem.*", frozen=True), RuleConfig(match="image.projection.*", frozen_epochs=1)]
+    rules = {
+        "stem": RuleConfig(match="image.stem.*", frozen=True),
+        "projection": RuleConfig(match="image.projection.*", frozen_epochs=1),
+    }
     optimizer = optimizer_for(model, lr=0.1, weight_decay=0.5, rules=rules)
     assert not model.image.stem.weight.requires_grad
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -142,16 +152,30 @@ def test_frozen_parameters_do_not_move(model):
 
 def test_everything_frozen_is_refused(model):
     with pytest.raises(UserError, match="nothing to train"):
-        optimizer_for(model, rules=[RuleConfig(match="*", frozen=True)])
+        optimizer_for(model, rules={"all": RuleConfig(match="*", frozen=True)})
 
 
 def test_clipping_returns_the_norm_before_it(model):
     fill_gradients(model, 0)
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    optimizer = optimizer_for(model)
-    assert optimizer.clip(None).item() == pytest.approx(expected.item())
-    assert optimizer.clip(0.5).item() == pytest.approx(expected.item())
-    assert optimizer.clip(None).item() == pytest.approx(0.5, rel=1e-4)
+    assert optimizer_for(model).clip().item() == pytest.approx(expected.item())
+    clipping = optimizer_for(model, training={"clip_grad_norm": 0.5})
+    assert clipping.clip().item() == pytest.approx(expected.item())
+    assert clipping.clip().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("per", ["module", "parameter"])
+def test_each_module_or_parameter_is_clipped_by_itself(model, per):
+    fill_gradients(model, 0)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = optimizer_for(model, training={"clip_grad_norm": 1.5, "clip_grad_per": per}).clip()
+    assert norm.item() == pytest.approx(torch.cat([x.flatten() for x in before.values()]).norm().item())
+    together = [["losses.match.scale"], [name for name in before if name.startswith("image.")]]
+    for names in together if per == "module" else [[name] for name in before]:
+        own = torch.cat([before[name].flatten() for name in names]).norm()
+        for name in names:
+            expected = before[name] * min(1.5 / own.item(), 1)
+            torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-6)
 
 
 # Of timm all families: those that differ by a flag alone are left out.

@@ -111,7 +111,7 @@ CONFIG = {
     "schedule": {"epochs": 3, "warmup_steps": 2},
     "logging": {"every_steps": 1, "tensorboard": False},
 }
-TRAINING = {"batch_size": 8, "precision": "fp32", "device": "cpu", "clip_grad_norm": 1.0}
+TRAINING = {"batch_size": 8, "precision": "fp32", "device": "cpu", "clip_grad_norm": 0.1, "clip_grad_per": "module"}
 # ranks, what is new of ``training``, the step after the last one
 STAGES = [(2, {}, 2), (2, FSDP | {"micro_batch_size": 2}, 4), (4, HSDP, 6), (1, FSDP, None)]
 

@@ -76,7 +76,8 @@ def test_blocks_compute_what_the_merged_weights_do(
     assert grads == {name: "lora_" in name for name in grads}
 
 
-def test_merged_is_what_peft_merges() -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_is_what_peft_merges(rslora: bool) -> None:
     class Tower(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,12 +86,13 @@ def test_merged_is_what_peft_merges() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x))
 
-    model = peft.get_peft_model(Tower(), peft.LoraConfig(r=3, lora_alpha=7, target_modules=["first", "second"]))
+    config = peft.LoraConfig(r=3, lora_alpha=7, use_rslora=rslora, target_modules=["first", "second"])
+    model = peft.get_peft_model(Tower(), config)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     state = {name.removeprefix("base_model.model."): x.clone() for name, x in model.state_dict().items()}
     theirs = model.merge_and_unload().state_dict()
-    ours = merged(state, 7)
+    ours = merged(state, 7, rslora=rslora)
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x)
