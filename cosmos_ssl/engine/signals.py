@@ -30,10 +30,10 @@ AHEAD = "the step under way ends first, then all is saved"
 
 
 class Interrupted(CosmosError):
-    """A signal ended the run; ``exit_code`` is the signal's."""
+    """A signal ended the run; ``exit_code`` is the signal's. ``together``: all ranks leave at the same step."""
 
-    def __init__(self, number: int, message: str = "") -> None:
-        self.number = number
+    def __init__(self, number: int, message: str = "", *, together: bool = False) -> None:
+        self.number, self.together = number, together
         self.cause, self.exit_code = _WATCHED[signal.Signals(number)]
         super().__init__(message or self.cause)
 
@@ -79,11 +79,6 @@ class Signals:
             signal.set_wakeup_fd(self._old_descriptor)
             os.close(self._pipe[1])  # ends the thread
             self._pipe = (-1, -1)
-
-    def check(self) -> None:
-        """Raise Interrupted if a signal has come to this process."""
-        if self.received is not None:
-            raise Interrupted(self.received)
 
     def _read(self, descriptor: int) -> None:
         while numbers := os.read(descriptor, 64):

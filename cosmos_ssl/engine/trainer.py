@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ from cosmos_ssl.engine.distributed import (
     pick_device,
 )
 from cosmos_ssl.engine.evaluate import due, evaluate, summary
+from cosmos_ssl.engine.evaluation_signals import EvaluationSignals
 from cosmos_ssl.engine.exchange import check_replicas, share_start, spread
 from cosmos_ssl.engine.fork import Fork, note_fork, plan_fork, refusing, told_fork
 from cosmos_ssl.engine.garbage import collected_at_will, collected_on_schedule
@@ -265,6 +266,7 @@ class Run:
         self.clock = Clock(self.state.device, self.state.precision)
         self.between_steps = True
         """Whether what an error leaves behind can be saved."""
+        self.evaluation_signals = EvaluationSignals(self.signals, self.world)
         self.evaluating = ""
         """The evaluator under way."""
         self.callbacks.call("start", self._context())
@@ -526,9 +528,10 @@ class Run:
             with self.clock.paused(), collected_at_will():
                 dtype, self.evaluating = DTYPES[self.state.precision], name
                 try:
-                    found = evaluate(name, self.assembly, self._alive, dtype, pictures=self.world.first)
+                    given = (name, self.assembly, self._alive, dtype)
+                    found = self.evaluation_signals.run(partial(evaluate, *given, pictures=self.world.first))
                 except Interrupted as error:
-                    self._leave(error.number, together=False)
+                    self._leave(error.number, together=error.together)
                 self.evaluating = ""
                 self.measured |= found.metrics
                 self.writers.pictures(step, found.pictures)
@@ -543,7 +546,7 @@ class Run:
     def _alive(self) -> None:
         """Called by an evaluation between its batches. Raises Interrupted."""
         self.watchdog.alive()
-        self.signals.check()
+        self.evaluation_signals.check()
 
     def finish(self) -> dict[str, float]:
         """Mark the run as finished and show its final table."""

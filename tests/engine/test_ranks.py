@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from cosmos_ssl.engine import distributed
+from cosmos_ssl.engine import distributed, evaluation_signals
 from cosmos_ssl.engine.checkpoint import checkpoint_folders, load_tensors
-from cosmos_ssl.engine.distributed import joined_world
+from cosmos_ssl.engine.distributed import World, joined_world
+from cosmos_ssl.engine.evaluation_signals import EvaluationSignals
 from cosmos_ssl.engine.exchange import GradientMean
 from cosmos_ssl.engine.metrics import read_rows
-from cosmos_ssl.engine.signals import Interrupted
+from cosmos_ssl.engine.signals import Interrupted, Signals
 from cosmos_ssl.errors import StorageError, UserError
 from cosmos_ssl_launch import main
 
@@ -63,6 +64,36 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, finished, wait_for_ste
     assert codes == [75, 75], said
     step = checkpoint_folders(tmp_path)[-1].name[5:].lstrip("0")
     assert f"at step {int(step):,} " in said[0] and f"at step {int(step):,} " in said[1]
+
+
+@pytest.mark.parametrize("seconds", [(0, 500), (500, 0), (500, 500)])
+def test_a_signal_to_one_rank_stops_an_evaluation_on_all(ranks, finished, tmp_path, seconds):
+    """Also if the other ranks have ended theirs."""
+    own = {rank: {"evaluation_seconds": seconds[rank]} for rank in (0, 1)}
+    processes = ranks(tmp_path, 2, own, **LONG)
+    slow = processes[seconds.index(500)]
+    slow.wait_for("evaluates")
+    slow.send_signal(signal.SIGTERM)
+    codes, said = finished(processes)
+    assert codes == [75, 75], said
+    assert "at step 5 " in said[0] and "at step 5 " in said[1]
+    assert checkpoint_folders(tmp_path)[-1].name == "step_00000005"
+
+
+def wait_in_collective(rank, world, store, results):
+    """As an evaluation of one rank that waits for the other, which a signal has reached."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    evaluation_signals.STOPPING = timedelta(seconds=0.5)
+    signals = Signals()
+    signals.received = None if rank == 0 else signal.SIGTERM
+    watched = EvaluationSignals(signals, World())
+    with pytest.raises(Interrupted) as caught:
+        watched.run(lambda: dist.barrier() if rank == 0 else watched.check())
+    results[rank] = caught.value.number, caught.value.together
+
+
+def test_a_signal_reaches_a_rank_that_waits_in_a_collective_of_an_evaluation(in_ranks):
+    assert in_ranks(wait_in_collective, 2) == dict.fromkeys((0, 1), (signal.SIGTERM, False))
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, finished, rows, tmp_path):
