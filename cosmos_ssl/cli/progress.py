@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 _FEW = 20  # less work than this needs no lines
 _LINE_SECONDS = 30.0
+_RATE_SECONDS = 1.0  # a rate over less time than this means nothing
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def stages(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A function of (what, done, total): a bar on a terminal; elsewhere a line at every tenth and every half minute.
 
-    Both tell the rate and the time that is left. A total of 0 is not known. Work that starts anew begins again.
-    Without ``shown`` nothing is (ranks but the first).
+    Both show the rate and the time that is left, after the first second. A total of 0 is not known. Work that starts
+    anew begins again. Without ``shown`` nothing is (ranks but the first).
     """
     if not shown:
         yield lambda what, done, total: None
@@ -45,7 +46,8 @@ def stages(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
                 if what not in tasks or done < tasks[what][1].latest:
                     tasks[what] = (bar.add_task(what, total=None, rate=""), _Rate(done))
                 task, rate = tasks[what]
-                bar.update(task, completed=done, total=total or None, rate=f"{rate(done):,.0f}/s")
+                speed = rate(done)
+                bar.update(task, completed=done, total=total or None, rate="" if speed is None else f"{speed:,.0f}/s")
 
             yield move
         return
@@ -54,14 +56,18 @@ def stages(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Rate:
-    """Units a second since the first call; what was done before it (continued work) does not count."""
+    """Units per second since the first call, None in the first second.
+
+    What was done before it (continued work) does not count.
+    """
 
     def __init__(self, done: int) -> None:
         self._start, self._done, self.latest = time.monotonic(), done, done
 
-    def __call__(self, done: int) -> float:
+    def __call__(self, done: int) -> float | None:
         self.latest = done
-        return (done - self._done) / max(time.monotonic() - self._start, 1e-6)
+        seconds = time.monotonic() - self._start
+        return None if seconds < _RATE_SECONDS else (done - self._done) / seconds
 
 
 class _Lines:
@@ -75,10 +81,9 @@ class _Lines:
         tenth, rate = done * 10 // total if total else 0, self._rate(done)
         if (tenth > self._tenth and total >= _FEW) or now - self._last > _LINE_SECONDS:
             self._tenth, self._last = tenth, now
-            left = f", {_minutes((total - done) / rate)} left" if total > done and rate > 0 else ""
-            print(
-                f"{done:,}{f' of {total:,}' if total else ''} {what} ({rate:,.0f}/s{left})", file=sys.stderr, flush=True
-            )
+            left = f", {_minutes((total - done) / rate)} left" if total > done and rate else ""
+            speed = "" if rate is None else f" ({rate:,.0f}/s{left})"
+            print(f"{done:,}{f' of {total:,}' if total else ''} {what}{speed}", file=sys.stderr, flush=True)
 
 
 def _minutes(seconds: float) -> str:

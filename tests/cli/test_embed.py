@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ def test_progress_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         for done in range(10):
             told(done, 9)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_shows_no_rate_in_the_first_second(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr("cosmos_ssl.cli.progress.time", clock)
+    with progress("shards indexed") as told:
+        told(0, 100)
+        clock.monotonic = lambda: 100.001
+        told(50, 100)
+        clock.monotonic = lambda: 102.0
+        told(90, 100)
+    assert capsys.readouterr().err == "50 of 100 shards indexed\n90 of 100 shards indexed (45/s, 0 s left)\n"
 
 
 @pytest.mark.parametrize("name", ["attend", "embed", "search"])
