@@ -33,6 +33,7 @@ class Group:
 
 
 _OPTIMIZER = ("lr", "weight_decay", "weight_decay_end", "layer_decay", "rules")
+_SCHEDULE = ("epochs", "max_steps", "warmup_steps", "warmup_start_lr", "final_lr")
 
 GROUPS: Mapping[str, Group] = {
     "augmenters": Group("augmenter", "Augmenter"),
@@ -44,7 +45,7 @@ GROUPS: Mapping[str, Group] = {
     "datasets": Group("data set", "Dataset"),
     "evaluators": Group("evaluator", "Evaluator", ("type", "every_epochs")),
     "optimizers": Group("optimiser", "Optimizer", ("type", *_OPTIMIZER)),
-    "schedules": Group("schedule", "Schedule", ("type", "epochs", "max_steps", "warmup_steps", "warmup_start_lr", "final_lr")),
+    "schedules": Group("schedule", "Schedule", ("type", *_SCHEDULE)),
     "writers": Group("writer", "Writer"),
     "callbacks": Group("callback", "Callback"),
 }
