@@ -34,14 +34,17 @@ A config then says ``logging: {writers: {low: {type: lowest}}}``. Where ``type``
 aside: a run goes on though they differ.
 
 When: the constructor in the check before training too, where it raises ValueError for a package that is not installed
-(and opens nothing); ``start`` once, on the first rank alone, as is all that follows: ``scalars`` for each logged step
-and each evaluation, ``pictures`` for each evaluation, ``sync`` before a checkpoint and at the end, ``close``.
+(and opens nothing). All else is called on the first rank alone: ``start`` once, and again after ``close`` if the run
+goes back; ``scalars`` for each logged step and each evaluation; ``pictures`` for each evaluation; ``sync`` before a
+checkpoint and at the end; ``close``.
 
 What must hold: steps that a crash had cut off come again, and stand in the end once. A writer that can takes back what
 it holds of later steps than ``run.step`` in ``start``; one that cannot says ``appends = True``, and is not given again
-what it was given. What it raises costs a warning, and never the run: it is called again, and left alone after some
-failures in a row; a writer that has failed in ``start`` is started again. ``RUN/metrics.jsonl`` is written whatever
-befalls writers. ``cosmos_ssl.testing.check_writer`` tries all this.
+what it was given. Steps are replaced by others if a run goes back, or if it is extended from a step before its end. All
+writers are then closed and started again. Those that append get another ``run.id`` and ``run.name``, so that the steps
+after ``run.step`` are a run of their own. What a writer raises costs a warning, and never the run: it is called again,
+and left alone after some failures in a row; a writer that has failed in ``start`` is started again.
+``RUN/metrics.jsonl`` is written whatever befalls writers. ``cosmos_ssl.testing.check_writer`` tries all this.
 """
 
 from __future__ import annotations
@@ -64,9 +67,13 @@ class RunInfo:
     folder: Path
     name: str
     id: str
-    """One a run, however often it is started: hexadecimal digits, kept in its folder."""
+    """One per run, however often it is started: hexadecimal digits, kept in its folder. Writers that append get another
+    id for each segment after the first: the same one with ``-2``, ``-3`` and so on."""
     step: int
     """Steps done: 0 for a run that begins; what was written of later steps comes again."""
+    segment: int = 1
+    """1 until steps are replaced by others: the run goes back (``training.rollback``), or is extended from a step
+    before its end. Each time begins a new segment."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The whole config as plain values."""
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,17 +96,19 @@ class Writers(api.Writer):
         for writer in self._writers:
             writer.call("start")
 
-    def go_back(self, run: api.RunInfo, reported: Mapping[int, frozenset[str]]) -> None:
-        """Go on from ``run.step``, before steps that were ``reported``: rows are cut, and parts that can drop what
-        comes again are started anew, as for a run that was cut off.
-        """
-        earlier = self._reported
-        self._kept = run.step
-        self._reported = {
-            step: reported.get(step, frozenset()) | earlier.get(step, frozenset()) for step in {*reported, *earlier}
-        }
+    def drop_rows(self, step: int) -> None:
+        """Drop the rows of metrics.jsonl after ``step``. Raises OSError."""
         for writer in self._writers:
-            writer.go_back(run)
+            writer.drop_rows(step)
+
+    def restart(self, run: api.RunInfo, reported: Mapping[int, frozenset[str]]) -> None:
+        """Go on from ``run.step`` of a new segment, with names ``reported`` of it: every part is started anew.
+
+        Parts that can take back what comes again do so, and those that append begin another run.
+        """
+        self._kept, self._reported = run.step, reported
+        for writer in self._writers:
+            writer.restart(run)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Hand on to all, but nothing twice to those that append, or of the step that the run goes on from."""
@@ -139,23 +142,32 @@ class _Guarded:
     """One writer, whose failures cost a warning; it is started when it is first called, and again where that failed."""
 
     def __init__(self, writer: Writer, run: api.RunInfo | None) -> None:
-        self._writer, self._run = writer, run
+        self._writer = writer
         self._part = writer if isinstance(writer, api.Writer) else None
         self._started = self._part is None
         self._warned, self._failures = False, 0
         self.appends = self._part is not None and self._part.appends
+        self._run = run and self._own_run(run)
 
     @property
     def _name(self) -> str:
         part = self._part
         return describe(part, f"logging.writers.{part.part_name}") if part else type(self._writer).__name__
 
-    def go_back(self, run: api.RunInfo) -> None:
+    def _own_run(self, run: api.RunInfo) -> api.RunInfo:
+        """Return ``run`` as the writer sees it: a segment after the first is another run to one that appends."""
+        if not self.appends or run.segment == 1:
+            return run
+        return replace(run, id=f"{run.id}-{run.segment}", name=f"{run.name}-segment-{run.segment}")
+
+    def drop_rows(self, step: int) -> None:
         if isinstance(self._writer, JsonLines):
-            self._writer.cut(run.step)
-        elif self._part is not None and not self.appends:
+            self._writer.cut(step)
+
+    def restart(self, run: api.RunInfo) -> None:
+        if self._part is not None:
             self.call("close")
-            self._run, self._started = run, False
+            self._run, self._started = self._own_run(run), False
             self.call("start")
 
     def call(self, method: str, *given: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cosmos_ssl.config import Config
 from cosmos_ssl.data.order import Order
 from cosmos_ssl.engine.assembly import Assembly, total_steps
 from cosmos_ssl.engine.checkpoint import MAX_STEP, latest_checkpoint
+from cosmos_ssl.engine.metrics import cut_rows
 from cosmos_ssl.engine.rollback import keep_records
+from cosmos_ssl.engine.segments import begin_segment
 from cosmos_ssl.errors import CheckpointError, UserError, listed
 from cosmos_ssl.files import checkpoint_folders, checkpoint_step, set_aside
 
@@ -41,6 +44,8 @@ class Longer:
         if newest is None:
             raise CheckpointError(f"{folder}: no sound checkpoint of its first {self.stable:,} steps is left")
         keep_records(folder, self.stable)
+        drop_rows = partial(cut_rows, folder / "metrics.jsonl")
+        begin_segment(folder, checkpoint_step(newest) or 0, drop_rows, same_until=self.stable)
         later = [path for path in checkpoint_folders(folder) if path > newest]
         told = f"; what it came to is kept as {listed([set_aside(path, 'shorter').name for path in later])}"
         steps = [f"{step:,}" for step in (self.before, self.now, checkpoint_step(newest) or 0)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cosmos_ssl.data.storage import STILL_SECONDS, bounded
-from cosmos_ssl.engine import rollback
+from cosmos_ssl.engine import rollback, segments
 from cosmos_ssl.engine.checkpoint import MAX_STEP, find_fault, latest_checkpoint
 from cosmos_ssl.engine.run_folder import LENGTH, RunFolder
 from cosmos_ssl.errors import CheckpointError, CosmosError, StorageError, UserError, first_line, listed
@@ -33,7 +33,10 @@ from cosmos_ssl.liveness import alive
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("identity.json", "id", "config.yaml", "versions.json", "fork.json", "metrics.jsonl", rollback.FILE)
+RUN_FILES = (
+    *("identity.json", "id", "config.yaml", "versions.json", "fork.json", "metrics.jsonl"),
+    *(rollback.FILE, segments.FILE),
+)
 """What of a run folder goes along with each checkpoint."""
 RESULT = "result.json"
 _CHUNK = 1 << 24

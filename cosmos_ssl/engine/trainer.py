@@ -45,12 +45,12 @@ from cosmos_ssl.engine.metrics import (
     cut_rows,
     default_writers,
     metrics_at,
-    names_from,
 )
 from cosmos_ssl.engine.prolong import Longer, plan_longer, same_until, stable_steps
 from cosmos_ssl.engine.remote import bring_back
 from cosmos_ssl.engine.rollback import Record, Rise, Rollback, reach_of, read_records, write_records
 from cosmos_ssl.engine.run_folder import RunFolder, versions
+from cosmos_ssl.engine.segments import begin_segment, read_segment, save_reported
 from cosmos_ssl.engine.signals import AHEAD, Interrupted, Signals
 from cosmos_ssl.engine.state import RunState
 from cosmos_ssl.engine.step import News, Step, Update
@@ -244,7 +244,7 @@ class Run:
             self.rollback.fork(fork.step, fork.skipped)
         reported: Mapping[int, frozenset[str]] = {}
         if self.world.first:
-            reported = names_from(self.folder.metrics, self.state.step)
+            reported = save_reported(self.folder.path, self.state.step).reported
             cut_rows(self.folder.metrics, self.state.step)
         self.evaluated = self._already_evaluated()
         self.measured = self.world.run_on_first(self._measured)
@@ -354,8 +354,7 @@ class Run:
         self.rollback.restore(saved, self.rollback.records)
         self.rollback.note(record)
         if self.world.first:
-            run = self._run_info()
-            self.writers.go_back(run, names_from(self.folder.metrics, run.step))
+            self.writers.restart(self._run_info(), save_reported(self.folder.path, self.state.step).reported)
         self.evaluated, self.measured = self._already_evaluated(), self.world.run_on_first(self._measured)
         self.clock = Clock(self.state.device, self.state.precision)
         self.watchdog.alive()
@@ -366,7 +365,9 @@ class Run:
         self.checkpoints.settle()
         source, record = self.rollback.plan(rise, self.state.step, self.folder.path)
         with storage_faults(f"{self.folder.path} cannot be written"):
-            self.checkpoints.go_back(checkpoint_step(source) or 0)
+            step = checkpoint_step(source) or 0
+            self.checkpoints.go_back(step)
+            begin_segment(self.folder.path, step, self.writers.drop_rows)
             write_records(self.folder.path, [*self.rollback.records, record])
         return source, record
 
@@ -606,8 +607,14 @@ class Run:
         return Writers([JsonLines(folder.metrics), *parts.values(), *self.trainer.writers], self._run_info(), reported)
 
     def _run_info(self) -> RunInfo:
-        step, config, folder = self.state.step, self.config.model_dump(), self.folder
-        return RunInfo(folder=folder.path, name=self.config.name, id=folder.run_id(), step=step, config=config)
+        return RunInfo(
+            folder=self.folder.path,
+            name=self.config.name,
+            id=self.folder.run_id(),
+            step=self.state.step,
+            segment=read_segment(self.folder.path).number,
+            config=self.config.model_dump(),
+        )
 
     def _measured(self) -> dict[str, float]:
         """On the first rank: the numbers since the epoch's end before this step."""

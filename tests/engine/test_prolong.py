@@ -13,11 +13,11 @@ from cosmos_ssl_plugins.schedules.ways import Cosine
 STABLE = {"type": "warmup_stable_decay", "decay_steps": 2, "epochs": 9}
 
 
-def train(tiny, folder, max_steps, schedule=STABLE, **sections):
+def train(tiny, folder, max_steps, schedule=STABLE, writers=(), **sections):
     """Train so many steps; what was said."""
     said = io.StringIO()
     config = tiny.make_config(schedule={**schedule, "max_steps": max_steps}, **sections)
-    tiny.make_trainer(folder, config, Console(file=said, width=300)).train()
+    tiny.make_trainer(folder, config, Console(file=said, width=300), writers=writers).train()
     return said.getvalue()
 
 
@@ -42,12 +42,15 @@ def weights(folder):
 )
 def test_a_longer_run_is_the_one_that_was_so_from_the_start(tiny, rows, tmp_path, schedule, first, begin):
     train(tiny, tmp_path / "whole", 11, schedule)
-    train(tiny, tmp_path / "cut", first, schedule)
+    tracker = tiny.Tracker()
+    train(tiny, tmp_path / "cut", first, schedule, writers=[tracker])
     assert begin in steps(tmp_path / "cut")
-    said = train(tiny, tmp_path / "cut", 11, schedule)
+    said = train(tiny, tmp_path / "cut", 11, schedule, writers=[tracker])
     assert f"the run of {first} steps is prolonged to 11, from step {begin} on" in said
     assert (f"step_{first:08d}.shorter" in said) == (begin < first) and "damaged" not in said
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    replaced = [("", 1, first), ("2", begin + 1, 11)]
+    assert tracker.check(tmp_path / "cut", rows) == (replaced if begin < first else [("", 1, 11)])
     found, expected = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "is finished (step 11)" in train(tiny, tmp_path / "cut", 11, schedule)

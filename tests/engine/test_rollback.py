@@ -178,9 +178,10 @@ def test_back_to_the_very_start(tiny, train, rows, tmp_path):
     assert without(rows(tmp_path / "a")) == rows(tmp_path / "b") and same(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_run_goes_back_and_on(train, rows, never, tmp_path):
+def test_a_run_goes_back_and_on(tiny, train, rows, never, tmp_path):
     """It becomes the run that passes over the bad batches, and its rows are those of the way that stays."""
-    said, seen = train(tmp_path)
+    tracker = tiny.Tracker()
+    said, seen = train(tmp_path, writers=[tracker])
     assert "the loss has risen: over the last 3 steps its median is" in said and "goes back from step 24;" in said
     assert "from step 18 on the samples of 6 batches are passed over (rollback 1 of at most 2)" in said
     assert seen == [*range(24), 16, 17, *range(24, 36)]
@@ -188,10 +189,12 @@ def test_a_run_goes_back_and_on(train, rows, never, tmp_path):
     assert without(found) == rows(never) and same(tmp_path, never)
     assert [row["rollbacks"] for row in found if "loss" in row] == [0.0] * 16 + [1.0] * 14  # every step once
     assert found[-2]["epoch"] == 6 and sum("mean/student/mean" in row for row in found) == 6
+    assert tracker.check(tmp_path, rows) == [("", 1, 24), ("2", 17, 30)]
 
 
 @pytest.mark.parametrize("stage", ["found", "removed", "noted", "restored", "behind"])
-def test_killed_on_the_way_back(train, rows, never, tmp_path, monkeypatch, stage):
+def test_killed_on_the_way_back(tiny, train, rows, never, tmp_path, monkeypatch, stage):
+    tracker = tiny.Tracker()
     with monkeypatch.context() as patch:
         if stage == "found":
             losing(CheckpointWriter, "go_back", patch, before=True)
@@ -204,8 +207,9 @@ def test_killed_on_the_way_back(train, rows, never, tmp_path, monkeypatch, stage
         else:  # two steps behind the window, before the next checkpoint
             losing(RunState, "snapshot", patch, before=True, calls=8)
         with pytest.raises(Lost):
-            train(tmp_path)
-    said, seen = train(tmp_path)
+            train(tmp_path, writers=[tracker])
+    said, seen = train(tmp_path, writers=[tracker])
+    assert tracker.check(tmp_path, rows)[0] == ("", 1, 24)
     assert ("goes back" in said) == (stage in ("found", "removed")) and (22 in seen) == (stage == "removed")
     assert without(rows(tmp_path)) == rows(never) and same(tmp_path, never)
 

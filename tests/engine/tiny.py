@@ -40,6 +40,7 @@ from cosmos_ssl.api import (
     Tower,
     TowerSpec,
     ViewSpec,
+    Writer,
 )
 from cosmos_ssl.config import Config
 from cosmos_ssl.data import Manifest, Shards
@@ -255,6 +256,32 @@ class Shake(Callback):
 
     def load_state_dict(self, state):
         self.total, self.drawn = state["total"], state["drawn"]
+
+
+class Tracker(Writer):
+    """A service that can only append, as it stands over all starts of a run: rows by run, in the order given."""
+
+    appends = True
+
+    def __init__(self):
+        self.runs = {}
+
+    def start(self, run):
+        self.rows = self.runs.setdefault(run.id, [])
+
+    def scalars(self, step, values):
+        self.rows += [(step, name, value) for name, value in values.items() if name != "epoch"]
+
+    def check(self, run_dir, rows):
+        """Each row is there once per run of the service, steps never fall, and the last run has what stays."""
+        for given in self.runs.values():
+            steps, names = [step for step, *_ in given], [(step, name) for step, name, _ in given]
+            assert steps == sorted(steps) and len(names) == len(set(names))
+        stays = {(row["step"], name, row[name]) for row in rows(run_dir) for name in row.keys() - {"step", "epoch"}}
+        known = {name for _, name, _ in stays}
+        given = {row for row in self.rows if row[1] in known}
+        assert given == {row for row in stays if row[0] >= self.rows[0][0]}
+        return [(run_id.partition("-")[2], given[0][0], given[-1][0]) for run_id, given in self.runs.items() if given]
 
 
 def make_config(**sections) -> Config:

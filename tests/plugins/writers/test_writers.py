@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ import torch
 from PIL import Image
 
 from cosmos_ssl.api import RunInfo
+from cosmos_ssl.engine.metrics import Writers
 from cosmos_ssl.testing import check_writer, example_spec
 from cosmos_ssl_plugins.writers import package
 from cosmos_ssl_plugins.writers.files import Csv, JsonLines, Png
+from cosmos_ssl_plugins.writers.mlflow import Mlflow
+from cosmos_ssl_plugins.writers.trackio import Trackio
+from cosmos_ssl_plugins.writers.wandb import Wandb
 
 Rows = Iterator[tuple[int, str, float]]
 
@@ -107,3 +112,97 @@ def test_trackio_goes_on_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [name] = SQLiteStorage.get_runs("p")
     logs = SQLiteStorage.get_logs("p", name)
     assert name == "check-0123456789abcdef" and [row["step"] for row in logs if "loss" in row] == [1, 2, 3, 4]
+
+
+Losses = dict[str, list[tuple[int, float]]]
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a file of wandb: LevelDB's log format, behind a header of seven bytes."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if (left := -at % 32768) and left < 7:  # the end of a block
+            at += left
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def wandb_losses(folder: Path) -> Losses:
+    """Step and loss of each run of wandb, from the files of its offline mode in the order of starts."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    losses: Losses = {}
+    for path in sorted(folder.rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime):
+        for content in wandb_records(path.read_bytes()):
+            history = Record.FromString(content).history
+            row = {item.key or item.nested_key[0]: item.value_json for item in history.item}
+            if "loss" in row:
+                losses.setdefault(path.stem.removeprefix("run-"), []).append((history.step.num, float(row["loss"])))
+    return losses
+
+
+def mlflow_losses(folder: Path) -> Losses:
+    import mlflow
+
+    client = mlflow.MlflowClient((folder / "mlruns").as_uri())
+    runs = client.search_runs([client.get_experiment_by_name("cosmos-ssl").experiment_id])
+    return {
+        run.data.tags["cosmos_ssl.run"]: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+        for run in runs
+    }
+
+
+def trackio_losses(folder: Path) -> Losses:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    return {
+        f"abc{name.partition('abc')[2]}": [
+            (row["step"], row["loss"]) for row in SQLiteStorage.get_logs("cosmos-ssl", name)
+        ]
+        for name in SQLiteStorage.get_runs("cosmos-ssl")
+    }
+
+
+@pytest.mark.parametrize(
+    ("writer", "options", "read"),
+    [(Wandb, {"mode": "offline"}, wandb_losses), (Mlflow, {}, mlflow_losses), (Trackio, {}, trackio_losses)],
+)
+def test_replaced_steps_are_another_run(
+    writer: Any, options: Any, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes back to step 2, is killed at step 4 of its new segment, and starts again from step 2."""
+    name = writer.__name__.lower()
+    pytest.importorskip(name)
+    for variable in ("WANDB_DIR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    if name == "trackio":
+        for module in ("utils", "sqlite_storage"):
+            monkeypatch.setattr(f"trackio.{module}.TRACKIO_DIR", tmp_path / "trackio")
+
+    def started(step: int, segment: int) -> RunInfo:
+        return RunInfo(folder=tmp_path, name="x", id="abc", step=step, segment=segment)
+
+    def write(writers: Writers, steps: range, factor: int) -> None:
+        for step in steps:
+            writers.scalars(step, {"loss": step * factor})
+
+    def part() -> Any:
+        made = writer(example_spec(), **options)
+        made.part_name = name
+        return made
+
+    writers = Writers([part()], started(0, 1))
+    write(writers, range(1, 5), 1)
+    writers.restart(started(2, 2), {})
+    write(writers, range(3, 5), 10)
+    writers.close()
+    again = Writers([part()], started(2, 2), {step: frozenset({"loss"}) for step in (3, 4)})
+    write(again, range(3, 6), 10)
+    again.close()
+    losses = read(tmp_path)
+    assert losses == {"abc": [(1, 1), (2, 2), (3, 3), (4, 4)], "abc-2": [(3, 30), (4, 40), (5, 50)]}
