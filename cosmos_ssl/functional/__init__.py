@@ -10,6 +10,7 @@ Shape letters: V, U views; B samples on this rank; N samples of all ranks; D wid
 from cosmos_ssl.functional.collectives import all_max, all_sum, gather, gather_many, gather_objects, rank, world_size
 from cosmos_ssl.functional.losses import info_nce, sigmoid_loss
 from cosmos_ssl.functional.placement import is_sharded, laid_out, local, whole
+from cosmos_ssl.functional.positions import sincos_positions
 from cosmos_ssl.functional.upload import upload
 from cosmos_ssl.liveness import alive
 
@@ -26,6 +27,7 @@ __all__ = [
     "local",
     "rank",
     "sigmoid_loss",
+    "sincos_positions",
     "upload",
     "whole",
     "world_size",

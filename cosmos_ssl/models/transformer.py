@@ -331,12 +331,14 @@ class Blocks(nn.ModuleList):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        drop_path_uniform: bool = False,
         grad_checkpointing: Recomputed = False,
         activation: Activation = "gelu",
         norm_eps: float = 1e-5,
         kernels: str = "auto",
     ) -> None:
-        """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0.
+        """``heads`` is width / 64 where None, ``drop_path`` the last block's rate, growing linearly from 0; with
+        ``drop_path_uniform`` it is every block's, as in DINOv2.
 
         ``kernels`` is ``training.kernels``: ``auto`` or ``plain``.
 
@@ -351,7 +353,7 @@ class Blocks(nn.ModuleList):
             raise ValueError(f"heads: {heads} heads cannot share a width of {width}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path: {drop_path:g} is no share below 1")
-        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+        rates = [drop_path if drop_path_uniform else drop_path * i / max(1, layers - 1) for i in range(layers)]
         hidden = int(width * mlp_ratio)
         if hidden < 1:
             raise ValueError(f"mlp_ratio: {mlp_ratio:g} leaves the MLP no width")

@@ -143,6 +143,7 @@ def test_under_autocast_the_stream_stays_narrow_and_weights_are_cast_a_block_at_
 def test_drop_path_drops_branches_of_whole_sequences_and_keeps_the_mean() -> None:
     model = blocks(drop_path=0.4)
     assert [round(block.drop_path, 2) for block in model] == [0, 0.2, 0.4]
+    assert [block.drop_path for block in blocks(drop_path=0.4, drop_path_uniform=True)] == [0.4] * 3
     block = model[2].eval()
     torch.nn.init.zeros_(block.norm2.weight)  # so that the second branch does not depend on the first
     count, x = 4000, torch.randn(3, WIDTH, dtype=torch.float64)

@@ -5,16 +5,15 @@ Shape letters: V views, B samples, N patches of a view on a square grid, K targe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, Few, Head, HeadOutput, Need, Size, Spec, Views
-from cosmos_ssl.functional import upload
+from cosmos_ssl.functional import sincos_positions, upload
 from cosmos_ssl_masked.masks import BlockViews, target_masks
 
 
@@ -90,7 +89,7 @@ class PatchPredictor(Head):
             assert seen.tokens is not None and seen.pooled is not None
             x = self.embed(seen.tokens)  # [V, B, N, P]
             x = torch.where(targets[..., None], self.mask_token.to(x.dtype), x)  # [K, V, B, N, P]
-            x = x + positions(x.shape[-2], x.shape[-1], device).to(x.dtype)
+            x = x + sincos_positions(x.shape[-2], x.shape[-1], device).to(x.dtype)
             x = torch.cat([self.embed(seen.pooled)[..., None, :].expand(*x.shape[:3], 1, -1), x], 3).flatten(0, 2)
             unread = None if not self.blocks else F.pad(~read, (1, 0)).flatten(0, 2)  # neither context nor this block
             for layer in self.layers:
@@ -101,15 +100,3 @@ class PatchPredictor(Head):
     def unread(self, outputs: Collection[str]) -> list[str]:
         """Everything where nobody reads ``tokens``."""
         return [] if "tokens" in outputs else ["*"]
-
-
-def positions(patches: int, width: int, device: torch.device) -> Tensor:
-    """Sines and cosines of the row and the column of each patch of a square grid, float32 [N, width] (arXiv
-    1706.03762, section 3.5, for two axes as in MoCo v3).
-    """
-    side = math.isqrt(patches)
-    rates = 10000 ** -(torch.arange(width // 4, device=device) / (width // 4))
-    angles = torch.arange(side, device=device)[:, None] * rates  # [side, width / 4]
-    line = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = line[:, None].expand(-1, side, -1), line.expand(side, -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from cosmos_ssl_masked.losses import Ijepa, Mae
 from cosmos_ssl_masked.masks import BlockViews
-from cosmos_ssl_masked.predictor import PatchPredictor, positions
+from cosmos_ssl_masked.predictor import PatchPredictor
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosmos_ssl.api import Features, Spec, StepContext, Views, ViewSpec
+from cosmos_ssl.functional import sincos_positions
 from cosmos_ssl.testing import check_head, check_loss, example_context, example_features, example_spec, example_views
 
 BOXES = [[[1, 0, 2, 2], [0, 1, 1, 3]], [[0, 0, 2, 1], [2, 2, 2, 2]], [[3, 3, 1, 1], [0, 0, 3, 1]]]
@@ -69,7 +70,7 @@ def test_each_block_is_predicted_from_the_context_alone(blocks: bool) -> None:
     found = head(features, views, ("tokens", "targets"))
     assert found["tokens"].shape == (2 if blocks else 1, 3, 16, 32)
 
-    told = positions(16, 8, seen.tokens.device)
+    told = sincos_positions(16, 8)
     ours, plain = [], []
     for sample in range(3):
         for block, wanted in enumerate(places(views, sample, blocks)):
@@ -150,7 +151,7 @@ def test_mae_is_its_formula(normalised: bool) -> None:
 
 
 def test_places_are_told_by_sines_and_cosines() -> None:
-    told = positions(9, 8, torch.device("cpu")).view(3, 3, 2, 2, 2)  # row, column, axis, sine or cosine, rate
+    told = sincos_positions(9, 8).view(3, 3, 2, 2, 2)  # row, column, axis, sine or cosine, rate
     for y in range(3):
         for x in range(3):
             for axis, place in enumerate((y, x)):

@@ -30,7 +30,7 @@ from cosmos_ssl.api import (
     ViewSpec,
     Whole,
 )
-from cosmos_ssl.functional import upload
+from cosmos_ssl.functional import sincos_positions, upload
 from cosmos_ssl.models.attention import put_rows, take_rows
 from cosmos_ssl.models.transformer import (
     Activation,
@@ -55,9 +55,12 @@ class ClipViT(Tower):
     ``image_size``, ``patch_size``: sides of a picture and of a patch in pixels; they set the grid of positions.
     ``pre_norm``: a LayerNorm before the blocks.
     ``registers``: so many free tokens (arXiv 2309.16588).
+    ``positions``: ``learned``, or ``sincos``: sines and cosines of row and column, and zeros for the class token, which
+    are not trained (MAE, MoCo v3). Views of other sizes interpolate either.
     ``mask_token``: a learned token for hidden patches (masked image modelling).
     ``layer_scale``: start value of a scale on each branch; None is no scale.
     ``drop_path``: rate of the last block, growing linearly from 0 at the first.
+    ``drop_path_uniform``: ``drop_path`` is the rate of every block, as in DINOv2.
     ``grad_checkpointing``: compute blocks again in the backward pass instead of keeping what they need; ``alternate``:
     every other one, for half of the memory and half of the work.
     ``patch_dropout``: this share of the patches of each picture is left out of the student in training, drawn anew at
@@ -89,6 +92,7 @@ class ClipViT(Tower):
         registers: Whole = 0,
         layer_scale: Strength | None = None,
         drop_path: Share = 0.0,
+        drop_path_uniform: bool = False,
         mask_token: bool = False,
         pre_norm: bool = True,
         grad_checkpointing: Recomputed = False,
@@ -96,6 +100,7 @@ class ClipViT(Tower):
         activation: Activation = "gelu",
         norm_eps: Strength = 1e-5,
         patch_bias: bool = False,
+        positions: Literal["learned", "sincos"] = "learned",
         pooling: Literal["class", "mean"] = "class",
         norm_after_pool: bool = False,
         mean: tuple[Share, Share, Share] = _CLIP.mean,
@@ -109,6 +114,8 @@ class ClipViT(Tower):
         self.patch_dropout = patch_dropout
         if image_size < patch_size:
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
+        if positions == "sincos" and width % 4:
+            raise ValueError(f"positions: sincos needs a width that is a multiple of 4, not {width}")
         self.spec = TowerSpec(
             width=width,
             image_size=image_size,
@@ -141,7 +148,11 @@ class ClipViT(Tower):
 
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_token = start(width)
-        self.position_embedding = start(1 + self.grid**2, width)
+        if positions == "sincos":
+            table = F.pad(sincos_positions(self.grid**2, width), (0, 0, 1, 0))
+            self.position_embedding = nn.Parameter(table, requires_grad=False)
+        else:
+            self.position_embedding = start(1 + self.grid**2, width)
         self.register_tokens = start(registers, width) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
         self.norm_pre = LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
@@ -152,6 +163,7 @@ class ClipViT(Tower):
             mlp_ratio=mlp_ratio,
             layer_scale=layer_scale,
             drop_path=drop_path,
+            drop_path_uniform=drop_path_uniform,
             grad_checkpointing=grad_checkpointing,
             activation=activation,
             norm_eps=norm_eps,

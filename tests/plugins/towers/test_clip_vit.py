@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosmos_ssl.api import GroupPlan, ImageGroup, Spec, UserError
+from cosmos_ssl.config import OptimizerConfig
+from cosmos_ssl.engine.optim import trained
+from cosmos_ssl.models.model import Model
 from cosmos_ssl.models.transformer import lay_out
+from cosmos_ssl.testing import check_tower
 from cosmos_ssl_plugins.towers.clip_text import ClipText
 from cosmos_ssl_plugins.towers.clip_vit import ClipViT
 
@@ -257,6 +262,7 @@ def test_options_are_off_by_default() -> None:
 
 
 def test_drop_path_leaves_out_whole_samples_in_training_alone() -> None:
+    assert [block.drop_path for block in small(drop_path=0.4, drop_path_uniform=True).blocks] == [0.4, 0.4]
     vit = small(layers=1, drop_path=0.5, pre_norm=False)
     assert vit.blocks[0].drop_path == 0
     vit.blocks[0].drop_path = 0.5
@@ -282,6 +288,19 @@ def test_start_values() -> None:
         assert parameter.std().item() == pytest.approx(128**-0.5, rel=0.2)
 
 
+def test_sincos_positions_are_fixed() -> None:
+    """They are timm's, except for the order of features, and load and interpolate as learned ones do."""
+    vit, learned = small(positions="sincos"), small()
+    table = build_sincos2d_pos_embed([4, 4], 32, dtype=torch.float64).view(16, 2, 2, 8).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(vit.position_embedding, F.pad(table, (0, 0, 1, 0)), atol=1e-6, rtol=0)
+    parameters = {f"image.{name}" for name, _ in vit.named_parameters()}
+    assert parameters - trained(Model({"image": vit}, {}, {}), OptimizerConfig()).keys() == {"image.position_embedding"}
+    check_tower("clip_vit", **SMALL, positions="sincos")
+    learned.load_state_dict(vit.state_dict())
+    pixels = random_groups()["local"].pixels[0]
+    torch.testing.assert_close(vit.dense(pixels), learned.dense(pixels), atol=0, rtol=0)
+
+
 def test_what_a_plan_leaves_unread() -> None:
     vit = small(mask_token=True)
     assert set(vit.unread({"global": GroupPlan(views=(0,), projected=False)})) == {"projection", "mask_token"}
@@ -303,6 +322,7 @@ def test_depths() -> None:
     [
         ({"heads": 3}, "heads: 3 heads cannot share a width of 32"),
         ({"heads": None}, "heads: must be given"),
+        ({"width": 30, "positions": "sincos"}, "positions: sincos needs a width that is a multiple of 4, not 30"),
         ({"layers": 0}, "layers: 0 is not above zero"),
         ({"image_size": 3}, "image_size: 3 is smaller than a patch of 4"),
         ({"drop_path": 1.0}, "drop_path: 1 is no share below 1"),
