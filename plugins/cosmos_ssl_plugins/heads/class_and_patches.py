@@ -49,6 +49,7 @@ class ClassAndPatches(Head):
         heads: Size | None = None,
         layer_scale: Strength | None = 1e-5,
         drop_path: Share = 0.0,
+        drop_path_uniform: bool = False,
     ) -> None:
         """Raises ValueError where there is no image tower, or widths do not fit.
 
@@ -56,6 +57,7 @@ class ClassAndPatches(Head):
         heads: of their attention; width / 64 unless given.
         layer_scale: start value of a scale on each branch; None is no scale.
         drop_path: rate of the last block, growing linearly from 0 at the first.
+        drop_path_uniform: ``drop_path`` is the rate of every block, as in the authors' program.
         """
         super().__init__()
         if spec.image is None:
@@ -64,7 +66,15 @@ class ClassAndPatches(Head):
             raise ValueError(f"model.embed_dim ({spec.embed_dim}) has no two halves")
         width = spec.image.width
         self.width, self.attention, self.groups = spec.embed_dim, spec.attention, tuple(spec.image_views)
-        self.blocks = Blocks(layers, width, heads, layer_scale=layer_scale, drop_path=drop_path, kernels=spec.kernels)
+        self.blocks = Blocks(
+            layers,
+            width,
+            heads,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+            drop_path_uniform=drop_path_uniform,
+            kernels=spec.kernels,
+        )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, spec.embed_dim // 2, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)

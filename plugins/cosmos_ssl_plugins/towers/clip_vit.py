@@ -116,22 +116,15 @@ class ClipViT(Tower):
             raise ValueError(f"image_size: {image_size} is smaller than a patch of {patch_size}")
         if positions == "sincos" and width % 4:
             raise ValueError(f"positions: sincos needs a width that is a multiple of 4, not {width}")
-        self.spec = TowerSpec(
-            width=width,
-            image_size=image_size,
-            patch_size=patch_size,
-            mean=mean,
-            std=std,
-            resize=resize,
-            interpolation=interpolation,
-        )
+        pixels: dict[str, Any] = {"mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
+        self.spec = TowerSpec(width=width, image_size=image_size, patch_size=patch_size, **pixels)
         self.kind = {
             "activation": activation,
             "norm_eps": norm_eps,
             "patch_bias": patch_bias,
             "pooling": pooling,
             "norm_after_pool": norm_after_pool,
-            **{name: getattr(self.spec, name) for name in ("mean", "std", "resize", "interpolation")},
+            **pixels,
         }
         self.mean_pooling, self.norm_after_pool = pooling == "mean", pooling == "mean" and norm_after_pool
         if self.mean_pooling and patch_dropout:

@@ -40,6 +40,8 @@ def formula(head: ClassAndPatches, pooled: Tensor, tokens: Tensor) -> Tensor:
 def test_equals_the_formula_and_its_gradients() -> None:
     torch.manual_seed(0)
     head = ClassAndPatches(SPEC, heads=2, layer_scale=0.5)
+    uniform = ClassAndPatches(SPEC, heads=2, drop_path=0.3, drop_path_uniform=True)
+    assert [block.drop_path for block in uniform.blocks] == [0.3, 0.3]
     features = Features(image={"global": group(2, 9), "local": group(1, 4)})
     found = head(features, VIEWS, ("global", "local"))
     assert {name: x.shape[-1] for name, x in found.items()} == head.outputs() == {"global": 6, "local": 6}
