@@ -27,6 +27,7 @@ from cosmos_ssl.api import (
     Pixels,
     Sample,
     Share,
+    Size,
     Spec,
     TowerSpec,
     ViewSpec,
@@ -135,12 +136,15 @@ class MultiBlock(MaskedCrop):
     2301.08243, section 3).
 
     Hidden is what is not in the context. Sizes are drawn for each picture and block, evenly, and rounded to whole
-    patches; target blocks may overlap. A context that the targets leave nothing of is drawn anew, up to ten times.
+    patches; target blocks may overlap. Blocks that leave too little of the context are all drawn anew, up to ten times.
 
     ``blocks``: target blocks of a view.
     ``target_scale``, ``target_aspect``: ranges of a target block's area, as a share of the view, and of its height over
     its width.
     ``context_scale``: range of the context's area, a square, before the targets are taken from it.
+    ``min_context``: patches that the targets leave of the context at least.
+    ``joint_aspect``: one random number sets area and aspect of a block, so that larger target blocks are taller.
+    ``inside``: both sides of a block are shorter than the view's.
     ``size``, ``scale``, ``flip_prob``: as of ``random_masks``.
 
     Raises ValueError for values that make no sense.
@@ -154,6 +158,9 @@ class MultiBlock(MaskedCrop):
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
+        min_context: Size = 1,
+        joint_aspect: bool = False,
+        inside: bool = False,
         size: Pixels = 224,
         scale: tuple[float, float] = (0.3, 1.0),
         flip_prob: Share = 0.0,
@@ -162,7 +169,12 @@ class MultiBlock(MaskedCrop):
         check_span("target_scale", target_scale)
         check_span("target_aspect", target_aspect, most=1000)
         check_span("context_scale", context_scale)
+        if not 1 <= min_context <= self.grid**2:
+            raise ValueError(f"min_context: {min_context} is not between 1 and the {self.grid**2} patches of a view")
+        if inside and self.grid == 1:
+            raise ValueError("inside: no block is smaller than a view of one patch")
         self.blocks, self.target, self.aspect, self.context = blocks, target_scale, target_aspect, context_scale
+        self.min_context, self.joint_aspect, self.longest = min_context, joint_aspect, self.grid - inside
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """``global``, one view, with a mask and target blocks."""
@@ -175,14 +187,19 @@ class MultiBlock(MaskedCrop):
             hidden = np.ones((self.grid, self.grid), bool)
             for number, (top, left, height, width) in enumerate([self._block(self.context, (1, 1), rng), *targets]):
                 hidden[top : top + height, left : left + width] = number > 0
-            if not hidden.all():
+            if np.count_nonzero(~hidden) >= self.min_context:
                 break
         return hidden.ravel(), targets
 
     def _block(self, scale: Span, aspect: Span, rng: np.random.Generator) -> Box:
-        area, ratio = self.grid**2 * rng.uniform(*scale), rng.uniform(*aspect)
+        if self.joint_aspect:  # as in facebookresearch/ijepa, src/masks/multiblock.py, _sample_block_size
+            u = rng.random()
+            share, ratio = (low + u * (high - low) for low, high in (scale, aspect))
+        else:
+            share, ratio = rng.uniform(*scale), rng.uniform(*aspect)
+        area = self.grid**2 * share
         sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
-        height, width = (min(self.grid, max(1, round(side))) for side in sides)
+        height, width = (min(self.longest, max(1, round(side))) for side in sides)
         return int(rng.integers(self.grid - height + 1)), int(rng.integers(self.grid - width + 1)), height, width
 
 

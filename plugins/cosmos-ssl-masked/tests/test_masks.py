@@ -73,6 +73,30 @@ def test_a_context_without_a_patch_is_drawn_anew() -> None:
     assert not any(hidden.all() for hidden in once)
 
 
+def test_the_least_context() -> None:
+    """Four targets often leave less than 80 patches of the context; with ten draws they do so next to never."""
+    least = [
+        min(int((~MultiBlock(SPEC, min_context=n).hide(np.random.default_rng(seed))[0]).sum()) for seed in range(100))
+        for n in (1, 80)
+    ]
+    assert least[0] < 80 <= least[1]
+
+
+def test_blocks_of_the_program_of_ijepa() -> None:
+    """One number sets area and aspect, and sides stay below the grid's."""
+    wide = {"target_scale": (0.1, 0.9), "target_aspect": (0.5, 2.0)}
+    joint, free = (MultiBlock(SPEC, joint_aspect=joint, inside=joint, **wide) for joint in (True, False))
+    boxes, others = (
+        np.array([a._block(a.target, a.aspect, rng)[2:] for _ in range(300)])
+        for a, rng in ((joint, np.random.default_rng(0)), (free, np.random.default_rng(0)))
+    )
+    u = np.linspace(0, 1, 100_001)
+    area, aspect = GRID**2 * (0.1 + 0.8 * u), 0.5 + 1.5 * u
+    sides = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1).round().clip(1, GRID - 1)
+    assert {*map(tuple, boxes)} <= {*map(tuple, sides)} and boxes.max() == GRID - 1
+    assert not {*map(tuple, others)} <= {*map(tuple, sides)} and others.max() == GRID
+
+
 def test_views_keep_to_the_contract() -> None:
     around: dict[str, Any] = {"heads": {"cross": None}}
     check_augmenter("random_masks", around=around, size=32)
@@ -95,6 +119,8 @@ def test_views_keep_to_the_contract() -> None:
         (MultiBlock, {"target_scale": (0.0, 0.2)}, "target_scale: "),
         (MultiBlock, {"context_scale": (0.8, 1.1)}, "context_scale: "),
         (MultiBlock, {"target_aspect": (2.0, 1.0)}, "target_aspect: "),
+        (MultiBlock, {"min_context": 197}, "min_context: 197 is not between 1 and the 196 patches"),
+        (MultiBlock, {"size": 16, "inside": True}, "inside: no block is smaller than a view of one patch"),
     ],
 )
 def test_impossible_options_are_refused(augmenter: Any, options: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from cosmos_ssl.api import (
     Modality,
     Pixels,
     Sample,
+    Size,
     Spec,
     Strength,
     TowerSpec,
@@ -51,6 +52,9 @@ class MultiCrop(Augmenter):
     ``mask_ratio``: range of the share of the patches that a mask hides, by blocks (iBOT, arXiv 2111.07832, section
     3.2).
     ``mask_aspect``: range of a block's height / width.
+    ``mask_min_patches``: least area of a block in patches, before its sides are rounded.
+    ``mask_fill``: single patches fill up a mask if no further block fits. False: the mask hides fewer, and both sides
+    of a block are shorter than the view's, as in the programs of iBOT and DINOv2.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -80,6 +84,8 @@ class MultiCrop(Augmenter):
         mask_probability: float = 0.0,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_aspect: tuple[float, float] = (0.3, 1 / 0.3),
+        mask_min_patches: Size = 4,
+        mask_fill: bool = True,
     ) -> None:
         if global_crops_number < 1:
             raise ValueError(f"global_crops_number: {global_crops_number} leaves no global view; give at least 1")
@@ -115,7 +121,14 @@ class MultiCrop(Augmenter):
         self._masks = None
         if mask_probability:
             grid = global_crops_size // tower.patch_size if tower.patch_size else 0
-            self._masks = BlockMasks(grid=grid, probability=mask_probability, ratio=mask_ratio, aspect=mask_aspect)
+            self._masks = BlockMasks(
+                grid=grid,
+                probability=mask_probability,
+                ratio=mask_ratio,
+                aspect=mask_aspect,
+                min_patches=mask_min_patches,
+                fill=mask_fill,
+            )
         masked = {"global"} if self._masks else set[str]()
         self._offers = {
             name: ViewSpec(views=len(strengths[name]), size=sizes[name], masks=name in masked) for name in self._draws

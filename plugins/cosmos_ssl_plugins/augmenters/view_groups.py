@@ -20,6 +20,7 @@ from cosmos_ssl.api import (
     Modality,
     Pixels,
     Sample,
+    Size,
     Spec,
     Strength,
     TowerSpec,
@@ -58,6 +59,8 @@ class ViewGroup:
     mask_probability: float = 0.0
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    mask_min_patches: Size = 4
+    mask_fill: bool = True
 
     def check(self) -> None:
         """Raise ValueError for values that make no sense."""
@@ -80,7 +83,14 @@ class ViewGroup:
         if not self.mask_probability:
             return None
         grid = self.size // patch if patch else 0
-        return BlockMasks(grid=grid, probability=self.mask_probability, ratio=self.mask_ratio, aspect=self.mask_aspect)
+        return BlockMasks(
+            grid=grid,
+            probability=self.mask_probability,
+            ratio=self.mask_ratio,
+            aspect=self.mask_aspect,
+            min_patches=self.mask_min_patches,
+            fill=self.mask_fill,
+        )
 
     @property
     def draw(self) -> Draw | None:

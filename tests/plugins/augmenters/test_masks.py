@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 from typing import Any
 
@@ -74,6 +75,43 @@ def test_few_patches_are_one_block_and_the_aspect_is_height_over_width(aspect: f
         assert (mask.any(1).sum(), mask.any(0).sum()) == shape
 
 
+@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize("smallest", [1, 9, 16])
+def test_the_smallest_block(smallest: int, fill: bool) -> None:
+    """As many patches as a block has are one block, where its sides round to that area."""
+    rng = np.random.default_rng(0)
+    side = math.isqrt(smallest)
+    for _ in range(50):
+        mask = block_mask(14, smallest, (1.0, 1.0), rng, min_patches=smallest, fill=fill)
+        assert (mask.any(1).sum(), mask.any(0).sum(), mask.sum()) == (side, side, smallest)
+
+
+@pytest.mark.parametrize(("count", "smallest"), [(20, 16), (50, 16), (98, 4)])
+def test_without_filling_masks_are_those_of_lightly(count: int, smallest: int) -> None:
+    """As many patches as lightly's own masks hide (which follow DINOv2's code), often fewer than asked for."""
+    rng = np.random.default_rng(0)
+    ours = [block_mask(14, count, ASPECT, rng, min_patches=smallest, fill=False) for _ in range(1000)]
+    state = random.getstate()
+    random.seed(0)
+    lightlys = [random_block_mask_image((14, 14), count, smallest).numpy() for _ in range(1000)]
+    random.setstate(state)
+    counts, expected = (np.array([mask.sum() for mask in masks]) for masks in (ours, lightlys))
+    assert counts.max() == count and 0.05 < np.mean(counts < count) < 0.98
+    assert np.mean(counts) == pytest.approx(np.mean(expected), rel=0.02)
+    assert np.mean(counts < count) == pytest.approx(np.mean(expected < count), abs=0.06)
+    assert np.mean(ours, 0).std() == pytest.approx(np.mean(lightlys, 0).std(), rel=0.2)
+    assert border(ours) == pytest.approx(border(lightlys), rel=0.05)
+
+
+def test_without_filling_blocks_are_smaller_than_the_view() -> None:
+    rng = np.random.default_rng(0)
+    whole, inner = ([block_mask(4, 12, (3.0, 3.0), rng, fill=fill) for _ in range(100)] for fill in (True, False))
+    assert {int(mask.sum()) for mask in whole} == {12}
+    # blocks of four rows are refused: what is left are those of a single column
+    assert not any(block_mask(4, 4, (4.0, 4.0), rng, fill=False).any() for _ in range(100))
+    assert all(mask.sum() <= 12 for mask in inner) and min(mask.sum() for mask in inner) < 12
+
+
 def test_shares_are_uniform_and_views_are_masked_with_the_probability() -> None:
     masks = BlockMasks(grid=14, probability=0.5, ratio=(0.1, 0.5), aspect=ASPECT)(4000, np.random.default_rng(0))
     assert masks.dtype == torch.bool and masks.shape == (4000, 196)
@@ -100,6 +138,16 @@ def test_multi_crop_masks_global_views_alone() -> None:
     assert masks is not None and masks.shape == (2, 64)  # 33 pixels hold 8 whole patches of 4
     assert not torch.equal(masks[0], masks[1])
     assert found["local"].masks is None
+
+
+def test_multi_crop_hands_on_the_options_of_blocks() -> None:
+    options = {"mask_probability": 1.0, "mask_ratio": (0.25, 0.25), "mask_aspect": (1.0, 1.0)}
+    square = crops(**options, mask_min_patches=16).crop(sample(), np.random.default_rng(0))["global"].masks
+    assert square is not None and all(m.view(8, 8).any(side).sum() == 4 for m in square for side in (0, 1))
+    partial = crops(**options, mask_fill=False, mask_min_patches=9)
+    masks = [partial.crop(sample(), np.random.default_rng(seed))["global"].masks for seed in range(20)]
+    counts = torch.stack([m for m in masks if m is not None]).sum(-1)
+    assert counts.min() < 16 and counts.max() == 16
 
 
 def test_same_generator_same_masks() -> None:
@@ -135,6 +183,11 @@ def test_masks_change_no_view_and_none_are_drawn_when_off() -> None:
         ({"mask_probability": 0.5, "mask_ratio": (0.5, 0.1)}, "mask_ratio"),
         ({"mask_probability": 0.5, "mask_ratio": (0.0, 0.1)}, "mask_ratio"),
         ({"mask_probability": 0.5, "mask_aspect": (0.0, 1.0)}, "mask_aspect"),
+        ({"mask_probability": 0.5, "mask_min_patches": 0}, "mask_min_patches: 0 is less than 1"),
+        (
+            {"mask_probability": 0.5, "mask_min_patches": 65, "mask_fill": False},
+            "mask_min_patches: 65 is more than the 64 patches of a view",
+        ),
         ({"mask_probability": 0.5, "global_crops_size": 3}, "mask_probability: .* no patches"),
     ],
 )

@@ -58,6 +58,9 @@ def test_masks_of_patches() -> None:
     assert crops["a"].masks is not None and crops["b"].masks is None
     counts = crops["a"].masks.sum(1)
     assert crops["a"].masks.shape == (3, 16) and counts.min() >= 4 and counts.max() <= 8
+    options = {"mask_min_patches": 9, "mask_fill": False, "mask_ratio": (0.5625, 0.5625), "mask_aspect": (1.0, 1.0)}
+    square = make(spec, a=replace(masked, **options)).crop(sample(), np.random.default_rng(0))["a"].masks
+    assert square is not None and [int(m.view(4, 4).any(0).sum()) for m in square] == [3, 3, 3]
     plain = make(spec, a=replace(masked, mask_probability=0.0)).crop(sample(), np.random.default_rng(0))["a"]
     assert torch.equal(plain.pixels, crops["a"].pixels) and torch.equal(plain.params, crops["a"].params)
     with pytest.raises(ValueError, match=r"groups\.a\.mask_probability: the image tower has no patches to mask"):
