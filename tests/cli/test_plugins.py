@@ -105,7 +105,7 @@ def test_show(command: Command, install: Install, tmp_path: Path) -> None:
         (["losses/ibot"], "student: 'global_masked' of its head\n"),
         (
             ["dino_projection", "output_dim=7"],
-            "masked tokens of group 'global'\n\nOffers\n  output 'global', width 7\n",
+            "masked tokens of group 'global'\n  for 'global_patches': image tokens of group 'global'\n\nOffers\n",
         ),
         (["losses/lightly"], "with a head instead: student: 'global' of its head, gathered over ranks\n"),
         (["multi_crop"], "Offers\n  'global': 2 views of 224 x 224 pixels\n  'local': 6 views of 96 x 96 pixels\n"),

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from cosmos_ssl.api import Count, ParameterRule, Size, Spec, Strength
-from cosmos_ssl_plugins.heads.per_group import PerGroup, global_batch_norm, group_needs
+from cosmos_ssl.api import Count, Need, ParameterRule, Size, Spec, Strength
+from cosmos_ssl_plugins.heads.per_group import PATCHES, PerGroup, global_batch_norm, group_needs
 
 
 class Prototypes(PerGroup):
-    """What the heads of DINO and DINOv2 share: an MLP on pooled image features and masked patches, unit length, K
-    prototypes.
+    """What the heads of DINO and DINOv2 share: an MLP on pooled image features, masked patches and all patches, unit
+    length, K prototypes.
     """
 
     def __init__(
@@ -29,7 +29,11 @@ class Prototypes(PerGroup):
         """``make`` is the class of lightly's head. Raises ValueError where there is no image tower."""
         if spec.image is None:
             raise ValueError("this head needs model.image")
-        super().__init__(group_needs(spec), options["output_dim"])
+        needs = group_needs(spec)
+        for name, view in spec.image_views.items():
+            if view.masks:
+                needs[name + PATCHES] = Need(modality="image", group=name, kind="tokens")
+        super().__init__(needs, options["output_dim"])
         self.freeze_last_layer = freeze_last_layer
         self.mixes_samples = batch_norm
         with warnings.catch_warnings():
@@ -53,8 +57,9 @@ class DinoProjection(Prototypes):
     """A 3-layer MLP with GELU, unit length, and a weight-normalised linear map to K (DINO, arXiv 2104.14294, section
     3.1).
 
-    One output a view group, from pooled image features before the projection; and ``global_masked``, from masked
-    patches, where the augmenter draws masks (a head shared as in iBOT, arXiv 2111.07832, section 3.2).
+    One output a view group, from pooled image features before the projection. Where the augmenter draws masks there are
+    also ``global_masked``, from masked patches (a head shared as in iBOT, arXiv 2111.07832, section 3.2), and
+    ``global_patches``, from all patches.
     """
 
     def __init__(

@@ -14,11 +14,12 @@ from cosmos_ssl.api import Features, Head, HeadOutput, Modality, Need, Spec, Vie
 from cosmos_ssl.functional import gather, world_size
 
 MASKED = "_masked"
+PATCHES = "_patches"
 
 
 class PerGroup(Head):
     """A head whose outputs are named as view groups: ``global`` [V, B, K]; and ``global_masked`` [M, K] where masks are
-    drawn.
+    drawn, for some heads ``global_patches`` [V, B, N, K] too.
 
     ``reads`` is what each output is computed from, ``mlp`` maps rows [n, W] to [n, K].
     """
@@ -39,13 +40,11 @@ class PerGroup(Head):
         return [self.reads[name] for name in outputs]
 
     def forward(self, features: Features, views: Views, outputs: Collection[str]) -> HeadOutput:
-        """These outputs, [V, B, K] or [M, K]: from one pass over all their rows, or one a view where batch norm mixes
-        them.
-        """
+        """These outputs, from one pass over all their rows, or from one for each view if batch norm mixes them."""
         inputs = {name: found(features, self.reads[name]) for name in outputs}
         if self.mixes_samples:
             return {
-                name: torch.stack([self.mlp(view) for view in x]) if x.dim() == 3 else self.mlp(x)
+                name: torch.stack([self._rows(view) for view in x]) if x.dim() > 2 else self.mlp(x)
                 for name, x in inputs.items()
             }
         rows = [x.flatten(0, -2) for x in inputs.values()]
@@ -53,6 +52,10 @@ class PerGroup(Head):
         return {
             name: part.view(*x.shape[:-1], self.width) for (name, x), part in zip(inputs.items(), parts, strict=True)
         }
+
+    def _rows(self, view: Tensor) -> Tensor:
+        rows: Tensor = self.mlp(view.flatten(0, -2))
+        return rows.view(*view.shape[:-1], self.width)
 
 
 def group_needs(spec: Spec, modality: Modality = "image", *, projected: bool = False) -> dict[str, Need]:
@@ -66,7 +69,7 @@ def group_needs(spec: Spec, modality: Modality = "image", *, projected: bool = F
 
 
 def found(features: Features, need: Need) -> Tensor:
-    """Return what a need of one group or one output of a head asked for: [V, B, W] or [M, W]."""
+    """Return what a need of one group or one output of a head asked for: [V, B, W], [M, W] or [V, B, N, W]."""
     if need.head is not None:
         assert need.outputs is not None
         return features.heads[need.head][need.outputs[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from cosmos_ssl_plugins.heads.per_group import BatchNorm, PerGroup, group_needs
 
 
 class Projection(PerGroup):
-    """An MLP with ReLU, as SimCLR, BYOL, Barlow Twins, VICReg, SimSiam and MoCo v3 have behind the tower.
+    """An MLP, as SimCLR, BYOL, Barlow Twins, VICReg, SimSiam and MoCo v3 have behind the tower.
 
     One output a view group. SimCLR: 2 layers; Barlow Twins and VICReg: 3 layers of 8192; MoCo v3 and SimSiam: 3 layers
     and ``output_batch_norm``. The prediction head of BYOL (hidden 4096, output 256) or SimSiam (hidden 512, output
@@ -30,6 +31,7 @@ class Projection(PerGroup):
         layers: Few = 2,
         batch_norm: bool = True,
         output_batch_norm: bool = False,
+        activation: Literal["relu", "gelu"] = "relu",
     ) -> None:
         """Raises ValueError for an input or a tower that is not there.
 
@@ -40,6 +42,7 @@ class Projection(PerGroup):
         layers: linear maps.
         batch_norm: after each layer but the last, in place of its bias.
         output_batch_norm: after the last layer too, without scale and shift.
+        activation: after each layer but the last; ``gelu`` in SimDINO.
         """
         from lightly.models.modules.heads import ProjectionHead
 
@@ -47,7 +50,8 @@ class Projection(PerGroup):
         super().__init__(needs, output_dim)
         self.mixes_samples = batch_norm or output_batch_norm
         widths = [width, *[hidden_dim] * (layers - 1), output_dim]
-        blocks = [(a, b, BatchNorm(b) if batch_norm else None, nn.ReLU()) for a, b in pairwise(widths[:-1])]
+        act = nn.ReLU if activation == "relu" else nn.GELU
+        blocks = [(a, b, BatchNorm(b) if batch_norm else None, act()) for a, b in pairwise(widths[:-1])]
         last = (widths[-2], output_dim, BatchNorm(output_dim, affine=False) if output_batch_norm else None, None)
         self.mlp = ProjectionHead([*blocks, last])
 

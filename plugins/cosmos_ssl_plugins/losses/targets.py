@@ -14,6 +14,8 @@ from cosmos_ssl.api import Curve, Progress
 from cosmos_ssl.functional import all_max, all_sum
 
 Centering = Literal["center", "sinkhorn"]
+Scope = Literal["all_ranks", "rank"]
+"""Whose samples a statistic of the batch is taken over: those of all ranks, or of each rank by itself."""
 ROWS_AT_ONCE = 256
 """Rows whose entropy is computed at once, to hold little memory."""
 
@@ -56,13 +58,20 @@ class TeacherTargets(nn.Module):
         return self.start_temp + (self.end_temp - self.start_temp) * done
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, progress: Progress) -> Tensor:
-        """Distributions [n, K], float32 at least; moves the centre."""
+    def forward(self, logits: Tensor, progress: Progress, center_rows: Tensor | None = None) -> Tensor:
+        """Return distributions [n, K], float32 at least, and move the center.
+
+        Args:
+            logits: [n, K], of the teacher.
+            progress: the step, for the temperature.
+            center_rows: [m, K], whose mean moves the center; ``logits`` if None.
+        """
         x = exact(logits)
         if self.center is None:
             return sinkhorn(x / self.temperature(progress), self.iterations)
         targets = ((x - self.center) / self.temperature(progress)).softmax(-1)
-        total = all_sum(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
+        rows = x if center_rows is None else center_rows
+        total = all_sum(torch.cat([rows.sum(0, dtype=x.dtype), x.new_full((1,), len(rows))]))
         mean, count = (total[:-1] / total[-1]).to(self.center.dtype), total[-1]
         moved = self.center * self.momentum + mean * (1 - self.momentum)
         self.center.copy_(torch.where((count > 0) & mean.isfinite().all(), moved, self.center))

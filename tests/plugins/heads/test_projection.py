@@ -97,7 +97,7 @@ def test_published_sizes(make: Callable[..., Head]) -> None:
     """
     with meta_device():
         head = make(Spec(embed_dim=8, image=TowerSpec(width=384), image_views=SPEC.image_views))
-    assert head.outputs() == {"global": 65536, "local": 65536, "global_masked": 65536}
+    assert head.outputs() == dict.fromkeys(("global", "local", "global_masked", "global_patches"), 65536)
     mlp = (384 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 256 + 256)
     assert sum(p.numel() for p in head.parameters()) == mlp + 65536 * 256 + 65536
     assert not list(head.buffers()) and not head.mixes_samples
@@ -113,6 +113,18 @@ def test_only_what_is_asked_for_is_asked_for_and_computed(features: Features) ->
     assert rows == [2 * 5 + 9]  # one pass
     assert {name: tuple(x.shape) for name, x in found.items()} == {"global": (2, 5, 24), "global_masked": (9, 24)}
     torch.testing.assert_close(head(features, VIEWS, ("global",))["global"], found["global"])
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_all_patches(batch_norm: bool) -> None:
+    torch.manual_seed(0)
+    head = DinoProjection(SPEC, **SIZES, batch_norm=batch_norm)
+    assert head.requires(["global_patches"]) == [Need(modality="image", group="global", kind="tokens")]
+    tokens = torch.randn(2, 5, 16, 12)
+    group = GroupFeatures(views=(0, 1), tokens=tokens, token_views=(0, 1))
+    found = head(Features(image={"global": group}), VIEWS, ("global_patches",))
+    expected = torch.stack([head.mlp(view.flatten(0, 1)).view(5, 16, 24) for view in tokens])
+    torch.testing.assert_close(found["global_patches"], expected)
 
 
 def test_no_masked_patches(features: Features) -> None:
@@ -221,7 +233,7 @@ def test_dino_with_batch_norm_normalises_view_by_view(features: Features) -> Non
     [
         ({"input": "projected"}, ("image", "projected")),
         ({"input": "pooled", "modality": "text"}, ("text", "pooled")),
-        ({"input": "projected", "modality": "text"}, ("text", "projected")),
+        ({"input": "projected", "modality": "text", "activation": "gelu"}, ("text", "projected")),
     ],
 )
 def test_input_of_a_tower(options: dict[str, Any], read: tuple[str, str], features: Features) -> None:
@@ -231,7 +243,8 @@ def test_input_of_a_tower(options: dict[str, Any], read: tuple[str, str], featur
     assert head.requires(["local"]) == [Need(modality=modality, group="local", kind=kind)]  # type: ignore[arg-type]
     x = getattr(features.of(modality)["local"], kind)  # type: ignore[arg-type]
     first, _, second = head.mlp.layers  # type: ignore[union-attr, misc]
-    expected = second(torch.relu(first(x)))  # type: ignore[operator]
+    act = F.gelu if "activation" in options else F.relu
+    expected = second(act(first(x)))  # type: ignore[operator]
     torch.testing.assert_close(head(features, VIEWS, ("local",))["local"], expected)
 
 

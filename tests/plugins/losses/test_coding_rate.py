@@ -22,7 +22,8 @@ from cosmos_ssl.api import (
     Views,
     ViewSpec,
 )
-from cosmos_ssl_plugins.losses.coding_rate import CodingRate
+from cosmos_ssl_plugins.losses import coding_rate as module
+from cosmos_ssl_plugins.losses.coding_rate import CodingRate, coding_rate
 
 SPEC = Spec(
     embed_dim=8,
@@ -69,14 +70,17 @@ def run(loss: CodingRate, student: dict[str, Tensor], teacher: dict[str, Tensor]
     return loss(context)  # type: ignore[no-any-return]
 
 
-def formula(student: dict[str, Tensor], teacher: dict[str, Tensor], eps: float, gamma: float) -> dict[str, Tensor]:
+def formula(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], eps: float, gamma: float, share: float = 0
+) -> dict[str, Tensor]:
     """Section 3 of the paper: d(x, y) = ||x - y||^2 / 2 of unit vectors, R(C) = log det(I + D / eps^2 C) / 2."""
     x, y = ({name: z / z.norm(dim=-1, keepdim=True) for name, z in role.items()} for role in (student, teacher))
     views = [*x["global"], *x["local"]]
     pairs = [
         (views[s] - y["global"][t]).square().sum(-1).mean() / 2 for t in range(2) for s in range(len(views)) if s != t
     ]
-    rates = [torch.logdet(torch.eye(7).double() + 7 / eps**2 * (z.T @ z) / 5) / 2 for z in x["global"]]
+    expanded = (1 - share) * x["global"] + share * y["global"].detach()
+    rates = [torch.logdet(torch.eye(7).double() + 7 / eps**2 * (z.T @ z) / 5) / 2 for z in expanded]
     full = torch.zeros(2, 5, 9, dtype=torch.float64)
     full[MASKS] = (x["global_masked"] - y["global_masked"]).square().sum(-1) / 2
     patches = [full[v, b].sum() / max(1, int(MASKS[v, b].sum())) for v in range(2) for b in range(5)]
@@ -88,12 +92,14 @@ def formula(student: dict[str, Tensor], teacher: dict[str, Tensor], eps: float, 
 
 
 @pytest.mark.parametrize("head", [None, "mine"])
-@pytest.mark.parametrize(("gamma", "eps"), [(None, 0.5), (0.3, 0.2)])
-def test_equals_the_formula(head: str | None, gamma: float | None, eps: float) -> None:
-    """Terms and the gradient of each, float64, to 1e-10."""
+@pytest.mark.parametrize(
+    ("options", "eps", "share"), [({}, 0.5, 0), ({"gamma": 0.3, "features": "mean", "scope": "rank"}, 0.2, 0.5)]
+)
+def test_equals_the_formula(head: str | None, options: dict[str, Any], eps: float, share: float) -> None:
+    """Terms and the gradient of each, float64, to 1e-10; one rank is all ranks."""
     student, teacher = features(0), features(10)
-    found = run(CodingRate(SPEC, head=head, eps=eps, gamma=gamma), student, teacher)
-    expected = formula(student, teacher, eps, eps * math.sqrt(5 / (7 * 5)) if gamma is None else gamma)
+    found = run(CodingRate(SPEC, head=head, eps=eps, **options), student, teacher)
+    expected = formula(student, teacher, eps, options.get("gamma", eps * math.sqrt(5 / (7 * 5))), share)
     assert list(found.terms) == list(expected)
     for name, term in found.terms.items():
         torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=0)
@@ -111,6 +117,16 @@ def test_a_collapse_costs_and_a_spread_does_not() -> None:
     for x, rate in ((alike, math.log(1 + 7 / 0.25) / 2), (basis, 5 * math.log(1 + 7 / 0.25 / 5) / 2)):
         found = run(CodingRate(SPEC, head="bare"), {**features(0), "global": x}, features(10))
         assert found.metrics["coding_rate"].item() == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_rate_of_one_rank_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own samples, divided by the number of all."""
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    z = leaf(1, 5, 7, seed=0)
+    expected = torch.logdet(torch.eye(7).double() + 3 * z[0].T @ z[0] / 10)[None] / 2
+    found = coding_rate(z, 3, "rank")
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), z)[0] for x in (found, expected)), rtol=1e-9, atol=1e-12)
 
 
 def test_features_that_are_not_numbers_give_no_numbers() -> None:

@@ -17,7 +17,11 @@ SPEC = Spec(
     embed_dim=8,
     has_teacher=True,
     image_views={"global": ViewSpec(views=2, masks=True), "local": ViewSpec(views=3)},
-    heads={"mine": {"global": 7, "local": 7, "global_masked": 7}, "plain": {"global": 7}},
+    heads={
+        "mine": {"global": 7, "local": 7, "global_masked": 7, "global_patches": 7},
+        "masked": {"global_masked": 7},
+        "plain": {"global": 7},
+    },
 )
 TEMP = 1 / 16
 """Exact in float32: lightly holds its temperature so."""
@@ -43,7 +47,7 @@ def run(loss: Ibot, student: Tensor, teacher: Tensor, masks: Tensor) -> LossOutp
     context = StepContext(
         views=Views(keys=[""] * masks.shape[1], image={"global": group}),
         student=Features(heads={"mine": {"global_masked": student}}),
-        teacher=Features(heads={"mine": {"global_masked": teacher.detach()}}),
+        teacher=Features(heads={"mine": dict.fromkeys(("global_masked", "global_patches"), teacher.detach())}),
         gathered={},
         progress=Progress(step=0, total_steps=10),
         head=lambda *_: {},
@@ -69,6 +73,34 @@ def test_equals_lightly_over_three_steps() -> None:
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
         assert ours.targets.center is not None
         torch.testing.assert_close(ours.targets.center, theirs.center.value.view(7), rtol=1e-12, atol=1e-15)
+
+
+def test_a_center_over_all_patches() -> None:
+    """As over the masked ones, but the center moves by the mean of all patches."""
+    ours, plain, before = make(center_over="all"), make(), torch.zeros(7, dtype=torch.float64)
+    for step in range(3):
+        masks = draw_masks(step)
+        student, teacher = leaf(int(masks.sum()), 7, seed=step), leaf(2, 5, 9, 7, seed=step + 10)
+        loss, expected = run(ours, student, teacher, masks), run(plain, student, teacher[masks], masks)
+        torch.testing.assert_close(loss.terms["patches"], expected.terms["patches"], rtol=1e-12, atol=0)
+        assert ours.targets.center is not None and plain.targets.center is not None
+        moved = 0.1 * teacher.detach().mean((0, 1, 2)) + 0.9 * before
+        torch.testing.assert_close(ours.targets.center, moved, rtol=1e-6, atol=1e-9)
+        plain.targets.center.copy_(moved)
+        before = moved
+    assert [need.outputs for need in ours.requires()] == [("global_masked",), ("global_patches",)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"centering": "sinkhorn"}, "center_over: all needs centering: center, not sinkhorn"),
+        ({"head": "masked"}, "center_over: all needs an output 'global_patches' of the head 'masked'"),
+    ],
+)
+def test_a_center_over_all_patches_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(center_over="all", **options)
 
 
 def test_a_group_of_another_name() -> None:
@@ -134,7 +166,7 @@ def test_requirements() -> None:
 
 def test_a_head_without_masked_patches_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"head: no head 'plain' with an output 'global_masked'\. Heads that have it: mine$"
+        ValueError, match=r"head: no head 'plain' with an output 'global_masked'\. Heads that have it: mine, masked$"
     ):
         Ibot(SPEC, head="plain")
     spec = Spec(embed_dim=8, image_views={"global": ViewSpec(views=2)}, heads={"mine": {"global": 7}})

@@ -57,6 +57,13 @@ def test_equals_the_formula() -> None:
     assert output.metrics["distance"].item() == pytest.approx(sum(nearest) / 6, rel=1e-6)
 
 
+def test_neighbours_of_this_rank() -> None:
+    """On one rank both scopes are the same; features of all ranks are not asked for."""
+    x = leaf(2, 6, 5)
+    assert torch.equal(*(run(Koleo(SPEC, scope=scope), x).terms["koleo"] for scope in ("all_ranks", "rank")))
+    assert Koleo(SPEC, scope="rank").requires() == [Need(modality="image", group="global", kind="pooled")]
+
+
 def test_equal_features_give_finite_values_and_gradients() -> None:
     x = torch.ones(1, 4, 5, requires_grad=True)
     loss = run(Koleo(SPEC), x).terms["koleo"]
