@@ -210,8 +210,9 @@ def browser(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of this test alone, and no waits between attempts to read."""
+    """A cache of this test alone, no waits between attempts to read, and no storage that has answered before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(storage, "_answered", set())
     monkeypatch.setattr(storage, "RETRY_SECONDS", (0.001, 0.001))
 
 

@@ -26,6 +26,10 @@ GIVE_UP_SECONDS = 180.0
 """No further attempt begins so long after the first one: a server that never answers costs a time-out each."""
 REQUEST_SECONDS = 120.0
 """A request that is not answered in whole after this time has failed: a block comes at 70 kB/s at least."""
+CONNECT_SECONDS = 15.0
+"""Storage that has not answered this process once must do so within this time, unless ``CONNECT_VARIABLE`` gives
+another one."""
+CONNECT_VARIABLE = "COSMOS_SSL_CONNECT_TIMEOUT"
 STILL_SECONDS = 300.0
 """Local storage from which nothing at all comes for so long has hung."""
 BLOCK_BYTES = 8 << 20
@@ -37,6 +41,8 @@ _STAMPS = (
 UNMARKED = "run "
 """How the stamps begin of what may have changed, or not, before the next run: nothing of it is used again then."""
 _RUN = secrets.token_hex(8)
+_answered: set[str] = set()
+"""Endpoints (scheme and host or bucket) that have answered this process."""
 _OPEN_FILES = 64
 
 _T = TypeVar("_T")
@@ -192,17 +198,65 @@ def bounded(call: Callable[[], _T], what: str, seconds: float, moved: Callable[[
 
 
 def request(url: str, call: Callable[[Any, str], _T]) -> _T:
-    """``call(file system, path)`` of a remote URL, retried. Raises OSError once all attempts failed or timed out."""
+    """``call(file system, path)`` of a remote URL, retried.
+
+    Raises OSError once all attempts failed or timed out, or no attempt at a first answer succeeded in time.
+    """
+    said = ["no answer"]
 
     def attempt() -> _T:
         system, path = filesystem(url)
         try:
             return call(system, path)
-        except Exception:
+        except Exception as error:
             type(system).clear_instance_cache()  # the next attempt connects anew: FTP keeps its one connection
+            said.append(str(error) or type(error).__name__)
             raise
 
-    return retrying(lambda: bounded(attempt, url, REQUEST_SECONDS), url)
+    def attempts() -> _T:
+        return retrying(lambda: bounded(attempt, url, REQUEST_SECONDS), url)
+
+    if has_answered(url):
+        return attempts()
+    try:
+        found = bounded(attempts, url, seconds := connect_seconds())
+    except TimeoutError:
+        advice = (
+            f"nothing succeeded within {seconds:g} s: check the URL and its endpoint; {CONNECT_VARIABLE} allows more"
+        )
+        raise OSError(errno.EIO, f"{url}: {said[-1]} ({advice})") from None
+    note_answer(url)
+    return found
+
+
+def connect_seconds() -> float:
+    """Return how long to wait for the first answer of an endpoint, in seconds.
+
+    Raises:
+        UserError: ``CONNECT_VARIABLE`` is no number above zero.
+    """
+    text = os.environ.get(CONNECT_VARIABLE)
+    try:
+        seconds = CONNECT_SECONDS if text is None else float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UserError(f"the environment variable {CONNECT_VARIABLE} is {text!r}, expected seconds, such as 60")
+    return seconds
+
+
+def has_answered(url: str) -> bool:
+    """Return whether the endpoint of a URL has answered this process."""
+    return _endpoint(url) in _answered
+
+
+def note_answer(url: str) -> None:
+    """Note that the endpoint of a URL has answered: from now on it is waited for."""
+    _answered.add(_endpoint(url))
+
+
+def _endpoint(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
 
 
 class _File:
@@ -227,7 +281,7 @@ class Reader:
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._cache,)
+        return _unpickled_reader, (self._cache, frozenset(_answered))
 
     def read(self, url: str, found: Stat, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset``. Raises OSError once all attempts failed."""
@@ -246,6 +300,12 @@ class Reader:
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
         return data
+
+
+def _unpickled_reader(cache: BlockCache | None, answered: frozenset[str]) -> Reader:
+    """A worker process waits for the endpoints that have answered its parent."""
+    _answered.update(answered)
+    return Reader(cache)
 
 
 def fetch(url: str, start: int, stop: int) -> bytes:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cosmos_ssl.data.storage import STILL_SECONDS, bounded
+from cosmos_ssl.data.storage import STILL_SECONDS, bounded, connect_seconds, has_answered, note_answer
 from cosmos_ssl.engine import rollback, segments
 from cosmos_ssl.engine.checkpoint import MAX_STEP, find_fault, latest_checkpoint
 from cosmos_ssl.engine.run_folder import LENGTH, RunFolder
@@ -265,8 +265,11 @@ class Remote:
             system.invalidate_cache()  # others write there too
             return call(system, f"{path.rstrip('/')}/checkpoints")
 
+        seconds = STILL_SECONDS if has_answered(self.url) else connect_seconds()
         try:
-            return bounded(ask, self.url, STILL_SECONDS, lambda: self._moved)
+            found = bounded(ask, self.url, seconds, lambda: self._moved)
+            note_answer(self.url)
+            return found
         except (CosmosError, OSError):
             raise
         except Exception as error:  # object stores raise errors of their own

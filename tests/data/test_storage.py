@@ -5,6 +5,7 @@ for without end.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ from cosmos_ssl.cli import main
 from cosmos_ssl.config import load_config
 from cosmos_ssl.data import Shards, load_manifest, scan, storage
 from cosmos_ssl.data.manifest import is_indexed, notices
-from cosmos_ssl.errors import EXIT_FAULTS, EXIT_LOST, EXIT_USER, DataError, StorageError
+from cosmos_ssl.errors import EXIT_FAULTS, EXIT_LOST, EXIT_USER, DataError, StorageError, UserError
 
 Make = Callable[..., str]
 
@@ -126,6 +127,33 @@ def test_a_port_where_nobody_listens_is_lost_storage(scheme: str, capsys: pytest
 def test_a_server_that_comes_back_is_waited_for(server: Server) -> None:
     server.failing = 3  # a request of two kinds for a size, and one more
     assert len(load_manifest(url(server, "flaky"))) == 4
+
+
+def test_an_endpoint_that_never_answers_fails_in_seconds(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default within 20 seconds; one that has answered before is waited for."""
+    assert storage.connect_seconds() < 20
+    assert storage.stat(url(server, "plain")).size == len(server.body)
+    monkeypatch.setenv("COSMOS_SSL_CONNECT_TIMEOUT", "0.3")
+    assert storage.stat(url(server, "stall")).size == len(server.body)  # after two seconds
+    reader = pickle.dumps(storage.Reader())
+    storage._answered.clear()
+    began = time.monotonic()
+    assert main(["data", "index", url(server, "stall")]) == EXIT_LOST and time.monotonic() - began < 2
+    assert "x.tar: no answer (nothing succeeded within 0.3 s: check the URL and its" in capsys.readouterr().err
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (60.0,))
+    with pytest.raises(OSError, match=r"x\.tar: 500.*\(nothing succeeded within 0\.3 s"):
+        storage.stat(url(server, "500"))
+    pickle.loads(reader)  # as a worker does that is started anew
+    assert storage.stat(url(server, "stall")).size == len(server.body)
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "nan", "inf"])
+def test_a_time_to_connect_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COSMOS_SSL_CONNECT_TIMEOUT", text)
+    with pytest.raises(UserError, match=f"COSMOS_SSL_CONNECT_TIMEOUT is '{text}', expected seconds"):
+        storage.stat("http://127.0.0.1/x.tar")
 
 
 def test_attempts_end_after_some_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

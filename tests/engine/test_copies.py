@@ -197,6 +197,21 @@ def test_killed_at_any_stage_of_bringing_back(saved, tmp_path):
     assert at > 10 and latest_checkpoint(tmp_path / "back").name == "step_00000010"
 
 
+def test_a_copy_at_an_endpoint_that_never_answers(system, monkeypatch):
+    """The first answer is waited for as that of shards is."""
+    release = threading.Event()
+    monkeypatch.setenv("COSMOS_SSL_CONNECT_TIMEOUT", "0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "ls", lambda *args, **options: release.wait(60))
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+            Remote("memory://silent/run").whole()
+    release.set()
+    assert Remote("memory://silent/run").whole() == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "ls", lambda *args, **options: time.sleep(0.3) or [])
+        assert Remote("memory://silent/run").whole() == {}
+
+
 def test_a_damaged_copy_is_passed_over(saved, tmp_path, system):
     remote = Remote("memory://b")
     for step in (8, 10):
