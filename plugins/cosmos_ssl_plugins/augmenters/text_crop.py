@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cosmos_ssl.api import Augmenter, BadSample, Few, Modality, Sample, Spec, ViewSpec
+from cosmos_ssl.api import Augmenter, BadSample, Few, Modality, Sample, Share, Spec, ViewSpec
 from cosmos_ssl.data import join_sentences
 
 
@@ -18,6 +18,8 @@ class TextCrop(Augmenter):
     A global text joins 1 to ``max_sentences`` sentences; a local text is one sentence, no sentence twice. With
     ``join: false`` all texts together are single sentences drawn so. ``caption_fields`` (default: every field) name
     the captions to draw from. One caption a picture and one text, as CLIP has it: 1 text and ``join: false``.
+    ``consecutive_prob`` is the probability that the sentences of a joined text follow one another in the captions.
+    Otherwise they are drawn at random places.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -31,6 +33,7 @@ class TextCrop(Augmenter):
         max_sentences: Few = 5,
         caption_fields: list[str] | None = None,
         join: bool = True,
+        consecutive_prob: Share = 0.0,
     ) -> None:
         numbers = {
             "num_sampled_captions": num_sampled_captions,
@@ -45,6 +48,7 @@ class TextCrop(Augmenter):
         self.globals = min(num_sampled_captions, num_global_captions)
         self.locals = num_sampled_captions - self.globals
         self.max_sentences, self.caption_fields, self.join = max_sentences, caption_fields, join
+        self.consecutive_prob = consecutive_prob
 
     def offers(self) -> Mapping[str, ViewSpec]:
         """``global``, and ``local`` unless all texts are global."""
@@ -58,12 +62,19 @@ class TextCrop(Augmenter):
             raise BadSample("no caption")
         if self.join:
             counts = rng.integers(1, self.max_sentences + 1, size=self.globals)
-            long = [join_sentences(draw_sentences(sentences, int(count), rng)) for count in counts]
+            long = [join_sentences(self._sentences(sentences, int(count), rng)) for count in counts]
             short = draw_sentences(sentences, self.locals, rng)
         else:
             drawn = draw_sentences(sentences, self.globals + self.locals, rng)
             long, short = drawn[: self.globals], drawn[self.globals :]
         return {"global": long, "local": short} if self.locals else {"global": long}
+
+    def _sentences(self, sentences: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+        """The sentences of one joined text."""
+        if self.consecutive_prob and rng.random() < self.consecutive_prob and count <= len(sentences):
+            start = int(rng.integers(len(sentences) - count + 1))
+            return list(sentences[start : start + count])
+        return draw_sentences(sentences, count, rng)
 
 
 def draw_sentences(sentences: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:

@@ -16,10 +16,10 @@ from cosmos_ssl.functional import all_sum, upload
 class SuperClass(Loss):
     """Softmax cross-entropy with the tokens of the texts as classes (SuperClass, arXiv 2411.03313, section 3).
 
-    A text's target is w_c y_c over its sum: y_c is 1 for tokens that it has, once or often, and w_c = log(D / (1 +
-    d_c)) for a token that d_c of D texts have, which are those seen so far, on all ranks. What nearly every text has,
-    such as its start and its end, so has no weight. A linear classifier reads the global image features before the
-    tower's projection; no text tower is read. A mean over pairs of an image view and a text.
+    A text's target is w_c y_c over its sum. y_c is 1 for tokens that it has, once or often. w_c = log((1 + D) / (1 +
+    d_c)) for a token that d_c of D texts have; these are the texts seen so far, on all ranks. What every text has, such
+    as its start and its end, so has no weight. A linear classifier reads the global image features before the tower's
+    projection; no text tower is read. A mean over pairs of an image view and a text.
     """
 
     documents: Tensor
@@ -65,7 +65,7 @@ class SuperClass(Loss):
         seen = all_sum(torch.cat([hot.sum((0, 1)).long(), texts]))
         self.documents += seen[:-1]
         self.texts += seen[-1]
-        weights = (self.texts / (1 + self.documents)).log().clamp_min(0)
+        weights = ((1 + self.texts) / (1 + self.documents)).log()
         hot = hot * weights
         targets = hot / hot.sum(-1, keepdim=True).clamp_min(torch.finfo(hot.dtype).tiny)
         return targets.mean(0), (hot > 0).sum(-1).float().mean()

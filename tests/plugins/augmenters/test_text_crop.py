@@ -40,6 +40,20 @@ def test_global_texts_join_one_to_five_sentences_and_local_ones_are_single() -> 
     assert len(firsts) == 20 and all(abs(count - 300) < 5 * 300**0.5 for count in firsts.values())
 
 
+def test_consecutive_sentences() -> None:
+    """Runs of every place and length, as often as asked for."""
+    captions = {"txt": list("abcdefgh")}
+    always, half, never = (TextCrop(SPEC, max_sentences=3, consecutive_prob=p) for p in (1.0, 0.5, 0.0))
+    runs = ["abcdefgh"[i : i + count] for count in (1, 2, 3) for i in range(9 - count)]
+    joined = [
+        [text.replace(". ", "") for seed in range(400) for text in crop(augmenter, seed, captions)["global"]]
+        for augmenter in (always, half, never)
+    ]
+    shares = [sum(text in runs for text in texts if len(text) == 3) for texts in joined]
+    assert set(joined[0]) == set(runs) and shares[0] > shares[1] > shares[2] > 0
+    assert shares[1] / shares[0] == pytest.approx(0.5, abs=0.15) and shares[2] / shares[0] < 0.1
+
+
 def test_repeat_rule() -> None:
     """The whole list as often as it fits, then a draw for the rest."""
     rng = np.random.default_rng(0)

@@ -26,13 +26,17 @@ def group(text, patches, threshold):
 
 def dense(loss, ctx, threshold):
     """-log of the share that a sub-caption has of its group, and the group of its sub-caption, over those of one
-    picture.
+    picture or all.
     """
     tokens, texts, scale = ctx.student.image["global"].tokens, ctx.student.stack("text"), loss.logit_scale.exp()
     found = []
     for view in tokens:
-        for picture, own in zip(view, texts.unbind(1), strict=True):
-            groups = [group(text, picture @ loss.patches.weight.T, threshold) for text in own]
+        pictures = [(picture @ loss.patches.weight.T, own) for picture, own in zip(view, texts.unbind(1), strict=True)]
+        groups_of = [[group(text, picture, threshold) for text in own] for picture, own in pictures]
+        parts = [(groups, own) for groups, (_, own) in zip(groups_of, pictures, strict=True)]
+        if loss.across:
+            parts = [([g for groups in groups_of for g in groups], torch.cat([own for _, own in pictures]))]
+        for groups, own in parts:
             rows = torch.stack([torch.stack([F.cosine_similarity(g, t, dim=0) for t in own]) for g in groups])
             odds = (scale * rows).exp()
             found += [-(odds[k, k] / odds[k].sum()).log() / 2 for k in range(len(own))]
@@ -40,9 +44,11 @@ def dense(loss, ctx, threshold):
     return 2 * torch.stack(found).mean()
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0, 0.6, 1.0])
-def test_loss_and_gradients_are_those_of_the_formula(threshold):
-    loss = made(threshold=threshold)
+@pytest.mark.parametrize(
+    ("threshold", "negatives"), [(None, "image"), (0.0, "image"), (0.6, "image"), (1.0, "image"), (None, "batch")]
+)
+def test_loss_and_gradients_are_those_of_the_formula(threshold, negatives):
+    loss = made(threshold=threshold, negatives=negatives)
     ctx = example_context(loss)
     texts = [part.projected for part in ctx.student.text.values()]
     leaves = [ctx.student.image["global"].tokens, *texts, loss.patches.weight, loss.logit_scale]
