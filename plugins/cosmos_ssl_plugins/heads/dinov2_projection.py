@@ -10,8 +10,8 @@ class DinoV2Projection(Prototypes):
     """DINO's head with prototypes of learned length and half-precision-safe unit vectors (DINOv2, arXiv 2304.07193,
     section 4).
 
-    One output a view group, and ``global_masked``, as ``dino_projection``. DINOv2 unties the heads: one is read by the
-    loss of images, another by the loss of patches.
+    One output a view group, ``global_masked`` and ``global_patches``, as ``dino_projection``. DINOv2 unties the heads:
+    one is read by the loss of images, another by the loss of patches.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ class SubcaptionGrouping(Loss):
 
         threshold: scaled cosines below it count as 0; None is one over the number of patches, as in SPARC.
         init_logit_scale: inverse temperature at the start; it is learned, and kept within 1..100.
-        negatives: the other sub-captions and groups of the same ``image``, or all others of the ``batch`` of all ranks.
+        negatives: the other sub-captions and groups of the same ``image``, or all others of the ``batch`` of all ranks,
+            as in the authors' program (open_clip/loss.py).
         """
         super().__init__()
         texts = sum(view.views for view in spec.text_views.values())

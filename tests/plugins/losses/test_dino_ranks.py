@@ -4,6 +4,7 @@ float64 to 1e-6 and closer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ SPEC = Spec(
     batch_size=BATCH,
     image=TowerSpec(width=WIDTH, patch_size=1),
     image_views={"global": ViewSpec(views=2, masks=True), "local": ViewSpec(views=3)},
-    heads={"mine": {"global": K, "local": K, "global_masked": K}},
+    heads={"mine": {"global": K, "local": K, "global_masked": K, "global_patches": K}},
 )
 Found = dict[str, Tensor]
 
@@ -61,7 +62,8 @@ def context(step: int, weight: Tensor, share: slice) -> StepContext:
     one.
     """
     hidden = masks(step)[:, share]
-    patches = draw(2, BATCH, PATCHES, WIDTH, seed=step + 40)[:, share][hidden]
+    everywhere = draw(2, BATCH, PATCHES, WIDTH, seed=step + 40)[:, share]
+    patches = everywhere[hidden]
     whole, parts = (draw(views, BATCH, WIDTH, seed=step + seed)[:, share] for views, seed in ((2, 10), (3, 20)))
     teacher = draw(WIDTH, K, seed=99)
     student = {"global": whole @ weight, "local": parts @ weight, "global_masked": patches @ weight}
@@ -73,7 +75,13 @@ def context(step: int, weight: Tensor, share: slice) -> StepContext:
         views=Views(keys=[""] * hidden.shape[1], image={"global": group}),
         student=Features(image={"global": GroupFeatures(views=(0, 1), pooled=pooled)}, heads={"mine": student}),
         teacher=Features(
-            heads={"mine": {"global": whole.flip(0) @ teacher, "global_masked": patches.flip(1) @ teacher}}
+            heads={
+                "mine": {
+                    "global": whole.flip(0) @ teacher,
+                    "global_masked": patches.flip(-1) @ teacher,
+                    "global_patches": everywhere.flip(-1) @ teacher,
+                }
+            }
         ),
         gathered={"student": Features(image={"global": GroupFeatures(views=(0, 1), pooled=gather(pooled, dim=1))})},
         progress=Progress(step=step, total_steps=2),
@@ -86,9 +94,20 @@ def losses() -> dict[str, Loss]:
         "dino": Dino(SPEC, head="mine"),
         "dino_sinkhorn": Dino(SPEC, head="mine", centering="sinkhorn"),
         "ibot": Ibot(SPEC, head="mine"),
+        "ibot_all": Ibot(SPEC, head="mine", center_over="all"),
         "ibot_sinkhorn": Ibot(SPEC, head="mine", centering="sinkhorn"),
         "koleo": Koleo(SPEC),
         "coding_rate": CodingRate(SPEC, head="mine"),
+        "coding_rate_mean": CodingRate(SPEC, head="mine", features="mean"),
+    }
+
+
+def rank_losses(ranks: int) -> dict[str, Loss]:
+    """Losses of one rank's samples. A process alone divides the covariance by N for ``ranks`` by a larger ``eps``."""
+    eps = 0.5 * math.sqrt(ranks)
+    return {
+        "koleo_rank": Koleo(SPEC, scope="rank"),
+        "coding_rate_rank": CodingRate(SPEC, head="mine", eps=eps, gamma=0.3, scope="rank"),
     }
 
 
@@ -110,13 +129,17 @@ def normalised(share: slice) -> Found:
 
 
 def everything(share: slice) -> dict[str, Found]:
+    return {"batch norm": normalised(share), **steps(losses(), share)}
+
+
+def steps(losses: dict[str, Loss], share: slice) -> dict[str, Found]:
     """Per loss and step: the loss and the gradient of ``weight``, both to be averaged over ranks, and the buffers, the
     same on all.
     """
-    found: dict[str, Found] = {"batch norm": normalised(share)}
-    made = {name: loss.double() for name, loss in losses().items()}
+    found: dict[str, Found] = {}
     for step in range(2):
-        for name, loss in made.items():
+        for name, loss in losses.items():
+            loss.double()
             weight = draw(WIDTH, K, seed=step).requires_grad_()
             output = loss(context(step, weight, share))
             term = torch.stack(list(output.terms.values())).sum()
@@ -133,10 +156,14 @@ def everything(share: slice) -> dict[str, Found]:
     return found
 
 
+def share_of(rank: int) -> slice:
+    return slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD)
+
+
 def work(rank: int, world: int, path: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    results[rank] = everything(slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD))
+    results[rank] = everything(share_of(rank)) | steps(rank_losses(1), share_of(rank))
     dist.destroy_process_group()
 
 
@@ -159,6 +186,13 @@ def test_losses(case: str, runs: tuple[dict[str, Found], list[dict[str, Found]]]
             assert expected.any()
             for rank in ranks:
                 torch.testing.assert_close(rank[key], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_of_each_rank(runs: tuple[dict[str, Found], list[dict[str, Found]]]) -> None:
+    """Each rank finds what a process with its samples alone does."""
+    for rank, found in enumerate(runs[1]):
+        for case, expected in steps(rank_losses(WORLD), share_of(rank)).items():
+            torch.testing.assert_close(found[case], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_batch_norm(runs: tuple[dict[str, Found], list[dict[str, Found]]]) -> None:

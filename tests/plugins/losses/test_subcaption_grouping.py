@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cosmos_ssl.api import ViewSpec
-from cosmos_ssl.testing import example_context, example_spec
+from cosmos_ssl.testing import check_loss, example_context, example_spec
 from cosmos_ssl_plugins.losses.subcaption_grouping import SubcaptionGrouping
 
 
@@ -58,6 +58,10 @@ def test_loss_and_gradients_are_those_of_the_formula(threshold, negatives):
         assert theirs.any()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert output.metrics["logit_scale"].item() == pytest.approx(1 / 0.07)
+
+
+def test_ranks_share_the_negatives_of_the_batch():
+    check_loss("subcaption_grouping", negatives="batch", ranks=2)
 
 
 def test_patches_all_alike_are_no_fault():
