@@ -28,7 +28,18 @@ IDS = open_clip.get_tokenizer("ViT-B-32", context_length=24)(["a red heart", "tw
 RESTS: dict[str, tuple[list[str], list[str]]] = {
     "finetune_clip": ([], []),
     "cosmos_from_clip": ([], []),
-    "lora_clip": (["image.[!b]*", "text.[!b]*", "*.norm?.*", "*.mlp.*", "*.attn.proj.*", "*.base_layer.*"],) * 2,
+    "lora_clip": (
+        [
+            "image.[!b]*",
+            "text.[!b]*",
+            "*.norm?.*",
+            "*.mlp.*",
+            "*.attn.proj.*",
+            "*.base_layer.*",
+            "losses.clip.logit_scale",
+        ],
+    )
+    * 2,
     "continue_dinov2": (["image.model.*", "image.projection"], ["image.projection"]),
     "lit": (["image.model.*"],) * 2,
     "dino_txt": (["image.*"],) * 2,

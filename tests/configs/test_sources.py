@@ -97,3 +97,9 @@ def test_a_header_declares_what_differs_from_the_source(config: str, package: Ca
     differing = {key for key, x in known.items() if "value" in x and not same(value_of(ours, key), x["value"])}
     unverified = {key for key in known if entries[key]["where"] == "not verified"}
     assert declared(path) == (differing | (entries.keys() - known.keys()), unverified)
+
+
+def test_every_recipe_has_its_source() -> None:
+    configs = ROOT / "configs"
+    recipes = {path.relative_to(configs).as_posix() for path in (configs / "methods").glob("*.yaml")}
+    assert recipes <= SETTINGS.keys()
