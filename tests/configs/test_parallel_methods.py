@@ -59,7 +59,7 @@ def test_the_losses_of_every_method_are_those_of_one_rank(
         return found
 
     expected: dict[str, Any] = {}
-    apart = ("model.image.layer_scale=1.0", "model.image.drop_path=0.0")
+    apart = ("model.image.layer_scale=1.0", "model.image.drop_path=0.0", "losses.koleo.scope=all_ranks")
     train(0, 1, "", runs("one", METHODS.keys() - DRAWN), expected)
     train(0, 1, "", {"one apart": runs("apart", {"dinov2"}, *apart)["apart dinov2"]}, expected)
     shared = runs("fsdp", set(METHODS), "training.parallel=fsdp")
