@@ -67,12 +67,11 @@ def test_list(command: Command) -> None:
     code, out, _ = command("config", "list")
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and "cosmos/vitb16_cc3m" in names and not any("shared" in name for name in names)
-    assert "COSMOS, ViT-B/16, CC3M-recap" in out
+    assert "Trains COSMOS with a ViT-B/16 on CC3M-recap.\n" in out
     assert (
         "CLIP on both global views and all texts of compare/cosmos.yaml: what COSMOS is without distillation.\n" in out
     )
-    whole = re.compile(r"[.!?]$|^(COSMOS|(Sim)?DINO(v2)?|iBOT|CLIPA|LiT)\b.*\w\)?$")
-    assert all(whole.search(line.split(maxsplit=1)[1]) for line in out.splitlines()[1:])
+    assert all(line[-1] in ".!?" for line in out.splitlines()[1:])
 
 
 @pytest.mark.parametrize("name", packaged_configs())
